@@ -1,0 +1,129 @@
+"""The bundle: a materialized model, and the numeric reference for every export. See docs/bundle.md.
+
+A directory with ``config.json``, the tokenizer's files, ``plan.json``, ``bundle.json`` (provenance and hashes),
+``model.safetensors`` and ``importance.safetensors``. A dense weight keeps its name (``M.weight``); a factor pair is
+``M.up.weight`` (out, rank) and ``M.down.weight`` (rank, in), and stands for ``up @ down`` (plus ``M.weight``, where an
+adapter has a base that is not zero).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import BundleError
+from acip_export.files import HeaderEntry, read_safetensors_header, sha256_of
+from acip_export.plans import Plan, load_plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BUNDLE_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+IMPORTANCE_FILE = "importance.safetensors"
+PLAN_FILE = "plan.json"
+MANIFEST_FILE = "bundle.json"
+
+
+class Bundle:
+    """An opened bundle. Holds no weights; :meth:`read` gets one tensor.
+
+    Attributes:
+        path, plan, manifest: the directory, its plan, the parsed ``bundle.json``.
+        checkpoint: the same directory seen as a model directory (config, tokenizer).
+        tensors: header entries of the weights, by name.
+    """
+
+    def __init__(self, path: Path, plan: Plan, manifest: Mapping[str, Any], tensors: Mapping[str, HeaderEntry]) -> None:
+        self.path = path
+        self.plan = plan
+        self.manifest = manifest
+        self.tensors = tensors
+        self.config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+
+    @classmethod
+    def open(cls, path: Path, verify_hash: bool = False) -> Bundle:
+        """Open and check a bundle; ``verify_hash`` also reads all weights and compares their SHA-256.
+
+        Raises:
+            BundleError: not a bundle, damaged, of another version, or its weights do not fit its plan.
+            PlanFileError: its plan is damaged.
+        """
+        manifest_file = path / MANIFEST_FILE
+        try:
+            manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+            version = manifest["version"]
+            expected_hash = manifest["weights_sha256"]
+        except FileNotFoundError:
+            raise BundleError(f"{path} is no bundle: it has no {MANIFEST_FILE}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{manifest_file} is damaged: {error!r}") from error
+        if version != BUNDLE_VERSION:
+            raise BundleError(f"{path} is a bundle of version {version}, this tool reads {BUNDLE_VERSION}")
+        plan = load_plan(path / PLAN_FILE)
+        weights = path / WEIGHTS_FILE
+        tensors, _ = read_safetensors_header(weights, BundleError)
+        if verify_hash and sha256_of(weights) != expected_hash:
+            raise BundleError(f"{weights} has changed since it was written (SHA-256 differs); materialize again")
+        bundle = cls(path, plan, manifest, tensors)
+        bundle._check_shapes()
+        return bundle
+
+    def _check_shapes(self) -> None:
+        for decision in self.plan.tensors:
+            for name, shape in stored_tensors(decision.name, decision.shape, decision.rank).items():
+                entry = self.tensors.get(name)
+                if entry is None or entry.shape != shape:
+                    found = "missing" if entry is None else f"of shape {entry.shape}"
+                    raise BundleError(f"{self.path}: {name} is {found}, the plan expects {shape}")
+
+    @property
+    def source_dtype(self) -> str:
+        """safetensors dtype of the base model's weights, for example ``BF16``."""
+        return str(self.manifest["source_dtype"])
+
+    @property
+    def tied_embeddings(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", False))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in its stored dtype."""
+        from safetensors import safe_open
+
+        with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def importance(self, name: str) -> torch.Tensor | None:
+        """Second moments of the inputs that meet this weight's columns, (in,) float32; ``None`` when not known."""
+        from safetensors import safe_open
+
+        with safe_open(self.path / IMPORTANCE_FILE, framework="pt") as file:
+            return file.get_tensor(name) if name in set(file.keys()) else None
+
+    def as_checkpoint(self) -> Checkpoint:
+        """Config and tokenizer, through the interface that predictions use."""
+        return Checkpoint(self.path, self.config, {})
+
+
+def stored_tensors(name: str, shape: tuple[int, ...], rank: int | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes under which a decision's numbers are stored."""
+    if rank is None:
+        return {name: shape}
+    module = name.removesuffix(".weight")
+    return {f"{module}.up.weight": (shape[0], rank), f"{module}.down.weight": (rank, shape[1])}
+
+
+def load_bundle(path: Path | str) -> nn.Module:
+    """The bundle as a float32 ``torch.nn.Module`` in evaluation mode: the reference for every export.
+
+    Raises:
+        BundleError: see :meth:`Bundle.open`.
+    """
+    from acip_export.modules import build_model
+
+    return build_model(Bundle.open(Path(path)))

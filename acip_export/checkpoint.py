@@ -1,0 +1,227 @@
+"""A Hugging Face model directory, read lazily: shapes without torch, weights one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.files import safetensors_header
+
+if TYPE_CHECKING:
+    import torch
+
+# Config keys that say who wrote the file, not what the model is.
+_VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "_commit_hash")
+_NUMBERED_LAYER = re.compile(r"(^|\.)\d+\.")
+_FINGERPRINT_SAMPLE = 4096
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+        shape: as stored, ``(out, in)`` for a linear weight.
+        dtype: the safetensors name, for example ``BF16``.
+        shard: file name below the model directory.
+        offset, nbytes: position of the data in the shard.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that memory and file formulas need, under the config's names made uniform."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    max_context: int
+    tied_embeddings: bool
+
+
+class Checkpoint:
+    """An opened model directory. Holds no weights.
+
+    Attributes:
+        path: the directory.
+        config: ``config.json`` as read.
+        tensors: every tensor of every shard, by Hugging Face name.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+        self.path = path
+        self.config = config
+        self.tensors: Mapping[str, TensorInfo] = tensors
+
+    @classmethod
+    def open(cls, model: str | os.PathLike[str]) -> Checkpoint:
+        """Open a local directory, or a Hugging Face id (downloaded through ``huggingface_hub``).
+
+        Raises:
+            CheckpointError: not a model directory, damaged shards, or an id that cannot be fetched.
+        """
+        path = Path(model)
+        if not path.is_dir():
+            path = _download(str(model))
+        return cls(path, _read_config(path), _read_index(path))
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @cached_property
+    def linear_modules(self) -> dict[str, tuple[int, int]]:
+        """``{module name: (out, in)}`` of every linear layer inside a numbered block, in checkpoint order of depth.
+
+        Embeddings, the head and everything outside the repeated blocks are not compressed (ACIP, section 4).
+        """
+        found = {
+            name.removesuffix(".weight"): (info.shape[0], info.shape[1])
+            for name, info in self.tensors.items()
+            if name.endswith(".weight") and len(info.shape) == 2 and _NUMBERED_LAYER.search(name)
+        }
+        return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        config = self.config.get("text_config") or self.config
+        try:
+            heads = int(config["num_attention_heads"])
+            hidden = int(config["hidden_size"])
+            return ModelShape(
+                architecture=(self.config.get("architectures") or [config.get("model_type", "unknown")])[0],
+                layers=int(config["num_hidden_layers"]),
+                hidden=hidden,
+                ffn=int(config["intermediate_size"]),
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                vocabulary=int(config["vocab_size"]),
+                max_context=int(config.get("max_position_embeddings") or 2048),
+                tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            )
+        except KeyError as missing:
+            raise UnsupportedError(
+                f"{self.path / 'config.json'} has no {missing}; only transformer configurations that name their "
+                "layers, heads, hidden and intermediate sizes are supported"
+            ) from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config, the weight index, and the first 4 KiB of every tensor.
+
+        The sample makes a retrained model with the same shapes a different model, without reading all of it.
+        """
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self.config.items() if k not in _VOLATILE_CONFIG_KEYS}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(f"{name}|{info.dtype}|{info.shape}|".encode())
+            with (self.path / info.shard).open("rb") as shard:
+                shard.seek(info.offset)
+                digest.update(shard.read(min(info.nbytes, _FINGERPRINT_SAMPLE)))
+        return digest.hexdigest()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in its stored dtype.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        from safetensors import safe_open
+
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        with safe_open(self.path / info.shard, framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(name)
+        return tensor
+
+
+def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts layer 10 after layer 9."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} has no config.json: it is not a Hugging Face model directory.\n"
+            "Give one with  --model DIR  or change into it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds a {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def _read_index(path: Path) -> dict[str, TensorInfo]:
+    shards = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            # A name with a separator could point outside the directory.
+            shards = [path / Path(str(name)).name for name in named]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
+    if not shards:
+        raise CheckpointError(f"{path} has no *.safetensors; convert the weights with transformers' save_pretrained")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in safetensors_header(shard, CheckpointError).items():
+            tensors[name] = TensorInfo(info.shape, info.dtype, shard.name, info.offset, info.nbytes)
+    return tensors
+
+
+def _download(model: str) -> Path:
+    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(".")
+    if not looks_like_id:
+        raise CheckpointError(f"{model} is no directory, and no Hugging Face id of the form owner/name either")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub client raises many kinds; all of them mean that the model is not here
+        raise CheckpointError(f"{model} is no local directory and cannot be downloaded: {error}") from error

@@ -1,0 +1,87 @@
+"""Every error that acip-export raises on purpose.
+
+    AcipError                      exit code
+    ├── UsageError                 2   flags that contradict each other, a bare-number budget, existing output
+    ├── InputError                 3   a file that is missing, damaged, hostile or of another model
+    │   ├── CheckpointError            the model directory
+    │   ├── ScoreFileError             *.acip
+    │   ├── PlanFileError              plan.json
+    │   ├── BundleError                the materialized model
+    │   └── DataError                  calibration or evaluation text
+    ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
+    ├── UnsupportedError           5   the target cannot express what was asked
+    ├── VerificationError          6   the export is not what was promised
+    └── MissingExtraError          7   an optional dependency; the message gives the pip command
+
+Anything else is a bug and exits with 1. Each message says what was found, what was expected and what to do next.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AcipError(Exception):
+    """Base class. ``exit_code`` is what the command line exits with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(AcipError):
+    exit_code = 2
+
+
+class InputError(AcipError):
+    exit_code = 3
+
+
+class CheckpointError(InputError):
+    """The model directory cannot be read as a Hugging Face model."""
+
+
+class ScoreFileError(InputError):
+    """The score file is damaged, of an unknown version, or of another model."""
+
+
+class PlanFileError(InputError):
+    """The plan is damaged, of an unknown version, or does not fit its model."""
+
+
+class BundleError(InputError):
+    """The bundle is damaged, of an unknown version, or does not fit its plan."""
+
+
+class DataError(InputError):
+    """The calibration or evaluation text cannot be used."""
+
+
+class InfeasibleBudgetError(AcipError):
+    """No plan fits the budget.
+
+    ``smallest_feasible_bytes`` is the smallest budget for which a plan exists with the same options.
+    """
+
+    exit_code = 4
+
+    def __init__(self, message: str, smallest_feasible_bytes: int) -> None:
+        super().__init__(message)
+        self.smallest_feasible_bytes = smallest_feasible_bytes
+
+
+class UnsupportedError(AcipError):
+    exit_code = 5
+
+
+class VerificationError(AcipError):
+    exit_code = 6
+
+
+class MissingExtraError(AcipError):
+    """An optional dependency is not installed."""
+
+    exit_code = 7
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{package} is not installed, and {purpose} needs it.\nInstall it with:  pip install 'acip-export[{extra}]'"
+        )

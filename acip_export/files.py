@@ -1,0 +1,153 @@
+"""Reading safetensors headers without torch, and writing files and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from acip_export.errors import InputError, UsageError
+
+DTYPE_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+_LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class HeaderEntry:
+    """One tensor of a safetensors file; ``offset`` counts from the start of the file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    nbytes: int
+
+
+def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, checked against its size.
+
+    Raises:
+        error: with a message that says what is wrong, for anything that is not a whole, well-formed file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise error(f"{file} is truncated or no safetensors file: {size} bytes, header of {length} expected")
+            raw = json.loads(stream.read(length))
+    except FileNotFoundError:
+        raise error(f"{file} does not exist") from None
+    except OSError as reason:
+        raise error(f"{file} cannot be read: {reason}") from reason
+    except ValueError as reason:
+        raise error(f"{file} is no safetensors file: its header is not JSON ({reason})") from reason
+    if not isinstance(raw, dict):
+        raise error(f"{file} is no safetensors file: its header is no JSON object")
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise error(f"{file} has malformed metadata: expected strings")
+    entries = {name: _entry(file, name, value, 8 + length, error) for name, value in raw.items()}
+    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
+    if end != size:
+        raise error(f"{file} is truncated or padded: {size} bytes, {end} expected from its header")
+    return entries, metadata
+
+
+def safetensors_header(file: Path, error: type[InputError]) -> dict[str, HeaderEntry]:
+    """The tensors of :func:`read_safetensors_header`."""
+    return read_safetensors_header(file, error)[0]
+
+
+def _entry(file: Path, name: str, value: Any, start: int, error: type[InputError]) -> HeaderEntry:
+    try:
+        shape = tuple(int(extent) for extent in value["shape"])
+        begin, end = (int(position) for position in value["data_offsets"])
+        dtype = str(value["dtype"])
+    except (TypeError, KeyError, ValueError) as reason:
+        raise error(f"{file}: the header entry of {name!r} is malformed") from reason
+    if dtype not in DTYPE_BYTES:
+        raise error(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}")
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+        raise error(f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
+    return HeaderEntry(shape, dtype, start + begin, end - begin)
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def refuse_existing(target: Path, force: bool) -> None:
+    """Called before any heavy work.
+
+    Raises:
+        UsageError: ``target`` exists and ``force`` is false.
+    """
+    if target.exists() and not force and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target} already exists; add --force to replace it, or choose another place with -o")
+
+
+@contextmanager
+def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside ``target`` that becomes ``target`` when the block ends without an exception.
+
+    On any exception, Ctrl-C included, the temporary directory is removed and an existing ``target`` is untouched.
+    """
+    refuse_existing(target, force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            # Two renames instead of a delete: a crash in between leaves the old directory under a visible name.
+            old = temporary.with_suffix(".old")
+            target.replace(old)
+            temporary.replace(target)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def new_file(target: Path, force: bool = False) -> Iterator[Path]:
+    """Like :func:`new_directory`, for one file."""
+    refuse_existing(target, force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

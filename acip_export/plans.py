@@ -1,0 +1,232 @@
+"""``plan.json``: one decision per tensor, and the bytes that they add up to. See docs/plan.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from acip_export.errors import PlanFileError
+from acip_export.files import new_file
+from acip_export.formats import weight_format
+
+PLAN_VERSION = 1
+
+Representation = Literal["dense", "factored", "adapter"]
+_REPRESENTATIONS = ("dense", "factored", "adapter")
+
+
+@dataclass(frozen=True)
+class TensorDecision:
+    """What becomes of one weight matrix (or one-dimensional parameter).
+
+    Attributes:
+        name: Hugging Face tensor name, ending in ``.weight`` or ``.bias``.
+        shape: ``(out, in)``, or ``(n,)``.
+        representation: ``dense``: one matrix. ``factored``: ``up @ down`` of rank ``rank``. ``adapter``: a base of
+            format ``format`` plus a LoRA pair ``up @ down`` (GGUF's adapter layout).
+        format: weight format of the dense or base matrix; ``None`` for ``factored``.
+        rank: columns of ``up`` (out, rank) and rows of ``down`` (rank, in).
+        up_format, down_format: weight formats of the pair.
+        kept: ``[start, stop)`` ranges of the singular components kept, in the score file's order of components.
+        nbytes: exact bytes of the stored numbers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    representation: Representation
+    nbytes: int
+    format: str | None = None
+    rank: int | None = None
+    up_format: str | None = None
+    down_format: str | None = None
+    kept: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The settings that the memory promise holds for; converters write them into the export where they can.
+
+    Attributes:
+        context: tokens of KV cache.
+        cache_type: ``f32``, ``f16`` or ``q8_0``.
+        prompt_batch: tokens of a prompt that are processed together (llama.cpp ``n_ubatch``, genai ``chunk_size``).
+    """
+
+    context: int
+    cache_type: str
+    prompt_batch: int
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known about how good the plan is.
+
+    Attributes:
+        bytes_left: budget minus what the plan uses, in the budget's scope.
+        lower_bound: no plan over the same candidates can have a lower predicted loss (Lagrangian relaxation).
+        next_upgrade: the cheapest single change that would improve the plan, or ``None`` at full quality.
+        next_upgrade_bytes: what it would cost beyond the present plan.
+        quantization_only_loss: predicted loss of the best plan without low rank at the same budget, ``None`` when no
+            such plan fits.
+    """
+
+    bytes_left: int
+    lower_bound: float
+    next_upgrade: str | None = None
+    next_upgrade_bytes: int | None = None
+    quantization_only_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A complete plan.
+
+    Attributes:
+        target: ``gguf`` or ``onnx``; ``layout``: a layout of that target.
+        model_fingerprint: of the checkpoint that was planned for (:attr:`Checkpoint.fingerprint`).
+        scores_sha256: of the score file.
+        budget_bytes, budget_scope: what was asked.
+        planned_bytes: bytes of all files of the export together; equals the sum over ``files``.
+        memory_bytes: bytes that the runtime holds; equals the sum over ``breakdown``.
+        files: exact bytes by file name.
+        breakdown: memory by purpose.
+        predicted_loss: nats per token above the dense model.
+        adapters: whether the learned adapters are folded in.
+        tensors: one decision per tensor of the checkpoint.
+    """
+
+    target: str
+    layout: str
+    model: str
+    model_fingerprint: str
+    scores_sha256: str
+    budget_bytes: int
+    budget_scope: Literal["memory", "file"]
+    planned_bytes: int
+    memory_bytes: int
+    files: Mapping[str, int]
+    breakdown: Mapping[str, int]
+    predicted_loss: float
+    predicted_perplexity: float | None
+    size_ratio: float
+    adapters: bool
+    runtime: Runtime
+    certificate: Certificate
+    tensors: tuple[TensorDecision, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def decision(self, name: str) -> TensorDecision:
+        return self.by_name[name]
+
+    @property
+    def by_name(self) -> dict[str, TensorDecision]:
+        return {decision.name: decision for decision in self.tensors}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "acip-plan", "version": PLAN_VERSION, **dataclasses.asdict(self)}
+
+
+def save_plan(plan: Plan, file: Path, force: bool = False) -> None:
+    with new_file(file, force) as temporary:
+        temporary.write_text(dumps_plan(plan), encoding="utf-8")
+
+
+def dumps_plan(plan: Plan) -> str:
+    """One line a tensor: readable, and a diff shows what changed."""
+    data = plan.to_json()
+    tensors = data.pop("tensors")
+    lines = [json.dumps({k: v for k, v in t.items() if v is not None}) for t in tensors]
+    head = json.dumps(data, indent=1)
+    return head[:-2] + ',\n "tensors": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+
+
+def load_plan(file: Path) -> Plan:
+    """Read and check a plan.
+
+    Raises:
+        PlanFileError: unreadable, unknown version or key, or numbers that contradict each other.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanFileError(f"{file} does not exist; make it with  acip-export plan --budget … -o {file}") from None
+    except (OSError, ValueError) as error:
+        raise PlanFileError(f"{file} cannot be read as JSON: {error}") from error
+    return plan_from_json(data, str(file))
+
+
+def plan_from_json(data: Any, where: str) -> Plan:
+    """Build a plan from parsed JSON; ``where`` names its origin in messages."""
+    if not isinstance(data, dict) or data.get("format") != "acip-plan":
+        raise PlanFileError(f"{where} is not a plan: its format is not acip-plan")
+    if data.get("version") != PLAN_VERSION:
+        raise PlanFileError(f"{where} is a plan of version {data.get('version')}, expected {PLAN_VERSION}; plan again")
+    data = {k: v for k, v in data.items() if k not in ("format", "version")}
+    try:
+        data["tensors"] = tuple(_decision_from_json(t) for t in data["tensors"])
+        data["runtime"] = Runtime(**data["runtime"])
+        data["certificate"] = Certificate(**data["certificate"])
+        data["notes"] = tuple(data.get("notes", ()))
+        plan = Plan(**data)
+        _check(plan)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanFileError(f"{where} is damaged or was edited by hand: {error}") from error
+    return plan
+
+
+def _decision_from_json(data: dict[str, Any]) -> TensorDecision:
+    kept = data.get("kept")
+    return TensorDecision(
+        **{
+            **data,
+            "shape": tuple(data["shape"]),
+            "kept": None if kept is None else tuple((int(a), int(b)) for a, b in kept),
+        }
+    )
+
+
+def decision_bytes(decision: TensorDecision, target: str) -> int:
+    """The bytes of a decision by the table in :mod:`acip_export.formats`.
+
+    Raises:
+        ValueError: the decision contradicts itself, or a row does not fit its format.
+        KeyError: unknown format.
+    """
+    if decision.representation not in _REPRESENTATIONS:
+        raise ValueError(f"{decision.name}: unknown representation {decision.representation!r}")
+    rows, columns = decision.shape if len(decision.shape) == 2 else (1, decision.shape[0])
+    total = 0
+    if decision.representation != "factored":
+        if decision.format is None:
+            raise ValueError(f"{decision.name}: {decision.representation} without a format")
+        total += weight_format(target, decision.format).nbytes(rows, columns)
+    if decision.representation != "dense":
+        if not decision.rank or decision.up_format is None or decision.down_format is None:
+            raise ValueError(f"{decision.name}: {decision.representation} without rank and formats")
+        total += weight_format(target, decision.up_format).nbytes(rows, decision.rank)
+        total += weight_format(target, decision.down_format).nbytes(decision.rank, columns)
+    return total
+
+
+def _check(plan: Plan) -> None:
+    for decision in plan.tensors:
+        expected = decision_bytes(decision, plan.target)
+        if decision.nbytes != expected:
+            raise ValueError(f"{decision.name} has nbytes {decision.nbytes}, its decision takes {expected}")
+    for total, parts, what in (
+        (plan.planned_bytes, plan.files, "files"),
+        (plan.memory_bytes, plan.breakdown, "breakdown"),
+    ):
+        if total != sum(parts.values()):
+            raise ValueError(f"the {what} add up to {sum(parts.values())} bytes, not {total}")
+    used = plan.memory_bytes if plan.budget_scope == "memory" else plan.planned_bytes
+    if used > plan.budget_bytes:
+        raise ValueError(f"it uses {used} bytes of a budget of {plan.budget_bytes}")

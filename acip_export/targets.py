@@ -1,0 +1,104 @@
+"""What each target can express: layouts, and the formats that a plan may choose in them. Pure data.
+
+The planner builds its candidates from this table; constraints of a target are rows here, not branches in the planner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from acip_export.errors import UnsupportedError
+from acip_export.formats import WeightFormat, formats_of, weight_format
+from acip_export.plans import Representation
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to arrange a model in files.
+
+    Attributes:
+        low_rank: the representation that carries factor pairs; ``None`` when the layout has none.
+        base_format: format of the all-zero base below an adapter.
+        rank_multiple: ranks are multiples of this (the largest block that the pair's formats need is taken if larger).
+    """
+
+    name: str
+    description: str
+    low_rank: Representation | None
+    base_format: str | None = None
+    rank_multiple: int = 32
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file format.
+
+    Attributes:
+        types: formats that a plan chooses from when the user names none, most precise first.
+        embedding_types: formats that the embedding (and a head tied to it) may take.
+        vector_format: format of norms and biases.
+        cache_types: bytes of a KV cache entry as ``(numerator, denominator)``; the first is the default.
+        layouts: the first is the default.
+    """
+
+    name: str
+    types: tuple[str, ...]
+    embedding_types: tuple[str, ...]
+    vector_format: str
+    cache_types: dict[str, tuple[int, int]]
+    layouts: tuple[Layout, ...]
+
+    def layout(self, name: str | None) -> Layout:
+        """Raises UnsupportedError for a layout that the target does not have."""
+        if name is None:
+            return self.layouts[0]
+        for layout in self.layouts:
+            if layout.name == name:
+                return layout
+        known = ", ".join(layout.name for layout in self.layouts)
+        raise UnsupportedError(f"{self.name} has no layout {name!r}; it has: {known}")
+
+    def choose_types(self, names: tuple[str, ...]) -> tuple[WeightFormat, ...]:
+        """The formats that the user named, or the default ones. Raises UnsupportedError for unknown names."""
+        known = {f.name: f for f in formats_of(self.name)}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UnsupportedError(f"{self.name} has no type {unknown[0]!r}; it has: {', '.join(known)}")
+        return tuple(weight_format(self.name, name) for name in (names or self.types))
+
+
+TARGETS: dict[str, Target] = {
+    "gguf": Target(
+        name="gguf",
+        types=("f16", "q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q4_0", "q3_k", "iq3_xxs", "q2_k", "iq2_xxs"),
+        embedding_types=("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k"),
+        vector_format="f32",
+        cache_types={"f16": (2, 1), "q8_0": (34, 32), "f32": (4, 1)},
+        layouts=(
+            Layout("stock", "one file of dense tensors, a type per tensor; every llama.cpp loads it", None),
+            Layout(
+                "adapter",
+                "an all-zero one-bit base and a LoRA file that carries the factor pairs; stock llama.cpp runs both",
+                "adapter",
+                base_format="q1_0",
+            ),
+        ),
+    ),
+    "onnx": Target(
+        name="onnx",
+        types=("f32", "int8", "int4", "int4-b128"),
+        embedding_types=("f32", "int8", "int4"),
+        vector_format="f32",
+        cache_types={"f32": (4, 1)},
+        layouts=(
+            Layout("factored", "factor pairs as two MatMul or MatMulNBits nodes, dense weights as one", "factored"),
+        ),
+    ),
+}
+
+
+def target(name: str) -> Target:
+    """Raises UnsupportedError for an unknown target."""
+    if name not in TARGETS:
+        raise UnsupportedError(f"unknown format {name!r}; known: {', '.join(sorted(TARGETS))}")
+    return TARGETS[name]

@@ -1,0 +1,51 @@
+"""Byte quantities as people write and read them."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from acip_export.errors import UsageError
+
+_FACTORS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_QUANTITY = re.compile(r"([+-]?)\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_bytes(text: str, what: str = "budget") -> int:
+    """Read ``"4GB"`` (4*10^9) or ``"4GiB"`` (4*2^30) as bytes, rounded down.
+
+    Raises:
+        UsageError: no unit, an unknown unit, zero or negative, or not a number.
+    """
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{what} {text!r} is not a quantity of bytes; write for example 4GB, 900MB or 2GiB")
+    sign, number, unit = match.groups()
+    if not unit:
+        raise UsageError(f"{what} {text!r} has no unit; write {number}MB, {number}GB or {number}GiB")
+    if unit.upper() not in _FACTORS:
+        raise UsageError(f"{what} {text!r} has the unknown unit {unit!r}; known: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")
+    value = int(Fraction(number) * _FACTORS[unit.upper()])
+    if sign == "-" or value == 0:
+        raise UsageError(f"{what} {text!r} must be more than zero bytes")
+    return value
+
+
+def format_bytes(count: int) -> str:
+    """Decimal units, three significant digits: ``3.97 MB``."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if abs(count) >= factor:
+            value = count / factor
+            digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+            return f"{value:.{digits}f} {unit}"
+    return f"{count} B"
