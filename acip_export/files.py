@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -109,6 +109,48 @@ def refuse_existing(target: Path, force: bool) -> None:
     """
     if target.exists() and not force and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(f"{target} already exists; add --force to replace it, or choose another place with -o")
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file tensor by tensor; nothing but the tensor at hand is in memory.
+
+    Tensors are written in the order in which they were declared. ``close`` refuses a file with tensors missing.
+    """
+
+    def __init__(
+        self, file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        position = 0
+        for name, (dtype, shape) in tensors.items():
+            nbytes = prod(shape) * DTYPE_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+            position += nbytes
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+        self._pending = {name: (d, prod(s) * DTYPE_BYTES[d]) for name, (d, s) in tensors.items()}
+        self._stream = file.open("wb")
+        self._stream.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Append the next tensor's little-endian bytes.
+
+        Raises:
+            ValueError: not the next declared tensor, or not its number of bytes.
+        """
+        expected = next(iter(self._pending), None)
+        if name != expected or memoryview(data).nbytes != self._pending[name][1]:
+            raise ValueError(f"wrote {name} with {memoryview(data).nbytes} bytes, expected {expected}")
+        del self._pending[name]
+        self._stream.write(data)
+
+    def close(self) -> None:
+        """Raises ValueError when declared tensors were not written."""
+        self._stream.close()
+        if self._pending:
+            raise ValueError(
+                f"{len(self._pending)} declared tensors were not written, first {next(iter(self._pending))}"
+            )
 
 
 @contextmanager

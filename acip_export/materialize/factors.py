@@ -1,0 +1,100 @@
+"""From one weight, its scores and a decision to the numbers that the bundle stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acip_export.factorize import components, root_and_inverse, unpack_moment
+from acip_export.scores import FloatArray, ModuleScores, ScoreFile
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A factor pair, float32: ``up`` (out, rank), ``down`` (rank, in)."""
+
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Full second moments of one module, float64; ``None`` is the identity."""
+
+    inputs: Tensor | None
+    gradients: Tensor | None
+
+    @classmethod
+    def of(cls, module: ModuleScores, triangles: Mapping[str, FloatArray]) -> Moments:
+        out, inputs = module.shape
+        return cls(
+            unpack_moment(triangles[module.input_key], inputs) if module.input_key else None,
+            unpack_moment(triangles[module.gradient_key], out) if module.gradient_key else None,
+        )
+
+
+def basis_moments(scores: ScoreFile, module: ModuleScores) -> Moments:
+    """The moments that the score file's basis is made of (a plain SVD has none, whatever was measured)."""
+    moments = Moments.of(module, scores.second_moments)
+    return Moments(
+        moments.inputs if scores.basis in ("input", "kfac") else None,
+        moments.gradients if scores.basis == "kfac" else None,
+    )
+
+
+def dense_weight(weight: Tensor, module: ModuleScores | None, adapters: bool) -> Tensor:
+    """The weight itself, or with the adapters added: then float32."""
+    if module is None or not adapters or module.adapter_a is None or module.adapter_b is None:
+        return weight
+    return weight.float() + torch.from_numpy(module.adapter_b) @ torch.from_numpy(module.adapter_a)
+
+
+def factor_pair(
+    weight: Tensor, module: ModuleScores, moments: Moments, kept: tuple[tuple[int, int], ...], adapters: bool
+) -> Pair:
+    """The kept singular components of ``weight``, adapters folded in at the same rank.
+
+    Args:
+        weight: (out, in). kept: ``[start, stop)`` ranges of components.
+    """
+    basis = components(weight, moments.inputs, moments.gradients)
+    units = torch.cat([torch.arange(start, stop) for start, stop in kept])
+    pair = Pair(basis.up[:, units], basis.down[units])
+    if not adapters or module.adapter_a is None or module.adapter_b is None:
+        return pair
+    return _fold(pair, Pair(torch.from_numpy(module.adapter_b), torch.from_numpy(module.adapter_a)), moments)
+
+
+def _fold(pair: Pair, adapter: Pair, moments: Moments) -> Pair:
+    """The best pair of the same rank for ``pair + adapter`` in the whitened norm (QR of both sides, one small SVD)."""
+    rank = pair.up.shape[1]
+    up = torch.cat([pair.up, adapter.up], dim=1).double()
+    down = torch.cat([pair.down, adapter.down]).double()
+    left = right = None
+    if moments.gradients is not None:
+        root, left = root_and_inverse(moments.gradients)
+        up = root @ up
+    if moments.inputs is not None:
+        root, right = root_and_inverse(moments.inputs)
+        down = down @ root
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, s, vt = torch.linalg.svd(r_up @ r_down.T)
+    scale = s[:rank].sqrt()
+    up = q_up @ (u[:, :rank] * scale)
+    down = (scale[:, None] * vt[:rank]) @ q_down.T
+    return Pair(
+        (up if left is None else left @ up).float(),
+        (down if right is None else down @ right).float(),
+    )
+
+
+def inner_importance(down: Tensor, module: ModuleScores, moments: Moments) -> Tensor:
+    """Second moments of ``down(x)``, (rank,) float32: what the columns of ``up`` are multiplied with."""
+    if moments.inputs is not None:
+        return ((down.double() @ moments.inputs) * down.double()).sum(1).clamp_min(0).float()
+    return (down.double().square() @ torch.from_numpy(module.input_moment.astype(np.float64))).float()

@@ -1,0 +1,147 @@
+"""Writes the bundle, one tensor at a time: peak memory is a small multiple of the largest layer, not of the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import acip_export
+from acip_export.bundle import BUNDLE_VERSION, IMPORTANCE_FILE, MANIFEST_FILE, PLAN_FILE, WEIGHTS_FILE, stored_tensors
+from acip_export.checkpoint import TOKENIZER_FILES, Checkpoint
+from acip_export.errors import CheckpointError, PlanFileError
+from acip_export.files import SafetensorsWriter, new_directory, refuse_existing, sha256_of
+from acip_export.materialize.factors import (
+    Moments,
+    basis_moments,
+    dense_weight,
+    factor_pair,
+    inner_importance,
+)
+from acip_export.plans import Plan, TensorDecision, dumps_plan
+from acip_export.scores import ScoreFile
+
+
+@dataclass(frozen=True)
+class MaterializeProgress:
+    """Tensor ``done`` of ``total`` was written."""
+
+    done: int
+    total: int
+    tensor: str
+
+
+def materialize_bundle(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    plan: Plan,
+    out: Path,
+    force: bool = False,
+    progress: Callable[[MaterializeProgress], None] = lambda _: None,
+) -> Path:
+    """Write the bundle of ``plan`` into the directory ``out``, whole or not at all.
+
+    Raises:
+        UsageError: ``out`` exists and ``force`` is false.
+        ScoreFileError, PlanFileError: they do not belong to this model.
+        CheckpointError: a weight is damaged or not finite.
+    """
+    refuse_existing(out, force)
+    scores.check_model(checkpoint)
+    check_plan(checkpoint, plan)
+    importance: dict[str, Tensor] = {}
+    with new_directory(out, force) as directory:
+        declared = {
+            name: (_stored_dtype(checkpoint, scores, plan, decision), shape)
+            for decision in plan.tensors
+            for name, shape in stored_tensors(decision.name, decision.shape, decision.rank).items()
+        }
+        writer = SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"})
+        for index, decision in enumerate(plan.tensors):
+            for name, tensor in _numbers(checkpoint, scores, plan, decision, importance).items():
+                writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
+            progress(MaterializeProgress(index + 1, len(plan.tensors), decision.name))
+        writer.close()
+        _save_importance(importance, directory / IMPORTANCE_FILE)
+        (directory / "config.json").write_text(json.dumps(checkpoint.config, indent=2), encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if (checkpoint.path / name).is_file():
+                shutil.copyfile(checkpoint.path / name, directory / name)
+        (directory / PLAN_FILE).write_text(dumps_plan(plan), encoding="utf-8")
+        manifest = {
+            "format": "acip-bundle",
+            "version": BUNDLE_VERSION,
+            "tool": acip_export.__version__,
+            "model": plan.model,
+            "model_fingerprint": checkpoint.fingerprint,
+            "scores_sha256": scores.sha256,
+            "source_dtype": source_dtype(checkpoint),
+            "weights_sha256": sha256_of(directory / WEIGHTS_FILE),
+        }
+        (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return out
+
+
+def check_plan(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raises PlanFileError unless the plan decides every tensor of this model, in its shape."""
+    if plan.model_fingerprint != checkpoint.fingerprint:
+        raise PlanFileError(f"the plan was made for {plan.model!r}, not for {checkpoint.path}; plan again")
+    decided = {decision.name: decision.shape for decision in plan.tensors}
+    expected = {name: info.shape for name, info in checkpoint.tensors.items()}
+    if decided != expected:
+        different = sorted(n for n in decided.keys() | expected.keys() if decided.get(n) != expected.get(n))
+        raise PlanFileError(f"the plan does not fit {checkpoint.path}: {different[0]} differs; plan again")
+
+
+def source_dtype(checkpoint: Checkpoint) -> str:
+    """The safetensors dtype that most bytes of the model have."""
+    totals: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
+    return max(totals, key=lambda dtype: totals[dtype])
+
+
+def _has_adapter(scores: ScoreFile, plan: Plan, decision: TensorDecision) -> bool:
+    module = scores.modules.get(decision.module)
+    return plan.adapters and module is not None and module.adapter_a is not None
+
+
+def _stored_dtype(checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, decision: TensorDecision) -> str:
+    exact = decision.rank is None and not _has_adapter(scores, plan, decision)
+    return checkpoint.tensors[decision.name].dtype if exact else "F32"
+
+
+def _numbers(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    plan: Plan,
+    decision: TensorDecision,
+    importance: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    weight = checkpoint.read(decision.name)
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError(f"{checkpoint.path}: {decision.name} holds NaN or infinity")
+    module = scores.modules.get(decision.module) if decision.name.endswith(".weight") else None
+    if decision.rank is None or module is None or decision.kept is None:
+        if decision.rank is not None:
+            raise PlanFileError(f"{decision.name} is to be factored, but was never ranked; plan again")
+        if module is not None:
+            importance[decision.name] = torch.from_numpy(module.input_moment)
+        return {decision.name: dense_weight(weight, module, plan.adapters)}
+    pair = factor_pair(weight, module, basis_moments(scores, module), decision.kept, plan.adapters)
+    up, down = stored_tensors(decision.name, decision.shape, decision.rank)
+    importance[down] = torch.from_numpy(module.input_moment)
+    importance[up] = inner_importance(pair.down, module, Moments.of(module, scores.second_moments))
+    return {up: pair.up, down: pair.down}
+
+
+def _save_importance(importance: dict[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    # Modules that share an input share its moments; safetensors refuses shared memory.
+    save_file({name: tensor.clone() for name, tensor in importance.items()}, file)

@@ -1,0 +1,215 @@
+"""Tiny models, score files, plans and bundles for tests: random, seeded, made in well under a second."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from acip_export.bundle import Bundle
+from acip_export.checkpoint import Checkpoint
+from acip_export.factorize import components
+from acip_export.materialize import materialize_bundle
+from acip_export.plans import Certificate, Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
+
+# Text with code, several scripts, emoji and runs of blanks; tokenizers are trained on it and compared on it.
+CORPUS = (
+    "def main(argv: list[str]) -> int:\n    return sum(int(a) for a in argv[1:]) or 12345\n\n",
+    "The quick brown fox doesn't jump; it's 1,234.56 times lazier than we've been told.\n",
+    "Größe, naïve, ça va? Привет, мир! 你好，世界。こんにちは 안녕하세요 العربية हिन्दी\n",
+    "emoji: 🎉👩‍💻🇫🇷 and   runs\t\tof \n\n\n   blanks  \n",
+    "class Foo(Bar):\n\tdef __init__(self, *args, **kwargs):\n\t\tsuper().__init__(*args)  # TODO\n",
+)
+
+SPLITS = {
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    ),
+}
+
+
+def make_tokenizer(split: str = "llama-bpe", vocabulary: int = 512) -> PreTrainedTokenizerFast:
+    """A real byte-level BPE tokenizer; adds a beginning-of-text token in the Llama style only."""
+    llama = split == "llama-bpe"
+    specials = ["<|begin_of_text|>", "<|end_of_text|>"] if llama else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=llama))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if llama:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{specials[0]} $A", special_tokens=[(specials[0], tokenizer.token_to_id(specials[0]))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=specials[0] if llama else None,
+        eos_token=specials[1] if llama else specials[0],
+        pad_token=specials[0],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(
+    directory: Path, arch: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> Path:
+    """Save a random model of ``arch`` (a transformers ``model_type``) with its tokenizer; returns ``directory``."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer("llama-bpe" if arch in ("llama", "mistral") else "qwen2")
+    settings: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **overrides,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **settings), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Random norms and biases, and spectra that fall off as trained ones do: a forgotten bias must show.
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                u, s, vt = torch.linalg.svd(parameter, full_matrices=False)
+                parameter.copy_((u * (s * torch.linspace(2, 0.1, len(s)))) @ vt)
+    model.to(dtype).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def make_scores(model: Path, file: Path | None = None, adapters: bool = False, seed: int = 0) -> ScoreFile:
+    """A score file with made-up but consistent numbers: plain SVD basis, identity second moments."""
+    checkpoint = Checkpoint.open(model)
+    generator = np.random.default_rng(seed)
+    modules = {}
+    for name, shape in checkpoint.linear_modules.items():
+        weight = checkpoint.read(f"{name}.weight").float()
+        singular = components(weight, None, None).singular.numpy()
+        loss = (0.5e-3 * singular**2).astype(np.float32)
+        rank = 4
+        modules[name] = ModuleScores(
+            shape=shape,
+            scores=loss.copy(),
+            drop_loss=loss,
+            up_sensitivity=loss.copy(),
+            down_sensitivity=loss.copy(),
+            sensitivity=float(loss.sum()),
+            input_moment=np.ones(shape[1], np.float32),
+            gradient_moment=np.ones(shape[0], np.float32),
+            adapter_a=generator.normal(0, 0.05, (rank, shape[1])).astype(np.float32) if adapters else None,
+            adapter_b=generator.normal(0, 0.05, (shape[0], rank)).astype(np.float32) if adapters else None,
+        )
+    total = sum(float(m.drop_loss.sum()) for m in modules.values())
+    scores = ScoreFile(
+        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        algorithm={"name": "magnitude", "basis": "svd", "seed": seed},
+        data={"source": "none", "sha256": "0" * 64, "tokens": 0},
+        versions={"acip-export": "test"},
+        curve=tuple(CurvePoint(r, 3 + total * (1 - r) ** 2) for r in (1.0, 0.8, 0.6, 0.4, 0.2)),
+        modules=modules,
+        embedding_sensitivity={
+            name: 0.05
+            for name, info in checkpoint.tensors.items()
+            if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        },
+        second_moments={},
+    )
+    file = file or model / f"{checkpoint.name}.acip"
+    save_scores(scores, file, force=True)
+    return load_scores(file)
+
+
+def make_plan(
+    model: Path,
+    target: str,
+    layout: str,
+    decide: Callable[[str, tuple[int, ...]], dict[str, Any]],
+    context: int = 64,
+    prompt_batch: int = 32,
+    adapters: bool = False,
+) -> Plan:
+    """A plan from a rule: ``decide(name, shape)`` gives the fields of the decision for every 2-D weight.
+
+    Vectors are stored as float32. File sizes are left empty: converters are asked for them in the tests that need them.
+    """
+    checkpoint = Checkpoint.open(model)
+    decisions = []
+    for name, info in checkpoint.tensors.items():
+        fields = decide(name, info.shape) if len(info.shape) == 2 else {"representation": "dense", "format": "f32"}
+        fields = {"nbytes": 0, **fields}
+        if fields.get("rank") is not None:
+            fields["kept"] = ((0, fields["rank"]),)
+        draft = TensorDecision(name, info.shape, **fields)
+        decisions.append(TensorDecision(name, info.shape, **{**fields, "nbytes": decision_bytes(draft, target)}))
+    return Plan(
+        target=target,
+        layout=layout,
+        model=checkpoint.name,
+        model_fingerprint=checkpoint.fingerprint,
+        scores_sha256="0" * 64,
+        budget_bytes=10**12,
+        budget_scope="file",
+        planned_bytes=0,
+        memory_bytes=0,
+        files={},
+        breakdown={},
+        predicted_loss=0.0,
+        predicted_perplexity=None,
+        size_ratio=1.0,
+        adapters=adapters,
+        runtime=Runtime(context, "f32" if target == "onnx" else "f16", prompt_batch),
+        certificate=Certificate(0, 0.0),
+        tensors=tuple(decisions),
+    )
+
+
+def make_bundle(model: Path, plan: Plan, out: Path, scores: ScoreFile | None = None) -> Bundle:
+    """Materialize ``plan`` (with a made-up score file unless one is given) and open the bundle."""
+    checkpoint = Checkpoint.open(model)
+    materialize_bundle(checkpoint, scores or make_scores(model), plan, out)
+    return Bundle.open(out)
+
+
+def everywhere(**fields: Any) -> Callable[[str, tuple[int, ...]], dict[str, Any]]:
+    """The rule that decides all linear layers alike, and keeps embeddings and head dense in ``embedding_format``."""
+    embedding_format = fields.pop("embedding_format", fields.get("format", "f32"))
+
+    def decide(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
+        if "embed" in name or "lm_head" in name:
+            return {"representation": "dense", "format": embedding_format}
+        return dict(fields)
+
+    return decide
+
+
+dense = functools.partial(everywhere, representation="dense")
