@@ -112,6 +112,24 @@ class ScoreFile:
         owners = [(name, unit) for name in names for unit in range(len(self.modules[name].scores))]
         return [owners[position] for position in np.argsort(scores, kind="stable")]
 
+    def ranks_at(self, ratio: float) -> dict[str, int]:
+        """Rank of every module when the least important units are dropped until the linear layers have at most
+        ``ratio`` of their parameters.
+
+        A module of shape (m, n) and rank r counts min(r*(m+n), m*n): a pair that would be larger stays dense.
+        """
+        ranks = {name: len(module.scores) for name, module in self.modules.items()}
+        sizes = {name: module.shape[0] * module.shape[1] for name, module in self.modules.items()}
+        total = sum(sizes.values())
+        present = total
+        for name, _ in self.global_order():
+            if present <= ratio * total:
+                break
+            width = sum(self.modules[name].shape)
+            present -= min(ranks[name] * width, sizes[name]) - min((ranks[name] - 1) * width, sizes[name])
+            ranks[name] -= 1
+        return ranks
+
     def check_model(self, checkpoint: Checkpoint) -> None:
         """Refuse the score file of another model.
 

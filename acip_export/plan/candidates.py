@@ -1,0 +1,167 @@
+"""Everything that could become of each tensor: representation x rank x format, with exact bytes and predicted loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import UnsupportedError
+from acip_export.formats import WeightFormat, weight_format
+from acip_export.plan.allocate import Choices
+from acip_export.plans import TensorDecision
+from acip_export.scores import ModuleScores, ScoreFile
+from acip_export.targets import Layout, Target
+
+# More ranks than this per layer refine the plan less than the block sizes coarsen it.
+_MOST_RANKS = 48
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of one tensor.
+
+    Attributes:
+        options: decisions without kept units; they are filled in for the chosen one by :meth:`decision`.
+        loss: (n,) predicted loss of each.
+    """
+
+    options: tuple[TensorDecision, ...]
+    loss: npt.NDArray[np.float64]
+    module: ModuleScores | None
+
+    def choices(self) -> Choices:
+        return Choices(np.array([option.nbytes for option in self.options], np.int64), self.loss)
+
+    def dense_only(self) -> Candidates:
+        """The candidates without low rank: what quantization alone could do."""
+        dense = [i for i, option in enumerate(self.options) if option.rank is None]
+        return Candidates(tuple(self.options[i] for i in dense), self.loss[dense], self.module)
+
+    def decision(self, chosen: int) -> TensorDecision:
+        """The option with the kept units written down."""
+        option = self.options[chosen]
+        if option.rank is None or self.module is None:
+            return option
+        kept = _ranges(np.sort(self.module.order[: option.rank]))
+        fields = {**option.__dict__, "kept": kept}
+        return TensorDecision(**fields)
+
+
+def _ranges(units: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    breaks = np.flatnonzero(np.diff(units) != 1)
+    starts = units[np.r_[0, breaks + 1]]
+    stops = units[np.r_[breaks, len(units) - 1]] + 1
+    return tuple((int(a), int(b)) for a, b in zip(starts, stops, strict=True))
+
+
+def build_candidates(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    losses: dict[str, npt.NDArray[np.float64]],
+    target: Target,
+    layout: Layout,
+    types: tuple[WeightFormat, ...],
+) -> tuple[Candidates, ...]:
+    """One entry per tensor of the checkpoint, in its order.
+
+    Raises:
+        UnsupportedError: no allowed format can hold a tensor's rows.
+    """
+    embedding_types = tuple(f for f in types if f.name in target.embedding_types) or tuple(
+        weight_format(target.name, name) for name in target.embedding_types
+    )
+    built = []
+    for name, info in checkpoint.tensors.items():
+        module = scores.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if module is not None:
+            built.append(_linear(name, module, losses[name.removesuffix(".weight")], layout, types))
+        elif len(info.shape) == 2:
+            sensitivity = scores.embedding_sensitivity.get(name, 0.0)
+            built.append(_dense(name, info.shape, sensitivity, embedding_types, None))
+        else:
+            vector = weight_format(target.name, target.vector_format)
+            built.append(_dense(name, info.shape, 0.0, (vector,), None))
+    return tuple(built)
+
+
+def _dense(
+    name: str,
+    shape: tuple[int, ...],
+    sensitivity: float,
+    types: tuple[WeightFormat, ...],
+    module: ModuleScores | None,
+) -> Candidates:
+    rows, columns = shape if len(shape) == 2 else (1, shape[0])
+    fitting = [f for f in types if f.fits(columns)]
+    if not fitting:
+        names = ", ".join(f"{f.name} (blocks of {f.block})" for f in types)
+        raise UnsupportedError(
+            f"{name}: rows of {columns} weights fit none of the allowed types: {names}.\nAllow another with  --types"
+        )
+    return Candidates(
+        tuple(TensorDecision(name, shape, "dense", f.nbytes(rows, columns), format=f.name) for f in fitting),
+        np.array([sensitivity * f.relative_mse for f in fitting]),
+        module,
+    )
+
+
+def _linear(
+    name: str,
+    module: ModuleScores,
+    losses: npt.NDArray[np.float64],
+    layout: Layout,
+    types: tuple[WeightFormat, ...],
+) -> Candidates:
+    dense = _dense(name, module.shape, module.sensitivity, types, module)
+    if layout.low_rank is None:
+        return dense
+    rows, columns = module.shape
+    base = None if layout.base_format is None else weight_format(types[0].target, layout.base_format)
+    if base is not None and not base.fits(columns):
+        return dense
+    base_bytes = 0 if base is None else base.nbytes(rows, columns)
+    largest = max(option.nbytes for option in dense.options)
+    dropped = np.cumsum(losses[module.order][::-1])[::-1]
+    up_rounding = np.cumsum(module.up_sensitivity[module.order], dtype=np.float64)
+    down_rounding = np.cumsum(module.down_sensitivity[module.order], dtype=np.float64)
+    options, loss = list(dense.options), list(dense.loss)
+    for rank in _ranks(len(losses), layout.rank_multiple):
+        for down in types:
+            if not down.fits(columns):
+                continue
+            for up in _partners(down, types, rank):
+                nbytes = base_bytes + up.nbytes(rows, rank) + down.nbytes(rank, columns)
+                if nbytes >= largest:
+                    continue
+                options.append(
+                    TensorDecision(
+                        name,
+                        module.shape,
+                        layout.low_rank,
+                        nbytes,
+                        format=layout.base_format,
+                        rank=rank,
+                        up_format=up.name,
+                        down_format=down.name,
+                    )
+                )
+                rounding = up.relative_mse * up_rounding[rank - 1] + down.relative_mse * down_rounding[rank - 1]
+                loss.append((dropped[rank] if rank < len(dropped) else 0.0) + rounding)
+    return Candidates(tuple(options), np.array(loss), module)
+
+
+def _ranks(components: int, multiple: int) -> list[int]:
+    """Multiples of ``multiple``, evenly thinned where a wide layer has very many."""
+    step = multiple * max(1, -(-components // (multiple * _MOST_RANKS)))
+    return list(range(step, components, step))
+
+
+def _partners(down: WeightFormat, types: tuple[WeightFormat, ...], rank: int) -> list[WeightFormat]:
+    """Formats for ``up`` worth pairing with ``down``: its own where the rank fits its block, else the two closest."""
+    if down.fits(rank):
+        return [down]
+    fitting = [f for f in types if f.fits(rank)]
+    return sorted(fitting, key=lambda f: abs(f.bits_per_weight - down.bits_per_weight))[:2]

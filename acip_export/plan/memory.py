@@ -1,0 +1,58 @@
+"""What a runtime holds beside the weights, in bytes. Pure formulas, upper bounds.
+
+Sources: llama.cpp's own log lines and onnxruntime's tensor shapes, as measured for the versions in constraints.txt;
+tests compare the llama.cpp formulas with the log of the installed version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from acip_export.checkpoint import ModelShape
+from acip_export.plans import Runtime
+from acip_export.targets import target as find_target
+
+# llama.cpp rounds the cells of its KV cache up to this.
+_LLAMA_CACHE_CELLS = 256
+PROMPT_BATCHES = (512, 256, 128, 64, 32, 16, 8)
+
+
+@dataclass(frozen=True)
+class RuntimeMemory:
+    """Bytes beside the weights."""
+
+    kv_cache: int
+    compute: int
+    output: int
+
+    @property
+    def total(self) -> int:
+        return self.kv_cache + self.compute + self.output
+
+
+def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeMemory:
+    """KV cache, compute and output buffers for one sequence of ``runtime.context`` tokens."""
+    numerator, denominator = find_target(target).cache_types[runtime.cache_type]
+    per_token = shape.layers * 2 * shape.kv_heads * shape.head_dim * numerator
+    batch = min(runtime.prompt_batch, runtime.context)
+    if target == "gguf":
+        cells = -(-runtime.context // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
+        activations = 4 * batch * max(3 * shape.ffn + 4 * shape.hidden, shape.vocabulary + shape.hidden)
+        mask = 2 * batch * cells
+        return RuntimeMemory(per_token * cells // denominator, activations + mask, 4 * shape.vocabulary)
+    # onnxruntime: float32 activations; the widest node is the head or the gated FFN, beside the residual stream and
+    # the attention's inputs. The logits of the whole chunk are an output of the graph.
+    activations = 4 * batch * (3 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
+    return RuntimeMemory(per_token * runtime.context // denominator, activations, 4 * batch * shape.vocabulary)
+
+
+def choose_prompt_batch(target: str, shape: ModelShape, context: int, cache_type: str, room: int) -> int:
+    """The largest prompt batch whose buffers take at most an eighth of ``room`` bytes.
+
+    Large batches make prompts fast; beyond an eighth of the memory they cost more quality than they save time.
+    """
+    for batch in PROMPT_BATCHES:
+        memory = runtime_memory(target, shape, Runtime(context, cache_type, min(batch, context)))
+        if memory.compute + memory.output <= room // 8:
+            return min(batch, context)
+    return min(PROMPT_BATCHES[-1], context)

@@ -1,0 +1,235 @@
+"""The planner: a pure function of checkpoint shapes, score file and request to the best plan within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import exp
+from typing import Literal
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import InfeasibleBudgetError, UsageError
+from acip_export.plan.allocate import Allocation, allocate, pareto
+from acip_export.plan.candidates import Candidates, build_candidates
+from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, runtime_memory
+from acip_export.plan.predicted_loss import Calibration, calibrate, component_losses
+from acip_export.plans import Certificate, Plan, Runtime, TensorDecision
+from acip_export.scores import ScoreFile
+from acip_export.targets import Target
+from acip_export.targets import target as find_target
+from acip_export.units import format_bytes
+
+PredictFiles = Callable[[tuple[TensorDecision, ...], Runtime], Mapping[str, int]]
+
+# Bytes around the numbers depend on the decisions, and the decisions on what the bytes around them leave.
+_OVERHEAD_ROUNDS = 5
+_DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asks for.
+
+    Attributes:
+        budget_bytes: see ``budget_scope``: everything the runtime holds, or the files only.
+        types: names of the formats to choose from; empty: the target's defaults.
+        context: tokens; ``None``: the model's, at most 4096.
+        cache_type: ``None``: the target's default. prompt_batch: ``None``: chosen to suit the budget.
+        layout: ``None``: the target's default.
+    """
+
+    target: str
+    budget_bytes: int
+    budget_scope: Literal["memory", "file"] = "memory"
+    layout: str | None = None
+    types: tuple[str, ...] = ()
+    context: int | None = None
+    cache_type: str | None = None
+    prompt_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """One allocation with its exact files."""
+
+    allocation: Allocation
+    decisions: tuple[TensorDecision, ...]
+    files: dict[str, int]
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(self.files.values())
+
+    @property
+    def overhead(self) -> int:
+        return self.file_bytes - self.allocation.nbytes
+
+
+def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, predict_files: PredictFiles) -> Plan:
+    """The plan of least predicted loss whose exact bytes are within the budget.
+
+    ``predict_files(decisions, runtime)`` is the target converter's exact prediction.
+
+    Raises:
+        InfeasibleBudgetError: no plan fits; names the smallest budget that does, and what dominates it.
+        ScoreFileError: the score file is of another model.
+        UsageError, UnsupportedError: the request contradicts itself, the model or the target.
+    """
+    scores.check_model(checkpoint)
+    target = find_target(request.target)
+    layout = target.layout(request.layout)
+    losses = component_losses(scores)
+    candidates = build_candidates(checkpoint, scores, losses, target, layout, target.choose_types(request.types))
+    runtime = _runtime(checkpoint, target, request)
+    memory = runtime_memory(target.name, checkpoint.shape, runtime)
+    fixed = memory.total if request.budget_scope == "memory" else 0
+    solution = _solve(candidates, request, checkpoint, runtime, fixed, predict_files)
+    calibration = calibrate(scores, losses)
+    loss = calibration.loss(solution.allocation.loss)
+    certificate = _certificate(candidates, solution, calibration, request.budget_bytes - fixed)
+    return Plan(
+        target=target.name,
+        layout=layout.name,
+        model=checkpoint.name,
+        model_fingerprint=checkpoint.fingerprint,
+        scores_sha256=scores.sha256,
+        budget_bytes=request.budget_bytes,
+        budget_scope=request.budget_scope,
+        planned_bytes=solution.file_bytes,
+        memory_bytes=solution.file_bytes + memory.total,
+        files=solution.files,
+        breakdown={
+            "weights": solution.allocation.nbytes,
+            "tokenizer_and_metadata": solution.overhead,
+            "kv_cache": memory.kv_cache,
+            "compute": memory.compute,
+            "output": memory.output,
+        },
+        predicted_loss=loss,
+        predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)),
+        size_ratio=solution.file_bytes / checkpoint.weight_bytes,
+        adapters=calibration.adapters(solution.allocation.loss) and any(d.rank for d in solution.decisions),
+        runtime=runtime,
+        certificate=certificate,
+        tensors=solution.decisions,
+        notes=_notes(solution, certificate, loss, layout.low_rank is not None),
+    )
+
+
+def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest) -> Runtime:
+    longest = checkpoint.shape.max_context
+    context = request.context or min(longest, _DEFAULT_CONTEXT)
+    if not 0 < context <= longest:
+        raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens")
+    cache_type = request.cache_type or next(iter(target.cache_types))
+    if cache_type not in target.cache_types:
+        raise UsageError(f"{target.name} has no KV cache type {cache_type!r}; it has: {', '.join(target.cache_types)}")
+    batch = request.prompt_batch
+    if batch is None:
+        batch = choose_prompt_batch(target.name, checkpoint.shape, context, cache_type, request.budget_bytes)
+        if request.budget_scope == "file":
+            batch = min(PROMPT_BATCHES[0], context)
+    return Runtime(context, cache_type, batch)
+
+
+def _solve(
+    candidates: tuple[Candidates, ...],
+    request: PlanRequest,
+    checkpoint: Checkpoint,
+    runtime: Runtime,
+    fixed: int,
+    predict_files: PredictFiles,
+) -> _Solution:
+    groups = [candidate.choices() for candidate in candidates]
+
+    def exactly(allocation: Allocation) -> _Solution:
+        decisions = tuple(c.decision(i) for c, i in zip(candidates, allocation.chosen, strict=True))
+        return _Solution(allocation, decisions, dict(predict_files(decisions, runtime)))
+
+    floor = sum(int(group.nbytes.min()) for group in groups)
+    least = allocate(groups, floor)
+    assert least is not None  # the smallest candidates add up to the floor
+    smallest = exactly(least)
+    room = request.budget_bytes - fixed
+    if smallest.file_bytes > room:
+        raise _infeasible(smallest, request, checkpoint, runtime, fixed)
+    best, overhead = smallest, smallest.overhead
+    for _ in range(_OVERHEAD_ROUNDS):
+        allocation = allocate(groups, room - overhead)
+        if allocation is None or allocation.chosen == best.allocation.chosen:
+            break
+        solution = exactly(allocation)
+        if solution.file_bytes <= room:
+            if allocation.loss < best.allocation.loss:
+                best = solution
+            if solution.overhead >= overhead:
+                break
+            overhead = solution.overhead
+        else:
+            overhead += solution.file_bytes - room
+    return best
+
+
+def _infeasible(
+    smallest: _Solution, request: PlanRequest, checkpoint: Checkpoint, runtime: Runtime, fixed: int
+) -> InfeasibleBudgetError:
+    parts = {"weights": smallest.allocation.nbytes, "tokenizer and metadata": smallest.overhead}
+    advice = ["allow smaller types with --types"]
+    if request.budget_scope == "memory":
+        memory = runtime_memory(request.target, checkpoint.shape, runtime)
+        parts |= {"KV cache": memory.kv_cache, "compute and output buffers": memory.compute + memory.output}
+        advice.append(f"a shorter --context than {runtime.context}")
+    else:
+        fixed = 0
+    needed = smallest.file_bytes + fixed
+    largest = max(parts, key=lambda part: parts[part])
+    lines = "\n".join(f"  {name:<28}{format_bytes(size):>10}" for name, size in parts.items())
+    return InfeasibleBudgetError(
+        f"no plan fits {format_bytes(request.budget_bytes)} ({request.budget_bytes} bytes).\n"
+        f"The smallest feasible budget is {needed} bytes ({format_bytes(needed)}), most of it {largest}:\n{lines}\n"
+        f"Try  --budget {needed}B,  or {' or '.join(advice)}",
+        needed,
+    )
+
+
+def _certificate(
+    candidates: tuple[Candidates, ...], solution: _Solution, calibration: Calibration, room: int
+) -> Certificate:
+    allocation = solution.allocation
+    left = room - solution.file_bytes
+    best: tuple[float, int, str] | None = None
+    for candidate, chosen in zip(candidates, allocation.chosen, strict=True):
+        choices = candidate.choices()
+        for other in pareto(choices):
+            gain = float(choices.loss[chosen] - choices.loss[other])
+            extra = int(choices.nbytes[other] - choices.nbytes[chosen])
+            if gain > 0 and extra > left and (best is None or gain / extra > best[0]):
+                best = (gain / extra, extra, describe(candidate.options[other]))
+    dense = allocate([c.dense_only().choices() for c in candidates], room - solution.overhead)
+    dense_loss = None if dense is None else calibration.loss(dense.loss)
+    return Certificate(
+        bytes_left=left,
+        lower_bound=calibration.loss(max(0.0, allocation.lower_bound)),
+        next_upgrade=None if best is None else best[2],
+        next_upgrade_bytes=None if best is None else best[1],
+        quantization_only_loss=dense_loss,
+    )
+
+
+def describe(decision: TensorDecision) -> str:
+    """``layers.0.mlp.up_proj: rank 128, q8_0``"""
+    if decision.rank is None:
+        return f"{decision.module}: dense {decision.format}"
+    return f"{decision.module}: rank {decision.rank}, {decision.down_format} x {decision.up_format}"
+
+
+def _notes(solution: _Solution, certificate: Certificate, loss: float, low_rank: bool) -> tuple[str, ...]:
+    if not low_rank:
+        return ("this layout stores dense tensors only: the budget is spent on types",)
+    factored = sum(decision.rank is not None for decision in solution.decisions)
+    if factored == 0:
+        return ("low rank does not pay at this budget: quantization alone is predicted to be better",)
+    alone = certificate.quantization_only_loss
+    if alone is None:
+        return (f"{factored} layers are low rank; quantization alone does not fit this budget",)
+    return (f"{factored} layers are low rank: predicted loss {loss:.4f} instead of {alone:.4f} nats per token",)
