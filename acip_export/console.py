@@ -1,0 +1,165 @@
+"""Drawing: results on stdout, progress and diagnostics on stderr. Nothing else in the package prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from acip_export.errors import AcipError
+from acip_export.pipeline import StageProgress
+from acip_export.plans import Plan, TensorDecision
+from acip_export.units import format_bytes
+from acip_export.verify.verify import Report
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """Machine-readable output: exactly one JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+def print_error(error: AcipError) -> None:
+    first, _, rest = str(error).partition("\n")
+    err.print("[bold red]error:[/] ", end="")
+    err.print(first, markup=False)
+    if rest:
+        err.print(rest, markup=False)
+
+
+def note(message: str) -> None:
+    """A diagnostic, on stderr."""
+    err.print(message, markup=False, style="dim")
+
+
+@contextmanager
+def stage_bars() -> Iterator[Callable[[StageProgress], None]]:
+    """Progress bars, one per stage; silent when stderr is no terminal."""
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[item]}"),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+    tasks: dict[str, Any] = {}
+    with bars:
+
+        def update(progress: StageProgress) -> None:
+            if progress.stage not in tasks:
+                tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, item="")
+            bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, item=progress.item)
+
+        yield update
+
+
+def show_plan(plan: Plan, verbose: bool) -> None:
+    """The budget, where its bytes go, and what was chosen, folded by kind of layer."""
+    title = f"{plan.model} → {plan.target} ({plan.layout})"
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    table.add_row("budget", format_bytes(plan.budget_bytes), f"{plan.budget_bytes:,} bytes of {plan.budget_scope}")
+    for name, size in plan.breakdown.items():
+        counted = plan.budget_scope == "memory" or name in ("weights", "tokenizer_and_metadata")
+        table.add_row(f"  {name.replace('_', ' ')}", format_bytes(size), "" if counted else "not in the budget")
+    used = plan.memory_bytes if plan.budget_scope == "memory" else plan.planned_bytes
+    table.add_row("used", format_bytes(used), f"{used / plan.budget_bytes:.2%} of the budget")
+    table.add_row("left", format_bytes(plan.certificate.bytes_left), _upgrade(plan))
+    table.add_row("files", format_bytes(plan.planned_bytes), f"{plan.size_ratio:.3f} of the dense model's bytes")
+    if plan.predicted_perplexity is not None:
+        quality = (
+            f"{plan.predicted_loss:.4f} nats per token above dense (lower bound {plan.certificate.lower_bound:.4f})"
+        )
+        table.add_row("predicted perplexity", f"{plan.predicted_perplexity:.2f}", quality)
+    runtime = plan.runtime
+    table.add_row(
+        "runtime",
+        f"{runtime.context} tokens",
+        f"KV cache {runtime.cache_type}, prompts in batches of {runtime.prompt_batch}",
+    )
+    out.print(table)
+    out.print()
+    out.print(_tensor_table(plan) if verbose else _folded_table(plan))
+    for line in plan.notes:
+        out.print(f"• {line}", markup=False)
+
+
+def _upgrade(plan: Plan) -> str:
+    if plan.certificate.next_upgrade is None:
+        return "nothing left to improve"
+    return f"next upgrade: {plan.certificate.next_upgrade} (+{format_bytes(plan.certificate.next_upgrade_bytes or 0)})"
+
+
+def _choice(decision: TensorDecision) -> str:
+    if decision.rank is None:
+        return str(decision.format)
+    formats = (
+        decision.down_format
+        if decision.down_format == decision.up_format
+        else (f"{decision.down_format}·{decision.up_format}")
+    )
+    return f"r{decision.rank} {formats}"
+
+
+def _folded_table(plan: Plan) -> Table:
+    """Tensors that differ only in their layer number share a row."""
+    groups: dict[str, list[TensorDecision]] = defaultdict(list)
+    for decision in plan.tensors:
+        if len(decision.shape) == 2:
+            parts = ["*" if part.isdigit() else part for part in decision.module.split(".")]
+            groups[".".join(parts)].append(decision)
+    table = Table("tensors", "n", "shape", "bytes", "what they become", box=None, padding=(0, 2), header_style="dim")
+    for name, members in groups.items():
+        counts: dict[str, int] = defaultdict(int)
+        for member in members:
+            counts[_choice(member)] += 1
+        chosen = ", ".join(choice if n == 1 else f"{n}x {choice}" for choice, n in counts.items())
+        rows, columns = members[0].shape
+        size = format_bytes(sum(member.nbytes for member in members))
+        table.add_row(name, str(len(members)), f"{rows}x{columns}", size, chosen)
+    return table
+
+
+def _tensor_table(plan: Plan) -> Table:
+    table = Table("tensor", "shape", "bytes", "becomes", box=None, padding=(0, 2), header_style="dim")
+    for decision in plan.tensors:
+        shape = "x".join(str(extent) for extent in decision.shape)
+        table.add_row(decision.name, shape, f"{decision.nbytes:,}", _choice(decision))
+    return table
+
+
+def show_reports(reports: list[Report]) -> None:
+    """One row per runtime and export."""
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for column in ("export", "budget", "planned", "written", "runtime", "perplexity", "dense", "KL", "tok/s"):
+        table.add_column(column, justify="left" if column in ("export", "runtime") else "right")
+    for report in reports:
+        dense = "" if report.dense_perplexity is None else f"{report.dense_perplexity.perplexity:.2f}"
+        for runtime in report.runtimes:
+            table.add_row(
+                f"{report.target} {report.layout}",
+                format_bytes(report.budget_bytes),
+                f"{report.planned_bytes:,}",
+                f"{report.written_bytes:,}",
+                runtime.runtime,
+                "" if runtime.perplexity is None else f"{runtime.perplexity.perplexity:.2f}",
+                dense,
+                f"{runtime.agreement.mean_kl:.1e}",
+                "" if runtime.speed is None else f"{runtime.speed.decode:.0f}",
+            )
+    out.print(table)

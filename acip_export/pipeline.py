@@ -1,0 +1,144 @@
+"""The chain of stages. What the command line does, as plain functions."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from acip_export.bundle import PLAN_FILE, Bundle
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import VerificationError
+from acip_export.files import new_directory, refuse_existing
+from acip_export.plan import PlanRequest, make_plan
+from acip_export.plans import Plan
+from acip_export.scores import ScoreFile, find_scores, load_scores
+from acip_export.verify import verify as verification
+from acip_export.verify.runtime import Windows
+from acip_export.verify.verify import Report
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """``done`` of ``total`` units of a stage; ``item`` is what was finished last."""
+
+    stage: str
+    done: int
+    total: int
+    item: str
+
+
+ProgressCallback = Callable[[StageProgress], None]
+
+
+def quiet(_: StageProgress) -> None:
+    """The callback that draws nothing."""
+
+
+def open_scores(checkpoint: Checkpoint, scores: Path | None) -> ScoreFile:
+    """The score file given, or the only one beside the model."""
+    return load_scores(scores or find_scores(checkpoint.path))
+
+
+def plan_export(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> Plan:
+    """Plan with the exact file sizes of the target's converter. Raises as :func:`acip_export.plan.make_plan`."""
+    from converters.registry import converter
+
+    target = converter(request.target)
+    layout = _layout_name(request)
+    return make_plan(
+        checkpoint,
+        scores,
+        request,
+        lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime),
+    )
+
+
+def _layout_name(request: PlanRequest) -> str:
+    from acip_export.targets import target
+
+    return target(request.target).layout(request.layout).name
+
+
+def convert_bundle(
+    bundle: Path, out: Path, force: bool = False, progress: ProgressCallback = quiet, check: bool = True
+) -> Plan:
+    """Write the export of ``bundle`` into ``out``, whole or not at all, and return its plan.
+
+    Raises:
+        BundleError, PlanFileError: the bundle is damaged.
+        VerificationError: the files are not byte for byte as large as planned.
+        UsageError: ``out`` exists and ``force`` is false.
+    """
+    refuse_existing(out, force)
+    opened = Bundle.open(bundle)
+    with new_directory(out, force) as directory:
+        _convert(opened, directory, progress, check)
+    return opened.plan
+
+
+def _convert(bundle: Bundle, directory: Path, progress: ProgressCallback, check: bool) -> None:
+    from converters.registry import converter
+
+    converter(bundle.plan.target).convert(
+        bundle, directory, lambda p: progress(StageProgress("convert", p.done, p.total, p.item))
+    )
+    shutil.copyfile(bundle.path / PLAN_FILE, directory / verification.EXPORT_PLAN_FILE)
+    failures = verification.check_bytes(directory, bundle.plan) if check else []
+    if failures:
+        raise VerificationError("the export is not as planned:\n" + "\n".join(f"  {line}" for line in failures))
+
+
+def export_model(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    plan: Plan,
+    out: Path,
+    force: bool = False,
+    verify: bool = True,
+    text: Windows | None = None,
+    measure_speed: bool = False,
+    progress: ProgressCallback = quiet,
+) -> Report | None:
+    """Materialize, convert and verify ``plan``; the directory ``out`` appears only when all of it went well.
+
+    The bundle is kept beside the export only while it is needed.
+
+    Returns:
+        The report, also written as ``report.json``; ``None`` without ``verify``.
+
+    Raises:
+        VerificationError: bytes or numbers are not what was planned; nothing is left behind.
+    """
+    from acip_export.materialize import materialize_bundle
+
+    refuse_existing(out, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".bundle", dir=out.parent) as scratch,
+        new_directory(out, force) as directory,
+    ):
+        bundle = Path(scratch) / "bundle"
+        materialize_bundle(
+            checkpoint,
+            scores,
+            plan,
+            bundle,
+            progress=lambda p: progress(StageProgress("materialize", p.done, p.total, p.tensor)),
+        )
+        _convert(Bundle.open(bundle), directory, progress, check=True)
+        if not verify:
+            return None
+        report = verification.verify_export(
+            directory,
+            bundle,
+            text=text,
+            dense=checkpoint.path if text is not None else None,
+            measure_speed=measure_speed,
+            progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
+        )
+        verification.require_passed(report)
+        verification.save_report(report, directory)
+        return report
