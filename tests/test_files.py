@@ -58,12 +58,11 @@ def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_streamed_safetensors_equals_the_library(tmp_path: Path) -> None:
     tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(5, np.float16)}
     file = tmp_path / "x.safetensors"
-    writer = SafetensorsWriter(file, {"b": ("F32", (2, 3)), "a": ("F16", (5,))}, {"k": "v"})
-    writer.write("b", tensors["b"].tobytes())
-    with pytest.raises(ValueError, match="expected a"):
-        writer.write("c", b"")
-    writer.write("a", tensors["a"].tobytes())
-    writer.close()
+    with SafetensorsWriter(file, {"b": ("F32", (2, 3)), "a": ("F16", (5,))}, {"k": "v"}) as writer:
+        writer.write("b", tensors["b"].tobytes())
+        with pytest.raises(ValueError, match="expected a"):
+            writer.write("c", b"")
+        writer.write("a", tensors["a"].tobytes())
     loaded = load_file(file)
     assert loaded.keys() == tensors.keys()
     assert all(np.array_equal(loaded[name], tensors[name]) for name in tensors)
@@ -71,9 +70,8 @@ def test_streamed_safetensors_equals_the_library(tmp_path: Path) -> None:
 
 
 def test_missing_tensors_are_an_error(tmp_path: Path) -> None:
-    writer = SafetensorsWriter(tmp_path / "x", {"a": ("F32", (1,))}, {})
-    with pytest.raises(ValueError, match="not written"):
-        writer.close()
+    with pytest.raises(ValueError, match="not written"), SafetensorsWriter(tmp_path / "x", {"a": ("F32", (1,))}, {}):
+        pass
 
 
 def _header(header: object, data: bytes = b"") -> bytes:

@@ -138,7 +138,7 @@ def test_plan_file_round_trip(saved: tuple[Plan, Path]) -> None:
         ('"target"', '"goal"', "edited by hand"),
         ('"int8"', '"int9"', "edited by hand"),
         ('"rank": ', '"rank": 1', "its decision takes"),
-        ('"factored"', '"folded"', "unknown representation"),
+        ('"representation": "factored"', '"representation": "folded"', "unknown representation"),
         ('"tensors"', "tensors", "cannot be read as JSON"),
     ],
 )
