@@ -168,8 +168,8 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
         if module.adapter_a is not None and module.adapter_b is not None:
             tensors[f"{name}/adapter/a"] = module.adapter_a
             tensors[f"{name}/adapter/b"] = module.adapter_b
-    for name, value in scores.embedding_sensitivity.items():
-        tensors[f"{name}/embedding_sensitivity"] = np.array([value], np.float32)
+    for name, sensitivity in scores.embedding_sensitivity.items():
+        tensors[f"{name}/embedding_sensitivity"] = np.array([sensitivity], np.float32)
     for key, triangle in scores.second_moments.items():
         tensors[f"second_moment/{key}"] = triangle
     metadata = {
