@@ -169,7 +169,9 @@ class _NativeSession:
             batch.logits[index] = every or index == len(tokens) - 1
         status = self._api.llama_decode(self._context, batch)
         if status:
-            raise VerificationError(f"llama.cpp cannot decode tokens {start} to {start + len(tokens)} (status {status})")
+            raise VerificationError(
+                f"llama.cpp cannot decode tokens {start} to {start + len(tokens)} (status {status})"
+            )
         rows = len(tokens) if every else 1
         found = np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (rows, self._vocabulary))
         return found.astype(np.float32)  # a copy: the buffer is llama.cpp's
