@@ -46,8 +46,8 @@ def plan_export(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest)
     """Plan with the exact file sizes of the target's converter. Raises as :func:`acip_export.plan.make_plan`."""
     from converters.registry import converter
 
-    target = converter(request.target)
     layout = _layout_name(request)
+    target = converter(request.target)
     return make_plan(
         checkpoint,
         scores,
