@@ -103,13 +103,13 @@ def export(
     checkpoint = Checkpoint.open(model)
     opened = pipeline.open_scores(checkpoint, scores)
     plan = pipeline.plan_export(checkpoint, opened, request)
+    windows = None if text is None else pipeline.text_windows(checkpoint, text, plan.runtime.context)
     if not json:
         console.show_plan(plan, verbose)
     if dry_run:
         if json:
             console.print_json(plan.to_json())
         return
-    windows = None if text is None else pipeline.text_windows(checkpoint, text, plan.runtime.context)
     with console.stage_bars() as progress:
         report = pipeline.export_model(
             checkpoint, opened, plan, target, force, verify, windows, measure_speed=verify, progress=progress
