@@ -67,10 +67,10 @@ class Bundle:
         plan = load_plan(path / PLAN_FILE)
         weights = path / WEIGHTS_FILE
         tensors, _ = read_safetensors_header(weights, BundleError)
-        if verify_hash and sha256_of(weights) != expected_hash:
-            raise BundleError(f"{weights} has changed since it was written (SHA-256 differs); materialize again")
         bundle = cls(path, plan, manifest, tensors)
         bundle._check_shapes()
+        if verify_hash and sha256_of(weights) != expected_hash:
+            raise BundleError(f"{weights} has changed since it was written (SHA-256 differs); materialize again")
         return bundle
 
     def _check_shapes(self) -> None:

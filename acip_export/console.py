@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,8 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from acip_export.errors import AcipError
+from acip_export.formats import formats_of
 from acip_export.pipeline import StageProgress
 from acip_export.plans import Plan, TensorDecision
+from acip_export.targets import TARGETS
 from acip_export.units import format_bytes
 from acip_export.verify.verify import Report
 
@@ -163,3 +166,27 @@ def show_reports(reports: list[Report]) -> None:
                 "" if runtime.speed is None else f"{runtime.speed.decode:.0f}",
             )
     out.print(table)
+
+
+def show_export(plan: Plan, directory: Path) -> None:
+    """Where the export is, and how to run it."""
+    from converters.registry import converter
+
+    out.print(f"\n[bold]{format_bytes(plan.planned_bytes)}[/] in {directory}, as planned. Run it with:")
+    for line in converter(plan.target).command_lines(plan, directory):
+        out.print(f"  {line}", markup=False)
+
+
+def show_formats() -> None:
+    """Targets with their layouts and types."""
+    for name, target in TARGETS.items():
+        out.print(f"[bold]{name}[/]  KV cache: {', '.join(target.cache_types)}")
+        for layout in target.layouts:
+            out.print(f"  layout {layout.name}: {layout.description}", markup=False)
+        table = Table(
+            "type", "bits/weight", "block", "rounding error", "", box=None, padding=(0, 2), header_style="dim"
+        )
+        for f in formats_of(name):
+            default = "default" if f.name in target.types else ""
+            table.add_row(f.name, f"{f.bits_per_weight:.3f}", str(f.block), f"{f.relative_mse**0.5:.4f}", default)
+        out.print(table)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from acip_export.errors import InputError, UsageError
 
@@ -114,7 +115,8 @@ def refuse_existing(target: Path, force: bool) -> None:
 class SafetensorsWriter:
     """Writes a safetensors file tensor by tensor; nothing but the tensor at hand is in memory.
 
-    Tensors are written in the order in which they were declared. ``close`` refuses a file with tensors missing.
+    Used as a context manager. Tensors are written in the order in which they were declared; leaving with some of them
+    missing is an error.
     """
 
     def __init__(
@@ -144,10 +146,14 @@ class SafetensorsWriter:
         del self._pending[name]
         self._stream.write(data)
 
-    def close(self) -> None:
-        """Raises ValueError when declared tensors were not written."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._stream.close()
-        if self._pending:
+        if kind is None and self._pending:
             raise ValueError(
                 f"{len(self._pending)} declared tensors were not written, first {next(iter(self._pending))}"
             )

@@ -13,7 +13,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.errors import VerificationError
 from acip_export.files import new_directory, refuse_existing
 from acip_export.plan import PlanRequest, make_plan
-from acip_export.plans import Plan
+from acip_export.plans import Plan, load_plan
 from acip_export.scores import ScoreFile, find_scores, load_scores
 from acip_export.verify import verify as verification
 from acip_export.verify.runtime import Windows
@@ -46,8 +46,8 @@ def plan_export(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest)
     """Plan with the exact file sizes of the target's converter. Raises as :func:`acip_export.plan.make_plan`."""
     from converters.registry import converter
 
-    target = converter(request.target)
     layout = _layout_name(request)
+    target = converter(request.target)
     return make_plan(
         checkpoint,
         scores,
@@ -142,3 +142,47 @@ def export_model(
         verification.require_passed(report)
         verification.save_report(report, directory)
         return report
+
+
+def text_windows(checkpoint: Checkpoint, text: Path, context: int, most_tokens: int = 32_768) -> Windows:
+    """Token windows of a text, (n, context) int64, at most ``most_tokens`` together.
+
+    Raises:
+        DataError: missing, not text, or shorter than one window.
+    """
+    from acip_export.text import pack_text
+
+    packed = pack_text(checkpoint.path, text, context)
+    windows: Windows = packed.windows[: max(1, most_tokens // context)].numpy()
+    return windows
+
+
+def verify_directory(
+    export: Path,
+    model: str,
+    scores: Path | None,
+    bundle: Path | None,
+    text: Path | None,
+    progress: ProgressCallback = quiet,
+) -> Report:
+    """Verify an export made earlier; without a bundle it is materialized again, in a temporary directory.
+
+    Raises:
+        PlanFileError: ``export`` has no plan. ScoreFileError, CheckpointError: the bundle cannot be made again.
+    """
+    from acip_export.materialize import materialize_bundle
+
+    plan = load_plan(export / verification.EXPORT_PLAN_FILE)
+    checkpoint = Checkpoint.open(model)
+    windows = None if text is None else text_windows(checkpoint, text, plan.runtime.context)
+    with tempfile.TemporaryDirectory() as scratch:
+        if bundle is None:
+            bundle = materialize_bundle(checkpoint, open_scores(checkpoint, scores), plan, Path(scratch) / "bundle")
+        return verification.verify_export(
+            export,
+            bundle,
+            text=windows,
+            dense=checkpoint.path if text is not None else None,
+            measure_speed=True,
+            progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
+        )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from acip_export.checkpoint import Checkpoint, natural_key
 from acip_export.errors import ScoreFileError
-from acip_export.files import new_file, read_safetensors_header, sha256_of
+from acip_export.files import SafetensorsWriter, new_file, read_safetensors_header, sha256_of
 
 SCORES_VERSION = 1
 SCORE_FILE_SUFFIX = ".acip"
@@ -156,8 +156,6 @@ _VECTORS = ("scores", "drop_loss", "up_sensitivity", "down_sensitivity")
 
 def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
     """Write atomically; refuses an existing file unless ``force``."""
-    from safetensors.numpy import save_file
-
     tensors: dict[str, FloatArray] = {}
     layout: dict[str, dict[str, Any]] = {}
     for name, module in scores.modules.items():
@@ -170,8 +168,8 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
         if module.adapter_a is not None and module.adapter_b is not None:
             tensors[f"{name}/adapter/a"] = module.adapter_a
             tensors[f"{name}/adapter/b"] = module.adapter_b
-    for name, value in scores.embedding_sensitivity.items():
-        tensors[f"{name}/embedding_sensitivity"] = np.array([value], np.float32)
+    for name, sensitivity in scores.embedding_sensitivity.items():
+        tensors[f"{name}/embedding_sensitivity"] = np.array([sensitivity], np.float32)
     for key, triangle in scores.second_moments.items():
         tensors[f"second_moment/{key}"] = triangle
     metadata = {
@@ -184,9 +182,12 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
         "curve": json.dumps([asdict(point) for point in scores.curve]),
         "modules": json.dumps(layout),
     }
-    contiguous = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     with new_file(file, force) as temporary:
-        save_file(contiguous, temporary, metadata)
+        # The library's writer puts the metadata in random order; equal scores are to give equal files.
+        declared = {name: ("F32", value.shape) for name, value in tensors.items()}
+        with SafetensorsWriter(temporary, declared, metadata) as writer:
+            for name, value in tensors.items():
+                writer.write(name, np.ascontiguousarray(value, "<f4").tobytes())
 
 
 def load_scores(file: Path) -> ScoreFile:

@@ -12,7 +12,7 @@ from typing import Protocol
 from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError
-from acip_export.plans import Runtime, TensorDecision
+from acip_export.plans import Plan, Runtime, TensorDecision
 
 ENTRY_POINT_GROUP = "acip_export.converters"
 
@@ -55,6 +55,10 @@ class Converter(Protocol):
         Raises:
             UnsupportedError, MissingExtraError: as :meth:`predict_files`.
         """
+        ...
+
+    def command_lines(self, plan: Plan, directory: Path) -> list[str]:
+        """Commands or code that run the export within the plan's memory, ready to copy."""
         ...
 
 

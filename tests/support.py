@@ -96,12 +96,14 @@ def make_model(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **settings), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Random norms and biases, and spectra that fall off as trained ones do: a forgotten bias must show.
+            # Random norms and biases: a forgotten one must show. Spectra that fall off, as trained ones do.
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
-                u, s, vt = torch.linalg.svd(parameter, full_matrices=False)
-                parameter.copy_((u * (s * torch.linspace(2, 0.1, len(s)))) @ vt)
+                inner = min(parameter.shape)
+                fall = torch.linspace(2, 0.1, inner) / inner**0.5
+                left, right = torch.randn(parameter.shape[0], inner), torch.randn(inner, parameter.shape[1])
+                parameter.copy_(0.02 * (left * fall) @ right)
     model.to(dtype).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -61,12 +61,11 @@ def materialize_bundle(
             for decision in plan.tensors
             for name, shape in stored_tensors(decision.name, decision.shape, decision.rank).items()
         }
-        writer = SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"})
-        for index, decision in enumerate(plan.tensors):
-            for name, tensor in _numbers(checkpoint, scores, plan, decision, importance).items():
-                writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
-            progress(MaterializeProgress(index + 1, len(plan.tensors), decision.name))
-        writer.close()
+        with SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer:
+            for index, decision in enumerate(plan.tensors):
+                for name, tensor in _numbers(checkpoint, scores, plan, decision, importance).items():
+                    writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
+                progress(MaterializeProgress(index + 1, len(plan.tensors), decision.name))
         _save_importance(importance, directory / IMPORTANCE_FILE)
         (directory / "config.json").write_text(json.dumps(checkpoint.config, indent=2), encoding="utf-8")
         for name in TOKENIZER_FILES:

@@ -13,7 +13,6 @@ from typing import Any
 from acip_export.errors import VerificationError
 from acip_export.plans import Plan, load_plan
 from acip_export.verify.measure import Agreement, Perplexity, compare_logits, perplexity
-from acip_export.verify.reference import TorchReference
 from acip_export.verify.runtime import RuntimeSession, Speed, Windows
 
 REPORT_VERSION = 1
@@ -107,6 +106,8 @@ def verify_export(
         PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged.
         MissingExtraError: a runtime is not installed.
     """
+    from acip_export.verify.reference import TorchReference
+
     plan = load_plan(export / EXPORT_PLAN_FILE)
     failures = check_bytes(export, plan)
     reference = TorchReference(bundle)

@@ -1,0 +1,43 @@
+# Every target sets up what it needs; nothing but Python 3.11 has to be there.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint type bench sample clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Make the environment in .venv, with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+demo: $(STAMP) ## Rank the sample model, export it at three budgets in both formats, run every export
+	$(BIN)/python samples/demo.py
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP) ## Style, format, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+type: $(STAMP) ## mypy --strict on both packages
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Measure again what benchmarks/ holds (slow)
+	$(BIN)/python benchmarks/format_errors.py
+	$(BIN)/python benchmarks/ranking.py
+
+sample: $(STAMP) ## Train the sample models again (slow)
+	$(BIN)/python samples/train.py --arch llama --out samples/llama
+	$(BIN)/python samples/train.py --arch qwen3 --out samples/qwen3
+
+clean: ## Remove everything that the other targets made
+	rm -rf $(VENV) build dist *.egg-info .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

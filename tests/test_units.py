@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from acip_export.errors import UsageError
+from acip_export.units import format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4GB", 4 * 10**9),
+        ("4GiB", 4 * 2**30),
+        ("1.5 MiB", 3 * 2**19),
+        ("0.1GB", 10**8),
+        ("900mb", 900 * 10**6),
+        ("123456B", 123456),
+        (" 2 kB ", 2000),
+    ],
+)
+def test_parse(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("4", "no unit"),
+        ("4000000000", "no unit"),
+        ("-4GB", "more than zero"),
+        ("0MB", "more than zero"),
+        ("4 parsecs", "unknown unit"),
+        ("", "not a quantity"),
+        ("GB", "not a quantity"),
+        ("4GB5", "not a quantity"),
+        ("nan GB", "not a quantity"),
+        ("1e9GB", "not a quantity"),
+    ],
+)
+def test_refused(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse_bytes(text)
+
+
+@given(st.integers(1, 10**15))
+def test_bytes_round_trip(count: int) -> None:
+    assert parse_bytes(f"{count}B") == count
+    # Three significant digits are shown.
+    assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=6e-3)
