@@ -209,9 +209,11 @@ def dequantize(data: Bytes, shape: tuple[int, ...], name: str) -> Floats:
         MissingExtraError: a quantized type without xllamacpp.
     """
     if name == "f32":
-        return data.view(np.float32).reshape(shape)
+        single: Floats = data.view(np.float32).reshape(shape)
+        return single
     if name == "f16":
-        return data.view(np.float16).astype(np.float32).reshape(shape)
+        half: Floats = data.view(np.float16).astype(np.float32).reshape(shape)
+        return half
     if name == "bf16":
         widened: Floats = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
         return widened
