@@ -286,30 +286,36 @@ def _done(data: dict[str, Any], json: bool, message: str) -> None:
         console.out.print(message, markup=False)
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Interruption:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, and remembers: C code between here and there may replace it."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        self.happened = True
+        raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point with the one error boundary."""
     debug = "--debug" in sys.argv
+    interruption = _Interruption()
     # Unwinding removes half-written output; the default action of SIGTERM would leave it.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interruption)
+    signal.signal(signal.SIGINT, interruption)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except AcipError as error:
-        if debug:
+    except BaseException as error:
+        if interruption.happened:
+            console.note("interrupted; nothing was left half-written")
+            sys.exit(EXIT_INTERRUPTED)
+        if debug or not isinstance(error, Exception):
             raise
+        if not isinstance(error, AcipError):
+            error = AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback")
         console.print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.note("interrupted; nothing was left half-written")
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:
-        if debug:
-            raise
-        console.print_error(AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback"))
-        sys.exit(AcipError.exit_code)
