@@ -245,7 +245,8 @@ def _importance(importance: torch.Tensor, columns: int) -> Floats:
     mean = float(weights.mean())
     if not mean > 0 or not np.isfinite(mean):
         return np.ones(columns, np.float32)
-    return np.maximum(weights, np.float32(mean * _IMPORTANCE_FLOOR))
+    floored: Floats = np.maximum(weights, np.float32(mean * _IMPORTANCE_FLOOR))
+    return floored
 
 
 def _portable(rows: Floats, name: str) -> Bytes:
