@@ -103,13 +103,13 @@ def export(
     checkpoint = Checkpoint.open(model)
     opened = pipeline.open_scores(checkpoint, scores)
     plan = pipeline.plan_export(checkpoint, opened, request)
+    windows = None if text is None else pipeline.text_windows(checkpoint, text, plan.runtime.context)
     if not json:
         console.show_plan(plan, verbose)
     if dry_run:
         if json:
             console.print_json(plan.to_json())
         return
-    windows = None if text is None else pipeline.text_windows(checkpoint, text, plan.runtime.context)
     with console.stage_bars() as progress:
         report = pipeline.export_model(
             checkpoint, opened, plan, target, force, verify, windows, measure_speed=verify, progress=progress
@@ -121,6 +121,60 @@ def export(
         console.out.print()
         console.show_reports([report])
     console.show_export(plan, target)
+
+
+@app.command()
+def rank(
+    model: Annotated[str, typer.Argument(help="Model directory or Hugging Face id.")] = ".",
+    data: Annotated[Path | None, typer.Option(help="Calibration text: a file, or a directory of *.txt.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL/NAME.acip.")] = None,
+    algorithm: Annotated[
+        Literal["acip", "kfac", "energy", "magnitude"],
+        typer.Option(help="acip learns the order; the others need no training."),
+    ] = "acip",
+    units: Annotated[Literal["singular"], typer.Option(help="What is ranked.")] = "singular",
+    basis: Annotated[
+        Literal["svd", "input", "kfac"] | None, typer.Option(help="Basis of the components, for acip.")
+    ] = None,
+    objective: Annotated[Literal["ce", "distill"] | None, typer.Option(help="Loss that acip trains on.")] = None,
+    stop_ratio: Annotated[float | None, typer.Option(help="Masks stop at this share of the parameters.")] = None,
+    post_tune: Annotated[int | None, typer.Option(help="Steps of the adapters alone, after the masks.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of masks and adapters.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per window. Default: 512, or the model's limit.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    json: Json = False,
+    force: Force = False,
+) -> None:
+    """Learn which components matter: one run, one score file, any size afterwards.
+
+    acip-export rank . --data text.txt
+
+    acip-export rank . --data text.txt --algorithm kfac
+    """
+    if data is None:
+        raise UsageError("no calibration text; give a file or a directory of *.txt with  --data")
+    chosen = {
+        "basis": basis,
+        "objective": objective,
+        "stop_ratio": stop_ratio,
+        "post_tune": post_tune,
+        "learning_rate": learning_rate,
+    }
+    settings = {name: value for name, value in chosen.items() if value is not None}
+    if settings and algorithm != "acip":
+        flag = next(iter(settings)).replace("_", "-")
+        raise UsageError(f"--{flag} is a setting of acip; --algorithm {algorithm} has none")
+    checkpoint = Checkpoint.open(model)
+    target = out or checkpoint.path / f"{checkpoint.name}.acip"
+    with console.ranking_bars() as progress:
+        scores = pipeline.rank_to_file(
+            checkpoint, data, target, algorithm, settings, context, seed, device, force, progress
+        )
+    if json:
+        console.print_json({"out": str(target), **pipeline.ranking_summary(scores)})
+    else:
+        console.show_ranking(scores, target)
 
 
 @app.command()
@@ -286,30 +340,36 @@ def _done(data: dict[str, Any], json: bool, message: str) -> None:
         console.out.print(message, markup=False)
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Interruption:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, and remembers: C code between here and there may replace it."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        self.happened = True
+        raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point with the one error boundary."""
     debug = "--debug" in sys.argv
+    interruption = _Interruption()
     # Unwinding removes half-written output; the default action of SIGTERM would leave it.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interruption)
+    signal.signal(signal.SIGINT, interruption)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except AcipError as error:
-        if debug:
+    except BaseException as error:
+        if interruption.happened:
+            console.note("interrupted; nothing was left half-written")
+            sys.exit(EXIT_INTERRUPTED)
+        if debug or not isinstance(error, Exception):
             raise
+        if not isinstance(error, AcipError):
+            error = AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback")
         console.print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.note("interrupted; nothing was left half-written")
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:
-        if debug:
-            raise
-        console.print_error(AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback"))
-        sys.exit(AcipError.exit_code)

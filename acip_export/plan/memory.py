@@ -14,6 +14,8 @@ from acip_export.targets import target as find_target
 
 # llama.cpp rounds the cells of its KV cache up to this.
 _LLAMA_CACHE_CELLS = 256
+# Positions, token ids, output ids and the like, per token of a prompt batch; at most 184 were seen.
+_LLAMA_SMALL_TENSORS = 192
 PROMPT_BATCHES = (512, 256, 128, 64, 32, 16, 8)
 
 
@@ -37,13 +39,27 @@ def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeM
     batch = min(runtime.prompt_batch, runtime.context)
     if target == "gguf":
         cells = -(-runtime.context // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
-        activations = 4 * batch * max(3 * shape.ffn + 4 * shape.hidden, shape.vocabulary + shape.hidden)
-        mask = 2 * batch * cells
-        return RuntimeMemory(per_token * cells // denominator, activations + mask, 4 * shape.vocabulary)
+        # The widest moment of the graph, in float32: the logits, the gated FFN or the attention (queries, their rotated
+        # copy and output, keys and values), beside six streams of the hidden size. Then the mask. Holds for 168 random
+        # shapes, LoRA adapters included.
+        attention = (3 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        widest = max(shape.vocabulary, 3 * shape.ffn, attention) + 6 * shape.hidden
+        per_prompt_token = 4 * widest + 2 * cells + _LLAMA_SMALL_TENSORS
+        compute = batch * per_prompt_token + _llama_cache_buffers(shape, runtime.cache_type, cells)
+        return RuntimeMemory(per_token * cells // denominator, compute, 4 * shape.vocabulary)
     # onnxruntime: float32 activations; the widest node is the head or the gated FFN, beside the residual stream and
     # the attention's inputs. The logits of the whole chunk are an output of the graph.
     activations = 4 * batch * (3 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
     return RuntimeMemory(per_token * runtime.context // denominator, activations, 4 * batch * shape.vocabulary)
+
+
+def _llama_cache_buffers(shape: ModelShape, cache_type: str, cells: int) -> int:
+    """What a cache type needs in the compute buffer, whatever the batch."""
+    if cache_type == "f32":
+        return 2 * 2 * cells * shape.kv_heads * shape.head_dim  # one layer's K and V, cast to float16
+    if cache_type == "q8_0":
+        return 2 * 4 * shape.head_dim**2  # the rotations that make K and V easy to quantize
+    return 0
 
 
 def choose_prompt_batch(target: str, shape: ModelShape, context: int, cache_type: str, room: int) -> int:

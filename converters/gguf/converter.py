@@ -1,0 +1,201 @@
+"""Bundle to GGUF: ``model.gguf``, and ``adapter.gguf`` in the layout that carries factor pairs as a LoRA."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import acip_export
+from acip_export.bundle import PLAN_FILE, Bundle
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import UnsupportedError, VerificationError
+from acip_export.formats import weight_format
+from acip_export.plans import Plan, Runtime, TensorDecision
+from converters.gguf import ggml
+from converters.gguf.architectures import family_of
+from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE, Item, arrange
+from converters.gguf.tokenizer import tokenizer_metadata
+from converters.gguf.writer import (
+    ALIGNMENT,
+    Bytes,
+    GgufWriter,
+    Metadata,
+    TensorSpec,
+    file_bytes,
+    float32,
+    offsets,
+    string,
+    uint32,
+)
+from converters.registry import Progress, ProgressCallback
+
+# A SHA-256 in hexadecimal: predictions need only its length.
+_HASH_PLACEHOLDER = "0" * 64
+# ggml's GGML_QNT_VERSION: the generation of block layouts.
+_QUANTIZATION_VERSION = 2
+# enum llama_ftype (llama.h): what most of the weights are. llama.cpp only prints it.
+_FILE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q8_0": 7,
+    "q5_0": 8,
+    "q2_k": 10,
+    "q3_k": 11,
+    "q4_k": 14,
+    "q5_k": 16,
+    "q6_k": 18,
+    "iq2_xxs": 19,
+    "iq2_xs": 20,
+    "iq3_xxs": 23,
+    "iq1_s": 24,
+    "iq4_nl": 25,
+    "iq3_s": 26,
+    "iq2_s": 28,
+    "iq4_xs": 30,
+    "iq1_m": 31,
+    "bf16": 32,
+    "tq1_0": 36,
+    "tq2_0": 37,
+    "mxfp4": 38,
+    "q1_0": 40,
+}
+
+
+def predict_files(
+    checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], runtime: Runtime
+) -> dict[str, int]:
+    """See :class:`converters.registry.Converter`."""
+    del runtime  # the command line carries it; the file does not
+    files = arrange(checkpoint, layout, tensors)
+    return {
+        name: file_bytes(
+            _metadata(name, checkpoint, checkpoint.name, items, _HASH_PLACEHOLDER, _HASH_PLACEHOLDER), _specs(items)
+        )
+        for name, items in files.items()
+    }
+
+
+def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
+    """See :class:`converters.registry.Converter`.
+
+    Raises:
+        VerificationError: a file, read back, is not what was written.
+    """
+    plan, checkpoint = bundle.plan, bundle.as_checkpoint()
+    files = arrange(checkpoint, plan.layout, plan.tensors)
+    plan_hash = hashlib.sha256((bundle.path / PLAN_FILE).read_bytes()).hexdigest()
+    for item in (item for items in files.values() for item in items):
+        ggml.require(item.spec.format)
+        if weight_format("gguf", item.spec.format).needs_importance and not _has_importance(bundle, item):
+            raise UnsupportedError(
+                f"{item.spec.name}: {item.spec.format} needs importance weights, and the bundle has none for it; "
+                "choose another type, or rank with statistics"
+            )
+    total = sum(item.spec.nbytes for items in files.values() for item in items)
+    done = 0
+    for name, items in files.items():
+        metadata = _metadata(name, checkpoint, plan.model, items, plan_hash, plan.model_fingerprint)
+        with GgufWriter(out / name, metadata, _specs(items)) as writer:
+            for item in items:
+                progress(Progress(done, total, item.spec.name))
+                writer.write(item.spec.name, _data(bundle, item))
+                done += item.spec.nbytes
+        check_structure(out / name, metadata, _specs(items))
+    progress(Progress(total, total, ""))
+
+
+def command_lines(plan: Plan, directory: Path) -> list[str]:
+    """How llama.cpp serves the export within the plan's memory; the first line is the recommended one."""
+    runtime = plan.runtime
+    options = ["-m", str(directory / MODEL_FILE)]
+    if ADAPTER_FILE in plan.files:
+        options += ["--lora", str(directory / ADAPTER_FILE)]
+    # One slot, since every slot has its own share of the context; no repacked copy of the weights.
+    options += ["-c", str(runtime.context), "-b", str(runtime.prompt_batch), "-ub", str(runtime.prompt_batch)]
+    options += ["--cache-type-k", runtime.cache_type, "--cache-type-v", runtime.cache_type, "-fa", "on", "--no-repack"]
+    return [shlex.join(["llama-server", *options, "-np", "1"]), shlex.join(["llama-cli", *options])]
+
+
+def check_structure(file: Path, metadata: Metadata, tensors: Sequence[TensorSpec]) -> None:
+    """Read the file back with gguf-py and compare keys, names, shapes, types and offsets.
+
+    Raises:
+        VerificationError: any of them differs.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    keys = [key for key in reader.fields if not key.startswith("GGUF.")]
+    found = [
+        (t.name, tuple(int(n) for n in reversed(t.shape)), int(t.tensor_type), int(t.data_offset) - reader.data_offset)
+        for t in reader.tensors
+    ]
+    expected = [
+        (t.name, t.shape, ggml.TYPE_IDS[t.format], offset) for t, offset in zip(tensors, offsets(tensors), strict=True)
+    ]
+    if found != expected or keys != list(metadata):
+        different = next((pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), "keys or counts")
+        raise VerificationError(f"{file} reads back differently from what was written: {different}")
+
+
+def _specs(items: Sequence[Item]) -> list[TensorSpec]:
+    return [item.spec for item in items]
+
+
+def _metadata(
+    file: str, checkpoint: Checkpoint, model: str, items: Sequence[Item], plan_hash: str, fingerprint: str
+) -> Metadata:
+    family, shape = family_of(checkpoint.shape.architecture), checkpoint.shape
+    is_adapter = file == ADAPTER_FILE
+    head = {
+        "general.architecture": string(family.name),
+        "general.type": string("adapter" if is_adapter else "model"),
+        "general.name": string(model),
+        "general.alignment": uint32(ALIGNMENT),
+        "general.quantization_version": uint32(_QUANTIZATION_VERSION),
+        "general.file_type": uint32(_FILE_TYPES[_main_format(items)]),
+        "acip.version": string(acip_export.__version__),
+        "acip.plan_sha256": string(plan_hash),
+        "acip.model_fingerprint": string(fingerprint),
+    }
+    if is_adapter:
+        # alpha 0 is "unscaled": any other value is divided by each pair's rank.
+        return {**head, "adapter.type": string("lora"), "adapter.lora.alpha": float32(0.0)}
+    return {
+        **head,
+        **family.hyperparameters(checkpoint.config, shape),
+        **tokenizer_metadata(checkpoint.path, checkpoint.config, shape.vocabulary),
+    }
+
+
+def _main_format(items: Sequence[Item]) -> str:
+    weights: dict[str, int] = {}
+    for item in items:
+        weights[item.spec.format] = weights.get(item.spec.format, 0) + int(np.prod(item.spec.shape))
+    return max(weights, key=lambda form: weights[form])
+
+
+def _has_importance(bundle: Bundle, item: Item) -> bool:
+    if item.zero_if_missing and item.source not in bundle.tensors:
+        return True
+    return item.source is not None and bundle.importance(item.source) is not None
+
+
+def _data(bundle: Bundle, item: Item) -> Bytes:
+    import torch
+
+    if item.constant is not None:
+        return ggml.quantize(torch.from_numpy(item.constant), item.spec.format)
+    assert item.source is not None
+    if item.zero_if_missing and item.source not in bundle.tensors:
+        # Every block format reads zero bytes as zeros: the scale is zero.
+        return np.zeros(item.spec.nbytes, np.uint8)
+    weight = bundle.read(item.source)
+    if item.row_order is not None:
+        weight = weight[torch.from_numpy(item.row_order)]
+    return ggml.quantize(weight, item.spec.format, bundle.importance(item.source))

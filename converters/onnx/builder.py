@@ -1,0 +1,330 @@
+"""The one file that touches onnxruntime-genai's model builder.
+
+The builder is unversioned internal code: it walks a ``transformers`` module tree and emits one ONNX node after another.
+A mixin over its model classes replaces the few methods that read weights, so that a matrix can be a factor pair, can be
+quantized node by node, and is described instead of loaded. What the mixin relies on is checked before use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from acip_export.errors import UnsupportedError
+from converters.onnx.matrices import Form, Matrix, MatrixPart
+
+if TYPE_CHECKING:
+    from converters.onnx.skeleton import Projection, Skeleton
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_VERSION = "0.18."
+
+# transformers class -> class of the builder.
+_MODEL_CLASSES = {
+    "LlamaForCausalLM": "LlamaModel",
+    "MistralForCausalLM": "MistralModel",
+    "Qwen2ForCausalLM": "QwenModel",
+    "Qwen3ForCausalLM": "Qwen3Model",
+}
+
+# Methods of the builder's base class that are overridden or called, with the parameters that are passed by name or
+# position. A release that renames one of them would otherwise fail late, or silently take its stock path.
+_INTERNALS: dict[str, tuple[str, ...]] = {
+    "__init__": ("config", "io_dtype", "onnx_dtype", "ep", "cache_dir", "extra_options"),
+    "make_model": ("input_path",),
+    "load_weights": ("input_path",),
+    "has_lm_head": ("module",),
+    "is_fused_rope_supported": (),
+    "is_qkv_projection_packable": ("layer_id", "attention"),
+    "make_embedding_lookup": ("embedding", "basename", "lm_head"),
+    "make_matmul": ("matmul", "basename", "root_input", "kwargs"),
+    "make_node": ("op_type", "inputs", "outputs", "name", "domain", "kwargs"),
+    "make_reshape": ("name", "inputs", "dtype", "shape"),
+    "make_slice": ("name", "inputs", "dtype", "shape"),
+    "make_value": ("name", "dtype", "shape"),
+    "make_hidden_state_shape": ("seq_dim", "last_dim"),
+}
+_ATTRIBUTES = ("input_shapes", "output_shapes", "input_names", "attention_attrs", "rope_attrs", "head_size", "values")
+
+
+class _Weightless:
+    """Mixin over a builder model class: the graph without the numbers of its matrices.
+
+    Attributes:
+        skeleton: the tree to walk. accuracy_level: of every MatMulNBits node.
+        parts: what each matrix initializer holds, by initializer name.
+    """
+
+    skeleton: Skeleton
+    accuracy_level: int
+    parts: dict[str, MatrixPart]
+    make_node: Callable[..., None]
+    make_value: Callable[..., ir.Value]
+    make_reshape: Callable[..., None]
+    make_slice: Callable[..., None]
+    make_hidden_state_shape: Callable[..., list[Any]]
+    model: ir.Model
+    input_names: dict[str, Any]
+    weights: Any
+
+    def load_weights(self, input_path: str) -> Any:  # noqa: ARG002 - the builder's signature
+        return self.skeleton.model
+
+    def has_lm_head(self, module: Any) -> bool:
+        """The stock rule takes any layer with as many outputs as the vocabulary has tokens, a factor included."""
+        return module is self.skeleton.model.lm_head
+
+    def is_fused_rope_supported(self) -> bool:
+        """Rotary embedding as its own node gives the graph ``position_ids``, which optimum asks for."""
+        return False
+
+    def is_qkv_projection_packable(self, layer_id: int, attention: Any) -> bool:  # noqa: ARG002
+        return False
+
+    def make_embedding_lookup(self, embedding: Any, basename: str, lm_head: Any) -> str:  # noqa: ARG002
+        matrix = self.skeleton.embedding
+        ids = self.input_names["input_ids"]
+        prefix = _initializer_prefix(basename)
+        if matrix.format.is_float:
+            name = f"{basename}/Gather"
+            weight = self._initializer(f"{prefix}.weight", matrix, "rows")
+            self.make_node("Gather", inputs=[weight, ids], outputs=[f"{name}/output_0"], name=name)
+            return f"{name}/output_0"
+
+        width = matrix.blocks * matrix.block_code_bytes
+        if self.skeleton.tied:
+            # The head reads the same bytes with the blocks as a dimension of their own.
+            codes = f"{basename}/Reshape/output_0"
+            blocked = self._initializer(f"{prefix}.qweight", matrix, "codes")
+            self.make_reshape(
+                f"{basename}/Reshape",
+                [blocked, f"/model/constants/INT64/[{matrix.rows}, {width}]"],
+                dtype=ir.DataType.UINT8,
+                shape=[matrix.rows, width],
+            )
+        else:
+            codes = self._initializer(f"{prefix}.qweight", matrix, "flat_codes")
+        name = f"{basename}/GatherBlockQuantized"
+        output = f"{name}/output_0"
+        self.make_node(
+            "GatherBlockQuantized",
+            inputs=[codes, ids, self._initializer(f"{prefix}.scales", matrix, "scales")],
+            outputs=[output],
+            name=name,
+            domain="com.microsoft",
+            bits=matrix.bits,
+            block_size=matrix.format.block,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        padded = matrix.blocks * matrix.format.block
+        if padded == matrix.columns:
+            return output
+        self.make_value(output, ir.DataType.FLOAT, shape=self.make_hidden_state_shape(last_dim=padded))
+        bounds = [f"/model/constants/INT64/[{value}]" for value in (0, matrix.columns, -1)]
+        self.make_slice(
+            f"{basename}/Slice",
+            [output, *bounds],
+            dtype=ir.DataType.FLOAT,
+            shape=self.make_hidden_state_shape(last_dim=matrix.columns),
+        )
+        return f"{basename}/Slice/output_0"
+
+    def make_matmul(self, matmul: Projection, basename: str, root_input: str, **kwargs: Any) -> str:
+        """Emit the projection's chain; returns the name of its last node."""
+        stem = basename.removesuffix("/MatMul")
+        for label, matrix in matmul.chain:
+            last = matrix is matmul.chain[-1][1]
+            name = f"{stem}/{label}/MatMul" if label else basename
+            if not matrix.format.is_float:
+                name += "NBits"
+            output = "logits" if last and kwargs.get("logits", False) else f"{name}/output_0"
+            self._multiply(matrix, name, root_input, output)
+            shape = self.make_hidden_state_shape(seq_dim=kwargs.get("seq_dim", "sequence_length"), last_dim=matrix.rows)
+            self.make_value(output, ir.DataType.FLOAT, shape=shape)
+            root_input = output
+        return name
+
+    def _multiply(self, matrix: Matrix, name: str, root_input: str, output: str) -> None:
+        prefix = _initializer_prefix(name)
+        if not matrix.format.is_float:
+            codes = self._initializer(f"{prefix}.qweight", matrix, "codes")
+            scales = self._initializer(f"{prefix}.scales", matrix, "scales")
+            self.make_node(
+                "MatMulNBits",
+                inputs=[root_input, codes, scales],
+                outputs=[output],
+                name=name,
+                domain="com.microsoft",
+                accuracy_level=self.accuracy_level,
+                bits=matrix.bits,
+                block_size=matrix.format.block,
+                K=matrix.columns,
+                N=matrix.rows,
+            )
+            return
+        if (shared := self._shared(matrix, "rows")) is not None:
+            # A tied head: the embedding's initializer serves both. A Transpose node would be folded into a copy.
+            self.make_node(
+                "FusedMatMul",
+                inputs=[root_input, shared],
+                outputs=[output],
+                name=name,
+                domain="com.microsoft",
+                transB=1,
+            )
+            return
+        weight = self._initializer(f"{prefix}.weight", matrix, "columns")
+        self.make_node("MatMul", inputs=[root_input, weight], outputs=[output], name=name)
+
+    def _shared(self, matrix: Matrix, form: Form) -> str | None:
+        """The initializer with which the embedding already holds these numbers, when the head is tied to it."""
+        if not (self.skeleton.tied and matrix == self.skeleton.embedding):
+            return None
+        return next((name for name, part in self.parts.items() if part == MatrixPart(matrix, form)), None)
+
+    def _initializer(self, name: str, matrix: Matrix, form: Form) -> str:
+        """Register an initializer without numbers, or find the one that already holds them."""
+        if (shared := self._shared(matrix, form)) is not None:
+            return shared
+        part = MatrixPart(matrix, form)
+        dtype = ir.DataType.from_numpy(part.dtype)
+        value = self.make_value(name, dtype, shape=part.shape)
+        value.const_value = ir.LazyTensor(_no_numbers, dtype=dtype, shape=ir.Shape(part.shape), name=name)
+        self.model.graph.register_initializer(value)
+        self.parts[name] = part
+        return name
+
+
+def build_graph(
+    skeleton: Skeleton, context: int, accuracy_level: int
+) -> tuple[ir.Model, dict[str, MatrixPart | NDArray[Any]]]:
+    """The decoder graph of a skeleton, with its initializers' contents in the order in which they are stored.
+
+    Args:
+        skeleton: see :mod:`converters.onnx.skeleton`.
+        context: positions of the rotary tables.
+        accuracy_level: 0 computes in float32, 4 rounds activations to int8 (faster).
+
+    Raises:
+        UnsupportedError: an architecture, position encoding or builder release that is not supported.
+    """
+    architecture = type(skeleton.model).__name__
+    builders = _builders()
+    base = getattr(builders, _MODEL_CLASSES[architecture])
+    config = skeleton.model.config
+    config.architectures = [architecture]
+    adapted = type(f"Weightless{base.__name__}", (_Weightless, base), {"skeleton": skeleton})
+    with _prints_to_log():
+        try:
+            model = adapted(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", "", {})
+        except NotImplementedError as reason:
+            raise UnsupportedError(f"the ONNX model builder cannot express this {architecture}: {reason}") from reason
+        _configure(model, context, accuracy_level)
+        model.make_model("")
+    graph: ir.Model = model.model
+    graph.graph.sort()
+    contents: dict[str, MatrixPart | NDArray[Any]] = {
+        name: model.parts[name] if name in model.parts else value.const_value.numpy()
+        for name, value in graph.graph.initializers.items()
+    }
+    return graph, contents
+
+
+def _configure(model: Any, context: int, accuracy_level: int) -> None:
+    missing = [name for name in _ATTRIBUTES if not hasattr(model, name)]
+    if (
+        missing
+        or model.attention_attrs.get("op_type") != "GroupQueryAttention"
+        or "cache_length" not in model.rope_attrs
+    ):
+        raise UnsupportedError(_incompatible(f"model attributes {missing or '(attention or rotary settings)'}"))
+    model.accuracy_level = accuracy_level
+    model.parts = {}
+    model.rope_attrs["cache_length"] = context
+    for shapes, stem in ((model.input_shapes, "past_key_values"), (model.output_shapes, "present")):
+        for kind in ("key", "value"):
+            # The stock dimension is symbolic; transformers.js reads a symbol as zero.
+            shapes[f"{stem}.{kind}"][-1] = model.head_size
+
+
+def supported_architectures() -> tuple[str, ...]:
+    return tuple(_MODEL_CLASSES)
+
+
+@functools.cache
+def _builders() -> Any:
+    """The builder's package of model classes, checked."""
+    check_version(version("onnxruntime-genai"))
+    package = Path(importlib.import_module("onnxruntime_genai.models").__file__ or "").parent
+    try:
+        builders = importlib.import_module("builders")
+        base = importlib.import_module("builders.base").Model
+    except (ImportError, AttributeError) as reason:
+        raise UnsupportedError(_incompatible(f"its module 'builders' ({reason})")) from reason
+    finally:
+        # Importing it puts generic top-level names on the path of the whole process.
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(package))
+    check_internals(base)
+    return builders
+
+
+def check_version(found: str) -> None:
+    """Raises UnsupportedError unless this is the release that the adapter was written against."""
+    if not found.startswith(SUPPORTED_VERSION):
+        raise UnsupportedError(
+            f"onnxruntime-genai {found} is installed, the ONNX converter needs {SUPPORTED_VERSION}*: its model builder "
+            f"has no stable interface.\nInstall it with:  pip install 'onnxruntime-genai=={SUPPORTED_VERSION}*'"
+        )
+
+
+def check_internals(base: type) -> None:
+    """Raises UnsupportedError when a method that the adapter overrides or calls is missing or has other parameters."""
+    for name, expected in _INTERNALS.items():
+        method = getattr(base, name, None)
+        if method is None:
+            raise UnsupportedError(_incompatible(f"Model.{name}"))
+        found = tuple(inspect.signature(method).parameters)[1:]
+        if found != expected:
+            raise UnsupportedError(_incompatible(f"Model.{name}{expected}, found {found}"))
+
+
+def _incompatible(what: str) -> str:
+    return (
+        f"the installed onnxruntime-genai's model builder lacks {what}.\n"
+        f"Install the release that this tool was tested with:  pip install 'onnxruntime-genai=={SUPPORTED_VERSION}*'"
+    )
+
+
+def _initializer_prefix(node: str) -> str:
+    return node[1:].replace("/", ".")
+
+
+def _no_numbers() -> ir.TensorProtocol:
+    raise AssertionError("initializers are written from the bundle, never from the graph")
+
+
+@contextlib.contextmanager
+def _prints_to_log() -> Iterator[None]:
+    """The builder reports with print; standard output belongs to results."""
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        for line in text.getvalue().splitlines():
+            logger.debug("%s", line)

@@ -1,0 +1,124 @@
+"""Bundle to ONNX: a directory for onnxruntime, onnxruntime-genai, transformers.js and optimum.
+
+The prediction builds the very graph that is written, from shapes alone, and serializes it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acip_export.bundle import Bundle
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
+from acip_export.plans import Plan, Runtime, TensorDecision
+from converters.onnx.consumers import DATA_FILE, MODEL_FILE, small_files
+from converters.registry import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from converters.onnx.skeleton import ReadVector
+    from converters.onnx.writer import Contents, Packed
+
+LAYOUT = "factored"
+_PACKAGES = {
+    "onnx": "onnx",
+    "onnx_ir": "onnx-ir",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime_genai": "onnxruntime-genai",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the written graph that change no size.
+
+    Attributes:
+        accuracy_level: of quantized products. 4 rounds activations to int8 block by block and is about twice as fast in
+            decoding; 0 computes in float32 and agrees with the bundle to rounding.
+    """
+
+    accuracy_level: int = 4
+
+
+def predict_files(
+    checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], runtime: Runtime
+) -> dict[str, int]:
+    """Exact bytes of every file; see :class:`converters.registry.Converter`."""
+    packed, _ = _graph(checkpoint.config, layout, tensors, runtime, Options(), read_vector=None)
+    sizes = {
+        name: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for name, content in small_files(checkpoint, runtime).items()
+    }
+    return {**sizes, MODEL_FILE: len(packed.protobuf), DATA_FILE: packed.data_bytes}
+
+
+def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Options | None = None) -> None:
+    """Write the export; see :class:`converters.registry.Converter`."""
+    plan = bundle.plan
+    packed, contents = _graph(
+        bundle.config, plan.layout, plan.tensors, plan.runtime, options or Options(), read_vector=bundle.read
+    )
+    files = small_files(bundle.as_checkpoint(), plan.runtime)
+
+    from converters.onnx.matrices import MatrixReader
+    from converters.onnx.writer import write_data
+
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (out / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, out / name)
+    (out / MODEL_FILE).parent.mkdir()
+    (out / MODEL_FILE).write_bytes(packed.protobuf)
+    write_data(
+        out / DATA_FILE,
+        contents,
+        MatrixReader(bundle),
+        lambda done, name: progress(Progress(done, packed.data_bytes, name)),
+    )
+    written = (out / DATA_FILE).stat().st_size
+    if written != packed.data_bytes:
+        raise VerificationError(f"{DATA_FILE} has {written} bytes, its graph describes {packed.data_bytes}")
+
+
+def _graph(
+    config: Mapping[str, Any],
+    layout: str,
+    tensors: tuple[TensorDecision, ...],
+    runtime: Runtime,
+    options: Options,
+    read_vector: ReadVector | None,
+) -> tuple[Packed, Contents]:
+    if layout != LAYOUT:
+        raise UnsupportedError(f"ONNX has no layout {layout!r}; it has: {LAYOUT}")
+    if runtime.cache_type != "f32":
+        raise UnsupportedError(f"ONNX exports keep the KV cache in f32, not {runtime.cache_type}; use --cache-type f32")
+    for module, package in _PACKAGES.items():
+        if find_spec(module) is None:
+            raise MissingExtraError(package, "onnx", "the ONNX converter")
+
+    from converters.onnx.builder import build_graph
+    from converters.onnx.skeleton import make_skeleton
+    from converters.onnx.writer import pack
+
+    skeleton = make_skeleton(config, tensors, runtime.context, read_vector)
+    graph, contents = build_graph(skeleton, runtime.context, options.accuracy_level)
+    return pack(graph, contents, Path(DATA_FILE).name), contents
+
+
+def command_lines(plan: Plan, directory: Path) -> list[str]:
+    """Python that generates with onnxruntime-genai; context and prompt batch are in ``genai_config.json``."""
+    return [
+        "import onnxruntime_genai as og",
+        f"model = og.Model({str(directory)!r})",
+        "tokenizer = og.Tokenizer(model)",
+        "generator = og.Generator(model, og.GeneratorParams(model))",
+        "generator.append_tokens(tokenizer.encode('Hello'))",
+        f"while not generator.is_done() and generator.token_count() < {plan.runtime.context}:",
+        "    generator.generate_next_token()",
+        "print(tokenizer.decode(generator.get_sequence(0)))",
+    ]

@@ -1,0 +1,152 @@
+"""The numbers of the export: which tensors become which initializers, and their bytes, read and rounded in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from acip_export.bundle import stored_tensors
+from acip_export.errors import UnsupportedError
+from acip_export.formats import WeightFormat, weight_format
+from acip_export.plans import TensorDecision
+from converters.onnx.quantize import bits_of, quantize
+
+if TYPE_CHECKING:
+    from acip_export.bundle import Bundle
+
+# Weights that are converted at once. Large enough for vectorised work, small enough to stay in a core's cache.
+_CHUNK = 1 << 19
+
+Form = Literal["rows", "columns", "codes", "flat_codes", "scales"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix of the bundle.
+
+    Attributes:
+        tensor: its name in the bundle. rows, columns: (out, in). format: how its numbers are stored.
+    """
+
+    tensor: str
+    rows: int
+    columns: int
+    format: WeightFormat
+
+    @property
+    def bits(self) -> int:
+        return bits_of(self.format)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.columns // self.format.block)
+
+    @property
+    def block_code_bytes(self) -> int:
+        return self.format.block * self.bits // 8
+
+
+@dataclass(frozen=True)
+class MatrixPart:
+    """What an initializer holds of a matrix.
+
+    Attributes:
+        form: ``rows``: float32 as stored (out, in). ``columns``: float32 transposed (in, out). ``codes``: uint8
+            (out, blocks, block * bits / 8). ``flat_codes``: the same bytes as (out, blocks * block * bits / 8).
+            ``scales``: float32 (out, blocks).
+    """
+
+    matrix: Matrix
+    form: Form
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        matrix = self.matrix
+        match self.form:
+            case "rows":
+                return matrix.rows, matrix.columns
+            case "columns":
+                return matrix.columns, matrix.rows
+            case "codes":
+                return matrix.rows, matrix.blocks, matrix.block_code_bytes
+            case "flat_codes":
+                return matrix.rows, matrix.blocks * matrix.block_code_bytes
+            case "scales":
+                return matrix.rows, matrix.blocks
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8] | np.dtype[np.float32]:
+        return np.dtype(np.uint8) if self.form in ("codes", "flat_codes") else np.dtype(np.float32)
+
+
+def matrices_of(decision: TensorDecision) -> tuple[tuple[str, Matrix], ...]:
+    """The chain of a decision.
+
+    Raises:
+        UnsupportedError: an adapter over a base, which this target does not have, or an unknown format.
+    """
+    if decision.representation == "adapter":
+        raise UnsupportedError(f"{decision.name}: ONNX exports have no adapters; plan with  --layout factored")
+    if decision.representation == "dense":
+        return (("", _matrix(decision.name, decision.shape, decision.format)),)
+    up, down = stored_tensors(decision.name, decision.shape, decision.rank).items()
+    return ("down", _matrix(*down, decision.down_format)), ("up", _matrix(*up, decision.up_format))
+
+
+def _matrix(tensor: str, shape: tuple[int, ...], name: str | None) -> Matrix:
+    try:
+        fmt = weight_format("onnx", name or "")
+    except KeyError:
+        raise UnsupportedError(
+            f"{tensor}: ONNX has no weight format {name!r}; plan again with  --format onnx"
+        ) from None
+    return Matrix(tensor, shape[0], shape[1], fmt)
+
+
+class MatrixReader:
+    """Reads matrices of a bundle as the chunks of bytes that the data file is made of.
+
+    The scales of a quantized matrix are found with its codes and kept until they are asked for, which the order of the
+    initializers makes the next question.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._scales: dict[str, NDArray[np.float32]] = {}
+
+    def chunks(self, part: MatrixPart) -> Iterator[NDArray[np.generic]]:
+        """Contiguous arrays that together are the initializer's bytes."""
+        matrix = part.matrix
+        if part.form == "scales":
+            yield self._scales.pop(matrix.tensor)
+            return
+        weight = self._bundle.read(matrix.tensor)
+        if part.form in ("codes", "flat_codes"):
+            yield from self._codes(weight, matrix)
+        elif part.form == "rows":
+            for rows in _slices(weight, matrix.columns):
+                yield rows.float().contiguous().numpy()
+        else:
+            for columns in _slices(weight.T, matrix.rows):
+                yield columns.float().contiguous().numpy()
+
+    def _codes(self, weight: Tensor, matrix: Matrix) -> Iterator[NDArray[np.generic]]:
+        importance = self._bundle.importance(matrix.tensor)
+        scales = np.empty((matrix.rows, matrix.blocks), np.float32)
+        done = 0
+        for rows in _slices(weight, matrix.columns):
+            quantized = quantize(rows, matrix.format, importance)
+            scales[done : done + len(rows)] = quantized.scales.numpy()
+            done += len(rows)
+            yield quantized.codes.numpy()
+        self._scales[matrix.tensor] = scales
+
+
+def _slices(weight: Tensor, width: int) -> Iterator[Tensor]:
+    step = max(1, _CHUNK // width)
+    return (weight[start : start + step] for start in range(0, len(weight), step))

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from acip_export import cli
+from tests.support import make_model, make_scores
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["acip-export", *map(str, arguments)])
+        code = 0
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = make_model(tmp_path_factory.mktemp("models") / "tiny")
+    make_scores(model)
+    return model
+
+
+@pytest.fixture
+def model(ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh copy, which is also the working directory: as a user would have it."""
+    copy = tmp_path / "tiny"
+    shutil.copytree(ranked, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_main_job_with_defaults(target: str, model: Path, run: Run) -> None:
+    done = run("--budget", "3MB", "--format", target, "--context", 64, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    plan, report = result["plan"], result["report"]
+    assert plan["memory_bytes"] <= plan["budget_bytes"] == 3_000_000
+    assert sum(plan["breakdown"].values()) == plan["memory_bytes"]
+    for name, size in plan["files"].items():
+        assert (model / "export" / target / name).stat().st_size == size
+    assert report["passed"]
+    assert report["written_bytes"] == plan["planned_bytes"]
+    assert len(report["runtimes"]) == (2 if target == "onnx" else 1)
+    assert json.loads((model / "export" / target / "report.json").read_text()) == report
+    # Nothing but the export was left.
+    assert [f.name for f in (model / "export").iterdir()] == [target]
+
+
+def test_dry_run_writes_nothing(model: Path, run: Run) -> None:
+    before = sorted(model.rglob("*"))
+    done = run("--budget", "3MB", "--format", "gguf", "--dry-run")
+    assert done.code == 0, done.err
+    assert "3.00 MB" in done.out
+    assert "of the budget" in done.out
+    as_json = run("--budget", "3MB", "--format", "gguf", "--dry-run", "--json")
+    assert json.loads(as_json.out)["budget_bytes"] == 3_000_000
+    assert sorted(model.rglob("*")) == before
+
+
+def test_stage_by_stage_equals_the_main_job(model: Path, run: Run) -> None:
+    asked = ("--budget", "2500kB", "--format", "onnx", "--context", 64)
+    assert run("plan", *asked, "-o", "plan.json").code == 0
+    assert run("materialize", "plan.json", "-o", "bundle").code == 0
+    assert run("convert", "bundle", "-o", "by-hand").code == 0
+    assert run(*asked, "-o", "at-once", "--no-verify").code == 0
+    by_hand, at_once = (
+        {f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()}
+        for d in (model / "by-hand", model / "at-once")
+    )
+    assert by_hand == at_once
+    verified = run("verify", "by-hand", "--bundle", "bundle", "--json")
+    assert verified.code == 0, verified.err
+    assert json.loads(verified.out)["passed"]
+
+
+def test_existing_output_is_refused_then_replaced(model: Path, run: Run) -> None:
+    asked = ("--budget", "3MB", "--format", "gguf", "--context", 64, "--no-verify", "-o", "out")
+    (model / "out").mkdir()
+    (model / "out" / "precious").write_text("data")
+    refused = run(*asked)
+    assert refused.code == 2
+    assert "--force" in refused.err
+    assert (model / "out" / "precious").read_text() == "data"
+    assert run(*asked, "--force").code == 0
+    assert not (model / "out" / "precious").exists()
+
+
+def _two_score_files(model: Path) -> None:
+    shutil.copy(next(model.glob("*.acip")), model / "other.acip")
+
+
+def _no_score_file(model: Path) -> None:
+    next(model.glob("*.acip")).unlink()
+
+
+def _truncated_scores(model: Path) -> None:
+    file = next(model.glob("*.acip"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _truncated_weights(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _other_model(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+
+
+def _no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def _config_is_no_json(model: Path) -> None:
+    (model / "config.json").write_text("{")
+
+
+def _no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def _unsupported(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["RwkvForCausalLM"]}))
+    _no_score_file(model)
+    make_scores(model)
+
+
+def _nothing(_model: Path) -> None:
+    pass
+
+
+FIT = ("--budget", "3MB", "--format", "gguf", "--context", "64")
+
+BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
+    (_no_score_file, FIT, 3, "acip-export rank"),
+    (_two_score_files, FIT, 3, "--scores"),
+    (_truncated_scores, FIT, 3, "truncated"),
+    (_truncated_weights, FIT, 3, "truncated"),
+    (_other_model, FIT, 3, "was made for"),
+    (_no_config, FIT, 3, "no config.json"),
+    (_config_is_no_json, FIT, 3, "JSON"),
+    (_no_weights, FIT, 3, "safetensors"),
+    (_unsupported, FIT, 5, "RwkvForCausalLM"),
+    (_nothing, ("--budget", "3000000", "--format", "gguf"), 2, "no unit"),
+    (_nothing, ("--budget", "-3MB", "--format", "gguf"), 2, "more than zero"),
+    (_nothing, ("--budget", "100kB", "--format", "gguf"), 4, "smallest feasible budget is"),
+    (_nothing, ("--budget", "100kB", "--format", "onnx"), 4, "smallest feasible budget is"),
+    (_nothing, ("--budget", "3MB"), 2, "--format"),
+    (_nothing, ("--format", "gguf"), 2, "--budget"),
+    (_nothing, ("--budget", "3MB", "--format", "tflite"), 5, "unknown format"),
+    (_nothing, (*FIT, "--types", "int4"), 5, "no type"),
+    (_nothing, (*FIT, "--layout", "x"), 5, "no layout"),
+    (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "9999"), 2, "--context 9999"),
+    (_nothing, (*FIT, "--model", "nowhere"), 3, "nowhere"),
+    (_nothing, (*FIT, "--scores", "nowhere.acip"), 3, "does not exist"),
+    (_nothing, (*FIT, "--text", "nowhere.txt"), 3, "does not exist"),
+    (_nothing, (*FIT, "--colour"), 2, "--colour"),
+    (_nothing, ("materialize", "plan.json"), 3, "plan.json does not exist"),
+    (_nothing, ("convert", "."), 3, "no bundle"),
+    (_nothing, ("verify", "."), 3, "does not exist"),
+]
+
+
+@pytest.mark.parametrize(("harm", "arguments", "code", "says"), BAD)
+def test_bad_input(
+    harm: Callable[[Path], None], arguments: tuple[str, ...], code: int, says: str, model: Path, run: Run
+) -> None:
+    harm(model)
+    before = sorted(model.rglob("*"))
+    outcome = run(*arguments)
+    assert outcome.code == code, outcome.err
+    assert says in outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    assert sorted(model.rglob("*")) == before, "something was left behind"
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_no_partial_export(signal_: signal.Signals, model: Path) -> None:
+    """Interrupted once files have begun to appear, at an arbitrary moment before the export is whole."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "acip_export", "--budget", "3MB", "--format", "gguf", "--context", "64"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    export = model / "export"
+    deadline = time.monotonic() + 120
+    while not (export.exists() and any(export.iterdir())):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.005)
+    process.send_signal(signal_)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == cli.EXIT_INTERRUPTED, err
+    assert list(export.iterdir()) == []
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['acip-export', '--help']\n"
+        "from acip_export.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'gguf', 'onnxruntime'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "acip-export --budget 4GB --format gguf" in done.stdout
+
+
+def test_gguf_plan_needs_no_torch(model: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['acip-export', 'plan', '--budget', '3MB', '--format', 'gguf']\n"
+        "from acip_export.cli import main\n"
+        "main()\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=model)
+    assert done.returncode == 0, done.stderr
+    assert "budget" in done.stdout
+
+
+def test_formats(run: Run) -> None:
+    assert "q4_k" in run("formats").out
+    assert {t["name"] for t in json.loads(run("formats", "--json").out)["onnx"]["types"]} >= {"f32", "int8", "int4"}
+
+
+def test_every_command_has_help_with_an_example(run: Run) -> None:
+    commands = [
+        command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
+    ]
+    for command in commands:
+        shown = run(command, "--help")
+        assert shown.code == 0
+        if command != "formats":
+            assert f"acip-export {command} " in shown.out

@@ -1,0 +1,58 @@
+"""The wheel, installed into an empty environment: what a user gets, without this checkout in reach."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+import acip_export
+
+ROOT = Path(__file__).parent.parent
+
+
+def _run(*command: object, cwd: Path) -> str:
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    _run(*pip, "wheel", "--no-deps", "-w", place, ROOT, cwd=place)
+    venv.create(place / "env", with_pip=True)
+    python = place / "env" / "bin" / "python"
+    (wheel,) = place.glob("*.whl")
+    _run(python, "-m", "pip", "--quiet", "install", "-c", ROOT / "constraints.txt", wheel, cwd=place)
+    return python
+
+
+def test_wheel_works_in_an_empty_environment(environment: Path, tmp_path: Path) -> None:
+    assert _run(environment.parent / "acip-export", "--version", cwd=tmp_path).strip() == acip_export.__version__
+    check = "import acip_export, converters.registry as r; print(r.converter('gguf').__name__, acip_export.__file__)"
+    printed = _run(environment, "-c", check, cwd=tmp_path)
+    assert printed.startswith("converters.gguf.converter")
+    assert str(ROOT) not in printed
+    assert '"gguf"' in _run(environment.parent / "acip-export", "formats", "--json", cwd=tmp_path)
+
+
+def test_missing_extra_says_what_to_install(environment: Path, tmp_path: Path) -> None:
+    check = (
+        "from acip_export.errors import MissingExtraError\n"
+        "from acip_export.pipeline import plan_export\n"
+        "import converters.registry as r\n"
+        "for target in ('gguf', 'onnx'):\n"
+        "    try:\n"
+        "        r.converter(target).predict_files(None, 'stock', (), None)\n"
+        "    except MissingExtraError as error:\n"
+        "        print(target, error.exit_code, error)\n"
+    )
+    printed = _run(environment, "-c", check, cwd=tmp_path)
+    assert "gguf 7" in printed
+    assert "onnx 7" in printed
+    assert "pip install 'acip-export[gguf]'" in printed
