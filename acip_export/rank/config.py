@@ -35,7 +35,7 @@ class AcipConfig:
         post_tune: steps of the adapters alone after that.
         post_tune_sizes: masks while post-tuning: those of the ``stop`` ratio (paper), or of a ratio ``sampled``
             uniformly between the stop ratio and 1 for every step, so that one set of adapters serves all sizes.
-        learning_rate: of AdamW, for masks and adapters alike, without weight decay.
+        learning_rate: of AdamW, without weight decay. adapter_learning_rate: of the adapters; ``None``: the same (paper).
         mask_scale: masks are 1 at the start but stored as this, so that they move on the adapters' scale.
         penalty: weight of the masks' one-sided L1 norm, multiplied by penalty_growth every penalty_every steps.
         adapter_rank: 0 for none; capped at a quarter of a layer's smaller side.
@@ -53,6 +53,7 @@ class AcipConfig:
     post_tune: int = 1000
     post_tune_sizes: PostTuneSizes = "stop"
     learning_rate: float = 5e-5
+    adapter_learning_rate: float | None = None
     mask_scale: float = 0.02
     penalty: float = 1e-3
     penalty_growth: float = 1.01
@@ -73,7 +74,10 @@ class AcipConfig:
             )
         if self.batch < 1 or self.max_steps < 1 or self.penalty_every < 1:
             raise UsageError("batch, max_steps and penalty_every must be at least 1")
-        if min(self.learning_rate, self.mask_scale, self.penalty) <= 0:
+        if (
+            min(self.learning_rate, self.adapter_learning_rate or self.learning_rate, self.mask_scale, self.penalty)
+            <= 0
+        ):
             raise UsageError("learning rate, mask scale and penalty must be positive")
 
 

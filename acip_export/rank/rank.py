@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,10 +17,10 @@ from torch import nn
 
 from acip_export import __version__
 from acip_export.checkpoint import Checkpoint
-from acip_export.errors import UsageError
+from acip_export.errors import RankingError, UsageError
 from acip_export.factorize import pack_moment
 from acip_export.files import refuse_existing
-from acip_export.rank.acip import AcipRun, run_acip
+from acip_export.rank.acip import AcipRun, advance
 from acip_export.rank.basis import Factorized, factorize_model
 from acip_export.rank.config import (
     TRAINING_FREE_BASES,
@@ -35,6 +37,7 @@ from acip_export.rank.data import CalibrationData, read_data
 from acip_export.rank.fisher import component_fisher
 from acip_export.rank.model import load_model
 from acip_export.rank.parametrize import AdapterShape
+from acip_export.rank.resume import RUN_SUFFIX, Checkpoints, interrupts_between_steps
 from acip_export.rank.statistics import Statistics, collect_statistics
 from acip_export.rank.training_free import training_free_scores
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile, save_scores
@@ -55,6 +58,8 @@ def rank_model(
     progress: ProgressCallback = silent,
     out: Path | None = None,
     force: bool = False,
+    resume: bool = False,
+    checkpoint_every: int = 50,
 ) -> ScoreFile:
     """Rank the singular components of every linear layer of a causal language model.
 
@@ -63,7 +68,9 @@ def rank_model(
         algorithm: ``acip``, or training-free: ``magnitude``, ``energy``, ``kfac``.
         acip: hyper-parameters of ``acip``; ``None`` for :func:`automatic_config`.
         evaluation: text for the curve; ``None``: the end of ``data``, which nothing else then sees.
-        out: where the score file is written, whole or not at all.
+        out: where the score file is written, whole or not at all. While ``acip`` runs, its state is stored beside it
+            (``NAME.acip.run``) every ``checkpoint_every`` steps and when it is interrupted; ``resume`` goes on from
+            there to the ranking that the whole run would have given.
 
     Raises:
         UsageError: unknown algorithm, or ``out`` exists. DataError: the text. CheckpointError, UnsupportedError: the
@@ -74,6 +81,9 @@ def rank_model(
         raise UsageError(f"unknown ranking algorithm {algorithm!r}; choose one of {known}")
     if out is not None:
         refuse_existing(out, force)
+    if resume and (out is None or algorithm != "acip"):
+        raise UsageError("only a run of acip that writes a score file can be resumed; give  --out FILE")
+    store = None if out is None else _Store(out.with_name(out.name + RUN_SUFFIX), checkpoint_every, resume)
     checkpoint = Checkpoint.open(model)
     calibration = calibration or DataConfig()
     text = read_data(checkpoint, Path(data), calibration, None if evaluation is None else Path(evaluation))
@@ -83,7 +93,7 @@ def rank_model(
         statistics = collect_statistics(
             checkpoint, dense, text.statistics, calibration.batch, calibration.seed, progress
         )
-        stage = _Stage(checkpoint, dense, text, statistics, calibration, progress)
+        stage = _Stage(checkpoint, dense, text, statistics, calibration, progress, store)
         ranking = stage.learned(acip or automatic_config(checkpoint)) if algorithm == "acip" else stage.free(algorithm)
         curve = measure_curve(
             dense,
@@ -113,6 +123,8 @@ def rank_model(
     )
     if out is not None:
         save_scores(ranked, out, force)
+    if store is not None:
+        store.file.unlink(missing_ok=True)
     return ranked
 
 
@@ -148,6 +160,13 @@ class _Ranking:
 
 
 @dataclass(frozen=True)
+class _Store:
+    file: Path
+    every: int
+    resume: bool
+
+
+@dataclass(frozen=True)
 class _Stage:
     """What every algorithm starts from."""
 
@@ -157,15 +176,43 @@ class _Stage:
     statistics: Statistics
     calibration: DataConfig
     progress: ProgressCallback
+    store: _Store | None
 
     def learned(self, config: AcipConfig) -> _Ranking:
         adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
         parts = self._factorize(config.basis, config.mask_scale, adapter)
         drop_losses = self._drop_losses(parts, config.predictor)
         run = AcipRun(self.model, parts.layers, drop_losses, self.text.training, config, self.calibration.seed)
-        run_acip(run, self.text.training.shape[1], self.progress)
+        self._run(run, config)
         settings = {**asdict(config), "mask_steps": run.mask_steps, "tune_steps": run.tune_steps}
         return _Ranking(parts, drop_losses, run.scores(), settings)
+
+    def _run(self, run: AcipRun, config: AcipConfig) -> None:
+        """To the end, storing the run on the way and when it is interrupted."""
+        context = self.text.training.shape[1]
+        if self.store is None:
+            for _ in advance(run, context, self.progress):
+                pass
+            return
+        checkpoints = Checkpoints(self.store.file, self.store.every, self._identity(config))
+        if self.store.resume:
+            checkpoints.load(run)
+        stored = self.store.resume
+        with interrupts_between_steps() as interrupted:
+            try:
+                for _ in advance(run, context, self.progress):
+                    if interrupted() or (run.mask_steps + run.tune_steps) % checkpoints.every == 0:
+                        checkpoints.save(run)
+                        stored = True
+                    if interrupted():
+                        raise KeyboardInterrupt
+            except RankingError as error:
+                where = f"\nThe last good state is in {checkpoints.file}" if stored else ""
+                raise RankingError(f"{error}{where}") from error
+
+    def _identity(self, config: AcipConfig) -> str:
+        parts = [self.checkpoint.fingerprint, self.text.text.sha256, asdict(config), asdict(self.calibration)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def free(self, algorithm: Algorithm) -> _Ranking:
         basis = TRAINING_FREE_BASES[algorithm]
