@@ -57,10 +57,11 @@ class AcipRun:
         self.adapters = [p for layer in layers.values() if layer.adapted for p in (layer.adapter_a, layer.adapter_b)]
         for parameter in (*self.masks, *self.adapters):
             parameter.requires_grad_()
+        self._adapter_rate = config.adapter_learning_rate or config.learning_rate
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": self.masks, "lr": config.learning_rate},
-                {"params": self.adapters, "lr": config.adapter_learning_rate or config.learning_rate},
+                {"params": self.adapters, "lr": self._adapter_rate},
             ],
             weight_decay=0.0,
         )
@@ -103,6 +104,9 @@ class AcipRun:
     def tune_step(self) -> float:
         """One step of the adapters alone, at the stop ratio or at one drawn for this step; returns the task loss."""
         self._choose_size()
+        if self.config.post_tune_decay:
+            left = 1 - self.tune_steps / self.config.post_tune
+            self.optimizer.param_groups[1]["lr"] = left * self._adapter_rate
         loss = self._loss()
         self._update(loss)
         self.tune_steps += 1

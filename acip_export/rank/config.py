@@ -35,7 +35,8 @@ class AcipConfig:
         post_tune: steps of the adapters alone after that.
         post_tune_sizes: masks while post-tuning: those of the ``stop`` ratio (paper), or of a ratio ``sampled``
             uniformly between the stop ratio and 1 for every step, so that one set of adapters serves all sizes.
-        learning_rate: of AdamW, without weight decay. adapter_learning_rate: of the adapters; ``None``: the same (paper).
+        learning_rate: of AdamW, without weight decay. adapter_learning_rate: ``None``: the same (paper).
+        post_tune_decay: lower the adapters' learning rate linearly to zero while post-tuning.
         mask_scale: masks are 1 at the start but stored as this, so that they move on the adapters' scale.
         penalty: weight of the masks' one-sided L1 norm, multiplied by penalty_growth every penalty_every steps.
         adapter_rank: 0 for none; capped at a quarter of a layer's smaller side.
@@ -52,6 +53,7 @@ class AcipConfig:
     stop_ratio: float = 0.4
     post_tune: int = 1000
     post_tune_sizes: PostTuneSizes = "stop"
+    post_tune_decay: bool = False
     learning_rate: float = 5e-5
     adapter_learning_rate: float | None = None
     mask_scale: float = 0.02

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ from acip_export.rank.statistics import Statistics, collect_statistics
 from acip_export.rank.training_free import training_free_scores
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile, save_scores
 
-_SPEED = 8
-_SMALL_BILLIONS = 0.1
+_PRUNED_SHARE = 0.7
+_SMALL_WEIGHTS = 100_000_000
+_SMALL_STEPS, _SMALL_TUNE = 100, 150
 
 
 def rank_model(
@@ -129,23 +130,29 @@ def rank_model(
 
 
 def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
-    """The settings that rank ``checkpoint`` well in minutes rather than the paper's hours.
+    """The settings that were measured to rank best in minutes (docs/LOG.md).
 
-    A small model's run is ``_SPEED`` times as fast: the learning rate is multiplied by it, and the growth of the
-    penalty per step raised to it, so that masks and penalty cover the paper's distances in fewer steps.
+    Masks start graded by the Fisher information of the components, and the divergence from the dense model, whose
+    gradient starts at zero, only corrects that order. The learning rate follows from the number of mask steps: under
+    Adam an undefended mask moves by one learning rate per step, and at the usual stop ratio about
+    ``_PRUNED_SHARE`` of the graded range has to be crossed. Large models get the paper's number of steps.
     """
-    billions = sum(out * inputs for out, inputs in checkpoint.linear_modules.values()) / 1e9
-    speed = _SPEED if billions < _SMALL_BILLIONS else 1
-    paper = AcipConfig()
-    return replace(
-        paper,
+    weights = sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
+    steps, tune, batch = (_SMALL_STEPS, _SMALL_TUNE, 2) if weights < _SMALL_WEIGHTS else (1000, 1000, 4)
+    scale = AcipConfig.mask_scale
+    return AcipConfig(
         basis="kfac",
+        objective="distill",
         start="drop-loss",
+        predictor="fisher",
+        post_tune=tune,
         post_tune_sizes="sampled",
-        post_tune=100 if speed > 1 else paper.post_tune,
-        learning_rate=paper.learning_rate * speed,
-        penalty_growth=paper.penalty_growth**speed,
-        batch=2 if speed > 1 else paper.batch,
+        post_tune_decay=True,
+        learning_rate=_PRUNED_SHARE * scale / steps,
+        adapter_learning_rate=1e-3,
+        penalty=0.1,
+        penalty_growth=1.0,
+        batch=batch,
     )
 
 
