@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import transformers
 
-from acip_export import __version__
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UsageError
 from acip_export.factorize import pack_moment
@@ -33,6 +32,7 @@ from acip_export.rank.parametrize import AdapterShape
 from acip_export.rank.statistics import Statistics, collect_statistics
 from acip_export.rank.training_free import training_free_scores
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile, save_scores
+from acip_export.version import __version__
 
 _SPEED = 8
 _SMALL_BILLIONS = 0.1

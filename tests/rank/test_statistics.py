@@ -90,7 +90,7 @@ def test_gradient_moment_is_that_of_each_tokens_own_loss(ranked: Ranked) -> None
         p = head(norm(state)).double().softmax(-1)
         expected += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / 512
     measured = ranked.statistics.gradient_of(name)
-    # 4,096 sampled labels: the trace's standard error is a few per cent; a mean over the batch instead of a sum would be
+    # 4,096 sampled labels: the standard error is a few per cent; a mean over the batch instead of a sum would be
     # off by a factor of 65,536.
     assert measured.trace() == pytest.approx(expected.trace(), rel=0.15)
 
