@@ -7,7 +7,8 @@
     │   ├── ScoreFileError             *.acip
     │   ├── PlanFileError              plan.json
     │   ├── BundleError                the materialized model
-    │   └── DataError                  calibration or evaluation text
+    │   ├── DataError                  calibration or evaluation text
+    │   └── RankingError               model and text together: the ranking run diverged, or cannot be resumed
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
     ├── UnsupportedError           5   the target cannot express what was asked
     ├── VerificationError          6   the export is not what was promised
@@ -53,6 +54,10 @@ class BundleError(InputError):
 
 class DataError(InputError):
     """The calibration or evaluation text cannot be used."""
+
+
+class RankingError(InputError):
+    """The ranking run diverged, or a stored run cannot be resumed."""
 
 
 class InfeasibleBudgetError(AcipError):
