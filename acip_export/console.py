@@ -113,6 +113,8 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     table.add_column(style="dim")
     table.add_row("budget", format_bytes(plan.budget_bytes), f"{plan.budget_bytes:,} bytes of {plan.budget_scope}")
     for name, size in plan.breakdown.items():
+        if size == 0:
+            continue
         counted = plan.budget_scope == "memory" or name in ("weights", "tokenizer_and_metadata")
         table.add_row(f"  {name.replace('_', ' ')}", format_bytes(size), "" if counted else "not in the budget")
     used = plan.memory_bytes if plan.budget_scope == "memory" else plan.planned_bytes
