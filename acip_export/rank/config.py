@@ -8,15 +8,16 @@ from typing import Literal
 
 from acip_export.errors import UsageError
 
-Algorithm = Literal["acip", "magnitude", "energy", "kfac"]
+Algorithm = Literal["acip", "magnitude", "energy", "kfac", "fisher"]
 Basis = Literal["svd", "input", "kfac"]
 Objective = Literal["ce", "distill"]
 Start = Literal["ones", "drop-loss"]
 TieBreak = Literal["drop-loss", "index"]
+Predictor = Literal["kfac", "fisher"]
 PostTuneSizes = Literal["stop", "sampled"]
-Phase = Literal["statistics", "components", "masks", "post-tune", "curve"]
+Phase = Literal["statistics", "components", "fisher", "masks", "post-tune", "curve"]
 
-TRAINING_FREE_BASES: dict[Algorithm, Basis] = {"magnitude": "svd", "energy": "input", "kfac": "kfac"}
+TRAINING_FREE_BASES: dict[Algorithm, Basis] = {"magnitude": "svd", "energy": "input", "kfac": "kfac", "fisher": "kfac"}
 CURVE_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
@@ -29,6 +30,7 @@ class AcipConfig:
         objective: ``ce`` (paper), or ``distill``: KL divergence from the dense model, nats per token.
         start: initial masks all ``ones`` (paper), or graded by ``drop-loss``: of N components, the one with the i-th
             smallest predicted loss starts at i/N, so that the training-free order is what the loss then corrects.
+        predictor: of the loss of dropping a component: ``kfac`` from the moments, or ``fisher``, measured on the masks.
         stop_ratio: share of the linear layers' parameters at which the masks stop.
         post_tune: steps of the adapters alone after that.
         post_tune_sizes: masks while post-tuning: those of the ``stop`` ratio (paper), or of a ratio ``sampled``
@@ -46,6 +48,7 @@ class AcipConfig:
     basis: Basis = "svd"
     objective: Objective = "ce"
     start: Start = "ones"
+    predictor: Predictor = "kfac"
     stop_ratio: float = 0.4
     post_tune: int = 1000
     post_tune_sizes: PostTuneSizes = "stop"

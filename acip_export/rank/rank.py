@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
+from torch import nn
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UsageError
@@ -21,12 +23,15 @@ from acip_export.rank.config import (
     TRAINING_FREE_BASES,
     AcipConfig,
     Algorithm,
+    Basis,
     DataConfig,
+    Predictor,
     ProgressCallback,
     silent,
 )
 from acip_export.rank.curve import adapter_pair, measure_curve
-from acip_export.rank.data import read_data
+from acip_export.rank.data import CalibrationData, read_data
+from acip_export.rank.fisher import component_fisher
 from acip_export.rank.model import load_model
 from acip_export.rank.parametrize import AdapterShape
 from acip_export.rank.statistics import Statistics, collect_statistics
@@ -45,6 +50,7 @@ def rank_model(
     algorithm: Algorithm = "acip",
     acip: AcipConfig | None = None,
     calibration: DataConfig | None = None,
+    evaluation: str | Path | None = None,
     device: str = "cpu",
     progress: ProgressCallback = silent,
     out: Path | None = None,
@@ -56,6 +62,7 @@ def rank_model(
         model: directory or Hugging Face id. data: text file, or directory of ``*.txt``.
         algorithm: ``acip``, or training-free: ``magnitude``, ``energy``, ``kfac``.
         acip: hyper-parameters of ``acip``; ``None`` for :func:`automatic_config`.
+        evaluation: text for the curve; ``None``: the end of ``data``, which nothing else then sees.
         out: where the score file is written, whole or not at all.
 
     Raises:
@@ -69,34 +76,27 @@ def rank_model(
         refuse_existing(out, force)
     checkpoint = Checkpoint.open(model)
     calibration = calibration or DataConfig()
-    text = read_data(checkpoint, Path(data), calibration)
+    text = read_data(checkpoint, Path(data), calibration, None if evaluation is None else Path(evaluation))
     dense = load_model(checkpoint, torch.device(device))
     with torch.random.fork_rng():
         torch.manual_seed(calibration.seed)
         statistics = collect_statistics(
             checkpoint, dense, text.statistics, calibration.batch, calibration.seed, progress
         )
-        if algorithm == "acip":
-            config = acip or automatic_config(checkpoint)
-            settings: dict[str, Any] = asdict(config)
-            adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
-            parts = factorize_model(checkpoint, dense, statistics, config.basis, config.mask_scale, adapter, progress)
-            drop_losses = {name: losses.drop.numpy() for name, losses in parts.losses.items()}
-            run = AcipRun(dense, parts.layers, drop_losses, text.training, config, calibration.seed)
-            run_acip(run, text.training.shape[1], progress)
-            scores = run.scores()
-            settings |= {"mask_steps": run.mask_steps, "tune_steps": run.tune_steps}
-        else:
-            settings = {"basis": TRAINING_FREE_BASES[algorithm]}
-            parts = factorize_model(checkpoint, dense, statistics, TRAINING_FREE_BASES[algorithm], progress=progress)
-            drop_losses = {name: losses.drop.numpy() for name, losses in parts.losses.items()}
-            scores = training_free_scores(algorithm, parts.singular, drop_losses)
+        stage = _Stage(checkpoint, dense, text, statistics, calibration, progress)
+        ranking = stage.learned(acip or automatic_config(checkpoint)) if algorithm == "acip" else stage.free(algorithm)
         curve = measure_curve(
-            dense, parts.layers, scores, parts.whitenings, text.held_out, calibration.batch, progress=progress
+            dense,
+            ranking.parts.layers,
+            ranking.scores,
+            ranking.parts.whitenings,
+            text.held_out,
+            calibration.batch,
+            progress=progress,
         )
     ranked = ScoreFile(
         model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
-        algorithm={"name": algorithm, **settings, **asdict(calibration), "context": text.training.shape[1]},
+        algorithm={"name": algorithm, **ranking.settings, **asdict(calibration), "context": text.training.shape[1]},
         data={"source": text.text.source, "sha256": text.text.sha256, "tokens": text.text.tokens},
         versions={
             "acip-export": __version__,
@@ -105,7 +105,7 @@ def rank_model(
             "numpy": np.__version__,
         },
         curve=curve,
-        modules=_module_scores(checkpoint, parts, statistics, scores),
+        modules=_module_scores(checkpoint, ranking, statistics),
         embedding_sensitivity=statistics.embedding_sensitivity,
         second_moments={
             key: pack_moment(moment) for key, moment in {**statistics.inputs, **statistics.gradients}.items()
@@ -137,9 +137,56 @@ def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
     )
 
 
-def _module_scores(
-    checkpoint: Checkpoint, parts: Factorized, statistics: Statistics, scores: Mapping[str, FloatArray]
-) -> dict[str, ModuleScores]:
+@dataclass(frozen=True)
+class _Ranking:
+    """Scores and the predictions behind them, by module, by component; ``settings`` go into the score file."""
+
+    parts: Factorized
+    drop_losses: Mapping[str, npt.NDArray[np.float64]]
+    scores: Mapping[str, FloatArray]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What every algorithm starts from."""
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    text: CalibrationData
+    statistics: Statistics
+    calibration: DataConfig
+    progress: ProgressCallback
+
+    def learned(self, config: AcipConfig) -> _Ranking:
+        adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
+        parts = self._factorize(config.basis, config.mask_scale, adapter)
+        drop_losses = self._drop_losses(parts, config.predictor)
+        run = AcipRun(self.model, parts.layers, drop_losses, self.text.training, config, self.calibration.seed)
+        run_acip(run, self.text.training.shape[1], self.progress)
+        settings = {**asdict(config), "mask_steps": run.mask_steps, "tune_steps": run.tune_steps}
+        return _Ranking(parts, drop_losses, run.scores(), settings)
+
+    def free(self, algorithm: Algorithm) -> _Ranking:
+        basis = TRAINING_FREE_BASES[algorithm]
+        parts = self._factorize(basis, 1.0, AdapterShape(0))
+        drop_losses = self._drop_losses(parts, "fisher" if algorithm == "fisher" else "kfac")
+        scores = training_free_scores(algorithm, parts.singular, drop_losses)
+        return _Ranking(parts, drop_losses, scores, {"basis": basis})
+
+    def _factorize(self, basis: Basis, mask_scale: float, adapter: AdapterShape) -> Factorized:
+        return factorize_model(self.checkpoint, self.model, self.statistics, basis, mask_scale, adapter, self.progress)
+
+    def _drop_losses(self, parts: Factorized, predictor: Predictor) -> dict[str, npt.NDArray[np.float64]]:
+        if predictor == "kfac":
+            return {name: losses.drop.numpy() for name, losses in parts.losses.items()}
+        windows, config = self.text.statistics, self.calibration
+        batch_tokens = config.batch * windows.shape[1]
+        return component_fisher(self.model, parts.layers, windows, batch_tokens, config.seed, self.progress)
+
+
+def _module_scores(checkpoint: Checkpoint, ranking: _Ranking, statistics: Statistics) -> dict[str, ModuleScores]:
+    parts = ranking.parts
     modules = {}
     for name, shape in checkpoint.linear_modules.items():
         layer, losses = parts.layers[name], parts.losses[name]
@@ -147,8 +194,8 @@ def _module_scores(
         adapted = a.shape[0] > 0
         modules[name] = ModuleScores(
             shape=shape,
-            scores=scores[name],
-            drop_loss=losses.drop.float().numpy(),
+            scores=ranking.scores[name],
+            drop_loss=ranking.drop_losses[name].astype(np.float32),
             up_sensitivity=losses.up_sensitivity.float().numpy(),
             down_sensitivity=losses.down_sensitivity.float().numpy(),
             sensitivity=parts.sensitivity[name],
