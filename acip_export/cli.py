@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-import acip_export
 from acip_export import console, pipeline
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import AcipError, UsageError
@@ -21,6 +20,7 @@ from acip_export.plan import PlanRequest
 from acip_export.plans import load_plan, save_plan
 from acip_export.targets import TARGETS
 from acip_export.units import parse_bytes
+from acip_export.version import __version__
 
 EXIT_INTERRUPTED = 130
 
@@ -54,7 +54,7 @@ Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perpl
 
 def _version(value: bool) -> None:
     if value:
-        console.out.print(acip_export.__version__)
+        console.out.print(__version__)
         raise typer.Exit
 
 

@@ -15,7 +15,6 @@ import torch
 import transformers
 from torch import nn
 
-from acip_export import __version__
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import RankingError, UsageError
 from acip_export.factorize import pack_moment
@@ -41,6 +40,7 @@ from acip_export.rank.resume import RUN_SUFFIX, Checkpoints, interrupts_between_
 from acip_export.rank.statistics import Statistics, collect_statistics
 from acip_export.rank.training_free import training_free_scores
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile, save_scores
+from acip_export.version import __version__
 
 _PRUNED_SHARE = 0.7
 _SMALL_WEIGHTS = 100_000_000
