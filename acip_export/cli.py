@@ -143,6 +143,7 @@ def rank(
     context: Annotated[int | None, typer.Option(help="Tokens per window. Default: 512, or the model's limit.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of acip.")] = False,
     json: Json = False,
     force: Force = False,
 ) -> None:
@@ -167,10 +168,17 @@ def rank(
         raise UsageError(f"--{flag} is a setting of acip; --algorithm {algorithm} has none")
     checkpoint = Checkpoint.open(model)
     target = out or checkpoint.path / f"{checkpoint.name}.acip"
-    with console.ranking_bars() as progress:
-        scores = pipeline.rank_to_file(
-            checkpoint, data, target, algorithm, settings, context, seed, device, force, progress
-        )
+    try:
+        with console.ranking_bars() as progress:
+            scores = pipeline.rank_to_file(
+                checkpoint, data, target, algorithm, settings, context, seed, device, force, resume, progress
+            )
+    except KeyboardInterrupt:
+        from acip_export.rank.resume import run_file
+
+        if run_file(target).exists():
+            console.note(f"the run is kept in {run_file(target)}; go on with the same command and  --resume")
+        raise
     if json:
         console.print_json({"out": str(target), **pipeline.ranking_summary(scores)})
     else:
@@ -364,7 +372,7 @@ def main() -> None:
     try:
         app()
     except BaseException as error:
-        if interruption.happened:
+        if interruption.happened or isinstance(error, KeyboardInterrupt):
             console.note("interrupted; nothing was left half-written")
             sys.exit(EXIT_INTERRUPTED)
         if debug or not isinstance(error, Exception):

@@ -53,6 +53,7 @@ def rank_to_file(
     seed: int = 0,
     device: str = "cpu",
     force: bool = False,
+    resume: bool = False,
     progress: RankingCallback | None = None,
 ) -> ScoreFile:
     """Rank ``checkpoint`` and write the score file; ``settings`` replace those that suit the model.
@@ -71,6 +72,7 @@ def rank_to_file(
         progress=progress or (lambda _: None),
         out=out,
         force=force,
+        resume=resume,
     )
 
 

@@ -272,6 +272,32 @@ def test_interrupt_leaves_no_partial_export(signal_: signal.Signals, model: Path
     assert list(export.iterdir()) == []
 
 
+def test_interrupted_ranking_is_resumed(model: Path, run: Run) -> None:
+    _no_score_file(model)
+    calibration_text(model / "text.txt")
+    ask = ("rank", ".", "--data", "text.txt", "--context", "32")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "acip_export", *ask, "--learning-rate", "1e-5"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 200
+    while not (model / "tiny.acip.run").exists():  # stored every so many steps
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == cli.EXIT_INTERRUPTED, err
+    assert b"--resume" in err
+    assert not (model / "tiny.acip").exists()
+    other = run(*ask, "--resume")  # another learning rate
+    assert other.code == 3
+    assert "another model, text or settings" in other.err
+    assert (model / "tiny.acip.run").exists()
+
+
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['acip-export', '--help']\n"

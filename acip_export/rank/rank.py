@@ -36,7 +36,7 @@ from acip_export.rank.data import CalibrationData, read_data
 from acip_export.rank.fisher import component_fisher
 from acip_export.rank.model import load_model
 from acip_export.rank.parametrize import AdapterShape
-from acip_export.rank.resume import RUN_SUFFIX, Checkpoints, interrupts_between_steps
+from acip_export.rank.resume import Checkpoints, interrupts_between_steps, run_file
 from acip_export.rank.statistics import Statistics, collect_statistics
 from acip_export.rank.training_free import training_free_scores
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile, save_scores
@@ -84,7 +84,7 @@ def rank_model(
         refuse_existing(out, force)
     if resume and (out is None or algorithm != "acip"):
         raise UsageError("only a run of acip that writes a score file can be resumed; give  --out FILE")
-    store = None if out is None else _Store(out.with_name(out.name + RUN_SUFFIX), checkpoint_every, resume)
+    store = None if out is None else _Store(run_file(out), checkpoint_every, resume)
     checkpoint = Checkpoint.open(model)
     calibration = calibration or DataConfig()
     text = read_data(checkpoint, Path(data), calibration, None if evaluation is None else Path(evaluation))

@@ -23,8 +23,12 @@ from acip_export.errors import RankingError
 from acip_export.files import new_file, read_safetensors_header
 from acip_export.rank.acip import AcipRun
 
-RUN_SUFFIX = ".run"
 _FORMAT = "acip-run"
+
+
+def run_file(out: Path) -> Path:
+    """Where the state of an unfinished run is kept: ``NAME.acip.run`` beside the score file."""
+    return out.with_name(out.name + ".run")
 
 
 @dataclass(frozen=True)
