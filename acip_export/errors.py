@@ -7,7 +7,9 @@
     │   ├── ScoreFileError             *.acip
     │   ├── PlanFileError              plan.json
     │   ├── BundleError                the materialized model
-    │   └── DataError                  calibration or evaluation text
+    │   ├── DataError                  calibration or evaluation text
+    │   ├── ModelFileError             any .gguf, .onnx, .safetensors, or a directory of them
+    │   └── BaselineError              acip-check.lock.json, or what --against names
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
     ├── UnsupportedError           5   the target cannot express what was asked
     ├── VerificationError          6   the export is not what was promised
@@ -53,6 +55,18 @@ class BundleError(InputError):
 
 class DataError(InputError):
     """The calibration or evaluation text cannot be used."""
+
+
+class ModelFileError(InputError):
+    """A model file or directory to be looked at is missing, damaged, truncated or hostile."""
+
+
+class BaselineError(InputError):
+    """The baseline of a check is damaged, of an unknown version, or does not have what is compared."""
+
+
+class BaselineVersionError(BaselineError):
+    """The baseline was written by another version, which may have known more."""
 
 
 class InfeasibleBudgetError(AcipError):
