@@ -7,8 +7,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import exp
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -21,6 +22,10 @@ from acip_export.plans import Plan, TensorDecision
 from acip_export.targets import TARGETS
 from acip_export.units import format_bytes
 from acip_export.verify.verify import Report
+
+if TYPE_CHECKING:
+    from acip_export.rank import Progress as RankingProgress
+    from acip_export.scores import ScoreFile
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -67,6 +72,33 @@ def stage_bars() -> Iterator[Callable[[StageProgress], None]]:
             bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, item=progress.item)
 
         yield update
+
+
+@contextmanager
+def ranking_bars() -> Iterator[Callable[[RankingProgress], None]]:
+    """One bar per phase of a ranking, with the current ratio, loss and speed."""
+    with stage_bars() as update:
+
+        def draw(progress: RankingProgress) -> None:
+            parts = [f"ratio {progress.ratio:.2f}" if progress.phase != "statistics" else ""]
+            parts += [f"loss {progress.loss:.3f}" if progress.loss is not None else ""]
+            parts += [f"{progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else ""]
+            if progress.total is None and progress.eta_seconds is not None:
+                parts.append(f"about {progress.eta_seconds:.0f} s left")
+            item = "  ".join(part for part in parts if part)
+            update(StageProgress(progress.phase, progress.step, progress.total, item))
+
+        yield draw
+
+
+def show_ranking(scores: ScoreFile, file: Path) -> None:
+    """The measured curve, and what to do next."""
+    table = Table("parameters kept", "perplexity", "with adapters", box=None, padding=(0, 2), header_style="dim")
+    for point in scores.curve:
+        adapted = "" if point.loss_with_adapters is None else f"{exp(point.loss_with_adapters):.2f}"
+        table.add_row(f"{point.ratio:.0%}", f"{exp(point.loss):.2f}", adapted)
+    out.print(table)
+    out.print(f"score file written to {file}; next:  acip-export --budget 4GB --format gguf", markup=False)
 
 
 def show_plan(plan: Plan, verbose: bool) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from acip_export.bundle import PLAN_FILE, Bundle
 from acip_export.checkpoint import Checkpoint
@@ -19,14 +21,18 @@ from acip_export.verify import verify as verification
 from acip_export.verify.runtime import Windows
 from acip_export.verify.verify import Report
 
+if TYPE_CHECKING:
+    from acip_export.rank import Algorithm
+    from acip_export.rank import ProgressCallback as RankingCallback
+
 
 @dataclass(frozen=True)
 class StageProgress:
-    """``done`` of ``total`` units of a stage; ``item`` is what was finished last."""
+    """``done`` of ``total`` units of a stage (``None``: not known beforehand); ``item`` is what was finished last."""
 
     stage: str
     done: int
-    total: int
+    total: int | None
     item: str
 
 
@@ -35,6 +41,47 @@ ProgressCallback = Callable[[StageProgress], None]
 
 def quiet(_: StageProgress) -> None:
     """The callback that draws nothing."""
+
+
+def rank_to_file(
+    checkpoint: Checkpoint,
+    data: Path,
+    out: Path,
+    algorithm: Algorithm = "acip",
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    context: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    force: bool = False,
+    progress: RankingCallback | None = None,
+) -> ScoreFile:
+    """Rank ``checkpoint`` and write the score file; ``settings`` replace those that suit the model.
+
+    Raises as :func:`acip_export.rank.rank_model`.
+    """
+    from acip_export.rank import DataConfig, automatic_config, rank_model
+
+    return rank_model(
+        checkpoint.path,
+        data,
+        algorithm=algorithm,
+        acip=replace(automatic_config(checkpoint), **settings) if algorithm == "acip" else None,
+        calibration=DataConfig(context=context, seed=seed),
+        device=device,
+        progress=progress or (lambda _: None),
+        out=out,
+        force=force,
+    )
+
+
+def ranking_summary(scores: ScoreFile) -> dict[str, Any]:
+    """What a score file says about itself, ready for JSON."""
+    return {
+        "model": dict(scores.model),
+        "algorithm": dict(scores.algorithm),
+        "data": dict(scores.data),
+        "curve": [asdict(point) for point in scores.curve],
+    }
 
 
 def open_scores(checkpoint: Checkpoint, scores: Path | None) -> ScoreFile:

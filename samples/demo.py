@@ -23,9 +23,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import ScoreFileError
-from acip_export.pipeline import StageProgress, export_model, plan_export, text_windows
+from acip_export.pipeline import export_model, plan_export, rank_to_file, text_windows
 from acip_export.plan import PlanRequest
-from acip_export.rank import rank_model
 from acip_export.scores import ScoreFile, load_scores
 from acip_export.units import format_bytes, parse_bytes
 from acip_export.verify.verify import Report
@@ -52,14 +51,8 @@ def ranked(checkpoint: Checkpoint) -> ScoreFile:
             console.note(f"score file of an earlier run: {file.relative_to(ROOT)}")
             return scores
     started = time.perf_counter()
-    with console.stage_bars() as bars:
-        rank_model(
-            checkpoint.path,
-            SAMPLES / "text" / "calibration.txt",
-            out=file,
-            force=True,
-            progress=lambda p: bars(StageProgress(p.phase, p.step, p.total or p.step, console.describe_ranking(p))),
-        )
+    with console.ranking_bars() as bars:
+        rank_to_file(checkpoint, SAMPLES / "text" / "calibration.txt", file, force=True, progress=bars)
     console.note(f"ranked in {time.perf_counter() - started:.0f} s")
     return load_scores(file)
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from converters.gguf.ggml import library_path
 
 logger = logging.getLogger(__name__)
+logger.addHandler(logging.NullHandler())  # else Python prints llama.cpp's warnings where nobody set logging up
 
 LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 # enum ggml_log_level -> logging; 5 continues the line before.
@@ -177,18 +178,14 @@ _CONTEXT_DEFAULTS = {
 @cache
 def find() -> tuple[Any, str] | None:
     """The C functions as attributes and the name of their source, or ``None`` when neither library offers them."""
-    binding: Any
     try:
-        from llama_cpp import __version__
-        from llama_cpp import llama_cpp as binding
+        from llama_cpp import __version__, llama_cpp
     except ImportError:
-        binding = _xllamacpp()
-        name = "llama.cpp (xllamacpp)"
+        binding, name = _xllamacpp(), "llama.cpp (xllamacpp)"
     else:
-        name = f"llama.cpp (llama-cpp-python {__version__})"
+        binding, name = llama_cpp, f"llama.cpp (llama-cpp-python {__version__})"
     if binding is None:
         return None
-    binding.llama_log_set(_LOG_CALLBACK, None)
     binding.llama_backend_init()
     return binding, name
 
@@ -238,7 +235,9 @@ class _Log:
                 listener.append(line)
 
     @contextmanager
-    def listen(self) -> Iterator[deque[str]]:
+    def listen(self, binding: Any) -> Iterator[deque[str]]:
+        """Collect the lines written inside the block; the callback stays installed after it."""
+        binding.llama_log_set(_LOG_CALLBACK, None)  # each time: xllamacpp's server installs its own
         lines: deque[str] = deque(maxlen=2000)
         self._listeners.append(lines)
         try:

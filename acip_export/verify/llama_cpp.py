@@ -21,7 +21,7 @@ from converters.gguf.ggml import TYPE_IDS, library_path, processors
 from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE
 
 _SPEED_REPEATS = 3
-_BUFFER_LINE = re.compile(r"(model|LoRA|KV|compute|output) buffer size *= *([\d.]+) MiB")
+_BUFFER_LINE = re.compile(r"(\S+) +(model|LoRA|KV|compute|output) buffer size *= *([\d.]+) MiB")
 _FLASH_ATTENTION = 1
 
 
@@ -42,14 +42,20 @@ class BufferSizes:
 
     @classmethod
     def parse(cls, log: Iterable[str]) -> BufferSizes:
-        """Sum of the sizes in llama.cpp's log lines, by purpose."""
-        totals: dict[str, float] = {}
-        for line in log:
-            match = _BUFFER_LINE.search(line)
-            if match:
-                totals[match[1]] = totals.get(match[1], 0.0) + float(match[2])
-        sizes = {purpose: round(mebibytes * 2**20) for purpose, mebibytes in totals.items()}
-        return cls(*(sizes.get(purpose, 0) for purpose in ("model", "LoRA", "KV", "compute", "output")))
+        """Sum of the sizes in llama.cpp's log lines, by purpose.
+
+        Compute and output buffers are replaced when they grow, the others are added to.
+        """
+        sizes: dict[tuple[str, str], float] = {}
+        for match in filter(None, map(_BUFFER_LINE.search, log)):
+            backend, purpose = match[1], match[2]
+            before = 0.0 if purpose in ("compute", "output") else sizes.get((backend, purpose), 0.0)
+            sizes[backend, purpose] = before + float(match[3])
+        totals = {
+            purpose: round(2**20 * sum(size for (_, found), size in sizes.items() if found == purpose))
+            for purpose in ("model", "LoRA", "KV", "compute", "output")
+        }
+        return cls(*totals.values())
 
 
 class LlamaCppSession:
@@ -72,7 +78,7 @@ class LlamaCppSession:
         self.buffers: BufferSizes | None = None
         if llama_capi.find() is not None:
             native = _NativeSession(export, runtime, threads)
-            self._session, self.buffers, self._native = native, native.buffers, native
+            self._session, self.buffers = native, native.buffers
         elif library_path() is not None:
             from acip_export.verify.llama_server import ServerSession
 
@@ -116,18 +122,20 @@ class _NativeSession:
         self._api, self.name = found
         self._batch_size = min(runtime.prompt_batch, runtime.context)
         self._context_size = runtime.context
-        self._model = self._context = None
-        with llama_capi.LOG.listen() as log:
+        self._model: int | None = None
+        self._context: int | None = None
+        with llama_capi.LOG.listen(self._api) as log:
             try:
                 self._open(export, runtime, threads)
+                self._vocab = self._api.llama_model_get_vocab(self._model)
+                self._vocabulary: int = self._api.llama_vocab_n_tokens(self._vocab)
+                self._batch: Any = self._api.llama_batch_init(self._batch_size, 0, 1)
+                self._decode([0], 0, every=False)  # with adapters, buffers grow at the first token
             except VerificationError as error:
                 self._close()
                 tail = "\n".join(f"  {line}" for line in list(log)[-5:])
                 raise VerificationError(f"{error}; llama.cpp says:\n{tail}") from None
         self.buffers = BufferSizes.parse(log)
-        self._vocab = self._api.llama_model_get_vocab(self._model)
-        self._vocabulary: int = self._api.llama_vocab_n_tokens(self._vocab)
-        self._batch: Any = self._api.llama_batch_init(self._batch_size, 0, 1)
 
     def _open(self, export: Path, runtime: Runtime, threads: int) -> None:
         api = self._api

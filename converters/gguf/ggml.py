@@ -209,9 +209,11 @@ def dequantize(data: Bytes, shape: tuple[int, ...], name: str) -> Floats:
         MissingExtraError: a quantized type without xllamacpp.
     """
     if name == "f32":
-        return data.view(np.float32).reshape(shape)
+        single: Floats = data.view(np.float32).reshape(shape)
+        return single
     if name == "f16":
-        return data.view(np.float16).astype(np.float32).reshape(shape)
+        half: Floats = data.view(np.float16).astype(np.float32).reshape(shape)
+        return half
     if name == "bf16":
         widened: Floats = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
         return widened
@@ -243,7 +245,8 @@ def _importance(importance: torch.Tensor, columns: int) -> Floats:
     mean = float(weights.mean())
     if not mean > 0 or not np.isfinite(mean):
         return np.ones(columns, np.float32)
-    return np.maximum(weights, np.float32(mean * _IMPORTANCE_FLOOR))
+    floored: Floats = np.maximum(weights, np.float32(mean * _IMPORTANCE_FLOOR))
+    return floored
 
 
 def _portable(rows: Floats, name: str) -> Bytes:

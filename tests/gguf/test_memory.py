@@ -18,6 +18,13 @@ LOGGED = 0.01 * 2**20
 SHAPES: dict[str, dict[str, object]] = {
     "wide ffn": {},
     "wide vocabulary": {"vocab_size": 4000},
+    "wide attention": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 3,
+    },
     "wide hidden": {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 3},
 }
 

@@ -40,6 +40,7 @@ class Family:
         name: llama.cpp's architecture name. classes: Hugging Face classes of the family.
         extra: required tensors of each layer beyond the usual nine. optional: those that may be there.
         interleaved_rope: llama.cpp rotates neighbouring pairs, so that rows of q and k have to be reordered.
+        square_query: llama.cpp takes the heads' total width to be the hidden size.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Family:
     extra: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     interleaved_rope: bool = False
+    square_query: bool = False
 
     def tensor_names(self, names: Iterable[str], shape: ModelShape) -> dict[str, str]:
         """``{Hugging Face name: GGUF name}``.
@@ -104,6 +106,11 @@ class Family:
             UnsupportedError: the config asks for something that llama.cpp does not compute.
         """
         _check_config(config)
+        if self.square_query and shape.heads * shape.head_dim != shape.hidden:
+            raise UnsupportedError(
+                f"llama.cpp's {self.name!r} needs heads as wide as the hidden size {shape.hidden} together; "
+                f"config.json has {shape.heads} of {shape.head_dim}"
+            )
         rope = _rope(config)
         keys = {
             "context_length": uint32(shape.max_context),

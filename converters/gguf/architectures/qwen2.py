@@ -6,4 +6,5 @@ FAMILY = Family(
     name="qwen2",
     classes=("Qwen2ForCausalLM",),
     extra=("attn_q.bias", "attn_k.bias", "attn_v.bias"),
+    square_query=True,
 )
