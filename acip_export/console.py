@@ -17,15 +17,15 @@ from rich.table import Table
 
 from acip_export.errors import AcipError
 from acip_export.formats import formats_of
-from acip_export.pipeline import StageProgress
-from acip_export.plans import Plan, TensorDecision
 from acip_export.targets import TARGETS
 from acip_export.units import format_bytes
-from acip_export.verify.verify import Report
 
 if TYPE_CHECKING:
+    from acip_export.pipeline import StageProgress
+    from acip_export.plans import Plan, TensorDecision
     from acip_export.rank import Progress as RankingProgress
     from acip_export.scores import ScoreFile
+    from acip_export.verify.verify import Report
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

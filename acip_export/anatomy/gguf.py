@@ -213,7 +213,7 @@ def _place(infos: list[_Info], start: int, alignment: int, size: int, file: Path
             row = info.shape[-1] if info.shape else 1
             if row % known[1]:
                 raise ModelFileError(
-                    f"{file} is damaged: {info.name!r} has rows of {row} weights, no multiple of {known[1]} ({known[0]})"
+                    f"{file} is damaged: {info.name!r} has rows of {row}, no multiple of {known[1]} ({known[0]})"
                 )
             nbytes = prod(info.shape) // known[1] * known[2]
         if info.offset % alignment or begin + nbytes > size or nbytes < 0:

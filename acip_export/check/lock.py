@@ -62,7 +62,7 @@ def load_lock(file: Path) -> dict[str, Snapshot]:
         raise BaselineError(f"{file} does not exist; make it with  acip-export check --update  and commit it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BaselineError(
-            f"{file} cannot be read as JSON: {error}\nAfter a merge conflict write it again:  acip-export check --update"
+            f"{file} is no JSON: {error}\nAfter a merge conflict write it anew:  acip-export check --update"
         ) from error
     return parse_lock(data, file)
 
