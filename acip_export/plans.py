@@ -158,7 +158,7 @@ def load_plan(file: Path) -> Plan:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanFileError(f"{file} does not exist; make it with  acip-export plan --budget … -o {file}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanFileError(f"{file} cannot be read as JSON: {error}") from error
     return plan_from_json(data, str(file))
 

@@ -203,8 +203,8 @@ def _place(infos: list[_Info], start: int, alignment: int, size: int, file: Path
     """Check that every tensor lies in the file, apart from the others."""
     sizes: dict[str, int] = {}
     in_order = sorted(infos, key=lambda info: info.offset)
-    for info, following in zip(in_order, [*in_order[1:], None], strict=True):
-        limit = size if following is None else start + following.offset
+    for place, info in enumerate(in_order, 1):
+        limit = start + in_order[place].offset if place < len(in_order) else size
         known = GGML_TYPES.get(info.type_id)
         begin = start + info.offset
         if known is None:  # a type newer than this table takes what lies before the next tensor

@@ -127,7 +127,7 @@ def _directory(root: Path) -> Anatomy:
 def _holds_plan(root: Path) -> bool:
     try:
         data = json.loads((root / _PLAN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and data.get("format") == "acip-plan"
 
@@ -136,7 +136,7 @@ def _config_facts(root: Path) -> dict[str, str]:
     """Of a Hugging Face model directory; nothing where there is no readable config."""
     try:
         config = json.loads((root / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     keys = ("architectures", "model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     return {key: fact(config[key]) for key in keys if key in config} if isinstance(config, dict) else {}

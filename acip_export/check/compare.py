@@ -67,6 +67,13 @@ class Result:
             None if self.total_bytes is None or self.baseline_bytes is None else self.total_bytes - self.baseline_bytes
         )
 
+    @property
+    def change(self) -> str:
+        """In words, for a table; empty where there is nothing to compare."""
+        if self.delta is None or self.identical:
+            return "identical" if self.identical else ""
+        return signed(self.delta, self.baseline_bytes) if self.delta else "same size"
+
 
 def evaluate(entry: Entry, now: Snapshot, baseline: Snapshot | None, source: str, quality_problem: str = "") -> Result:
     """Hold a model against its limits.
@@ -183,8 +190,8 @@ def _growth(
     if delta <= allowed:
         return []
     message = (
-        f"grew by {signed(delta, baseline.total_bytes)} to {now.total_bytes:,} bytes; {entry.max_growth} allows "
-        f"{format_bytes(allowed)} over the baseline of {baseline.total_bytes:,}{_grown(changes)}; "
+        f"grew by {signed(delta, baseline.total_bytes)} to {now.total_bytes:,} bytes, at most {format_bytes(allowed)} "
+        f"allowed ({entry.max_growth}) over the baseline of {baseline.total_bytes:,}{_grown(changes)}; "
         f"if that is meant, {UPDATE}"
     )
     return [Problem("max_growth", message)]

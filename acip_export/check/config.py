@@ -53,7 +53,7 @@ class Growth:
     def __str__(self) -> str:
         relative = "" if self.relative is None else f"{float(100 * self.relative):g}%"
         absolute = "" if self.absolute is None else format_bytes(self.absolute)
-        return " and ".join(part for part in (relative, absolute) if part)
+        return " or ".join(part for part in (relative, absolute) if part)
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,12 @@ def _table(outcome: Outcome) -> list[str]:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in outcome.results:
-        change = "" if result.delta is None else signed(result.delta, result.baseline_bytes)
         cells = [
             _ICONS[result.status],
             code(result.name),
             _size(result.total_bytes),
             _size(result.baseline_bytes),
-            "identical" if result.identical else change,
+            result.change,
             _size(result.limit_bytes),
             "" if result.recovery is None else f"{result.recovery:.2%}",
         ]

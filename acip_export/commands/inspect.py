@@ -14,8 +14,12 @@ from acip_export.commands import tables
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A .gguf, .onnx, .safetensors, score file, plan or directory.")],
-    other: Annotated[Path | None, typer.Argument(help="A second one: what differs, tensor by tensor.")] = None,
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A .gguf, .onnx, .safetensors, score file, plan or directory.")
+    ],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[PATH]", help="A second one: what differs, tensor by tensor.")
+    ] = None,
     top: Annotated[int, typer.Option(help="Largest tensors, or changes, to list.", min=0)] = 10,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

@@ -77,13 +77,12 @@ def show_check(outcome: Outcome, summary: str, verbose: bool) -> None:
     for column in table.columns[2:]:
         column.justify = "right"
     for result in outcome.results:
-        change = "" if result.delta is None else signed(result.delta, result.baseline_bytes)
         table.add_row(
             _STATUS[result.status],
             escape(result.name),
             _size(result.total_bytes),
             _size(result.baseline_bytes),
-            "identical" if result.identical else change,
+            result.change,
             _size(result.limit_bytes),
             "" if result.recovery is None else f"{result.recovery:.2%}",
         )
