@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from acip_export.version import __version__
+
 if TYPE_CHECKING:
     from acip_export.bundle import Bundle, load_bundle
     from acip_export.checkpoint import Checkpoint
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from acip_export.rank import rank_model
     from acip_export.scores import ScoreFile, load_scores, save_scores
     from acip_export.verify.verify import verify_export
-
-__version__ = "0.1.0"
 
 _HOME = {
     "Bundle": "acip_export.bundle",

@@ -124,6 +124,32 @@ def load_bundle(path: Path | str) -> nn.Module:
     Raises:
         BundleError: see :meth:`Bundle.open`.
     """
-    from acip_export.modules import build_model
+    from safetensors.torch import load_file
 
-    return build_model(Bundle.open(Path(path)))
+    from acip_export.modules import FactoredLinear, causal_lm
+
+    bundle = Bundle.open(Path(path))
+    model = causal_lm(bundle.config)
+    for decision in bundle.plan.tensors:
+        if decision.rank is None:
+            continue
+        parent, _, child = decision.module.rpartition(".")
+        outputs, inputs = decision.shape
+        dense = model.get_submodule(decision.module)
+        factored = FactoredLinear(
+            inputs,
+            decision.rank,
+            outputs,
+            base=decision.name in bundle.tensors,
+            bias=getattr(dense, "bias", None) is not None,
+        )
+        setattr(model.get_submodule(parent), child, factored)
+    state = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS_FILE).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = {"lm_head.weight"} if bundle.tied_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise BundleError(
+            f"{bundle.path} does not fit its architecture: missing {sorted(set(missing) - tied)[:3]}, "
+            f"unexpected {sorted(unexpected)[:3]}"
+        )
+    return model.eval()

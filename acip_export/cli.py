@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-import acip_export
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
 from acip_export.commands import check, inspect
@@ -22,6 +21,7 @@ from acip_export.formats import formats_of
 from acip_export.plans import load_plan, save_plan
 from acip_export.targets import TARGETS
 from acip_export.units import parse_bytes
+from acip_export.version import __version__
 
 if TYPE_CHECKING:
     from acip_export.plan import PlanRequest
@@ -58,7 +58,7 @@ Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perpl
 
 def _version(value: bool) -> None:
     if value:
-        console.out.print(acip_export.__version__)
+        console.out.print(__version__)
         raise typer.Exit
 
 

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from acip_export.scores import ScoreFile
     from acip_export.verify.verify import Report
 
-out = Console(highlight=False)
+# Wide enough for every table when nobody's terminal says otherwise.
+_WIDTH = None if sys.stdout.isatty() else 120
+
+out = Console(highlight=False, width=_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 
@@ -110,6 +113,8 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     table.add_column(style="dim")
     table.add_row("budget", format_bytes(plan.budget_bytes), f"{plan.budget_bytes:,} bytes of {plan.budget_scope}")
     for name, size in plan.breakdown.items():
+        if size == 0:
+            continue
         counted = plan.budget_scope == "memory" or name in ("weights", "tokenizer_and_metadata")
         table.add_row(f"  {name.replace('_', ' ')}", format_bytes(size), "" if counted else "not in the budget")
     used = plan.memory_bytes if plan.budget_scope == "memory" else plan.planned_bytes
@@ -156,8 +161,8 @@ def _folded_table(plan: Plan) -> Table:
     groups: dict[str, list[TensorDecision]] = defaultdict(list)
     for decision in plan.tensors:
         if len(decision.shape) == 2:
-            parts = ["*" if part.isdigit() else part for part in decision.module.split(".")]
-            groups[".".join(parts)].append(decision)
+            _, _, within_layer = decision.module.rpartition("layers.")
+            groups[within_layer.lstrip("0123456789.") or decision.module].append(decision)
     table = Table("tensors", "n", "shape", "bytes", "what they become", box=None, padding=(0, 2), header_style="dim")
     for name, members in groups.items():
         counts: dict[str, int] = defaultdict(int)
@@ -182,7 +187,7 @@ def show_reports(reports: list[Report]) -> None:
     """One row per runtime and export."""
     table = Table(box=None, padding=(0, 1), header_style="dim")
     for column in ("export", "budget", "planned", "written", "runtime", "perplexity", "dense", "KL", "tok/s"):
-        table.add_column(column, justify="left" if column in ("export", "runtime") else "right")
+        table.add_column(column, justify="left" if column in ("export", "runtime") else "right", no_wrap=True)
     for report in reports:
         dense = "" if report.dense_perplexity is None else f"{report.dense_perplexity.perplexity:.2f}"
         for runtime in report.runtimes:

@@ -8,6 +8,7 @@
     │   ├── PlanFileError              plan.json
     │   ├── BundleError                the materialized model
     │   ├── DataError                  calibration or evaluation text
+    │   ├── RankingError               model and text together: the ranking run diverged, or cannot be resumed
     │   ├── ModelFileError             any .gguf, .onnx, .safetensors, or a directory of them
     │   └── BaselineError              acip-check.lock.json, or what --against names
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
@@ -55,6 +56,10 @@ class BundleError(InputError):
 
 class DataError(InputError):
     """The calibration or evaluation text cannot be used."""
+
+
+class RankingError(InputError):
+    """The ranking run diverged, or a stored run cannot be resumed."""
 
 
 class ModelFileError(InputError):

@@ -19,6 +19,18 @@ DAMPING = 1e-4
 
 
 @dataclass(frozen=True)
+class Whitening:
+    """Symmetric square root of a damped second moment, and its inverse, (n, n) float64."""
+
+    root: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, moment: Tensor) -> Whitening:
+        return cls(*root_and_inverse(moment))
+
+
+@dataclass(frozen=True)
 class Components:
     """``weight = up @ down``, component by component.
 
@@ -54,20 +66,55 @@ def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 def components(weight: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> Components:
     """Factorize ``weight`` (out, in) in the basis given by the moments; ``None`` stands for the identity."""
+    right = None if input_moment is None else Whitening.of(input_moment)
+    left = None if gradient_moment is None else Whitening.of(gradient_moment)
+    return whitened_components(weight, right, left)
+
+
+def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening | None) -> Components:
+    """:func:`components` with the roots of the input moment (``right``) and the gradient moment (``left``) at hand."""
     whitened = weight.double()
-    left = right = None
-    if gradient_moment is not None:
-        root, left = root_and_inverse(gradient_moment)
-        whitened = root @ whitened
-    if input_moment is not None:
-        root, right = root_and_inverse(input_moment)
-        whitened = whitened @ root
+    if left is not None:
+        whitened = left.root @ whitened
+    if right is not None:
+        whitened = whitened @ right.root
     u, s, vt = torch.linalg.svd(whitened, full_matrices=False)
     scale = s.sqrt()
     up = u * scale
     down = scale[:, None] * vt
     return Components(
-        up=(up if left is None else left @ up).float(),
-        down=(down if right is None else down @ right).float(),
+        up=(up if left is None else left.inverse @ up).float(),
+        down=(down if right is None else down @ right.inverse).float(),
         singular=s.float(),
+    )
+
+
+def fold(
+    up: Tensor,
+    down: Tensor,
+    adapter_up: Tensor,
+    adapter_down: Tensor,
+    right: Whitening | None,
+    left: Whitening | None,
+) -> tuple[Tensor, Tensor]:
+    """The best pair of the same rank for ``up @ down + adapter_up @ adapter_down``, in the whitened norm.
+
+    QR of both sides and one small SVD. ``up`` (out, r), ``down`` (r, in); returns float32 of the same shapes.
+    """
+    rank = up.shape[1]
+    left_side = torch.cat([up, adapter_up], dim=1).double()
+    right_side = torch.cat([down, adapter_down]).double()
+    if left is not None:
+        left_side = left.root @ left_side
+    if right is not None:
+        right_side = right_side @ right.root
+    q_up, r_up = torch.linalg.qr(left_side)
+    q_down, r_down = torch.linalg.qr(right_side.T)
+    u, s, vt = torch.linalg.svd(r_up @ r_down.T)
+    scale = s[:rank].sqrt()
+    up = q_up @ (u[:, :rank] * scale)
+    down = (scale[:, None] * vt[:rank]) @ q_down.T
+    return (
+        (up if left is None else left.inverse @ up).float(),
+        (down if right is None else down @ right.inverse).float(),
     )

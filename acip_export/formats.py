@@ -99,11 +99,11 @@ _TABLE: tuple[WeightFormat, ...] = (
     _ggml("mxfp4", 32, 17, 1.32e-2),
     WeightFormat("f32", "onnx", 1, 4, 0.0),
     _nbits("int8", 8, 32, 2.5e-5),
-    _nbits("int8-b128", 8, 128, 4.0e-5),
-    _nbits("int4", 4, 32, 8.0e-3),
-    _nbits("int4-b64", 4, 64, 1.0e-2),
-    _nbits("int4-b128", 4, 128, 1.2e-2),
-    _nbits("int2", 2, 32, 0.2),
+    _nbits("int8-b128", 8, 128, 3.9e-5),
+    _nbits("int4", 4, 32, 6.6e-3),
+    _nbits("int4-b64", 4, 64, 8.1e-3),
+    _nbits("int4-b128", 4, 128, 9.4e-3),
+    _nbits("int2", 2, 32, 0.112),
 )
 
 _BY_NAME: dict[tuple[str, str], WeightFormat] = {(f.target, f.name): f for f in _TABLE}

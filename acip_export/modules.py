@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from acip_export.errors import BundleError
-
-if TYPE_CHECKING:
-    from acip_export.bundle import Bundle
 
 
 class FactoredLinear(nn.Module):
@@ -49,36 +44,4 @@ def causal_lm(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.
     fields = dict(config)
     parsed = AutoConfig.for_model(fields.pop("model_type"), **fields)
     model: nn.Module = AutoModelForCausalLM.from_config(parsed, dtype=dtype)  # type: ignore[no-untyped-call]
-    return model.eval()
-
-
-def build_model(bundle: Bundle) -> nn.Module:
-    """See :func:`acip_export.bundle.load_bundle`."""
-    from safetensors.torch import load_file
-
-    from acip_export.bundle import WEIGHTS_FILE
-
-    model = causal_lm(bundle.config)
-    for decision in bundle.plan.tensors:
-        if decision.rank is None:
-            continue
-        parent, _, child = decision.module.rpartition(".")
-        outputs, inputs = decision.shape
-        dense = model.get_submodule(decision.module)
-        factored = FactoredLinear(
-            inputs,
-            decision.rank,
-            outputs,
-            base=decision.name in bundle.tensors,
-            bias=getattr(dense, "bias", None) is not None,
-        )
-        setattr(model.get_submodule(parent), child, factored)
-    state = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS_FILE).items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if bundle.tied_embeddings else set()
-    if set(missing) - tied or unexpected:
-        raise BundleError(
-            f"{bundle.path} does not fit its architecture: missing {sorted(set(missing) - tied)[:3]}, "
-            f"unexpected {sorted(unexpected)[:3]}"
-        )
     return model.eval()

@@ -39,7 +39,14 @@ def gguf_round_trip(form: WeightFormat, weights: Floats) -> Floats:
     return ggml.dequantize(data, weights.shape, form.name)
 
 
-MEASURES: dict[str, Callable[[WeightFormat, Floats], Floats]] = {"gguf": gguf_round_trip}
+def onnx_round_trip(form: WeightFormat, weights: Floats) -> Floats:
+    """Through our quantizer for MatMulNBits and back."""
+    from converters.onnx.quantize import dequantize, quantize
+
+    return weights if form.is_float else dequantize(quantize(weights, form), form, weights.shape[1])
+
+
+MEASURES: dict[str, Callable[[WeightFormat, Floats], Floats]] = {"gguf": gguf_round_trip, "onnx": onnx_round_trip}
 
 
 def relative_mse(form: WeightFormat, weights: Floats) -> float:
@@ -68,7 +75,7 @@ def main() -> None:
             f"{seconds:6.2f} s",
             file=sys.stderr,
         )
-    packages = {"gguf": ("gguf", "xllamacpp", "numpy")}[options.target]
+    packages = {"gguf": ("gguf", "xllamacpp", "numpy"), "onnx": ("onnxruntime", "numpy")}[options.target]
     document = {
         "benchmark": "format_errors",
         "target": options.target,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from acip_export import cli
+from tests.rank.support import calibration_text
 from tests.support import make_model, make_scores
 
 
@@ -208,6 +209,46 @@ def test_bad_input(
     assert "Traceback" not in outcome.err
     assert outcome.out == ""
     assert sorted(model.rglob("*")) == before, "something was left behind"
+
+
+def test_rank_then_export_with_defaults(model: Path, run: Run) -> None:
+    """What the README shows: rank writes the one score file that the main job then finds."""
+    _no_score_file(model)
+    calibration_text(model / "text.txt")
+    ranked = run("rank", ".", "--data", "text.txt", "--algorithm", "kfac", "--context", 32)
+    assert ranked.code == 0, ranked.err
+    assert "100%" in ranked.out
+    assert (model / "tiny.acip").is_file()
+    planned = run("--budget", "3MB", "--format", "gguf", "--dry-run")
+    assert planned.code == 0, planned.err
+    refused = run("rank", ".", "--data", "text.txt", "--algorithm", "kfac", "--context", 32)
+    assert refused.code == 2
+    assert "--force" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ((), 2, "--data"),
+        (("--data", "nowhere.txt"), 3, "does not exist"),
+        (("--data", "empty.txt"), 3, "is empty"),
+        (("--data", "short.txt"), 3, "are needed"),
+        (("--data", "latin1.txt"), 3, "not UTF-8"),
+        (("--data", "short.txt", "--algorithm", "kfac", "--basis", "svd"), 2, "--basis is a setting of acip"),
+        (("--data", "short.txt", "--stop-ratio", "2"), 2, "between 0 and 1"),
+        (("--data", "short.txt", "--algorithm", "astrology"), 2, "astrology"),
+    ],
+)
+def test_bad_ranking_input(arguments: tuple[str, ...], code: int, says: str, model: Path, run: Run) -> None:
+    _no_score_file(model)
+    (model / "empty.txt").write_text(" \n")
+    (model / "short.txt").write_text("too short")
+    (model / "latin1.txt").write_bytes("Größe".encode("latin-1"))
+    before = sorted(model.rglob("*"))
+    outcome = run("rank", ".", *arguments)
+    assert outcome.code == code, outcome.err
+    assert says in outcome.err
+    assert sorted(model.rglob("*")) == before
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])

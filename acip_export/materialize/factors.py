@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acip_export.factorize import components, root_and_inverse, unpack_moment
+from acip_export.factorize import Whitening, components, fold, unpack_moment
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile
 
 
@@ -66,31 +66,10 @@ def factor_pair(
     pair = Pair(basis.up[:, units], basis.down[units])
     if not adapters or module.adapter_a is None or module.adapter_b is None:
         return pair
-    return _fold(pair, Pair(torch.from_numpy(module.adapter_b), torch.from_numpy(module.adapter_a)), moments)
-
-
-def _fold(pair: Pair, adapter: Pair, moments: Moments) -> Pair:
-    """The best pair of the same rank for ``pair + adapter`` in the whitened norm (QR of both sides, one small SVD)."""
-    rank = pair.up.shape[1]
-    up = torch.cat([pair.up, adapter.up], dim=1).double()
-    down = torch.cat([pair.down, adapter.down]).double()
-    left = right = None
-    if moments.gradients is not None:
-        root, left = root_and_inverse(moments.gradients)
-        up = root @ up
-    if moments.inputs is not None:
-        root, right = root_and_inverse(moments.inputs)
-        down = down @ root
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.T)
-    u, s, vt = torch.linalg.svd(r_up @ r_down.T)
-    scale = s[:rank].sqrt()
-    up = q_up @ (u[:, :rank] * scale)
-    down = (scale[:, None] * vt[:rank]) @ q_down.T
-    return Pair(
-        (up if left is None else left @ up).float(),
-        (down if right is None else down @ right).float(),
-    )
+    adapter = torch.from_numpy(module.adapter_b), torch.from_numpy(module.adapter_a)
+    right = None if moments.inputs is None else Whitening.of(moments.inputs)
+    left = None if moments.gradients is None else Whitening.of(moments.gradients)
+    return Pair(*fold(pair.up, pair.down, *adapter, right, left))
 
 
 def inner_importance(down: Tensor, module: ModuleScores, moments: Moments) -> Tensor:

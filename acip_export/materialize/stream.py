@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import acip_export
 from acip_export.bundle import BUNDLE_VERSION, IMPORTANCE_FILE, MANIFEST_FILE, PLAN_FILE, WEIGHTS_FILE, stored_tensors
 from acip_export.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.errors import CheckpointError, PlanFileError
@@ -25,6 +24,7 @@ from acip_export.materialize.factors import (
 )
 from acip_export.plans import Plan, TensorDecision, dumps_plan
 from acip_export.scores import ScoreFile
+from acip_export.version import __version__
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def materialize_bundle(
         manifest = {
             "format": "acip-bundle",
             "version": BUNDLE_VERSION,
-            "tool": acip_export.__version__,
+            "tool": __version__,
             "model": plan.model,
             "model_fingerprint": checkpoint.fingerprint,
             "scores_sha256": scores.sha256,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError
 from acip_export.formats import WeightFormat, weight_format
 from acip_export.plan.allocate import Choices
+from acip_export.plan.memory import repacked_bytes
 from acip_export.plans import TensorDecision
 from acip_export.scores import ModuleScores, ScoreFile
 from acip_export.targets import Layout, Target
@@ -26,19 +27,27 @@ class Candidates:
     Attributes:
         options: decisions without kept units; they are filled in for the chosen one by :meth:`decision`.
         loss: (n,) predicted loss of each.
+        tied_head: the tensor is an embedding that the head reads too.
     """
 
     options: tuple[TensorDecision, ...]
     loss: npt.NDArray[np.float64]
     module: ModuleScores | None
+    tied_head: bool = False
 
-    def choices(self) -> Choices:
-        return Choices(np.array([option.nbytes for option in self.options], np.int64), self.loss)
+    def choices(self, target: str, scope: str) -> Choices:
+        """Bytes as the budget's scope counts them."""
+        return Choices(np.array([self.cost(i, target, scope) for i in range(len(self.options))], np.int64), self.loss)
+
+    def cost(self, chosen: int, target: str, scope: str) -> int:
+        """Stored bytes, and in memory what the runtime keeps beside them."""
+        option = self.options[chosen]
+        return option.nbytes + (repacked_bytes(option, target, self.tied_head)[0] if scope == "memory" else 0)
 
     def dense_only(self) -> Candidates:
         """The candidates without low rank: what quantization alone could do."""
         dense = [i for i, option in enumerate(self.options) if option.rank is None]
-        return Candidates(tuple(self.options[i] for i in dense), self.loss[dense], self.module)
+        return replace(self, options=tuple(self.options[i] for i in dense), loss=self.loss[dense])
 
     def decision(self, chosen: int) -> TensorDecision:
         """The option with the kept units written down."""
@@ -46,8 +55,7 @@ class Candidates:
         if option.rank is None or self.module is None:
             return option
         kept = _ranges(np.sort(self.module.order[: option.rank]))
-        fields = {**option.__dict__, "kept": kept}
-        return TensorDecision(**fields)
+        return replace(option, kept=kept)
 
 
 def _ranges(units: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
@@ -80,7 +88,8 @@ def build_candidates(
             built.append(_linear(name, module, losses[name.removesuffix(".weight")], layout, types))
         elif len(info.shape) == 2:
             sensitivity = scores.embedding_sensitivity.get(name, 0.0)
-            built.append(_dense(name, info.shape, sensitivity, embedding_types, None))
+            embedding = _dense(name, info.shape, sensitivity, embedding_types, None)
+            built.append(replace(embedding, tied_head=checkpoint.shape.tied_embeddings))
         else:
             vector = weight_format(target.name, target.vector_format)
             built.append(_dense(name, info.shape, 0.0, (vector,), None))

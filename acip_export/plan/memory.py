@@ -1,7 +1,7 @@
 """What a runtime holds beside the weights, in bytes. Pure formulas, upper bounds.
 
-Sources: llama.cpp's own log lines and onnxruntime's tensor shapes, as measured for the versions in constraints.txt;
-tests compare the llama.cpp formulas with the log of the installed version.
+Source of llama.cpp's: its own log lines, for the versions in constraints.txt; a test compares them with the installed
+version's. onnxruntime's are in :mod:`acip_export.plan.memory_onnx`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from acip_export.checkpoint import ModelShape
-from acip_export.plans import Runtime
+from acip_export.formats import weight_format
+from acip_export.plan import memory_onnx
+from acip_export.plans import Runtime, TensorDecision
 from acip_export.targets import target as find_target
 
 # llama.cpp rounds the cells of its KV cache up to this.
@@ -47,10 +49,40 @@ def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeM
         per_prompt_token = 4 * widest + 2 * cells + _LLAMA_SMALL_TENSORS
         compute = batch * per_prompt_token + _llama_cache_buffers(shape, runtime.cache_type, cells)
         return RuntimeMemory(per_token * cells // denominator, compute, 4 * shape.vocabulary)
-    # onnxruntime: float32 activations; the widest node is the head or the gated FFN, beside the residual stream and
-    # the attention's inputs. The logits of the whole chunk are an output of the graph.
-    activations = 4 * batch * (3 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
-    return RuntimeMemory(per_token * runtime.context // denominator, activations, 4 * batch * shape.vocabulary)
+    return RuntimeMemory(
+        per_token * runtime.context // denominator,
+        memory_onnx.activation_bytes(shape, runtime),
+        memory_onnx.logit_bytes(shape, runtime),
+    )
+
+
+def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tuple[int, int]:
+    """What the runtime keeps of a tensor beside its stored numbers.
+
+    llama.cpp maps them and, with repacking off, keeps nothing else.
+
+    Args:
+        tied_head: the tensor is an embedding that the head reads too.
+
+    Returns:
+        Bytes for as long as the model is loaded, and bytes that are held once, for the tensor that needs most of them.
+    """
+    if target != "onnx" or len(decision.shape) != 2:
+        return 0, 0
+    rows, columns = decision.shape
+    parts = (
+        [(rows, columns, decision.format)]
+        if decision.rank is None
+        else [
+            (decision.rank, columns, decision.down_format),
+            (rows, decision.rank, decision.up_format),
+        ]
+    )
+    products = [(m, n, weight_format(target, name or "")) for m, n, name in parts]
+    kept = sum(memory_onnx.packed_bytes(*product) for product in products)
+    if tied_head:
+        kept += memory_onnx.tied_bytes(*products[0])
+    return kept, max(memory_onnx.leftover_bytes(*product) for product in products)
 
 
 def _llama_cache_buffers(shape: ModelShape, cache_type: str, cells: int) -> int:

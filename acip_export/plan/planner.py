@@ -11,7 +11,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.errors import InfeasibleBudgetError, UsageError
 from acip_export.plan.allocate import Allocation, allocate, pareto
 from acip_export.plan.candidates import Candidates, build_candidates
-from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, runtime_memory
+from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, repacked_bytes, runtime_memory
 from acip_export.plan.predicted_loss import Calibration, calibrate, component_losses
 from acip_export.plans import Certificate, Plan, Runtime, TensorDecision
 from acip_export.scores import ScoreFile
@@ -50,19 +50,31 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class _Solution:
-    """One allocation with its exact files."""
+    """One allocation with its exact files.
+
+    Attributes:
+        repacked: what the runtime keeps of the weights beside the files.
+        used: bytes that count against the budget, without the fixed ones.
+    """
 
     allocation: Allocation
     decisions: tuple[TensorDecision, ...]
     files: dict[str, int]
+    repacked: int
+    used: int
 
     @property
     def file_bytes(self) -> int:
         return sum(self.files.values())
 
     @property
+    def stored(self) -> int:
+        return sum(decision.nbytes for decision in self.decisions)
+
+    @property
     def overhead(self) -> int:
-        return self.file_bytes - self.allocation.nbytes
+        """What the allocation did not foresee."""
+        return self.used - self.allocation.nbytes
 
 
 def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, predict_files: PredictFiles) -> Plan:
@@ -86,7 +98,7 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
     solution = _solve(candidates, request, checkpoint, runtime, fixed, predict_files)
     calibration = calibrate(scores, losses)
     loss = calibration.loss(solution.allocation.loss)
-    certificate = _certificate(candidates, solution, calibration, request.budget_bytes - fixed)
+    certificate = _certificate(candidates, solution, calibration, request, request.budget_bytes - fixed)
     return Plan(
         target=target.name,
         layout=layout.name,
@@ -96,11 +108,12 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
         budget_bytes=request.budget_bytes,
         budget_scope=request.budget_scope,
         planned_bytes=solution.file_bytes,
-        memory_bytes=solution.file_bytes + memory.total,
+        memory_bytes=solution.file_bytes + solution.repacked + memory.total,
         files=solution.files,
         breakdown={
-            "weights": solution.allocation.nbytes,
-            "tokenizer_and_metadata": solution.overhead,
+            "weights": solution.stored,
+            "repacked_weights": solution.repacked,
+            "tokenizer_and_metadata": solution.file_bytes - solution.stored,
             "kv_cache": memory.kv_cache,
             "compute": memory.compute,
             "output": memory.output,
@@ -140,18 +153,25 @@ def _solve(
     fixed: int,
     predict_files: PredictFiles,
 ) -> _Solution:
-    groups = [candidate.choices() for candidate in candidates]
+    groups = [candidate.choices(request.target, request.budget_scope) for candidate in candidates]
 
     def exactly(allocation: Allocation) -> _Solution:
         decisions = tuple(c.decision(i) for c, i in zip(candidates, allocation.chosen, strict=True))
-        return _Solution(allocation, decisions, dict(predict_files(decisions, runtime)))
+        files = dict(predict_files(decisions, runtime))
+        extra = [
+            repacked_bytes(decision, request.target, candidate.tied_head)
+            for decision, candidate in zip(decisions, candidates, strict=True)
+        ]
+        repacked = sum(kept for kept, _ in extra) + max(once for _, once in extra)
+        used = sum(files.values()) + (repacked if request.budget_scope == "memory" else 0)
+        return _Solution(allocation, decisions, files, repacked, used)
 
     floor = sum(int(group.nbytes.min()) for group in groups)
     least = allocate(groups, floor)
     assert least is not None  # the smallest candidates add up to the floor
     smallest = exactly(least)
     room = request.budget_bytes - fixed
-    if smallest.file_bytes > room:
+    if smallest.used > room:
         raise _infeasible(smallest, request, checkpoint, runtime, fixed)
     best, overhead = smallest, smallest.overhead
     for _ in range(_OVERHEAD_ROUNDS):
@@ -159,29 +179,33 @@ def _solve(
         if allocation is None or allocation.chosen == best.allocation.chosen:
             break
         solution = exactly(allocation)
-        if solution.file_bytes <= room:
+        if solution.used <= room:
             if allocation.loss < best.allocation.loss:
                 best = solution
             if solution.overhead >= overhead:
                 break
             overhead = solution.overhead
         else:
-            overhead += solution.file_bytes - room
+            overhead += solution.used - room
     return best
 
 
 def _infeasible(
     smallest: _Solution, request: PlanRequest, checkpoint: Checkpoint, runtime: Runtime, fixed: int
 ) -> InfeasibleBudgetError:
-    parts = {"weights": smallest.allocation.nbytes, "tokenizer and metadata": smallest.overhead}
+    parts = {"weights": smallest.stored, "tokenizer and metadata": smallest.file_bytes - smallest.stored}
     advice = ["allow smaller types with --types"]
     if request.budget_scope == "memory":
         memory = runtime_memory(request.target, checkpoint.shape, runtime)
-        parts |= {"KV cache": memory.kv_cache, "compute and output buffers": memory.compute + memory.output}
+        parts |= {
+            "repacked weights": smallest.repacked,
+            "KV cache": memory.kv_cache,
+            "compute and output buffers": memory.compute + memory.output,
+        }
         advice.append(f"a shorter --context than {runtime.context}")
     else:
         fixed = 0
-    needed = smallest.file_bytes + fixed
+    needed = smallest.used + fixed
     largest = max(parts, key=lambda part: parts[part])
     lines = "\n".join(f"  {name:<28}{format_bytes(size):>10}" for name, size in parts.items())
     return InfeasibleBudgetError(
@@ -193,19 +217,24 @@ def _infeasible(
 
 
 def _certificate(
-    candidates: tuple[Candidates, ...], solution: _Solution, calibration: Calibration, room: int
+    candidates: tuple[Candidates, ...],
+    solution: _Solution,
+    calibration: Calibration,
+    request: PlanRequest,
+    room: int,
 ) -> Certificate:
     allocation = solution.allocation
-    left = room - solution.file_bytes
+    left = room - solution.used
     best: tuple[float, int, str] | None = None
     for candidate, chosen in zip(candidates, allocation.chosen, strict=True):
-        choices = candidate.choices()
+        choices = candidate.choices(request.target, request.budget_scope)
         for other in pareto(choices):
             gain = float(choices.loss[chosen] - choices.loss[other])
             extra = int(choices.nbytes[other] - choices.nbytes[chosen])
             if gain > 0 and extra > left and (best is None or gain / extra > best[0]):
                 best = (gain / extra, extra, describe(candidate.options[other]))
-    dense = allocate([c.dense_only().choices() for c in candidates], room - solution.overhead)
+    dense_only = [c.dense_only().choices(request.target, request.budget_scope) for c in candidates]
+    dense = allocate(dense_only, room - solution.overhead)
     dense_loss = None if dense is None else calibration.loss(dense.loss)
     return Certificate(
         bytes_left=left,

@@ -22,7 +22,8 @@ from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE
 
 _SPEED_REPEATS = 3
 _BUFFER_LINE = re.compile(r"(\S+) +(model|LoRA|KV|compute|output) buffer size *= *([\d.]+) MiB")
-_FLASH_ATTENTION = 1
+# enum llama_flash_attn_type
+_FLASH_OFF, _FLASH_ON = 0, 1
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class LlamaCppSession:
     Through llama-cpp-python if installed, else xllamacpp's C symbols, else (where a build hides them, as on Windows)
     xllamacpp's server, which is slow and gives log-probabilities instead of logits.
 
+    Args:
+        flash_attention: as served. Off, together with a float32 cache, llama.cpp calculates attention in float32
+            (flash attention rounds keys and values to float16 whatever the cache), and agrees with PyTorch to 1e-4.
+
     Attributes:
         name: runtime and way of access. buffers: what llama.cpp logged while opening; ``None`` from the server.
 
@@ -72,17 +77,19 @@ class LlamaCppSession:
         VerificationError: llama.cpp refuses the export; the message quotes its log.
     """
 
-    def __init__(self, export: Path, runtime: Runtime, threads: int | None = None) -> None:
+    def __init__(
+        self, export: Path, runtime: Runtime, threads: int | None = None, flash_attention: bool = True
+    ) -> None:
         threads = threads or processors()
         self._session: RuntimeSession
         self.buffers: BufferSizes | None = None
         if llama_capi.find() is not None:
-            native = _NativeSession(export, runtime, threads)
+            native = _NativeSession(export, runtime, threads, flash_attention)
             self._session, self.buffers = native, native.buffers
         elif library_path() is not None:
             from acip_export.verify.llama_server import ServerSession
 
-            self._session = ServerSession(export, runtime, threads)
+            self._session = ServerSession(export, runtime, threads, flash_attention)
         else:
             raise MissingExtraError("xllamacpp", "gguf", "running a GGUF export")
         self.name = self._session.name
@@ -116,7 +123,7 @@ class LlamaCppSession:
 class _NativeSession:
     """Model and context held through the C interface."""
 
-    def __init__(self, export: Path, runtime: Runtime, threads: int) -> None:
+    def __init__(self, export: Path, runtime: Runtime, threads: int, flash_attention: bool) -> None:
         found = llama_capi.find()
         assert found is not None
         self._api, self.name = found
@@ -126,7 +133,7 @@ class _NativeSession:
         self._context: int | None = None
         with llama_capi.LOG.listen(self._api) as log:
             try:
-                self._open(export, runtime, threads)
+                self._open(export, runtime, threads, flash_attention)
                 self._vocab = self._api.llama_model_get_vocab(self._model)
                 self._vocabulary: int = self._api.llama_vocab_n_tokens(self._vocab)
                 self._batch: Any = self._api.llama_batch_init(self._batch_size, 0, 1)
@@ -137,7 +144,7 @@ class _NativeSession:
                 raise VerificationError(f"{error}; llama.cpp says:\n{tail}") from None
         self.buffers = BufferSizes.parse(log)
 
-    def _open(self, export: Path, runtime: Runtime, threads: int) -> None:
+    def _open(self, export: Path, runtime: Runtime, threads: int, flash_attention: bool) -> None:
         api = self._api
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
@@ -153,7 +160,8 @@ class _NativeSession:
         context.n_ctx, context.n_batch, context.n_ubatch = runtime.context, self._batch_size, self._batch_size
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = TYPE_IDS[runtime.cache_type]
-        context.flash_attn_type = _FLASH_ATTENTION  # a quantized V cache needs it, and the plan's formulas assume it
+        # A quantized cache of values needs it, and the plan's memory formulas assume it.
+        context.flash_attn_type = _FLASH_ON if flash_attention else _FLASH_OFF
         self._context = api.llama_init_from_model(self._model, context)
         if not self._context:
             raise VerificationError(f"{export / MODEL_FILE}: no context of {runtime.context} tokens")

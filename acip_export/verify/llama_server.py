@@ -30,7 +30,7 @@ class ServerSession:
 
     name = "llama.cpp (xllamacpp server)"
 
-    def __init__(self, export: Path, runtime: Runtime, threads: int) -> None:
+    def __init__(self, export: Path, runtime: Runtime, threads: int, flash_attention: bool = True) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -42,7 +42,8 @@ class ServerSession:
         params.cache_type_k = params.cache_type_v = getattr(
             xllamacpp.ggml_type, f"GGML_TYPE_{runtime.cache_type.upper()}"
         )
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        flash = "ENABLED" if flash_attention else "DISABLED"
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{flash}"]
         params.no_extra_bufts, params.warmup, params.cache_ram_mib, params.n_gpu_layers = True, False, 0, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.verbosity = _SILENT

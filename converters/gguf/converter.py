@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-import acip_export
 from acip_export.bundle import PLAN_FILE, Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError, VerificationError
 from acip_export.formats import weight_format
 from acip_export.plans import Plan, Runtime, TensorDecision
+from acip_export.version import __version__
 from converters.gguf import ggml
 from converters.gguf.architectures import family_of
 from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE, Item, arrange
@@ -159,7 +159,7 @@ def _metadata(
         "general.alignment": uint32(ALIGNMENT),
         "general.quantization_version": uint32(_QUANTIZATION_VERSION),
         "general.file_type": uint32(_FILE_TYPES[_main_format(items)]),
-        "acip.version": string(acip_export.__version__),
+        "acip.version": string(__version__),
         "acip.plan_sha256": string(plan_hash),
         "acip.model_fingerprint": string(fingerprint),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,8 +21,8 @@ from converters.onnx.quantize import bits_of, quantize
 if TYPE_CHECKING:
     from acip_export.bundle import Bundle
 
-# Weights that are converted at once. Large enough for vectorised work, small enough to stay in a core's cache.
-_CHUNK = 1 << 19
+# Weights that a thread converts at once: large enough for vectorised work, small enough to stay in a core's cache.
+_CHUNK = 1 << 17
 
 Form = Literal["rows", "columns", "codes", "flat_codes", "scales"]
 
@@ -130,23 +132,30 @@ class MatrixReader:
             yield from self._codes(weight, matrix)
         elif part.form == "rows":
             for rows in _slices(weight, matrix.columns):
-                yield rows.float().contiguous().numpy()
+                yield _floats(rows)
         else:
             for columns in _slices(weight.T, matrix.rows):
-                yield columns.float().contiguous().numpy()
+                yield _floats(columns)
 
     def _codes(self, weight: Tensor, matrix: Matrix) -> Iterator[NDArray[np.generic]]:
-        importance = self._bundle.importance(matrix.tensor)
+        moments = self._bundle.importance(matrix.tensor)
+        importance = None if moments is None else _floats(moments)
         scales = np.empty((matrix.rows, matrix.blocks), np.float32)
         done = 0
-        for rows in _slices(weight, matrix.columns):
-            quantized = quantize(rows, matrix.format, importance)
-            scales[done : done + len(rows)] = quantized.scales.numpy()
-            done += len(rows)
-            yield quantized.codes.numpy()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            slices = _slices(weight, matrix.columns)
+            for quantized in pool.map(lambda rows: quantize(_floats(rows), matrix.format, importance), slices):
+                scales[done : done + len(quantized.scales)] = quantized.scales
+                done += len(quantized.scales)
+                yield quantized.codes
         self._scales[matrix.tensor] = scales
 
 
 def _slices(weight: Tensor, width: int) -> Iterator[Tensor]:
     step = max(1, _CHUNK // width)
     return (weight[start : start + step] for start in range(0, len(weight), step))
+
+
+def _floats(tensor: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.float().contiguous().numpy()
+    return array

@@ -21,6 +21,8 @@ _ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "qwen3": ("default", "linear"),
 }
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 ReadVector = Callable[[str], Tensor]
 
 
@@ -75,26 +77,30 @@ def make_skeleton(
     plain = {**{k: v for k, v in config.items() if k != "layer_types"}, "sliding_window": None}
     with torch.device("meta"):
         model = causal_lm(plain)
-    vectors = {name: _vector(decisions.pop(name), read_vector) for name in _vector_names(decisions)}
     tied = bool(config.get("tie_word_embeddings", False))
-    embedding = _embedding(decisions)
     if tied:
-        decisions["lm_head.weight"] = decisions[embedding.tensor]
+        decisions.pop(_HEAD, None)
+    _check_names(set(decisions), {name for name, _ in model.named_parameters()}, type(model).__name__)
+    embedding = _embedding(decisions[_EMBEDDING])
+    if tied:
+        decisions[_HEAD] = decisions[_EMBEDDING]
+    vectors = {name: _vector(d, read_vector) for name, d in decisions.items() if len(d.shape) == 1}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            decision = decisions.pop(f"{name}.weight", None)
-            if decision is None:
-                raise UnsupportedError(f"the plan decides nothing for {name}.weight; plan again for this model")
-            projection = Projection(matrices_of(decision), _bias(name, vectors))
+            projection = Projection(matrices_of(decisions[f"{name}.weight"]), _bias(name, vectors))
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, projection)
     for name, vector in vectors.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Parameter(vector, requires_grad=False))
-    decisions.pop(embedding.tensor, None)
-    if decisions:
-        raise UnsupportedError(f"ONNX has no place for {sorted(decisions)[0]} in a {type(model).__name__}")
     return Skeleton(model, embedding, tied)
+
+
+def _check_names(decided: set[str], expected: set[str], architecture: str) -> None:
+    for name in sorted(expected - decided):
+        raise UnsupportedError(f"the plan decides nothing for {name} of a {architecture}; plan again for this model")
+    for name in sorted(decided - expected):
+        raise UnsupportedError(f"ONNX has no place for {name} in a {architecture}; the config says otherwise")
 
 
 def _check_config(config: Mapping[str, Any], context: int) -> None:
@@ -124,21 +130,12 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
     return None if window is None else int(window)
 
 
-def _embedding(decisions: Mapping[str, TensorDecision]) -> Matrix:
-    name = "model.embed_tokens.weight"
-    if name not in decisions:
-        raise UnsupportedError(
-            f"the model has no {name}; ONNX exports need a text decoder of the Llama family's layout"
-        )
-    chain = matrices_of(decisions[name])
+def _embedding(decision: TensorDecision) -> Matrix:
+    chain = matrices_of(decision)
     matrix = chain[0][1]
     if len(chain) != 1 or not (matrix.format.is_float or matrix.bits in (4, 8)):
-        raise UnsupportedError(f"{name}: ONNX embeddings are dense, of 4 or 8 bits or float; plan again")
+        raise UnsupportedError(f"{decision.name}: ONNX embeddings are dense, of 4 or 8 bits or float; plan again")
     return matrix
-
-
-def _vector_names(decisions: Mapping[str, TensorDecision]) -> list[str]:
-    return [name for name, decision in decisions.items() if len(decision.shape) == 1]
 
 
 def _vector(decision: TensorDecision, read_vector: ReadVector | None) -> Tensor:

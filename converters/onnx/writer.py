@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-import acip_export
+from acip_export.version import __version__
 from converters.onnx.matrices import MatrixPart, MatrixReader
 
 Contents = Mapping[str, MatrixPart | NDArray[Any]]
@@ -49,7 +49,7 @@ def pack(graph: ir.Model, contents: Contents, location: str) -> Packed:
         )
         offset += nbytes
     # The builder would write the revision of whatever git repository surrounds it.
-    graph.producer_name, graph.producer_version = "acip-export", acip_export.__version__
+    graph.producer_name, graph.producer_version = "acip-export", __version__
     return Packed(ir.serde.serialize_model(graph).SerializeToString(deterministic=True), offset)
 
 

@@ -1,0 +1,56 @@
+"""What onnxruntime's CPU provider holds for an export beside its files. Pure formulas, upper bounds.
+
+Measured with onnxruntime 1.31 and onnxruntime-genai 0.18 (anonymous and file-backed resident memory of a process, over
+formats, block sizes, tied and untied heads, contexts and prompt batches); a test measures again:
+
+- Weights are mapped from the data file. Every MatMul packs its float weight into a copy and lets go of the original;
+  the tied head cannot, because the embedding still reads it.
+- MatMulNBits (accuracy level 4) packs codes, scales and block sums, and keeps the original scales: 8 bytes a block more
+  than the file has. The largest one's scales are held once more.
+- The tied, quantized embedding reads a reshaped copy of the head's codes.
+- Attention works in place on the shared KV cache and keeps no matrix of probabilities.
+- The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
+  batch are an output of the graph.
+
+Not counted, because no plan changes it: the libraries and the session, about 27 MiB.
+"""
+
+from __future__ import annotations
+
+from acip_export.checkpoint import ModelShape
+from acip_export.formats import WeightFormat
+from acip_export.plans import Runtime
+
+_PACKED_BLOCK_BYTES = 8
+_SCALE_BYTES = 4
+
+
+def packed_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+    """Bytes beside the stored ones that a matrix product keeps."""
+    return 0 if form.is_float else _blocks(rows, columns, form) * _PACKED_BLOCK_BYTES
+
+
+def leftover_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+    """Held once, for the largest matrix: its scales again."""
+    return 0 if form.is_float else _blocks(rows, columns, form) * _SCALE_BYTES
+
+
+def tied_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+    """What a head that is tied to an embedding of ``form`` costs beside :func:`packed_bytes`."""
+    stored = form.nbytes(rows, columns)
+    return stored if form.is_float else stored - _blocks(rows, columns, form) * _SCALE_BYTES
+
+
+def activation_bytes(shape: ModelShape, runtime: Runtime) -> int:
+    """Float32 activations of one prompt batch, without the logits."""
+    batch = min(runtime.prompt_batch, runtime.context)
+    return 4 * batch * (4 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
+
+
+def logit_bytes(shape: ModelShape, runtime: Runtime) -> int:
+    """Logits of one prompt batch."""
+    return 4 * min(runtime.prompt_batch, runtime.context) * shape.vocabulary
+
+
+def _blocks(rows: int, columns: int, form: WeightFormat) -> int:
+    return rows * -(-columns // form.block)

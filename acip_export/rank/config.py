@@ -1,0 +1,119 @@
+"""What a ranking run can be told, and what it reports while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from acip_export.errors import UsageError
+
+Algorithm = Literal["acip", "magnitude", "energy", "kfac"]
+Basis = Literal["svd", "input", "kfac"]
+Objective = Literal["ce", "distill"]
+Start = Literal["ones", "drop-loss"]
+TieBreak = Literal["drop-loss", "index"]
+PostTuneSizes = Literal["stop", "sampled"]
+Phase = Literal["statistics", "components", "masks", "post-tune", "curve"]
+
+TRAINING_FREE_BASES: dict[Algorithm, Basis] = {"magnitude": "svd", "energy": "input", "kfac": "kfac"}
+CURVE_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+
+
+@dataclass(frozen=True)
+class AcipConfig:
+    """Hyper-parameters of the learned ranking. The defaults are the paper's (arXiv 2502.01717).
+
+    Attributes:
+        basis: ``svd`` (paper), ``input`` or ``kfac``: see :mod:`acip_export.factorize`.
+        objective: ``ce`` (paper), or ``distill``: KL divergence from the dense model, nats per token.
+        start: initial masks all ``ones`` (paper), or graded by ``drop-loss``: of N components, the one with the i-th
+            smallest predicted loss starts at i/N, so that the training-free order is what the loss then corrects.
+        stop_ratio: share of the linear layers' parameters at which the masks stop.
+        post_tune: steps of the adapters alone after that.
+        post_tune_sizes: masks while post-tuning: those of the ``stop`` ratio (paper), or of a ratio ``sampled``
+            uniformly between the stop ratio and 1 for every step, so that one set of adapters serves all sizes.
+        learning_rate: of AdamW, for masks and adapters alike, without weight decay.
+        mask_scale: masks are 1 at the start but stored as this, so that they move on the adapters' scale.
+        penalty: weight of the masks' one-sided L1 norm, multiplied by penalty_growth every penalty_every steps.
+        adapter_rank: 0 for none; capped at a quarter of a layer's smaller side.
+        adapter_alpha, adapter_dropout: as in LoRA.
+        batch: windows per step.
+        tie_break: order of components that were pruned in the same step.
+        max_steps: the masks stop here at the latest.
+    """
+
+    basis: Basis = "svd"
+    objective: Objective = "ce"
+    start: Start = "ones"
+    stop_ratio: float = 0.4
+    post_tune: int = 1000
+    post_tune_sizes: PostTuneSizes = "stop"
+    learning_rate: float = 5e-5
+    mask_scale: float = 0.02
+    penalty: float = 1e-3
+    penalty_growth: float = 1.01
+    penalty_every: int = 4
+    adapter_rank: int = 32
+    adapter_alpha: float = 16.0
+    adapter_dropout: float = 0.05
+    batch: int = 4
+    tie_break: TieBreak = "drop-loss"
+    max_steps: int = 50_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.stop_ratio < 1:
+            raise UsageError(f"stop ratio {self.stop_ratio} must lie between 0 and 1")
+        if self.post_tune < 0 or self.adapter_rank < 0:
+            raise UsageError(
+                f"post-tune steps {self.post_tune} and adapter rank {self.adapter_rank} cannot be negative"
+            )
+        if self.batch < 1 or self.max_steps < 1 or self.penalty_every < 1:
+            raise UsageError("batch, max_steps and penalty_every must be at least 1")
+        if min(self.learning_rate, self.mask_scale, self.penalty) <= 0:
+            raise UsageError("learning rate, mask scale and penalty must be positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How the calibration text is used.
+
+    Attributes:
+        context: tokens per window; ``None``: 512, or the model's limit if that is smaller.
+        statistics_tokens: from the front of the text, for the second moments.
+        curve_tokens: from its end, at most a fifth of it: the measured curve, seen by nothing else.
+        batch: windows per forward pass of statistics and curve.
+        seed: of label sampling, adapters, dropout and the order of the windows.
+    """
+
+    context: int | None = None
+    statistics_tokens: int = 24_576
+    curve_tokens: int = 16_384
+    batch: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report of a running ranking.
+
+    Attributes:
+        phase: what is running. step, total: of this phase; the number of mask steps is not known beforehand.
+        ratio: share of the linear layers' parameters that is left. loss: nats per token, as last measured.
+        tokens_per_second, eta_seconds: of this phase; ``None`` where they make no sense or cannot be told yet.
+    """
+
+    phase: Phase
+    step: int
+    total: int | None
+    ratio: float = 1.0
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def silent(_progress: Progress) -> None:
+    """The default progress callback."""

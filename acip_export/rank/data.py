@@ -1,0 +1,73 @@
+"""Calibration text, split into what the ranking learns from and what its curve is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.rank.config import DataConfig
+from acip_export.text import PackedText, pack_text
+
+_DEFAULT_CONTEXT = 512
+_LEAST_WINDOWS = 8
+_LARGEST_HELD_OUT_SHARE = 5
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Token windows (n, context) int64. ``training`` and ``held_out`` are disjoint stretches of one text.
+
+    Attributes:
+        statistics: the first windows of ``training``.
+    """
+
+    text: PackedText
+    training: Tensor
+    held_out: Tensor
+    statistics: Tensor
+
+
+def read_data(checkpoint: Checkpoint, source: Path, config: DataConfig) -> CalibrationData:
+    """Tokenize and split.
+
+    Raises:
+        DataError: unreadable text, or less than eight windows of it.
+    """
+    limit = checkpoint.shape.max_context
+    context = min(config.context or _DEFAULT_CONTEXT, limit)
+    text = pack_text(checkpoint.path, source, context, _LEAST_WINDOWS)
+    count = len(text.windows)
+    held_out = max(1, min(config.curve_tokens // context, count // _LARGEST_HELD_OUT_SHARE))
+    training = text.windows[: count - held_out]
+    return CalibrationData(
+        text=text,
+        training=training,
+        held_out=text.windows[count - held_out :],
+        statistics=training[: max(1, config.statistics_tokens // context)],
+    )
+
+
+class WindowStream:
+    """Batches of windows without end: each pass over the text in a new seeded order.
+
+    ``position`` alone says where the stream stands, so a resumed run sees the same batches.
+    """
+
+    def __init__(self, windows: Tensor, batch: int, seed: int, position: int = 0) -> None:
+        self.windows, self.batch, self.seed, self.position = windows, min(batch, len(windows)), seed, position
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        per_pass = len(self.windows) // self.batch
+        round_, place = divmod(self.position, per_pass)
+        generator = torch.Generator().manual_seed(self.seed + round_)
+        order = torch.randperm(len(self.windows), generator=generator)
+        self.position += 1
+        return self.windows[order[place * self.batch : (place + 1) * self.batch]]

@@ -1,0 +1,136 @@
+"""Linear layers as masked sums of singular components with an adapter beside them (ACIP, section 3.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from acip_export.factorize import Components
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Low-rank adapter of every layer; ``rank`` 0 for none."""
+
+    rank: int
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def rank_for(self, out: int, inputs: int) -> int:
+        """Capped at a quarter of the smaller side: beyond that an adapter is no longer low-rank."""
+        return min(self.rank, min(out, inputs) // 4)
+
+
+class MaskedLinear(nn.Module):
+    """``y = sum_k m_k up_k (down_k x) + B A dropout(x) + bias``, in place of a linear layer.
+
+    ``mask`` holds m scaled (``mask_scale``), and acts through a straight-through estimator: 1 where it is positive, 0
+    elsewhere; its gradient passes through a ReLU, so that a pruned component stays pruned.
+
+    The components are stored in any order, the ``live`` first ones take part. Pruned components are moved to the back,
+    so they cost neither time nor a second copy of the factors.
+
+    Attributes:
+        up: (out, k), down: (k, in): frozen, in the model's dtype. arrangement: (k,) component at each place.
+        mask: (k,) float32, by component. adapter_a: (a, in), adapter_b: (out, a): float32.
+        live: leading places in use. gated: multiply by the mask. adapted: add the adapter.
+        folded: a factor pair that replaces components and adapter, for evaluation.
+    """
+
+    up: Tensor
+    down: Tensor
+    arrangement: Tensor
+
+    def __init__(self, basis: Components, dense: nn.Linear, mask_scale: float, adapter: AdapterShape) -> None:
+        super().__init__()
+        dtype, device = dense.weight.dtype, dense.weight.device
+        self.out_features, self.in_features = dense.weight.shape
+        components = len(basis.singular)
+        self.register_buffer("up", basis.up.to(device, dtype))
+        self.register_buffer("down", basis.down.to(device, dtype))
+        self.register_buffer("arrangement", torch.arange(components, device=device))
+        self.bias = dense.bias
+        self.mask_scale = mask_scale
+        self.mask = nn.Parameter(torch.full((components,), mask_scale, device=device))
+        rank = adapter.rank_for(self.out_features, self.in_features)
+        self.adapter_a = nn.Parameter(torch.empty(rank, self.in_features, device=device))
+        self.adapter_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        if rank:
+            nn.init.kaiming_uniform_(self.adapter_a, a=math.sqrt(5))  # LoRA's
+        self.adapter_scale = adapter.alpha / rank if rank else 0.0
+        self.dropout = nn.Dropout(adapter.dropout)
+        self.live, self.gated, self.adapted = components, True, rank > 0
+        self.folded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """Some models look at the dtype or device of their layers' weights."""
+        return self.down
+
+    def gate(self) -> Tensor:
+        """(k,) ones and zeros, with the gradient of the stored mask through ReLU and scale."""
+        positive = F.relu(self.mask)
+        return (positive > 0).float() + (positive - positive.detach()) / self.mask_scale
+
+    def arrange(self, order: Tensor, live: int) -> None:
+        """Put the components into ``order`` (k,) and use the ``live`` first ones."""
+        place = torch.empty_like(self.arrangement)
+        place[self.arrangement] = torch.arange(len(place), device=place.device)
+        moves = place[order]
+        self.up, self.down, self.arrangement = self.up[:, moves], self.down[moves], order.clone()
+        self.live = live
+
+    def drop_pruned(self) -> None:
+        """Move components whose mask is zero to the back."""
+        alive = self.mask.detach() > 0
+        count = int(alive.sum())
+        if count < self.live:
+            self.arrange(torch.cat([alive.nonzero().flatten(), (~alive).nonzero().flatten()]), count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.folded is not None:
+            return F.linear(F.linear(x, self.folded[1]), self.folded[0], self.bias)
+        hidden = F.linear(x, self.down[: self.live])
+        if self.gated:
+            hidden = hidden * self.gate()[self.arrangement[: self.live]].to(x.dtype)
+        y = F.linear(hidden, self.up[:, : self.live], self.bias)
+        if self.adapted:
+            low = F.linear(self.dropout(x), self.adapter_a.to(x.dtype))
+            y = y + self.adapter_scale * F.linear(low, self.adapter_b.to(x.dtype))
+        return y
+
+
+@contextmanager
+def dense_behaviour(layers: Mapping[str, MaskedLinear]) -> Iterator[None]:
+    """Inside, the layers act as the dense ones did: all components, no masks, no adapters."""
+    before = {name: (layer.live, layer.gated, layer.adapted) for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.live, layer.gated, layer.adapted = len(layer.mask), False, False
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.live, layer.gated, layer.adapted = before[name]
+
+
+def replace_linear(model: nn.Module, name: str, layer: MaskedLinear) -> None:
+    """Put ``layer`` where the linear layer ``name`` was; the dense weight is not kept."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def live_ratio(layers: Mapping[str, MaskedLinear]) -> float:
+    """Share of the linear layers' parameters that is left; a layer whose pair would be larger counts as dense."""
+    present = total = 0
+    for layer in layers.values():
+        size = layer.in_features * layer.out_features
+        alive = int((layer.mask.detach() > 0).sum())
+        present += min(alive * (layer.in_features + layer.out_features), size)
+        total += size
+    return present / total

@@ -1,0 +1,193 @@
+"""Second moments of every linear layer's inputs and output gradients, in one streaming pass.
+
+H = E[x x^T] and G = E[g g^T], both per token, where g is the gradient of the summed loss at the layer's output and the
+labels are drawn from the model's own distribution: 1/2 tr(G dW H dW^T) is then the Kronecker-factored Fisher estimate
+of what a change dW costs, in nats per token (Martens and Grosse 2015, arXiv 1503.05671).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.factorize import Components
+from acip_export.rank.config import ProgressCallback, silent
+from acip_export.rank.model import embedding_names
+from acip_export.rank.timing import Clock
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass over calibration text says about a model.
+
+    Attributes:
+        inputs: (in, in) float64 by key; modules that read the same tensor share one.
+        gradients: (out, out) float64 by key.
+        input_keys, gradient_keys: by module.
+        embedding_sensitivity: by tensor name: predicted loss, nats per token, of rounding the embedding or head with a
+            relative mean square error of one; the sum of both uses where they are tied.
+        tokens: that went in.
+    """
+
+    inputs: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    input_keys: Mapping[str, str]
+    gradient_keys: Mapping[str, str]
+    embedding_sensitivity: Mapping[str, float]
+    tokens: int
+
+    def input_of(self, module: str) -> Tensor:
+        return self.inputs[self.input_keys[module]]
+
+    def gradient_of(self, module: str) -> Tensor:
+        return self.gradients[self.gradient_keys[module]]
+
+
+@dataclass(frozen=True)
+class ComponentLosses:
+    """Second-order predictions for the components of one module: see :class:`acip_export.scores.ModuleScores`."""
+
+    drop: Tensor
+    up_sensitivity: Tensor
+    down_sensitivity: Tensor
+
+
+def component_losses(basis: Components, inputs: Tensor, gradients: Tensor) -> ComponentLosses:
+    """Predicted losses in any basis, (k,) float64 each, nats per token.
+
+    Dropping component k changes W by -up_k down_k^T: 1/2 (up_k^T G up_k)(down_k^T H down_k), which is half the squared
+    singular value in the ``kfac`` basis. Rounding with a relative mean square error of one adds independent noise of
+    variance up_ik^2 (or down_kj^2) to each entry, so that only the diagonal of G (or H) stays.
+    """
+    up, down = basis.up.double(), basis.down.double()
+    up_energy = ((gradients @ up) * up).sum(0)
+    down_energy = ((down @ inputs) * down).sum(1)
+    return ComponentLosses(
+        drop=0.5 * up_energy * down_energy,
+        up_sensitivity=0.5 * (gradients.diagonal() @ up.square()) * down_energy,
+        down_sensitivity=0.5 * up_energy * (down.square() @ inputs.diagonal()),
+    )
+
+
+def dense_sensitivity(weight: Tensor, inputs: Tensor, gradients: Tensor) -> float:
+    """The same for rounding the dense weight (out, in): 1/2 sum_ij G_ii H_jj W_ij^2."""
+    return 0.5 * float(gradients.diagonal() @ weight.double().square() @ inputs.diagonal())
+
+
+class _Moments:
+    """Running sums of outer products; batches in the model's precision, the sum in float64."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, key: str, rows: Tensor) -> None:
+        rows = rows.detach().flatten(0, -2).float()
+        product = (rows.T @ rows).double().cpu()
+        self.sums[key] = self.sums[key] + product if key in self.sums else product
+
+    def mean(self, tokens: int) -> dict[str, Tensor]:
+        # Rounded to what the score file stores: whoever factorizes from the file must find the same components.
+        return {key: (total / tokens).float().double() for key, total in self.sums.items()}
+
+
+class _SharedInputs:
+    """Finds modules that read the same tensor, within one forward pass."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, str] = {}
+        self._seen: dict[int, tuple[Tensor, str]] = {}
+
+    def key(self, module: str, tensor: Tensor) -> tuple[str, bool]:
+        """The key of the tensor's moment, and whether this module is the first to read it."""
+        # The tensor is kept, or its id could be given to another one.
+        _, key = self._seen.setdefault(id(tensor), (tensor, f"{module}.input"))
+        self.keys[module] = key
+        return key, key == f"{module}.input"
+
+    def next_batch(self) -> None:
+        self._seen.clear()
+
+
+def collect_statistics(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    windows: Tensor,
+    batch: int,
+    seed: int,
+    progress: ProgressCallback = silent,
+) -> Statistics:
+    """One forward and backward pass over ``windows`` (n, context) int64; parameters get no gradients.
+
+    Memory: one (in, in) matrix per distinct input and one (out, out) per module, float64, beside one batch.
+    """
+    inputs, gradients, shared = _Moments(), _Moments(), _SharedInputs()
+    embedding, head = embedding_names(model)
+    sums = {"embedding": 0.0}
+    head_inputs: list[Tensor] = []
+    generator = torch.Generator().manual_seed(seed)
+    handles = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            key, first = shared.key(name, args[0])
+            if first:
+                inputs.add(key, args[0])
+            output.register_hook(lambda g: gradients.add(f"{name}.gradient", g))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def start(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+
+        def count(gradient: Tensor) -> None:
+            # Token-wise, so that frequent tokens count as often as they occur.
+            weighted = leaf.detach().double().square() * gradient.double().square()
+            sums["embedding"] += float(weighted.sum())
+
+        leaf.register_hook(count)  # type: ignore[no-untyped-call]
+        return leaf
+
+    for name in checkpoint.linear_modules:
+        handles.append(model.get_submodule(name).register_forward_hook(watch(name)))
+    handles.append(model.get_submodule(embedding).register_forward_hook(start))
+    handles.append(model.get_submodule(head).register_forward_pre_hook(lambda _m, args: head_inputs.append(args[0])))
+
+    head_weight = model.get_parameter(f"{head}.weight").detach().double().cpu()
+    head_moment = torch.zeros(head_weight.shape[1], dtype=torch.float64)
+    logit_moment = torch.zeros(head_weight.shape[0], dtype=torch.float64)
+    clock = Clock("statistics", len(windows), windows.shape[1], progress)
+    device = next(model.parameters()).device
+    try:
+        for part in windows.split(batch):  # type: ignore[no-untyped-call]
+            logits = model(input_ids=part.to(device), use_cache=False).logits.float().flatten(0, 1)
+            probabilities = logits.detach().softmax(-1)
+            # E[(p - onehot(y))^2] over the model's own labels is p (1 - p): no sampling needed here.
+            logit_moment += (probabilities * (1 - probabilities)).sum(0).double().cpu()
+            labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).squeeze(1).to(device)
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            loss.backward()  # type: ignore[no-untyped-call]
+            head_moment += head_inputs.pop().detach().flatten(0, -2).double().square().sum(0).cpu()
+            shared.next_batch()
+            clock.advance(len(part), loss=loss.item() / part.numel())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    tokens = windows.numel()
+    head_loss = 0.5 * float((logit_moment / tokens) @ head_weight.square() @ (head_moment / tokens))
+    sensitivity = {f"{embedding}.weight": 0.5 * sums["embedding"] / tokens}
+    head_tensor = f"{embedding}.weight" if checkpoint.shape.tied_embeddings else f"{head}.weight"
+    sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + head_loss
+    return Statistics(
+        inputs=inputs.mean(tokens),
+        gradients=gradients.mean(tokens),
+        input_keys=dict(shared.keys),
+        gradient_keys={name: f"{name}.gradient" for name in checkpoint.linear_modules},
+        embedding_sensitivity=sensitivity,
+        tokens=tokens,
+    )

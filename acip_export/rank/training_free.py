@@ -1,0 +1,28 @@
+"""Rankings that need no gradient steps: the score is read off the singular components.
+
+``magnitude``  plain SVD, by singular value.
+``energy``     SVD of W H^(1/2), by singular value: the output energy lost (SVD-LLM, arXiv 2403.07378).
+``kfac``       SVD of G^(1/2) W H^(1/2), by half the squared singular value: the predicted loss itself, the only one of
+               the three whose numbers compare across layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from acip_export.rank.config import Algorithm
+from acip_export.scores import FloatArray
+
+
+def training_free_scores(
+    algorithm: Algorithm,
+    singular: Mapping[str, FloatArray],
+    drop_losses: Mapping[str, npt.NDArray[np.float64]],
+) -> dict[str, FloatArray]:
+    """Scores by module, by component; positive, larger is more important."""
+    if algorithm == "kfac":
+        return {name: losses.astype(np.float32) for name, losses in drop_losses.items()}
+    return {name: values.astype(np.float32) for name, values in singular.items()}

@@ -1,0 +1,89 @@
+"""Tiny models, and exports made of them once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acip_export.bundle import Bundle
+from acip_export.checkpoint import Checkpoint
+from converters.onnx import converter
+from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
+
+CONTEXT, PROMPT_BATCH = 48, 16
+# Small, with a head size that is not hidden / heads, and rows that are no multiple of the larger blocks.
+SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "num_attention_heads": 4}
+# Exact products: differences from the reference are rounding only.
+EXACT = converter.Options(accuracy_level=0)
+
+
+def mixed(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
+    """Factor pairs of two formats beside dense matrices of three, as plans mix them."""
+    if "embed" in name or "lm_head" in name:
+        return {"representation": "dense", "format": "int8"}
+    if "mlp" in name:
+        return {"representation": "factored", "rank": 32, "up_format": "int8", "down_format": "int4-b64"}
+    if "o_proj" in name:
+        return {"representation": "dense", "format": "int4-b128"}
+    return {"representation": "dense", "format": "f32" if "k_proj" in name else "int8-b128"}
+
+
+RULES: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
+    "dense f32": dense(format="f32"),
+    "factored f32": everywhere(
+        representation="factored", rank=32, up_format="f32", down_format="f32", embedding_format="f32"
+    ),
+    "int8": dense(format="int8"),
+    "int4": dense(format="int4"),
+    "int2": dense(format="int2", embedding_format="int4"),
+    "int4, float embedding": dense(format="int4", embedding_format="f32"),
+    "mixed": mixed,
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A directory with what it was made of."""
+
+    path: Path
+    model: Path
+    bundle: Bundle
+
+    @property
+    def written(self) -> dict[str, int]:
+        files = (file for file in self.path.rglob("*") if file.is_file())
+        return {str(file.relative_to(self.path)): file.stat().st_size for file in files}
+
+    def predicted(self) -> dict[str, int]:
+        plan = self.bundle.plan
+        return converter.predict_files(Checkpoint.open(self.model), plan.layout, plan.tensors, plan.runtime)
+
+
+MakeExport = Callable[[str, bool, str], Export]
+
+
+@pytest.fixture(scope="session")
+def make_export(tmp_path_factory: pytest.TempPathFactory) -> MakeExport:
+    """``make_export(architecture, tied, rule)``; the same export again when asked again."""
+    root = tmp_path_factory.mktemp("onnx")
+    made: dict[tuple[str, bool, str], Export] = {}
+
+    def make(arch: str, tied: bool, rule: str) -> Export:
+        if (arch, tied, rule) not in made:
+            model = root / f"{arch}-{tied}"
+            if not model.exists():
+                make_model(model, arch, tie_word_embeddings=tied, **SIZES)
+                make_scores(model)
+            place = root / f"{arch}-{tied}-{rule.replace(' ', '-')}"
+            plan = make_plan(model, "onnx", "factored", RULES[rule], CONTEXT, PROMPT_BATCH)
+            bundle = make_bundle(model, plan, place / "bundle")
+            (place / "export").mkdir()
+            converter.convert(bundle, place / "export", lambda _: None, EXACT)
+            made[arch, tied, rule] = Export(place / "export", model, bundle)
+        return made[arch, tied, rule]
+
+    return make

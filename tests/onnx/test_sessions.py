@@ -1,0 +1,83 @@
+"""The runtime adapters, and genai as an application uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from acip_export.errors import VerificationError
+from acip_export.verify.genai import GenaiSession
+from acip_export.verify.measure import compare_logits
+from acip_export.verify.onnxruntime import OnnxRuntimeSession
+from acip_export.verify.reference import TorchReference
+from converters.onnx import converter
+from tests.onnx.conftest import CONTEXT, PROMPT_BATCH, MakeExport
+
+SESSIONS = [OnnxRuntimeSession, GenaiSession]
+WINDOWS = np.random.default_rng(1).integers(0, 512, (2, CONTEXT))
+# Longer than a prompt batch, and no multiple of it.
+PROMPT = [int(token) for token in WINDOWS[0][: PROMPT_BATCH + 5]]
+
+
+@pytest.mark.parametrize("session_class", SESSIONS)
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+@pytest.mark.parametrize("rule", ["dense f32", "factored f32"])
+def test_logits_and_greedy_tokens_are_the_bundles(
+    make_export: MakeExport, session_class: type[OnnxRuntimeSession | GenaiSession], arch: str, rule: str
+) -> None:
+    export = make_export(arch, True, rule)
+    reference = TorchReference(export.bundle.path)
+    count = CONTEXT - len(PROMPT)
+    with session_class(export.path, export.bundle.plan.runtime) as session:
+        agreement = compare_logits(
+            reference.logits(WINDOWS),
+            session.logits(WINDOWS),
+            (reference.greedy(PROMPT, count), session.greedy(PROMPT, count)),
+        )
+    assert agreement.max_logit_difference <= 1e-5
+    assert agreement.greedy_equal == agreement.greedy_tokens == count
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("rule", ["int8", "int4", "mixed"])
+def test_both_runtimes_agree_on_rounded_exports(make_export: MakeExport, rule: str, tied: bool) -> None:
+    export = make_export("llama", tied, rule)
+    runtime = export.bundle.plan.runtime
+    with OnnxRuntimeSession(export.path, runtime) as plain, GenaiSession(export.path, runtime) as genai:
+        agreement = compare_logits(
+            plain.logits(WINDOWS), genai.logits(WINDOWS), (plain.greedy(PROMPT, 20), genai.greedy(PROMPT, 20))
+        )
+    assert agreement.max_logit_difference <= 1e-5
+    assert agreement.greedy_equal == 20
+
+
+@pytest.mark.parametrize("session_class", SESSIONS)
+def test_speed_fits_the_context(
+    make_export: MakeExport, session_class: type[OnnxRuntimeSession | GenaiSession]
+) -> None:
+    export = make_export("llama", True, "int4")
+    with session_class(export.path, export.bundle.plan.runtime) as session:
+        speed = session.speed(CONTEXT - 8, 32)
+    assert speed.prefill > 0
+    assert speed.decode > 0
+
+
+@pytest.mark.parametrize("session_class", SESSIONS)
+def test_a_damaged_export_is_a_verification_error(
+    make_export: MakeExport, session_class: type[OnnxRuntimeSession | GenaiSession], tmp_path: Path
+) -> None:
+    runtime = make_export("llama", True, "int4").bundle.plan.runtime
+    with pytest.raises(VerificationError, match="cannot open"):
+        session_class(tmp_path, runtime)
+
+
+def test_the_printed_code_runs(make_export: MakeExport) -> None:
+    export = make_export("llama", True, "dense f32")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec("\n".join(converter.command_lines(export.bundle.plan, export.path)), {})
+    assert printed.getvalue().startswith("Hello")

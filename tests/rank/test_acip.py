@@ -1,0 +1,142 @@
+"""The learned ranking, against the paper's equations and for what it must guarantee."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import RankingError
+from acip_export.rank import AcipConfig
+from acip_export.rank.acip import AcipRun, run_acip
+from acip_export.rank.basis import factorize_model
+from acip_export.rank.data import read_data
+from acip_export.rank.model import load_model
+from acip_export.rank.parametrize import AdapterShape
+from acip_export.rank.statistics import Statistics, collect_statistics
+from tests.rank.plain_acip import PlainAcip
+from tests.rank.support import CALIBRATION
+
+CPU = torch.device("cpu")
+# Faster than the paper's by as much as the tests are shorter.
+QUICK = AcipConfig(
+    learning_rate=2e-3, penalty=3e-3, penalty_growth=1.2, post_tune=4, adapter_dropout=0.0, batch=2, adapter_rank=4
+)
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Path, text: Path) -> Statistics:
+    checkpoint = Checkpoint.open(model)
+    windows = read_data(checkpoint, text, CALIBRATION).statistics[:32]
+    return collect_statistics(checkpoint, load_model(checkpoint, CPU), windows, 8, seed=0)
+
+
+def start(model: Path, text: Path, statistics: Statistics, config: AcipConfig) -> AcipRun:
+    checkpoint = Checkpoint.open(model)
+    torch.manual_seed(0)
+    dense = load_model(checkpoint, CPU)
+    adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
+    parts = factorize_model(checkpoint, dense, statistics, config.basis, config.mask_scale, adapter)
+    drop_losses = {name: losses.drop.numpy() for name, losses in parts.losses.items()}
+    windows = read_data(checkpoint, text, CALIBRATION).training
+    return AcipRun(dense, parts.layers, drop_losses, windows, config, seed=0)
+
+
+@pytest.mark.parametrize("learning_rate", [5e-5, 2e-3])
+def test_masks_and_scores_are_those_of_the_papers_equations(
+    model: Path, text: Path, statistics: Statistics, learning_rate: float
+) -> None:
+    """The paper's settings for as long as a test may take (nothing is pruned yet), then faster ones that prune."""
+    config = AcipConfig(learning_rate=learning_rate, adapter_dropout=0.0, batch=2)
+    run = start(model, text, statistics, config)
+    dense = load_model(Checkpoint.open(model), CPU)
+    adapters = {name: layer.adapter_a.detach() for name, layer in run.layers.items()}
+    plain = PlainAcip(dense, list(run.layers), adapters, 0.02, 16.0, learning_rate)
+    for _ in range(20):
+        windows = run.stream.windows[torch.randperm(len(run.stream.windows), generator=_order(run))[_place(run)]]
+        task = plain.step(windows)
+        # The two add up the same products in another order.
+        assert run.mask_step() == pytest.approx(task, rel=1e-4)
+        for name, layer in run.layers.items():
+            # A step is at most the learning rate; Adam can turn rounding in tiny gradients into a part of it.
+            torch.testing.assert_close(layer.mask.detach(), plain.p[name], rtol=0, atol=0.02 * learning_rate * 20)
+            agree = (run.score_map[name] <= 0) == (plain.score_map[name].numpy() <= 0)
+            assert agree.mean() > 0.97
+            steps = np.abs(run.score_map[name] - plain.score_map[name].numpy())[agree]
+            assert steps.max() <= 1  # a mask that lands within rounding of zero may cross one step later
+    assert run.penalty == pytest.approx(plain.weight)
+    pruned = sum(int((scores <= 0).sum()) for scores in run.score_map.values())
+    assert (pruned > 50) if learning_rate > 1e-3 else (pruned == 0)
+
+
+def _order(run: AcipRun) -> torch.Generator:
+    return torch.Generator().manual_seed(run.stream.position // (len(run.stream.windows) // 2))
+
+
+def _place(run: AcipRun) -> slice:
+    place = run.stream.position % (len(run.stream.windows) // 2)
+    return slice(2 * place, 2 * place + 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"basis": "kfac", "start": "drop-loss", "post_tune_sizes": "sampled"},
+        {"basis": "input", "objective": "distill"},
+        {"adapter_rank": 0},
+    ],
+    ids=["paper", "kfac-order", "distill", "no-adapters"],
+)
+def test_run_ends_at_the_stop_ratio_with_a_total_order(
+    model: Path, text: Path, statistics: Statistics, changes: dict[str, object]
+) -> None:
+    run = start(model, text, statistics, replace(QUICK, **changes))
+    seen = []
+    run_acip(run, 32, seen.append)
+    assert run.ratio() <= 0.4
+    scores = np.concatenate([run.scores()[name] for name in run.layers])
+    alive = np.concatenate([layer.mask.detach().numpy() > 0 for layer in run.layers.values()])
+    assert scores[alive].min() > 0 > scores[~alive].max()
+    assert len(np.unique(scores[~alive])) == (~alive).sum()
+    ratios = [report.ratio for report in seen if report.phase == "masks"]
+    assert ratios == sorted(ratios, reverse=True)
+    assert run.tune_steps == (0 if changes.get("adapter_rank") == 0 else QUICK.post_tune)
+
+
+def test_post_tuning_moves_adapters_only(model: Path, text: Path, statistics: Statistics) -> None:
+    run = start(model, text, statistics, QUICK)
+    while not run.masks_done:
+        run.mask_step()
+    masks = [mask.detach().clone() for mask in run.masks]
+    adapters = [adapter.detach().clone() for adapter in run.adapters]
+    for _ in range(3):
+        run.tune_step()
+    assert all(torch.equal(a, b) for a, b in zip(masks, run.masks, strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(adapters, run.adapters, strict=True))
+
+
+def test_graded_start_prunes_in_the_order_of_predicted_loss(model: Path, text: Path, statistics: Statistics) -> None:
+    """With a penalty that outweighs the loss nothing is corrected: what is left is the training-free order."""
+    run = start(model, text, statistics, replace(QUICK, basis="kfac", start="drop-loss", penalty=1e4))
+    while not run.masks_done:
+        run.mask_step()
+    scores = np.concatenate(list(run.scores().values()))
+    losses = np.concatenate([run.drop_losses[name] for name in run.layers])
+    np.testing.assert_array_equal(np.argsort(scores), np.argsort(losses, kind="stable"))
+
+
+def test_distillation_of_the_dense_model_from_itself_is_free(model: Path, text: Path, statistics: Statistics) -> None:
+    run = start(model, text, statistics, replace(QUICK, objective="distill"))
+    assert run.mask_step() == pytest.approx(0, abs=1e-5)  # adapters are zero and all masks one before the first step
+
+
+def test_diverging_run_says_so(model: Path, text: Path, statistics: Statistics) -> None:
+    run = start(model, text, statistics, QUICK)
+    next(iter(run.layers.values())).adapter_b.data.fill_(float("inf"))
+    with pytest.raises(RankingError, match=r"loss is nan.*\n.*learning rate"):
+        run.mask_step()
