@@ -80,6 +80,8 @@ def stage_bars() -> Iterator[Callable[[StageProgress], None]]:
 @contextmanager
 def ranking_bars() -> Iterator[Callable[[RankingProgress], None]]:
     """One bar per phase of a ranking, with the current ratio, loss and speed."""
+    from acip_export.pipeline import StageProgress
+
     with stage_bars() as update:
 
         def draw(progress: RankingProgress) -> None:

@@ -135,6 +135,7 @@ class Plan:
 
 
 def save_plan(plan: Plan, file: Path, force: bool = False) -> None:
+    """Write atomically; refuses an existing file unless ``force``."""
     with new_file(file, force) as temporary:
         temporary.write_text(dumps_plan(plan), encoding="utf-8")
 
