@@ -19,7 +19,7 @@ LOCK_FILE = "acip-check.lock.json"
 
 Missing = Literal["fail", "skip"]
 
-_KEYS = ("name", "path", "glob", "max_bytes", "max_growth", "min_recovery", "max_load_time_ratio", "missing")
+KEYS = ("name", "path", "glob", "max_bytes", "max_growth", "min_recovery", "max_load_time_ratio", "missing")
 _LIMITS = ("max_bytes", "max_growth", "min_recovery", "max_load_time_ratio")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _EXAMPLE = """[[check]]
@@ -150,9 +150,9 @@ def _section(document: Mapping[str, Any]) -> Any:
 
 
 def _entry(raw: Mapping[str, Any], where: str) -> Entry:
-    unknown = sorted(set(raw) - set(_KEYS))
+    unknown = sorted(set(raw) - set(KEYS))
     if unknown:
-        raise UsageError(f"{where} has the unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}")
+        raise UsageError(f"{where} has the unknown key {unknown[0]!r}; known: {', '.join(KEYS)}")
     for key in ("name", "path", "glob"):
         if key in raw and (not isinstance(raw[key], str) or not raw[key] or not raw[key].isprintable()):
             raise UsageError(f"{where}: {key} must be a text, it is {raw[key]!r}")

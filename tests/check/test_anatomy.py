@@ -95,6 +95,21 @@ def test_tied_external_weights_count_once(tmp_path: Path) -> None:
     assert (found["layers.0.weight"].nbytes, found["tied"].nbytes) == (128, 0)
 
 
+def test_external_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    """Bytes that are counted twice would hide others."""
+    write_onnx(tmp_path / "m.onnx", external=True)
+    model = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    twin = model.graph.initializer.add()
+    twin.CopyFrom(model.graph.initializer[0])
+    twin.name = "shifted"
+    twin.dims[:] = [8]
+    for entry in twin.external_data:
+        entry.value = {"offset": "64", "length": "32"}.get(entry.key, entry.value)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelFileError, match="overlap at byte 64"):
+        read_anatomy(tmp_path / "m.onnx")
+
+
 def test_unknown_ggml_type_takes_what_lies_before_the_next(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "m.gguf")
     data = file.read_bytes()
@@ -283,6 +298,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "onnx pointer": ("m.onnx", POINTER, "git lfs pull"),
     "safetensors pointer": ("m.safetensors", POINTER, "git lfs pull"),
     "text as onnx": ("m.onnx", b"hello, this is no model at all", "no ONNX file"),
+    "field past the end": ("m.onnx", b"\x08\x0a\x3a\xff\x01\x0a\x00", "255 bytes expected at 5, 2 are there"),
     "no graph": ("m.onnx", _onnx(lambda m: m.ClearField("graph")), "no graph"),
     "no operator set": ("m.onnx", _onnx(lambda m: m.ClearField("opset_import")), "no operator set"),
     "raw data too short": (

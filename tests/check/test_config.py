@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acip_export.check.config import Growth, find_config, load_config
+from acip_export.check.config import KEYS, LOCK_FILE, Growth, find_config, load_config
 from acip_export.errors import UsageError
 
 
@@ -40,6 +40,11 @@ def test_everything_that_can_be_written(tmp_path: Path) -> None:
     assert (phone.missing, phone.is_glob) == ("skip", False)
     assert (rest.name, rest.is_glob, rest.missing) == ("models/**/*.gguf", True, "fail")
     assert load_config(file).lock == tmp_path / "acip-check.lock.json"
+
+
+def test_every_key_is_documented() -> None:
+    documented = (Path(__file__).parents[2] / "docs" / "check.md").read_text(encoding="utf-8")
+    assert [key for key in (*KEYS, LOCK_FILE) if f"`{key}`" not in documented] == []
 
 
 def test_pyproject(tmp_path: Path) -> None:
