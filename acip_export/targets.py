@@ -86,8 +86,8 @@ TARGETS: dict[str, Target] = {
     ),
     "onnx": Target(
         name="onnx",
-        types=("f32", "int8", "int4", "int4-b128"),
-        embedding_types=("f32", "int8", "int4"),
+        types=("f32", "int8", "int8-b128", "int4", "int4-b64", "int4-b128"),
+        embedding_types=("f32", "int8", "int8-b128", "int4", "int4-b64", "int4-b128"),
         vector_format="f32",
         cache_types={"f32": (4, 1)},
         layouts=(

@@ -6,7 +6,8 @@ order in which masks reach zero is the ranking. Then the adapters alone are tune
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,8 +57,13 @@ class AcipRun:
         self.adapters = [p for layer in layers.values() if layer.adapted for p in (layer.adapter_a, layer.adapter_b)]
         for parameter in (*self.masks, *self.adapters):
             parameter.requires_grad_()
+        self._adapter_rate = config.adapter_learning_rate or config.learning_rate
         self.optimizer = torch.optim.AdamW(
-            [{"params": self.masks}, {"params": self.adapters}], lr=config.learning_rate, weight_decay=0.0
+            [
+                {"params": self.masks, "lr": config.learning_rate},
+                {"params": self.adapters, "lr": self._adapter_rate},
+            ],
+            weight_decay=0.0,
         )
         self.penalty = config.penalty
         self.mask_steps = self.tune_steps = 0
@@ -98,6 +104,9 @@ class AcipRun:
     def tune_step(self) -> float:
         """One step of the adapters alone, at the stop ratio or at one drawn for this step; returns the task loss."""
         self._choose_size()
+        if self.config.post_tune_decay:
+            left = 1 - self.tune_steps / self.config.post_tune
+            self.optimizer.param_groups[1]["lr"] = left * self._adapter_rate
         loss = self._loss()
         self._update(loss)
         self.tune_steps += 1
@@ -111,6 +120,41 @@ class AcipRun:
         if self.config.tie_break == "index":
             return {n: np.where(s > 0, s, s - 1).astype(np.float32) for n, s in self.score_map.items()}
         return broken_ties(self.score_map, self.drop_losses)
+
+    def counters(self) -> dict[str, Any]:
+        """What :meth:`restore` needs beside :meth:`tensors`; plain JSON."""
+        return {
+            "mask_steps": self.mask_steps,
+            "tune_steps": self.tune_steps,
+            "masks_done": self.masks_done,
+            "penalty": self.penalty,
+            "position": self.stream.position,
+            "sizes": self.sizes.bit_generator.state,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masks, adapters, score map and arrangement, by name."""
+        found = {}
+        for name, layer in self.layers.items():
+            found[f"mask/{name}"] = layer.mask.detach()
+            found[f"a/{name}"], found[f"b/{name}"] = layer.adapter_a.detach(), layer.adapter_b.detach()
+            found[f"score_map/{name}"] = torch.from_numpy(self.score_map[name])
+            found[f"arrangement/{name}"] = layer.arrangement
+            found[f"live/{name}"] = torch.tensor([layer.live])
+        return found
+
+    def restore(self, counters: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Continue where :meth:`counters` and :meth:`tensors` were taken."""
+        self.mask_steps, self.tune_steps = counters["mask_steps"], counters["tune_steps"]
+        self.masks_done, self.penalty = counters["masks_done"], counters["penalty"]
+        self.stream.position = counters["position"]
+        self.sizes.bit_generator.state = counters["sizes"]
+        for name, layer in self.layers.items():
+            layer.mask.data.copy_(tensors[f"mask/{name}"])
+            layer.adapter_a.data.copy_(tensors[f"a/{name}"])
+            layer.adapter_b.data.copy_(tensors[f"b/{name}"])
+            self.score_map[name] = tensors[f"score_map/{name}"].numpy()
+            layer.arrange(tensors[f"arrangement/{name}"].to(self.device), int(tensors[f"live/{name}"]))
 
     def _choose_size(self) -> None:
         if self._order is None:
@@ -145,18 +189,20 @@ class AcipRun:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def run_acip(run: AcipRun, context: int, progress: ProgressCallback = silent) -> None:
-    """Advance ``run`` to its end."""
+def advance(run: AcipRun, context: int, progress: ProgressCallback = silent) -> Iterator[None]:
+    """Run to the end; yields after every step, when the state is whole."""
     tokens = run.stream.batch * context
     clock = Clock("masks", None, tokens, progress, run.mask_steps)
     while not run.masks_done:
         loss = run.mask_step()
         clock.advance(ratio=run.ratio(), loss=loss, done=_mask_progress(run))
+        yield
     ratio = run.ratio()
     clock = Clock("post-tune", run.config.post_tune, tokens, progress, run.tune_steps)
     while run.tune_steps < run.config.post_tune and run.adapters:
         loss = run.tune_step()
         clock.advance(ratio=ratio, loss=loss)
+        yield
     run.model.eval()
 
 

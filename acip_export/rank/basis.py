@@ -39,8 +39,8 @@ def factorize_model(
     model: nn.Module,
     statistics: Statistics,
     basis: Basis,
-    mask_scale: float = 1.0,
-    adapter: AdapterShape | None = None,
+    mask_scale: float,
+    adapter: AdapterShape,
     progress: ProgressCallback = silent,
 ) -> Factorized:
     """Replace every linear layer of ``model`` in place; the dense weights are released one by one."""
@@ -66,7 +66,7 @@ def factorize_model(
         losses[name] = component_losses(components, inputs, gradients)
         singular[name] = components.singular.numpy()
         sensitivity[name] = dense_sensitivity(weight, inputs, gradients)
-        layers[name] = MaskedLinear(components, dense, mask_scale, adapter or AdapterShape(0))
+        layers[name] = MaskedLinear(components, dense, mask_scale, adapter)
         replace_linear(model, name, layers[name])
         clock.advance()
     return Factorized(layers, losses, singular, sensitivity, whitenings)

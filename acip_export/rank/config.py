@@ -8,15 +8,16 @@ from typing import Literal
 
 from acip_export.errors import UsageError
 
-Algorithm = Literal["acip", "magnitude", "energy", "kfac"]
+Algorithm = Literal["acip", "magnitude", "energy", "kfac", "fisher"]
 Basis = Literal["svd", "input", "kfac"]
 Objective = Literal["ce", "distill"]
 Start = Literal["ones", "drop-loss"]
 TieBreak = Literal["drop-loss", "index"]
+Predictor = Literal["kfac", "fisher"]
 PostTuneSizes = Literal["stop", "sampled"]
-Phase = Literal["statistics", "components", "masks", "post-tune", "curve"]
+Phase = Literal["statistics", "components", "fisher", "masks", "post-tune", "curve"]
 
-TRAINING_FREE_BASES: dict[Algorithm, Basis] = {"magnitude": "svd", "energy": "input", "kfac": "kfac"}
+TRAINING_FREE_BASES: dict[Algorithm, Basis] = {"magnitude": "svd", "energy": "input", "kfac": "kfac", "fisher": "kfac"}
 CURVE_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
@@ -29,11 +30,13 @@ class AcipConfig:
         objective: ``ce`` (paper), or ``distill``: KL divergence from the dense model, nats per token.
         start: initial masks all ``ones`` (paper), or graded by ``drop-loss``: of N components, the one with the i-th
             smallest predicted loss starts at i/N, so that the training-free order is what the loss then corrects.
+        predictor: of the loss of dropping a component: ``kfac`` from the moments, or ``fisher``, measured on the masks.
         stop_ratio: share of the linear layers' parameters at which the masks stop.
         post_tune: steps of the adapters alone after that.
         post_tune_sizes: masks while post-tuning: those of the ``stop`` ratio (paper), or of a ratio ``sampled``
             uniformly between the stop ratio and 1 for every step, so that one set of adapters serves all sizes.
-        learning_rate: of AdamW, for masks and adapters alike, without weight decay.
+        learning_rate: of AdamW, without weight decay. adapter_learning_rate: ``None``: the same (paper).
+        post_tune_decay: lower the adapters' learning rate linearly to zero while post-tuning.
         mask_scale: masks are 1 at the start but stored as this, so that they move on the adapters' scale.
         penalty: weight of the masks' one-sided L1 norm, multiplied by penalty_growth every penalty_every steps.
         adapter_rank: 0 for none; capped at a quarter of a layer's smaller side.
@@ -46,10 +49,13 @@ class AcipConfig:
     basis: Basis = "svd"
     objective: Objective = "ce"
     start: Start = "ones"
+    predictor: Predictor = "kfac"
     stop_ratio: float = 0.4
     post_tune: int = 1000
     post_tune_sizes: PostTuneSizes = "stop"
+    post_tune_decay: bool = False
     learning_rate: float = 5e-5
+    adapter_learning_rate: float | None = None
     mask_scale: float = 0.02
     penalty: float = 1e-3
     penalty_growth: float = 1.01
@@ -70,7 +76,10 @@ class AcipConfig:
             )
         if self.batch < 1 or self.max_steps < 1 or self.penalty_every < 1:
             raise UsageError("batch, max_steps and penalty_every must be at least 1")
-        if min(self.learning_rate, self.mask_scale, self.penalty) <= 0:
+        if (
+            min(self.learning_rate, self.adapter_learning_rate or self.learning_rate, self.mask_scale, self.penalty)
+            <= 0
+        ):
             raise UsageError("learning rate, mask scale and penalty must be positive")
 
 

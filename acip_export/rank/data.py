@@ -32,8 +32,10 @@ class CalibrationData:
     statistics: Tensor
 
 
-def read_data(checkpoint: Checkpoint, source: Path, config: DataConfig) -> CalibrationData:
-    """Tokenize and split.
+def read_data(
+    checkpoint: Checkpoint, source: Path, config: DataConfig, evaluation: Path | None = None
+) -> CalibrationData:
+    """Tokenize and split; with an ``evaluation`` text, that is held out and ``source`` is used whole.
 
     Raises:
         DataError: unreadable text, or less than eight windows of it.
@@ -41,15 +43,17 @@ def read_data(checkpoint: Checkpoint, source: Path, config: DataConfig) -> Calib
     limit = checkpoint.shape.max_context
     context = min(config.context or _DEFAULT_CONTEXT, limit)
     text = pack_text(checkpoint.path, source, context, _LEAST_WINDOWS)
+    if evaluation is not None:
+        held_out = pack_text(checkpoint.path, evaluation, context).windows[: max(1, config.curve_tokens // context)]
+        return _calibration(text, text.windows, held_out, config)
     count = len(text.windows)
-    held_out = max(1, min(config.curve_tokens // context, count // _LARGEST_HELD_OUT_SHARE))
-    training = text.windows[: count - held_out]
-    return CalibrationData(
-        text=text,
-        training=training,
-        held_out=text.windows[count - held_out :],
-        statistics=training[: max(1, config.statistics_tokens // context)],
-    )
+    tail = max(1, min(config.curve_tokens // context, count // _LARGEST_HELD_OUT_SHARE))
+    return _calibration(text, text.windows[: count - tail], text.windows[count - tail :], config)
+
+
+def _calibration(text: PackedText, training: Tensor, held_out: Tensor, config: DataConfig) -> CalibrationData:
+    windows = max(1, config.statistics_tokens // training.shape[1])
+    return CalibrationData(text, training, held_out, training[:windows])
 
 
 class WindowStream:

@@ -41,6 +41,7 @@ class MaskedLinear(nn.Module):
         mask: (k,) float32, by component. adapter_a: (a, in), adapter_b: (out, a): float32.
         live: leading places in use. gated: multiply by the mask. adapted: add the adapter.
         folded: a factor pair that replaces components and adapter, for evaluation.
+        probe: (windows, 1, k) multiplied into the components, for gradients by window.
     """
 
     up: Tensor
@@ -67,6 +68,7 @@ class MaskedLinear(nn.Module):
         self.dropout = nn.Dropout(adapter.dropout)
         self.live, self.gated, self.adapted = components, True, rank > 0
         self.folded: tuple[Tensor, Tensor] | None = None
+        self.probe: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -99,6 +101,8 @@ class MaskedLinear(nn.Module):
         hidden = F.linear(x, self.down[: self.live])
         if self.gated:
             hidden = hidden * self.gate()[self.arrangement[: self.live]].to(x.dtype)
+        if self.probe is not None:
+            hidden = hidden * self.probe.to(x.dtype)
         y = F.linear(hidden, self.up[:, : self.live], self.bias)
         if self.adapted:
             low = F.linear(self.dropout(x), self.adapter_a.to(x.dtype))

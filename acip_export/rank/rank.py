@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
+from torch import nn
 
 from acip_export.checkpoint import Checkpoint
-from acip_export.errors import UsageError
+from acip_export.errors import RankingError, UsageError
 from acip_export.factorize import pack_moment
 from acip_export.files import refuse_existing
-from acip_export.rank.acip import AcipRun, run_acip
+from acip_export.rank.acip import AcipRun, advance
 from acip_export.rank.basis import Factorized, factorize_model
 from acip_export.rank.config import (
     TRAINING_FREE_BASES,
     AcipConfig,
     Algorithm,
+    Basis,
     DataConfig,
+    Predictor,
     ProgressCallback,
     silent,
 )
 from acip_export.rank.curve import adapter_pair, measure_curve
-from acip_export.rank.data import read_data
+from acip_export.rank.data import CalibrationData, read_data
+from acip_export.rank.fisher import component_fisher
 from acip_export.rank.model import load_model
 from acip_export.rank.parametrize import AdapterShape
+from acip_export.rank.resume import RUN_SUFFIX, Checkpoints, interrupts_between_steps
 from acip_export.rank.statistics import Statistics, collect_statistics
 from acip_export.rank.training_free import training_free_scores
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile, save_scores
 from acip_export.version import __version__
 
-_SPEED = 8
-_SMALL_BILLIONS = 0.1
+_PRUNED_SHARE = 0.7
+_SMALL_WEIGHTS = 100_000_000
+_SMALL_STEPS, _SMALL_TUNE = 100, 150
 
 
 def rank_model(
@@ -45,10 +54,13 @@ def rank_model(
     algorithm: Algorithm = "acip",
     acip: AcipConfig | None = None,
     calibration: DataConfig | None = None,
+    evaluation: str | Path | None = None,
     device: str = "cpu",
     progress: ProgressCallback = silent,
     out: Path | None = None,
     force: bool = False,
+    resume: bool = False,
+    checkpoint_every: int = 50,
 ) -> ScoreFile:
     """Rank the singular components of every linear layer of a causal language model.
 
@@ -56,7 +68,10 @@ def rank_model(
         model: directory or Hugging Face id. data: text file, or directory of ``*.txt``.
         algorithm: ``acip``, or training-free: ``magnitude``, ``energy``, ``kfac``.
         acip: hyper-parameters of ``acip``; ``None`` for :func:`automatic_config`.
-        out: where the score file is written, whole or not at all.
+        evaluation: text for the curve; ``None``: the end of ``data``, which nothing else then sees.
+        out: where the score file is written, whole or not at all. While ``acip`` runs, its state is stored beside it
+            (``NAME.acip.run``) every ``checkpoint_every`` steps and when it is interrupted; ``resume`` goes on from
+            there to the ranking that the whole run would have given.
 
     Raises:
         UsageError: unknown algorithm, or ``out`` exists. DataError: the text. CheckpointError, UnsupportedError: the
@@ -67,36 +82,32 @@ def rank_model(
         raise UsageError(f"unknown ranking algorithm {algorithm!r}; choose one of {known}")
     if out is not None:
         refuse_existing(out, force)
+    if resume and (out is None or algorithm != "acip"):
+        raise UsageError("only a run of acip that writes a score file can be resumed; give  --out FILE")
+    store = None if out is None else _Store(out.with_name(out.name + RUN_SUFFIX), checkpoint_every, resume)
     checkpoint = Checkpoint.open(model)
     calibration = calibration or DataConfig()
-    text = read_data(checkpoint, Path(data), calibration)
+    text = read_data(checkpoint, Path(data), calibration, None if evaluation is None else Path(evaluation))
     dense = load_model(checkpoint, torch.device(device))
     with torch.random.fork_rng():
         torch.manual_seed(calibration.seed)
         statistics = collect_statistics(
             checkpoint, dense, text.statistics, calibration.batch, calibration.seed, progress
         )
-        if algorithm == "acip":
-            config = acip or automatic_config(checkpoint)
-            settings: dict[str, Any] = asdict(config)
-            adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
-            parts = factorize_model(checkpoint, dense, statistics, config.basis, config.mask_scale, adapter, progress)
-            drop_losses = {name: losses.drop.numpy() for name, losses in parts.losses.items()}
-            run = AcipRun(dense, parts.layers, drop_losses, text.training, config, calibration.seed)
-            run_acip(run, text.training.shape[1], progress)
-            scores = run.scores()
-            settings |= {"mask_steps": run.mask_steps, "tune_steps": run.tune_steps}
-        else:
-            settings = {"basis": TRAINING_FREE_BASES[algorithm]}
-            parts = factorize_model(checkpoint, dense, statistics, TRAINING_FREE_BASES[algorithm], progress=progress)
-            drop_losses = {name: losses.drop.numpy() for name, losses in parts.losses.items()}
-            scores = training_free_scores(algorithm, parts.singular, drop_losses)
+        stage = _Stage(checkpoint, dense, text, statistics, calibration, progress, store)
+        ranking = stage.learned(acip or automatic_config(checkpoint)) if algorithm == "acip" else stage.free(algorithm)
         curve = measure_curve(
-            dense, parts.layers, scores, parts.whitenings, text.held_out, calibration.batch, progress=progress
+            dense,
+            ranking.parts.layers,
+            ranking.scores,
+            ranking.parts.whitenings,
+            text.held_out,
+            calibration.batch,
+            progress=progress,
         )
     ranked = ScoreFile(
         model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
-        algorithm={"name": algorithm, **settings, **asdict(calibration), "context": text.training.shape[1]},
+        algorithm={"name": algorithm, **ranking.settings, **asdict(calibration), "context": text.training.shape[1]},
         data={"source": text.text.source, "sha256": text.text.sha256, "tokens": text.text.tokens},
         versions={
             "acip-export": __version__,
@@ -105,7 +116,7 @@ def rank_model(
             "numpy": np.__version__,
         },
         curve=curve,
-        modules=_module_scores(checkpoint, parts, statistics, scores),
+        modules=_module_scores(checkpoint, ranking, statistics),
         embedding_sensitivity=statistics.embedding_sensitivity,
         second_moments={
             key: pack_moment(moment) for key, moment in {**statistics.inputs, **statistics.gradients}.items()
@@ -113,33 +124,123 @@ def rank_model(
     )
     if out is not None:
         save_scores(ranked, out, force)
+    if store is not None:
+        store.file.unlink(missing_ok=True)
     return ranked
 
 
 def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
-    """The settings that rank ``checkpoint`` well in minutes rather than the paper's hours.
+    """The settings that were measured to rank best in minutes (docs/LOG.md).
 
-    A small model's run is ``_SPEED`` times as fast: the learning rate is multiplied by it, and the growth of the
-    penalty per step raised to it, so that masks and penalty cover the paper's distances in fewer steps.
+    Masks start graded by the Fisher information of the components, and the divergence from the dense model, whose
+    gradient starts at zero, only corrects that order. The learning rate follows from the number of mask steps: under
+    Adam an undefended mask moves by one learning rate per step, and at the usual stop ratio about
+    ``_PRUNED_SHARE`` of the graded range has to be crossed. Large models get the paper's number of steps.
     """
-    billions = sum(out * inputs for out, inputs in checkpoint.linear_modules.values()) / 1e9
-    speed = _SPEED if billions < _SMALL_BILLIONS else 1
-    paper = AcipConfig()
-    return replace(
-        paper,
+    weights = sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
+    steps, tune, batch = (_SMALL_STEPS, _SMALL_TUNE, 2) if weights < _SMALL_WEIGHTS else (1000, 1000, 4)
+    scale = AcipConfig.mask_scale
+    return AcipConfig(
         basis="kfac",
+        objective="distill",
         start="drop-loss",
+        predictor="fisher",
+        post_tune=tune,
         post_tune_sizes="sampled",
-        post_tune=100 if speed > 1 else paper.post_tune,
-        learning_rate=paper.learning_rate * speed,
-        penalty_growth=paper.penalty_growth**speed,
-        batch=2 if speed > 1 else paper.batch,
+        post_tune_decay=True,
+        learning_rate=_PRUNED_SHARE * scale / steps,
+        adapter_learning_rate=1e-3,
+        penalty=0.1,
+        penalty_growth=1.0,
+        batch=batch,
     )
 
 
-def _module_scores(
-    checkpoint: Checkpoint, parts: Factorized, statistics: Statistics, scores: Mapping[str, FloatArray]
-) -> dict[str, ModuleScores]:
+@dataclass(frozen=True)
+class _Ranking:
+    """Scores and the predictions behind them, by module, by component; ``settings`` go into the score file."""
+
+    parts: Factorized
+    drop_losses: Mapping[str, npt.NDArray[np.float64]]
+    scores: Mapping[str, FloatArray]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Store:
+    file: Path
+    every: int
+    resume: bool
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What every algorithm starts from."""
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    text: CalibrationData
+    statistics: Statistics
+    calibration: DataConfig
+    progress: ProgressCallback
+    store: _Store | None
+
+    def learned(self, config: AcipConfig) -> _Ranking:
+        adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
+        parts = self._factorize(config.basis, config.mask_scale, adapter)
+        drop_losses = self._drop_losses(parts, config.predictor)
+        run = AcipRun(self.model, parts.layers, drop_losses, self.text.training, config, self.calibration.seed)
+        self._run(run, config)
+        settings = {**asdict(config), "mask_steps": run.mask_steps, "tune_steps": run.tune_steps}
+        return _Ranking(parts, drop_losses, run.scores(), settings)
+
+    def _run(self, run: AcipRun, config: AcipConfig) -> None:
+        """To the end, storing the run on the way and when it is interrupted."""
+        context = self.text.training.shape[1]
+        if self.store is None:
+            for _ in advance(run, context, self.progress):
+                pass
+            return
+        checkpoints = Checkpoints(self.store.file, self.store.every, self._identity(config))
+        if self.store.resume:
+            checkpoints.load(run)
+        stored = self.store.resume
+        with interrupts_between_steps() as interrupted:
+            try:
+                for _ in advance(run, context, self.progress):
+                    if interrupted() or (run.mask_steps + run.tune_steps) % checkpoints.every == 0:
+                        checkpoints.save(run)
+                        stored = True
+                    if interrupted():
+                        raise KeyboardInterrupt
+            except RankingError as error:
+                where = f"\nThe last good state is in {checkpoints.file}" if stored else ""
+                raise RankingError(f"{error}{where}") from error
+
+    def _identity(self, config: AcipConfig) -> str:
+        parts = [self.checkpoint.fingerprint, self.text.text.sha256, asdict(config), asdict(self.calibration)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def free(self, algorithm: Algorithm) -> _Ranking:
+        basis = TRAINING_FREE_BASES[algorithm]
+        parts = self._factorize(basis, 1.0, AdapterShape(0))
+        drop_losses = self._drop_losses(parts, "fisher" if algorithm == "fisher" else "kfac")
+        scores = training_free_scores(algorithm, parts.singular, drop_losses)
+        return _Ranking(parts, drop_losses, scores, {"basis": basis})
+
+    def _factorize(self, basis: Basis, mask_scale: float, adapter: AdapterShape) -> Factorized:
+        return factorize_model(self.checkpoint, self.model, self.statistics, basis, mask_scale, adapter, self.progress)
+
+    def _drop_losses(self, parts: Factorized, predictor: Predictor) -> dict[str, npt.NDArray[np.float64]]:
+        if predictor == "kfac":
+            return {name: losses.drop.numpy() for name, losses in parts.losses.items()}
+        windows, config = self.text.statistics, self.calibration
+        batch_tokens = config.batch * windows.shape[1]
+        return component_fisher(self.model, parts.layers, windows, batch_tokens, config.seed, self.progress)
+
+
+def _module_scores(checkpoint: Checkpoint, ranking: _Ranking, statistics: Statistics) -> dict[str, ModuleScores]:
+    parts = ranking.parts
     modules = {}
     for name, shape in checkpoint.linear_modules.items():
         layer, losses = parts.layers[name], parts.losses[name]
@@ -147,8 +248,8 @@ def _module_scores(
         adapted = a.shape[0] > 0
         modules[name] = ModuleScores(
             shape=shape,
-            scores=scores[name],
-            drop_loss=losses.drop.float().numpy(),
+            scores=ranking.scores[name],
+            drop_loss=ranking.drop_losses[name].astype(np.float32),
             up_sensitivity=losses.up_sensitivity.float().numpy(),
             down_sensitivity=losses.down_sensitivity.float().numpy(),
             sensitivity=parts.sensitivity[name],

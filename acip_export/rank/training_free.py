@@ -2,8 +2,9 @@
 
 ``magnitude``  plain SVD, by singular value.
 ``energy``     SVD of W H^(1/2), by singular value: the output energy lost (SVD-LLM, arXiv 2403.07378).
-``kfac``       SVD of G^(1/2) W H^(1/2), by half the squared singular value: the predicted loss itself, the only one of
-               the three whose numbers compare across layers.
+``kfac``       SVD of G^(1/2) W H^(1/2), by half the squared singular value: the predicted loss itself, numbers that
+               compare across layers.
+``fisher``     the components of ``kfac``, by the Fisher information of their masks (:mod:`acip_export.rank.fisher`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,6 @@ def training_free_scores(
     drop_losses: Mapping[str, npt.NDArray[np.float64]],
 ) -> dict[str, FloatArray]:
     """Scores by module, by component; positive, larger is more important."""
-    if algorithm == "kfac":
+    if algorithm in ("kfac", "fisher"):
         return {name: losses.astype(np.float32) for name, losses in drop_losses.items()}
     return {name: values.astype(np.float32) for name, values in singular.items()}

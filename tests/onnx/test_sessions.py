@@ -24,12 +24,20 @@ PROMPT = [int(token) for token in WINDOWS[0][: PROMPT_BATCH + 5]]
 
 
 @pytest.mark.parametrize("session_class", SESSIONS)
-@pytest.mark.parametrize("arch", ["llama", "qwen3"])
-@pytest.mark.parametrize("rule", ["dense f32", "factored f32"])
+@pytest.mark.parametrize(
+    ("arch", "tied", "rule"),
+    [
+        ("llama", True, "dense f32"),
+        ("llama", True, "factored f32"),
+        ("mistral", False, "factored f32"),
+        ("qwen2", False, "factored f32"),
+        ("qwen3", True, "factored f32"),
+    ],
+)
 def test_logits_and_greedy_tokens_are_the_bundles(
-    make_export: MakeExport, session_class: type[OnnxRuntimeSession | GenaiSession], arch: str, rule: str
+    make_export: MakeExport, session_class: type[OnnxRuntimeSession | GenaiSession], arch: str, tied: bool, rule: str
 ) -> None:
-    export = make_export(arch, True, rule)
+    export = make_export(arch, tied, rule)
     reference = TorchReference(export.bundle.path)
     count = CONTEXT - len(PROMPT)
     with session_class(export.path, export.bundle.plan.runtime) as session:

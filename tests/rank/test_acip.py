@@ -12,7 +12,7 @@ import torch
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import RankingError
 from acip_export.rank import AcipConfig
-from acip_export.rank.acip import AcipRun, run_acip
+from acip_export.rank.acip import AcipRun, advance
 from acip_export.rank.basis import factorize_model
 from acip_export.rank.data import read_data
 from acip_export.rank.model import load_model
@@ -97,7 +97,8 @@ def test_run_ends_at_the_stop_ratio_with_a_total_order(
 ) -> None:
     run = start(model, text, statistics, replace(QUICK, **changes))
     seen = []
-    run_acip(run, 32, seen.append)
+    for _ in advance(run, 32, seen.append):
+        pass
     assert run.ratio() <= 0.4
     scores = np.concatenate([run.scores()[name] for name in run.layers])
     alive = np.concatenate([layer.mask.detach().numpy() > 0 for layer in run.layers.values()])

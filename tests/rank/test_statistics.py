@@ -14,8 +14,11 @@ from torch.nn import functional as F
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.factorize import components
+from acip_export.rank.basis import factorize_model
 from acip_export.rank.data import read_data
+from acip_export.rank.fisher import component_fisher
 from acip_export.rank.model import load_model
+from acip_export.rank.parametrize import AdapterShape
 from acip_export.rank.statistics import Statistics, collect_statistics, component_losses, dense_sensitivity
 from tests.rank.support import CALIBRATION, sharp_model
 
@@ -167,3 +170,21 @@ def test_embedding_sensitivity_covers_both_uses(tmp_path: Path, text: Path, tied
 def test_statistics_leave_no_hooks_and_no_gradients(ranked: Ranked) -> None:
     assert all(parameter.grad is None for parameter in ranked.model.parameters())
     assert not any(isinstance(m, nn.Linear) and m._forward_hooks for m in ranked.model.modules())
+
+
+def test_fisher_of_the_masks_is_the_mean_square_of_their_gradients(model: Path, text: Path) -> None:
+    ranked = Ranked(model, text)
+    windows = ranked.windows[:16]
+    parts = factorize_model(ranked.checkpoint, ranked.model, ranked.statistics, "kfac", 1.0, AdapterShape(0))
+    name, layer = "model.layers.0.mlp.up_proj", parts.layers["model.layers.0.mlp.up_proj"]
+    layer.arrange(torch.randperm(len(layer.mask), generator=torch.Generator().manual_seed(0)), len(layer.mask))
+    measured = component_fisher(ranked.model, parts.layers, windows, batch_tokens=4 * 32, seed=5)[name]
+    generator, plain = torch.Generator().manual_seed(5), torch.zeros(len(layer.mask))
+    for part in windows.split(4):
+        logits = ranked.model(input_ids=part).logits
+        labels = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(4, 32)
+        losses = F.cross_entropy(logits.mT, labels, reduction="none").sum(1)
+        for loss in losses:
+            (gradient,) = torch.autograd.grad(loss, layer.mask, retain_graph=True)
+            plain += 0.5 * gradient**2 / windows.numel()
+    torch.testing.assert_close(torch.from_numpy(measured).float(), plain, rtol=1e-3, atol=1e-9)
