@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from acip_export import console, pipeline
+from acip_export import console
 from acip_export.checkpoint import Checkpoint
+from acip_export.commands import check, inspect
 from acip_export.errors import AcipError, UsageError
 from acip_export.files import refuse_existing
 from acip_export.formats import formats_of
-from acip_export.plan import PlanRequest
 from acip_export.plans import load_plan, save_plan
 from acip_export.targets import TARGETS
 from acip_export.units import parse_bytes
 from acip_export.version import __version__
+
+if TYPE_CHECKING:
+    from acip_export.plan import PlanRequest
 
 EXIT_INTERRUPTED = 130
 
@@ -96,6 +100,8 @@ def export(
     if budget is None and format_ is None:
         console.out.print(context_.get_help())
         raise typer.Exit
+    from acip_export import pipeline
+
     request = _request(budget, budget_scope, format_, layout, types, context, cache_type, prompt_batch)
     target = out or Path("export") / request.target
     if not dry_run:
@@ -153,6 +159,8 @@ def rank(
 
     acip-export rank . --data text.txt --algorithm kfac
     """
+    from acip_export import pipeline
+
     if data is None:
         raise UsageError("no calibration text; give a file or a directory of *.txt with  --data")
     chosen = {
@@ -206,6 +214,8 @@ def plan(
 
     acip-export plan --budget 900MB --format gguf -o plan.json
     """
+    from acip_export import pipeline
+
     request = _request(budget, budget_scope, format_, layout, types, context, cache_type, prompt_batch)
     if out is not None:
         refuse_existing(out, force)
@@ -232,6 +242,7 @@ def materialize(
 
     acip-export materialize plan.json -o bundle
     """
+    from acip_export import pipeline
     from acip_export.materialize import materialize_bundle
 
     refuse_existing(out, force)
@@ -259,6 +270,7 @@ def convert(
 
     acip-export convert bundle -o export/gguf
     """
+    from acip_export import pipeline
     from acip_export.bundle import Bundle
 
     target = out or Path("export") / Bundle.open(bundle).plan.target
@@ -281,6 +293,7 @@ def verify(
 
     acip-export verify export/gguf --text held-out.txt
     """
+    from acip_export import pipeline
     from acip_export.verify.verify import require_passed
 
     with console.stage_bars() as progress:
@@ -312,6 +325,10 @@ def formats(json: Json = False) -> None:
     )
 
 
+app.command()(inspect.inspect)
+app.command()(check.check)
+
+
 def _request(
     budget: str | None,
     scope: Literal["memory", "file"],
@@ -322,6 +339,8 @@ def _request(
     cache_type: str | None,
     prompt_batch: int | None,
 ) -> PlanRequest:
+    from acip_export.plan import PlanRequest
+
     if budget is None:
         raise UsageError("no budget; give one with  --budget 4GB")
     if format_ is None:
@@ -369,6 +388,10 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A console without UTF-8 shows question marks; it is no reason to fail.
+            stream.reconfigure(errors="replace")
     try:
         app()
     except BaseException as error:

@@ -17,15 +17,15 @@ from rich.table import Table
 
 from acip_export.errors import AcipError
 from acip_export.formats import formats_of
-from acip_export.pipeline import StageProgress
-from acip_export.plans import Plan, TensorDecision
 from acip_export.targets import TARGETS
 from acip_export.units import format_bytes
-from acip_export.verify.verify import Report
 
 if TYPE_CHECKING:
+    from acip_export.pipeline import StageProgress
+    from acip_export.plans import Plan, TensorDecision
     from acip_export.rank import Progress as RankingProgress
     from acip_export.scores import ScoreFile
+    from acip_export.verify.verify import Report
 
 # Wide enough for every table when nobody's terminal says otherwise.
 _WIDTH = None if sys.stdout.isatty() else 120
@@ -80,6 +80,8 @@ def stage_bars() -> Iterator[Callable[[StageProgress], None]]:
 @contextmanager
 def ranking_bars() -> Iterator[Callable[[RankingProgress], None]]:
     """One bar per phase of a ranking, with the current ratio, loss and speed."""
+    from acip_export.pipeline import StageProgress
+
     with stage_bars() as update:
 
         def draw(progress: RankingProgress) -> None:

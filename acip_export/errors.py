@@ -8,7 +8,9 @@
     │   ├── PlanFileError              plan.json
     │   ├── BundleError                the materialized model
     │   ├── DataError                  calibration or evaluation text
-    │   └── RankingError               model and text together: the ranking run diverged, or cannot be resumed
+    │   ├── RankingError               model and text together: the ranking run diverged, or cannot be resumed
+    │   ├── ModelFileError             any .gguf, .onnx, .safetensors, or a directory of them
+    │   └── BaselineError              acip-check.lock.json, or what --against names
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
     ├── UnsupportedError           5   the target cannot express what was asked
     ├── VerificationError          6   the export is not what was promised
@@ -58,6 +60,18 @@ class DataError(InputError):
 
 class RankingError(InputError):
     """The ranking run diverged, or a stored run cannot be resumed."""
+
+
+class ModelFileError(InputError):
+    """A model file or directory to be looked at is missing, damaged, truncated or hostile."""
+
+
+class BaselineError(InputError):
+    """The baseline of a check is damaged, of an unknown version, or does not have what is compared."""
+
+
+class BaselineVersionError(BaselineError):
+    """The baseline was written by another version, which may have known more."""
 
 
 class InfeasibleBudgetError(AcipError):

@@ -64,7 +64,7 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
         raise error(f"{file} does not exist") from None
     except OSError as reason:
         raise error(f"{file} cannot be read: {reason}") from reason
-    except ValueError as reason:
+    except (ValueError, RecursionError) as reason:
         raise error(f"{file} is no safetensors file: its header is not JSON ({reason})") from reason
     if not isinstance(raw, dict):
         raise error(f"{file} is no safetensors file: its header is no JSON object")

@@ -135,6 +135,7 @@ class Plan:
 
 
 def save_plan(plan: Plan, file: Path, force: bool = False) -> None:
+    """Write atomically; refuses an existing file unless ``force``."""
     with new_file(file, force) as temporary:
         temporary.write_text(dumps_plan(plan), encoding="utf-8")
 
@@ -158,7 +159,7 @@ def load_plan(file: Path) -> Plan:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanFileError(f"{file} does not exist; make it with  acip-export plan --budget … -o {file}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanFileError(f"{file} cannot be read as JSON: {error}") from error
     return plan_from_json(data, str(file))
 

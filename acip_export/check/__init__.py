@@ -1,0 +1,1 @@
+"""The size and quality gate for continuous integration. Imports neither torch nor numpy. See docs/check.md."""

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acip_export.check.lock import dumps_lock, load_lock, save_lock
+from acip_export.check.quality import Quality, read_quality
+from acip_export.check.snapshot import take_snapshot, with_hashes
+from acip_export.errors import BaselineError, BaselineVersionError, InputError
+from tests.check.models import write_gguf
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Path:
+    model = write_gguf(tmp_path / "m.gguf")
+    snapshot = with_hashes(take_snapshot(model, "m.gguf"), model)
+    save_lock({"m": snapshot}, tmp_path / "lock.json")
+    return tmp_path / "lock.json"
+
+
+def test_round_trip_is_exact_and_deterministic(lock: Path) -> None:
+    loaded = load_lock(lock)
+    assert dumps_lock(loaded) == lock.read_text(encoding="utf-8")
+    assert json.loads(lock.read_text(encoding="utf-8"))["entries"]["m"]["total_bytes"] == loaded["m"].total_bytes
+    model = lock.parent / "m.gguf"
+    assert loaded["m"] == with_hashes(take_snapshot(model, "m.gguf"), model)
+
+
+def test_one_line_a_tensor(lock: Path) -> None:
+    assert '    "blk.0.attn_q.weight": ["q4_k", [4, 256], 576],\n' in lock.read_text(encoding="utf-8")
+
+
+def test_empty(tmp_path: Path) -> None:
+    save_lock({}, tmp_path / "lock.json")
+    assert load_lock(tmp_path / "lock.json") == {}
+
+
+def _set(path: str, value: Any) -> Any:
+    def change(data: Any) -> Any:
+        *parents, last = path.split("/")
+        place = data
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+        return data
+
+    return change
+
+
+DAMAGED = {
+    "a list": lambda _: [1],
+    "another format": _set("format", "acip-plan"),
+    "no entries": lambda data: {k: v for k, v in data.items() if k != "entries"},
+    "entries is a list": _set("entries", []),
+    "wrong total": _set("entries/m/total_bytes", 7),
+    "negative bytes": _set("entries/m/files/m.gguf/bytes", -1),
+    "bytes as text": _set("entries/m/files/m.gguf/bytes", "12"),
+    "bytes as truth": _set("entries/m/files/m.gguf/bytes", True),
+    "tensor of two fields": _set("entries/m/tensors/output.weight", ["q4_k", [4]]),
+    "tensor is null": _set("entries/m/tensors/output.weight", None),
+    "control characters": _set("entries/m/tensors", {"\x1b[2J": ["q4_k", [1], 1]}),
+    "unknown quality": _set("entries/m/quality", {"x": 1}),
+    "no architecture": _set("entries/m/architecture", None),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged(case: str, lock: Path) -> None:
+    lock.write_text(json.dumps(DAMAGED[case](json.loads(lock.read_text(encoding="utf-8")))))
+    with pytest.raises(BaselineError, match=r"damaged|no baseline"):
+        load_lock(lock)
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_unknown_versions_are_refused(version: object, lock: Path) -> None:
+    lock.write_text(json.dumps({**json.loads(lock.read_text(encoding="utf-8")), "version": version}))
+    with pytest.raises(BaselineVersionError, match="this tool reads 1"):
+        load_lock(lock)
+
+
+@pytest.mark.parametrize("text", ["", "{", "<<<<<<< HEAD\n{}", "[" * 100_000])
+def test_unreadable(text: str, lock: Path) -> None:
+    lock.write_text(text)
+    with pytest.raises(BaselineError, match="check --update"):
+        load_lock(lock)
+
+
+REPORT: dict[str, Any] = {
+    "format": "acip-report",
+    "version": 1,
+    "passed": True,
+    "written_bytes": 1000,
+    "runtimes": [{"runtime": "llama.cpp", "perplexity": {"perplexity": 12.5}, "load_seconds": 0.5}],
+    "dense_perplexity": {"perplexity": 10.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Quality(0.8, "perplexity", 0.5, 1000)),
+        ({"similarity": 0.97}, Quality(0.97, "similarity", 0.5, 1000)),
+        ({"dense_perplexity": None}, Quality(None, "", 0.5, 1000)),
+        ({"runtimes": []}, Quality(None, "", None, 1000)),
+        ({"dense_perplexity": {"perplexity": float("nan")}}, Quality(None, "", 0.5, 1000)),
+        ({"runtimes": [{"perplexity": {"perplexity": 0}}]}, Quality(None, "", None, 1000)),
+    ],
+)
+def test_quality(changes: dict[str, Any], expected: Quality, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps({**REPORT, **changes}))
+    assert read_quality(file) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"passed": False}, "failed its verification"),
+        ({"version": 2}, "version 2"),
+        ({"format": "x"}, "acip-report"),
+        ({"runtimes": None}, "damaged"),
+        ({"runtimes": [3]}, "damaged"),
+        ({"dense_perplexity": 3}, "damaged"),
+        ({"written_bytes": None}, "damaged"),
+    ],
+)
+def test_bad_reports(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps({**REPORT, **changes}))
+    with pytest.raises(InputError, match=says):
+        read_quality(file)
