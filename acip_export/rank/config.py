@@ -97,7 +97,7 @@ class DataConfig:
 
     context: int | None = None
     statistics_tokens: int = 24_576
-    curve_tokens: int = 16_384
+    curve_tokens: int = 8_192
     batch: int = 4
     seed: int = 0
 
