@@ -1,1 +1,4 @@
-"""Commands that start in a fraction of a second: they must not import torch, numpy or the stages."""
+"""One file per command. Reads flags, calls :mod:`acip_export.pipeline`, draws with :mod:`acip_export.console`.
+
+Numpy, torch and the stages are imported when a command runs: help, ``inspect`` and ``check`` start at once.
+"""

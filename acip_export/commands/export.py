@@ -1,0 +1,138 @@
+"""The main job, ``acip-export --budget … --format …``, and ``acip-export plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from acip_export import console
+from acip_export.checkpoint import Checkpoint
+from acip_export.commands.options import (
+    Budget,
+    CacheType,
+    Context,
+    Force,
+    Format,
+    Json,
+    LayoutName,
+    Model,
+    PromptBatch,
+    Scope,
+    Scores,
+    Text,
+    Types,
+    Verbose,
+    plan_request,
+)
+from acip_export.files import refuse_existing
+from acip_export.plans import save_plan
+from acip_export.version import __version__
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.out.print(__version__)
+        raise typer.Exit
+
+
+def export(
+    context_: typer.Context,
+    model: Model = ".",
+    scores: Scores = None,
+    budget: Budget = None,
+    budget_scope: Scope = "memory",
+    format_: Format = None,
+    layout: LayoutName = None,
+    types: Types = "",
+    context: Context = None,
+    cache_type: CacheType = None,
+    prompt_batch: PromptBatch = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: ./export/FORMAT.")] = None,
+    text: Text = None,
+    verify: Annotated[bool, typer.Option(help="Open the export in its runtime and compare.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    json: Json = False,
+    force: Force = False,
+    verbose: Verbose = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Export a ranked model so that it fits a budget.
+
+    Run inside a model directory that has a score file:
+
+        acip-export rank . --data text.txt
+
+        acip-export --budget 4GB --format gguf
+
+        acip-export --budget 900MB --format onnx --context 2048 --dry-run
+    """
+    if context_.invoked_subcommand is not None:
+        return
+    if budget is None and format_ is None:
+        console.out.print(context_.get_help())
+        raise typer.Exit
+    from acip_export import pipeline
+
+    request = plan_request(budget, budget_scope, format_, layout, types, context, cache_type, prompt_batch)
+    target = out or Path("export") / request.target
+    if not dry_run:
+        refuse_existing(target, force)
+    checkpoint = Checkpoint.open(model)
+    opened = pipeline.open_scores(checkpoint, scores)
+    plan = pipeline.plan_export(checkpoint, opened, request)
+    windows = None if text is None else pipeline.text_windows(checkpoint, text, plan.runtime.context)
+    if not json:
+        console.show_plan(plan, verbose)
+    if dry_run:
+        if json:
+            console.print_json(plan.to_json())
+        return
+    with console.stage_bars() as progress:
+        report = pipeline.export_model(
+            checkpoint, opened, plan, target, force, verify, windows, measure_speed=verify, progress=progress
+        )
+    if json:
+        console.print_json({"out": str(target), "plan": plan.to_json(), "report": report and report.to_json()})
+        return
+    if report is not None:
+        console.out.print()
+        console.show_reports([report])
+    console.show_export(plan, target)
+
+
+def plan(
+    model: Model = ".",
+    scores: Scores = None,
+    budget: Budget = None,
+    budget_scope: Scope = "memory",
+    format_: Format = None,
+    layout: LayoutName = None,
+    types: Types = "",
+    context: Context = None,
+    cache_type: CacheType = None,
+    prompt_batch: PromptBatch = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this file.")] = None,
+    json: Json = False,
+    force: Force = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show where every byte of a budget would go.
+
+    acip-export plan --budget 900MB --format gguf -o plan.json
+    """
+    from acip_export import pipeline
+
+    request = plan_request(budget, budget_scope, format_, layout, types, context, cache_type, prompt_batch)
+    if out is not None:
+        refuse_existing(out, force)
+    checkpoint = Checkpoint.open(model)
+    made = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, scores), request)
+    if out is not None:
+        save_plan(made, out, force)
+    if json:
+        console.print_json(made.to_json())
+    else:
+        console.show_plan(made, verbose)

@@ -1,0 +1,76 @@
+"""``acip-export rank``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from acip_export import console
+from acip_export.checkpoint import Checkpoint
+from acip_export.commands.options import Force, Json
+from acip_export.errors import UsageError
+
+
+def rank(
+    model: Annotated[str, typer.Argument(help="Model directory or Hugging Face id.")] = ".",
+    data: Annotated[Path | None, typer.Option(help="Calibration text: a file, or a directory of *.txt.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL/NAME.acip.")] = None,
+    algorithm: Annotated[
+        Literal["acip", "kfac", "energy", "magnitude"],
+        typer.Option(help="acip learns the order; the others need no training."),
+    ] = "acip",
+    units: Annotated[Literal["singular"], typer.Option(help="What is ranked.")] = "singular",
+    basis: Annotated[
+        Literal["svd", "input", "kfac"] | None, typer.Option(help="Basis of the components, for acip.")
+    ] = None,
+    objective: Annotated[Literal["ce", "distill"] | None, typer.Option(help="Loss that acip trains on.")] = None,
+    stop_ratio: Annotated[float | None, typer.Option(help="Masks stop at this share of the parameters.")] = None,
+    post_tune: Annotated[int | None, typer.Option(help="Steps of the adapters alone, after the masks.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of masks and adapters.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per window. Default: 512, or the model's limit.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of acip.")] = False,
+    json: Json = False,
+    force: Force = False,
+) -> None:
+    """Learn which components matter: one run, one score file, any size afterwards.
+
+    acip-export rank . --data text.txt
+
+    acip-export rank . --data text.txt --algorithm kfac
+    """
+    from acip_export import pipeline
+
+    if data is None:
+        raise UsageError("no calibration text; give a file or a directory of *.txt with  --data")
+    chosen = {
+        "basis": basis,
+        "objective": objective,
+        "stop_ratio": stop_ratio,
+        "post_tune": post_tune,
+        "learning_rate": learning_rate,
+    }
+    settings = {name: value for name, value in chosen.items() if value is not None}
+    if settings and algorithm != "acip":
+        flag = next(iter(settings)).replace("_", "-")
+        raise UsageError(f"--{flag} is a setting of acip; --algorithm {algorithm} has none")
+    checkpoint = Checkpoint.open(model)
+    target = out or checkpoint.path / f"{checkpoint.name}.acip"
+    try:
+        with console.ranking_bars() as progress:
+            scores = pipeline.rank_to_file(
+                checkpoint, data, target, algorithm, settings, context, seed, device, force, resume, progress
+            )
+    except KeyboardInterrupt:
+        from acip_export.rank.resume import run_file
+
+        if run_file(target).exists():
+            console.note(f"the run is kept in {run_file(target)}; go on with the same command and  --resume")
+        raise
+    if json:
+        console.print_json({"out": str(target), **pipeline.ranking_summary(scores)})
+    else:
+        console.show_ranking(scores, target)

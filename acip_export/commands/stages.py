@@ -1,0 +1,115 @@
+"""One stage alone: ``materialize``, ``convert``, ``verify``; and the list of ``formats``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from acip_export import console
+from acip_export.checkpoint import Checkpoint
+from acip_export.commands.options import Force, Json, Model, Scores, Text
+from acip_export.files import refuse_existing
+from acip_export.formats import formats_of
+from acip_export.plans import load_plan
+from acip_export.targets import TARGETS
+
+
+def materialize(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    model: Model = ".",
+    scores: Scores = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle directory.")] = Path("bundle"),
+    json: Json = False,
+    force: Force = False,
+) -> None:
+    """Write the bundle of a plan: the factorized model in PyTorch's numbers.
+
+    acip-export materialize plan.json -o bundle
+    """
+    from acip_export import pipeline
+    from acip_export.materialize import materialize_bundle
+
+    refuse_existing(out, force)
+    checkpoint = Checkpoint.open(model)
+    with console.stage_bars() as progress:
+        materialize_bundle(
+            checkpoint,
+            pipeline.open_scores(checkpoint, scores),
+            load_plan(plan_file),
+            out,
+            force,
+            lambda p: progress(pipeline.StageProgress("materialize", p.done, p.total, p.tensor)),
+        )
+    _done({"bundle": str(out)}, json, f"bundle written to {out}; next:  acip-export convert {out}")
+
+
+def convert(
+    bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: ./export/FORMAT.")] = None,
+    json: Json = False,
+    force: Force = False,
+) -> None:
+    """Write a bundle in its target's format.
+
+    acip-export convert bundle -o export/gguf
+    """
+    from acip_export import pipeline
+    from acip_export.bundle import Bundle
+
+    target = out or Path("export") / Bundle.open(bundle).plan.target
+    with console.stage_bars() as progress:
+        made = pipeline.convert_bundle(bundle, target, force, progress)
+    data = {"out": str(target), "files": dict(made.files)}
+    _done(data, json, f"{made.planned_bytes:,} bytes, as planned, written to {target}")
+
+
+def verify(
+    export_dir: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export directory.")],
+    model: Model = ".",
+    scores: Scores = None,
+    bundle: Annotated[Path | None, typer.Option(help="Its bundle. Default: materialized again from the model.")] = None,
+    text: Text = None,
+    json: Json = False,
+) -> None:
+    """Prove an export in its real runtime: bytes, logits, greedy tokens, perplexity, speed.
+
+    acip-export verify export/gguf --text held-out.txt
+    """
+    from acip_export import pipeline
+    from acip_export.verify.verify import require_passed
+
+    with console.stage_bars() as progress:
+        report = pipeline.verify_directory(export_dir, model, scores, bundle, text, progress)
+    if json:
+        console.print_json(report.to_json())
+    else:
+        console.show_reports([report])
+    require_passed(report)
+
+
+def formats(json: Json = False) -> None:
+    """List targets, layouts and weight types."""
+    if not json:
+        console.show_formats()
+        return
+    console.print_json(
+        {
+            name: {
+                "layouts": [layout.name for layout in target.layouts],
+                "cache_types": list(target.cache_types),
+                "types": [
+                    {"name": f.name, "bits_per_weight": f.bits_per_weight, "block": f.block} for f in formats_of(name)
+                ],
+            }
+            for name, target in TARGETS.items()
+        }
+    )
+
+
+def _done(data: dict[str, Any], json: bool, message: str) -> None:
+    if json:
+        console.print_json(data)
+    else:
+        console.out.print(message, markup=False)
