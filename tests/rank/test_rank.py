@@ -116,7 +116,9 @@ def test_interrupt_leaves_nothing(model: Path, text: Path, tmp_path: Path, phase
 
     with pytest.raises(KeyboardInterrupt):
         rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=tmp_path / "scores.acip", progress=interrupt)
-    assert not list(tmp_path.iterdir())
+    # From the first step of the masks on there is a run to go on with; a score file, never.
+    kept = {"scores.acip.run"} if phase in ("masks", "post-tune", "curve") else set()
+    assert {file.name for file in tmp_path.iterdir()} <= kept
 
 
 def damaged(model: Path, directory: Path, value: float) -> Path:
