@@ -1,6 +1,7 @@
 """Ranking: a model and text in, a score file out. Start at :func:`rank_model`."""
 
+from acip_export.rank.automatic import automatic_config
 from acip_export.rank.config import AcipConfig, Algorithm, DataConfig, Progress, ProgressCallback
-from acip_export.rank.rank import automatic_config, rank_model
+from acip_export.rank.rank import rank_model
 
 __all__ = ["AcipConfig", "Algorithm", "DataConfig", "Progress", "ProgressCallback", "automatic_config", "rank_model"]

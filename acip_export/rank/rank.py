@@ -20,6 +20,7 @@ from acip_export.errors import RankingError, UsageError
 from acip_export.factorize import pack_moment
 from acip_export.files import refuse_existing
 from acip_export.rank.acip import AcipRun, advance
+from acip_export.rank.automatic import automatic_config
 from acip_export.rank.basis import Factorized, factorize_model
 from acip_export.rank.config import (
     TRAINING_FREE_BASES,
@@ -42,10 +43,6 @@ from acip_export.rank.training_free import training_free_scores
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile, save_scores
 from acip_export.version import __version__
 
-_PRUNED_SHARE = 0.7
-_SMALL_WEIGHTS = 100_000_000
-_SMALL_STEPS, _SMALL_TUNE = 100, 150
-
 
 def rank_model(
     model: str | Path,
@@ -66,8 +63,9 @@ def rank_model(
 
     Args:
         model: directory or Hugging Face id. data: text file, or directory of ``*.txt``.
-        algorithm: ``acip``, or training-free: ``magnitude``, ``energy``, ``kfac``.
-        acip: hyper-parameters of ``acip``; ``None`` for :func:`automatic_config`.
+        algorithm: ``acip``, or training-free: ``magnitude``, ``energy``, ``kfac``,
+            ``fisher``.
+        acip: hyper-parameters of ``acip``; ``None`` for those of :func:`automatic_config`.
         evaluation: text for the curve; ``None``: the end of ``data``, which nothing else then sees.
         out: where the score file is written, whole or not at all. While ``acip`` runs, its state is stored beside it
             (``NAME.acip.run``) every ``checkpoint_every`` steps and when it is interrupted; ``resume`` goes on from
@@ -127,33 +125,6 @@ def rank_model(
     if store is not None:
         store.file.unlink(missing_ok=True)
     return ranked
-
-
-def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
-    """The settings that were measured to rank best in minutes (docs/LOG.md).
-
-    Masks start graded by the Fisher information of the components, and the divergence from the dense model, whose
-    gradient starts at zero, only corrects that order. The learning rate follows from the number of mask steps: under
-    Adam an undefended mask moves by one learning rate per step, and at the usual stop ratio about
-    ``_PRUNED_SHARE`` of the graded range has to be crossed. Large models get the paper's number of steps.
-    """
-    weights = sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
-    steps, tune, batch = (_SMALL_STEPS, _SMALL_TUNE, 2) if weights < _SMALL_WEIGHTS else (1000, 1000, 4)
-    scale = AcipConfig.mask_scale
-    return AcipConfig(
-        basis="kfac",
-        objective="distill",
-        start="drop-loss",
-        predictor="fisher",
-        post_tune=tune,
-        post_tune_sizes="sampled",
-        post_tune_decay=True,
-        learning_rate=_PRUNED_SHARE * scale / steps,
-        adapter_learning_rate=1e-3,
-        penalty=0.1,
-        penalty_growth=1.0,
-        batch=batch,
-    )
 
 
 @dataclass(frozen=True)
