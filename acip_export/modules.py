@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import UnsupportedError
 
 
 class FactoredLinear(nn.Module):
@@ -45,3 +48,25 @@ def causal_lm(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.
     parsed = AutoConfig.for_model(fields.pop("model_type"), **fields)
     model: nn.Module = AutoModelForCausalLM.from_config(parsed, dtype=dtype)  # type: ignore[no-untyped-call]
     return model.eval()
+
+
+def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | Literal["auto"]) -> nn.Module:
+    """The dense model with its weights, frozen, in evaluation mode; ``auto``: in the stored dtype.
+
+    Raises:
+        UnsupportedError: not a causal language model that transformers knows.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    # Progress is reported through callbacks; restored below, because this switch is the whole process's.
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedError(f"{checkpoint.path} cannot be loaded as a causal language model: {error}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return model.requires_grad_(False).eval()

@@ -18,6 +18,7 @@ from acip_export.plan import PlanRequest, make_plan
 from acip_export.plans import Plan, load_plan
 from acip_export.scores import ScoreFile, find_scores, load_scores
 from acip_export.verify import verify as verification
+from acip_export.verify.measure import Perplexity
 from acip_export.verify.runtime import Windows
 from acip_export.verify.verify import Report
 
@@ -148,12 +149,16 @@ def export_model(
     force: bool = False,
     verify: bool = True,
     text: Windows | None = None,
+    dense: Perplexity | None = None,
     measure_speed: bool = False,
     progress: ProgressCallback = quiet,
 ) -> Report | None:
     """Materialize, convert and verify ``plan``; the directory ``out`` appears only when all of it went well.
 
     The bundle is kept beside the export only while it is needed.
+
+    Args:
+        text: token windows for perplexity. dense: the base model's perplexity on them, if it is known already.
 
     Returns:
         The report, also written as ``report.json``; ``None`` without ``verify``.
@@ -184,13 +189,17 @@ def export_model(
             directory,
             bundle,
             text=text,
-            dense=checkpoint.path if text is not None else None,
+            dense=dense or _dense_perplexity(checkpoint, text),
             measure_speed=measure_speed,
             progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
         )
         verification.require_passed(report)
         verification.save_report(report, directory)
         return report
+
+
+def _dense_perplexity(checkpoint: Checkpoint, text: Windows | None) -> Perplexity | None:
+    return None if text is None else verification.dense_perplexity(checkpoint.path, text)
 
 
 def text_windows(checkpoint: Checkpoint, text: Path, context: int, most_tokens: int = 32_768) -> Windows:
@@ -231,7 +240,7 @@ def verify_directory(
             export,
             bundle,
             text=windows,
-            dense=checkpoint.path if text is not None else None,
+            dense=_dense_perplexity(checkpoint, windows),
             measure_speed=True,
             progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
         )

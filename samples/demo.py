@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
@@ -27,14 +28,14 @@ from acip_export.pipeline import export_model, plan_export, rank_to_file, text_w
 from acip_export.plan import PlanRequest
 from acip_export.scores import ScoreFile, load_scores
 from acip_export.units import format_bytes, parse_bytes
-from acip_export.verify.verify import Report
+from acip_export.verify.verify import Report, dense_perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"
 WORK = ROOT / ".demo"
 CONTEXT = 256
 BUDGETS = ("6MB", "4.5MB", "3.5MB")
-MEASURED_TOKENS = 16_384
+MEASURED_TOKENS = 8_192
 TABLE_START, TABLE_END = "<!-- demo table -->", "<!-- end of demo table -->"
 
 
@@ -59,6 +60,7 @@ def ranked(checkpoint: Checkpoint) -> ScoreFile:
 
 def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
     windows = text_windows(checkpoint, SAMPLES / "text" / "evaluation.txt", CONTEXT, MEASURED_TOKENS)
+    dense = dense_perplexity(checkpoint.path, windows)
     reports = []
     for target, layout, types in (("gguf", "stock", ()), ("gguf", "adapter", ("q8_0",)), ("onnx", "factored", ())):
         for budget in BUDGETS:
@@ -72,6 +74,7 @@ def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
                     WORK / f"{target}-{layout}-{budget}",
                     force=True,
                     text=windows,
+                    dense=dense,
                     measure_speed=True,
                     progress=bars,
                 )

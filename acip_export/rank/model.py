@@ -7,6 +7,7 @@ from torch import nn
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.modules import load_causal_lm
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
@@ -16,22 +17,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
         UnsupportedError: no causal language model of transformers, or one whose linear layers are not ``nn.Linear``.
         CheckpointError: a linear weight that is zero or not finite.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    # The library reports through its own callback; restored below, because this switch is the whole process's.
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=torch.float32 if device.type == "cpu" else "auto"
-        )
-    except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedError(f"{checkpoint.path} cannot be loaded as a causal language model: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    model.requires_grad_(False).eval().to(device)
+    model = load_causal_lm(checkpoint, torch.float32 if device.type == "cpu" else "auto").to(device)
     if not checkpoint.linear_modules:
         raise UnsupportedError(
             f"{checkpoint.path} has no linear layers in numbered blocks, so there is nothing to rank"

@@ -11,6 +11,7 @@ import torch
 
 from acip_export.bundle import MANIFEST_FILE, load_bundle
 from acip_export.checkpoint import Checkpoint
+from acip_export.modules import load_causal_lm
 from acip_export.verify.runtime import Logits, Windows
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ class TorchReference:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.model: nn.Module = load_bundle(path) if (path / MANIFEST_FILE).is_file() else _load_dense(path)
+        self.model: nn.Module = (
+            load_bundle(path)
+            if (path / MANIFEST_FILE).is_file()
+            else load_causal_lm(Checkpoint.open(path), torch.float32)
+        )
 
     @torch.no_grad()
     def logits(self, windows: Windows) -> Iterator[Logits]:
@@ -58,10 +63,3 @@ class TorchReference:
             new.append(int(token))
             ids = token.view(1, 1)
         return new
-
-
-def _load_dense(path: Path) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(Checkpoint.open(path).path, dtype=torch.float32)
-    return model.eval()

@@ -93,14 +93,14 @@ def verify_export(
     export: Path,
     bundle: Path,
     text: Windows | None = None,
-    dense: Path | None = None,
+    dense: Perplexity | None = None,
     measure_speed: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Check bytes, then open the export in every runtime of its target and compare with the bundle.
 
     Args:
-        text: token windows for perplexity. dense: the base model, for its perplexity on the same text.
+        text: token windows for perplexity. dense: the base model's on the same text (:func:`dense_perplexity`).
 
     Raises:
         PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged.
@@ -147,10 +147,15 @@ def verify_export(
         failures=tuple(failures),
         runtimes=tuple(reports),
         bundle_perplexity=None if text is None else perplexity(reference.logits(text), text),
-        dense_perplexity=None
-        if text is None or dense is None
-        else perplexity(TorchReference(dense).logits(text), text),
+        dense_perplexity=dense,
     )
+
+
+def dense_perplexity(model: Path, text: Windows) -> Perplexity:
+    """Of a Hugging Face model directory, in PyTorch; the same for every export of it."""
+    from acip_export.verify.reference import TorchReference
+
+    return perplexity(TorchReference(model).logits(text), text)
 
 
 def _is_float(plan: Plan) -> bool:
