@@ -22,6 +22,8 @@ EXPORT_PLAN_FILE = "plan.json"
 # Sampled by the reference itself: real text for the model, with no need for the user's.
 _SAMPLED_WINDOWS, _SAMPLED_TOKENS, _GREEDY_TOKENS = 2, 48, 16
 _FLOAT_TOLERANCE = {"onnx": 1e-4, "gguf": 2e-2}
+# Sixty times what the rounding costs on a trained model, a thousandth of what four-bit weights do.
+_ROUNDED_CACHE_KL = 1e-5
 
 # target -> runtimes, as module and class; the first one measures perplexity and speed.
 _SESSIONS = {
@@ -169,7 +171,9 @@ def _check_agreement(plan: Plan, report: RuntimeReport) -> list[str]:
     failures = []
     if _is_float(plan):
         tolerance = _FLOAT_TOLERANCE[plan.target]
-        if not agreement.max_logit_difference <= tolerance:
+        # llama.cpp's attention rounds K and V to float16: large logits move further, and mean as little as small ones.
+        rounded_cache = plan.target == "gguf" and agreement.mean_kl <= _ROUNDED_CACHE_KL
+        if not (agreement.max_logit_difference <= tolerance or rounded_cache):
             failures.append(
                 f"{report.runtime}: logits differ by {agreement.max_logit_difference:.2e}, at most {tolerance} allowed"
             )
