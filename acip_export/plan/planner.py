@@ -203,15 +203,19 @@ def _infeasible(
             "compute and output buffers": memory.compute + memory.output,
         }
         advice.append(f"a shorter --context than {runtime.context}")
+        caches = find_target(request.target).cache_types
+        smallest_cache = min(caches, key=lambda name: caches[name][0] / caches[name][1])
+        if smallest_cache != runtime.cache_type:
+            advice.append(f"--cache-type {smallest_cache}")
     else:
         fixed = 0
     needed = smallest.used + fixed
     largest = max(parts, key=lambda part: parts[part])
-    lines = "\n".join(f"  {name:<28}{format_bytes(size):>10}" for name, size in parts.items())
+    lines = "\n".join(f"  {name:<28}{format_bytes(size):>10}" for name, size in parts.items() if size)
     return InfeasibleBudgetError(
         f"no plan fits {format_bytes(request.budget_bytes)} ({request.budget_bytes} bytes).\n"
         f"The smallest feasible budget is {needed} bytes ({format_bytes(needed)}), most of it {largest}:\n{lines}\n"
-        f"Try  --budget {needed}B,  or {' or '.join(advice)}",
+        f"Try  --budget {needed}B,  or {', or '.join(advice)}",
         needed,
     )
 
