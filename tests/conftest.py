@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 
-import pytest
-import torch
+# Tiny matrices gain nothing from threads, and on a busy machine waiting for each other costs minutes. Read when the
+# libraries are loaded, and inherited by the processes that tests start.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
 
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Tiny matrices gain nothing from threads, and on a busy machine waiting for each other costs minutes."""
-    torch.set_num_threads(1)
+import pytest  # noqa: E402
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -323,6 +323,10 @@ BAD: dict[str, tuple[str, bytes, str]] = {
 }
 
 
+# Seconds of processor time. No figure of speed: what goes wrong here takes minutes, or all memory.
+GUARD = 20
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_files(case: str, tmp_path: Path) -> None:
     name, data, says = BAD[case]
@@ -332,7 +336,7 @@ def test_bad_files(case: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=says):
         read_anatomy(file)
     # A count that is believed before it is checked would take minutes, or all memory.
-    assert time.process_time() - begin < 2
+    assert time.process_time() - begin < GUARD
 
 
 def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
@@ -364,7 +368,7 @@ def test_missing_and_empty_directories(tmp_path: Path) -> None:
         read_anatomy(tmp_path)
 
 
-def test_a_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
+def test_a_large_vocabulary_is_read_in_one_pass(tmp_path: Path) -> None:
     """150,000 tokens and 300,000 merges, as Qwen has: most of a head's bytes."""
     file = tmp_path / "m.gguf"
     strings = b"".join(_text(b"token%d" % n) for n in range(1000)) * 450
@@ -372,17 +376,17 @@ def test_a_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
     file.write_bytes(_gguf(keys=1, rest=rest))
     begin = time.process_time()
     assert read_anatomy(file).facts["vocabulary"] == "450000"
-    assert time.process_time() - begin < 0.5
+    assert time.process_time() - begin < GUARD
 
 
 def test_only_headers_are_read(tmp_path: Path) -> None:
-    """A sparse file of 8 GiB, which no test could read or hold in memory."""
+    """A sparse file of 64 GiB, which no test could read or hold in memory."""
     file = tmp_path / "m.gguf"
-    file.write_bytes(_one_tensor(b"a", (2**31,), 0, 0, 0))
-    os.truncate(file, file.stat().st_size + 2**33)
+    file.write_bytes(_one_tensor(b"a", (2**34,), 0, 0, 0))
+    os.truncate(file, file.stat().st_size + 2**36)
     begin = time.process_time()
-    assert read_anatomy(file).tensor_bytes == 2**33
-    assert time.process_time() - begin < 0.5
+    assert read_anatomy(file).tensor_bytes == 2**36
+    assert time.process_time() - begin < GUARD
 
 
 def test_totals_add_up(tmp_path: Path) -> None:
