@@ -25,18 +25,19 @@ import transformers
 from acip_export.checkpoint import Checkpoint
 from acip_export.rank import AcipConfig, DataConfig, automatic_config, rank_model
 
-TRAINING_FREE = ("magnitude", "energy", "kfac")
+TRAINING_FREE = ("magnitude", "energy", "kfac", "fisher")
 
 
 def variants(automatic: AcipConfig) -> dict[str, AcipConfig]:
     """The default, and one change at a time."""
     return {
         "acip": automatic,
+        "acip, plain SVD basis": replace(automatic, basis="svd"),
+        "acip, cross-entropy": replace(automatic, objective="ce"),
         "acip, masks start at one": replace(automatic, start="ones"),
         "acip, ties by index": replace(automatic, start="ones", tie_break="index"),
+        "acip, weaker penalty": replace(automatic, penalty=0.02),
         "acip, post-tuned at the stop ratio": replace(automatic, post_tune_sizes="stop"),
-        "acip, distillation": replace(automatic, objective="distill"),
-        "acip, plain SVD basis": replace(automatic, basis="svd", start="ones"),
     }
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")
+    parser.add_argument("--tokens", type=int, default=8_192, help="of the evaluation text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*", help="names of entries; default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "ranking.json")
@@ -77,26 +78,25 @@ def main() -> None:
     unknown = set(args.only or []) - set(entries)
     if unknown:
         parser.error(f"unknown {sorted(unknown)}; choose from {sorted(entries)}")
-    results = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
-    for name in args.only or entries:
-        for seed in args.seeds:
-            key = f"{name}, seed {seed}"
-            results[key] = measure(args, name, entries[name], seed)
-            print(key, json.dumps({k: v for k, v in results[key].items() if k != "settings"}), flush=True)
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    document = {
+    document: dict[str, Any] = {
         "model": args.model.name,
         "evaluation_tokens": args.tokens,
         "machine": machine,
         "versions": versions,
-        "results": results,
+        "results": json.loads(args.out.read_text())["results"] if args.out.exists() else {},
     }
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    for name in args.only or entries:
+        for seed in args.seeds:
+            key = f"{name}, seed {seed}"
+            document["results"][key] = result = measure(args, name, entries[name], seed)
+            args.out.write_text(json.dumps(document, indent=1) + "\n")
+            print(key, json.dumps({k: v for k, v in result.items() if k != "settings"}), flush=True)
 
 
 if __name__ == "__main__":
