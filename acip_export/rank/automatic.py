@@ -7,7 +7,7 @@ from acip_export.rank.config import AcipConfig
 
 _PRUNED_SHARE = 0.7
 _SMALL_WEIGHTS = 100_000_000
-_SMALL_STEPS, _SMALL_TUNE = 100, 120
+_SMALL_STEPS, _SMALL_TUNE = 100, 150
 
 
 def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
