@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acip_export.errors import CheckpointError, UnsupportedError
-from acip_export.files import safetensors_header
+from acip_export.files import read_json_object, safetensors_header
 
 if TYPE_CHECKING:
     import torch
@@ -182,18 +182,12 @@ def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         raise CheckpointError(
             f"{path} has no config.json: it is not a Hugging Face model directory.\n"
             "Give one with  --model DIR  or change into it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} holds a {type(config).__name__}, expected a JSON object")
-    return config
+        )
+    return read_json_object(file, CheckpointError)
 
 
 def _read_index(path: Path) -> dict[str, TensorInfo]:

@@ -97,6 +97,21 @@ def _entry(file: Path, name: str, value: Any, start: int, error: type[InputError
     return HeaderEntry(shape, dtype, start + begin, end - begin)
 
 
+def read_json_object(file: Path, error: type[InputError]) -> dict[str, Any]:
+    """The JSON object in ``file``.
+
+    Raises:
+        error: unreadable, not JSON, or something else than an object.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"{file} cannot be read as JSON: {reason}") from reason
+    if not isinstance(data, dict):
+        raise error(f"{file} holds a {type(data).__name__}, expected a JSON object")
+    return data
+
+
 def sha256_of(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.files import read_json_object
 from converters.gguf.writer import Metadata, Value, boolean, int32s, string, strings, uint32
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -74,8 +75,12 @@ def tokenizer_metadata(model: Path, config: Mapping[str, Any], vocabulary: int) 
 
 @lru_cache(maxsize=4)
 def _metadata(model: Path, config_ids: str, vocabulary: int, _stamp: tuple[int, int]) -> Metadata:
-    tokenizer = _read_json(model / "tokenizer.json")
-    options = _read_json(model / "tokenizer_config.json") if (model / "tokenizer_config.json").is_file() else {}
+    tokenizer = read_json_object(model / "tokenizer.json", CheckpointError)
+    options = (
+        read_json_object(model / "tokenizer_config.json", CheckpointError)
+        if (model / "tokenizer_config.json").is_file()
+        else {}
+    )
     try:
         prefix, suffix = _template(tokenizer.get("post_processor"))
         tokens, types = _tokens(tokenizer, vocabulary)
@@ -100,16 +105,6 @@ def _metadata(model: Path, config_ids: str, vocabulary: int, _stamp: tuple[int, 
     if template:
         metadata["tokenizer.chat_template"] = string(template)
     return metadata
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} holds a {type(data).__name__}, expected a JSON object")
-    return data
 
 
 def _pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:

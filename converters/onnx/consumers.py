@@ -14,6 +14,7 @@ from typing import Any
 
 from acip_export.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.files import read_json_object
 from acip_export.plans import Runtime
 
 MODEL_FILE = "onnx/model.onnx"
@@ -162,15 +163,7 @@ def _genai_config(
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} holds a {type(data).__name__}, expected a JSON object")
-    return data
+    return read_json_object(file, CheckpointError) if file.is_file() else {}
 
 
 def _added_tokens(file: Path) -> dict[str, int]:
