@@ -18,7 +18,7 @@ def rank(
     data: Annotated[Path | None, typer.Option(help="Calibration text: a file, or a directory of *.txt.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL/NAME.acip.")] = None,
     algorithm: Annotated[
-        Literal["acip", "kfac", "energy", "magnitude"],
+        Literal["acip", "fisher", "kfac", "energy", "magnitude"],
         typer.Option(help="acip learns the order; the others need no training."),
     ] = "acip",
     units: Annotated[Literal["singular"], typer.Option(help="What is ranked.")] = "singular",
