@@ -123,13 +123,6 @@ class Plan:
     tensors: tuple[TensorDecision, ...]
     notes: tuple[str, ...] = field(default=())
 
-    def decision(self, name: str) -> TensorDecision:
-        return self.by_name[name]
-
-    @property
-    def by_name(self) -> dict[str, TensorDecision]:
-        return {decision.name: decision for decision in self.tensors}
-
     def to_json(self) -> dict[str, Any]:
         return {"format": "acip-plan", "version": PLAN_VERSION, **dataclasses.asdict(self)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -25,8 +26,14 @@ def _run(*command: object, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("wheel")
+    # Built from a copy: a build directory left in the checkout would put modules into the wheel that are gone.
+    source = place / "source"
+    for package in ("acip_export", "converters"):
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    _run(*pip, "wheel", "--no-deps", "-w", place, ROOT, cwd=place)
+    _run(*pip, "wheel", "--no-deps", "-w", place, source, cwd=place)
     venv.create(place / "env", with_pip=True)
     python = place / "env" / "bin" / "python"
     (wheel,) = place.glob("*.whl")

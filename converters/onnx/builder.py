@@ -261,10 +261,6 @@ def _configure(model: Any, context: int, accuracy_level: int) -> None:
             shapes[f"{stem}.{kind}"][-1] = model.head_size
 
 
-def supported_architectures() -> tuple[str, ...]:
-    return tuple(_MODEL_CLASSES)
-
-
 @functools.cache
 def _builders() -> Any:
     """The builder's package of model classes, checked."""
