@@ -23,6 +23,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from acip_export.errors import UnsupportedError
+from converters.onnx.families import FAMILIES
 from converters.onnx.matrices import Form, Matrix, MatrixPart
 
 if TYPE_CHECKING:
@@ -32,14 +33,6 @@ logger = logging.getLogger(__name__)
 
 SUPPORTED_VERSION = "0.18."
 
-# transformers class -> class of the builder.
-_MODEL_CLASSES = {
-    "LlamaForCausalLM": "LlamaModel",
-    "MistralForCausalLM": "MistralModel",
-    "Qwen2ForCausalLM": "QwenModel",
-    "Qwen3ForCausalLM": "Qwen3Model",
-}
-
 # Methods of the builder's base class that are overridden or called, with the parameters that are passed by name or
 # position. A release that renames one of them would otherwise fail late, or silently take its stock path.
 _INTERNALS: dict[str, tuple[str, ...]] = {
@@ -48,16 +41,45 @@ _INTERNALS: dict[str, tuple[str, ...]] = {
     "load_weights": ("input_path",),
     "has_lm_head": ("module",),
     "is_fused_rope_supported": (),
+    "is_local": ("layer_id",),
+    "make_rope_init": ("config",),
+    "make_rotary_embedding_caches": ("kwargs",),
     "is_qkv_projection_packable": ("layer_id", "attention"),
     "make_embedding_lookup": ("embedding", "basename", "lm_head"),
     "make_matmul": ("matmul", "basename", "root_input", "kwargs"),
+    "make_attention_init": ("config",),
+    "make_attention_input_proj": ("layer_id", "attention", "root_input", "kwargs"),
+    "make_attention": ("layer_id", "attention", "root_input", "kwargs"),
+    "make_qk_norm": ("layer_id", "attention"),
+    "make_layer": ("layer_id", "layer"),
+    "make_layernorm": ("layer_id", "layernorm", "skip", "simple", "location"),
+    "make_mlp": ("layer_id", "mlp", "root_input"),
+    "make_mlp_unpacked": ("layer_id", "mlp", "root_input"),
+    "make_mlp_proj": ("layer_id", "mlp", "root_input"),
+    "make_activation": ("layer_id", "root_input"),
+    "make_initializer": ("tensor", "name", "to", "raw"),
+    "make_add": ("name", "inputs", "dtype", "shape"),
+    "make_mul": ("name", "inputs", "dtype", "shape"),
+    "make_split": ("name", "inputs", "outputs", "dtypes", "shapes", "axis", "num_outputs"),
     "make_node": ("op_type", "inputs", "outputs", "name", "domain", "kwargs"),
     "make_reshape": ("name", "inputs", "dtype", "shape"),
     "make_slice": ("name", "inputs", "dtype", "shape"),
     "make_value": ("name", "dtype", "shape"),
     "make_hidden_state_shape": ("seq_dim", "last_dim"),
 }
-_ATTRIBUTES = ("input_shapes", "output_shapes", "input_names", "attention_attrs", "rope_attrs", "head_size", "values")
+_ATTRIBUTES = (
+    "input_shapes",
+    "output_shapes",
+    "input_names",
+    "attention_attrs",
+    "embed_attrs",
+    "layernorm_attrs",
+    "rope_attrs",
+    "head_size",
+    "layer_types",
+    "values",
+    "window_size",
+)
 
 
 class _Weightless:
@@ -76,8 +98,10 @@ class _Weightless:
     make_reshape: Callable[..., None]
     make_slice: Callable[..., None]
     make_hidden_state_shape: Callable[..., list[Any]]
+    make_initializer: Callable[..., None]
     model: ir.Model
     input_names: dict[str, Any]
+    layer_id: int
     weights: Any
 
     def load_weights(self, input_path: str) -> Any:  # noqa: ARG002 - the builder's signature
@@ -93,6 +117,17 @@ class _Weightless:
 
     def is_qkv_projection_packable(self, layer_id: int, attention: Any) -> bool:  # noqa: ARG002
         return False
+
+    def make_rope_init(self, config: Any) -> None:
+        """Nothing to derive: the tables are those of ``transformers``, so every scaling that it knows is exact."""
+
+    def make_rotary_embedding_caches(self, **_kwargs: Any) -> tuple[str, str]:
+        kind, tables = self.skeleton.rotary_tables(self.layer_id)
+        names = f"cos_cache{kind}", f"sin_cache{kind}"
+        for name, table in zip(names, tables, strict=True):
+            if name not in self.model.graph.initializers:
+                self.make_initializer(table, name)
+        return names
 
     def make_embedding_lookup(self, embedding: Any, basename: str, lm_head: Any) -> str:  # noqa: ARG002
         matrix = self.skeleton.embedding
@@ -209,31 +244,29 @@ class _Weightless:
         return name
 
 
-def build_graph(
-    skeleton: Skeleton, context: int, accuracy_level: int
-) -> tuple[ir.Model, dict[str, MatrixPart | NDArray[Any]]]:
+def build_graph(skeleton: Skeleton, accuracy_level: int) -> tuple[ir.Model, dict[str, MatrixPart | NDArray[Any]]]:
     """The decoder graph of a skeleton, with its initializers' contents in the order in which they are stored.
 
     Args:
         skeleton: see :mod:`converters.onnx.skeleton`.
-        context: positions of the rotary tables.
         accuracy_level: 0 computes in float32, 4 rounds activations to int8 (faster).
 
     Raises:
         UnsupportedError: an architecture, position encoding or builder release that is not supported.
     """
     architecture = type(skeleton.model).__name__
-    builders = _builders()
-    base = getattr(builders, _MODEL_CLASSES[architecture])
     config = skeleton.model.config
     config.architectures = [architecture]
-    adapted = type(f"Weightless{base.__name__}", (_Weightless, base), {"skeleton": skeleton})
+    family = FAMILIES[config.model_type]
+    base = getattr(_builders(), family.builder)
+    bases = (_Weightless, *([family.mixin] if family.mixin else []), base)
+    adapted = type(f"Weightless{base.__name__}", bases, {"skeleton": skeleton})
     with _prints_to_log():
         try:
-            model = adapted(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", "", {})
+            model = adapted(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", "", {"windowed_kv_cache": False})
         except NotImplementedError as reason:
             raise UnsupportedError(f"the ONNX model builder cannot express this {architecture}: {reason}") from reason
-        _configure(model, context, accuracy_level)
+        _configure(model, skeleton, accuracy_level)
         model.make_model("")
     graph: ir.Model = model.model
     graph.graph.sort()
@@ -244,17 +277,22 @@ def build_graph(
     return graph, contents
 
 
-def _configure(model: Any, context: int, accuracy_level: int) -> None:
+def _configure(model: Any, skeleton: Skeleton, accuracy_level: int) -> None:
     missing = [name for name in _ATTRIBUTES if not hasattr(model, name)]
-    if (
-        missing
-        or model.attention_attrs.get("op_type") != "GroupQueryAttention"
-        or "cache_length" not in model.rope_attrs
-    ):
+    if missing or model.attention_attrs.get("op_type") != "GroupQueryAttention":
         raise UnsupportedError(_incompatible(f"model attributes {missing or '(attention or rotary settings)'}"))
     model.accuracy_level = accuracy_level
     model.parts = {}
-    model.rope_attrs["cache_length"] = context
+    model.layer_types = list(skeleton.layer_types)
+    model.window_size = -1 if skeleton.window is None else skeleton.window
+    if FAMILIES[skeleton.model.config.model_type].norm_adds_one:
+        # The stock factor is rounded to two decimals.
+        model.embed_attrs["scale"] = float(model.hidden_size**0.5)
+    rotated = 2 * skeleton.rotary_tables(0)[1][0].shape[1]
+    partial = rotated != model.head_size
+    model.rope_attrs.update(
+        partial_rotary_factor=rotated / model.head_size, rotary_embedding_dim=rotated if partial else 0
+    )
     for shapes, stem in ((model.input_shapes, "past_key_values"), (model.output_shapes, "present")):
         for kind in ("key", "value"):
             # The stock dimension is symbolic; transformers.js reads a symbol as zero.

@@ -16,6 +16,7 @@ from acip_export.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.files import read_json_object
 from acip_export.plans import Runtime
+from converters.onnx.families import FAMILIES
 
 MODEL_FILE = "onnx/model.onnx"
 # transformers.js looks for exactly this suffix.
@@ -140,7 +141,8 @@ def _genai_config(
                 "num_hidden_layers": shape.layers,
                 "num_key_value_heads": shape.kv_heads,
             },
-            "type": str(source.config.get("model_type", "llama")),
+            # A name that makes it run the graph as a plain decoder.
+            "type": FAMILIES[str(source.config["model_type"])].genai_type,
             "vocab_size": shape.vocabulary,
         },
         "search": {

@@ -106,7 +106,7 @@ def _graph(
     from converters.onnx.writer import pack
 
     skeleton = make_skeleton(config, tensors, runtime.context, read_vector)
-    graph, contents = build_graph(skeleton, runtime.context, options.accuracy_level)
+    graph, contents = build_graph(skeleton, options.accuracy_level)
     return pack(graph, contents, Path(DATA_FILE).name), contents
 
 

@@ -6,20 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
 from acip_export.plans import TensorDecision
+from converters.onnx.families import FAMILIES
 from converters.onnx.matrices import Matrix, matrices_of
-
-# model_type -> rope types that the builder computes for it; its Llama class ignores what it does not know.
-_ROPE_TYPES: dict[str, tuple[str, ...]] = {
-    "llama": ("default", "llama3"),
-    "mistral": ("default", "linear"),
-    "qwen2": ("default", "linear"),
-    "qwen3": ("default", "linear"),
-}
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -50,11 +45,24 @@ class Skeleton:
         model: a ``transformers`` causal language model whose linear layers are :class:`Projection`, whose norms are
             real, and whose embedding is on the meta device.
         embedding: the embedding matrix. tied: the head uses it too.
+        layer_types: ``full_attention`` or ``sliding_attention`` of every layer.
+        window: tokens that a sliding layer attends to, itself included; ``None``: as many as any other.
+        rotary: by kind of layer, the tables of cosines and sines, float32 (context, rotated / 2) each.
     """
 
     model: Any
     embedding: Matrix
     tied: bool
+    layer_types: tuple[str, ...]
+    window: int | None
+    rotary: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+    def rotary_tables(self, layer: int) -> tuple[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """A suffix that tells the model's kinds of tables apart, and the tables of a layer."""
+        kind = self.layer_types[layer]
+        if kind not in self.rotary:
+            return "", self.rotary[""]
+        return f"_{kind.removesuffix('_attention')}", self.rotary[kind]
 
 
 def make_skeleton(
@@ -66,17 +74,19 @@ def make_skeleton(
         read_vector: gives one-dimensional parameters by name; ``None`` fills them with ones, which changes no shape.
 
     Raises:
-        UnsupportedError: the architecture, a position encoding, a sliding window shorter than the context, or a
-            decision that ONNX cannot express.
+        UnsupportedError: the architecture, or a decision that ONNX cannot express.
     """
     from acip_export.modules import causal_lm
 
-    _check_config(config, context)
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise UnsupportedError(f"no ONNX export for model type {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
     decisions = {decision.name: decision for decision in tensors}
-    # No window is shorter than the context (checked), so every layer attends to everything.
-    plain = {**{k: v for k, v in config.items() if k != "layer_types"}, "sliding_window": None}
-    with torch.device("meta"):
-        model = causal_lm(plain)
+    try:
+        with torch.device("meta"):
+            model: Any = causal_lm(dict(config))
+    except (ValueError, KeyError, TypeError) as reason:
+        raise UnsupportedError(f"transformers cannot build a {kind} model of this config.json: {reason}") from reason
     tied = bool(config.get("tie_word_embeddings", False))
     if tied:
         decisions.pop(_HEAD, None)
@@ -93,7 +103,8 @@ def make_skeleton(
     for name, vector in vectors.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Parameter(vector, requires_grad=False))
-    return Skeleton(model, embedding, tied)
+    layer_types, window = _attention_spans(model.config, context)
+    return Skeleton(model, embedding, tied, layer_types, window, _rotary(model, context))
 
 
 def _check_names(decided: set[str], expected: set[str], architecture: str) -> None:
@@ -103,31 +114,29 @@ def _check_names(decided: set[str], expected: set[str], architecture: str) -> No
         raise UnsupportedError(f"ONNX has no place for {name} in a {architecture}; the config says otherwise")
 
 
-def _check_config(config: Mapping[str, Any], context: int) -> None:
-    kind = config.get("model_type")
-    if kind not in _ROPE_TYPES:
-        raise UnsupportedError(f"no ONNX export for model type {kind!r}; supported: {', '.join(sorted(_ROPE_TYPES))}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type not in _ROPE_TYPES[kind]:
-        raise UnsupportedError(
-            f"no ONNX export for {kind} with rope type {rope_type!r}; supported: {', '.join(_ROPE_TYPES[kind])}"
-        )
-    window = _sliding_window(config)
-    if window is not None and window < context:
-        raise UnsupportedError(
-            f"this model attends to a sliding window of {window} tokens, and ONNX exports attend to all {context}; "
-            f"plan with  --context {window}  or less"
-        )
+def _attention_spans(config: Any, context: int) -> tuple[tuple[str, ...], int | None]:
+    """The kind of every layer and the window of the sliding ones; a window as long as the context is none."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    # Where the configuration names no kinds, a window counts for all layers (Mistral).
+    default = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or default
+    return tuple(kinds), None if window is None or window >= context else int(window)
 
 
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    """Tokens that a layer may look back; the defaults are those of the ``transformers`` configurations."""
-    if config["model_type"] == "mistral":
-        window = config.get("sliding_window", 4096)
-    else:
-        window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
-    return None if window is None else int(window)
+def _rotary(model: Any, context: int) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Tables by kind of layer where the model tells kinds apart (Gemma 3), else one pair under an empty name."""
+    stock = model.model.rotary_emb
+    rotary = type(stock)(model.config)
+    positions, like = torch.arange(context)[None], torch.zeros(1)
+
+    def halves(*args: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        cosines, sines = rotary(like, positions, *args)
+        half = cosines.shape[-1] // 2
+        return cosines[0, :, :half].contiguous().numpy(), sines[0, :, :half].contiguous().numpy()
+
+    if isinstance(getattr(rotary, "rope_type", None), dict):
+        return {kind: halves(kind) for kind in sorted(rotary.rope_type)}
+    return {"": halves()}
 
 
 def _embedding(decision: TensorDecision) -> Matrix:
