@@ -212,8 +212,11 @@ def show_export(plan: Plan, directory: Path) -> None:
     from converters.registry import converter
 
     out.print(f"\n[bold]{format_bytes(plan.planned_bytes)}[/] in {directory}, as planned. Run it with:")
-    for line in converter(plan.target).command_lines(plan, directory):
-        out.print(f"  {line}", markup=False)
+    commands = converter(plan.target).run_commands(plan, directory)
+    for command in [c for c in commands if c.language == "console"] or commands[:1]:
+        out.print(command.text, markup=False, soft_wrap=True)
+        if command.note:
+            out.print(f"  ({command.note})", markup=False, style="dim")
 
 
 def show_formats() -> None:

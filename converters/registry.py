@@ -28,6 +28,21 @@ class Progress:
     item: str
 
 
+@dataclass(frozen=True)
+class RunCommand:
+    """How one program runs an export.
+
+    Attributes:
+        program: its name. language: of ``text``, as Markdown's fences call it: console, python, javascript, dockerfile.
+        text: ready to copy. note: what else the program needs, or an empty string.
+    """
+
+    program: str
+    language: str
+    text: str
+    note: str = ""
+
+
 ProgressCallback = Callable[[Progress], None]
 
 
@@ -57,8 +72,8 @@ class Converter(Protocol):
         """
         ...
 
-    def command_lines(self, plan: Plan, directory: Path) -> list[str]:
-        """Commands or code that run the export within the plan's memory, ready to copy."""
+    def run_commands(self, plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
+        """For every program that runs the export within the plan's memory; the recommended one first."""
         ...
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +12,12 @@ from acip_export.bundle import PLAN_FILE, Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError, VerificationError
 from acip_export.formats import weight_format
-from acip_export.plans import Plan, Runtime, TensorDecision
+from acip_export.plans import Runtime, TensorDecision
 from acip_export.version import __version__
 from converters.gguf import ggml
 from converters.gguf.architectures import family_of
-from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE, Item, arrange
+from converters.gguf.layouts import ADAPTER_FILE, Item, arrange
+from converters.gguf.run_commands import run_commands
 from converters.gguf.tokenizer import tokenizer_metadata
 from converters.gguf.writer import (
     ALIGNMENT,
@@ -32,6 +32,9 @@ from converters.gguf.writer import (
     uint32,
 )
 from converters.registry import Progress, ProgressCallback
+
+# With run_commands imported from its own file, what converters.registry.Converter asks for.
+__all__ = ["convert", "predict_files", "run_commands"]
 
 # A SHA-256 in hexadecimal: predictions need only its length.
 _HASH_PLACEHOLDER = "0" * 64
@@ -107,18 +110,6 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
                 done += item.spec.nbytes
         check_structure(out / name, metadata, _specs(items))
     progress(Progress(total, total, ""))
-
-
-def command_lines(plan: Plan, directory: Path) -> list[str]:
-    """How llama.cpp serves the export within the plan's memory; the first line is the recommended one."""
-    runtime = plan.runtime
-    options = ["-m", str(directory / MODEL_FILE)]
-    if ADAPTER_FILE in plan.files:
-        options += ["--lora", str(directory / ADAPTER_FILE)]
-    # One slot, since every slot has its own share of the context; no repacked copy of the weights.
-    options += ["-c", str(runtime.context), "-b", str(runtime.prompt_batch), "-ub", str(runtime.prompt_batch)]
-    options += ["--cache-type-k", runtime.cache_type, "--cache-type-v", runtime.cache_type, "-fa", "on", "--no-repack"]
-    return [shlex.join(["llama-server", *options, "-np", "1"]), shlex.join(["llama-cli", *options])]
 
 
 def check_structure(file: Path, metadata: Metadata, tensors: Sequence[TensorSpec]) -> None:

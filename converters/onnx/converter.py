@@ -17,7 +17,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.plans import Plan, Runtime, TensorDecision
 from converters.onnx.consumers import DATA_FILE, MODEL_FILE, small_files
-from converters.registry import Progress, ProgressCallback
+from converters.registry import Progress, ProgressCallback, RunCommand
 
 if TYPE_CHECKING:
     from converters.onnx.skeleton import ReadVector
@@ -110,9 +110,9 @@ def _graph(
     return pack(graph, contents, Path(DATA_FILE).name), contents
 
 
-def command_lines(plan: Plan, directory: Path) -> list[str]:
-    """Python that generates with onnxruntime-genai; context and prompt batch are in ``genai_config.json``."""
-    return [
+def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
+    """See :class:`converters.registry.Converter`. Context and prompt batch are in ``genai_config.json``."""
+    lines = (
         "import onnxruntime_genai as og",
         f"model = og.Model({str(directory)!r})",
         "tokenizer = og.Tokenizer(model)",
@@ -121,4 +121,5 @@ def command_lines(plan: Plan, directory: Path) -> list[str]:
         f"while not generator.is_done() and generator.token_count() < {plan.runtime.context}:",
         "    generator.generate_next_token()",
         "print(tokenizer.decode(generator.get_sequence(0)))",
-    ]
+    )
+    return (RunCommand("onnxruntime-genai", "python", "\n".join(lines)),)

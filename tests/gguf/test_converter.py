@@ -284,14 +284,3 @@ def test_structure_check_notices_a_changed_file(models: dict[str, Path], tmp_pat
     metadata = converter._metadata("model.gguf", checkpoint, plan.model, items, "0" * 64, "0" * 64)
     with pytest.raises(VerificationError, match="reads back differently"):
         converter.check_structure(file, metadata, [item.spec for item in items])
-
-
-def test_command_lines(models: dict[str, Path]) -> None:
-    plan = make_plan(models["llama"], "gguf", "stock", dense(format="q8_0"), context=128, prompt_batch=16)
-    server, cli = converter.command_lines(plan, Path("my export"))
-    assert server.startswith("llama-server -m 'my export/model.gguf' -c 128 -b 16 -ub 16 --cache-type-k f16")
-    assert "--no-repack" in server
-    assert "--lora" not in server
-    assert cli.startswith("llama-cli ")
-    with_adapter = dataclasses.replace(plan, files={"model.gguf": 1, "adapter.gguf": 1})
-    assert "--lora 'my export/adapter.gguf'" in converter.command_lines(with_adapter, Path("my export"))[0]

@@ -87,5 +87,5 @@ def test_the_printed_code_runs(make_export: MakeExport) -> None:
     export = make_export("llama", True, "dense f32")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec("\n".join(converter.command_lines(export.bundle.plan, export.path)), {})
+        exec(converter.run_commands(export.bundle.plan, export.path)[0].text, {})
     assert printed.getvalue().startswith("Hello")

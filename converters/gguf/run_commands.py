@@ -1,0 +1,141 @@
+"""How each program runs a GGUF export within its plan's memory: one row per program, ready to copy."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from acip_export.plans import Plan
+from converters.gguf.ggml import TYPE_IDS
+from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE
+from converters.registry import RunCommand
+
+_STOCK = ("stock", "adapter")
+_EXTENDED = (*_STOCK, "factored")
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What the programs have to be told. ``adapter`` is ``None`` where the export has none."""
+
+    model: Path
+    adapter: Path | None
+    context: int
+    batch: int
+    cache_type: str
+
+
+@dataclass(frozen=True)
+class _Program:
+    """``note``: one sentence on what the program needs; ``factored_note`` replaces it for factor pairs."""
+
+    name: str
+    language: str
+    layouts: tuple[str, ...]
+    text: Callable[[_Export], str]
+    note: str = ""
+    factored_note: str = ""
+
+
+def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
+    """For every program that runs the plan's layout; the recommended one first."""
+    adapter = directory / ADAPTER_FILE if ADAPTER_FILE in plan.files else None
+    runtime = plan.runtime
+    export = _Export(directory / MODEL_FILE, adapter, runtime.context, runtime.prompt_batch, runtime.cache_type)
+    return tuple(
+        RunCommand(program.name, program.language, program.text(export), _note(program, plan.layout))
+        for program in _PROGRAMS
+        if plan.layout in program.layouts
+    )
+
+
+def _note(program: _Program, layout: str) -> str:
+    return program.factored_note if layout == "factored" else program.note
+
+
+def _options(export: _Export) -> list[str]:
+    options = ["-m", str(export.model)]
+    if export.adapter is not None:
+        options += ["--lora", str(export.adapter)]
+    # One slot, since every slot has its own share of the context; no repacked copy of the weights.
+    options += ["-c", str(export.context), "-b", str(export.batch), "-ub", str(export.batch)]
+    options += ["--cache-type-k", export.cache_type, "--cache-type-v", export.cache_type, "-fa", "on", "--no-repack"]
+    return options
+
+
+def _llama_server(export: _Export) -> str:
+    return shlex.join(["llama-server", *_options(export), "-np", "1"])
+
+
+def _llama_cli(export: _Export) -> str:
+    return shlex.join(["llama-cli", *_options(export)])
+
+
+def _llama_cpp_python(export: _Export) -> str:
+    lora = "" if export.adapter is None else f"    lora_path={str(export.adapter)!r},\n"
+    cache = TYPE_IDS[export.cache_type]
+    return (
+        "from llama_cpp import Llama\n\n"
+        "model = Llama(\n"
+        f"    {str(export.model)!r},\n{lora}"
+        f"    n_ctx={export.context}, n_batch={export.batch}, n_ubatch={export.batch},\n"
+        f"    type_k={cache}, type_v={cache}, flash_attn=True,  # {export.cache_type}\n"
+        "    verbose=False,\n"
+        ")\n"
+        "print(model('Hello', max_tokens=32)['choices'][0]['text'])"
+    )
+
+
+def _node_llama_cpp(export: _Export) -> str:
+    lora = "" if export.adapter is None else f"  lora: {_javascript(export.adapter)},\n"
+    cache = export.cache_type.upper()
+    return (
+        'import {getLlama, LlamaCompletion} from "node-llama-cpp";\n\n'
+        "const llama = await getLlama();\n"
+        f"const model = await llama.loadModel({{modelPath: {_javascript(export.model)}}});\n"
+        "const context = await model.createContext({\n"
+        f"  contextSize: {export.context}, batchSize: {export.batch}, flashAttention: true,\n{lora}"
+        f'  experimentalKvCacheKeyType: "{cache}", experimentalKvCacheValueType: "{cache}"\n'
+        "});\n"
+        "const completion = new LlamaCompletion({contextSequence: context.getSequence()});\n"
+        'console.log(await completion.generateCompletion("Hello", {maxTokens: 32}));'
+    )
+
+
+def _javascript(path: Path) -> str:
+    return json.dumps(str(path))  # JSON's strings are JavaScript's
+
+
+def _ollama(export: _Export) -> str:
+    # Paths in a Modelfile are relative to it, and it belongs beside the model.
+    lines = [f"FROM ./{export.model.name}"]
+    if export.adapter is not None:
+        lines.append(f"ADAPTER ./{export.adapter.name}")
+    return "\n".join([*lines, f"PARAMETER num_ctx {export.context}", f"PARAMETER num_batch {export.batch}"])
+
+
+_BUILD = "Needs a llama.cpp that was built after  python -m converters.gguf.extension PATH"
+_PROGRAMS = (
+    _Program("llama-server", "console", _EXTENDED, _llama_server, factored_note=_BUILD),
+    _Program("llama-cli", "console", _EXTENDED, _llama_cli, factored_note=_BUILD),
+    _Program(
+        "llama-cpp-python",
+        "python",
+        _EXTENDED,
+        _llama_cpp_python,
+        note="It repacks some types for speed, which the planned memory does not count",
+        factored_note="Needs the build that  make llama-cpp  installs",
+    ),
+    _Program("node-llama-cpp", "javascript", _STOCK, _node_llama_cpp),
+    _Program(
+        "Ollama",
+        "dockerfile",
+        _STOCK,
+        _ollama,
+        note="Save as Modelfile beside model.gguf, then  ollama create NAME -f Modelfile.  The type of the KV cache is "
+        "the server's: OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE",
+    ),
+)
