@@ -312,12 +312,14 @@ def test_help_needs_no_torch() -> None:
     assert "acip-export --budget 4GB --format gguf" in done.stdout
 
 
-def test_gguf_plan_needs_no_torch(model: Path) -> None:
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_plan_needs_no_torch(target: str, model: Path) -> None:
     code = (
-        "import sys; sys.argv = ['acip-export', 'plan', '--budget', '3MB', '--format', 'gguf']\n"
+        f"import sys; sys.argv = ['acip-export', 'plan', '--budget', '3MB', '--format', '{target}']\n"
         "from acip_export.cli import main\n"
         "main()\n"
-        "assert 'torch' not in sys.modules\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxruntime'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=model)
     assert done.returncode == 0, done.stderr

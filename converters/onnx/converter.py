@@ -1,6 +1,7 @@
 """Bundle to ONNX: a directory for onnxruntime, onnxruntime-genai, transformers.js and optimum.
 
-The prediction builds the very graph that is written, from shapes alone, and serializes it.
+The prediction adds up the graph that is written (:mod:`converters.onnx.outline`); where it cannot, that very graph is
+built from shapes alone and serialized.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.plans import Plan, Runtime, TensorDecision
 from converters.onnx.consumers import DATA_FILE, MODEL_FILE, small_files
+from converters.onnx.outline import GraphBytes, outline
 from converters.registry import Progress, ProgressCallback, RunCommand
 
 if TYPE_CHECKING:
@@ -48,20 +50,23 @@ def predict_files(
     checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], runtime: Runtime
 ) -> dict[str, int]:
     """Exact bytes of every file; see :class:`converters.registry.Converter`."""
-    packed, _ = _graph(checkpoint.config, layout, tensors, runtime, Options(), read_vector=None)
+    _check(layout, runtime)
+    known = outline(checkpoint.config, checkpoint.shape, tensors, runtime.context)
+    if known is None:
+        packed, _ = _graph(checkpoint.config, tensors, runtime, Options(), read_vector=None)
+        known = GraphBytes(len(packed.protobuf), packed.data_bytes)
     sizes = {
         name: len(content) if isinstance(content, bytes) else content.stat().st_size
         for name, content in small_files(checkpoint, runtime).items()
     }
-    return {**sizes, MODEL_FILE: len(packed.protobuf), DATA_FILE: packed.data_bytes}
+    return {**sizes, MODEL_FILE: known.protobuf, DATA_FILE: known.data}
 
 
 def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Options | None = None) -> None:
     """Write the export; see :class:`converters.registry.Converter`."""
     plan = bundle.plan
-    packed, contents = _graph(
-        bundle.config, plan.layout, plan.tensors, plan.runtime, options or Options(), read_vector=bundle.read
-    )
+    _check(plan.layout, plan.runtime)
+    packed, contents = _graph(bundle.config, plan.tensors, plan.runtime, options or Options(), read_vector=bundle.read)
     files = small_files(bundle.as_checkpoint(), plan.runtime)
 
     from converters.onnx.matrices import MatrixReader
@@ -85,14 +90,7 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Opti
         raise VerificationError(f"{DATA_FILE} has {written} bytes, its graph describes {packed.data_bytes}")
 
 
-def _graph(
-    config: Mapping[str, Any],
-    layout: str,
-    tensors: tuple[TensorDecision, ...],
-    runtime: Runtime,
-    options: Options,
-    read_vector: ReadVector | None,
-) -> tuple[Packed, Contents]:
+def _check(layout: str, runtime: Runtime) -> None:
     if layout != LAYOUT:
         raise UnsupportedError(f"ONNX has no layout {layout!r}; it has: {LAYOUT}")
     if runtime.cache_type != "f32":
@@ -101,6 +99,14 @@ def _graph(
         if find_spec(module) is None:
             raise MissingExtraError(package, "onnx", "the ONNX converter")
 
+
+def _graph(
+    config: Mapping[str, Any],
+    tensors: tuple[TensorDecision, ...],
+    runtime: Runtime,
+    options: Options,
+    read_vector: ReadVector | None,
+) -> tuple[Packed, Contents]:
     from converters.onnx.builder import build_graph
     from converters.onnx.skeleton import make_skeleton
     from converters.onnx.writer import pack

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from acip_export.bundle import stored_tensors
 from acip_export.errors import UnsupportedError
@@ -19,6 +18,8 @@ from acip_export.plans import TensorDecision
 from converters.onnx.quantize import bits_of, quantize
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from acip_export.bundle import Bundle
 
 # Weights that a thread converts at once: large enough for vectorised work, small enough to stay in a core's cache.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from acip_export.errors import UnsupportedError
-from converters.onnx import builder
+from converters.onnx import builder, converter
 from tests.onnx.conftest import MakeExport
 
 
@@ -48,12 +49,12 @@ def test_another_release_fails_loudly() -> None:
 
 
 def test_prints_become_log_lines(
-    make_export: MakeExport, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    make_export: MakeExport, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     export = make_export("llama", True, "int4")
     capsys.readouterr()
     with caplog.at_level(logging.DEBUG, "converters.onnx.builder"):
-        export.predicted()
+        converter.convert(export.bundle, tmp_path, lambda _: None)
     assert capsys.readouterr().out == ""
     assert "Reading LM head" in caplog.text
 
