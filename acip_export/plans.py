@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from acip_export.errors import PlanFileError
 from acip_export.files import new_file
@@ -16,6 +16,10 @@ from acip_export.formats import weight_format
 PLAN_VERSION = 1
 
 Representation = Literal["dense", "factored", "adapter"]
+# What a budget covers: the files; files, caches and buffers; or all of the process, the runtime's own parts included.
+BudgetScope = Literal["process", "memory", "file"]
+# Keys of the breakdown that no plan changes: they count in the scope "process" only.
+RUNTIME_PARTS = ("runtime_library", "runtime_tokenizer")
 _REPRESENTATIONS = ("dense", "factored", "adapter")
 
 
@@ -95,7 +99,8 @@ class Plan:
         scores_sha256: of the score file.
         budget_bytes, budget_scope: what was asked.
         planned_bytes: bytes of all files of the export together; equals the sum over ``files``.
-        memory_bytes: bytes that the runtime holds; equals the sum over ``breakdown``.
+        memory_bytes: bytes that the runtime holds for this model; equals the sum over ``breakdown`` without the
+            runtime's own parts (:data:`RUNTIME_PARTS`).
         files: exact bytes by file name.
         breakdown: memory by purpose.
         predicted_loss: nats per token above the dense model.
@@ -109,7 +114,7 @@ class Plan:
     model_fingerprint: str
     scores_sha256: str
     budget_bytes: int
-    budget_scope: Literal["memory", "file"]
+    budget_scope: BudgetScope
     planned_bytes: int
     memory_bytes: int
     files: Mapping[str, int]
@@ -122,6 +127,18 @@ class Plan:
     certificate: Certificate
     tensors: tuple[TensorDecision, ...]
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def process_bytes(self) -> int:
+        """Resident memory of a process that serves the export: ``memory_bytes`` and the runtime itself."""
+        return sum(self.breakdown.values())
+
+    @property
+    def used_bytes(self) -> int:
+        """What counts against the budget."""
+        return {"file": self.planned_bytes, "memory": self.memory_bytes, "process": self.process_bytes}[
+            self.budget_scope
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {"format": "acip-plan", "version": PLAN_VERSION, **dataclasses.asdict(self)}
@@ -215,12 +232,14 @@ def _check(plan: Plan) -> None:
         expected = decision_bytes(decision, plan.target)
         if decision.nbytes != expected:
             raise ValueError(f"{decision.name} has nbytes {decision.nbytes}, its decision takes {expected}")
+    memory = {name: size for name, size in plan.breakdown.items() if name not in RUNTIME_PARTS}
     for total, parts, what in (
         (plan.planned_bytes, plan.files, "files"),
-        (plan.memory_bytes, plan.breakdown, "breakdown"),
+        (plan.memory_bytes, memory, "breakdown"),
     ):
         if total != sum(parts.values()):
             raise ValueError(f"the {what} add up to {sum(parts.values())} bytes, not {total}")
-    used = plan.memory_bytes if plan.budget_scope == "memory" else plan.planned_bytes
-    if used > plan.budget_bytes:
-        raise ValueError(f"it uses {used} bytes of a budget of {plan.budget_bytes}")
+    if plan.budget_scope not in get_args(BudgetScope):
+        raise ValueError(f"unknown budget scope {plan.budget_scope!r}")
+    if plan.used_bytes > plan.budget_bytes:
+        raise ValueError(f"it uses {plan.used_bytes} bytes of a budget of {plan.budget_bytes}")

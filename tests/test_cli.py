@@ -69,6 +69,8 @@ def test_main_job_with_defaults(target: str, model: Path, run: Run) -> None:
     result = json.loads(done.out)
     plan, report = result["plan"], result["report"]
     assert plan["memory_bytes"] <= plan["budget_bytes"] == 3_000_000
+    runtime = plan["breakdown"].pop("runtime_library") + plan["breakdown"].pop("runtime_tokenizer")
+    assert runtime > 10_000_000  # the library alone is more
     assert sum(plan["breakdown"].values()) == plan["memory_bytes"]
     for name, size in plan["files"].items():
         assert (model / "export" / target / name).stat().st_size == size

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import InfeasibleBudgetError, PlanFileError, ScoreFileError, UnsupportedError, UsageError
 from acip_export.plan import PlanRequest, make_plan
-from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes, load_plan, plan_from_json, save_plan
+from acip_export.plans import (
+    RUNTIME_PARTS,
+    Plan,
+    Runtime,
+    TensorDecision,
+    decision_bytes,
+    load_plan,
+    plan_from_json,
+    save_plan,
+)
 from acip_export.scores import ScoreFile
 from tests.support import make_model, make_scores
 
@@ -35,6 +44,7 @@ REQUESTS = [
     PlanRequest("onnx", 0),
     PlanRequest("onnx", 0, types=("int8",), budget_scope="file"),
     PlanRequest("onnx", 0, types=("f32",)),
+    PlanRequest("onnx", 0, budget_scope="process"),
 ]
 
 
@@ -51,7 +61,7 @@ def test_never_above_budget_and_monotone(
         smallest = make_plan(*ranked, replace(asked, budget_bytes=error.smallest_feasible_bytes), overhead)
         assert smallest.certificate.bytes_left == 0
         return
-    used = plan.memory_bytes if plan.budget_scope == "memory" else plan.planned_bytes
+    used = plan.used_bytes
     assert used <= budget
     assert plan.certificate.bytes_left == budget - used
     assert plan.planned_bytes == sum(overhead(plan.tensors, plan.runtime).values())
@@ -61,6 +71,22 @@ def test_never_above_budget_and_monotone(
     assert larger.predicted_loss <= plan.predicted_loss
     # What plan.json holds is the plan.
     assert plan_from_json(json.loads(json.dumps(plan.to_json())), "here") == plan
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_a_process_budget_pays_for_the_runtime_first(ranked: tuple[Checkpoint, ScoreFile], target: str) -> None:
+    """The same plan as for the memory alone, out of a budget that is larger by the runtime's own parts."""
+    memory = make_plan(*ranked, PlanRequest(target, 2_000_000, context=64), overhead)
+    base = sum(memory.breakdown[part] for part in RUNTIME_PARTS)
+    assert memory.process_bytes == memory.memory_bytes + base
+    process = make_plan(*ranked, PlanRequest(target, 2_000_000 + base, "process", context=64), overhead)
+    assert process.tensors == memory.tensors
+    assert process.runtime == memory.runtime
+    assert process.certificate == memory.certificate
+    assert process.used_bytes == process.process_bytes <= process.budget_bytes
+    with pytest.raises(InfeasibleBudgetError, match="runtime and its tokenizer") as caught:
+        make_plan(*ranked, PlanRequest(target, base, "process", context=64), overhead)
+    assert caught.value.smallest_feasible_bytes > base
 
 
 def test_kept_units_are_a_prefix_of_the_modules_order(ranked: tuple[Checkpoint, ScoreFile]) -> None:

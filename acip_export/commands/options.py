@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from acip_export.errors import UsageError
+from acip_export.plans import BudgetScope
 from acip_export.targets import TARGETS
 from acip_export.units import parse_bytes
 
@@ -18,8 +19,11 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Model directory or Hu
 Scores = Annotated[Path | None, typer.Option(help="Score file. Default: the *.acip beside the model.")]
 Budget = Annotated[str | None, typer.Option(help="Bytes with a unit: 4GB, 900MB, 2GiB.")]
 Scope = Annotated[
-    Literal["memory", "file"],
-    typer.Option("--budget-scope", help="What the budget covers: all that the runtime holds, or the files."),
+    BudgetScope,
+    typer.Option(
+        "--budget-scope",
+        help="What the budget covers: files, cache and buffers (memory); the runtime too (process); only files.",
+    ),
 ]
 Format = Annotated[str | None, typer.Option("--format", "-f", help="Target: gguf or onnx.")]
 LayoutName = Annotated[str | None, typer.Option("--layout", help="Layout of the target; see  acip-export formats.")]
@@ -35,7 +39,7 @@ Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perpl
 
 def plan_request(
     budget: str | None,
-    scope: Literal["memory", "file"],
+    scope: BudgetScope,
     format_: str | None,
     layout: str | None,
     types: str,

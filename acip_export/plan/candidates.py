@@ -42,7 +42,7 @@ class Candidates:
     def cost(self, chosen: int, target: str, scope: str) -> int:
         """Stored bytes, and in memory what the runtime keeps beside them."""
         option = self.options[chosen]
-        return option.nbytes + (repacked_bytes(option, target, self.tied_head)[0] if scope == "memory" else 0)
+        return option.nbytes + (repacked_bytes(option, target, self.tied_head)[0] if scope != "file" else 0)
 
     def dense_only(self) -> Candidates:
         """The candidates without low rank: what quantization alone could do."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import exp
-from typing import Literal
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import InfeasibleBudgetError, UsageError
@@ -13,7 +12,8 @@ from acip_export.plan.allocate import Allocation, allocate, pareto
 from acip_export.plan.candidates import Candidates, build_candidates
 from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, repacked_bytes, runtime_memory
 from acip_export.plan.predicted_loss import Calibration, calibrate, component_losses
-from acip_export.plans import Certificate, Plan, Runtime, TensorDecision
+from acip_export.plan.runtime_base import process_base
+from acip_export.plans import BudgetScope, Certificate, Plan, Runtime, TensorDecision
 from acip_export.scores import ScoreFile
 from acip_export.targets import Target
 from acip_export.targets import target as find_target
@@ -31,7 +31,7 @@ class PlanRequest:
     """What the user asks for.
 
     Attributes:
-        budget_bytes: see ``budget_scope``: everything the runtime holds, or the files only.
+        budget_bytes, budget_scope: all of the process, what it holds for this model, or the files.
         types: names of the formats to choose from; empty: the target's defaults.
         context: tokens; ``None``: the model's, at most 4096.
         cache_type: ``None``: the target's default. prompt_batch: ``None``: chosen to suit the budget.
@@ -40,7 +40,7 @@ class PlanRequest:
 
     target: str
     budget_bytes: int
-    budget_scope: Literal["memory", "file"] = "memory"
+    budget_scope: BudgetScope = "memory"
     layout: str | None = None
     types: tuple[str, ...] = ()
     context: int | None = None
@@ -92,9 +92,10 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
     layout = target.layout(request.layout)
     losses = component_losses(scores)
     candidates = build_candidates(checkpoint, scores, losses, target, layout, target.choose_types(request.types))
-    runtime = _runtime(checkpoint, target, request)
+    base = process_base(target.name, checkpoint)
+    runtime = _runtime(checkpoint, target, request, base.total if request.budget_scope == "process" else 0)
     memory = runtime_memory(target.name, checkpoint.shape, runtime)
-    fixed = memory.total if request.budget_scope == "memory" else 0
+    fixed = {"file": 0, "memory": memory.total, "process": memory.total + base.total}[request.budget_scope]
     solution = _solve(candidates, request, checkpoint, runtime, fixed, predict_files)
     calibration = calibrate(scores, losses)
     loss = calibration.loss(solution.allocation.loss)
@@ -117,6 +118,8 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
             "kv_cache": memory.kv_cache,
             "compute": memory.compute,
             "output": memory.output,
+            "runtime_library": base.library,
+            "runtime_tokenizer": base.tokenizer,
         },
         predicted_loss=loss,
         predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)),
@@ -129,7 +132,8 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
     )
 
 
-def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest) -> Runtime:
+def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken: int) -> Runtime:
+    """``taken``: bytes of the budget that no choice changes."""
     longest = checkpoint.shape.max_context
     context = request.context or min(longest, _DEFAULT_CONTEXT)
     if not 0 < context <= longest:
@@ -139,7 +143,8 @@ def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest) -> Ru
         raise UsageError(f"{target.name} has no KV cache type {cache_type!r}; it has: {', '.join(target.cache_types)}")
     batch = request.prompt_batch
     if batch is None:
-        batch = choose_prompt_batch(target.name, checkpoint.shape, context, cache_type, request.budget_bytes)
+        room = request.budget_bytes - taken
+        batch = choose_prompt_batch(target.name, checkpoint.shape, context, cache_type, room)
         if request.budget_scope == "file":
             batch = min(PROMPT_BATCHES[0], context)
     return Runtime(context, cache_type, batch)
@@ -163,7 +168,7 @@ def _solve(
             for decision, candidate in zip(decisions, candidates, strict=True)
         ]
         repacked = sum(kept for kept, _ in extra) + max(once for _, once in extra)
-        used = sum(files.values()) + (repacked if request.budget_scope == "memory" else 0)
+        used = sum(files.values()) + (repacked if request.budget_scope != "file" else 0)
         return _Solution(allocation, decisions, files, repacked, used)
 
     floor = sum(int(group.nbytes.min()) for group in groups)
@@ -195,20 +200,20 @@ def _infeasible(
 ) -> InfeasibleBudgetError:
     parts = {"weights": smallest.stored, "tokenizer and metadata": smallest.file_bytes - smallest.stored}
     advice = ["allow smaller types with --types"]
-    if request.budget_scope == "memory":
+    if request.budget_scope != "file":
         memory = runtime_memory(request.target, checkpoint.shape, runtime)
         parts |= {
             "repacked weights": smallest.repacked,
             "KV cache": memory.kv_cache,
             "compute and output buffers": memory.compute + memory.output,
         }
+        if request.budget_scope == "process":
+            parts["runtime and its tokenizer"] = process_base(request.target, checkpoint).total
         advice.append(f"a shorter --context than {runtime.context}")
         caches = find_target(request.target).cache_types
         smallest_cache = min(caches, key=lambda name: caches[name][0] / caches[name][1])
         if smallest_cache != runtime.cache_type:
             advice.append(f"--cache-type {smallest_cache}")
-    else:
-        fixed = 0
     needed = smallest.used + fixed
     largest = max(parts, key=lambda part: parts[part])
     lines = "\n".join(f"  {name:<28}{format_bytes(size):>10}" for name, size in parts.items() if size)

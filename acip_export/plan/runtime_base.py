@@ -1,0 +1,77 @@
+"""What a runtime's process holds whatever the plan: its library, its own heap, its tokenizer's tables. Measured.
+
+The figures are those of the Python packages on one platform, measured by ``make bench-memory``; another build of the
+same runtime (a phone's, say) differs by a few MiB either way. A test measures again and turns red when a version moves
+them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from acip_export.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class RuntimeBase:
+    """One runtime's share of a process, beside the interpreter that drives it.
+
+    Attributes:
+        measured_with: packages and platform.
+        library: bytes of code, sessions and allocators: everything that no model changes.
+        token, merge: bytes that the tokenizer keeps for each token and each merge.
+    """
+
+    measured_with: str
+    library: int
+    token: int
+    merge: int
+
+    def tokenizer(self, tokens: int, merges: int) -> int:
+        return self.token * tokens + self.merge * merges
+
+
+# target -> its recommended runtime. llama.cpp keeps tokens and merges as strings in hash tables, onnxruntime-genai too.
+RUNTIME_BASES = {
+    "gguf": RuntimeBase("xllamacpp 2026.10.11549, Linux x86_64", 20_000_000, 350, 120),
+    "onnx": RuntimeBase("onnxruntime 1.31.1 and onnxruntime-genai 0.18.0, Linux x86_64", 37_000_000, 280, 260),
+}
+
+
+@dataclass(frozen=True)
+class ProcessBase:
+    """Bytes beside the model's own."""
+
+    library: int
+    tokenizer: int
+
+    @property
+    def total(self) -> int:
+        return self.library + self.tokenizer
+
+
+def process_base(target: str, checkpoint: Checkpoint) -> ProcessBase:
+    """What the target's recommended runtime holds for ``checkpoint`` beside the memory that a plan decides about."""
+    base = RUNTIME_BASES[target]
+    tokens, merges = _tokenizer_size(checkpoint.path / "tokenizer.json")
+    return ProcessBase(base.library, base.tokenizer(max(tokens, checkpoint.shape.vocabulary), merges))
+
+
+def _tokenizer_size(file: Path) -> tuple[int, int]:
+    if not file.is_file():
+        return 0, 0
+    status = file.stat()
+    return _tokenizer_size_of(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer_size_of(file: Path, modified: int, size: int) -> tuple[int, int]:  # noqa: ARG001 - part of the key
+    """Tokens and merges. A damaged file is the converter's to refuse; here it has none."""
+    try:
+        model = json.loads(file.read_text(encoding="utf-8"))["model"]
+        return len(model.get("vocab") or ()), len(model.get("merges") or ())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0, 0
