@@ -23,7 +23,7 @@ from acip_export.verify.runtime import Windows
 from acip_export.verify.verify import Report
 
 if TYPE_CHECKING:
-    from acip_export.rank import Algorithm
+    from acip_export.rank import Algorithm, DataConfig
     from acip_export.rank import ProgressCallback as RankingCallback
 
 
@@ -46,12 +46,11 @@ def quiet(_: StageProgress) -> None:
 
 def rank_to_file(
     checkpoint: Checkpoint,
-    data: Path,
+    data: str | Path,
     out: Path,
     algorithm: Algorithm = "acip",
     settings: Mapping[str, Any] = MappingProxyType({}),
-    context: int | None = None,
-    seed: int = 0,
+    calibration: DataConfig | None = None,
     device: str = "cpu",
     force: bool = False,
     resume: bool = False,
@@ -61,14 +60,14 @@ def rank_to_file(
 
     Raises as :func:`acip_export.rank.rank_model`.
     """
-    from acip_export.rank import DataConfig, automatic_config, rank_model
+    from acip_export.rank import automatic_config, rank_model
 
     return rank_model(
         checkpoint.path,
         data,
         algorithm=algorithm,
         acip=replace(automatic_config(checkpoint), **settings) if algorithm == "acip" else None,
-        calibration=DataConfig(context=context, seed=seed),
+        calibration=calibration,
         device=device,
         progress=progress or (lambda _: None),
         out=out,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from acip_export.checkpoint import Checkpoint
-from acip_export.text import pack_text, read_text
+from acip_export.text import pack_text
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 MODELS = sorted(file.parent for file in SAMPLES.glob("*/training.json"))
@@ -35,7 +35,7 @@ def test_texts_are_disjoint() -> None:
     lines = {
         name: {
             hashlib.sha256(line.encode()).digest()
-            for line in read_text(SAMPLES / "text" / f"{name}.txt").splitlines()
+            for line in (SAMPLES / "text" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
             if len(line) > 60
         }
         for name in ("calibration", "evaluation")

@@ -15,7 +15,15 @@ from acip_export.errors import UsageError
 
 def rank(
     model: Annotated[str, typer.Argument(help="Model directory or Hugging Face id.")] = ".",
-    data: Annotated[Path | None, typer.Option(help="Calibration text: a file, or a directory of *.txt.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR|ID|self",
+            help="Calibration text: plain, .jsonl or .parquet, a directory of them, a Hugging Face data set "
+            "(owner/name[/config][:split]), or self: sampled from the model.",
+        ),
+    ] = None,
+    field: Annotated[str | None, typer.Option(help="Field of JSONL, Parquet and data sets: text, or a chat.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL/NAME.acip.")] = None,
     algorithm: Annotated[
         Literal["acip", "fisher", "kfac", "energy", "magnitude"],
@@ -43,9 +51,10 @@ def rank(
     acip-export rank . --data text.txt --algorithm kfac
     """
     from acip_export import pipeline
+    from acip_export.rank import DataConfig
 
     if data is None:
-        raise UsageError("no calibration text; give a file or a directory of *.txt with  --data")
+        raise UsageError("no calibration text; give a file, a directory, a data set or  self  with  --data")
     chosen = {
         "basis": basis,
         "objective": objective,
@@ -57,12 +66,13 @@ def rank(
     if settings and algorithm != "acip":
         flag = next(iter(settings)).replace("_", "-")
         raise UsageError(f"--{flag} is a setting of acip; --algorithm {algorithm} has none")
+    calibration = DataConfig(context=context, seed=seed, field=field)
     checkpoint = Checkpoint.open(model)
     target = out or checkpoint.path / f"{checkpoint.name}.acip"
     try:
         with console.ranking_bars() as progress:
             scores = pipeline.rank_to_file(
-                checkpoint, data, target, algorithm, settings, context, seed, device, force, resume, progress
+                checkpoint, data, target, algorithm, settings, calibration, device, force, resume, progress
             )
     except KeyboardInterrupt:
         from acip_export.rank.resume import run_file

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from acip_export.errors import UsageError
+from acip_export.text import MOST_TOKENS
 
 Algorithm = Literal["acip", "magnitude", "energy", "kfac", "fisher"]
 Basis = Literal["svd", "input", "kfac"]
@@ -15,7 +16,7 @@ Start = Literal["ones", "drop-loss"]
 TieBreak = Literal["drop-loss", "index"]
 Predictor = Literal["kfac", "fisher"]
 PostTuneSizes = Literal["stop", "sampled"]
-Phase = Literal["statistics", "components", "fisher", "masks", "post-tune", "curve"]
+Phase = Literal["self", "statistics", "components", "fisher", "masks", "post-tune", "curve"]
 
 TRAINING_FREE_BASES: dict[Algorithm, Basis] = {"magnitude": "svd", "energy": "input", "kfac": "kfac", "fisher": "kfac"}
 CURVE_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -92,7 +93,9 @@ class DataConfig:
         statistics_tokens: from the front of the text, for the second moments.
         curve_tokens: from its end, at most a fifth of it: the measured curve, seen by nothing else.
         batch: windows per forward pass of statistics and curve.
-        seed: of label sampling, adapters, dropout and the order of the windows.
+        seed: of label sampling, adapters, dropout, the order of the windows, and text of the model's own.
+        field: of records: see :func:`acip_export.documents.read_documents`.
+        most_tokens: of the text are used, from its front. self_tokens: that ``self`` samples.
     """
 
     context: int | None = None
@@ -100,6 +103,13 @@ class DataConfig:
     curve_tokens: int = 8_192
     batch: int = 4
     seed: int = 0
+    field: str | None = None
+    most_tokens: int = MOST_TOKENS
+    self_tokens: int = 131_072
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context < 2:
+            raise UsageError(f"context {self.context} must be at least 2 tokens: one to read, one to predict")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from acip_export.rank.config import (
     silent,
 )
 from acip_export.rank.curve import adapter_pair, measure_curve
-from acip_export.rank.data import CalibrationData, read_data
+from acip_export.rank.data import CalibrationData, is_self, read_data, sample_data
 from acip_export.rank.fisher import component_fisher
 from acip_export.rank.model import load_model
 from acip_export.rank.parametrize import AdapterShape
@@ -62,7 +62,8 @@ def rank_model(
     """Rank the singular components of every linear layer of a causal language model.
 
     Args:
-        model: directory or Hugging Face id. data: text file, or directory of ``*.txt``.
+        model: directory or Hugging Face id. data: what :func:`acip_export.documents.read_documents` reads, or ``self``:
+            text sampled from the model.
         algorithm: ``acip``, or training-free: ``magnitude``, ``energy``, ``kfac``,
             ``fisher``.
         acip: hyper-parameters of ``acip``; ``None`` for those of :func:`automatic_config`.
@@ -72,8 +73,8 @@ def rank_model(
             there to the ranking that the whole run would have given.
 
     Raises:
-        UsageError: unknown algorithm, or ``out`` exists. DataError: the text. CheckpointError, UnsupportedError: the
-            model. RankingError: the run diverged.
+        UsageError: unknown algorithm, or ``out`` exists. DataError, MissingExtraError: the text. CheckpointError,
+            UnsupportedError: the model. RankingError: the run diverged.
     """
     if algorithm != "acip" and algorithm not in TRAINING_FREE_BASES:
         known = ", ".join(["acip", *TRAINING_FREE_BASES])
@@ -85,8 +86,10 @@ def rank_model(
     store = None if out is None else _Store(run_file(out), checkpoint_every, resume)
     checkpoint = Checkpoint.open(model)
     calibration = calibration or DataConfig()
-    text = read_data(checkpoint, Path(data), calibration, None if evaluation is None else Path(evaluation))
+    text = None if is_self(data) else read_data(checkpoint, data, calibration, evaluation)
     dense = load_model(checkpoint, torch.device(device))
+    if text is None:
+        text = sample_data(checkpoint, dense, calibration, evaluation, progress)
     with torch.random.fork_rng():
         torch.manual_seed(calibration.seed)
         statistics = collect_statistics(
@@ -106,7 +109,12 @@ def rank_model(
     ranked = ScoreFile(
         model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
         algorithm={"name": algorithm, **ranking.settings, **asdict(calibration), "context": text.training.shape[1]},
-        data={"source": text.text.source, "sha256": text.text.sha256, "tokens": text.text.tokens},
+        data={
+            "source": text.text.source,
+            "sha256": text.text.sha256,
+            "documents": text.text.documents,
+            "tokens": text.text.tokens,
+        },
         versions={
             "acip-export": __version__,
             "torch": torch.__version__,

@@ -1,0 +1,171 @@
+"""Documents to calibrate or measure on: plain text, JSON lines, Parquet, a directory of them, a Hugging Face data set.
+
+Read lazily and in a fixed order: files by path, rows as stored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from acip_export.errors import DataError, MissingExtraError
+
+_JSON_LINES = (".jsonl", ".ndjson")
+_PARQUET = (".parquet",)
+# What a directory is searched for; anything else in it (a README, an index) is no calibration text.
+_IN_DIRECTORIES = (".txt", *_JSON_LINES, *_PARQUET)
+_TEXT_FIELDS = ("text", "content")
+_CHAT_FIELDS = ("messages", "conversations")
+_DATASET_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%-]+))?")
+_PARQUET_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, or one chat whose text the model's chat template makes.
+
+    Attributes:
+        content: text, or messages (dicts with ``role`` and ``content``). origin: where it was read, for messages to
+            the user: a path, ``path:line`` or ``source, row N``.
+    """
+
+    content: str | Sequence[Mapping[str, Any]]
+    origin: str
+
+
+def read_documents(source: str | Path, field: str | None = None) -> Iterator[Document]:
+    """The documents of ``source`` in order.
+
+    Args:
+        source: a file (``.jsonl`` or ``.ndjson``, ``.parquet``; anything else is one plain text), a directory of
+            ``*.txt``, ``*.jsonl``, ``*.ndjson`` and ``*.parquet``, or a data set ``owner/name[/config][:split]``
+            (split ``train`` unless given).
+        field: of records. ``None``: the first of ``text``, ``content``, ``messages``, ``conversations`` that a record
+            has. A field that holds a list is a chat.
+
+    Raises:
+        DataError: missing, unreadable, not UTF-8, a line that is no JSON object, a field that is missing or no text.
+        MissingExtraError: Parquet or data sets without the packages that read them.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IN_DIRECTORIES and file.is_file())
+        if not files:
+            raise DataError(f"{path} holds no {', '.join('*' + suffix for suffix in _IN_DIRECTORIES)} file")
+        for file in files:
+            yield from _read_file(file, field)
+        return
+    named = _DATASET_ID.fullmatch(str(source))
+    if not path.exists() and named and path.suffix.lower() not in _IN_DIRECTORIES:
+        yield from _read_dataset(named, field)
+        return
+    yield from _read_file(path, field)
+
+
+def _read_file(file: Path, field: str | None) -> Iterator[Document]:
+    suffix = file.suffix.lower()
+    try:
+        if suffix in _PARQUET:
+            yield from _read_parquet(file, field)
+        elif suffix in _JSON_LINES:
+            yield from _read_json_lines(file, field)
+        else:
+            yield Document(file.read_text(encoding="utf-8"), str(file))
+    except FileNotFoundError:
+        raise DataError(
+            f"{file} does not exist; give a file, a directory, a Hugging Face data set or  self  with  --data"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+
+
+def _read_json_lines(file: Path, field: str | None) -> Iterator[Document]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            origin = f"{file}:{number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{origin}: not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{origin}: a {type(record).__name__}, expected a JSON object per line")
+            yield _document(record, field, origin)
+
+
+def _read_parquet(file: Path, field: str | None) -> Iterator[Document]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise MissingExtraError("pyarrow", "data", "reading Parquet files") from None
+    try:
+        with parquet.ParquetFile(file) as table:
+            columns = table.schema_arrow.names
+            # Only what is used: other columns may hold images or embeddings.
+            wanted = _field_of(columns, field, str(file))
+            row = 0
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[wanted]):
+                for value in batch.column(0).to_pylist():
+                    yield _document({wanted: value}, wanted, f"{file}, row {row}")
+                    row += 1
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _read_dataset(named: re.Match[str], field: str | None) -> Iterator[Document]:
+    name, config, split = named["id"], named["config"], named["split"] or "train"
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("datasets", "data", f"reading the Hugging Face data set {name}") from None
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for number, row in enumerate(rows):
+            yield _document(row, field, f"{name}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # hub, network and format errors of many kinds; all mean that the data is not here
+        raise DataError(
+            f"{named[0]} is no file or directory here, and as a Hugging Face data set it cannot be read: {error}\n"
+            "Without a network give a local file or directory, or text of the model's own with  --data self"
+        ) from error
+
+
+def _field_of(names: Sequence[str], field: str | None, origin: str) -> str:
+    if field is not None:
+        if field in names:
+            return field
+        raise DataError(f"{origin}: no field {field!r}; it has {_listed(names)}")
+    for name in (*_TEXT_FIELDS, *_CHAT_FIELDS):
+        if name in names:
+            return name
+    raise DataError(f"{origin}: none of the usual text fields; choose with  --field  from {_listed(names)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+def _document(record: Mapping[str, Any], field: str | None, origin: str) -> Document:
+    name = _field_of(list(record), field, origin)
+    value = record[name]
+    if isinstance(value, str):
+        return Document(value, origin)
+    if isinstance(value, list) and value and all(_is_message(message) for message in value):
+        return Document(value, origin)
+    what = f"a {type(value).__name__}"
+    if isinstance(value, list):
+        what = "a list whose items are not all messages with 'role' and 'content'" if value else "an empty list"
+    raise DataError(f"{origin}: field {name!r} holds {what}, expected text or a list of chat messages")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
