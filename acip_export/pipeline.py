@@ -23,8 +23,7 @@ from acip_export.verify.runtime import Windows
 from acip_export.verify.verify import Report
 
 if TYPE_CHECKING:
-    from acip_export.rank import Algorithm, DataConfig
-    from acip_export.rank import ProgressCallback as RankingCallback
+    from acip_export.rank import Algorithm
 
 
 @dataclass(frozen=True)
@@ -50,30 +49,16 @@ def rank_to_file(
     out: Path,
     algorithm: Algorithm = "acip",
     settings: Mapping[str, Any] = MappingProxyType({}),
-    calibration: DataConfig | None = None,
-    device: str = "cpu",
-    force: bool = False,
-    resume: bool = False,
-    progress: RankingCallback | None = None,
+    **options: Any,
 ) -> ScoreFile:
     """Rank ``checkpoint`` and write the score file; ``settings`` replace those that suit the model.
 
-    Raises as :func:`acip_export.rank.rank_model`.
+    Takes the other ``options`` of, and raises as, :func:`acip_export.rank.rank_model`.
     """
     from acip_export.rank import automatic_config, rank_model
 
-    return rank_model(
-        checkpoint.path,
-        data,
-        algorithm=algorithm,
-        acip=replace(automatic_config(checkpoint), **settings) if algorithm == "acip" else None,
-        calibration=calibration,
-        device=device,
-        progress=progress or (lambda _: None),
-        out=out,
-        force=force,
-        resume=resume,
-    )
+    acip = replace(automatic_config(checkpoint), **settings) if algorithm == "acip" else None
+    return rank_model(checkpoint.path, data, algorithm=algorithm, acip=acip, out=out, **options)
 
 
 def ranking_summary(scores: ScoreFile) -> dict[str, Any]:

@@ -26,10 +26,10 @@ def rank(
     field: Annotated[str | None, typer.Option(help="Field of JSONL, Parquet and data sets: text, or a chat.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL/NAME.acip.")] = None,
     algorithm: Annotated[
-        Literal["acip", "fisher", "kfac", "energy", "magnitude"],
+        Literal["acip", "fisher", "kfac", "first-order", "energy", "magnitude"],
         typer.Option(help="acip learns the order; the others need no training."),
     ] = "acip",
-    units: Annotated[Literal["singular"], typer.Option(help="What is ranked.")] = "singular",
+    units: Annotated[Literal["singular", "channel", "kv_group"], typer.Option(help="What is ranked.")] = "singular",
     basis: Annotated[
         Literal["svd", "input", "kfac"] | None, typer.Option(help="Basis of the components, for acip.")
     ] = None,
@@ -72,7 +72,17 @@ def rank(
     try:
         with console.ranking_bars() as progress:
             scores = pipeline.rank_to_file(
-                checkpoint, data, target, algorithm, settings, calibration, device, force, resume, progress
+                checkpoint,
+                data,
+                target,
+                algorithm,
+                settings,
+                units=units,
+                calibration=calibration,
+                device=device,
+                force=force,
+                resume=resume,
+                progress=progress,
             )
     except KeyboardInterrupt:
         from acip_export.rank.resume import run_file

@@ -9,16 +9,23 @@ from typing import Literal
 from acip_export.errors import UsageError
 from acip_export.text import MOST_TOKENS
 
-Algorithm = Literal["acip", "magnitude", "energy", "kfac", "fisher"]
+Algorithm = Literal["acip", "magnitude", "energy", "kfac", "fisher", "first-order"]
+Units = Literal["singular", "channel", "kv_group"]
 Basis = Literal["svd", "input", "kfac"]
 Objective = Literal["ce", "distill"]
 Start = Literal["ones", "drop-loss"]
 TieBreak = Literal["drop-loss", "index"]
 Predictor = Literal["kfac", "fisher"]
 PostTuneSizes = Literal["stop", "sampled"]
-Phase = Literal["self", "statistics", "components", "fisher", "masks", "post-tune", "curve"]
+Phase = Literal["self", "statistics", "components", "fisher", "first-order", "masks", "post-tune", "curve"]
 
-TRAINING_FREE_BASES: dict[Algorithm, Basis] = {"magnitude": "svd", "energy": "input", "kfac": "kfac", "fisher": "kfac"}
+TRAINING_FREE_BASES: dict[Algorithm, Basis] = {
+    "magnitude": "svd",
+    "energy": "input",
+    "kfac": "kfac",
+    "fisher": "kfac",
+    "first-order": "input",
+}
 CURVE_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 

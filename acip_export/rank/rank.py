@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from acip_export.checkpoint import Checkpoint
-from acip_export.errors import RankingError, UsageError
+from acip_export.errors import RankingError, UnsupportedError, UsageError
 from acip_export.factorize import pack_moment
 from acip_export.files import refuse_existing
 from acip_export.rank.acip import AcipRun, advance
@@ -30,10 +30,12 @@ from acip_export.rank.config import (
     DataConfig,
     Predictor,
     ProgressCallback,
+    Units,
     silent,
 )
 from acip_export.rank.curve import adapter_pair, measure_curve
 from acip_export.rank.data import CalibrationData, is_self, read_data, sample_data
+from acip_export.rank.first_order import first_order_changes, zero_sum_scores
 from acip_export.rank.fisher import component_fisher
 from acip_export.rank.model import load_model
 from acip_export.rank.parametrize import AdapterShape
@@ -49,6 +51,7 @@ def rank_model(
     data: str | Path,
     *,
     algorithm: Algorithm = "acip",
+    units: Units = "singular",
     acip: AcipConfig | None = None,
     calibration: DataConfig | None = None,
     evaluation: str | Path | None = None,
@@ -64,8 +67,8 @@ def rank_model(
     Args:
         model: directory or Hugging Face id. data: what :func:`acip_export.documents.read_documents` reads, or ``self``:
             text sampled from the model.
-        algorithm: ``acip``, or training-free: ``magnitude``, ``energy``, ``kfac``,
-            ``fisher``.
+        algorithm: ``acip``, or training-free: ``magnitude``, ``energy``, ``kfac``, ``fisher``, ``first-order``.
+        units: what is ranked.
         acip: hyper-parameters of ``acip``; ``None`` for those of :func:`automatic_config`.
         evaluation: text for the curve; ``None``: the end of ``data``, which nothing else then sees.
         out: where the score file is written, whole or not at all. While ``acip`` runs, its state is stored beside it
@@ -74,11 +77,16 @@ def rank_model(
 
     Raises:
         UsageError: unknown algorithm, or ``out`` exists. DataError, MissingExtraError: the text. CheckpointError,
-            UnsupportedError: the model. RankingError: the run diverged.
+            UnsupportedError: the model, or units that are not singular components. RankingError: the run diverged.
     """
     if algorithm != "acip" and algorithm not in TRAINING_FREE_BASES:
         known = ", ".join(["acip", *TRAINING_FREE_BASES])
         raise UsageError(f"unknown ranking algorithm {algorithm!r}; choose one of {known}")
+    if units != "singular":
+        raise UnsupportedError(
+            f"units {units!r} cannot be ranked yet: no plan, bundle or converter knows layers of reduced width; "
+            "rank singular components with  --units singular"
+        )
     if out is not None:
         refuse_existing(out, force)
     if resume and (out is None or algorithm != "acip"):
@@ -204,7 +212,12 @@ class _Stage:
         basis = TRAINING_FREE_BASES[algorithm]
         parts = self._factorize(basis, 1.0, AdapterShape(0))
         drop_losses = self._drop_losses(parts, "fisher" if algorithm == "fisher" else "kfac")
-        scores = training_free_scores(algorithm, parts.singular, drop_losses)
+        if algorithm == "first-order":
+            windows, batch = self.text.statistics, self.calibration.batch
+            changes = first_order_changes(self.model, parts.layers, windows, batch, self.progress)
+            scores = zero_sum_scores(changes, parts.singular)
+        else:
+            scores = training_free_scores(algorithm, parts.singular, drop_losses)
         return _Ranking(parts, drop_losses, scores, {"basis": basis})
 
     def _factorize(self, basis: Basis, mask_scale: float, adapter: AdapterShape) -> Factorized:

@@ -4,6 +4,7 @@
 ``energy``     SVD of W H^(1/2), by singular value: the output energy lost (SVD-LLM, arXiv 2403.07378).
 ``kfac``       SVD of G^(1/2) W H^(1/2), by half the squared singular value: the predicted loss itself, numbers that
                compare across layers.
+``first-order`` SVD of W H^(1/2), by first-order loss estimates balanced to sum to zero (:mod:`.first_order`).
 ``fisher``     the components of ``kfac``, by the Fisher information of their masks (:mod:`acip_export.rank.fisher`).
 """
 

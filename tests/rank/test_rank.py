@@ -147,6 +147,7 @@ def test_too_little_text_says_how_much_is_needed(model: Path, tmp_path: Path) ->
     ("arguments", "error", "message"),
     [
         ({"algorithm": "best"}, UsageError, "unknown ranking algorithm 'best'; choose one of acip, magnitude"),
+        ({"units": "channel"}, UnsupportedError, "units 'channel' cannot be ranked yet"),
         ({"out": Path(__file__)}, UsageError, "already exists"),
     ],
 )
