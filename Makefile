@@ -5,7 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench sample clean
+# Outside the checkout: these take minutes, and no clone needs them twice.
+CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
+
+.PHONY: help setup demo test lint type bench sample consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -38,6 +41,19 @@ bench: $(STAMP) ## Measure again what benchmarks/ holds (slow)
 sample: $(STAMP) ## Train the sample models again (slow)
 	$(BIN)/python samples/train.py --arch llama --out samples/llama
 	$(BIN)/python samples/train.py --arch qwen3 --out samples/qwen3
+
+consumers: $(CACHE)/consumers/node/package.json $(CACHE)/consumers/optimum.txt ## Install transformers.js and optimum-onnx for their tests
+
+$(CACHE)/consumers/node/package.json: tests/consumers/package.json
+	@mkdir -p $(@D)
+	cp $< $(@D)/new.json && cd $(@D) && mv new.json package.json && \
+	npm install --ignore-scripts --no-audit --no-fund --no-package-lock || { rm -f package.json; exit 1; }
+	@touch $@
+
+$(CACHE)/consumers/optimum.txt: tests/consumers/optimum.txt
+	$(PYTHON) -m venv --clear $(CACHE)/consumers/optimum
+	$(CACHE)/consumers/optimum/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@cp $< $@
 
 clean: ## Remove everything that the other targets made
 	rm -rf $(VENV) build dist *.egg-info .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -63,27 +63,31 @@ class Export:
         return converter.predict_files(Checkpoint.open(self.model), plan.layout, plan.tensors, plan.runtime)
 
 
-MakeExport = Callable[[str, bool, str], Export]
+class MakeExport(Protocol):
+    """``make_export(architecture, tied, rule, **sizes)``; the same export again when asked again."""
+
+    def __call__(self, arch: str, tied: bool, rule: str, **sizes: Any) -> Export: ...
 
 
 @pytest.fixture(scope="session")
 def make_export(tmp_path_factory: pytest.TempPathFactory) -> MakeExport:
-    """``make_export(architecture, tied, rule)``; the same export again when asked again."""
     root = tmp_path_factory.mktemp("onnx")
-    made: dict[tuple[str, bool, str], Export] = {}
+    made: dict[str, Export] = {}
 
-    def make(arch: str, tied: bool, rule: str) -> Export:
-        if (arch, tied, rule) not in made:
-            model = root / f"{arch}-{tied}"
+    def make(arch: str, tied: bool, rule: str, **sizes: Any) -> Export:
+        kind = "-".join([arch, str(tied), *(str(value) for value in sizes.values())])
+        key = f"{kind}-{rule.replace(' ', '-')}"
+        if key not in made:
+            model = root / kind
             if not model.exists():
-                make_model(model, arch, tie_word_embeddings=tied, **SIZES)
+                make_model(model, arch, tie_word_embeddings=tied, **{**SIZES, **sizes})
                 make_scores(model)
-            place = root / f"{arch}-{tied}-{rule.replace(' ', '-')}"
+            place = root / key
             plan = make_plan(model, "onnx", "factored", RULES[rule], CONTEXT, PROMPT_BATCH)
             bundle = make_bundle(model, plan, place / "bundle")
             (place / "export").mkdir()
             converter.convert(bundle, place / "export", lambda _: None, EXACT)
-            made[arch, tied, rule] = Export(place / "export", model, bundle)
-        return made[arch, tied, rule]
+            made[key] = Export(place / "export", model, bundle)
+        return made[key]
 
     return make
