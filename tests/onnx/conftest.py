@@ -64,7 +64,10 @@ class Export:
 
 
 class MakeExport(Protocol):
-    """``make_export(architecture, tied, rule, **sizes)``; the same export again when asked again."""
+    """``make_export(architecture, tied, rule, **sizes)``; the same export again when asked again.
+
+    An architecture of the form ``samples/NAME`` is that trained model, whose sizes and tying are its own.
+    """
 
     def __call__(self, arch: str, tied: bool, rule: str, **sizes: Any) -> Export: ...
 
@@ -78,11 +81,12 @@ def make_export(tmp_path_factory: pytest.TempPathFactory) -> MakeExport:
         kind = "-".join([arch, str(tied), *(str(value) for value in sizes.values())])
         key = f"{kind}-{rule.replace(' ', '-')}"
         if key not in made:
-            model = root / kind
+            trained = arch.startswith("samples/")
+            model = Path(__file__).parents[2] / arch if trained else root / kind
             if not model.exists():
                 make_model(model, arch, tie_word_embeddings=tied, **{**SIZES, **sizes})
                 make_scores(model)
-            place = root / key
+            place = root / key.replace("/", "-")
             plan = make_plan(model, "onnx", "factored", RULES[rule], CONTEXT, PROMPT_BATCH)
             bundle = make_bundle(model, plan, place / "bundle")
             (place / "export").mkdir()
