@@ -88,7 +88,7 @@ class Bundle:
 
     @property
     def tied_embeddings(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        return self.as_checkpoint().shape.tied_embeddings
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype."""

@@ -23,6 +23,17 @@ _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "_commit_hash"
 _NUMBERED_LAYER = re.compile(r"(^|\.)\d+\.")
 _FINGERPRINT_SAMPLE = 4096
 
+# What transformers assumes where config.json is silent, by ``model_type``; a test compares it with transformers.
+CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True, "head_dim": 256},
+    "gemma2": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
+    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
+    "mistral": {"sliding_window": 4096},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False},
+    "smollm3": {"use_sliding_window": False, "tie_word_embeddings": True},
+}
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -57,7 +68,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that memory and file formulas need, under the config's names made uniform."""
+    """The sizes that memory and file formulas need, under the config's names made uniform.
+
+    Attributes:
+        sliding_window: tokens that windowed layers attend to, the current one included; ``None``: no such layer.
+        sliding_layers: for every layer whether it is windowed; empty without a window.
+    """
 
     architecture: str
     layers: int
@@ -69,6 +85,8 @@ class ModelShape:
     vocabulary: int
     max_context: int
     tied_embeddings: bool
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
 
 
 class Checkpoint:
@@ -117,12 +135,15 @@ class Checkpoint:
     @cached_property
     def shape(self) -> ModelShape:
         config = self.config.get("text_config") or self.config
+        config = {**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config}
         try:
             heads = int(config["num_attention_heads"])
             hidden = int(config["hidden_size"])
+            layers = int(config["num_hidden_layers"])
+            window, windowed = _sliding_window(config, layers)
             return ModelShape(
                 architecture=(self.config.get("architectures") or [config.get("model_type", "unknown")])[0],
-                layers=int(config["num_hidden_layers"]),
+                layers=layers,
                 hidden=hidden,
                 ffn=int(config["intermediate_size"]),
                 heads=heads,
@@ -131,6 +152,8 @@ class Checkpoint:
                 vocabulary=int(config["vocab_size"]),
                 max_context=int(config.get("max_position_embeddings") or 2048),
                 tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+                sliding_window=window,
+                sliding_layers=windowed,
             )
         except KeyError as missing:
             raise UnsupportedError(
@@ -173,6 +196,23 @@ class Checkpoint:
         with safe_open(self.path / info.shard, framework="pt") as shard:
             tensor: torch.Tensor = shard.get_tensor(name)
         return tensor
+
+
+def _sliding_window(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Window and windowed layers, by the rules that transformers applies where the config does not list them."""
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return None, ()
+    kinds = config.get("layer_types")
+    if kinds:
+        windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    elif config.get("model_type") in ("gemma2", "gemma3_text"):
+        period = 2 if config["model_type"] == "gemma2" else int(config.get("sliding_window_pattern") or 6)
+        windowed = tuple((layer + 1) % period != 0 for layer in range(layers))
+    else:
+        first = int(config.get("max_window_layers") or 0)
+        windowed = tuple(layer >= first for layer in range(layers))
+    return (int(window), windowed) if any(windowed) else (None, ())
 
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:

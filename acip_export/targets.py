@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from acip_export.checkpoint import ModelShape
 from acip_export.errors import UnsupportedError
 from acip_export.formats import WeightFormat, formats_of, weight_format
 from acip_export.plans import Representation
@@ -39,6 +40,7 @@ class Target:
         vector_format: format of norms and biases.
         cache_types: bytes of a KV cache entry as ``(numerator, denominator)``; the first is the default.
         layouts: the first is the default.
+        windowed: Hugging Face classes whose sliding windows the runtime applies; ``None``: all of them.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Target:
     vector_format: str
     cache_types: dict[str, tuple[int, int]]
     layouts: tuple[Layout, ...]
+    windowed: frozenset[str] | None = None
 
     def layout(self, name: str | None) -> Layout:
         """Raises UnsupportedError for a layout that the target does not have."""
@@ -83,6 +86,7 @@ TARGETS: dict[str, Target] = {
                 base_format="q1_0",
             ),
         ),
+        windowed=frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"}),
     ),
     "onnx": Target(
         name="onnx",
@@ -102,3 +106,14 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise UnsupportedError(f"unknown format {name!r}; known: {', '.join(sorted(TARGETS))}")
     return TARGETS[name]
+
+
+def longest_context(name: str, shape: ModelShape) -> int:
+    """Tokens up to which the target's runtime computes what the model does.
+
+    A runtime that does not know a model's sliding window attends to everything: the same only within the window.
+    """
+    windowed = target(name).windowed
+    if shape.sliding_window is None or windowed is None or shape.architecture in windowed:
+        return shape.max_context
+    return min(shape.max_context, shape.sliding_window)

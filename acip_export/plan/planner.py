@@ -15,7 +15,7 @@ from acip_export.plan.predicted_loss import Calibration, calibrate, component_lo
 from acip_export.plan.runtime_base import process_base
 from acip_export.plans import BudgetScope, Certificate, Plan, Runtime, TensorDecision
 from acip_export.scores import ScoreFile
-from acip_export.targets import Target
+from acip_export.targets import Target, longest_context
 from acip_export.targets import target as find_target
 from acip_export.units import format_bytes
 
@@ -134,10 +134,11 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
 
 def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken: int) -> Runtime:
     """``taken``: bytes of the budget that no choice changes."""
-    longest = checkpoint.shape.max_context
+    longest = longest_context(target.name, checkpoint.shape)
     context = request.context or min(longest, _DEFAULT_CONTEXT)
     if not 0 < context <= longest:
-        raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens")
+        why = "" if longest == checkpoint.shape.max_context else f"; {target.name} has no sliding window for it"
+        raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")
     cache_type = request.cache_type or next(iter(target.cache_types))
     if cache_type not in target.cache_types:
         raise UsageError(f"{target.name} has no KV cache type {cache_type!r}; it has: {', '.join(target.cache_types)}")

@@ -158,6 +158,7 @@ class _NativeSession:
             raise VerificationError(f"{export / ADAPTER_FILE} cannot be loaded")
         context = api.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = runtime.context, self._batch_size, self._batch_size
+        context.swa_full = False  # as llama-server does: layers with a sliding window keep no more than it
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = TYPE_IDS[runtime.cache_type]
         # A quantized cache of values needs it, and the plan's memory formulas assume it.

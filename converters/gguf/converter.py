@@ -186,7 +186,4 @@ def _data(bundle: Bundle, item: Item) -> Bytes:
     if item.zero_if_missing and item.source not in bundle.tensors:
         # Every block format reads zero bytes as zeros: the scale is zero.
         return np.zeros(item.spec.nbytes, np.uint8)
-    weight = bundle.read(item.source)
-    if item.row_order is not None:
-        weight = weight[torch.from_numpy(item.row_order)]
-    return ggml.quantize(weight, item.spec.format, bundle.importance(item.source))
+    return ggml.quantize(item.change.apply(bundle.read(item.source)), item.spec.format, bundle.importance(item.source))

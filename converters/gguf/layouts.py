@@ -13,8 +13,7 @@ from acip_export.errors import UnsupportedError
 from acip_export.formats import weight_format
 from acip_export.plans import TensorDecision
 from acip_export.targets import TARGETS
-from converters.gguf.architectures import Family, family_of
-from converters.gguf.architectures.base import Rows
+from converters.gguf.architectures import Change, Family, family_of
 from converters.gguf.writer import TensorSpec
 
 MODEL_FILE = "model.gguf"
@@ -28,14 +27,14 @@ class Item:
     Attributes:
         source: its name in the bundle; ``None`` for a constant.
         constant: the numbers that no bundle holds.
-        row_order: order in which the source's rows are written; ``None``: as they are.
+        change: what happens to the source's numbers on their way.
         zero_if_missing: an adapter's base: all zero when the bundle has no such tensor.
     """
 
     spec: TensorSpec
     source: str | None
     constant: npt.NDArray[np.float32] | None = None
-    row_order: Rows | None = None
+    change: Change = Change()  # noqa: RUF009 - frozen
     zero_if_missing: bool = False
 
 
@@ -73,18 +72,18 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
 def _items(
     decision: TensorDecision, name: str, family: Family, checkpoint: Checkpoint
 ) -> tuple[Item, tuple[Item, ...]]:
-    order = family.row_order(name, checkpoint.shape)
+    change = family.change(name, checkpoint.config, checkpoint.shape)
     assert decision.format is not None  # _check has seen to it
     spec = TensorSpec(name, decision.shape, decision.format)
     if decision.rank is None:
-        return Item(spec, decision.name, row_order=order), ()
+        return Item(spec, decision.name, change=change), ()
     (up, up_shape), (down, down_shape) = stored_tensors(decision.name, decision.shape, decision.rank).items()
     assert decision.up_format is not None and decision.down_format is not None
     pair = (
         Item(TensorSpec(f"{name}.lora_a", down_shape, decision.down_format), down),
-        Item(TensorSpec(f"{name}.lora_b", up_shape, decision.up_format), up, row_order=order),
+        Item(TensorSpec(f"{name}.lora_b", up_shape, decision.up_format), up, change=change),
     )
-    return Item(spec, decision.name, row_order=order, zero_if_missing=True), pair
+    return Item(spec, decision.name, change=change, zero_if_missing=True), pair
 
 
 def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint) -> None:

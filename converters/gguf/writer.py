@@ -62,6 +62,14 @@ def int32s(values: Sequence[int]) -> Value:
     return Value(struct.pack("<IIQ", _ARRAY, _INT32, len(values)) + np.asarray(values, "<i4").tobytes())
 
 
+def booleans(values: Sequence[bool]) -> Value:
+    return Value(struct.pack("<IIQ", _ARRAY, _BOOL, len(values)) + bytes(values))
+
+
+def float32s(values: Sequence[float]) -> Value:
+    return Value(struct.pack("<IIQ", _ARRAY, _FLOAT32, len(values)) + np.asarray(values, "<f4").tobytes())
+
+
 def _string(value: str) -> bytes:
     data = value.encode("utf-8")
     return struct.pack("<Q", len(data)) + data

@@ -1,10 +1,21 @@
 """One small file per family of models, and the table of them."""
 
 from acip_export.errors import UnsupportedError
-from converters.gguf.architectures import llama, qwen2, qwen3
-from converters.gguf.architectures.base import Family
+from converters.gguf.architectures import gemma, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
+from converters.gguf.architectures.base import Change, Family
 
-_FAMILIES = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+_FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    gemma.GEMMA,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    phi3.FAMILY,
+    smollm3.FAMILY,
+    olmo2.FAMILY,
+    granite.FAMILY,
+)
 _BY_CLASS = {name: family for family in _FAMILIES for name in family.classes}
 
 
@@ -17,4 +28,4 @@ def family_of(architecture: str) -> Family:
     return _BY_CLASS[architecture]
 
 
-__all__ = ["Family", "family_of"]
+__all__ = ["Change", "Family", "family_of"]

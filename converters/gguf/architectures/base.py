@@ -1,35 +1,57 @@
-"""What the families share: tensor names, hyper-parameters, rotary embeddings."""
+"""What the families share: tensor names, hyper-parameters, changes of the numbers on their way into the file."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from acip_export.checkpoint import ModelShape
 from acip_export.errors import MissingExtraError, UnsupportedError
-from converters.gguf.writer import Metadata, float32, string, uint32
+from acip_export.targets import longest_context
+from converters.gguf.architectures.rope import Floats, Rope, read_rope, rope_keys, rope_tensors
+from converters.gguf.writer import Metadata, Value, booleans, float32, uint32
+
+if TYPE_CHECKING:
+    import torch
 
 Rows = npt.NDArray[np.int64]
 
 _OUTER = ("token_embd.weight", "output_norm.weight")
-_LAYER = (
-    "attn_norm.weight",
-    "attn_q.weight",
-    "attn_k.weight",
-    "attn_v.weight",
-    "attn_output.weight",
-    "ffn_norm.weight",
-    "ffn_gate.weight",
-    "ffn_up.weight",
-    "ffn_down.weight",
-)
+PRE_NORMS = ("attn_norm.weight", "ffn_norm.weight")
+POST_NORMS = ("post_attention_norm.weight", "post_ffw_norm.weight")
+ATTENTION = ("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight")
+FFN = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
+ATTENTION_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
+FFN_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
 # Buffers that old checkpoints carry and that every runtime computes for itself.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to a tensor's numbers: rows reordered, then ``weight * scale + shift * scale``.
+
+    Attributes:
+        rows: order in which the rows are written; ``None``: as they are.
+        shift: added to every number; norms only, factor pairs cannot carry it.
+    """
+
+    rows: Rows | None = None
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.rows is not None:
+            weight = weight[torch.from_numpy(self.rows)]
+        if self.scale != 1.0 or self.shift:
+            weight = (weight.float() + self.shift) * self.scale
+        return weight
 
 
 @dataclass(frozen=True)
@@ -38,17 +60,28 @@ class Family:
 
     Attributes:
         name: llama.cpp's architecture name. classes: Hugging Face classes of the family.
-        extra: required tensors of each layer beyond the usual nine. optional: those that may be there.
+        layer: tensors that every layer has. optional: those that may be there.
+        activations: of the FFN, under transformers' names; the first is the default.
+        rope_kinds: rotary embeddings that llama.cpp computes here. rope_theta: transformers' default base.
         interleaved_rope: llama.cpp rotates neighbouring pairs, so that rows of q and k have to be reordered.
+        partial_rope: llama.cpp can leave dimensions of a head unrotated.
         square_query: llama.cpp takes the heads' total width to be the hidden size.
+        always_head: llama.cpp needs a head of its own even where the model ties it to the embedding.
+        shifted_norms: the model multiplies by one plus the stored weight of a norm.
     """
 
     name: str
     classes: tuple[str, ...]
-    extra: tuple[str, ...] = ()
+    layer: tuple[str, ...] = (*PRE_NORMS, *ATTENTION, *FFN)
     optional: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ("silu",)
+    rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")
+    rope_theta: float = 10000.0
     interleaved_rope: bool = False
+    partial_rope: bool = False
     square_query: bool = False
+    always_head: bool = False
+    shifted_norms: bool = False
 
     def tensor_names(self, names: Iterable[str], shape: ModelShape) -> dict[str, str]:
         """``{Hugging Face name: GGUF name}``.
@@ -67,15 +100,17 @@ class Family:
         unmapped: list[str] = []
         required = self._required(shape)
         allowed = required | self._optional(shape)
+        taken: set[str] = set()
         for name in names:
             if name.endswith(_IGNORED_SUFFIXES):
                 continue
             found = table.get_name(name, try_suffixes=(".weight", ".bias"))
-            if found in allowed and found not in mapped.values():
+            if found in allowed and found not in taken:
                 mapped[name] = found
+                taken.add(found)
             else:
                 unmapped.append(name)
-        missing = sorted(required - set(mapped.values()))
+        missing = sorted(required - taken)
         if unmapped or missing:
             raise UnsupportedError(
                 f"the model's tensors are not those of llama.cpp's {self.name!r}: "
@@ -84,16 +119,20 @@ class Family:
         return mapped
 
     def _required(self, shape: ModelShape) -> set[str]:
-        head = () if shape.tied_embeddings else ("output.weight",)
-        return {*_OUTER, *head, *_per_layer((*_LAYER, *self.extra), shape)}
+        head = ("output.weight",) if self.always_head or not shape.tied_embeddings else ()
+        return {*_OUTER, *head, *_per_layer(self.layer, shape)}
 
     def _optional(self, shape: ModelShape) -> set[str]:
         return {"output.weight", *_per_layer(self.optional, shape)}
 
-    def row_order(self, gguf_name: str, shape: ModelShape) -> Rows | None:
-        """The order in which the rows of a weight, bias or ``up`` factor are written; ``None``: as they are."""
-        heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads}.get(gguf_name.split(".")[-2])
-        if not self.interleaved_rope or heads is None or not gguf_name.startswith("blk."):
+    def change(self, name: str, config: Mapping[str, Any], shape: ModelShape) -> Change:
+        """What happens to the numbers of the tensor ``name`` (GGUF), or of its ``up`` factor."""
+        del config  # for families that scale
+        return Change(self._rows(name, shape), shift=1.0 if self.shifted_norms and _is_norm(name) else 0.0)
+
+    def _rows(self, name: str, shape: ModelShape) -> Rows | None:
+        heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads}.get(name.split(".")[-2])
+        if not self.interleaved_rope or heads is None or not name.startswith("blk."):
             return None
         rows = np.arange(heads * shape.head_dim, dtype=np.int64)
         # Hugging Face rotates (i, i + d/2); llama.cpp (2i, 2i + 1).
@@ -105,15 +144,10 @@ class Family:
         Raises:
             UnsupportedError: the config asks for something that llama.cpp does not compute.
         """
-        _check_config(config)
-        if self.square_query and shape.heads * shape.head_dim != shape.hidden:
-            raise UnsupportedError(
-                f"llama.cpp's {self.name!r} needs heads as wide as the hidden size {shape.hidden} together; "
-                f"config.json has {shape.heads} of {shape.head_dim}"
-            )
-        rope = _rope(config)
+        self.check(config, shape)
+        rope = rope_keys(self.rope(config, shape), shape)
         keys = {
-            "context_length": uint32(shape.max_context),
+            "context_length": uint32(longest_context("gguf", shape)),
             "embedding_length": uint32(shape.hidden),
             "block_count": uint32(shape.layers),
             "feed_forward_length": uint32(shape.ffn),
@@ -122,19 +156,59 @@ class Family:
             "attention.key_length": uint32(shape.head_dim),
             "attention.value_length": uint32(shape.head_dim),
             "attention.layer_norm_rms_epsilon": float32(float(config["rms_norm_eps"])),
-            "rope.dimension_count": uint32(shape.head_dim),
-            "rope.freq_base": float32(float(rope["theta"])),
+            **{f"rope.{key}": value for key, value in rope.items()},
             "vocab_size": uint32(shape.vocabulary),
+            **self.own_keys(config, shape),
         }
-        if rope["type"] == "linear":
-            keys["rope.scaling.type"] = string("linear")
-            keys["rope.scaling.factor"] = float32(float(rope["factor"]))
         return {f"{self.name}.{key}": value for key, value in keys.items()}
 
-    def constants(self, config: Mapping[str, Any], shape: ModelShape) -> dict[str, npt.NDArray[np.float32]]:
-        """Tensors that the file has and the checkpoint has not: Llama 3's frequency factors."""
-        rope = _rope(config)
-        return {"rope_freqs.weight": _llama3_factors(rope, shape)} if rope["type"] == "llama3" else {}
+    def own_keys(self, config: Mapping[str, Any], shape: ModelShape) -> dict[str, Value]:
+        """Keys that only this family has, without the architecture's name."""
+        del config, shape
+        return {}
+
+    def check(self, config: Mapping[str, Any], shape: ModelShape) -> None:
+        """Raises UnsupportedError for what llama.cpp would compute differently."""
+        if config.get("rms_norm_eps") is None:
+            raise UnsupportedError("config.json has no rms_norm_eps")
+        activation = config.get("hidden_activation") or config.get("hidden_act") or self.activations[0]
+        if activation not in self.activations:
+            raise UnsupportedError(
+                f"llama.cpp's {self.name!r} computes {self.activations[0]}, config.json asks for {activation!r}"
+            )
+        if self.square_query and shape.heads * shape.head_dim != shape.hidden:
+            raise UnsupportedError(
+                f"llama.cpp's {self.name!r} needs heads as wide as the hidden size {shape.hidden} together; "
+                f"config.json has {shape.heads} of {shape.head_dim}"
+            )
+        dimensions = self.rope(config, shape).dimensions
+        if dimensions != shape.head_dim and not self.partial_rope:
+            raise UnsupportedError(
+                f"llama.cpp's {self.name!r} rotates all {shape.head_dim} dimensions of a head; "
+                f"config.json asks for {dimensions}"
+            )
+
+    def rope(self, config: Mapping[str, Any], shape: ModelShape) -> Rope:
+        """The rotary embedding of the layers that attend to everything."""
+        return read_rope(config, shape, self.rope_kinds, "full_attention", self.rope_theta)
+
+    def constants(self, config: Mapping[str, Any], shape: ModelShape) -> dict[str, Floats]:
+        """Tensors that the file has and the checkpoint has not: factors of the rotary frequencies."""
+        return rope_tensors(self.rope(config, shape))
+
+
+def window_keys(shape: ModelShape, period: int) -> dict[str, Value]:
+    """Window and windowed layers; the latter only where they differ from llama.cpp's: all but every ``period``-th."""
+    if shape.sliding_window is None:
+        return {}
+    keys = {"attention.sliding_window": uint32(shape.sliding_window)}
+    if shape.sliding_layers != tuple((layer + 1) % period != 0 for layer in range(shape.layers)):
+        keys["attention.sliding_window_pattern"] = booleans(shape.sliding_layers)
+    return keys
+
+
+def _is_norm(name: str) -> bool:
+    return name.endswith("norm.weight")
 
 
 def _per_layer(names: Iterable[str], shape: ModelShape) -> set[str]:
@@ -143,32 +217,3 @@ def _per_layer(names: Iterable[str], shape: ModelShape) -> set[str]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedError(f"llama.cpp computes SiLU here, config.json asks for {config['hidden_act']!r}")
-    layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
-    if config.get("use_sliding_window") or layer_types:
-        raise UnsupportedError("config.json asks for sliding-window attention, which the GGUF converter does not write")
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``type``, ``theta`` and the scaling's fields, from either generation of config.json."""
-    fields = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    kind = fields.get("rope_type") or fields.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise UnsupportedError(
-            f"rotary embedding {kind!r} is not supported for GGUF; supported: default, linear, llama3"
-        )
-    return {**fields, "type": kind, "theta": fields.get("rope_theta") or config.get("rope_theta") or 10000.0}
-
-
-def _llama3_factors(rope: Mapping[str, Any], shape: ModelShape) -> npt.NDArray[np.float32]:
-    """Divisors of the frequencies, (head_dim / 2,): 1 for short wavelengths, ``factor`` for long ones (Llama 3.1)."""
-    exponents = np.arange(0, shape.head_dim, 2) / shape.head_dim
-    wavelengths = 2 * math.pi * float(rope["theta"]) ** exponents
-    factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)

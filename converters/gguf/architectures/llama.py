@@ -1,18 +1,11 @@
-"""Llama 2 and 3."""
+"""Llama 2 and 3, SmolLM 2, and Mistral: the same graph."""
 
-from converters.gguf.architectures.base import Family
+from converters.gguf.architectures.base import ATTENTION_BIASES, FFN_BIASES, Family
 
 FAMILY = Family(
     name="llama",
-    classes=("LlamaForCausalLM",),
-    optional=(
-        "attn_q.bias",
-        "attn_k.bias",
-        "attn_v.bias",
-        "attn_output.bias",
-        "ffn_gate.bias",
-        "ffn_up.bias",
-        "ffn_down.bias",
-    ),
+    classes=("LlamaForCausalLM", "MistralForCausalLM"),
+    optional=(*ATTENTION_BIASES, *FFN_BIASES),
+    rope_kinds=("default", "linear", "llama3", "yarn", "longrope"),
     interleaved_rope=True,
 )

@@ -1,10 +1,10 @@
 """Qwen 2 and 2.5: biases on q, k and v."""
 
-from converters.gguf.architectures.base import Family
+from converters.gguf.architectures.base import ATTENTION, ATTENTION_BIASES, FFN, PRE_NORMS, Family
 
 FAMILY = Family(
     name="qwen2",
     classes=("Qwen2ForCausalLM",),
-    extra=("attn_q.bias", "attn_k.bias", "attn_v.bias"),
+    layer=(*PRE_NORMS, *ATTENTION, *ATTENTION_BIASES[:3], *FFN),
     square_query=True,
 )
