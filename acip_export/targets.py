@@ -108,12 +108,17 @@ def target(name: str) -> Target:
     return TARGETS[name]
 
 
+def applies_window(name: str, shape: ModelShape) -> bool:
+    """Whether the model has a sliding window that the target's runtime knows of."""
+    windowed = target(name).windowed
+    return shape.sliding_window is not None and (windowed is None or shape.architecture in windowed)
+
+
 def longest_context(name: str, shape: ModelShape) -> int:
     """Tokens up to which the target's runtime computes what the model does.
 
     A runtime that does not know a model's sliding window attends to everything: the same only within the window.
     """
-    windowed = target(name).windowed
-    if shape.sliding_window is None or windowed is None or shape.architecture in windowed:
+    if shape.sliding_window is None or applies_window(name, shape):
         return shape.max_context
     return min(shape.max_context, shape.sliding_window)

@@ -12,6 +12,7 @@ from acip_export.checkpoint import ModelShape
 from acip_export.formats import weight_format
 from acip_export.plan import memory_onnx
 from acip_export.plans import Runtime, TensorDecision
+from acip_export.targets import applies_window
 from acip_export.targets import target as find_target
 
 # llama.cpp rounds the cells of its KV cache up to this.
@@ -37,7 +38,7 @@ class RuntimeMemory:
 def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeMemory:
     """KV cache, compute and output buffers for one sequence of ``runtime.context`` tokens."""
     numerator, denominator = find_target(target).cache_types[runtime.cache_type]
-    per_token = shape.layers * 2 * shape.kv_heads * shape.head_dim * numerator
+    per_cell = 2 * shape.kv_heads * shape.head_dim * numerator
     batch = min(runtime.prompt_batch, runtime.context)
     if target == "gguf":
         cells = -(-runtime.context // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
@@ -45,12 +46,15 @@ def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeM
         # copy and output, keys and values), beside six streams of the hidden size. Then the mask. Holds for 168 random
         # shapes, LoRA adapters included.
         attention = (3 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        windowed = _llama_window_cells(shape, batch, cells)
+        full_layers = shape.layers - (sum(shape.sliding_layers) if windowed else 0)
         widest = max(shape.vocabulary, 3 * shape.ffn, attention) + 6 * shape.hidden
-        per_prompt_token = 4 * widest + 2 * cells + _LLAMA_SMALL_TENSORS
-        compute = batch * per_prompt_token + _llama_cache_buffers(shape, runtime.cache_type, cells)
-        return RuntimeMemory(per_token * cells // denominator, compute, 4 * shape.vocabulary)
+        per_prompt_token = 4 * widest + 2 * (cells + windowed) + _LLAMA_SMALL_TENSORS
+        compute = batch * per_prompt_token + _llama_cache_buffers(shape, runtime.cache_type, cells, windowed)
+        all_cells = full_layers * cells + (shape.layers - full_layers) * windowed
+        return RuntimeMemory(per_cell * all_cells // denominator, compute, 4 * shape.vocabulary)
     return RuntimeMemory(
-        per_token * runtime.context // denominator,
+        per_cell * shape.layers * runtime.context // denominator,
         memory_onnx.activation_bytes(shape, runtime),
         memory_onnx.logit_bytes(shape, runtime),
     )
@@ -85,12 +89,21 @@ def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tu
     return kept, max(memory_onnx.leftover_bytes(*product) for product in products)
 
 
-def _llama_cache_buffers(shape: ModelShape, cache_type: str, cells: int) -> int:
+def _llama_window_cells(shape: ModelShape, batch: int, cells: int) -> int:
+    """KV cache cells of a layer with a sliding window; 0 where llama.cpp has no such layer."""
+    if shape.sliding_window is None or not applies_window("gguf", shape):
+        return 0
+    needed = min(cells, shape.sliding_window + batch)
+    return -(-needed // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
+
+
+def _llama_cache_buffers(shape: ModelShape, cache_type: str, cells: int, windowed: int) -> int:
     """What a cache type needs in the compute buffer, whatever the batch."""
     if cache_type == "f32":
         return 2 * 2 * cells * shape.kv_heads * shape.head_dim  # one layer's K and V, cast to float16
     if cache_type == "q8_0":
-        return 2 * 4 * shape.head_dim**2  # the rotations that make K and V easy to quantize
+        caches = 2 if windowed else 1
+        return caches * 2 * 4 * shape.head_dim**2  # the rotations that make K and V easy to quantize
     return 0
 
 

@@ -12,7 +12,9 @@ import pytest
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError
 from converters.gguf.architectures import family_of
+from converters.gguf.writer import uint32
 from tests.gguf.conftest import ARCHITECTURES
+from tests.support import make_model
 
 
 def with_config(model: Path, **changes: Any) -> Checkpoint:
@@ -46,31 +48,87 @@ def test_bias_of_another_family_is_refused(models: dict[str, Path]) -> None:
 
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
-    with pytest.raises(UnsupportedError, match="LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"):
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM, MistralForCausalLM, Olmo2ForCausalLM"):
         family_of("MambaForCausalLM")
 
 
+CONFIG = {
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+}
+
+
+def shaped(architecture: str, model_type: str = "", **settings: Any) -> Checkpoint:
+    return Checkpoint(Path(), {**CONFIG, "architectures": [architecture], "model_type": model_type, **settings}, {})
+
+
+def rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **settings}}
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 1024}
+LONG = {"original_max_position_embeddings": 64, "short_factor": [1.0] * 16, "long_factor": [1.0] * 15}
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("architecture", "settings", "message"),
     [
-        ({"hidden_act": "gelu"}, "SiLU"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-        ({"use_sliding_window": True}, "sliding-window"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn' is not supported"),
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "'llama' computes silu, config.json asks for 'gelu'"),
+        ("LlamaForCausalLM", {"rms_norm_eps": None}, "no rms_norm_eps"),
+        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "rotates all 32 dimensions of a head"),
+        ("LlamaForCausalLM", rope("dynamic", factor=2.0), "no rotary embedding 'dynamic' .* default, linear, llama3"),
+        ("LlamaForCausalLM", rope("yarn", **YARN, beta_fast=16), "beta_fast 32.0, config.json has 16"),
+        ("LlamaForCausalLM", rope("yarn", **YARN, truncate=False), "truncates its correction range"),
+        ("LlamaForCausalLM", rope("yarn", factor=2.0), "'yarn' has no 'original_max_position_embeddings'"),
+        ("LlamaForCausalLM", rope("linear"), "'linear' has no 'factor'"),
+        ("LlamaForCausalLM", rope("longrope", **LONG), "15 values in long_factor, 16 are needed"),
+        ("Qwen2ForCausalLM", {"head_dim": 16}, "has 4 of 16"),
+        ("Qwen2ForCausalLM", rope("llama3"), "no rotary embedding 'llama3'"),
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "always caps attention and logits"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "does not cap attention"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "looks back only"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 1, 0, 1]}, r"every 4th layer .* rotates \[1, 1, 0, 1\]"),
     ],
 )
 def test_configs_that_llama_cpp_would_compute_differently(
-    models: dict[str, Path], changes: dict[str, Any], message: str
+    architecture: str, settings: dict[str, Any], message: str
 ) -> None:
-    checkpoint = with_config(models["llama"], **changes)
+    checkpoint, family = shaped(architecture, **settings), family_of(architecture)
     with pytest.raises(UnsupportedError, match=message):
-        family_of("LlamaForCausalLM").hyperparameters(checkpoint.config, checkpoint.shape)
+        family.hyperparameters(checkpoint.config, checkpoint.shape)
+        family.constants(checkpoint.config, checkpoint.shape)
 
 
-def test_qwen2_heads_as_wide_as_the_hidden_size(models: dict[str, Path]) -> None:
-    checkpoint = with_config(models["qwen2"], head_dim=32)
-    with pytest.raises(UnsupportedError, match="has 4 of 32"):
-        family_of("Qwen2ForCausalLM").hyperparameters(checkpoint.config, checkpoint.shape)
+@pytest.mark.parametrize(
+    ("architecture", "settings", "context"),
+    [
+        ("MistralForCausalLM", {"model_type": "mistral", "sliding_window": 1024}, 1024),
+        ("MistralForCausalLM", {"model_type": "mistral", "sliding_window": None}, 4096),
+        ("MistralForCausalLM", {"model_type": "mistral", "max_position_embeddings": 32768}, 4096),
+        ("Phi3ForCausalLM", {"model_type": "phi3", "sliding_window": 2047}, 2047),
+        ("Qwen2ForCausalLM", {"model_type": "qwen2", "sliding_window": 1024}, 4096),
+        ("Qwen2ForCausalLM", {"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, 1024),
+        ("Gemma3ForCausalLM", {"model_type": "gemma3_text", "sliding_window": 1024}, 4096),
+    ],
+)
+def test_context_ends_where_llama_cpp_would_attend_further(
+    architecture: str, settings: dict[str, Any], context: int
+) -> None:
+    checkpoint = shaped(architecture, **settings)
+    family = family_of(architecture)
+    keys = family.hyperparameters(checkpoint.config, checkpoint.shape)
+    assert keys[f"{family.name}.context_length"] == uint32(context)
+
+
+def test_a_tied_head_that_llama_cpp_wants_for_itself(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "olmo2", num_hidden_layers=1, tie_word_embeddings=True)
+    with pytest.raises(UnsupportedError, match=r"no place for none; nothing for output\.weight$"):
+        family_of("Olmo2ForCausalLM").tensor_names(Checkpoint.open(model).tensors, Checkpoint.open(model).shape)
 
 
 def test_old_and_new_rope_fields_mean_the_same(models: dict[str, Path]) -> None:

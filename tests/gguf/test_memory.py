@@ -15,6 +15,7 @@ from tests.support import dense, make_bundle, make_model, make_plan
 
 # llama.cpp logs hundredths of a MiB.
 LOGGED = 0.01 * 2**20
+ARCHS = ("llama", "qwen3")
 SHAPES: dict[str, dict[str, object]] = {
     "wide ffn": {},
     "wide vocabulary": {"vocab_size": 4000},
@@ -27,12 +28,25 @@ SHAPES: dict[str, dict[str, object]] = {
     },
     "wide hidden": {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 3},
 }
+# Other graphs: windows with a cache of their own, soft caps, more norms, fused projections.
+FAMILIES: dict[str, dict[str, object]] = {
+    "gemma2": {"sliding_window": 300},
+    "gemma3_text": {"sliding_window": 300, "num_hidden_layers": 8},
+    "phi3": {},
+    "olmo2": {"tie_word_embeddings": False},
+    "granite": {},
+}
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("arch", ["llama", "qwen3"])
-def test_formulas_bound_the_log(name: str, arch: str, tmp_path: Path) -> None:
-    model = make_model(tmp_path / "m", arch, max_position_embeddings=4096, **SHAPES[name])
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [
+        *(pytest.param(arch, settings, id=f"{arch}, {name}") for name, settings in SHAPES.items() for arch in ARCHS),
+        *(pytest.param(arch, settings, id=arch) for arch, settings in FAMILIES.items()),
+    ],
+)
+def test_formulas_bound_the_log(arch: str, settings: dict[str, object], tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", arch, max_position_embeddings=4096, **settings)
     bundle = make_bundle(model, make_plan(model, "gguf", "stock", dense(format="f16")), tmp_path / "b")
     convert_bundle(bundle.path, tmp_path / "e", check=False)
     shape = Checkpoint.open(model).shape

@@ -69,9 +69,11 @@ class Gemma(Family):
             raise UnsupportedError("config.json asks for bidirectional attention; llama.cpp's Gemma looks back only")
         caps = {name: config.get(name, "default") for name in ("attn_logit_softcapping", "final_logit_softcapping")}
         if self.attention_cap and None in caps.values():
-            raise UnsupportedError(f"llama.cpp's {self.name!r} always caps attention and logits; config.json has {caps}")
+            raise UnsupportedError(
+                f"llama.cpp's {self.name!r} always caps attention and logits; config.json has {caps}"
+            )
         if not self.attention_cap and caps["attn_logit_softcapping"] not in (None, "default"):
-            raise UnsupportedError(f"llama.cpp's {self.name!r} does not cap attention scores; config.json has {caps}")
+            raise UnsupportedError(f"llama.cpp's {self.name!r} does not cap attention scores; config.json: {caps}")
 
 
 GEMMA = Gemma(

@@ -20,7 +20,8 @@ class SmolLM3(Family):
         rotated = config.get("no_rope_layers") or [int((layer + 1) % step != 0) for layer in range(shape.layers)]
         if list(rotated) != [int((layer + 1) % _STEP != 0) for layer in range(shape.layers)]:
             raise UnsupportedError(
-                f"llama.cpp's 'smollm3' leaves every {_STEP}th layer without rotary embedding; config.json rotates {rotated}"
+                f"llama.cpp's 'smollm3' leaves every {_STEP}th layer without rotary embedding; "
+                f"config.json rotates {rotated}"
             )
 
 
