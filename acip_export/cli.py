@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from acip_export import console
-from acip_export.commands import check, export, inspect, rank, stages
+from acip_export.commands import check, devices, export, inspect, rank, stages
 from acip_export.errors import AcipError
 
 EXIT_INTERRUPTED = 130
@@ -34,6 +34,7 @@ for command in (
     stages.verify,
     inspect.inspect,
     check.check,
+    devices.devices,
     stages.formats,
 ):
     app.command()(command)

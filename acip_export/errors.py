@@ -9,6 +9,7 @@
     │   ├── BundleError                the materialized model
     │   ├── DataError                  calibration or evaluation text
     │   ├── RankingError               model and text together: the ranking run diverged, or cannot be resumed
+    │   ├── DeviceFileError            a user's devices.toml
     │   ├── ModelFileError             any .gguf, .onnx, .safetensors, or a directory of them
     │   └── BaselineError              acip-check.lock.json, or what --against names
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
@@ -60,6 +61,10 @@ class DataError(InputError):
 
 class RankingError(InputError):
     """The ranking run diverged, or a stored run cannot be resumed."""
+
+
+class DeviceFileError(InputError):
+    """A file with devices is missing or malformed."""
 
 
 class ModelFileError(InputError):

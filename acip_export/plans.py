@@ -106,6 +106,7 @@ class Plan:
         predicted_loss: nats per token above the dense model.
         adapters: whether the learned adapters are folded in.
         tensors: one decision per tensor of the checkpoint.
+        device: name of the device whose memory was planned for, if it was one.
     """
 
     target: str
@@ -127,6 +128,7 @@ class Plan:
     certificate: Certificate
     tensors: tuple[TensorDecision, ...]
     notes: tuple[str, ...] = field(default=())
+    device: str | None = None
 
     @property
     def process_bytes(self) -> int:

@@ -189,6 +189,14 @@ BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_nothing, (*FIT, "--types", "int4"), 5, "no type"),
     (_nothing, (*FIT, "--layout", "x"), 5, "no layout"),
     (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "9999"), 2, "--context 9999"),
+    (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "0"), 2, "--context 0"),
+    (_nothing, (*FIT, "--budget-scope", "disk"), 2, "disk"),
+    (_nothing, (*FIT, "--cache-type", "q1"), 2, "q1"),
+    (_nothing, (*FIT, "--prompt-batch", "0"), 2, "--prompt-batch 0"),
+    (_nothing, ("--device", "toaster"), 2, "unknown device 'toaster'"),
+    (_nothing, ("--device", "raspberry-pi-5-8gb", "--budget", "9GiB"), 2, "more than raspberry-pi-5-8gb has"),
+    (_nothing, (*FIT, "--devices", "mine.toml"), 2, "--device NAME"),
+    (_nothing, ("--device", "pixel-9-12gb", "--devices", "nowhere.toml"), 3, "nowhere.toml cannot be read"),
     (_nothing, (*FIT, "--model", "nowhere"), 3, "nowhere"),
     (_nothing, (*FIT, "--scores", "nowhere.acip"), 3, "does not exist"),
     (_nothing, (*FIT, "--text", "nowhere.txt"), 3, "does not exist"),
@@ -326,6 +334,28 @@ def test_plan_needs_no_torch(target: str, model: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=model)
     assert done.returncode == 0, done.stderr
     assert "budget" in done.stdout
+
+
+def test_device_plan(model: Path, run: Run) -> None:
+    """A device's budget covers the whole process, and the model's own context bounds the device's."""
+    done = run("plan", "--device", "raspberry-pi-5-8gb", "--json")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    assert plan["device"] == "raspberry-pi-5-8gb"
+    assert plan["budget_scope"] == "process"
+    assert plan["budget_bytes"] == 2**33 * 85 // 100
+    assert plan["runtime"]["context"] == 256
+    assert not {t.get("format") for t in plan["tensors"]} & {"iq4_xs", "iq2_xxs"}
+    assert (model / "tiny.acip").is_file()
+
+
+def test_devices(run: Run) -> None:
+    listed = {device["name"]: device for device in json.loads(run("devices", "--json").out)}
+    assert "browser-wasm32" in run("devices").out
+    shown = run("devices", "iphone-15-pro-8gb")
+    assert "rtabmap" in shown.out
+    assert json.loads(run("devices", "iphone-15-pro-8gb", "--json").out) == listed["iphone-15-pro-8gb"]
+    assert run("devices", "toaster").code == 2
 
 
 def test_formats(run: Run) -> None:

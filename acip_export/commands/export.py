@@ -9,23 +9,7 @@ import typer
 
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
-from acip_export.commands.options import (
-    Budget,
-    CacheType,
-    Context,
-    Force,
-    Format,
-    Json,
-    LayoutName,
-    Model,
-    PromptBatch,
-    Scope,
-    Scores,
-    Text,
-    Types,
-    Verbose,
-    plan_request,
-)
+from acip_export.commands.options import Force, Json, PlanFlags, Text, Verbose, takes_plan_flags
 from acip_export.files import refuse_existing
 from acip_export.plans import save_plan
 from acip_export.version import __version__
@@ -37,18 +21,10 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+@takes_plan_flags
 def export(
     context_: typer.Context,
-    model: Model = ".",
-    scores: Scores = None,
-    budget: Budget = None,
-    budget_scope: Scope = "memory",
-    format_: Format = None,
-    layout: LayoutName = None,
-    types: Types = "",
-    context: Context = None,
-    cache_type: CacheType = None,
-    prompt_batch: PromptBatch = None,
+    flags: PlanFlags,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: ./export/FORMAT.")] = None,
     text: Text = None,
     verify: Annotated[bool, typer.Option(help="Open the export in its runtime and compare.")] = True,
@@ -67,21 +43,23 @@ def export(
 
         acip-export --budget 4GB --format gguf
 
+        acip-export --device raspberry-pi-5-8gb
+
         acip-export --budget 900MB --format onnx --context 2048 --dry-run
     """
     if context_.invoked_subcommand is not None:
         return
-    if budget is None and format_ is None:
+    if not flags.asks:
         console.out.print(context_.get_help())
         raise typer.Exit
     from acip_export import pipeline
 
-    request = plan_request(budget, budget_scope, format_, layout, types, context, cache_type, prompt_batch)
+    request = flags.request()
     target = out or Path("export") / request.target
     if not dry_run:
         refuse_existing(target, force)
-    checkpoint = Checkpoint.open(model)
-    opened = pipeline.open_scores(checkpoint, scores)
+    checkpoint = Checkpoint.open(flags.model)
+    opened = pipeline.open_scores(checkpoint, flags.scores)
     plan = pipeline.plan_export(checkpoint, opened, request)
     windows = None if text is None else pipeline.text_windows(checkpoint, text, plan.runtime.context)
     if not json:
@@ -103,17 +81,9 @@ def export(
     console.show_export(plan, target)
 
 
+@takes_plan_flags
 def plan(
-    model: Model = ".",
-    scores: Scores = None,
-    budget: Budget = None,
-    budget_scope: Scope = "memory",
-    format_: Format = None,
-    layout: LayoutName = None,
-    types: Types = "",
-    context: Context = None,
-    cache_type: CacheType = None,
-    prompt_batch: PromptBatch = None,
+    flags: PlanFlags,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this file.")] = None,
     json: Json = False,
     force: Force = False,
@@ -122,14 +92,16 @@ def plan(
     """Show where every byte of a budget would go.
 
     acip-export plan --budget 900MB --format gguf -o plan.json
+
+    acip-export plan --device iphone-15-pro-8gb --context 8192
     """
     from acip_export import pipeline
 
-    request = plan_request(budget, budget_scope, format_, layout, types, context, cache_type, prompt_batch)
+    request = flags.request()
     if out is not None:
         refuse_existing(out, force)
-    checkpoint = Checkpoint.open(model)
-    made = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, scores), request)
+    checkpoint = Checkpoint.open(flags.model)
+    made = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, flags.scores), request)
     if out is not None:
         save_plan(made, out, force)
     if json:

@@ -1,68 +1,169 @@
-"""Flags that several commands share, and the request that they add up to."""
+"""Flags that several commands share. Those of the main job and of ``plan`` are one dataclass."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from acip_export.devices import Device, find_device, load_devices
 from acip_export.errors import UsageError
 from acip_export.plans import BudgetScope
 from acip_export.targets import TARGETS
-from acip_export.units import parse_bytes
+from acip_export.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from acip_export.plan import PlanRequest
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Model directory or Hugging Face id.", show_default=True)]
 Scores = Annotated[Path | None, typer.Option(help="Score file. Default: the *.acip beside the model.")]
-Budget = Annotated[str | None, typer.Option(help="Bytes with a unit: 4GB, 900MB, 2GiB.")]
-Scope = Annotated[
-    BudgetScope,
-    typer.Option(
-        "--budget-scope",
-        help="What the budget covers: files, cache and buffers (memory); the runtime too (process); only files.",
-    ),
-]
-Format = Annotated[str | None, typer.Option("--format", "-f", help="Target: gguf or onnx.")]
-LayoutName = Annotated[str | None, typer.Option("--layout", help="Layout of the target; see  acip-export formats.")]
-Types = Annotated[str, typer.Option("--types", help="Types to choose from, by comma. Default: the target's.")]
-Context = Annotated[int | None, typer.Option(help="Tokens of KV cache. Default: the model's, at most 4096.")]
-CacheType = Annotated[str | None, typer.Option(help="Type of the KV cache.")]
-PromptBatch = Annotated[int | None, typer.Option(help="Prompt tokens processed together. Default: suits the budget.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor.")]
 Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perplexity on.")]
+DeviceFile = Annotated[
+    Path | None, typer.Option("--devices", metavar="FILE", help="More devices; see  acip-export devices --help.")
+]
 
 
-def plan_request(
-    budget: str | None,
-    scope: BudgetScope,
-    format_: str | None,
-    layout: str | None,
-    types: str,
-    context: int | None,
-    cache_type: str | None,
-    prompt_batch: int | None,
-) -> PlanRequest:
-    from acip_export.plan import PlanRequest
+@dataclass(frozen=True)
+class PlanFlags:
+    """Everything that a plan is asked for with. A field is a flag; :func:`takes_plan_flags` puts them on a command."""
 
-    if budget is None:
-        raise UsageError("no budget; give one with  --budget 4GB")
-    if format_ is None:
-        raise UsageError(f"no target; choose one with  --format {'|'.join(TARGETS)}")
-    if prompt_batch is not None and prompt_batch < 1:
-        raise UsageError(f"--prompt-batch {prompt_batch} must be at least 1")
-    names = tuple(name.strip().lower() for name in types.split(",") if name.strip())
-    return PlanRequest(
-        target=format_,
-        budget_bytes=parse_bytes(budget),
-        budget_scope=scope,
-        layout=layout,
-        types=names,
-        context=context,
-        cache_type=cache_type,
-        prompt_batch=prompt_batch,
+    model: Model = "."
+    scores: Scores = None
+    budget: Annotated[str | None, typer.Option(help="Bytes with a unit: 4GB, 900MB, 2GiB.")] = None
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Sets budget, format, context and types; flags override. See  devices."),
+    ] = None
+    devices: DeviceFile = None
+    budget_scope: Annotated[
+        BudgetScope | None,
+        typer.Option(
+            "--budget-scope",
+            help="What the budget covers: files, cache and buffers (memory, the default); the runtime too (process, "
+            "the default of --device); only files.",
+        ),
+    ] = None
+    format_: Annotated[str | None, typer.Option("--format", "-f", help="Target: gguf or onnx.")] = None
+    layout: Annotated[str | None, typer.Option("--layout", help="Layout of the target; see  acip-export formats.")] = (
+        None
     )
+    types: Annotated[
+        str, typer.Option("--types", help="Types to choose from, by comma. Default: the device's or the target's.")
+    ] = ""
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of KV cache. Default: the model's, at most 4096 or the device's.")
+    ] = None
+    cache_type: Annotated[str | None, typer.Option(help="Type of the KV cache.")] = None
+    prompt_batch: Annotated[
+        int | None, typer.Option(help="Prompt tokens processed together. Default: suits the budget.")
+    ] = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything was asked for at all."""
+        return (self.budget or self.device or self.format_) is not None
+
+    def request(self) -> PlanRequest:
+        """The flags as one request, completed from the device.
+
+        Raises:
+            UsageError: a flag is missing or malformed, or flags contradict each other. DeviceFileError.
+        """
+        from acip_export.plan import DEFAULT_CONTEXT, PlanRequest
+
+        device = self._device()
+        if self.prompt_batch is not None and self.prompt_batch < 1:
+            raise UsageError(f"--prompt-batch {self.prompt_batch} must be at least 1")
+        names = tuple(name.strip().lower() for name in self.types.split(",") if name.strip())
+        target = self._target(device)
+        if device is not None and not names:
+            names = device.types.get(target, ())
+        return PlanRequest(
+            target=target,
+            budget_bytes=self._budget(device),
+            budget_scope=self.budget_scope or ("memory" if device is None else "process"),
+            layout=self.layout,
+            types=names,
+            context=self.context,
+            cache_type=self.cache_type,
+            prompt_batch=self.prompt_batch,
+            default_context=DEFAULT_CONTEXT if device is None else device.context,
+            device=None if device is None else device.name,
+        )
+
+    def _device(self) -> Device | None:
+        if self.device is None:
+            if self.devices is not None:
+                raise UsageError("--devices FILE only adds devices to choose from; choose one with  --device NAME")
+            return None
+        return find_device(self.device, load_devices(self.devices))
+
+    def _target(self, device: Device | None) -> str:
+        if self.format_ is None:
+            if device is None:
+                raise UsageError(f"no target; choose one with  --format {'|'.join(TARGETS)}")
+            return device.default_format
+        if device is not None and self.format_ in TARGETS and self.format_ not in device.runtimes:
+            raise UsageError(
+                f"{device.name} runs {' and '.join(device.runtimes)}, not {self.format_}; "
+                "leave --format or --device out"
+            )
+        return self.format_
+
+    def _budget(self, device: Device | None) -> int:
+        if self.budget is None:
+            if device is None:
+                raise UsageError(
+                    "no budget; give one with  --budget 4GB,  or name a device with  --device raspberry-pi-5-8gb\n"
+                    "acip-export devices  lists them"
+                )
+            return device.budget_bytes
+        budget = parse_bytes(self.budget)
+        if device is not None and self.budget_scope != "file" and budget > device.memory_bytes:
+            raise UsageError(
+                f"--budget {self.budget} is more than {device.name} has: {format_bytes(device.memory_bytes)} "
+                f"({device.memory_bytes} bytes)"
+            )
+        return budget
+
+
+def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every flag of :class:`PlanFlags`, passed as its parameter ``flags``.
+
+    Typer reads signatures, so the command gets one in which the fields stand in place of ``flags``.
+    """
+    hints = get_type_hints(PlanFlags, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(PlanFlags)
+    ]
+    own = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in own.parameters.values():
+        if parameter.name == "flags":
+            parameters += shared
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def wrapper(**values: Any) -> None:
+        flags = PlanFlags(**{parameter.name: values.pop(parameter.name) for parameter in shared})
+        command(flags=flags, **values)
+
+    del wrapper.__wrapped__  # its annotations would hide the new ones
+    wrapper.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
+    return wrapper

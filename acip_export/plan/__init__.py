@@ -1,5 +1,5 @@
 """Shapes, scores and a budget in, plan out. Imports no torch."""
 
-from acip_export.plan.planner import PlanRequest, make_plan
+from acip_export.plan.planner import DEFAULT_CONTEXT, PlanRequest, make_plan
 
-__all__ = ["PlanRequest", "make_plan"]
+__all__ = ["DEFAULT_CONTEXT", "PlanRequest", "make_plan"]

@@ -23,7 +23,7 @@ PredictFiles = Callable[[tuple[TensorDecision, ...], Runtime], Mapping[str, int]
 
 # Bytes around the numbers depend on the decisions, and the decisions on what the bytes around them leave.
 _OVERHEAD_ROUNDS = 5
-_DEFAULT_CONTEXT = 4096
+DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class PlanRequest:
     Attributes:
         budget_bytes, budget_scope: all of the process, what it holds for this model, or the files.
         types: names of the formats to choose from; empty: the target's defaults.
-        context: tokens; ``None``: the model's, at most 4096.
+        context: tokens; ``None``: the model's, at most ``default_context``.
         cache_type: ``None``: the target's default. prompt_batch: ``None``: chosen to suit the budget.
         layout: ``None``: the target's default.
+        device: name of the device that the budget is of, if it is of one.
     """
 
     target: str
@@ -46,6 +47,8 @@ class PlanRequest:
     context: int | None = None
     cache_type: str | None = None
     prompt_batch: int | None = None
+    default_context: int = DEFAULT_CONTEXT
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,14 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
         certificate=certificate,
         tensors=solution.decisions,
         notes=_notes(solution, certificate, loss, layout.low_rank is not None),
+        device=request.device,
     )
 
 
 def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken: int) -> Runtime:
     """``taken``: bytes of the budget that no choice changes."""
     longest = longest_context(target.name, checkpoint.shape)
-    context = request.context or min(longest, _DEFAULT_CONTEXT)
+    context = min(longest, request.default_context) if request.context is None else request.context
     if not 0 < context <= longest:
         why = "" if longest == checkpoint.shape.max_context else f"; {target.name} has no sliding window for it"
         raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")

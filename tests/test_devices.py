@@ -1,0 +1,159 @@
+"""Devices: the package's table, users' files, and what --device does to a request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from acip_export.commands.options import PlanFlags
+from acip_export.devices import DEVICES_VARIABLE, find_device, load_devices, user_file
+from acip_export.errors import AcipError, DeviceFileError, UsageError
+
+ENTRY = """
+[[device]]
+name = "camera"
+title = "Door camera"
+class = "board"
+memory = "1GiB"
+usable = 0.4
+runtimes = { gguf = "llama.cpp" }
+types.gguf = ["q8_0", "q4_0"]
+context = 512
+source = { memory = "data sheet", usable = "measured", types = "benchmark" }
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_users_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("APPDATA", str(tmp_path / "config"))
+    monkeypatch.delenv(DEVICES_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def camera(tmp_path: Path) -> Path:
+    file = tmp_path / "mine.toml"
+    file.write_text(ENTRY)
+    return file
+
+
+def test_the_packages_table() -> None:
+    devices = load_devices()
+    assert len(devices) >= 14
+    assert len({device.kind for device in devices.values()}) >= 5
+    for device in devices.values():
+        assert 0 < device.budget_bytes < device.memory_bytes
+        assert set(device.types) == set(device.runtimes)  # validated against the targets on loading
+        assert all("http" in text or "estimate" in text or "ggml" in text for text in device.sources.values()), device
+        # Without a published figure the share must admit that it is an estimate.
+        assert "http" in device.sources["usable"] or device.sources["usable"].startswith(("estimate", "measured"))
+
+
+def test_later_files_win(camera: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "camera" not in load_devices()
+    user_file().parent.mkdir(parents=True)
+    user_file().write_text(ENTRY)
+    assert load_devices()["camera"].budget_bytes == 2**30 * 4 // 10
+    named = tmp_path / "named.toml"
+    named.write_text(ENTRY.replace("1GiB", "2GiB"))
+    monkeypatch.setenv(DEVICES_VARIABLE, str(named))
+    assert load_devices()["camera"].memory_bytes == 2**31
+    assert load_devices(camera)["camera"].memory_bytes == 2**30
+    assert load_devices(camera)["camera"].defined_in == str(camera)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("[[device]]", "[device]", "[[device]] tables"),
+        ("[[device]]", "[[gadget]]", "gadget"),
+        ('name = "camera"', "name = 3", "name must be text"),
+        ('name = "camera"', "", "name missing"),
+        ('"1GiB"', '"1"', "has no unit"),
+        ('"1GiB"', "1073741824", "memory must be text"),
+        ("usable = 0.4", "usable = 1.4", "between 0 and 1"),
+        ("usable = 0.4", "usable = true", "between 0 and 1"),
+        ("usable = 0.4", "usable = 0", "between 0 and 1"),
+        ('gguf = "llama.cpp"', 'coreml = "x"', "unknown format 'coreml'"),
+        ('{ gguf = "llama.cpp" }', "{}", "runtimes must name"),
+        ('["q8_0", "q4_0"]', '["q8_0", "q4_5"]', "no type 'q4_5'"),
+        ('["q8_0", "q4_0"]', "[]", "list of type names"),
+        ("types.gguf", "types.onnx", "formats of runtimes"),
+        ("context = 512", "context = 0", "number of tokens"),
+        ("context = 512", "colour = 1", "unknown field 'colour'"),
+        (', types = "benchmark"', "", "source must say"),
+        ('"benchmark"', '""', "source must say"),
+        ("context = 512", "context = ", "not TOML"),
+        (ENTRY, ENTRY + ENTRY, "twice"),
+        (ENTRY, "", "[[device]] tables"),
+    ],
+)
+def test_malformed_files(camera: Path, old: str, new: str, says: str) -> None:
+    assert old in ENTRY
+    camera.write_text(ENTRY.replace(old, new))
+    with pytest.raises(DeviceFileError) as caught:
+        load_devices(camera)
+    assert says in str(caught.value)
+    assert str(camera) in str(caught.value)
+
+
+def test_missing_and_binary_files(camera: Path) -> None:
+    with pytest.raises(DeviceFileError, match="cannot be read"):
+        load_devices(camera.with_name("nowhere.toml"))
+    camera.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DeviceFileError, match="cannot be read"):
+        load_devices(camera)
+
+
+@pytest.mark.parametrize(
+    ("asked", "close"),
+    [("raspberry-pi-5", "raspberry-pi-5-8gb"), ("iPhone 15", "iphone-15-pro-8gb"), ("browser", "browser-wasm32")],
+)
+def test_unknown_devices_name_the_closest(asked: str, close: str) -> None:
+    with pytest.raises(UsageError, match=close):
+        find_device(asked, load_devices())
+
+
+def test_a_device_completes_the_request(camera: Path) -> None:
+    request = PlanFlags(device="camera", devices=camera).request()
+    assert request.target == "gguf"
+    assert request.budget_bytes == 429_496_729
+    assert request.budget_scope == "process"
+    assert request.types == ("q8_0", "q4_0")
+    assert request.default_context == 512
+    assert request.context is None
+    assert request.device == "camera"
+
+
+def test_flags_override_the_device(camera: Path) -> None:
+    flags = PlanFlags(
+        device="camera", devices=camera, budget="100MB", budget_scope="file", types="Q6_K, f16", context=9
+    )
+    request = flags.request()
+    assert (request.budget_bytes, request.budget_scope, request.types, request.context) == (
+        100_000_000,
+        "file",
+        ("q6_k", "f16"),
+        9,
+    )
+    assert PlanFlags(device="pixel-9-12gb", format_="onnx").request().types[0] == "f32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({}, "no target"),
+        ({"format_": "gguf"}, "--device raspberry-pi-5-8gb"),
+        ({"device": "camera", "format_": "onnx"}, "camera runs gguf, not onnx"),
+        ({"device": "camera", "budget": "2GB"}, "more than camera has"),
+        ({"device": "kamera"}, "camera"),
+        ({"devices": "here", "budget": "1GB", "format_": "gguf"}, "choose one with  --device"),
+        ({"device": "camera", "prompt_batch": 0}, "at least 1"),
+    ],
+)
+def test_contradictions(camera: Path, flags: dict[str, str], says: str) -> None:
+    given = {**flags, "devices": camera} if "device" in flags or "devices" in flags else flags
+    with pytest.raises(AcipError, match=says) as caught:
+        PlanFlags(**given).request()  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
