@@ -86,10 +86,6 @@ class Bundle:
         """safetensors dtype of the base model's weights, for example ``BF16``."""
         return str(self.manifest["source_dtype"])
 
-    @property
-    def tied_embeddings(self) -> bool:
-        return self.as_checkpoint().shape.tied_embeddings
-
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype."""
         from safetensors import safe_open
@@ -126,10 +122,10 @@ def load_bundle(path: Path | str) -> nn.Module:
     """
     from safetensors.torch import load_file
 
-    from acip_export.modules import FactoredLinear, causal_lm
+    from acip_export.modules import FactoredLinear, tied_names, untrained_model
 
     bundle = Bundle.open(Path(path))
-    model = causal_lm(bundle.config)
+    model = untrained_model(bundle.config)
     for decision in bundle.plan.tensors:
         if decision.rank is None:
             continue
@@ -146,7 +142,7 @@ def load_bundle(path: Path | str) -> nn.Module:
         setattr(model.get_submodule(parent), child, factored)
     state = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS_FILE).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if bundle.tied_embeddings else set()
+    tied = tied_names(bundle.as_checkpoint())
     if set(missing) - tied or unexpected:
         raise BundleError(
             f"{bundle.path} does not fit its architecture: missing {sorted(set(missing) - tied)[:3]}, "

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acip_export.encoder import is_encoder, kind_of
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.files import read_json_object, safetensors_header
 
@@ -73,6 +74,7 @@ class ModelShape:
     Attributes:
         sliding_window: tokens that windowed layers attend to, the current one included; ``None``: no such layer.
         sliding_layers: for every layer whether it is windowed; empty without a window.
+        tied_embeddings: the head reads the embedding. generates: token by token, with a KV cache; encoders do not.
     """
 
     architecture: str
@@ -87,6 +89,7 @@ class ModelShape:
     tied_embeddings: bool
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
+    generates: bool = True
 
 
 class Checkpoint:
@@ -113,7 +116,9 @@ class Checkpoint:
         path = Path(model)
         if not path.is_dir():
             path = _download(str(model))
-        return cls(path, _read_config(path), _read_index(path))
+        config = _read_config(path)
+        tensors = {name: info for name, info in _read_index(path).items() if not _unused(config, name)}
+        return cls(path, config, tensors)
 
     @property
     def name(self) -> str:
@@ -151,9 +156,13 @@ class Checkpoint:
                 head_dim=int(config.get("head_dim") or hidden // heads),
                 vocabulary=int(config["vocab_size"]),
                 max_context=int(config.get("max_position_embeddings") or 2048),
-                tied_embeddings=bool(config.get("tie_word_embeddings", False)),
                 sliding_window=window,
                 sliding_layers=windowed,
+                # Encoders are tied unless they say otherwise, and only one with a head over tokens has what to tie.
+                tied_embeddings=kind_of(config) == "masked-lm" and bool(config.get("tie_word_embeddings", True))
+                if is_encoder(config)
+                else bool(config.get("tie_word_embeddings", False)),
+                generates=not is_encoder(config),
             )
         except KeyError as missing:
             raise UnsupportedError(
@@ -213,6 +222,13 @@ def _sliding_window(config: Mapping[str, Any], layers: int) -> tuple[int | None,
         first = int(config.get("max_window_layers") or 0)
         windowed = tuple(layer >= first for layer in range(layers))
     return (int(window), windowed) if any(windowed) else (None, ())
+
+
+def _unused(config: Mapping[str, Any], name: str) -> bool:
+    """Tensors of encoders that nothing computes with: a stored range, and the pooler where token vectors are pooled."""
+    if name.endswith("embeddings.position_ids"):
+        return True
+    return is_encoder(config) and kind_of(config) == "embedding" and name.startswith("pooler.")
 
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:

@@ -99,10 +99,21 @@ def ranking_bars() -> Iterator[Callable[[RankingProgress], None]]:
 
 def show_ranking(scores: ScoreFile, file: Path) -> None:
     """The measured curve, and what to do next."""
-    table = Table("parameters kept", "perplexity", "with adapters", box=None, padding=(0, 2), header_style="dim")
+    causal = scores.is_causal
+
+    def shown(loss: float) -> str:
+        return f"{exp(loss):.2f}" if causal else f"{loss:.4f}"
+
+    columns = ["parameters kept", "perplexity" if causal else scores.loss_unit, "with adapters"]
+    if scores.curve[0].spearman is not None:
+        columns += ["Spearman of similarities", "mean error of similarities"]
+    table = Table(*columns, box=None, padding=(0, 2), header_style="dim")
     for point in scores.curve:
-        adapted = "" if point.loss_with_adapters is None else f"{exp(point.loss_with_adapters):.2f}"
-        table.add_row(f"{point.ratio:.0%}", f"{exp(point.loss):.2f}", adapted)
+        row = [f"{point.ratio:.0%}", shown(point.loss)]
+        row.append("" if point.loss_with_adapters is None else shown(point.loss_with_adapters))
+        if point.spearman is not None and point.similarity_error is not None:
+            row += [f"{point.spearman:.4f}", f"{point.similarity_error:.4f}"]
+        table.add_row(*row)
     out.print(table)
     out.print(f"score file written to {file}; next:  acip-export --budget 4GB --format gguf", markup=False)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from acip_export.checkpoint import Checkpoint
-from acip_export.errors import UnsupportedError
+from acip_export.encoder import Pooling, is_encoder, kind_of
+from acip_export.errors import CheckpointError, UnsupportedError
 
 
 class FactoredLinear(nn.Module):
@@ -48,6 +50,74 @@ def causal_lm(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.
     parsed = AutoConfig.for_model(fields.pop("model_type"), **fields)
     model: nn.Module = AutoModelForCausalLM.from_config(parsed, dtype=dtype)  # type: ignore[no-untyped-call]
     return model.eval()
+
+
+def untrained_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """An untrained model of ``config``, causal language model or encoder, for ``load_state_dict``."""
+    if not is_encoder(config):
+        return causal_lm(config, dtype)
+    import transformers
+
+    fields = dict(config)
+    parsed = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    options = {"add_pooling_layer": False} if kind_of(config) == "embedding" else {}
+    model: nn.Module = _encoder_class(config)._from_config(parsed, dtype=dtype, **options)
+    return model.eval()
+
+
+def _encoder_class(config: Mapping[str, Any]) -> Any:
+    import transformers
+
+    return getattr(transformers, config["architectures"][0])
+
+
+def load_dense(checkpoint: Checkpoint, dtype: torch.dtype | Literal["auto"]) -> nn.Module:
+    """The dense model with its weights, frozen, in evaluation mode; ``auto``: in the stored dtype.
+
+    Raises:
+        UnsupportedError: neither an encoder nor a causal language model that transformers knows.
+    """
+    return (load_encoder if is_encoder(checkpoint.config) else load_causal_lm)(checkpoint, dtype)
+
+
+def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype | Literal["auto"]) -> nn.Module:
+    """An encoder without its unused pooler, and without dropout: what it is trained to match is itself.
+
+    Raises:
+        CheckpointError: tensors are missing.
+    """
+    model = untrained_model(
+        {**checkpoint.config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, torch.float32
+    )
+    # Not from_pretrained, which reports every tensor that was left out on purpose on standard output.
+    found = model.load_state_dict({name: checkpoint.read(name) for name in checkpoint.tensors}, strict=False)
+    missing = set(found.missing_keys) - tied_names(checkpoint)
+    if missing or found.unexpected_keys:
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit its config.json: missing {sorted(missing)[:3]}, "
+            f"unexpected {sorted(found.unexpected_keys)[:3]}"
+        )
+    if dtype == "auto":
+        dtype = next(checkpoint.read(name).dtype for name in checkpoint.tensors)
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def pooled(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
+    """One vector a text, (n, width), from token vectors (n, length, width); ``real`` (n, length): no padding."""
+    mask = real[..., None].to(hidden.dtype)
+    if pooling.mode == "cls":
+        vector = hidden[:, 0]
+    elif pooling.mode == "max":
+        vector = hidden.masked_fill(mask == 0, -torch.inf).amax(1)
+    else:
+        vector = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1e-9)
+    return nn.functional.normalize(vector, dim=-1) if pooling.normalize else vector
+
+
+def tied_names(checkpoint: Checkpoint) -> set[str]:
+    """Parameters that a checkpoint may leave out because another one holds their numbers."""
+    head = "lm_head" if checkpoint.shape.generates else "cls.predictions.decoder"
+    return ({f"{head}.weight"} if checkpoint.shape.tied_embeddings else set()) | {"cls.predictions.decoder.bias"}
 
 
 def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | Literal["auto"]) -> nn.Module:

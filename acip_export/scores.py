@@ -22,6 +22,7 @@ from acip_export.files import SafetensorsWriter, new_file, read_safetensors_head
 
 SCORES_VERSION = 1
 SCORE_FILE_SUFFIX = ".acip"
+CAUSAL_UNIT = "nats per token"
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -67,12 +68,19 @@ class ModuleScores:
 class CurvePoint:
     """Measured quality when the linear layers are cut to ``ratio`` of their parameters in the global order.
 
-    Losses are nats per token on text that the ranking was not calibrated on.
+    Losses are nats per token on text that the ranking was not calibrated on; for encoders, the divergence from the
+    dense model in the unit that :attr:`ScoreFile.loss_unit` names.
+
+    Attributes:
+        spearman, similarity_error: of a sentence embedding, adapters included where they lower the loss: see
+            :class:`acip_export.similarity.Similarity`.
     """
 
     ratio: float
     loss: float
     loss_with_adapters: float | None = None
+    spearman: float | None = None
+    similarity_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,16 @@ class ScoreFile:
     @property
     def basis(self) -> str:
         return str(self.algorithm["basis"])
+
+    @property
+    def loss_unit(self) -> str:
+        """Of every loss in the file: ``nats per token`` of a causal model; encoders have others."""
+        return str(self.algorithm.get("loss_unit", CAUSAL_UNIT))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the losses are those of a next token, so that their exponentials are perplexities."""
+        return self.loss_unit == CAUSAL_UNIT
 
     def global_order(self) -> list[tuple[str, int]]:
         """All units from least to most important: by score, then module order, then unit index (a total order)."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Far more than any ranking uses; keeps a data set of terabytes from being read to its end.
 MOST_TOKENS = 2**24
+_LEAST_WORDS = 3
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,20 @@ class PackedText:
 
     Attributes:
         windows: (n, context) int64.
-        source: path as given. sha256: of the raw text. tokens: in all windows together. documents: that were read.
+        source: path as given. sha256: of the raw text. documents: that were read.
+        tokens: in all windows together, padding not counted.
+        padding: the token that fills up the end of shorter texts; ``None``: the windows are full.
     """
 
     windows: torch.Tensor
     source: str
     sha256: str
     documents: int = 1
+    padding: int | None = None
 
     @property
     def tokens(self) -> int:
-        return self.windows.numel()
+        return self.windows.numel() if self.padding is None else int((self.windows != self.padding).sum())
 
 
 def pack_text(
@@ -87,14 +91,56 @@ def pack_text(
             f"{source} has {len(ids):,} tokens, at least {least_windows * context:,} are needed "
             f"({least_windows} windows of {context})"
         )
-    vocabulary = Checkpoint.open(model).shape.vocabulary
-    if max(ids) >= vocabulary:
-        raise DataError(
-            f"{model}: its tokenizer gives token {max(ids)}, but the model has only {vocabulary} embeddings; "
-            "put the tokenizer that belongs to the model beside it"
-        )
+    _check_vocabulary(model, max(ids))
     windows = torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
     return PackedText(windows, str(source), digest.hexdigest(), documents)
+
+
+def pad_texts(
+    model: Path,
+    source: str | Path,
+    max_length: int,
+    least: int = 1,
+    field: str | None = None,
+    most_tokens: int = MOST_TOKENS,
+) -> PackedText:
+    """For encoders: every line that differs from those before it is one text, with the tokenizer's special tokens.
+
+    Blanks are collapsed; lines of less than ``_LEAST_WORDS`` words are left out. Texts longer than ``max_length``
+    tokens are cut, shorter ones padded to the longest. Arguments as :func:`pack_text`; the order stays.
+
+    Raises:
+        DataError: also when there are fewer than ``least`` texts, or the tokenizer cannot pad.
+    """
+    import torch
+
+    tokenizer = load_tokenizer(model)
+    if tokenizer.pad_token_id is None:
+        raise DataError(f"the tokenizer of {model} has no padding token; texts of different lengths need one")
+    digest = hashlib.sha256()
+    texts: dict[str, list[int]] = {}
+    documents = tokens = 0
+    for document in read_documents(source, field):
+        documents += 1
+        lines = dict.fromkeys(" ".join(line.split()) for line in _text_of(document, tokenizer).splitlines())
+        new = [line for line in lines if line.count(" ") + 1 >= _LEAST_WORDS and line not in texts]
+        if not new:
+            continue
+        ids: list[list[int]] = tokenizer(new, truncation=True, max_length=max_length)["input_ids"]
+        texts.update(zip(new, ids, strict=True))
+        digest.update("\n".join(new).encode())
+        tokens += sum(map(len, ids))
+        if tokens >= most_tokens:
+            break
+    if len(texts) < least:
+        raise DataError(
+            f"{source} has {len(texts)} different lines of at least {_LEAST_WORDS} words, at least {least} are needed; "
+            "an encoder is ranked on one text a line"
+        )
+    _check_vocabulary(model, max(max(ids) for ids in texts.values()))
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in texts.values()]
+    windows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return PackedText(windows, str(source), digest.hexdigest(), documents, tokenizer.pad_token_id)
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -111,6 +157,15 @@ def load_tokenizer(model: Path) -> Any:
         raise DataError(
             f"{model} has no usable tokenizer: {error}\nPut the tokenizer files of the model beside its weights"
         ) from error
+
+
+def _check_vocabulary(model: Path, largest: int) -> None:
+    vocabulary = Checkpoint.open(model).shape.vocabulary
+    if largest >= vocabulary:
+        raise DataError(
+            f"{model}: its tokenizer gives token {largest}, but the model has only {vocabulary} embeddings; "
+            "put the tokenizer that belongs to the model beside it"
+        )
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

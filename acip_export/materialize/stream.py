@@ -13,6 +13,7 @@ from torch import Tensor
 
 from acip_export.bundle import BUNDLE_VERSION, IMPORTANCE_FILE, MANIFEST_FILE, PLAN_FILE, WEIGHTS_FILE, stored_tensors
 from acip_export.checkpoint import TOKENIZER_FILES, Checkpoint
+from acip_export.encoder import sentence_files
 from acip_export.errors import CheckpointError, PlanFileError
 from acip_export.files import SafetensorsWriter, new_directory, refuse_existing, sha256_of
 from acip_export.materialize.factors import (
@@ -68,8 +69,9 @@ def materialize_bundle(
                 progress(MaterializeProgress(index + 1, len(plan.tensors), decision.name))
         _save_importance(importance, directory / IMPORTANCE_FILE)
         (directory / "config.json").write_text(json.dumps(checkpoint.config, indent=2), encoding="utf-8")
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, *sentence_files(checkpoint.path)):
             if (checkpoint.path / name).is_file():
+                (directory / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint.path / name, directory / name)
         (directory / PLAN_FILE).write_text(dumps_plan(plan), encoding="utf-8")
         manifest = {

@@ -20,6 +20,7 @@ from acip_export.rank.data import WindowStream
 from acip_export.rank.objectives import task_loss
 from acip_export.rank.ordering import GlobalOrder, broken_ties, update_score_map
 from acip_export.rank.parametrize import MaskedLinear, live_ratio
+from acip_export.rank.tasks import CAUSAL, Task
 from acip_export.rank.timing import Clock
 from acip_export.scores import FloatArray
 
@@ -43,7 +44,9 @@ class AcipRun:
         windows: Tensor,
         config: AcipConfig,
         seed: int,
+        task: Task = CAUSAL,
     ) -> None:
+        self.task = task
         self.model, self.layers, self.drop_losses, self.config = model, layers, drop_losses, config
         self.device = next(iter(layers.values())).mask.device
         self.stream = WindowStream(windows, config.batch, seed)
@@ -82,7 +85,7 @@ class AcipRun:
             start += count
 
     def mask_step(self) -> float:
-        """One step of masks and adapters; returns the task loss, nats per token.
+        """One step of masks and adapters; returns the task loss.
 
         Raises:
             RankingError: the loss is not finite.
@@ -174,7 +177,7 @@ class AcipRun:
 
     def _loss(self) -> Tensor:
         self.model.train()
-        loss = task_loss(self.config.objective, self.model, self.layers, next(self.stream).to(self.device))
+        loss = task_loss(self.task, self.config.objective, self.model, self.layers, next(self.stream).to(self.device))
         if not torch.isfinite(loss):
             step = self.mask_steps + self.tune_steps + 1
             raise RankingError(

@@ -63,9 +63,11 @@ def factorize_model(
         )
         weight = dense.weight.detach().cpu()
         components = whitened_components(weight, *whitenings[name])
-        losses[name] = component_losses(components, inputs, gradients)
+        exact = statistics.sensitivity.get(name)
+        estimate = dense_sensitivity(weight, inputs, gradients)
+        losses[name] = component_losses(components, inputs, gradients, 1.0 if exact is None else exact / estimate)
         singular[name] = components.singular.numpy()
-        sensitivity[name] = dense_sensitivity(weight, inputs, gradients)
+        sensitivity[name] = estimate if exact is None else exact
         layers[name] = MaskedLinear(components, dense, mask_scale, adapter)
         replace_linear(model, name, layers[name])
         clock.advance()

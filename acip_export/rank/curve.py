@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ from acip_export.factorize import Whitening, fold
 from acip_export.rank.config import CURVE_RATIOS, ProgressCallback, silent
 from acip_export.rank.objectives import next_token_loss
 from acip_export.rank.ordering import GlobalOrder
-from acip_export.rank.parametrize import MaskedLinear
+from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
+from acip_export.rank.tasks import CAUSAL, EmbeddingTask, Task
 from acip_export.rank.timing import Clock
 from acip_export.scores import CurvePoint, FloatArray
+from acip_export.similarity import Similarity, compare_similarities
 
 
 def measure_curve(
@@ -26,8 +28,11 @@ def measure_curve(
     batch: int,
     ratios: tuple[float, ...] = CURVE_RATIOS,
     progress: ProgressCallback = silent,
+    task: Task = CAUSAL,
 ) -> tuple[CurvePoint, ...]:
     """Loss on ``windows`` (n, context) when the layers are cut in the global order, without and with adapters.
+
+    The loss of a causal model is that of the next token, an encoder's the divergence from its dense self.
 
     A module of shape (m, n) and rank r counts min(r*(m+n), m*n) parameters, and where its pair would be larger, it
     stays dense. Adapters are measured the way they are exported: folded into a pair at the same rank, added to a
@@ -43,6 +48,14 @@ def measure_curve(
         layer.arrange(torch.from_numpy(np.argsort(-scores[name], kind="stable")).to(layer.mask.device), len(layer.mask))
         layer.gated = False
     adapted = any(len(layer.adapter_a) for layer in layers.values())
+    with dense_behaviour(layers):
+        dense = None if task is CAUSAL else [o for _, o in _outputs(task, model, windows, batch)]
+
+    def measure() -> tuple[float, Similarity | None]:
+        if dense is None:
+            return held_out_loss(model, windows, batch), None
+        return held_out_divergence(task, model, windows, batch, dense)
+
     clock = Clock("curve", len(ratios) * (1 + adapted), windows.numel(), progress)
     points = []
     for ratio in ratios:
@@ -50,7 +63,7 @@ def measure_curve(
         for name, layer in layers.items():
             layer.live = len(layer.mask) if order.stays_dense(name, ranks[name]) else ranks[name]
             layer.adapted, layer.folded = False, None
-        loss = held_out_loss(model, windows, batch)
+        loss, similarity = measure()
         clock.advance(ratio=ratio, loss=loss)
         with_adapters = None
         if adapted:
@@ -59,9 +72,12 @@ def measure_curve(
                     layer.adapted = len(layer.adapter_a) > 0
                 else:
                     layer.folded = _folded(layer, *whitenings[name])
-            with_adapters = held_out_loss(model, windows, batch)
+            with_adapters, adapted_similarity = measure()
+            if with_adapters < loss:
+                similarity = adapted_similarity
             clock.advance(ratio=ratio, loss=with_adapters)
-        points.append(CurvePoint(ratio, loss, with_adapters))
+        kept = (None, None) if similarity is None else (similarity.spearman, similarity.mean_error)
+        points.append(CurvePoint(ratio, loss, with_adapters, *kept))
     for layer in layers.values():
         layer.folded = None
     return tuple(points)
@@ -75,6 +91,31 @@ def held_out_loss(model: nn.Module, windows: Tensor, batch: int) -> float:
     for part in windows.split(batch):  # type: ignore[no-untyped-call]
         total += next_token_loss(model, part.to(device)).item() * len(part)
     return total / len(windows)
+
+
+@torch.no_grad()
+def held_out_divergence(
+    task: Task, model: nn.Module, windows: Tensor, batch: int, dense: list[Tensor]
+) -> tuple[float, Similarity | None]:
+    """Mean divergence of an encoder from its ``dense`` outputs (by batch), in the task's unit; and for sentence
+    embeddings how well their similarities are kept.
+    """
+    found = list(_outputs(task, model, windows, batch))
+    total = sum(task.divergence(o, d).item() for (_, o), d in zip(found, dense, strict=True))
+    # The divergence of a model from itself is zero up to rounding, which is of no sign.
+    loss = max(0.0, total / sum(task.units(part) for part, _ in found))
+    if not isinstance(task, EmbeddingTask):
+        return loss, None
+    embeddings = (torch.cat(parts).cpu().numpy() for parts in ([o for _, o in found], dense))
+    return loss, compare_similarities(*embeddings)
+
+
+@torch.no_grad()
+def _outputs(task: Task, model: nn.Module, windows: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    device = next(model.parameters()).device
+    for part in windows.split(batch):  # type: ignore[no-untyped-call]
+        trimmed = task.trimmed(part.to(device))
+        yield trimmed, task.outputs(model, trimmed)
 
 
 def adapter_pair(layer: MaskedLinear) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """What each component would be missed for, measured on the masks themselves.
 
-With m the mask of a component, z = sum_t dL_t/dm over a window and labels drawn from the model, E[z^2] per token is the
-diagonal of the Fisher information of the masks, and half of it the second-order loss of dropping the component. Unlike
-the Kronecker-factored estimate it knows how inputs and gradients go together, and tokens with each other.
+With m the mask of a component, z = sum_t dL_t/dm over a window and labels drawn from the model, E[z^2] per unit of the
+task (token, or text) is the diagonal of the Fisher information of the masks, and half of it the second-order loss of
+dropping the component. Unlike the Kronecker-factored estimate it knows how inputs and gradients go together, and tokens
+with each other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from acip_export.rank.config import ProgressCallback, silent
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
+from acip_export.rank.tasks import CAUSAL, Task
 from acip_export.rank.timing import Clock
 
 # Every window is one sample of z; shorter ones give more samples of the same text.
@@ -29,9 +31,10 @@ def component_fisher(
     batch_tokens: int,
     seed: int,
     progress: ProgressCallback = silent,
+    task: Task = CAUSAL,
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Predicted loss of dropping each component of the dense model, (k,) nats per token, by module."""
-    length = min(windows.shape[1], _LONGEST_WINDOW)
+    """Predicted loss of dropping each component of the dense model, (k,) in the task's unit, by module."""
+    length = min(windows.shape[1], _LONGEST_WINDOW) if task.padding is None else windows.shape[1]
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     sums = {name: torch.zeros(len(layer.mask), dtype=torch.float64) for name, layer in layers.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -42,9 +45,8 @@ def component_fisher(
             for part in pieces.split(max(1, batch_tokens // length)):  # type: ignore[no-untyped-call]
                 for layer in layers.values():
                     layer.probe = torch.ones(len(part), 1, len(layer.mask), device=device, requires_grad=True)
-                logits = model(input_ids=part.to(device), use_cache=False).logits.float().flatten(0, 1)
-                labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-                nn.functional.cross_entropy(logits, labels.to(device), reduction="sum").backward()  # type: ignore[no-untyped-call]
+                outputs = task.outputs(model, task.trimmed(part.to(device)))
+                task.sampled_loss(outputs, generator).backward()  # type: ignore[no-untyped-call]
                 for name, layer in layers.items():
                     assert layer.probe is not None and layer.probe.grad is not None
                     by_place = layer.probe.grad.double().square().sum((0, 1)).cpu()
@@ -53,4 +55,4 @@ def component_fisher(
     finally:
         for layer in layers.values():
             layer.probe = None
-    return {name: (0.5 * total / pieces.numel()).numpy() for name, total in sums.items()}
+    return {name: (0.5 * total / task.units(pieces)).numpy() for name, total in sums.items()}

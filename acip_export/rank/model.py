@@ -7,17 +7,17 @@ from torch import nn
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import CheckpointError, UnsupportedError
-from acip_export.modules import load_causal_lm
+from acip_export.modules import load_dense
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     """The dense model with frozen weights: float32 on CPUs (few have fast bfloat16), as stored elsewhere.
 
     Raises:
-        UnsupportedError: no causal language model of transformers, or one whose linear layers are not ``nn.Linear``.
+        UnsupportedError: neither an encoder nor a causal language model, or linear layers that are not ``nn.Linear``.
         CheckpointError: a linear weight that is zero or not finite.
     """
-    model = load_causal_lm(checkpoint, torch.float32 if device.type == "cpu" else "auto").to(device)
+    model = load_dense(checkpoint, torch.float32 if device.type == "cpu" else "auto").to(device)
     if not checkpoint.linear_modules:
         raise UnsupportedError(
             f"{checkpoint.path} has no linear layers in numbered blocks, so there is nothing to rank"
@@ -37,9 +37,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     return model
 
 
-def embedding_names(model: nn.Module) -> tuple[str, str]:
-    """Module names of the input embedding and the output head."""
+def embedding_names(model: nn.Module) -> tuple[str, str | None]:
+    """Module names of the input embedding and the head over the vocabulary, if there is one."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return names[id(embedding)], names[id(head)]
+    return names[id(embedding)], names.get(id(head))

@@ -1,4 +1,4 @@
-"""Losses that the masks and adapters are trained on, nats per token."""
+"""Losses that the masks and adapters are trained on, in the task's unit."""
 
 from __future__ import annotations
 
@@ -10,29 +10,26 @@ from torch.nn import functional as F
 
 from acip_export.rank.config import Objective
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
+from acip_export.rank.tasks import Task
 
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean negative log-likelihood of each token after the first."""
-    logits = _logits(model, windows)[:, :-1]
+    logits: Tensor = model(input_ids=windows, use_cache=False).logits.float()[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-def divergence(model: nn.Module, layers: Mapping[str, MaskedLinear], windows: Tensor) -> Tensor:
-    """Mean KL divergence of the model from its dense self; no second copy of the weights is needed."""
+def divergence(task: Task, model: nn.Module, layers: Mapping[str, MaskedLinear], windows: Tensor) -> Tensor:
+    """Mean divergence of the model from its dense self, by unit; no second copy of the weights is needed."""
     model.eval()
     with torch.no_grad(), dense_behaviour(layers):
-        dense = _logits(model, windows).log_softmax(-1).flatten(0, 1)
+        dense = task.outputs(model, windows)
     model.train()
-    return F.kl_div(
-        _logits(model, windows).log_softmax(-1).flatten(0, 1), dense, reduction="batchmean", log_target=True
-    )
+    return task.divergence(task.outputs(model, windows), dense) / task.units(windows)
 
 
-def task_loss(objective: Objective, model: nn.Module, layers: Mapping[str, MaskedLinear], windows: Tensor) -> Tensor:
-    return next_token_loss(model, windows) if objective == "ce" else divergence(model, layers, windows)
-
-
-def _logits(model: nn.Module, windows: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=windows, use_cache=False).logits
-    return logits.float()
+def task_loss(
+    task: Task, objective: Objective, model: nn.Module, layers: Mapping[str, MaskedLinear], windows: Tensor
+) -> Tensor:
+    windows = task.trimmed(windows)
+    return next_token_loss(model, windows) if objective == "ce" else divergence(task, model, layers, windows)

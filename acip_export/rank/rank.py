@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ from acip_export.rank.training_free import training_free_scores
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile, save_scores
 from acip_export.version import __version__
 
+# A text is a few dozen tokens, a window hundreds.
+_TEXTS_PER_WINDOW = 8
+
 
 def rank_model(
     model: str | Path,
@@ -62,7 +65,7 @@ def rank_model(
     resume: bool = False,
     checkpoint_every: int = 50,
 ) -> ScoreFile:
-    """Rank the singular components of every linear layer of a causal language model.
+    """Rank the singular components of every linear layer of a causal language model or an encoder.
 
     Args:
         model: directory or Hugging Face id. data: what :func:`acip_export.documents.read_documents` reads, or ``self``:
@@ -95,13 +98,17 @@ def rank_model(
     checkpoint = Checkpoint.open(model)
     calibration = calibration or DataConfig()
     text = None if is_self(data) else read_data(checkpoint, data, calibration, evaluation)
+    if text is not None and text.task.padding is not None:
+        if algorithm == "acip" and acip is not None and acip.objective == "ce":
+            raise UsageError("an encoder predicts no next token; its objective is  --objective distill")
+        calibration = replace(calibration, batch=calibration.batch * _TEXTS_PER_WINDOW)
     dense = load_model(checkpoint, torch.device(device))
     if text is None:
         text = sample_data(checkpoint, dense, calibration, evaluation, progress)
     with torch.random.fork_rng():
         torch.manual_seed(calibration.seed)
         statistics = collect_statistics(
-            checkpoint, dense, text.statistics, calibration.batch, calibration.seed, progress
+            checkpoint, dense, text.statistics, calibration.batch, calibration.seed, progress, text.task
         )
         stage = _Stage(checkpoint, dense, text, statistics, calibration, progress, store)
         ranking = stage.learned(acip or automatic_config(checkpoint)) if algorithm == "acip" else stage.free(algorithm)
@@ -113,10 +120,17 @@ def rank_model(
             text.held_out,
             calibration.batch,
             progress=progress,
+            task=text.task,
         )
     ranked = ScoreFile(
         model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
-        algorithm={"name": algorithm, **ranking.settings, **asdict(calibration), "context": text.training.shape[1]},
+        algorithm={
+            "name": algorithm,
+            **ranking.settings,
+            **asdict(calibration),
+            "context": text.training.shape[1],
+            "loss_unit": text.task.unit,
+        },
         data={
             "source": text.text.source,
             "sha256": text.text.sha256,
@@ -176,7 +190,9 @@ class _Stage:
         adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
         parts = self._factorize(config.basis, config.mask_scale, adapter)
         drop_losses = self._drop_losses(parts, config.predictor)
-        run = AcipRun(self.model, parts.layers, drop_losses, self.text.training, config, self.calibration.seed)
+        run = AcipRun(
+            self.model, parts.layers, drop_losses, self.text.training, config, self.calibration.seed, self.text.task
+        )
         self._run(run, config)
         settings = {**asdict(config), "mask_steps": run.mask_steps, "tune_steps": run.tune_steps}
         return _Ranking(parts, drop_losses, run.scores(), settings)
@@ -228,7 +244,9 @@ class _Stage:
             return {name: losses.drop.numpy() for name, losses in parts.losses.items()}
         windows, config = self.text.statistics, self.calibration
         batch_tokens = config.batch * windows.shape[1]
-        return component_fisher(self.model, parts.layers, windows, batch_tokens, config.seed, self.progress)
+        return component_fisher(
+            self.model, parts.layers, windows, batch_tokens, config.seed, self.progress, self.text.task
+        )
 
 
 def _module_scores(checkpoint: Checkpoint, ranking: _Ranking, statistics: Statistics) -> dict[str, ModuleScores]:

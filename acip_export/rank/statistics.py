@@ -3,6 +3,10 @@
 H = E[x x^T] and G = E[g g^T], both per token, where g is the gradient of the summed loss at the layer's output and the
 labels are drawn from the model's own distribution: 1/2 tr(G dW H dW^T) is then the Kronecker-factored Fisher estimate
 of what a change dW costs, in nats per token (Martens and Grosse 2015, arXiv 1503.05671).
+
+Where a text, not a token, is what a loss is counted by, G is summed over the text's tokens. The estimate then takes
+the tokens of a text for independent, and they are not: pooling sends all of them the same gradient. For the rounding
+of a whole weight the exact sum costs no more than a backward pass: 1/2 sum_ij W_ij^2 E[(sum_t g_ti x_tj)^2].
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.factorize import Components
 from acip_export.rank.config import ProgressCallback, silent
 from acip_export.rank.model import embedding_names
+from acip_export.rank.tasks import CAUSAL, Task
 from acip_export.rank.timing import Clock
 
 
@@ -29,9 +34,10 @@ class Statistics:
         inputs: (in, in) float64 by key; modules that read the same tensor share one.
         gradients: (out, out) float64 by key.
         input_keys, gradient_keys: by module.
-        embedding_sensitivity: by tensor name: predicted loss, nats per token, of rounding the embedding or head with a
-            relative mean square error of one; the sum of both uses where they are tied.
+        embedding_sensitivity: by tensor name: predicted loss, in the task's unit, of rounding the embedding or head
+            with a relative mean square error of one; the sum of both uses where they are tied.
         tokens: that went in.
+        sensitivity: by module, as :func:`dense_sensitivity`, but measured text by text; empty for causal models.
     """
 
     inputs: Mapping[str, Tensor]
@@ -40,6 +46,7 @@ class Statistics:
     gradient_keys: Mapping[str, str]
     embedding_sensitivity: Mapping[str, float]
     tokens: int
+    sensitivity: Mapping[str, float]
 
     def input_of(self, module: str) -> Tensor:
         return self.inputs[self.input_keys[module]]
@@ -57,20 +64,21 @@ class ComponentLosses:
     down_sensitivity: Tensor
 
 
-def component_losses(basis: Components, inputs: Tensor, gradients: Tensor) -> ComponentLosses:
+def component_losses(basis: Components, inputs: Tensor, gradients: Tensor, rounding: float = 1.0) -> ComponentLosses:
     """Predicted losses in any basis, (k,) float64 each, nats per token.
 
     Dropping component k changes W by -up_k down_k^T: 1/2 (up_k^T G up_k)(down_k^T H down_k), which is half the squared
     singular value in the ``kfac`` basis. Rounding with a relative mean square error of one adds independent noise of
     variance up_ik^2 (or down_kj^2) to each entry, so that only the diagonal of G (or H) stays.
+    ``rounding`` corrects that estimate by what was measured on the whole weight.
     """
     up, down = basis.up.double(), basis.down.double()
     up_energy = ((gradients @ up) * up).sum(0)
     down_energy = ((down @ inputs) * down).sum(1)
     return ComponentLosses(
         drop=0.5 * up_energy * down_energy,
-        up_sensitivity=0.5 * (gradients.diagonal() @ up.square()) * down_energy,
-        down_sensitivity=0.5 * up_energy * (down.square() @ inputs.diagonal()),
+        up_sensitivity=0.5 * rounding * (gradients.diagonal() @ up.square()) * down_energy,
+        down_sensitivity=0.5 * rounding * up_energy * (down.square() @ inputs.diagonal()),
     )
 
 
@@ -93,6 +101,28 @@ class _Moments:
     def mean(self, tokens: int) -> dict[str, Tensor]:
         # Rounded to what the score file stores: whoever factorizes from the file must find the same components.
         return {key: (total / tokens).float().double() for key, total in self.sums.items()}
+
+
+class _HeadMoments:
+    """What rounding the head costs, from its inputs and the variance of the model's own labels."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.weight = model.get_parameter(f"{name}.weight").detach().double().cpu()
+        self.inputs = torch.zeros(self.weight.shape[1], dtype=torch.float64)
+        self.logits = torch.zeros(self.weight.shape[0], dtype=torch.float64)
+        self._seen: list[Tensor] = []
+
+    def watch(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._seen.append(args[0])
+
+    def add(self, task: Task, logits: Tensor, windows: Tensor) -> None:
+        probabilities = logits.softmax(-1)
+        # E[(p - onehot(y))^2] over the model's own labels is p (1 - p): no sampling needed here.
+        self.logits += (probabilities * (1 - probabilities)).sum(0).double().cpu()
+        self.inputs += task.select(self._seen.pop().detach(), windows).double().square().sum(0).cpu()
+
+    def loss(self, units: int) -> float:
+        return 0.5 * float((self.logits / units) @ self.weight.square() @ (self.inputs / units))
 
 
 class _SharedInputs:
@@ -120,24 +150,36 @@ def collect_statistics(
     batch: int,
     seed: int,
     progress: ProgressCallback = silent,
+    task: Task = CAUSAL,
 ) -> Statistics:
     """One forward and backward pass over ``windows`` (n, context) int64; parameters get no gradients.
+
+    H is per token, G per unit of the task, so that 1/2 tr(G dW H dW^T) is in the task's unit.
 
     Memory: one (in, in) matrix per distinct input and one (out, out) per module, float64, beside one batch.
     """
     inputs, gradients, shared = _Moments(), _Moments(), _SharedInputs()
-    embedding, head = embedding_names(model)
-    sums = {"embedding": 0.0}
-    head_inputs: list[Tensor] = []
+    embedding, head_name = embedding_names(model)
+    head = None if head_name is None else _HeadMoments(model, head_name)
+    sums = dict.fromkeys(["embedding", *checkpoint.linear_modules], 0.0)
+    real: list[Tensor | None] = [None]
     generator = torch.Generator().manual_seed(seed)
     handles = []
 
-    def watch(name: str) -> Callable[..., None]:
+    def watch(name: str, layer: nn.Linear) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             key, first = shared.key(name, args[0])
             if first:
-                inputs.add(key, args[0])
-            output.register_hook(lambda g: gradients.add(f"{name}.gradient", g))  # type: ignore[no-untyped-call]
+                inputs.add(key, args[0] if real[0] is None else args[0][real[0]])
+            mask, x = real[0], args[0]
+
+            def receive(gradient: Tensor) -> None:
+                gradients.add(f"{name}.gradient", gradient)  # zero where the input is padding
+                if mask is not None:
+                    by_text = torch.einsum("nto,nti->noi", gradient.float(), x.detach().float())
+                    sums[name] += float((by_text * layer.weight).square().sum())
+
+            output.register_hook(receive)  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -153,41 +195,41 @@ def collect_statistics(
         return leaf
 
     for name in checkpoint.linear_modules:
-        handles.append(model.get_submodule(name).register_forward_hook(watch(name)))
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)  # load_model has checked it
+        handles.append(layer.register_forward_hook(watch(name, layer)))
     handles.append(model.get_submodule(embedding).register_forward_hook(start))
-    handles.append(model.get_submodule(head).register_forward_pre_hook(lambda _m, args: head_inputs.append(args[0])))
+    if head_name is not None and head is not None:
+        handles.append(model.get_submodule(head_name).register_forward_pre_hook(head.watch))
 
-    head_weight = model.get_parameter(f"{head}.weight").detach().double().cpu()
-    head_moment = torch.zeros(head_weight.shape[1], dtype=torch.float64)
-    logit_moment = torch.zeros(head_weight.shape[0], dtype=torch.float64)
     clock = Clock("statistics", len(windows), windows.shape[1], progress)
     device = next(model.parameters()).device
     try:
         for part in windows.split(batch):  # type: ignore[no-untyped-call]
-            logits = model(input_ids=part.to(device), use_cache=False).logits.float().flatten(0, 1)
-            probabilities = logits.detach().softmax(-1)
-            # E[(p - onehot(y))^2] over the model's own labels is p (1 - p): no sampling needed here.
-            logit_moment += (probabilities * (1 - probabilities)).sum(0).double().cpu()
-            labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).squeeze(1).to(device)
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            part = task.trimmed(part.to(device))
+            real[0] = task.real(part)
+            outputs = task.outputs(model, part)
+            if head is not None:
+                head.add(task, outputs.detach(), part)
+            loss = task.sampled_loss(outputs, generator)
             loss.backward()  # type: ignore[no-untyped-call]
-            head_moment += head_inputs.pop().detach().flatten(0, -2).double().square().sum(0).cpu()
             shared.next_batch()
-            clock.advance(len(part), loss=loss.item() / part.numel())
+            clock.advance(len(part), loss=loss.item() / task.units(part))
     finally:
         for handle in handles:
             handle.remove()
 
-    tokens = windows.numel()
-    head_loss = 0.5 * float((logit_moment / tokens) @ head_weight.square() @ (head_moment / tokens))
-    sensitivity = {f"{embedding}.weight": 0.5 * sums["embedding"] / tokens}
-    head_tensor = f"{embedding}.weight" if checkpoint.shape.tied_embeddings else f"{head}.weight"
-    sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + head_loss
+    tokens, units = task.tokens(windows), task.units(windows)
+    sensitivity = {f"{embedding}.weight": 0.5 * sums.pop("embedding") / units}
+    if head is not None:
+        head_tensor = f"{embedding}.weight" if checkpoint.shape.tied_embeddings else f"{head_name}.weight"
+        sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + head.loss(units)
     return Statistics(
         inputs=inputs.mean(tokens),
-        gradients=gradients.mean(tokens),
+        gradients=gradients.mean(units),
         input_keys=dict(shared.keys),
         gradient_keys={name: f"{name}.gradient" for name in checkpoint.linear_modules},
         embedding_sensitivity=sensitivity,
         tokens=tokens,
+        sensitivity={} if task.padding is None else {name: 0.5 * total / units for name, total in sums.items()},
     )
