@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import BundleError
 from acip_export.files import HeaderEntry, read_safetensors_header, sha256_of
-from acip_export.plans import Plan, load_plan
+from acip_export.plans import Plan, TensorDecision, load_plan
+from acip_export.rounding import RoundTrip
 
 if TYPE_CHECKING:
     import torch
@@ -114,8 +115,22 @@ def stored_tensors(name: str, shape: tuple[int, ...], rank: int | None) -> dict[
     return {f"{module}.up.weight": (shape[0], rank), f"{module}.down.weight": (rank, shape[1])}
 
 
-def load_bundle(path: Path | str) -> nn.Module:
+def stored_formats(decision: TensorDecision) -> dict[str, str]:
+    """The weight format of each of :func:`stored_tensors`."""
+    if decision.rank is None:
+        return {decision.name: decision.format or ""}
+    return {
+        f"{decision.module}.up.weight": decision.up_format or "",
+        f"{decision.module}.down.weight": decision.down_format or "",
+    }
+
+
+def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Module:
     """The bundle as a float32 ``torch.nn.Module`` in evaluation mode: the reference for every export.
+
+    Args:
+        round_trip: the quantizer of the plan's target, ``converters.registry.converter(TARGET).round_trip``: matrices
+            then have the numbers that the export has. ``None``: as stored, before rounding.
 
     Raises:
         BundleError: see :meth:`Bundle.open`.
@@ -141,6 +156,11 @@ def load_bundle(path: Path | str) -> nn.Module:
         )
         setattr(model.get_submodule(parent), child, factored)
     state = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS_FILE).items()}
+    if round_trip is not None:
+        for decision in bundle.plan.tensors:
+            for name, form in stored_formats(decision).items():
+                if state[name].ndim == 2:
+                    state[name] = round_trip(state[name], form, bundle.importance(name))
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = tied_names(bundle.as_checkpoint())
     if set(missing) - tied or unexpected:

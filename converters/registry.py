@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError
 from acip_export.plans import Plan, Runtime, TensorDecision
+
+if TYPE_CHECKING:
+    import torch
 
 ENTRY_POINT_GROUP = "acip_export.converters"
 
@@ -69,6 +72,12 @@ class Converter(Protocol):
 
         Raises:
             UnsupportedError, MissingExtraError: as :meth:`predict_files`.
+        """
+        ...
+
+    def round_trip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+        """The numbers that :meth:`convert` stores, as the runtime reads them; see
+        :class:`acip_export.rounding.RoundTrip`.
         """
         ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,8 +34,11 @@ from converters.gguf.writer import (
 )
 from converters.registry import Progress, ProgressCallback
 
+if TYPE_CHECKING:
+    import torch
+
 # With run_commands imported from its own file, what converters.registry.Converter asks for.
-__all__ = ["convert", "predict_files", "run_commands"]
+__all__ = ["convert", "predict_files", "round_trip", "run_commands"]
 
 # A SHA-256 in hexadecimal: predictions need only its length.
 _HASH_PLACEHOLDER = "0" * 64
@@ -110,6 +114,13 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
                 done += item.spec.nbytes
         check_structure(out / name, metadata, _specs(items))
     progress(Progress(total, total, ""))
+
+
+def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+    """See :class:`converters.registry.Converter`."""
+    import torch
+
+    return torch.from_numpy(ggml.dequantize(ggml.quantize(weight, name, importance), tuple(weight.shape), name))
 
 
 def check_structure(file: Path, metadata: Metadata, tensors: Sequence[TensorSpec]) -> None:

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
+from acip_export.formats import weight_format
 from acip_export.plans import Plan, Runtime, TensorDecision
 from converters.onnx.consumers import DATA_FILE, MODEL_FILE, small_files
 from converters.onnx.outline import GraphBytes, outline
 from converters.registry import Progress, ProgressCallback, RunCommand
 
 if TYPE_CHECKING:
+    import torch
+
     from converters.onnx.skeleton import ReadVector
     from converters.onnx.writer import Contents, Packed
 
@@ -114,6 +117,13 @@ def _graph(
     skeleton = make_skeleton(config, tensors, runtime.context, read_vector)
     graph, contents = build_graph(skeleton, options.accuracy_level)
     return pack(graph, contents, Path(DATA_FILE).name), contents
+
+
+def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+    """See :class:`converters.registry.Converter`."""
+    from converters.onnx.matrices import rounded
+
+    return rounded(weight, weight_format("onnx", name), importance)
 
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:

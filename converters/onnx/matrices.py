@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from acip_export.bundle import stored_tensors
 from acip_export.errors import UnsupportedError
 from acip_export.formats import WeightFormat, weight_format
 from acip_export.plans import TensorDecision
-from converters.onnx.quantize import bits_of, quantize
+from converters.onnx.quantize import bits_of, dequantize, quantize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,6 +151,19 @@ class MatrixReader:
                 done += len(quantized.scales)
                 yield quantized.codes
         self._scales[matrix.tensor] = scales
+
+
+def rounded(weight: Tensor, form: WeightFormat, importance: Tensor | None) -> Tensor:
+    """What the runtime reads of a matrix (rows, columns) stored in ``form``: float32."""
+    if form.is_float:
+        return weight.float()
+    columns = None if importance is None else _floats(importance)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(
+            lambda rows: dequantize(quantize(_floats(rows), form, columns), form, weight.shape[1]),
+            _slices(weight, weight.shape[1]),
+        )
+        return torch.from_numpy(np.concatenate(list(parts)))
 
 
 def _slices(weight: Tensor, width: int) -> Iterator[Tensor]:
