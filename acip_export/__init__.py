@@ -13,8 +13,7 @@ from acip_export.version import __version__
 if TYPE_CHECKING:
     from acip_export.bundle import Bundle, load_bundle
     from acip_export.checkpoint import Checkpoint
-    from acip_export.materialize import materialize_bundle
-    from acip_export.pipeline import convert_bundle, export_model, plan_export
+    from acip_export.pipeline import convert_bundle, export_model, materialize_bundle, plan_export
     from acip_export.plan import PlanRequest, make_plan
     from acip_export.plans import Plan, load_plan, save_plan
     from acip_export.rank import rank_model
@@ -33,7 +32,7 @@ _HOME = {
     "load_plan": "acip_export.plans",
     "load_scores": "acip_export.scores",
     "make_plan": "acip_export.plan",
-    "materialize_bundle": "acip_export.materialize",
+    "materialize_bundle": "acip_export.pipeline",
     "plan_export": "acip_export.pipeline",
     "rank_model": "acip_export.rank",
     "save_plan": "acip_export.plans",

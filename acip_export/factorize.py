@@ -89,6 +89,31 @@ def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening
     )
 
 
+def balance(
+    up: Tensor, down: Tensor, right: Whitening | None, left: Whitening | None, rank: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best pair of ``rank`` for ``up @ down``, both factors with the same singular values, in the whitened norm.
+
+    QR of both sides and one small SVD. ``up`` (out, r), ``down`` (r, in); returns float32 (out, rank), (rank, in), in
+    descending order of the singular values.
+    """
+    left_side, right_side = up.double(), down.double()
+    if left is not None:
+        left_side = left.root @ left_side
+    if right is not None:
+        right_side = right_side @ right.root
+    q_up, r_up = torch.linalg.qr(left_side)
+    q_down, r_down = torch.linalg.qr(right_side.T)
+    u, s, vt = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    scale = s[:rank].sqrt()
+    up = q_up @ (u[:, :rank] * scale)
+    down = (scale[:, None] * vt[:rank]) @ q_down.T
+    return (
+        (up if left is None else left.inverse @ up).float(),
+        (down if right is None else down @ right.inverse).float(),
+    )
+
+
 def fold(
     up: Tensor,
     down: Tensor,
@@ -97,24 +122,5 @@ def fold(
     right: Whitening | None,
     left: Whitening | None,
 ) -> tuple[Tensor, Tensor]:
-    """The best pair of the same rank for ``up @ down + adapter_up @ adapter_down``, in the whitened norm.
-
-    QR of both sides and one small SVD. ``up`` (out, r), ``down`` (r, in); returns float32 of the same shapes.
-    """
-    rank = up.shape[1]
-    left_side = torch.cat([up, adapter_up], dim=1).double()
-    right_side = torch.cat([down, adapter_down]).double()
-    if left is not None:
-        left_side = left.root @ left_side
-    if right is not None:
-        right_side = right_side @ right.root
-    q_up, r_up = torch.linalg.qr(left_side)
-    q_down, r_down = torch.linalg.qr(right_side.T)
-    u, s, vt = torch.linalg.svd(r_up @ r_down.T)
-    scale = s[:rank].sqrt()
-    up = q_up @ (u[:, :rank] * scale)
-    down = (scale[:, None] * vt[:rank]) @ q_down.T
-    return (
-        (up if left is None else left.inverse @ up).float(),
-        (down if right is None else down @ right.inverse).float(),
-    )
+    """The best pair of the same rank for ``up @ down + adapter_up @ adapter_down``; see :func:`balance`."""
+    return balance(torch.cat([up, adapter_up], dim=1), torch.cat([down, adapter_down]), right, left, up.shape[1])

@@ -96,6 +96,33 @@ def _layout_name(request: PlanRequest) -> str:
     return target(request.target).layout(request.layout).name
 
 
+def materialize_bundle(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    plan: Plan,
+    out: Path,
+    force: bool = False,
+    progress: ProgressCallback = quiet,
+) -> Path:
+    """Write the bundle of ``plan``, its factors fitted to what the target's quantizer makes of them.
+
+    Raises as :func:`acip_export.materialize.materialize_bundle`, and
+        MissingExtraError: the target's quantizer is not installed.
+    """
+    from acip_export import materialize
+    from converters.registry import converter
+
+    return materialize.materialize_bundle(
+        checkpoint,
+        scores,
+        plan,
+        out,
+        force,
+        lambda p: progress(StageProgress("materialize", p.done, p.total, p.tensor)),
+        converter(plan.target).round_trip,
+    )
+
+
 def convert_bundle(
     bundle: Path, out: Path, force: bool = False, progress: ProgressCallback = quiet, check: bool = True
 ) -> Plan:
@@ -150,8 +177,6 @@ def export_model(
     Raises:
         VerificationError: bytes or numbers are not what was planned; nothing is left behind.
     """
-    from acip_export.materialize import materialize_bundle
-
     refuse_existing(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -159,13 +184,7 @@ def export_model(
         new_directory(out, force) as directory,
     ):
         bundle = Path(scratch) / "bundle"
-        materialize_bundle(
-            checkpoint,
-            scores,
-            plan,
-            bundle,
-            progress=lambda p: progress(StageProgress("materialize", p.done, p.total, p.tensor)),
-        )
+        materialize_bundle(checkpoint, scores, plan, bundle, progress=progress)
         _convert(Bundle.open(bundle), directory, progress, check=True)
         if not verify:
             return None
@@ -212,8 +231,6 @@ def verify_directory(
     Raises:
         PlanFileError: ``export`` has no plan. ScoreFileError, CheckpointError: the bundle cannot be made again.
     """
-    from acip_export.materialize import materialize_bundle
-
     plan = load_plan(export / verification.EXPORT_PLAN_FILE)
     checkpoint = Checkpoint.open(model)
     windows = None if text is None else text_windows(checkpoint, text, plan.runtime.context)

@@ -29,18 +29,12 @@ def materialize(
     acip-export materialize plan.json -o bundle
     """
     from acip_export import pipeline
-    from acip_export.materialize import materialize_bundle
 
     refuse_existing(out, force)
     checkpoint = Checkpoint.open(model)
     with console.stage_bars() as progress:
-        materialize_bundle(
-            checkpoint,
-            pipeline.open_scores(checkpoint, scores),
-            load_plan(plan_file),
-            out,
-            force,
-            lambda p: progress(pipeline.StageProgress("materialize", p.done, p.total, p.tensor)),
+        pipeline.materialize_bundle(
+            checkpoint, pipeline.open_scores(checkpoint, scores), load_plan(plan_file), out, force, progress
         )
     _done({"bundle": str(out)}, json, f"bundle written to {out}; next:  acip-export convert {out}")
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acip_export.factorize import Whitening, components, fold, unpack_moment
+from acip_export.factorize import DAMPING, Whitening, components, fold, unpack_moment
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile
 
 
@@ -72,8 +72,38 @@ def factor_pair(
     return Pair(*fold(pair.up, pair.down, *adapter, right, left))
 
 
-def inner_importance(down: Tensor, module: ModuleScores, moments: Moments) -> Tensor:
-    """Second moments of ``down(x)``, (rank,) float32: what the columns of ``up`` are multiplied with."""
-    if moments.inputs is not None:
-        return ((down.double() @ moments.inputs) * down.double()).sum(1).clamp_min(0).float()
-    return (down.double().square() @ torch.from_numpy(module.input_moment.astype(np.float64))).float()
+@dataclass(frozen=True)
+class Norm:
+    """What a change of a weight costs: 1/2 tr(G dW H dW^T), nats per token.
+
+    Attributes:
+        inputs: H (in, in), gradients: G (out, out), float64, damped as in :mod:`acip_export.factorize`; diagonal where
+            the score file holds no more.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+
+    @classmethod
+    def of(cls, module: ModuleScores, triangles: Mapping[str, FloatArray]) -> Norm:
+        moments = Moments.of(module, triangles)
+        return cls(_damped(moments.inputs, module.input_moment), _damped(moments.gradients, module.gradient_moment))
+
+    def loss(self, change: Tensor) -> float:
+        """Of a change (out, in)."""
+        wide = change.double()
+        return 0.5 * float(((self.gradients @ wide) * (wide @ self.inputs)).sum())
+
+
+def _damped(moment: Tensor | None, diagonal: FloatArray) -> Tensor:
+    full = torch.diag(torch.from_numpy(diagonal.astype(np.float64))) if moment is None else moment
+    return full + DAMPING * full.diagonal().mean() * torch.eye(len(full), dtype=torch.float64)
+
+
+def inner_importance(down: Tensor, inputs: Tensor) -> Tensor:
+    """Second moments of ``down(x)``, (rank,) float32: what the columns of ``up`` are multiplied with.
+
+    Args:
+        inputs: (in, in) E[x x^T], float64.
+    """
+    return ((down.double() @ inputs) * down.double()).sum(1).clamp_min(0).float()

@@ -16,14 +16,11 @@ from acip_export.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.encoder import sentence_files
 from acip_export.errors import CheckpointError, PlanFileError
 from acip_export.files import SafetensorsWriter, new_directory, refuse_existing, sha256_of
-from acip_export.materialize.factors import (
-    Moments,
-    basis_moments,
-    dense_weight,
-    factor_pair,
-    inner_importance,
-)
+from acip_export.formats import weight_format
+from acip_export.materialize.factors import Norm, basis_moments, dense_weight, factor_pair, inner_importance
+from acip_export.materialize.refit import refit
 from acip_export.plans import Plan, TensorDecision, dumps_plan
+from acip_export.rounding import RoundTrip
 from acip_export.scores import ScoreFile
 from acip_export.version import __version__
 
@@ -44,8 +41,13 @@ def materialize_bundle(
     out: Path,
     force: bool = False,
     progress: Callable[[MaterializeProgress], None] = lambda _: None,
+    round_trip: RoundTrip | None = None,
 ) -> Path:
     """Write the bundle of ``plan`` into the directory ``out``, whole or not at all.
+
+    Args:
+        round_trip: the quantizer of the plan's target; factor pairs are then fitted to what it makes of them. ``None``
+            leaves them as the ranking has them.
 
     Raises:
         UsageError: ``out`` exists and ``force`` is false.
@@ -64,7 +66,7 @@ def materialize_bundle(
         }
         with SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer:
             for index, decision in enumerate(plan.tensors):
-                for name, tensor in _numbers(checkpoint, scores, plan, decision, importance).items():
+                for name, tensor in _numbers(checkpoint, scores, plan, decision, round_trip, importance).items():
                     writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
                 progress(MaterializeProgress(index + 1, len(plan.tensors), decision.name))
         _save_importance(importance, directory / IMPORTANCE_FILE)
@@ -122,6 +124,7 @@ def _numbers(
     scores: ScoreFile,
     plan: Plan,
     decision: TensorDecision,
+    round_trip: RoundTrip | None,
     importance: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     weight = checkpoint.read(decision.name)
@@ -137,8 +140,14 @@ def _numbers(
     pair = factor_pair(weight, module, basis_moments(scores, module), decision.kept, plan.adapters)
     up, down = stored_tensors(decision.name, decision.shape, decision.rank)
     importance[down] = torch.from_numpy(module.input_moment)
-    importance[up] = inner_importance(pair.down, module, Moments.of(module, scores.second_moments))
-    return {up: pair.up, down: pair.down}
+    norm = Norm.of(module, scores.second_moments)
+    formats = [weight_format(plan.target, name or "") for name in (decision.up_format, decision.down_format)]
+    if round_trip is None or all(form.is_float for form in formats):
+        importance[up] = inner_importance(pair.down, norm.inputs)
+        return {up: pair.up, down: pair.down}
+    fitted = refit(pair, norm, importance[down], formats[0], formats[1], round_trip)
+    importance[up] = fitted.up_importance
+    return {up: fitted.pair.up, down: fitted.pair.down}
 
 
 def _save_importance(importance: dict[str, Tensor], file: Path) -> None:

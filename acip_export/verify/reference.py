@@ -12,6 +12,7 @@ import torch
 from acip_export.bundle import MANIFEST_FILE, load_bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.modules import load_causal_lm
+from acip_export.rounding import RoundTrip
 from acip_export.verify.runtime import Logits, Windows
 
 if TYPE_CHECKING:
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
 class TorchReference:
     """Opens a bundle directory, or any Hugging Face model directory.
 
+    Args:
+        round_trip: as :func:`acip_export.bundle.load_bundle`: a bundle's matrices are rounded as its export has them.
+
     Attributes:
         model: float32, evaluation mode, on the CPU.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, round_trip: RoundTrip | None = None) -> None:
         self.path = path
         self.model: nn.Module = (
-            load_bundle(path)
+            load_bundle(path, round_trip)
             if (path / MANIFEST_FILE).is_file()
             else load_causal_lm(Checkpoint.open(path), torch.float32)
         )

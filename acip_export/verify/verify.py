@@ -24,6 +24,8 @@ _SAMPLED_WINDOWS, _SAMPLED_TOKENS, _GREEDY_TOKENS = 2, 48, 16
 _FLOAT_TOLERANCE = {"onnx": 1e-4, "gguf": 2e-2}
 # Sixty times what the rounding costs on a trained model, a thousandth of what four-bit weights do.
 _ROUNDED_CACHE_KL = 1e-5
+# Thirty times what was measured on trained models in both formats; a tensor in the wrong place costs whole nats.
+_ROUNDED_ACTIVATIONS_KL = 0.03
 
 # target -> runtimes, as module and class; the first one measures perplexity and speed.
 _SESSIONS = {
@@ -109,10 +111,11 @@ def verify_export(
         MissingExtraError: a runtime is not installed.
     """
     from acip_export.verify.reference import TorchReference
+    from converters.registry import converter
 
     plan = load_plan(export / EXPORT_PLAN_FILE)
     failures = check_bytes(export, plan)
-    reference = TorchReference(bundle)
+    reference = TorchReference(bundle, converter(plan.target).round_trip)
     sampled = reference.sample(_SAMPLED_WINDOWS, min(_SAMPLED_TOKENS, plan.runtime.context), seed=0)
     prompt = [int(token) for token in sampled[0][: max(1, sampled.shape[1] // 3)]]
     continuation = reference.greedy(prompt, min(_GREEDY_TOKENS, plan.runtime.context - len(prompt)))
@@ -180,12 +183,11 @@ def _check_agreement(plan: Plan, report: RuntimeReport) -> list[str]:
         if agreement.greedy_equal != agreement.greedy_tokens:
             failures.append(f"{report.runtime}: greedy tokens differ after {agreement.greedy_equal}")
     else:
-        # A tensor written to the wrong place or in the wrong order costs whole nats. The prediction covers dropped
-        # components as well, which the bundle shares, so twice of it is far above what rounding alone does.
-        limit = 0.1 + 2 * plan.predicted_loss
-        if not agreement.mean_kl <= limit:
+        # The bundle is rounded alike, so what is left is the runtime's rounding of activations to eight bits.
+        if not agreement.mean_kl <= _ROUNDED_ACTIVATIONS_KL:
             failures.append(
-                f"{report.runtime}: KL from the bundle is {agreement.mean_kl:.3f} nats per token, at most {limit:.3f}"
+                f"{report.runtime}: KL from the bundle is {agreement.mean_kl:.3f} nats per token, at most "
+                f"{_ROUNDED_ACTIVATIONS_KL}"
             )
     return failures
 
