@@ -44,7 +44,7 @@ sample: $(STAMP) ## Train the sample models again (slow)
 
 consumers: $(CACHE)/consumers/node/package.json $(CACHE)/consumers/optimum.txt ## Install transformers.js and optimum-onnx for their tests
 
-$(CACHE)/consumers/node/package.json: tests/consumers/package.json
+$(CACHE)/consumers/node/package.json: samples/web/package.json
 	@mkdir -p $(@D)
 	cp $< $(@D)/new.json && cd $(@D) && mv new.json package.json && \
 	npm install --ignore-scripts --no-audit --no-fund --no-package-lock || { rm -f package.json; exit 1; }

@@ -1,0 +1,79 @@
+// Loads /model with transformers.js and generates in this page. ?device=webgpu uses the graphics card where there is one.
+import { AutoModelForCausalLM, AutoTokenizer, TextStreamer, env } from "@huggingface/transformers";
+
+const element = (id) => document.getElementById(id);
+const { device, wasmPaths } = globalThis.runtime;
+
+env.allowRemoteModels = false;
+env.allowLocalModels = true;
+env.localModelPath = "/";
+env.useBrowserCache = false;
+env.backends.onnx.wasm.wasmPaths = wasmPaths;
+
+const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e8 ? 1 : 0)} MB`;
+
+async function load() {
+  const files = new Map();
+  const progress_callback = ({ file, loaded, total }) => {
+    if (!total) return;
+    files.set(file, { loaded, total });
+    const sum = (key) => [...files.values()].reduce((before, entry) => before + entry[key], 0);
+    element("progress").value = sum("loaded") / sum("total");
+  };
+  const started = performance.now();
+  const tokenizer = await AutoTokenizer.from_pretrained("model");
+  const model = await AutoModelForCausalLM.from_pretrained("model", { device, progress_callback });
+  const seconds = (performance.now() - started) / 1000;
+  const bytes = [...files.values()].reduce((before, entry) => before + entry.total, 0);
+  element("about").textContent =
+    `${model.config.model_type}, ${megabytes(bytes)} on ${device}, loaded in ${seconds.toFixed(1)} s, ` +
+    `${model.config.max_position_embeddings} tokens of context`;
+  element("progress").hidden = true;
+  return { tokenizer, model };
+}
+
+async function generate({ tokenizer, model }) {
+  const output = element("output");
+  const prompt = element("prompt").value;
+  const inputs = tokenizer(prompt);
+  const room = model.config.max_position_embeddings - inputs.input_ids.dims[1];
+  const max_new_tokens = Math.min(Number(element("count").value), room);
+  if (max_new_tokens < 1) throw new Error(`the prompt leaves no room: the context is ${model.config.max_position_embeddings} tokens`);
+  const temperature = Number(element("temperature").value);
+  output.replaceChildren(document.createTextNode(prompt), document.createElement("b"));
+  let count = 0;
+  const streamer = new TextStreamer(tokenizer, {
+    skip_prompt: true,
+    callback_function: (text) => output.lastChild.append(text),
+    token_callback_function: () => { count += 1; },
+  });
+  const started = performance.now();
+  await model.generate({ ...inputs, max_new_tokens, streamer, do_sample: temperature > 0, ...(temperature > 0 && { temperature }) });
+  const seconds = (performance.now() - started) / 1000;
+  element("status").textContent = `${count} tokens in ${seconds.toFixed(2)} s, ${(count / seconds).toFixed(1)} tokens/s`;
+}
+
+const fail = (error) => {
+  element("status").textContent = `Failed: ${error.message ?? error}`;
+  document.body.dataset.state = "failed";
+};
+
+try {
+  const loaded = await load();
+  element("run").disabled = false;
+  document.body.dataset.state = "ready";
+  element("form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    element("run").disabled = true;
+    try {
+      await generate(loaded);
+      document.body.dataset.state = "done";
+    } catch (error) {
+      fail(error);
+    }
+    element("run").disabled = false;
+  });
+} catch (error) {
+  element("about").textContent = "The model could not be loaded.";
+  fail(error);
+}

@@ -1,0 +1,84 @@
+"""The browser sample as a visitor sees it: WebAssembly in a headless Chromium, nothing from the network."""
+
+from __future__ import annotations
+
+import http.client
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.browser import open_page
+from tests.onnx.conftest import CONTEXT, MakeExport
+from tests.onnx.test_consumers import HOME
+
+SAMPLE = Path(__file__).parents[2] / "samples" / "web"
+PACKAGES = HOME / "node" / "node_modules"
+
+
+@contextmanager
+def served(model: Path, packages: Path) -> Iterator[int]:
+    sys.path.insert(0, str(SAMPLE))
+    try:
+        import serve
+    finally:
+        sys.path.pop(0)
+    server = serve.server(model, packages)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("rule", ["int8", "mixed"])
+def test_the_page_loads_an_export_and_generates(make_export: MakeExport, rule: str) -> None:
+    if not PACKAGES.is_dir():
+        pytest.skip("transformers.js is not installed; with Node on the path run  make consumers")
+    export = make_export("samples/llama", True, rule)
+    with served(export.path, PACKAGES) as port, open_page() as page:
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector("body[data-state]", timeout=120_000)
+        assert page.inner_text("#status") == ""
+        assert f"{CONTEXT} tokens of context" in page.inner_text("#about")
+        page.fill("#prompt", "import os\n")
+        page.fill("#count", "12")
+        page.click("#run")
+        page.wait_for_selector("body[data-state=done], body[data-state=failed]", timeout=120_000)
+        assert "12 tokens in" in page.inner_text("#status")
+        text = page.inner_text("#output")
+        assert text.startswith("import os\n")
+        assert len(text) > len("import os\n")
+        # A prompt as long as the context is refused in words.
+        page.fill("#prompt", "x = 1\n" * CONTEXT)
+        page.click("#run")
+        page.wait_for_selector("body[data-state=failed]", timeout=60_000)
+        assert f"the context is {CONTEXT} tokens" in page.inner_text("#status")
+
+
+def test_the_server_stays_within_its_directories(make_export: MakeExport, tmp_path: Path) -> None:
+    export = make_export("llama", True, "int8")
+    (tmp_path / "@huggingface" / "transformers").mkdir(parents=True)
+    with served(export.path, tmp_path) as port:
+
+        def status(path: str) -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection.request("GET", path)
+            return connection.getresponse().status
+
+        assert status("/") == status("/app.js") == status("/model/config.json") == 200
+        assert status("/model/../../README.md") == status("/%2e%2e/README.md") == status("/../README.md") == 404
+
+
+def test_missing_parts_are_named(make_export: MakeExport, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no config\.json"), served(tmp_path, tmp_path):
+        pass
+    export = make_export("llama", True, "int8")
+    with pytest.raises(SystemExit, match="npm install"), served(export.path, tmp_path):
+        pass
