@@ -1,7 +1,7 @@
 """Serve the page, an export and the JavaScript packages to a browser on this machine; nothing comes from elsewhere.
 
-    npm install --ignore-scripts                       once, in this directory
-    python serve.py ../../export/onnx                  then open the address that it prints
+npm install --ignore-scripts                       once, in this directory
+python serve.py ../../export/onnx                  then open the address that it prints
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def server(model: Path, packages: Path, port: int = 0) -> ThreadingHTTPServer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="export directory that acip-export --format onnx wrote")
-    parser.add_argument("--packages", type=Path, default=HERE / "node_modules", help="node_modules with transformers.js")
+    parser.add_argument("--packages", type=Path, default=HERE / "node_modules", help="where transformers.js is")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
     with server(arguments.model, arguments.packages, arguments.port) as running:
