@@ -1,0 +1,204 @@
+"""How long ``acip-export plan`` takes for a model of 7 billion parameters: a new process each time, start-up included.
+
+    python benchmarks/plan.py [--repeat 3]
+
+Makes a model directory of the shape of Llama 2 7B (32 layers, 224 linear layers) and a score file with full second
+moments. The matrices and the moments are holes in sparse files: planning reads neither. Writes benchmarks/plan.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.files import DTYPE_BYTES
+from acip_export.scores import CurvePoint, ModuleScores, ScoreFile, save_scores
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS, HIDDEN, FFN, VOCABULARY = 32, 4096, 11008, 32000
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+CASES = {
+    "gguf, stock": ("--budget", "4GB", "--format", "gguf"),
+    "gguf, adapter": ("--budget", "5GB", "--format", "gguf", "--layout", "adapter", "--types", "q8_0,q4_k"),
+    "onnx, factored": ("--budget", "6GB", "--format", "onnx"),
+    "gguf, on a device": ("--device", "raspberry-pi-5-8gb"),
+}
+
+
+def sparse_safetensors(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """A well-formed file whose numbers are a hole."""
+    position, header = 0, {}
+    for name, (dtype, shape) in tensors.items():
+        nbytes = int(np.prod(shape)) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    encoded = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        stream.truncate(8 + len(encoded) + position)
+
+
+def make_model(directory: Path) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    tokenizer = json.loads((ROOT / "samples" / "llama" / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    for token in range(len(vocabulary), VOCABULARY):
+        vocabulary[f"token{token}"] = token
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (directory / name).write_bytes((ROOT / "samples" / "llama" / name).read_bytes())
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        "model.embed_tokens.weight": ("BF16", (VOCABULARY, HIDDEN)),
+        "lm_head.weight": ("BF16", (VOCABULARY, HIDDEN)),
+        "model.norm.weight": ("BF16", (HIDDEN,)),
+    }
+    for layer in range(LAYERS):
+        stem = f"model.layers.{layer}"
+        for name in ("q", "k", "v", "o"):
+            tensors[f"{stem}.self_attn.{name}_proj.weight"] = ("BF16", (HIDDEN, HIDDEN))
+        for name, shape in (("gate", (FFN, HIDDEN)), ("up", (FFN, HIDDEN)), ("down", (HIDDEN, FFN))):
+            tensors[f"{stem}.mlp.{name}_proj.weight"] = ("BF16", shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{stem}.{name}.weight"] = ("BF16", (HIDDEN,))
+    sparse_safetensors(directory / "model.safetensors", tensors)
+    return directory
+
+
+def make_scores(model: Path) -> Path:
+    """Losses that fall off as those of trained layers do; the moments of every layer, full."""
+    checkpoint, draw = Checkpoint.open(model), np.random.default_rng(0)
+    modules: dict[str, ModuleScores] = {}
+    moments: dict[str, int] = {}
+    for name, shape in checkpoint.linear_modules.items():
+        loss = (10 ** draw.uniform(-7, -6) * np.geomspace(1, 1e-4, min(shape))).astype(np.float32)
+        layer, kind = name.rsplit(".", 1)
+        inputs = layer + (".input" if kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") else f".{kind}")
+        moments[inputs], moments[f"{name}.gradient"] = shape[1], shape[0]
+        modules[name] = ModuleScores(
+            shape=shape,
+            scores=loss,
+            drop_loss=loss,
+            up_sensitivity=loss,
+            down_sensitivity=loss,
+            sensitivity=float(loss.sum()),
+            input_moment=np.ones(shape[1], np.float32),
+            gradient_moment=np.ones(shape[0], np.float32),
+            input_key=inputs,
+            gradient_key=f"{name}.gradient",
+        )
+    total = sum(float(module.drop_loss.sum()) for module in modules.values())
+    scores = ScoreFile(
+        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        algorithm={"name": "acip", "basis": "kfac", "seed": 0},
+        data={"source": "none", "sha256": "0" * 64, "tokens": 0},
+        versions={"acip-export": "benchmark"},
+        curve=tuple(CurvePoint(r / 10, 2 + total * (1 - r / 10) ** 2) for r in range(10, 1, -1)),
+        modules=modules,
+        embedding_sensitivity={"model.embed_tokens.weight": 0.05, "lm_head.weight": 0.1},
+        second_moments={},
+    )
+    file = model / f"{model.name}.acip"
+    save_scores(scores, file)
+    add_moments(file, moments)
+    return file
+
+
+def add_moments(file: Path, moments: dict[str, int]) -> None:
+    """Append full second moments to a score file, as holes."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    position = len(content) - 8 - length
+    for key, width in moments.items():
+        count = width * (width + 1) // 2
+        end = position + 4 * count
+        header[f"second_moment/{key}"] = {"dtype": "F32", "shape": [count], "data_offsets": [position, end]}
+        position = end
+    encoded = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+        stream.truncate(8 + len(encoded) + position)
+
+
+def measure(model: Path, arguments: tuple[str, ...], repeat: int) -> dict[str, Any]:
+    """Wall seconds of the fastest and the median run, the peak resident bytes, and what was planned."""
+    command = [sys.executable, "-m", "acip_export", "plan", "--model", str(model), *arguments, "--json"]
+    seconds = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - started)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+    plan = json.loads(done.stdout)
+    used = plan["memory_bytes"] if plan["budget_scope"] == "memory" else sum(plan["breakdown"].values())
+    return {
+        "command": "acip-export plan " + " ".join(arguments),
+        "seconds": round(min(seconds), 2),
+        "seconds_median": round(sorted(seconds)[len(seconds) // 2], 2),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        "low_rank_layers": sum(tensor.get("rank") is not None for tensor in plan["tensors"]),
+        "budget_use": round(used / plan["budget_bytes"], 5),
+        "bound_gap": plan["predicted_loss"] - plan["certificate"]["lower_bound"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="names of cases; default: all")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "plan.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        model = make_model(Path(scratch) / "seven")
+        scores = make_scores(model)
+        results = {}
+        for name, arguments in CASES.items():
+            if args.only and name not in args.only:
+                continue
+            results[name] = measure(model, arguments, args.repeat)
+            print(f"{name:20}", json.dumps(results[name]), flush=True)
+        document = {
+            "benchmark": "plan",
+            "model": {"layers": LAYERS, "linear_layers": 7 * LAYERS, "bytes": Checkpoint.open(model).weight_bytes},
+            "score_file_bytes": scores.stat().st_size,
+            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
+            "versions": {name: version(name) for name in ("numpy", "scipy", "typer", "rich")},
+            "results": results,
+        }
+    if not args.only:
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
