@@ -6,8 +6,9 @@ A safetensors file. Its header metadata holds five JSON documents (``model``, ``
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.checkpoint import Checkpoint, natural_key
+from acip_export.checkpoint import Checkpoint
 from acip_export.errors import ScoreFileError
-from acip_export.files import SafetensorsWriter, new_file, read_safetensors_header, sha256_of
+from acip_export.files import HeaderEntry, SafetensorsWriter, new_file, read_safetensors_header
+from acip_export.global_order import GlobalOrder
 
 SCORES_VERSION = 1
 SCORE_FILE_SUFFIX = ".acip"
@@ -96,7 +98,10 @@ class ScoreFile:
         modules: by Hugging Face module name.
         embedding_sensitivity: as :attr:`ModuleScores.sensitivity`, for the embedding and, if it is untied, the head,
             by tensor name.
-        second_moments: upper triangles (``np.triu_indices`` order) of full second moments, by key.
+        second_moments: upper triangles (``np.triu_indices`` order) of full second moments, by key; of a file, read
+            when asked for.
+        sha256: identifies the file: over its header, every tensor but the second moments, and the first 4 KiB of each
+            of those.
     """
 
     model: Mapping[str, str]
@@ -123,30 +128,17 @@ class ScoreFile:
         """Whether the losses are those of a next token, so that their exponentials are perplexities."""
         return self.loss_unit == CAUSAL_UNIT
 
-    def global_order(self) -> list[tuple[str, int]]:
-        """All units from least to most important: by score, then module order, then unit index (a total order)."""
-        names = sorted(self.modules, key=natural_key)
-        scores = np.concatenate([self.modules[name].scores for name in names])
-        owners = [(name, unit) for name in names for unit in range(len(self.modules[name].scores))]
-        return [owners[position] for position in np.argsort(scores, kind="stable")]
+    @cached_property
+    def global_order(self) -> GlobalOrder:
+        """All components of all modules, from least to most important."""
+        return GlobalOrder(
+            {name: module.scores for name, module in self.modules.items()},
+            {name: module.shape for name, module in self.modules.items()},
+        )
 
     def ranks_at(self, ratio: float) -> dict[str, int]:
-        """Rank of every module when the least important units are dropped until the linear layers have at most
-        ``ratio`` of their parameters.
-
-        A module of shape (m, n) and rank r counts min(r*(m+n), m*n): a pair that would be larger stays dense.
-        """
-        ranks = {name: len(module.scores) for name, module in self.modules.items()}
-        sizes = {name: module.shape[0] * module.shape[1] for name, module in self.modules.items()}
-        total = sum(sizes.values())
-        present = total
-        for name, _ in self.global_order():
-            if present <= ratio * total:
-                break
-            width = sum(self.modules[name].shape)
-            present -= min(ranks[name] * width, sizes[name]) - min((ranks[name] - 1) * width, sizes[name])
-            ranks[name] -= 1
-        return ranks
+        """See :meth:`GlobalOrder.ranks_at`."""
+        return self.global_order.ranks_at(ratio)
 
     def check_model(self, checkpoint: Checkpoint) -> None:
         """Refuse the score file of another model.
@@ -169,6 +161,8 @@ class ScoreFile:
                 raise ScoreFileError(f"{name} has shape {shape}, the score file has {self.modules[name].shape}")
 
 
+_MOMENT = "second_moment/"
+_MOMENT_SAMPLE = 4096
 _VECTORS = ("scores", "drop_loss", "up_sensitivity", "down_sensitivity")
 
 
@@ -189,7 +183,7 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
     for name, sensitivity in scores.embedding_sensitivity.items():
         tensors[f"{name}/embedding_sensitivity"] = np.array([sensitivity], np.float32)
     for key, triangle in scores.second_moments.items():
-        tensors[f"second_moment/{key}"] = triangle
+        tensors[f"{_MOMENT}{key}"] = triangle
     metadata = {
         "format": "acip-scores",
         "version": str(SCORES_VERSION),
@@ -214,8 +208,6 @@ def load_scores(file: Path) -> ScoreFile:
     Raises:
         ScoreFileError: truncated, not a score file, unknown version, wrong shapes, non-finite numbers.
     """
-    from safetensors.numpy import load_file
-
     entries, metadata = read_safetensors_header(file, ScoreFileError)
     if metadata.get("format") != "acip-scores":
         raise ScoreFileError(f"{file} is a safetensors file, but no score file (format {metadata.get('format')!r})")
@@ -226,10 +218,10 @@ def load_scores(file: Path) -> ScoreFile:
     wrong = [name for name, entry in entries.items() if entry.dtype != "F32"]
     if wrong:
         raise ScoreFileError(f"{file}: {wrong[0]!r} is {entries[wrong[0]].dtype}, expected F32")
-    tensors: dict[str, FloatArray] = load_file(file)
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise ScoreFileError(f"{file}: {name!r} holds NaN or infinity; rank again")
+    moments = _SecondMoments(
+        file, {name.removeprefix(_MOMENT): entry for name, entry in entries.items() if name.startswith(_MOMENT)}
+    )
+    tensors = {name: _read(file, name, entry) for name, entry in entries.items() if not name.startswith(_MOMENT)}
     try:
         layout = json.loads(metadata["modules"])
         return ScoreFile(
@@ -238,24 +230,62 @@ def load_scores(file: Path) -> ScoreFile:
             data=json.loads(metadata["data"]),
             versions=json.loads(metadata["versions"]),
             curve=tuple(CurvePoint(**point) for point in json.loads(metadata["curve"])),
-            modules={name: _module(file, name, entry, tensors) for name, entry in layout.items()},
+            modules={name: _module(file, name, entry, tensors, moments) for name, entry in layout.items()},
             embedding_sensitivity={
                 name.removesuffix("/embedding_sensitivity"): float(value[0])
                 for name, value in tensors.items()
                 if name.endswith("/embedding_sensitivity")
             },
-            second_moments={
-                name.removeprefix("second_moment/"): value
-                for name, value in tensors.items()
-                if name.startswith("second_moment/")
-            },
-            sha256=sha256_of(file),
+            second_moments=moments,
+            sha256=_identity(file, entries, tensors),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ScoreFileError(f"{file} is damaged: {error!r}") from error
 
 
-def _module(file: Path, name: str, entry: dict[str, Any], tensors: dict[str, FloatArray]) -> ModuleScores:
+class _SecondMoments(Mapping[str, FloatArray]):
+    """Second moments, read and checked when asked for: of a large model they are gigabytes, and plans need none."""
+
+    def __init__(self, file: Path, entries: Mapping[str, HeaderEntry]) -> None:
+        self._file, self._entries = file, entries
+
+    def __getitem__(self, key: str) -> FloatArray:
+        return _read(self._file, _MOMENT + key, self._entries[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _read(file: Path, name: str, entry: HeaderEntry) -> FloatArray:
+    values = np.fromfile(file, "<f4", entry.nbytes // 4, offset=entry.offset).reshape(entry.shape)
+    if not np.isfinite(values).all():
+        raise ScoreFileError(f"{file}: {name!r} holds NaN or infinity; rank again")
+    return values
+
+
+def _identity(file: Path, entries: Mapping[str, HeaderEntry], tensors: Mapping[str, FloatArray]) -> str:
+    """SHA-256 over the header, every tensor but the second moments, and the first 4 KiB of each of those."""
+    with file.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(min(entry.offset for entry in entries.values())))
+        for name, entry in entries.items():
+            if name in tensors:
+                digest.update(tensors[name].tobytes())
+            else:
+                stream.seek(entry.offset)
+                digest.update(stream.read(min(entry.nbytes, _MOMENT_SAMPLE)))
+    return digest.hexdigest()
+
+
+def _module(
+    file: Path,
+    name: str,
+    entry: dict[str, Any],
+    tensors: dict[str, FloatArray],
+    moments: Mapping[str, FloatArray],
+) -> ModuleScores:
     def get(suffix: str, expected: tuple[int, ...]) -> FloatArray:
         tensor = tensors.get(f"{name}/{suffix}")
         if tensor is None:
@@ -269,7 +299,7 @@ def _module(file: Path, name: str, entry: dict[str, Any], tensors: dict[str, Flo
     adapter_a = tensors.get(f"{name}/adapter/a")
     rank = 0 if adapter_a is None else adapter_a.shape[0]
     for key in (entry["input"], entry["gradient"]):
-        if key and f"second_moment/{key}" not in tensors:
+        if key and key not in moments:
             raise ScoreFileError(f"{file}: the second moment {key!r} of {name!r} is missing")
     vectors = {vector: get(f"singular/{vector}", (units,)) for vector in _VECTORS}
     return ModuleScores(

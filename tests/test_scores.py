@@ -46,10 +46,10 @@ def test_round_trip(model: Path, tmp_path: Path) -> None:
 def test_global_order_is_total(model: Path) -> None:
     scores = load_scores(find_scores(model))
     tied = replace(scores, modules={n: replace(m, scores=np.zeros_like(m.scores)) for n, m in scores.modules.items()})
-    order = tied.global_order()
-    assert len(set(order)) == len(order) == sum(len(m.scores) for m in scores.modules.values())
+    order = tied.global_order
     # All tied: module order, then unit index.
-    assert [unit for name, unit in order if name == order[0][0]] == list(range(len(tied.modules[order[0][0]].scores)))
+    assert order.positions.tolist() == list(range(sum(len(m.scores) for m in scores.modules.values())))
+    assert order.owners.tolist() == sorted(order.owners.tolist())
 
 
 def test_ranks_shrink_with_the_ratio(model: Path) -> None:

@@ -26,14 +26,11 @@ def component_losses(scores: ScoreFile) -> dict[str, FloatArray]:
     """
     from scipy.optimize import isotonic_regression
 
-    order = scores.global_order()
-    estimates = {name: module.drop_loss.astype(np.float64) for name, module in scores.modules.items()}
-    along = np.array([estimates[name][unit] for name, unit in order])
-    fitted = isotonic_regression(along).x
-    losses = {name: np.empty_like(values) for name, values in estimates.items()}
-    for (name, unit), value in zip(order, fitted, strict=True):
-        losses[name][unit] = value
-    return losses
+    order = scores.global_order
+    estimates = np.concatenate([scores.modules[name].drop_loss for name in order.names]).astype(np.float64)
+    losses = np.empty_like(estimates)
+    losses[order.positions] = isotonic_regression(estimates[order.positions]).x
+    return dict(zip(order.names, np.split(losses, np.cumsum(order.counts)[:-1]), strict=True))
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.errors import RankingError
+from acip_export.global_order import GlobalOrder
 from acip_export.rank.config import AcipConfig, ProgressCallback, silent
 from acip_export.rank.data import WindowStream
 from acip_export.rank.objectives import task_loss
-from acip_export.rank.ordering import GlobalOrder, broken_ties, update_score_map
+from acip_export.rank.ordering import broken_ties, update_score_map
 from acip_export.rank.parametrize import MaskedLinear, live_ratio
 from acip_export.rank.tasks import CAUSAL, Task
 from acip_export.rank.timing import Clock

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.factorize import Whitening, fold
+from acip_export.global_order import GlobalOrder
 from acip_export.rank.config import CURVE_RATIOS, ProgressCallback, silent
 from acip_export.rank.objectives import next_token_loss
-from acip_export.rank.ordering import GlobalOrder
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
 from acip_export.rank.tasks import CAUSAL, EmbeddingTask, Task
 from acip_export.rank.timing import Clock

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.checkpoint import natural_key
 from acip_export.scores import FloatArray
 
 _FLOAT32_BITS = 23
@@ -50,37 +49,3 @@ def split_like(parts: Mapping[str, npt.NDArray[np.float32]], joined: npt.NDArray
     ends = np.cumsum([len(part) for part in parts.values()])[:-1]
     pieces = np.split(joined.astype(np.float32), ends)
     return dict(zip(parts, pieces, strict=True))
-
-
-class GlobalOrder:
-    """All components from least to most important, and the ranks that follow for any size.
-
-    The same rule as :meth:`acip_export.scores.ScoreFile.ranks_at`, prepared once for many sizes.
-    """
-
-    def __init__(self, scores: Mapping[str, FloatArray], shapes: Mapping[str, tuple[int, int]]) -> None:
-        self.names = sorted(scores, key=natural_key)
-        self.shapes = shapes
-        counts = np.array([len(scores[name]) for name in self.names])
-        owners = np.repeat(np.arange(len(counts)), counts)
-        self.owners = owners[np.argsort(np.concatenate([scores[name] for name in self.names]), kind="stable")]
-        self.counts = counts
-        widths = np.array([sum(shapes[name]) for name in self.names])
-        sizes = np.array([shapes[name][0] * shapes[name][1] for name in self.names])
-        freed = np.empty(len(self.owners), np.int64)
-        for module, (count, width, size) in enumerate(zip(counts, widths, sizes, strict=True)):
-            ranks = np.arange(count, -1, -1)
-            freed[self.owners == module] = -np.diff(np.minimum(ranks * width, size))
-        self.total = int(sizes.sum())
-        self.present = self.total - np.concatenate([[0], np.cumsum(freed)])
-
-    def ranks_at(self, ratio: float) -> dict[str, int]:
-        """Rank of each module when the linear layers have at most ``ratio`` of their parameters."""
-        dropped = int(np.argmax(self.present <= ratio * self.total))
-        kept = self.counts - np.bincount(self.owners[:dropped], minlength=len(self.counts))
-        return {name: int(rank) for name, rank in zip(self.names, kept, strict=True)}
-
-    def stays_dense(self, name: str, rank: int) -> bool:
-        """Whether the pair would be no smaller than the dense weight."""
-        out, inputs = self.shapes[name]
-        return rank * (out + inputs) >= out * inputs

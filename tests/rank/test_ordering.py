@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from acip_export.rank.ordering import GlobalOrder, broken_ties, update_score_map
-from acip_export.scores import ModuleScores, ScoreFile
+from acip_export.global_order import GlobalOrder
+from acip_export.rank.ordering import broken_ties, update_score_map
 
 
 def test_score_map_follows_the_paper() -> None:
@@ -49,16 +49,21 @@ def test_ties_beyond_float32_stay_in_their_step() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ranks_are_those_of_the_score_file(seed: int) -> None:
+def test_ranks_drop_one_component_at_a_time(seed: int) -> None:
+    """Against the rule, step by step."""
     generator = np.random.default_rng(seed)
     shapes = {"l.10.a": (12, 20), "l.2.a": (16, 16), "l.2.b": (30, 8)}
     # Rounded, so that modules tie with each other.
     scores = {name: generator.normal(size=min(shape)).round(1).astype(np.float32) for name, shape in shapes.items()}
-    modules = {
-        name: ModuleScores(shape, scores[name], *[np.ones(min(shape), np.float32)] * 3, 1.0, np.ones(1), np.ones(1))
-        for name, shape in shapes.items()
-    }
-    file = ScoreFile({}, {}, {}, {}, (), modules, {}, {})
+    total = sum(m * n for m, n in shapes.values())
+    by_module = [
+        (value, name, unit) for name in ("l.2.a", "l.2.b", "l.10.a") for unit, value in enumerate(scores[name])
+    ]
     order = GlobalOrder(scores, shapes)
     for ratio in np.linspace(0, 1, 23):
-        assert order.ranks_at(ratio) == file.ranks_at(ratio)
+        ranks = {name: min(shape) for name, shape in shapes.items()}
+        for _, name in sorted(by_module, key=lambda unit: unit[0]):
+            if sum(min(r * sum(shapes[n]), shapes[n][0] * shapes[n][1]) for n, r in ranks.items()) <= ratio * total:
+                break
+            ranks[name] -= 1
+        assert order.ranks_at(ratio) == ranks

@@ -53,7 +53,7 @@ def test_score_file_is_complete(ranked: ScoreFile, model: Path, text: Path) -> N
         assert len(ranked.second_moments[module.input_key]) == inputs * (inputs + 1) // 2
         assert len(ranked.second_moments[module.gradient_key]) == out * (out + 1) // 2
         assert module.sensitivity > 0 and (module.drop_loss > 0).all()
-    assert len(ranked.global_order()) == sum(min(shape) for shape in checkpoint.linear_modules.values())
+    assert len(ranked.global_order.positions) == sum(min(shape) for shape in checkpoint.linear_modules.values())
 
 
 @pytest.mark.parametrize("adapters", [False, True])
