@@ -252,6 +252,9 @@ class _SecondMoments(Mapping[str, FloatArray]):
     def __getitem__(self, key: str) -> FloatArray:
         return _read(self._file, _MOMENT + key, self._entries[key])
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
