@@ -139,11 +139,12 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     table.add_row("used", format_bytes(used), f"{used / plan.budget_bytes:.2%} of the budget")
     table.add_row("left", format_bytes(plan.certificate.bytes_left), _upgrade(plan))
     table.add_row("files", format_bytes(plan.planned_bytes), f"{plan.size_ratio:.3f} of the dense model's bytes")
+    bound = f"(lower bound {plan.certificate.lower_bound:.4f})"
     if plan.predicted_perplexity is not None:
-        quality = (
-            f"{plan.predicted_loss:.4f} nats per token above dense (lower bound {plan.certificate.lower_bound:.4f})"
-        )
+        quality = f"{plan.predicted_loss:.4f} {plan.loss_unit} above dense {bound}"
         table.add_row("predicted perplexity", f"{plan.predicted_perplexity:.2f}", quality)
+    else:
+        table.add_row("predicted loss", f"{plan.predicted_loss:.4f}", f"{plan.loss_unit} {bound}")
     runtime = plan.runtime
     table.add_row(
         "runtime",

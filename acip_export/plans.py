@@ -103,7 +103,7 @@ class Plan:
             runtime's own parts (:data:`RUNTIME_PARTS`).
         files: exact bytes by file name.
         breakdown: memory by purpose.
-        predicted_loss: nats per token above the dense model.
+        predicted_loss: above the dense model, in ``loss_unit``.
         adapters: whether the learned adapters are folded in.
         tensors: one decision per tensor of the checkpoint.
         device: name of the device whose memory was planned for, if it was one.
@@ -128,6 +128,7 @@ class Plan:
     certificate: Certificate
     tensors: tuple[TensorDecision, ...]
     notes: tuple[str, ...] = field(default=())
+    loss_unit: str = "nats per token"
     device: str | None = None
 
     @property

@@ -81,12 +81,14 @@ def build_candidates(
     embedding_types = tuple(f for f in types if f.name in target.embedding_types) or tuple(
         weight_format(target.name, name) for name in target.embedding_types
     )
+    # An encoder's small tables and heads, whose rounding no ranking measures; runtimes add some of them as they are.
+    tables = set() if checkpoint.shape.generates else set(checkpoint.tensors) - set(scores.embedding_sensitivity)
     built = []
     for name, info in checkpoint.tensors.items():
         module = scores.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if module is not None:
             built.append(_linear(name, module, losses[name.removesuffix(".weight")], layout, types))
-        elif len(info.shape) == 2:
+        elif len(info.shape) == 2 and name not in tables:
             sensitivity = scores.embedding_sensitivity.get(name, 0.0)
             embedding = _dense(name, info.shape, sensitivity, embedding_types, None)
             built.append(replace(embedding, tied_head=checkpoint.shape.tied_embeddings))

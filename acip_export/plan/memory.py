@@ -39,6 +39,8 @@ def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeM
     """KV cache, compute and output buffers for one sequence of ``runtime.context`` tokens."""
     numerator, denominator = find_target(target).cache_types[runtime.cache_type]
     per_cell = 2 * shape.kv_heads * shape.head_dim * numerator
+    if not shape.generates:
+        return _encoder_memory(target, shape, runtime)
     batch = min(runtime.prompt_batch, runtime.context)
     if target == "gguf":
         cells = -(-runtime.context // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
@@ -58,6 +60,17 @@ def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeM
         memory_onnx.activation_bytes(shape, runtime),
         memory_onnx.logit_bytes(shape, runtime),
     )
+
+
+def _encoder_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeMemory:
+    """No cache; ``runtime.prompt_batch`` tokens, of texts of at most ``runtime.context``, are computed together."""
+    tokens = runtime.prompt_batch
+    if target == "onnx":
+        return RuntimeMemory(0, memory_onnx.encoder_bytes(shape, runtime), 4 * tokens * shape.hidden)
+    # The scores of every head over all tokens of the batch, twice, or the FFN; six streams; the mask.
+    attention = 2 * shape.heads * tokens + 4 * shape.hidden
+    per_token = 4 * (max(attention, 2 * shape.ffn) + 6 * shape.hidden + tokens) + _LLAMA_SMALL_TENSORS
+    return RuntimeMemory(0, tokens * per_token, 4 * shape.hidden * tokens)
 
 
 def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tuple[int, int]:
@@ -112,6 +125,8 @@ def choose_prompt_batch(target: str, shape: ModelShape, context: int, cache_type
 
     Large batches make prompts fast; beyond an eighth of the memory they cost more quality than they save time.
     """
+    if not shape.generates:
+        return context  # a text is computed in one piece
     for batch in PROMPT_BATCHES:
         memory = runtime_memory(target, shape, Runtime(context, cache_type, min(batch, context)))
         if memory.compute + memory.output <= room // 8:

@@ -52,5 +52,11 @@ def logit_bytes(shape: ModelShape, runtime: Runtime) -> int:
     return 4 * min(runtime.prompt_batch, runtime.context) * shape.vocabulary
 
 
+def encoder_bytes(shape: ModelShape, runtime: Runtime) -> int:
+    """Float32 activations of a batch of padded texts: attention scores and their softmax, or the wide FFN twice."""
+    wide = max(2 * shape.heads * runtime.context + 4 * shape.hidden, 2 * shape.ffn)
+    return 4 * runtime.prompt_batch * (wide + 4 * shape.hidden)
+
+
 def _blocks(rows: int, columns: int, form: WeightFormat) -> int:
     return rows * -(-columns // form.block)

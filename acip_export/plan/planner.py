@@ -125,23 +125,29 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
             "runtime_tokenizer": base.tokenizer,
         },
         predicted_loss=loss,
-        predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)),
+        predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)) if scores.is_causal else None,
         size_ratio=solution.file_bytes / checkpoint.weight_bytes,
         adapters=calibration.adapters(solution.allocation.loss) and any(d.rank for d in solution.decisions),
         runtime=runtime,
         certificate=certificate,
         tensors=solution.decisions,
-        notes=_notes(solution, certificate, loss, layout.low_rank is not None),
+        notes=_notes(solution, certificate, loss, layout.low_rank is not None, scores.loss_unit),
+        loss_unit=scores.loss_unit,
         device=request.device,
     )
 
 
 def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken: int) -> Runtime:
     """``taken``: bytes of the budget that no choice changes."""
-    longest = longest_context(target.name, checkpoint.shape)
+    encoder = encoder_of(checkpoint)
+    longest = longest_context(target.name, checkpoint.shape) if encoder is None else encoder.max_length
     context = min(longest, request.default_context) if request.context is None else request.context
     if not 0 < context <= longest:
-        why = "" if longest == checkpoint.shape.max_context else f"; {target.name} has no sliding window for it"
+        why = (
+            ""
+            if encoder is not None or longest == checkpoint.shape.max_context
+            else f"; {target.name} has no sliding window for it"
+        )
         raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")
     cache_type = request.cache_type or next(iter(target.cache_types))
     if cache_type not in target.cache_types:
@@ -150,8 +156,13 @@ def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken
     if batch is None:
         room = request.budget_bytes - taken
         batch = choose_prompt_batch(target.name, checkpoint.shape, context, cache_type, room)
-        if request.budget_scope == "file":
+        if request.budget_scope == "file" and encoder is None:
             batch = min(PROMPT_BATCHES[0], context)
+    if encoder is not None and batch < context:
+        raise UsageError(
+            f"--prompt-batch {batch} is less than a text of --context {context} tokens, which an encoder reads in one "
+            "piece; give more, or a shorter --context"
+        )
     return Runtime(context, cache_type, batch)
 
 
@@ -266,7 +277,7 @@ def describe(decision: TensorDecision) -> str:
     return f"{decision.module}: rank {decision.rank}, {decision.down_format} x {decision.up_format}"
 
 
-def _notes(solution: _Solution, certificate: Certificate, loss: float, low_rank: bool) -> tuple[str, ...]:
+def _notes(solution: _Solution, certificate: Certificate, loss: float, low_rank: bool, unit: str) -> tuple[str, ...]:
     if not low_rank:
         return ("this layout stores dense tensors only: the budget is spent on types",)
     factored = sum(decision.rank is not None for decision in solution.decisions)
@@ -275,4 +286,4 @@ def _notes(solution: _Solution, certificate: Certificate, loss: float, low_rank:
     alone = certificate.quantization_only_loss
     if alone is None:
         return (f"{factored} layers are low rank; quantization alone does not fit this budget",)
-    return (f"{factored} layers are low rank: predicted loss {loss:.4f} instead of {alone:.4f} nats per token",)
+    return (f"{factored} layers are low rank: predicted loss {loss:.4f} instead of {alone:.4f} {unit}",)

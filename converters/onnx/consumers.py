@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.checkpoint import TOKENIZER_FILES, Checkpoint
+from acip_export.encoder import sentence_files
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.files import read_json_object
 from acip_export.plans import Runtime
@@ -22,6 +23,7 @@ MODEL_FILE = "onnx/model.onnx"
 # transformers.js looks for exactly this suffix.
 DATA_FILE = "onnx/model.onnx_data"
 
+_TRANSFORMERS_JS = {"dtype": "fp32", "use_external_data_format": {Path(MODEL_FILE).name: 1}}
 _GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER = "tokenizer.json"
@@ -45,6 +47,8 @@ def small_files(source: Checkpoint, runtime: Runtime) -> dict[str, bytes | Path]
             f"{source.path} has no tokenizer.json, which onnxruntime-genai needs; save one with transformers' "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
+    if not source.shape.generates:
+        return _encoder_files(source, runtime)
     generation = _read(source.path / _GENERATION_CONFIG)
     tokens = _tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), runtime)
     special = _special_tokens(source.config, generation, tokens, _added_tokens(tokenizer))
@@ -59,12 +63,21 @@ def small_files(source: Checkpoint, runtime: Runtime) -> dict[str, bytes | Path]
     return dict(sorted(files.items()))
 
 
+def _encoder_files(source: Checkpoint, runtime: Runtime) -> dict[str, bytes | Path]:
+    """For encoders: nothing generates, and sentence-transformers' files tell others how to pool."""
+    names = [name for name in (*TOKENIZER_FILES, *sentence_files(source.path)) if name != _GENERATION_CONFIG]
+    files: dict[str, bytes | Path] = {name: source.path / name for name in names if (source.path / name).is_file()}
+    files["config.json"] = _json({**source.config, "transformers.js_config": _TRANSFORMERS_JS})
+    files[_TOKENIZER_CONFIG] = _json(_tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), runtime))
+    return dict(sorted(files.items()))
+
+
 def _config(config: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
     return {
         **config,
         # The rotary tables end here.
         "max_position_embeddings": runtime.context,
-        "transformers.js_config": {"dtype": "fp32", "use_external_data_format": {Path(MODEL_FILE).name: 1}},
+        "transformers.js_config": _TRANSFORMERS_JS,
     }
 
 

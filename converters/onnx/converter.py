@@ -7,14 +7,14 @@ built from shapes alone and serialized.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
+from acip_export.encoder import encoder_of
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.formats import weight_format
 from acip_export.plans import Plan, Runtime, TensorDecision
@@ -56,7 +56,7 @@ def predict_files(
     _check(layout, runtime)
     known = outline(checkpoint.config, checkpoint.shape, tensors, runtime.context)
     if known is None:
-        packed, _ = _graph(checkpoint.config, tensors, runtime, Options(), read_vector=None)
+        packed, _ = _graph(checkpoint, tensors, runtime, Options(), read_vector=None)
         known = GraphBytes(len(packed.protobuf), packed.data_bytes)
     sizes = {
         name: len(content) if isinstance(content, bytes) else content.stat().st_size
@@ -69,13 +69,16 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Opti
     """Write the export; see :class:`converters.registry.Converter`."""
     plan = bundle.plan
     _check(plan.layout, plan.runtime)
-    packed, contents = _graph(bundle.config, plan.tensors, plan.runtime, options or Options(), read_vector=bundle.read)
+    packed, contents = _graph(
+        bundle.as_checkpoint(), plan.tensors, plan.runtime, options or Options(), read_vector=bundle.read
+    )
     files = small_files(bundle.as_checkpoint(), plan.runtime)
 
     from converters.onnx.matrices import MatrixReader
     from converters.onnx.writer import write_data
 
     for name, content in files.items():
+        (out / name).parent.mkdir(exist_ok=True)
         if isinstance(content, bytes):
             (out / name).write_bytes(content)
         else:
@@ -104,17 +107,25 @@ def _check(layout: str, runtime: Runtime) -> None:
 
 
 def _graph(
-    config: Mapping[str, Any],
+    checkpoint: Checkpoint,
     tensors: tuple[TensorDecision, ...],
     runtime: Runtime,
     options: Options,
     read_vector: ReadVector | None,
 ) -> tuple[Packed, Contents]:
-    from converters.onnx.builder import build_graph
-    from converters.onnx.skeleton import make_skeleton
     from converters.onnx.writer import pack
 
-    skeleton = make_skeleton(config, tensors, runtime.context, read_vector)
+    encoder = encoder_of(checkpoint)
+    if encoder is not None:
+        from converters.onnx.encoder import build_encoder
+
+        model, parts = build_encoder(checkpoint.config, encoder, tensors, options.accuracy_level)
+        return pack(model, parts, Path(DATA_FILE).name), parts
+
+    from converters.onnx.builder import build_graph
+    from converters.onnx.skeleton import make_skeleton
+
+    skeleton = make_skeleton(checkpoint.config, tensors, runtime.context, read_vector)
     graph, contents = build_graph(skeleton, options.accuracy_level)
     return pack(graph, contents, Path(DATA_FILE).name), contents
 

@@ -88,6 +88,18 @@ class MatrixPart:
         return np.dtype(np.uint8) if self.form in ("codes", "flat_codes") else np.dtype(np.float32)
 
 
+@dataclass(frozen=True)
+class Vector:
+    """A float32 initializer that holds a tensor of the bundle as it is."""
+
+    tensor: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype[np.float32]:
+        return np.dtype(np.float32)
+
+
 def matrices_of(decision: TensorDecision) -> tuple[tuple[str, Matrix], ...]:
     """The chain of a decision.
 
@@ -123,8 +135,11 @@ class MatrixReader:
         self._bundle = bundle
         self._scales: dict[str, NDArray[np.float32]] = {}
 
-    def chunks(self, part: MatrixPart) -> Iterator[NDArray[np.generic]]:
+    def chunks(self, part: MatrixPart | Vector) -> Iterator[NDArray[np.generic]]:
         """Contiguous arrays that together are the initializer's bytes."""
+        if isinstance(part, Vector):
+            yield _floats(self._bundle.read(part.tensor))
+            return
         matrix = part.matrix
         if part.form == "scales":
             yield self._scales.pop(matrix.tensor)

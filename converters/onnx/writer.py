@@ -13,9 +13,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from acip_export.version import __version__
-from converters.onnx.matrices import MatrixPart, MatrixReader
+from converters.onnx.matrices import MatrixPart, MatrixReader, Vector
 
-Contents = Mapping[str, MatrixPart | NDArray[Any]]
+Contents = Mapping[str, MatrixPart | Vector | NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,6 @@ def write_data(file: Path, contents: Contents, reader: MatrixReader, progress: C
     """Stream the initializers into ``file``; ``progress(bytes written so far, initializer)`` after each one."""
     with file.open("wb") as stream:
         for name, content in contents.items():
-            for chunk in reader.chunks(content) if isinstance(content, MatrixPart) else (content,):
+            for chunk in reader.chunks(content) if isinstance(content, MatrixPart | Vector) else (content,):
                 stream.write(np.ascontiguousarray(chunk).data)
             progress(stream.tell(), name)
