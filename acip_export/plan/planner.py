@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import exp
 
 from acip_export.checkpoint import Checkpoint
+from acip_export.encoder import encoder_of
 from acip_export.errors import InfeasibleBudgetError, UsageError
 from acip_export.plan.allocate import Allocation, allocate, pareto
 from acip_export.plan.candidates import Candidates, build_candidates

@@ -1,7 +1,8 @@
 """The graph of a BERT-style encoder, from names and shapes alone: no torch, no weights, no model builder.
 
 Inputs ``input_ids``, ``attention_mask`` and ``token_type_ids``, each (batch, sequence) int64 of any size. Outputs by
-kind: ``last_hidden_state`` and ``sentence_embedding`` (pooled and normalised as the model's own files say), or ``logits``.
+kind: ``last_hidden_state`` and ``sentence_embedding`` (pooled and normalised as the model's own files say), or
+``logits``.
 Every matrix is a node of its own, a factor pair two of them; attention is one fused node.
 """
 
@@ -29,7 +30,7 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _BATCH, _SEQUENCE = "batch_size", "sequence_length"
 
-Contents = dict[str, MatrixPart | Vector | NDArray[Any]]
+Contents = dict[str, MatrixPart | Vector]
 
 
 def build_encoder(
@@ -82,6 +83,7 @@ class _Graph:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.contents: Contents = {}
+        self.constants: dict[str, ir.Value] = {}
         self.inputs = {
             name: ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([_BATCH, _SEQUENCE]))
             for name in ("input_ids", "attention_mask", "token_type_ids")
@@ -104,7 +106,7 @@ class _Graph:
     def rows(self, tensor: str) -> int:
         return self.decision(tensor).shape[0]
 
-    def initializer(self, name: str, content: MatrixPart | Vector | NDArray[Any]) -> ir.Value:
+    def initializer(self, name: str, content: MatrixPart | Vector) -> ir.Value:
         """An initializer without numbers; the same content is stored once."""
         if name not in self.initializers:
             dtype = ir.DataType.from_numpy(content.dtype)
@@ -114,14 +116,21 @@ class _Graph:
             self.initializers[name], self.contents[name] = value, content
         return self.initializers[name]
 
-    def integers(self, *values: int) -> ir.Value:
-        return self.initializer(f"constants.int64.{'_'.join(map(str, values))}", np.array(values, np.int64))
+    def constant(self, array: NDArray[Any]) -> ir.Value:
+        """In the graph itself: shape inference does not look into external data."""
+        name = f"/constants/{array.dtype}/{array.tolist()}"
+        if name not in self.constants:
+            self.constants[name] = self.node("Constant", [], name, value=ir.tensor(array))
+        return self.constants[name]
 
-    def first(self) -> ir.Value:
-        return self.initializer("constants.int64", np.array(0, np.int64))
+    def integers(self, *values: int) -> ir.Value:
+        return self.constant(np.array(values, np.int64))
+
+    def integer(self, value: int) -> ir.Value:
+        return self.constant(np.array(value, np.int64))
 
     def number(self, value: float) -> ir.Value:
-        return self.initializer(f"constants.float.{value:g}", np.array(value, np.float32))
+        return self.constant(np.array(value, np.float32))
 
     def vector(self, tensor: str) -> ir.Value:
         decision = self.decision(tensor)
@@ -271,7 +280,7 @@ def _transformer(graph: _Graph, config: Mapping[str, Any], encoder: Encoder) -> 
 def _pooled(graph: _Graph, hidden: ir.Value, mask: ir.Value, encoder: Encoder) -> ir.Value:
     assert encoder.pooling is not None
     if encoder.pooling.mode == "cls":
-        vector = graph.node("Gather", [hidden, graph.first()], "/pooling/Gather", axis=1)
+        vector = graph.node("Gather", [hidden, graph.integer(0)], "/pooling/Gather", axis=1)
     else:
         column = graph.node("Unsqueeze", [mask, graph.integers(-1)], "/pooling/Unsqueeze")
         if encoder.pooling.mode == "max":
@@ -293,7 +302,7 @@ def _pooled(graph: _Graph, hidden: ir.Value, mask: ir.Value, encoder: Encoder) -
 
 
 def _classified(graph: _Graph, hidden: ir.Value) -> ir.Value:
-    first = graph.node("Gather", [hidden, graph.first()], "/pooler/Gather", axis=1)
+    first = graph.node("Gather", [hidden, graph.integer(0)], "/pooler/Gather", axis=1)
     pooled = graph.node("Tanh", [graph.linear("bert.pooler.dense", first)], "/pooler/Tanh")
     return graph.linear("classifier", pooled)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from acip_export.bundle import stored_tensors
@@ -170,6 +169,8 @@ class MatrixReader:
 
 def rounded(weight: Tensor, form: WeightFormat, importance: Tensor | None) -> Tensor:
     """What the runtime reads of a matrix (rows, columns) stored in ``form``: float32."""
+    import torch  # not at the top: plans are made without it
+
     if form.is_float:
         return weight.float()
     columns = None if importance is None else _floats(importance)

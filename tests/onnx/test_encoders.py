@@ -1,0 +1,199 @@
+"""Encoders in onnxruntime: numbers of the bundle, bytes of the plan, any batch and length."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from acip_export import pipeline
+from acip_export.bundle import load_bundle
+from acip_export.checkpoint import Checkpoint
+from acip_export.encoder import encoder_of
+from acip_export.errors import InfeasibleBudgetError, UnsupportedError, UsageError
+from acip_export.modules import load_dense, pooled
+from acip_export.plan import PlanRequest
+from acip_export.plans import TensorDecision
+from acip_export.rank import rank_model
+from converters.onnx import converter
+from converters.onnx.converter import MODEL_FILE, Options
+from tests.encoders import CALIBRATION, lines_of_text, make_encoder
+from tests.support import make_bundle, make_plan
+
+TEXTS = ["The quick brown fox doesn't jump.", "def main", "Größe, naïve, ça va? emoji: 🎉 and runs of blanks"]
+FACTORED = {"representation": "factored", "rank": 24, "up_format": "f32", "down_format": "f32"}
+
+
+def export(model: Path, out: Path, words: str = "f32", accuracy: int = 0, **linear: Any) -> tuple[Path, Path]:
+    """Bundle and export of one decision for all linear layers; tables stay in f32."""
+    layers = set(Checkpoint.open(model).linear_modules)
+
+    def decide(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
+        if name.removesuffix(".weight") in layers:
+            return linear
+        return {"representation": "dense", "format": words if "word_embeddings" in name else "f32"}
+
+    plan = make_plan(model, "onnx", "factored", decide, context=48, prompt_batch=48)
+    bundle = make_bundle(model, plan, out / "bundle")
+    (out / "export").mkdir()
+    converter.convert(bundle, out / "export", lambda _: None, Options(accuracy_level=accuracy))
+    checkpoint = Checkpoint.open(model)
+    predicted = converter.predict_files(checkpoint, "factored", plan.tensors, plan.runtime)
+    written = {str(f.relative_to(out / "export")): f.stat().st_size for f in (out / "export").rglob("*") if f.is_file()}
+    assert predicted == written
+    return bundle.path, out / "export"
+
+
+def batch(model: Path, texts: list[str]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(model)(texts, padding=True, return_tensors="np")
+    return {name: found[name].astype(np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+
+def run(directory: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    session = onnxruntime.InferenceSession(str(directory / MODEL_FILE), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def expected(bundle: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the bundle computes with the numbers that the export has."""
+    reference = load_bundle(bundle, converter.round_trip)
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    with torch.no_grad():
+        output = reference(**tensors)
+    if not hasattr(output, "last_hidden_state"):
+        return {"logits": output.logits.numpy()}
+    encoder = encoder_of(Checkpoint.open(bundle))
+    assert encoder is not None and encoder.pooling is not None
+    vector = pooled(output.last_hidden_state, tensors["attention_mask"].bool(), encoder.pooling)
+    return {"last_hidden_state": output.last_hidden_state.numpy(), "sentence_embedding": vector.numpy()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling", "normalize", "linear"),
+    [
+        ("embedding", "mean", True, FACTORED),
+        ("embedding", "cls", False, {"representation": "dense", "format": "f32"}),
+        ("embedding", "max", True, FACTORED),
+        ("masked-lm", "", True, FACTORED),
+        ("classification", "", True, FACTORED),
+    ],
+)
+def test_float_parity(tmp_path: Path, kind: str, pooling: str, normalize: bool, linear: dict[str, Any]) -> None:
+    model = make_encoder(tmp_path / "bert", kind, pooling, normalize)
+    bundle, directory = export(model, tmp_path, **linear)
+    for texts in (TEXTS, TEXTS[:1]):
+        inputs = batch(model, texts)
+        wanted, found = expected(bundle, inputs), run(directory, inputs)
+        assert found.keys() == wanted.keys()
+        for name, array in wanted.items():
+            # Token vectors of padding are nobody's; the issue's bar for float graphs.
+            real = inputs["attention_mask"].astype(bool) if array.ndim == 3 else slice(None)
+            np.testing.assert_allclose(found[name][real], array[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("embedding", "int4-b128"), ("embedding", "int8"), ("masked-lm", "int8")])
+def test_quantized_parity(tmp_path: Path, kind: str, words: str) -> None:
+    model = make_encoder(tmp_path / "bert", kind)
+    quantized = {"representation": "factored", "rank": 32, "up_format": "int8", "down_format": "int4"}
+    bundle, directory = export(model, tmp_path, words, **quantized)
+    inputs = batch(model, TEXTS)
+    for name, array in expected(bundle, inputs).items():
+        real = inputs["attention_mask"].astype(bool) if array.ndim == 3 else slice(None)
+        # The same weights; accuracy level 0 rounds no activations.
+        np.testing.assert_allclose(run(directory, inputs)[name][real], array[real], atol=1e-3, rtol=0)
+
+
+def test_ranked_planned_exported_and_loaded(tmp_path: Path) -> None:
+    """The whole chain, through the files; the plan is made without torch."""
+    model = make_encoder(tmp_path / "bert")
+    text = lines_of_text(tmp_path / "lines.txt")
+    scores = rank_model(model, text, algorithm="fisher", calibration=CALIBRATION, out=model / "bert.acip")
+    checkpoint = Checkpoint.open(model)
+    request = PlanRequest("onnx", 170_000, budget_scope="file", context=40)
+    plan = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, None), request)
+    assert plan.predicted_perplexity is None and plan.loss_unit == scores.loss_unit
+    assert plan.runtime.prompt_batch >= plan.runtime.context and plan.breakdown["kv_cache"] == 0
+    formats = {d.name: d.format for d in plan.tensors}
+    assert (
+        formats["embeddings.position_embeddings.weight"] == formats["embeddings.token_type_embeddings.weight"] == "f32"
+    )
+    pipeline.export_model(checkpoint, scores, plan, tmp_path / "export", verify=False)
+    written = sum(f.stat().st_size for f in (tmp_path / "export").rglob("*") if f.is_file() and f.name != "plan.json")
+    assert written == plan.planned_bytes <= 170_000
+    inputs = batch(model, TEXTS)
+    found = run(tmp_path / "export", inputs)["sentence_embedding"]
+    dense = expected_dense(model, inputs)
+    # What the plan predicts is a mean over texts, from 300 of them; these are three.
+    distance = 1 - (found * dense).sum(-1).mean()
+    assert 0 < distance < 0.02 + 4 * plan.predicted_loss
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["transformers.js_config"]["use_external_data_format"] == {"model.onnx": 1}
+    assert (tmp_path / "export" / "1_Pooling" / "config.json").is_file()
+    assert not (tmp_path / "export" / "genai_config.json").exists()
+
+
+def expected_dense(model: Path, inputs: dict[str, Any]) -> Any:
+    dense = load_dense(Checkpoint.open(model), torch.float32)
+    with torch.no_grad():
+        hidden = dense(**{name: torch.from_numpy(array) for name, array in inputs.items()}).last_hidden_state
+        encoder = encoder_of(Checkpoint.open(model))
+        assert encoder is not None and encoder.pooling is not None
+        return pooled(hidden, torch.from_numpy(inputs["attention_mask"]).bool(), encoder.pooling).numpy()
+
+
+def test_planning_needs_no_torch(tmp_path: Path) -> None:
+    model = make_encoder(tmp_path / "bert")
+    rank_model(
+        model, lines_of_text(tmp_path / "t.txt"), algorithm="kfac", calibration=CALIBRATION, out=model / "b.acip"
+    )
+    code = (
+        "import sys; from acip_export import pipeline; from acip_export.checkpoint import Checkpoint\n"
+        "from acip_export.plan import PlanRequest\n"
+        f"c = Checkpoint.open({str(model)!r})\n"
+        "pipeline.plan_export(c, pipeline.open_scores(c, None), PlanRequest('onnx', 10**6))\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_whole_size_is_the_dense_model(tmp_path: Path) -> None:
+    model = make_encoder(tmp_path / "bert")
+    text = lines_of_text(tmp_path / "lines.txt")
+    scores = rank_model(model, text, algorithm="fisher", calibration=CALIBRATION, out=model / "bert.acip")
+    checkpoint = Checkpoint.open(model)
+    plan = pipeline.plan_export(checkpoint, scores, PlanRequest("onnx", 10**7))
+    assert {d.representation for d in plan.tensors} == {"dense"} and plan.predicted_loss == 0
+    pipeline.export_model(checkpoint, scores, plan, tmp_path / "export", verify=False)
+    inputs = batch(model, TEXTS)
+    found = run(tmp_path / "export", inputs)["sentence_embedding"]
+    np.testing.assert_allclose(found, expected_dense(model, inputs), atol=1e-5, rtol=0)  # float32, another order
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    model = make_encoder(tmp_path / "bert")
+    text = lines_of_text(tmp_path / "lines.txt")
+    scores = rank_model(model, text, algorithm="magnitude", calibration=CALIBRATION, out=model / "bert.acip")
+    checkpoint = Checkpoint.open(model)
+    with pytest.raises(UsageError, match="in one piece"):
+        pipeline.plan_export(checkpoint, scores, PlanRequest("onnx", 10**7, context=32, prompt_batch=16))
+    with pytest.raises(UsageError, match="1 to 48 tokens"):
+        pipeline.plan_export(checkpoint, scores, PlanRequest("onnx", 10**7, context=49))
+    with pytest.raises(InfeasibleBudgetError, match="smallest feasible budget"):
+        pipeline.plan_export(checkpoint, scores, PlanRequest("onnx", 10**4))
+    odd = make_encoder(tmp_path / "odd", hidden_act="swish")
+    decisions = tuple(TensorDecision(n, t.shape, "dense", 0, format="f32") for n, t in checkpoint.tensors.items())
+    runtime = make_plan(odd, "onnx", "factored", lambda _n, _s: {"representation": "dense", "format": "f32"}).runtime
+    with pytest.raises(UnsupportedError, match="activation 'swish'"):
+        converter.predict_files(Checkpoint.open(odd), "factored", decisions, runtime)
+    with pytest.raises(UnsupportedError, match="decides nothing"):
+        converter.predict_files(checkpoint, "factored", decisions[1:], runtime)
