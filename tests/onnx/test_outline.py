@@ -77,7 +77,7 @@ def random_model(seed: int, arch: str) -> tuple[Checkpoint, tuple[TensorDecision
 def test_sizes_equal_the_builders(arch: str, seed: int) -> None:
     checkpoint, decisions, runtime = random_model(seed, arch)
     added_up = outline.outline(checkpoint.config, checkpoint.shape, decisions, runtime.context)
-    built, _ = converter._graph(checkpoint.config, decisions, runtime, converter.Options(), read_vector=None)
+    built, _ = converter._graph(checkpoint, decisions, runtime, converter.Options(), read_vector=None)
     assert added_up == outline.GraphBytes(len(built.protobuf), built.data_bytes)
 
 
