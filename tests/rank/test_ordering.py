@@ -56,9 +56,7 @@ def test_ranks_drop_one_component_at_a_time(seed: int) -> None:
     # Rounded, so that modules tie with each other.
     scores = {name: generator.normal(size=min(shape)).round(1).astype(np.float32) for name, shape in shapes.items()}
     total = sum(m * n for m, n in shapes.values())
-    by_module = [
-        (value, name, unit) for name in ("l.2.a", "l.2.b", "l.10.a") for unit, value in enumerate(scores[name])
-    ]
+    by_module = [(value, name) for name in ("l.2.a", "l.2.b", "l.10.a") for value in scores[name]]
     order = GlobalOrder(scores, shapes)
     for ratio in np.linspace(0, 1, 23):
         ranks = {name: min(shape) for name, shape in shapes.items()}
