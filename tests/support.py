@@ -73,11 +73,16 @@ def make_tokenizer(split: str = "llama-bpe", vocabulary: int = 512) -> PreTraine
 
 
 def make_model(
-    directory: Path, arch: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+    directory: Path,
+    arch: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **overrides: Any,
 ) -> Path:
     """Save a random model of ``arch`` (a transformers ``model_type``) with its tokenizer; returns ``directory``."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer("llama-bpe" if arch in ("llama", "mistral") else "qwen2")
+    tokenizer = tokenizer or make_tokenizer("llama-bpe" if arch in ("llama", "mistral") else "qwen2")
     settings: dict[str, Any] = {
         "vocab_size": 512,
         "hidden_size": 256,

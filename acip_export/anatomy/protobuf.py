@@ -31,7 +31,7 @@ class Field:
 class Message:
     """``data[begin:end]``, read as a message. ``where`` names the file in errors."""
 
-    def __init__(self, data: mmap, where: str, begin: int, end: int) -> None:
+    def __init__(self, data: mmap | bytes, where: str, begin: int, end: int) -> None:
         self._data, self._where, self._begin, self._end = data, where, begin, end
 
     def inner(self, field: Field) -> Message:

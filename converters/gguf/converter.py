@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from converters.gguf import ggml
 from converters.gguf.architectures import family_of
 from converters.gguf.layouts import ADAPTER_FILE, Item, arrange
 from converters.gguf.run_commands import run_commands
-from converters.gguf.tokenizer import tokenizer_metadata
+from converters.gguf.tokenizer import strips_after_special, tokenizer_metadata
 from converters.gguf.writer import (
     ALIGNMENT,
     Bytes,
@@ -157,7 +158,7 @@ def _metadata(
     head = {
         "general.architecture": string(family.name),
         "general.type": string("adapter" if is_adapter else "model"),
-        "general.name": string(model),
+        "general.name": string(_general_name(model, checkpoint.path)),
         "general.alignment": uint32(ALIGNMENT),
         "general.quantization_version": uint32(_QUANTIZATION_VERSION),
         "general.file_type": uint32(_FILE_TYPES[_main_format(items)]),
@@ -173,6 +174,14 @@ def _metadata(
         **family.hyperparameters(checkpoint.config, shape),
         **tokenizer_metadata(checkpoint.path, checkpoint.config, shape.vocabulary),
     }
+
+
+def _general_name(model: str, path: Path) -> str:
+    """The model's name, which decides in llama.cpp whether special tokens swallow blanks: see strips_after_special."""
+    says_phi3 = re.search("phi-?3", model, re.IGNORECASE)
+    if strips_after_special(path):
+        return model if says_phi3 else f"{model} (Phi-3)"
+    return re.sub("phi-?3", "Phi 3", model, flags=re.IGNORECASE)
 
 
 def _main_format(items: Sequence[Item]) -> str:

@@ -23,7 +23,7 @@ from converters.gguf.ggml import TYPE_IDS
 ALIGNMENT = 32
 _MAGIC = b"GGUF"
 _VERSION = 3
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_INT8, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 1, 4, 5, 6, 7, 8, 9
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -68,6 +68,10 @@ def booleans(values: Sequence[bool]) -> Value:
 
 def float32s(values: Sequence[float]) -> Value:
     return Value(struct.pack("<IIQ", _ARRAY, _FLOAT32, len(values)) + np.asarray(values, "<f4").tobytes())
+
+
+def int8s(values: bytes) -> Value:
+    return Value(struct.pack("<IIQ", _ARRAY, _INT8, len(values)) + values)
 
 
 def _string(value: str) -> bytes:

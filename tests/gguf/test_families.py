@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from acip_export.bundle import load_bundle
 from acip_export.checkpoint import CONFIG_DEFAULTS, Checkpoint
+from acip_export.verify.llama_cpp import LlamaCppSession
 from converters.gguf import converter
 from converters.gguf.architectures import _BY_CLASS
 from tests.gguf.conftest import export
 from tests.gguf.test_converter import FLOAT_TOLERANCE, SERVED_TOLERANCE, agreement, assert_float_agreement
-from tests.support import dense, everywhere, make_model
+from tests.gguf.tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
+from tests.support import CORPUS, dense, everywhere, make_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -25,6 +29,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
+    "vocab_size": 928,
 }
 # Shorter than the windows of tokens that are compared (48), longer than a prompt batch (16).
 WINDOW = 20
@@ -45,7 +50,7 @@ LONG = {
 }
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1}
 # Not the head's size, so that the scale has to be written into the weights.
-GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": WINDOW}
+GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": WINDOW}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, linear positions": ("llama", rope("linear", factor=4.0)),
@@ -60,6 +65,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     ),
     "mistral": ("mistral", {"sliding_window": None}),
+    "mistral, SentencePiece": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "gemma": ("gemma", {}),
@@ -86,6 +92,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# The kind of tokenizer that a family's models have; the others have Llama 3's byte-level BPE or Qwen 2's.
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "llama, linear positions": partial(sentencepiece_tokenizer, "llama2"),
+    "mistral": partial(byte_level_tokenizer, "tekken"),
+    "mistral, SentencePiece": partial(sentencepiece_tokenizer, "mistral"),
+    **{case: partial(sentencepiece_tokenizer, "gemma") for case in CASES if case.startswith("gemma")},
+    "phi3": partial(sentencepiece_tokenizer, "phi3"),
+    "phi3, part of the head rotated": partial(byte_level_tokenizer, "gpt-4o"),
+    "llama, biases and an untied head": partial(byte_level_tokenizer, "smollm"),  # SmolLM 2
+    "smollm3": partial(byte_level_tokenizer, "llama-bpe"),
+    "olmo2": partial(byte_level_tokenizer, "dbrx"),
+    "granite": partial(byte_level_tokenizer, "smollm"),
+}
+
+
+def family_model(case: str, directory: Path) -> Path:
+    kind, settings = CASES[case]
+    tokenizer = TOKENIZERS[case]() if case in TOKENIZERS else None
+    # The seed is one whose greedy tokens are no near ties.
+    return make_model(directory / "model", kind, seed=1, tokenizer=tokenizer, **{**SIZES, **settings})
+
+
 def test_every_class_has_a_case() -> None:
     kinds = {kind for kind, _ in CASES.values()}
     classes = {AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(kind))].__name__ for kind in kinds}
@@ -96,13 +124,15 @@ def test_every_class_has_a_case() -> None:
 # transformers comments on the position encodings of the test, and on our tiny lengths.
 @pytest.mark.filterwarnings("ignore:.*rope.*")
 def test_llama_cpp_agrees_with_the_bundle(case: str, tmp_path: Path) -> None:
-    kind, settings = CASES[case]
-    # The seed is one whose greedy tokens are no near ties.
-    model = make_model(tmp_path / "model", kind, seed=1, **{**SIZES, **settings})
+    kind, model = CASES[case][0], family_model(case, tmp_path)
     bundle, out = export(model, "stock", dense(format="f32"), tmp_path)
     reference = load_bundle(bundle.path)
     assert_float_agreement(agreement(reference, out), GELU_TOLERANCE if "gemma" in kind else FLOAT_TOLERANCE)
     assert_float_agreement(agreement(reference, out, cache_type="f16"), SERVED_TOLERANCE)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with LlamaCppSession(out, bundle.plan.runtime, threads=1) as session:
+        for text in CORPUS[:2]:  # the kinds of tokenizers have tests of their own; here: it is the right one
+            assert session.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
     checkpoint = Checkpoint.open(model)
     predicted = converter.predict_files(checkpoint, "stock", bundle.plan.tensors, bundle.plan.runtime)
     assert {file.name: file.stat().st_size for file in out.iterdir()} == predicted
@@ -112,8 +142,7 @@ def test_llama_cpp_agrees_with_the_bundle(case: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*rope.*")
 def test_factor_pairs_of_odd_projections(case: str, tmp_path: Path) -> None:
     """Fused projections and scaled queries as base and adapter; odd widths keep the base at q8_0."""
-    kind, settings = CASES[case]
-    model = make_model(tmp_path / "model", kind, seed=1, **{**SIZES, **settings})
+    kind, model = CASES[case][0], family_model(case, tmp_path)
     rule = everywhere(
         representation="adapter", format="q8_0", rank=32, up_format="f32", down_format="f32", embedding_format="f32"
     )
@@ -141,8 +170,7 @@ def settings_that_matter(case: str) -> list[str]:
 @pytest.mark.filterwarnings("ignore:.*rope.*")
 def test_the_settings_of_these_cases_matter(case: str, tmp_path: Path) -> None:
     """Else the test above could not tell whether they are obeyed."""
-    kind, settings = CASES[case]
-    model = make_model(tmp_path / "model", kind, **{**SIZES, **settings})
+    (kind, settings), model = CASES[case], family_model(case, tmp_path)
     windows = torch.from_numpy(np.random.default_rng(1).integers(3, 512, (1, 48)))
 
     def logits(**changes: Any) -> torch.Tensor:

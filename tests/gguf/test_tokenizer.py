@@ -81,7 +81,7 @@ def test_pre_tokenizer_is_recognised(
          UnsupportedError, r"no pre-tokenizer for the pattern .* the closest is"),
         (lambda d: d["pre_tokenizer"].update(pretokenizers=[{**GPT2, "add_prefix_space": True}]),
          UnsupportedError, "no counterpart"),
-        (lambda d: d["model"].update(byte_fallback=True), UnsupportedError, "no byte-level BPE"),
+        (lambda d: d["model"].update(byte_fallback=True), UnsupportedError, "no SentencePiece model"),
         (lambda d: d.update(normalizer={"type": "Lowercase"}), UnsupportedError, "normalizes its input"),
         (lambda d: d.update(post_processor={"type": "RobertaProcessing"}), UnsupportedError, "post-processor"),
         (lambda d: d["model"]["vocab"].update(too_many=512), UnsupportedError, "has token 512"),
