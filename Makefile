@@ -8,10 +8,10 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: help setup demo test lint type bench sample consumers clean
+.PHONY: help setup demo test lint type llama-cpp bench bench-extension sample consumers clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## Make the environment in .venv, with the tested versions
 
@@ -26,6 +26,9 @@ demo: $(STAMP) ## Rank the sample model, export it at three budgets in both form
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -q
 
+llama-cpp: $(STAMP) ## Build llama.cpp with factor pairs (10 minutes, once) and install it beside the tests
+	$(BIN)/python -m converters.gguf.build_llama_cpp -c constraints.txt
+
 lint: $(STAMP) ## Style, format, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,6 +40,9 @@ type: $(STAMP) ## mypy --strict on both packages
 bench: $(STAMP) ## Measure again what benchmarks/ holds (slow)
 	$(BIN)/python benchmarks/format_errors.py
 	$(BIN)/python benchmarks/ranking.py
+
+bench-extension: llama-cpp ## Factor pairs against dense weights in llama.cpp, side by side (slow)
+	$(BIN)/python benchmarks/extension.py
 
 sample: $(STAMP) ## Train the sample models again (slow)
 	$(BIN)/python samples/train.py --arch llama --out samples/llama

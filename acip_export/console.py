@@ -242,6 +242,8 @@ def show_formats() -> None:
         out.print(f"[bold]{name}[/]  KV cache: {', '.join(target.cache_types)}")
         for layout in target.layouts:
             out.print(f"  layout {layout.name}: {layout.description}", markup=False)
+        for runtime, layouts in target.runtimes.items():
+            out.print(f"  runtime {runtime}: {', '.join(layouts)}", markup=False)
         table = Table(
             "type", "bits/weight", "block", "rounding error", "", box=None, padding=(0, 2), header_style="dim"
         )

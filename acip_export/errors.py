@@ -11,6 +11,7 @@
     │   ├── RankingError               model and text together: the ranking run diverged, or cannot be resumed
     │   ├── DeviceFileError            a user's devices.toml
     │   ├── ModelFileError             any .gguf, .onnx, .safetensors, or a directory of them
+    │   ├── ExtensionError             the llama.cpp checkout that our extension goes into
     │   └── BaselineError              acip-check.lock.json, or what --against names
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
     ├── UnsupportedError           5   the target cannot express what was asked
@@ -71,6 +72,10 @@ class ModelFileError(InputError):
     """A model file or directory to be looked at is missing, damaged, truncated or hostile."""
 
 
+class ExtensionError(InputError):
+    """The directory is no llama.cpp checkout, or of a version in which our extension does not find its places."""
+
+
 class BaselineError(InputError):
     """The baseline of a check is damaged, of an unknown version, or does not have what is compared."""
 
@@ -101,11 +106,10 @@ class VerificationError(AcipError):
 
 
 class MissingExtraError(AcipError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed. ``command`` installs it, if pip and ``extra`` do not."""
 
     exit_code = 7
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{package} is not installed, and {purpose} needs it.\nInstall it with:  pip install 'acip-export[{extra}]'"
-        )
+    def __init__(self, package: str, extra: str, purpose: str, command: str | None = None) -> None:
+        command = command or f"pip install 'acip-export[{extra}]'"
+        super().__init__(f"{package} is not installed, and {purpose} needs it.\nInstall it with:  {command}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from acip_export.bundle import PLAN_FILE, Bundle
 from acip_export.checkpoint import Checkpoint
-from acip_export.errors import VerificationError
+from acip_export.errors import InfeasibleBudgetError, UnsupportedError, VerificationError
 from acip_export.files import new_directory, refuse_existing
 from acip_export.plan import PlanRequest, make_plan
 from acip_export.plans import Plan, load_plan
@@ -77,23 +77,43 @@ def open_scores(checkpoint: Checkpoint, scores: Path | None) -> ScoreFile:
 
 
 def plan_export(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> Plan:
-    """Plan with the exact file sizes of the target's converter. Raises as :func:`acip_export.plan.make_plan`."""
+    """Plan with the exact file sizes of the target's converter; with the layout ``auto``, the best predicted of all.
+
+    Raises as :func:`acip_export.plan.make_plan`; with ``auto`` only if no layout has a plan.
+    """
+    from acip_export.targets import target as find_target
     from converters.registry import converter
 
-    layout = _layout_name(request)
+    layouts = find_target(request.target).layouts_for(request.layout, request.runtime)
     target = converter(request.target)
-    return make_plan(
-        checkpoint,
-        scores,
-        request,
-        lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime),
-    )
 
+    def plan(layout: str) -> Plan:
+        return make_plan(
+            checkpoint,
+            scores,
+            replace(request, layout=layout),
+            lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime),
+        )
 
-def _layout_name(request: PlanRequest) -> str:
-    from acip_export.targets import target
-
-    return target(request.target).layout(request.layout).name
+    if len(layouts) == 1:
+        return plan(layouts[0].name)
+    plans: list[Plan] = []
+    refusals: list[InfeasibleBudgetError] = []
+    unsupported: list[UnsupportedError] = []
+    for layout in layouts:
+        try:
+            plans.append(plan(layout.name))
+        except InfeasibleBudgetError as error:
+            refusals.append(error)
+        except UnsupportedError as error:
+            unsupported.append(error)
+    if not plans:
+        if refusals:
+            raise min(refusals, key=lambda error: error.smallest_feasible_bytes)
+        raise unsupported[0]
+    best = min(plans, key=lambda made: made.predicted_loss)
+    compared = ", ".join(f"{made.layout} {made.predicted_loss:.4f}" for made in plans)
+    return replace(best, notes=(*best.notes, f"predicted loss by layout: {compared} nats per token"))
 
 
 def materialize_bundle(

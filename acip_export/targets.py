@@ -12,6 +12,9 @@ from acip_export.errors import UnsupportedError
 from acip_export.formats import WeightFormat, formats_of, weight_format
 from acip_export.plans import Representation
 
+# The name that stands for "the best predicted of all layouts that the runtime runs".
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -21,6 +24,7 @@ class Layout:
         low_rank: the representation that carries factor pairs; ``None`` when the layout has none.
         base_format: format of the all-zero base below an adapter.
         rank_multiple: ranks are multiples of this (the largest block that the pair's formats need is taken if larger).
+        note: what a user has to know before choosing it.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Layout:
     low_rank: Representation | None
     base_format: str | None = None
     rank_multiple: int = 32
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Target:
         vector_format: format of norms and biases.
         cache_types: bytes of a KV cache entry as ``(numerator, denominator)``; the first is the default.
         layouts: the first is the default.
+        runtimes: the layouts that each runtime runs, its default first; the first runtime is the default.
         windowed: Hugging Face classes whose sliding windows the runtime applies; ``None``: all of them.
     """
 
@@ -49,6 +55,7 @@ class Target:
     vector_format: str
     cache_types: dict[str, tuple[int, int]]
     layouts: tuple[Layout, ...]
+    runtimes: dict[str, tuple[str, ...]]
     windowed: frozenset[str] | None = None
 
     def layout(self, name: str | None) -> Layout:
@@ -60,6 +67,27 @@ class Target:
                 return layout
         known = ", ".join(layout.name for layout in self.layouts)
         raise UnsupportedError(f"{self.name} has no layout {name!r}; it has: {known}")
+
+    def layouts_for(self, layout: str | None, runtime: str | None) -> tuple[Layout, ...]:
+        """The layouts to plan for: the one that was named, or with ``auto`` every one that the runtime runs.
+
+        Without a runtime, a named layout may be any; otherwise it is the default runtime.
+
+        Raises:
+            UnsupportedError: no such layout or runtime, or that runtime does not run that layout.
+        """
+        if runtime is not None and runtime not in self.runtimes:
+            raise UnsupportedError(f"{self.name} has no runtime {runtime!r}; it has: {', '.join(self.runtimes)}")
+        runs = self.runtimes[runtime or next(iter(self.runtimes))]
+        if layout == AUTO:
+            return tuple(self.layout(name) for name in runs)
+        found = self.layout(layout or runs[0])
+        if runtime is not None and found.name not in runs:
+            others = [name for name, layouts in self.runtimes.items() if found.name in layouts]
+            raise UnsupportedError(
+                f"{runtime} does not run the layout {found.name!r}; choose  --runtime {' or '.join(others)}"
+            )
+        return (found,)
 
     def choose_types(self, names: tuple[str, ...]) -> tuple[WeightFormat, ...]:
         """The formats that the user named, or the default ones. Raises UnsupportedError for unknown names."""
@@ -85,7 +113,14 @@ TARGETS: dict[str, Target] = {
                 "adapter",
                 base_format="q1_0",
             ),
+            Layout(
+                "factored",
+                "one file with factor pairs as tensors of their own; a llama.cpp with our extension runs it",
+                "factored",
+                note="only a llama.cpp with our extension runs this layout: make llama-cpp, or docs/upstream.md",
+            ),
         ),
+        runtimes={"llama.cpp": ("stock", "adapter"), "acip-llama.cpp": ("factored", "stock", "adapter")},
         windowed=frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"}),
     ),
     "onnx": Target(
@@ -97,6 +132,7 @@ TARGETS: dict[str, Target] = {
         layouts=(
             Layout("factored", "factor pairs as two MatMul or MatMulNBits nodes, dense weights as one", "factored"),
         ),
+        runtimes={"onnxruntime": ("factored",)},
     ),
 }
 

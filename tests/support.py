@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -18,6 +19,7 @@ from acip_export.factorize import components
 from acip_export.materialize import materialize_bundle
 from acip_export.plans import Certificate, Plan, Runtime, TensorDecision, decision_bytes
 from acip_export.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
+from acip_export.verify import llama_capi
 
 # Text with code, several scripts, emoji and runs of blanks; tokenizers are trained on it and compared on it.
 CORPUS = (
@@ -220,3 +222,8 @@ def everywhere(**fields: Any) -> Callable[[str, tuple[int, ...]], dict[str, Any]
 
 
 dense = functools.partial(everywhere, representation="dense")
+
+
+needs_factor_pairs = pytest.mark.skipif(
+    not llama_capi.runs_factor_pairs(), reason="needs llama.cpp with our extension: make llama-cpp"
+)

@@ -52,9 +52,10 @@ class PlanFlags:
         ),
     ] = None
     format_: Annotated[str | None, typer.Option("--format", "-f", help="Target: gguf or onnx.")] = None
-    layout: Annotated[str | None, typer.Option("--layout", help="Layout of the target; see  acip-export formats.")] = (
-        None
-    )
+    runtime: Annotated[str | None, typer.Option("--runtime", help="What will run it; see  acip-export formats.")] = None
+    layout: Annotated[
+        str | None, typer.Option("--layout", help="Layout of the target; auto: the best predicted that the runtime runs.")
+    ] = None
     types: Annotated[
         str, typer.Option("--types", help="Types to choose from, by comma. Default: the device's or the target's.")
     ] = ""
@@ -90,6 +91,7 @@ class PlanFlags:
             target=target,
             budget_bytes=self._budget(device),
             budget_scope=self.budget_scope or ("memory" if device is None else "process"),
+            runtime=self.runtime,
             layout=self.layout,
             types=names,
             context=self.context,

@@ -92,6 +92,7 @@ def formats(json: Json = False) -> None:
         {
             name: {
                 "layouts": [layout.name for layout in target.layouts],
+                "runtimes": {runtime: list(layouts) for runtime, layouts in target.runtimes.items()},
                 "cache_types": list(target.cache_types),
                 "types": [
                     {"name": f.name, "bits_per_weight": f.bits_per_weight, "block": f.block} for f in formats_of(name)

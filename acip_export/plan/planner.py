@@ -36,13 +36,16 @@ class PlanRequest:
         types: names of the formats to choose from; empty: the target's defaults.
         context: tokens; ``None``: the model's, at most ``default_context``.
         cache_type: ``None``: the target's default. prompt_batch: ``None``: chosen to suit the budget.
-        layout: ``None``: the target's default.
+        runtime: of the target; ``None``: its default.
+        layout: a layout of the target; ``None``: the runtime's default. Planning for several (``auto``) is the
+            caller's, who has each one's prediction of files.
         device: name of the device that the budget is of, if it is of one.
     """
 
     target: str
     budget_bytes: int
     budget_scope: BudgetScope = "memory"
+    runtime: str | None = None
     layout: str | None = None
     types: tuple[str, ...] = ()
     context: int | None = None
@@ -93,7 +96,9 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
     """
     scores.check_model(checkpoint)
     target = find_target(request.target)
-    layout = target.layout(request.layout)
+    layout, *others = target.layouts_for(request.layout, request.runtime)
+    if others:
+        raise UsageError(f"one plan is for one layout: {', '.join(each.name for each in (layout, *others))}")
     losses = component_losses(scores)
     candidates = build_candidates(checkpoint, scores, losses, target, layout, target.choose_types(request.types))
     base = process_base(target.name, checkpoint)
@@ -132,7 +137,8 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
         runtime=runtime,
         certificate=certificate,
         tensors=solution.decisions,
-        notes=_notes(solution, certificate, loss, layout.low_rank is not None, scores.loss_unit),
+        notes=_notes(solution, certificate, loss, layout.low_rank is not None, scores.loss_unit)
+        + ((layout.note,) if layout.note else ()),
         loss_unit=scores.loss_unit,
         device=request.device,
     )

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
+import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 from converters.gguf.ggml import library_path
@@ -176,21 +180,49 @@ _CONTEXT_DEFAULTS = {
 
 
 @cache
-def find() -> tuple[Any, str] | None:
-    """The C functions as attributes and the name of their source, or ``None`` when neither library offers them."""
+def find(extended: bool = False) -> tuple[Any, str] | None:
+    """The C functions as attributes and the name of their source, or ``None`` when no library offers them.
+
+    Args:
+        extended: the library must run factor pairs (docs/format.md). Otherwise a stock one is preferred.
+    """
+    has_pairs = runs_factor_pairs()
+    if extended:
+        sources = [_llama_cpp_python] if has_pairs else []
+    else:
+        sources = [_xllamacpp, _llama_cpp_python] if has_pairs else [_llama_cpp_python, _xllamacpp]
+    for source in sources:
+        found = source()
+        if found is not None:
+            found[0].llama_backend_init()
+            return found
+    return None
+
+
+@cache
+def runs_factor_pairs() -> bool:
+    """Whether llama-cpp-python is installed with our extension: its library then knows the names of factors."""
+    spec = find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    folder = os.environ.get("LLAMA_CPP_LIB_PATH") or Path(next(iter(spec.submodule_search_locations))) / "lib"
+    for file in Path(folder).glob("*llama.*"):
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"weight.lora_a\0") >= 0:
+                return True
+    return False
+
+
+def _llama_cpp_python() -> tuple[Any, str] | None:
     try:
         from llama_cpp import __version__, llama_cpp
-    except ImportError:
-        binding, name = _xllamacpp(), "llama.cpp (xllamacpp)"
-    else:
-        binding, name = llama_cpp, f"llama.cpp (llama-cpp-python {__version__})"
-    if binding is None:
+    except (ImportError, OSError, RuntimeError) as error:  # installed, but its library cannot be loaded
+        logger.warning("llama-cpp-python cannot be used: %s", error)
         return None
-    binding.llama_backend_init()
-    return binding, name
+    return llama_cpp, f"llama.cpp (llama-cpp-python {__version__})"
 
 
-def _xllamacpp() -> Any:
+def _xllamacpp() -> tuple[Any, str] | None:
     path = library_path()
     if path is None:
         return None
@@ -214,7 +246,7 @@ def _xllamacpp() -> Any:
     if different:
         logger.warning("%s has another layout of its parameters: %s", path, "; ".join(different))
         return None
-    return library
+    return library, "llama.cpp (xllamacpp)"
 
 
 class _Log:

@@ -13,13 +13,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from acip_export.errors import MissingExtraError, VerificationError
+from acip_export.anatomy.gguf import read_gguf
+from acip_export.errors import InputError, MissingExtraError, VerificationError
 from acip_export.plans import Runtime
 from acip_export.verify import llama_capi
 from acip_export.verify.runtime import Logits, RuntimeSession, Speed, Windows
 from converters.gguf.ggml import TYPE_IDS, library_path, processors
-from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE
+from converters.gguf.layouts import ADAPTER_FILE, FACTOR_SUFFIXES, MODEL_FILE
 
+# Where our extension comes from, for who has the package only; in a checkout, make llama-cpp does the same.
+BUILD_COMMAND = "python -m converters.gguf.build_llama_cpp"
 _SPEED_REPEATS = 3
 _BUFFER_LINE = re.compile(r"(\S+) +(model|LoRA|KV|compute|output) buffer size *= *([\d.]+) MiB")
 # enum llama_flash_attn_type
@@ -59,6 +62,15 @@ class BufferSizes:
         return cls(*totals.values())
 
 
+def has_factor_pairs(file: Path) -> bool:
+    """Whether a GGUF file has tensors in factored form. A damaged one has not: llama.cpp will say what is wrong."""
+    try:
+        tensors, _ = read_gguf(file, file.name)
+    except InputError:
+        return False
+    return any(tensor.name.endswith(FACTOR_SUFFIXES) for tensor in tensors)
+
+
 class LlamaCppSession:
     """An opened GGUF export; a :class:`~acip_export.verify.runtime.RuntimeSession`.
 
@@ -66,6 +78,7 @@ class LlamaCppSession:
     xllamacpp's server, which is slow and gives log-probabilities instead of logits.
 
     Args:
+        extended: open it with a llama.cpp that runs factor pairs; ``None``: if the export has some.
         flash_attention: as served. Off, together with a float32 cache, llama.cpp calculates attention in float32
             (flash attention rounds keys and values to float16 whatever the cache), and agrees with PyTorch to 1e-4.
 
@@ -73,19 +86,28 @@ class LlamaCppSession:
         name: runtime and way of access. buffers: what llama.cpp logged while opening; ``None`` from the server.
 
     Raises:
-        MissingExtraError: neither package is installed.
+        MissingExtraError: neither package is installed, or none that runs the export's factor pairs.
         VerificationError: llama.cpp refuses the export; the message quotes its log.
     """
 
     def __init__(
-        self, export: Path, runtime: Runtime, threads: int | None = None, flash_attention: bool = True
+        self,
+        export: Path,
+        runtime: Runtime,
+        threads: int | None = None,
+        flash_attention: bool = True,
+        extended: bool | None = None,
     ) -> None:
         threads = threads or processors()
         self._session: RuntimeSession
         self.buffers: BufferSizes | None = None
-        if llama_capi.find() is not None:
-            native = _NativeSession(export, runtime, threads, flash_attention)
+        extended = has_factor_pairs(export / MODEL_FILE) if extended is None else extended
+        found = llama_capi.find(extended)
+        if found is not None:
+            native = _NativeSession(*found, export, runtime, threads, flash_attention)
             self._session, self.buffers = native, native.buffers
+        elif extended:
+            raise MissingExtraError("a llama.cpp with our extension", "gguf", "running factor pairs", BUILD_COMMAND)
         elif library_path() is not None:
             from acip_export.verify.llama_server import ServerSession
 
@@ -123,10 +145,10 @@ class LlamaCppSession:
 class _NativeSession:
     """Model and context held through the C interface."""
 
-    def __init__(self, export: Path, runtime: Runtime, threads: int, flash_attention: bool) -> None:
-        found = llama_capi.find()
-        assert found is not None
-        self._api, self.name = found
+    def __init__(
+        self, api: Any, name: str, export: Path, runtime: Runtime, threads: int, flash_attention: bool
+    ) -> None:
+        self._api, self.name = api, name
         self._batch_size = min(runtime.prompt_batch, runtime.context)
         self._context_size = runtime.context
         self._model: int | None = None
@@ -167,7 +189,10 @@ class _NativeSession:
         if not self._context:
             raise VerificationError(f"{export / MODEL_FILE}: no context of {runtime.context} tokens")
         if handles:
-            pointers, scales = (c_void_p * len(handles))(*handles), (c_float * len(handles))(*[1.0] * len(handles))
+            # Numbers from one binding, pointers of its own type from the other.
+            kind: Any = c_void_p if isinstance(handles[0], int) else type(handles[0])
+            pointers = (kind * len(handles))(*handles)
+            scales = (c_float * len(handles))(*[1.0] * len(handles))
             if api.llama_set_adapters_lora(self._context, pointers, len(handles), scales):
                 raise VerificationError(f"{export / ADAPTER_FILE} does not fit {MODEL_FILE}")
 

@@ -1,4 +1,7 @@
-"""Bundle to GGUF: ``model.gguf``, and ``adapter.gguf`` in the layout that carries factor pairs as a LoRA."""
+"""Bundle to GGUF: ``model.gguf``, and ``adapter.gguf`` in the layout that carries factor pairs as a LoRA.
+
+The layout of factor pairs inside ``model.gguf`` is written down in docs/format.md.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from acip_export.plans import Runtime, TensorDecision
 from acip_export.version import __version__
 from converters.gguf import ggml
 from converters.gguf.architectures import family_of
-from converters.gguf.layouts import ADAPTER_FILE, Item, arrange
+from converters.gguf.layouts import ADAPTER_FILE, FACTOR_SUFFIXES, Item, arrange
 from converters.gguf.run_commands import run_commands
 from converters.gguf.tokenizer import strips_after_special, tokenizer_metadata
 from converters.gguf.writer import (
@@ -45,6 +48,8 @@ __all__ = ["convert", "predict_files", "round_trip", "run_commands"]
 _HASH_PLACEHOLDER = "0" * 64
 # ggml's GGML_QNT_VERSION: the generation of block layouts.
 _QUANTIZATION_VERSION = 2
+# Of the layout ``factored``, docs/format.md.
+FACTORED_VERSION = 1
 # enum llama_ftype (llama.h): what most of the weights are. llama.cpp only prints it.
 _FILE_TYPES = {
     "f32": 0,
@@ -169,6 +174,8 @@ def _metadata(
     if is_adapter:
         # alpha 0 is "unscaled": any other value is divided by each pair's rank.
         return {**head, "adapter.type": string("lora"), "adapter.lora.alpha": float32(0.0)}
+    if any(item.spec.name.endswith(FACTOR_SUFFIXES) for item in items):
+        head["acip.factored.version"] = uint32(FACTORED_VERSION)
     return {
         **head,
         **family.hyperparameters(checkpoint.config, shape),

@@ -18,6 +18,10 @@ from converters.gguf.writer import TensorSpec
 
 MODEL_FILE = "model.gguf"
 ADAPTER_FILE = "adapter.gguf"
+# First factor ``down`` (rank, in), second factor ``up`` (out, rank): the names of a LoRA's tensors.
+FACTOR_SUFFIXES = (".lora_a", ".lora_b")
+# Those whose factor pairs the tests run with the extension. Others may multiply by a weight behind its back.
+FACTORED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
     low_rank = TARGETS["gguf"].layout(layout).low_rank
     family = family_of(checkpoint.shape.architecture)
     names = family.tensor_names((d.name for d in tensors), checkpoint.shape)
+    if low_rank == "factored" and family.name not in FACTORED_ARCHITECTURES:
+        raise UnsupportedError(
+            f"llama.cpp's {family.name!r} has not been seen to run factor pairs; choose  --layout stock.  "
+            f"Tested: {', '.join(FACTORED_ARCHITECTURES)}"
+        )
     model: list[Item] = []
     adapter: list[Item] = []
     for decision in tensors:
@@ -58,9 +67,9 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
                 "plan again for this layout"
             )
         _check(decision, names[decision.name], checkpoint)
-        base, pair = _items(decision, names[decision.name], family, checkpoint)
-        model.append(base)
-        adapter += pair
+        whole, pair = _items(decision, names[decision.name], family, checkpoint)
+        model += whole
+        (adapter if low_rank == "adapter" else model).extend(pair)
     for name, numbers in family.constants(checkpoint.config, checkpoint.shape).items():
         model.append(Item(TensorSpec(name, numbers.shape, "f32"), None, numbers))
     files = {MODEL_FILE: tuple(model)}
@@ -71,6 +80,7 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
 
 def _items(
     decision: TensorDecision, name: str, family: Family, checkpoint: Checkpoint
+<<<<<<< HEAD
 ) -> tuple[Item, tuple[Item, ...]]:
     change = family.change(name, checkpoint.config, checkpoint.shape)
     assert decision.format is not None  # _check has seen to it
@@ -84,14 +94,38 @@ def _items(
         Item(TensorSpec(f"{name}.lora_b", up_shape, decision.up_format), up, change=change),
     )
     return Item(spec, decision.name, change=change, zero_if_missing=True), pair
+=======
+) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """What stands for the whole matrix (nothing, if its factors do), and its factor pair."""
+    order = family.row_order(name, checkpoint.shape)
+    whole: tuple[Item, ...] = ()
+    if decision.format is not None:
+        spec = TensorSpec(name, decision.shape, decision.format)
+        whole = (Item(spec, decision.name, row_order=order, zero_if_missing=decision.rank is not None),)
+    if decision.rank is None:
+        return whole, ()
+    (up, up_shape), (down, down_shape) = stored_tensors(decision.name, decision.shape, decision.rank).items()
+    assert decision.up_format is not None and decision.down_format is not None
+    pair = (
+        Item(TensorSpec(name + FACTOR_SUFFIXES[0], down_shape, decision.down_format), down),
+        Item(TensorSpec(name + FACTOR_SUFFIXES[1], up_shape, decision.up_format), up, row_order=order),
+    )
+    return whole, pair
+>>>>>>> 761b659 (GGUF: layout factored, run by llama.cpp with our extension; --runtime and --layout auto)
 
 
 def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint) -> None:
-    formats = [(decision.format, decision.shape[-1])]
-    if decision.representation == "adapter":
-        if name in ("token_embd.weight", "output.weight") or len(decision.shape) != 2:
-            raise UnsupportedError(f"{decision.name} cannot be a base with an adapter in llama.cpp; keep it dense")
+    formats = [(decision.format, decision.shape[-1])] if decision.representation != "factored" else []
+    if decision.representation != "dense":
+        # The embedding is looked up, never multiplied by. The head can be factored, but no LoRA is put on it.
+        whole_only = ("token_embd.weight",) + (("output.weight",) if decision.representation == "adapter" else ())
+        if name in whole_only or len(decision.shape) != 2:
+            raise UnsupportedError(f"{decision.name} cannot be {decision.representation} in llama.cpp; keep it dense")
         formats += [(decision.down_format, decision.shape[1]), (decision.up_format, decision.rank or 0)]
+    if decision.representation == "factored" and (decision.rank or 0) >= decision.shape[0]:
+        raise UnsupportedError(
+            f"{decision.name}: rank {decision.rank} is not below its {decision.shape[0]} rows; keep it dense"
+        )
     for form, columns in formats:
         try:
             fits = weight_format("gguf", form or "none").fits(columns)

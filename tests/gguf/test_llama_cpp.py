@@ -153,14 +153,14 @@ def test_a_library_with_moved_fields_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_any_runtime_the_message_says_what_to_install(stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_capi, "find", lambda: None)
+    monkeypatch.setattr(llama_capi, "find", lambda _extended: None)
     monkeypatch.setattr(llama_cpp, "library_path", lambda: None)
     with pytest.raises(MissingExtraError, match=r"acip-export\[gguf\]"):
         LlamaCppSession(stock, RUNTIME)
 
 
 def test_hidden_symbols_lead_to_the_server(stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_capi, "find", lambda: None)
+    monkeypatch.setattr(llama_capi, "find", lambda _extended: None)
     with LlamaCppSession(stock, RUNTIME, threads=1) as session:
         assert "server" in session.name
         assert session.buffers is None

@@ -1,0 +1,82 @@
+"""Which layouts a runtime runs, and how the best of several is chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import InfeasibleBudgetError, UnsupportedError
+from acip_export.pipeline import plan_export
+from acip_export.plan import PlanRequest
+from acip_export.plans import Plan
+from acip_export.targets import AUTO, TARGETS
+from tests.support import make_model, make_scores
+
+GGUF = TARGETS["gguf"]
+
+
+def names(layout: str | None, runtime: str | None) -> list[str]:
+    return [found.name for found in GGUF.layouts_for(layout, runtime)]
+
+
+def test_stock_llama_cpp_is_the_default_runtime() -> None:
+    assert names(None, None) == ["stock"]
+    assert names(AUTO, None) == names(AUTO, "llama.cpp") == ["stock", "adapter"]
+    assert names(None, "acip-llama.cpp") == ["factored"]
+    assert set(names(AUTO, "acip-llama.cpp")) == {layout.name for layout in GGUF.layouts}
+
+
+def test_a_named_layout_needs_no_runtime_but_no_wrong_one() -> None:
+    assert names("factored", None) == ["factored"]
+    with pytest.raises(UnsupportedError, match=r"llama\.cpp does not run .*'factored'.* --runtime acip-llama\.cpp"):
+        names("factored", "llama.cpp")
+    with pytest.raises(UnsupportedError, match=r"no runtime 'vllm'; it has: llama\.cpp, acip-llama\.cpp"):
+        names(None, "vllm")
+
+
+def test_every_layout_is_run_by_something_and_exists() -> None:
+    for target in TARGETS.values():
+        run = {name for layouts in target.runtimes.values() for name in layouts}
+        assert run == {layout.name for layout in target.layouts}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = make_model(tmp_path_factory.mktemp("layouts") / "tiny", "qwen3")
+    make_scores(directory)
+    return directory
+
+
+def planned(model: Path, budget: int, layout: str | None, runtime: str | None = None) -> Plan:
+    checkpoint = Checkpoint.open(model)
+    request = PlanRequest("gguf", budget, "file", runtime=runtime, layout=layout, context=64)
+    return plan_export(checkpoint, make_scores(model), request)
+
+
+def test_auto_is_the_best_predicted_of_the_runtimes_layouts(model: Path) -> None:
+    budget = 420_000
+    apart = {name: planned(model, budget, name) for name in ("stock", "adapter", "factored")}
+    stock = min((apart["stock"], apart["adapter"]), key=lambda plan: plan.predicted_loss)
+    assert planned(model, budget, AUTO).layout == stock.layout
+    extended = planned(model, budget, AUTO, "acip-llama.cpp")
+    assert extended.predicted_loss == min(plan.predicted_loss for plan in apart.values())
+    # Dense tensors are among the choices of pairs, whose key costs a few bytes: never noticeably worse.
+    assert apart["factored"].predicted_loss <= apart["stock"].predicted_loss
+    assert any("factored" in note and "stock" in note and "nats" in note for note in extended.notes)
+    assert any("make llama-cpp" in note for note in apart["factored"].notes)
+
+
+def test_auto_fails_only_when_no_layout_fits(model: Path) -> None:
+    with pytest.raises(InfeasibleBudgetError) as nothing:
+        planned(model, 1000, AUTO)
+    smallest = nothing.value.smallest_feasible_bytes
+    assert planned(model, smallest, AUTO).planned_bytes <= smallest
+    refused = 0
+    for layout in ("stock", "adapter"):
+        try:
+            planned(model, smallest, layout)
+        except InfeasibleBudgetError:
+            refused += 1
+    assert refused == 1
