@@ -54,7 +54,8 @@ class PlanFlags:
     format_: Annotated[str | None, typer.Option("--format", "-f", help="Target: gguf or onnx.")] = None
     runtime: Annotated[str | None, typer.Option("--runtime", help="What will run it; see  acip-export formats.")] = None
     layout: Annotated[
-        str | None, typer.Option("--layout", help="Layout of the target; auto: the best predicted that the runtime runs.")
+        str | None,
+        typer.Option("--layout", help="Layout of the target; auto: the best predicted that the runtime runs."),
     ] = None
     types: Annotated[
         str, typer.Option("--types", help="Types to choose from, by comma. Default: the device's or the target's.")

@@ -80,38 +80,22 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
 
 def _items(
     decision: TensorDecision, name: str, family: Family, checkpoint: Checkpoint
-<<<<<<< HEAD
-) -> tuple[Item, tuple[Item, ...]]:
-    change = family.change(name, checkpoint.config, checkpoint.shape)
-    assert decision.format is not None  # _check has seen to it
-    spec = TensorSpec(name, decision.shape, decision.format)
-    if decision.rank is None:
-        return Item(spec, decision.name, change=change), ()
-    (up, up_shape), (down, down_shape) = stored_tensors(decision.name, decision.shape, decision.rank).items()
-    assert decision.up_format is not None and decision.down_format is not None
-    pair = (
-        Item(TensorSpec(f"{name}.lora_a", down_shape, decision.down_format), down),
-        Item(TensorSpec(f"{name}.lora_b", up_shape, decision.up_format), up, change=change),
-    )
-    return Item(spec, decision.name, change=change, zero_if_missing=True), pair
-=======
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """What stands for the whole matrix (nothing, if its factors do), and its factor pair."""
-    order = family.row_order(name, checkpoint.shape)
+    change = family.change(name, checkpoint.config, checkpoint.shape)
     whole: tuple[Item, ...] = ()
     if decision.format is not None:
         spec = TensorSpec(name, decision.shape, decision.format)
-        whole = (Item(spec, decision.name, row_order=order, zero_if_missing=decision.rank is not None),)
+        whole = (Item(spec, decision.name, change=change, zero_if_missing=decision.rank is not None),)
     if decision.rank is None:
         return whole, ()
     (up, up_shape), (down, down_shape) = stored_tensors(decision.name, decision.shape, decision.rank).items()
     assert decision.up_format is not None and decision.down_format is not None
     pair = (
         Item(TensorSpec(name + FACTOR_SUFFIXES[0], down_shape, decision.down_format), down),
-        Item(TensorSpec(name + FACTOR_SUFFIXES[1], up_shape, decision.up_format), up, row_order=order),
+        Item(TensorSpec(name + FACTOR_SUFFIXES[1], up_shape, decision.up_format), up, change=change),
     )
     return whole, pair
->>>>>>> 761b659 (GGUF: layout factored, run by llama.cpp with our extension; --runtime and --layout auto)
 
 
 def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint) -> None:
