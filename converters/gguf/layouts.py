@@ -21,7 +21,18 @@ ADAPTER_FILE = "adapter.gguf"
 # First factor ``down`` (rank, in), second factor ``up`` (out, rank): the names of a LoRA's tensors.
 FACTOR_SUFFIXES = (".lora_a", ".lora_b")
 # Those whose factor pairs the tests run with the extension. Others may multiply by a weight behind its back.
-FACTORED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+FACTORED_ARCHITECTURES = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "llama",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 
 
 @dataclass(frozen=True)
