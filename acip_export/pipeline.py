@@ -113,7 +113,7 @@ def plan_export(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest)
         raise unsupported[0]
     best = min(plans, key=lambda made: made.predicted_loss)
     compared = ", ".join(f"{made.layout} {made.predicted_loss:.4f}" for made in plans)
-    return replace(best, notes=(*best.notes, f"predicted loss by layout: {compared} nats per token"))
+    return replace(best, notes=(*best.notes, f"predicted loss by layout: {compared} {best.loss_unit}"))
 
 
 def materialize_bundle(
