@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from acip_export import console
-from acip_export.commands import check, devices, export, inspect, rank, stages
+from acip_export.commands import check, devices, export, inspect, rank, report, stages
 from acip_export.errors import AcipError
 
 EXIT_INTERRUPTED = 130
@@ -32,6 +32,7 @@ for command in (
     stages.materialize,
     stages.convert,
     stages.verify,
+    report.report,
     inspect.inspect,
     check.check,
     devices.devices,

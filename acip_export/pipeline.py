@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,10 @@ from acip_export.errors import InfeasibleBudgetError, UnsupportedError, Verifica
 from acip_export.files import new_directory, refuse_existing
 from acip_export.plan import PlanRequest, make_plan
 from acip_export.plans import Plan, load_plan
+from acip_export.report import Exported, Ranking, build_page, write_papers
+from acip_export.report.data import ScoreMap, embedded, read_export
+from acip_export.report.source import hub_id, license_of
+from acip_export.report.write import PAGE_FILE
 from acip_export.scores import ScoreFile, find_scores, load_scores
 from acip_export.verify import verify as verification
 from acip_export.verify.measure import Perplexity
@@ -182,6 +186,8 @@ def export_model(
     text: Windows | None = None,
     dense: Perplexity | None = None,
     measure_speed: bool = False,
+    sizes: Sequence[Plan] | None = None,
+    types: tuple[str, ...] = (),
     progress: ProgressCallback = quiet,
 ) -> Report | None:
     """Materialize, convert and verify ``plan``; the directory ``out`` appears only when all of it went well.
@@ -190,9 +196,10 @@ def export_model(
 
     Args:
         text: token windows for perplexity. dense: the base model's perplexity on them, if it is known already.
+        sizes: for the slider of ``report.html``, see :func:`planned_sizes`; made from ``types`` if not given.
 
     Returns:
-        The report, also written as ``report.json``; ``None`` without ``verify``.
+        The report, also written as ``report.json``, ``report.html`` and ``README.md``; ``None`` without ``verify``.
 
     Raises:
         VerificationError: bytes or numbers are not what was planned; nothing is left behind.
@@ -218,7 +225,95 @@ def export_model(
         )
         verification.require_passed(report)
         verification.save_report(report, directory)
+        planned = planned_sizes(checkpoint, scores, plan, types) if sizes is None else sizes
+        write_report(directory, checkpoint, scores, sizes=planned)
         return report
+
+
+def planned_sizes(
+    checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, types: tuple[str, ...] = (), count: int = 16
+) -> tuple[Plan, ...]:
+    """Plans at ``count`` budgets, from the smallest feasible one to the largest that is of use, for the same runtime.
+
+    Args:
+        types: that ``plan`` chose from, if not the target's own.
+    """
+    base = PlanRequest(
+        plan.target,
+        1,
+        plan.budget_scope,
+        plan.layout,
+        types,
+        plan.runtime.context,
+        plan.runtime.cache_type,
+        plan.runtime.prompt_batch,
+    )
+    try:
+        plan_export(checkpoint, scores, base)
+        smallest = 1
+    except InfeasibleBudgetError as error:
+        smallest = error.smallest_feasible_bytes
+    full = plan_export(checkpoint, scores, replace(base, budget_bytes=2**62))
+    largest = full.budget_bytes - full.certificate.bytes_left
+    made: dict[int, Plan] = {}
+    for step in range(count):
+        # Equal factors: most of what happens to quality happens at the small sizes.
+        budget = round(smallest * (largest / smallest) ** (step / max(1, count - 1)))
+        found = plan_export(checkpoint, scores, replace(base, budget_bytes=max(budget, smallest)))
+        made[found.memory_bytes] = found
+    return tuple(made.values())
+
+
+def write_report(
+    export: Path,
+    checkpoint: Checkpoint | None = None,
+    scores: ScoreFile | None = None,
+    others: Sequence[Path] = (),
+    sizes: Sequence[Plan] = (),
+) -> tuple[Path, Path]:
+    """Write ``report.html`` and ``README.md`` of an export from its ``plan.json`` and ``report.json``.
+
+    Args:
+        checkpoint, scores: of its model; without them, what an earlier ``report.html`` there says is kept.
+        others: exports of the same model, target and layout, whose measured figures are shown too.
+
+    Raises:
+        PlanFileError, InputError: a plan or report is damaged, or of something else.
+    """
+    root = export if export.is_dir() else export.parent
+    earlier = root / PAGE_FILE
+    before = embedded(earlier.read_text(encoding="utf-8", errors="replace")) if earlier.is_file() else None
+    found: list[Exported] = [read_export(path) for path in (root, *others)]
+    page = build_page(
+        found[0],
+        found[1:],
+        sizes,
+        None if scores is None else _ranking(scores, checkpoint),
+        None if scores is None else _score_map(scores),
+        before,
+    )
+    return write_papers(page, root)
+
+
+def _ranking(scores: ScoreFile, checkpoint: Checkpoint | None) -> Ranking:
+    return Ranking(
+        dict(scores.algorithm),
+        dict(scores.data),
+        dict(scores.versions),
+        tuple((point.ratio, point.loss, point.loss_with_adapters) for point in scores.curve),
+        license_of(checkpoint.path) if checkpoint else "",
+        hub_id(checkpoint.path) if checkpoint else "",
+    )
+
+
+def _score_map(scores: ScoreFile) -> ScoreMap:
+    units = {name: len(module.scores) for name, module in scores.modules.items()}
+
+    def shares(ratios: Sequence[float]) -> list[dict[str, float]]:
+        cuts = [scores.ranks_at(ratio) for ratio in ratios]
+        return [{name: rank / units[name] for name, rank in ranks.items()} for ranks in cuts]
+
+    return shares
 
 
 def _dense_perplexity(checkpoint: Checkpoint, text: Windows | None) -> Perplexity | None:

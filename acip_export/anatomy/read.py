@@ -16,7 +16,7 @@ from acip_export.plans import Plan, TensorDecision, load_plan
 
 _PLAN_FILE, _BUNDLE_FILE = "plan.json", "bundle.json"
 # What an export's directory holds for people and tools, and no device needs.
-_PAPERS = frozenset({_PLAN_FILE, "report.json", "report.html", "README.md"})
+PAPERS = frozenset({_PLAN_FILE, "report.json", "report.html", "README.md"})
 _SUFFIXES = (".gguf", ".onnx", ".safetensors")
 
 _Contents = tuple[tuple[TensorPart, ...], dict[str, str], dict[str, int]]
@@ -107,7 +107,7 @@ def _directory(root: Path) -> Anatomy:
         for file in sorted(found)
         if file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(root).parts)
-        and not ((name := file.relative_to(root).as_posix()) in _PAPERS and is_export)
+        and not ((name := file.relative_to(root).as_posix()) in PAPERS and is_export)
         and not (at_top and file.suffix == ".acip")
     }
     models = {name: file for name, file in files.items() if file.suffix in _SUFFIXES}

@@ -4,9 +4,12 @@ may become markup, a link or a mention.
 
 from __future__ import annotations
 
+import html
+
 from acip_export.anatomy.diff import TensorChange
 from acip_export.check.compare import Result, signed
 from acip_export.check.run import Outcome
+from acip_export.markdown import code, plain
 from acip_export.units import format_bytes
 
 # A later run finds its own comment by this line and replaces it.
@@ -15,7 +18,6 @@ MARKER = "<!-- acip-export check -->"
 # GitHub refuses comments of more than 65,536 characters.
 _LONGEST = 60_000
 _MOST_CHANGES = 40
-_LONGEST_NAME = 120
 _ICONS = {"ok": "✅", "failed": "❌", "skipped": "⏭️"}
 
 
@@ -28,8 +30,8 @@ def markdown(outcome: Outcome) -> str:
         *_table(outcome),
     ]
     for result in outcome.results:
-        head += [f"- {code(result.name)}: {_text(problem.message)}" for problem in result.problems]
-        head += [f"- {code(result.name)}: {_text(note)}" for note in result.notes]
+        head += [f"- {code(result.name)}: {plain(problem.message)}" for problem in result.problems]
+        head += [f"- {code(result.name)}: {plain(note)}" for note in result.notes]
     text = "\n".join(head) + "\n"
     if len(text) > _LONGEST:
         return f"{text[: text.rindex(chr(10), 0, _LONGEST)]}\n\n…\n"
@@ -48,21 +50,6 @@ def summary(outcome: Outcome) -> str:
     checks = "1 check" if total == 1 else f"{total} checks"
     text = f"{failed} of {checks} failed" if failed else f"{checks} passed"
     return f"{text}, {skipped} skipped" if skipped else text
-
-
-def code(name: str) -> str:
-    """A name as a code span, inert in tables as well."""
-    shown = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
-    return "`" + shown.replace("`", "'").replace("|", "\\|") + "`"
-
-
-def _text(message: str) -> str:
-    """A message as plain text on one line: nothing in it is markup, links or mentions anybody."""
-    escaped = message.replace("\\", "\\\\").replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
-    for character in "`*_[]|~#!":
-        escaped = escaped.replace(character, f"\\{character}")
-    # A zero-width joiner keeps names of people and addresses from becoming mentions and links.
-    return escaped.replace("@", "@\u200d").replace("://", ":\u200d//")
 
 
 def _table(outcome: Outcome) -> list[str]:
@@ -94,7 +81,7 @@ def _details(result: Result) -> str:
     number = "1 change" if len(result.changes) == 1 else f"{len(result.changes)} changes"
     lines = [
         "",
-        f"<details><summary>{number} in <code>{_html(result.name)}</code></summary>",
+        f"<details><summary>{number} in <code>{html.escape(result.name, quote=False)}</code></summary>",
         "",
         "| tensor | was | is | change | |",
         "| --- | ---: | ---: | ---: | --- |",
@@ -108,8 +95,4 @@ def _details(result: Result) -> str:
 def _change(change: TensorChange) -> str:
     before = "" if change.before is None else format_bytes(change.before.nbytes)
     after = "" if change.after is None else format_bytes(change.after.nbytes)
-    return f"| {code(change.name)} | {before} | {after} | {signed(change.delta)} | {_text(change.what)} |"
-
-
-def _html(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return f"| {code(change.name)} | {before} | {after} | {signed(change.delta)} | {plain(change.what)} |"

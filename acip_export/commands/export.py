@@ -70,7 +70,16 @@ def export(
         return
     with console.stage_bars() as progress:
         report = pipeline.export_model(
-            checkpoint, opened, plan, target, force, verify, windows, measure_speed=verify, progress=progress
+            checkpoint,
+            opened,
+            plan,
+            target,
+            force,
+            verify,
+            windows,
+            measure_speed=verify,
+            types=request.types,
+            progress=progress,
         )
     if json:
         console.print_json({"out": str(target), "plan": plan.to_json(), "report": report and report.to_json()})

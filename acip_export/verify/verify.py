@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from acip_export.anatomy.read import PAPERS
 from acip_export.errors import VerificationError
 from acip_export.plans import Plan, load_plan
 from acip_export.verify.measure import Agreement, Perplexity, compare_logits, perplexity
@@ -88,8 +89,7 @@ def check_bytes(export: Path, plan: Plan) -> list[str]:
         for name, planned in plan.files.items()
         if written.get(name) != planned
     ]
-    ours = {EXPORT_PLAN_FILE, REPORT_FILE}
-    unplanned = {str(f.relative_to(export)) for f in export.rglob("*") if f.is_file()} - set(plan.files) - ours
+    unplanned = {str(f.relative_to(export)) for f in export.rglob("*") if f.is_file()} - set(plan.files) - PAPERS
     return failures + [f"{name}: written, but not planned" for name in sorted(unplanned)]
 
 

@@ -1,0 +1,61 @@
+"""``acip-export report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from acip_export import console
+from acip_export.checkpoint import Checkpoint
+from acip_export.commands.options import Json, Scores, Types
+from acip_export.errors import ScoreFileError
+
+
+def report(
+    export_dir: Annotated[Path, typer.Argument(metavar="EXPORT", help="Its directory, or the report.json in it.")],
+    others: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[EXPORT]...", help="Exports of the same model and layout: their measured figures too."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model directory or Hugging Face id. Default: . if it is it.")
+    ] = None,
+    scores: Scores = None,
+    sizes: Annotated[int, typer.Option(help="Sizes to plan for the slider, from the score file.", min=2)] = 16,
+    types: Types = "",
+    json: Json = False,
+) -> None:
+    """Write report.html and the model card README.md of an export again.
+
+    acip-export report export/gguf --model . --scores model.acip
+
+    acip-export report export/small export/large
+    """
+    from acip_export import pipeline
+    from acip_export.report.data import read_export
+
+    plan = read_export(export_dir).plan
+    checkpoint = opened = None
+    asked = model is not None or scores is not None
+    if asked or Path("config.json").is_file():
+        try:
+            checkpoint = Checkpoint.open(model or ".")
+            opened = pipeline.open_scores(checkpoint, scores)
+            if not asked and checkpoint.fingerprint != plan.model_fingerprint:
+                checkpoint = opened = None
+        except ScoreFileError:
+            if asked:
+                raise
+    planned = []
+    if checkpoint is not None and opened is not None:
+        names = tuple(name.strip().lower() for name in types.split(",") if name.strip())
+        planned = list(pipeline.planned_sizes(checkpoint, opened, plan, names, sizes))
+    else:
+        console.note("no model with a score file here: other sizes are those of the report that was there, if any")
+    written = pipeline.write_report(export_dir, checkpoint, opened, others or (), planned)
+    if json:
+        console.print_json({"written": [str(file) for file in written], "planned_sizes": len(planned)})
+    else:
+        console.out.print(f"written: {', '.join(map(str, written))}", markup=False)

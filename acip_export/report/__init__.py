@@ -1,0 +1,19 @@
+"""What people read about an export: ``report.html`` and the model card ``README.md``, made from the files of an export.
+
+Neither has a figure of its own: all come from ``plan.json``, ``report.json`` and the score file, or from an earlier
+``report.html`` where the score file is out of reach.
+"""
+
+from acip_export.report.data import Exported, Page, Ranking, build_page, read_export
+from acip_export.report.write import CARD_FILE, PAGE_FILE, write_papers
+
+__all__ = [
+    "CARD_FILE",
+    "PAGE_FILE",
+    "Exported",
+    "Page",
+    "Ranking",
+    "build_page",
+    "read_export",
+    "write_papers",
+]

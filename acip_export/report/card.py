@@ -1,0 +1,86 @@
+"""``README.md``: the model card, as Hugging Face reads it. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from acip_export.markdown import plain
+from acip_export.report.data import Page
+from acip_export.report.facts import Row, file_rows, provenance, runtime_rows
+from acip_export.units import format_bytes
+from acip_export.version import __version__
+
+
+def render(page: Page, commands: Iterable[str]) -> str:
+    """The card; ``commands`` run the export."""
+    plan, report = page.own.plan, page.own.report
+    lines = [*_front_matter(page), "", f"# {plain(plan.model)}, {format_bytes(plan.planned_bytes)}", ""]
+    low_rank = sum(d.rank is not None for d in plan.tensors)
+    kinds = sorted({t for d in plan.tensors for t in (d.format, d.down_format, d.up_format) if t})
+    made = "quantized" if not low_rank else f"cut to lower rank in {low_rank} matrices, and quantized"
+    lines += [
+        f"[acip-export](https://arxiv.org/abs/2502.01717) {__version__} made this {plan.target.upper()} export of "
+        f"{plain(plan.model)}: {made} ({', '.join(kinds)}), so that it fits a budget of "
+        f"{format_bytes(plan.budget_bytes)} of {plan.budget_scope} at {plan.runtime.context} tokens of context. "
+        "The figures below were measured on these files; `report.html` shows where the bytes are.",
+        "",
+        "## Size and quality",
+        "",
+        *_table(page),
+        "",
+        "## How to run it",
+        "",
+        f"In this directory, with {_runtimes(page)}:",
+        "",
+        f"```{'python' if plan.target == 'onnx' else 'console'}",
+        *commands,
+        "```",
+        "",
+        "## Limits",
+        "",
+        f"- The memory figure holds for {plan.runtime.context} tokens of context, a KV cache of type "
+        f"{plan.runtime.cache_type} and prompts in batches of {plan.runtime.prompt_batch}; longer contexts need more.",
+        *(f"- {plain(str(note))}" for note in report.get("notes") or ()),
+        "- Compression changes what a model says. Quality was measured as given above and nowhere else; what the base "
+        "model cannot or must not do holds for this one too.",
+    ]
+    if not report:
+        lines += ["- These files were not verified in a runtime."]
+    lines += ["", "## Provenance", ""]
+    lines += [f"- {key}: {plain(value)}" for key, value in provenance(page).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(page: Page) -> list[str]:
+    """YAML whose strings are written as JSON, which YAML includes: no name can break out."""
+    plan, ranking = page.own.plan, page.ranking
+    hub, license_ = ("", "") if ranking is None else (ranking.hub, ranking.license)
+    encoder = page.own.report.get("similarity") is not None
+    fields: list[tuple[str, object]] = [
+        ("base_model", hub or plan.model),
+        ("base_model_relation", "quantized"),
+        ("library_name", {"gguf": "gguf", "onnx": "onnx"}.get(plan.target, plan.target)),
+        ("pipeline_tag", "sentence-similarity" if encoder else "text-generation"),
+        ("license", license_),
+        ("quantized_by", "acip-export"),
+        ("tags", [plan.target, *{"gguf": ["llama.cpp"], "onnx": ["onnxruntime"]}.get(plan.target, []), "acip"]),
+    ]
+    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields if value), "---"]
+
+
+def _table(page: Page) -> list[str]:
+    lines = ["| | planned | measured | |", "| --- | ---: | ---: | --- |", *map(_row, file_rows(page.own))]
+    for runtime in page.own.report.get("runtimes") or ():
+        lines.append(f"| **{plain(str(runtime.get('runtime', '?')))}** | | | |")
+        lines += map(_row, runtime_rows(page, runtime))
+    return lines
+
+
+def _row(row: Row) -> str:
+    return f"| {plain(row.what)} | {row.planned} | {row.found} | {plain(row.note)} |"
+
+
+def _runtimes(page: Page) -> str:
+    names = [plain(str(runtime.get("runtime", "?"))) for runtime in page.own.report.get("runtimes") or ()]
+    return " or ".join(names) or page.own.plan.target

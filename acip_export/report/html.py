@@ -1,0 +1,128 @@
+"""``report.html``: one file without any request. Pure.
+
+What does not move with the slider is written here, so that it is readable without JavaScript; report.js draws the rest
+from the embedded JSON. The page's own policy allows exactly the two inline blocks that it was written with.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from acip_export.report.data import Page
+from acip_export.report.facts import Row, file_rows, provenance, runtime_rows
+from acip_export.units import format_bytes
+from acip_export.version import __version__
+
+_SLOT = re.compile(r"\{\{(\w+)\}\}")
+
+
+def render(page: Page, commands: Iterable[str]) -> str:
+    """The page; ``commands`` run the export."""
+    plan, report = page.own.plan, page.own.report
+    style, script = (_part(name) for name in ("report.css", "report.js"))
+    scope = {"file": "files", "memory": "memory", "process": "memory, the process included"}[plan.budget_scope]
+    parts = {
+        "policy": (
+            f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+            "base-uri 'none'; form-action 'none'"
+        ),
+        "title": escape(f"{plan.model} · {format_bytes(plan.planned_bytes)} · acip-export"),
+        "style": style,
+        "script": script,
+        "model": escape(_clean(plan.model)),
+        "subtitle": escape(
+            f"{plan.target}, {plan.layout} layout, for {format_bytes(plan.budget_bytes)} of {scope} "
+            f"at {plan.runtime.context} tokens"
+        ),
+        "verdict": _verdict(report),
+        "measured": _measured(page),
+        "run": _run(commands),
+        "provenance": _provenance(provenance(page)),
+        "footer": escape(f"acip-export {__version__}"),
+        "data": _island(page.to_json()),
+    }
+    # One pass: what is put in is never looked at again.
+    return _SLOT.sub(lambda slot: parts[slot[1]], _part("template.html"))
+
+
+def _part(name: str) -> str:
+    return files("acip_export.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _island(data: Any) -> str:
+    """JSON that no HTML parser can take for the end of its element, or for a comment."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _clean(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    if not report:
+        text = "planned and written, but not verified in a runtime; run  acip-export verify"
+        return f'<p class="notice"><strong>Not measured:</strong> {escape(text)}</p>'
+    notes = "".join(f"<li>{escape(_clean(str(note)))}</li>" for note in report.get("notes") or ())
+    if report.get("passed") is True:
+        names = ", ".join(str(runtime.get("runtime", "?")) for runtime in report.get("runtimes") or ())
+        text = f"the files are byte for byte as planned, and were run in {names or 'no runtime'}."
+        listed = f"<ul>{notes}</ul>" if notes else ""
+        return f'<div class="notice good"><strong>Verified:</strong> {escape(_clean(text))}{listed}</div>'
+    failures = "".join(f"<li>{escape(_clean(str(failure)))}</li>" for failure in report.get("failures") or ())
+    return f'<div class="notice bad"><strong>Not as planned</strong><ul>{failures}{notes}</ul></div>'
+
+
+def _measured(page: Page) -> str:
+    groups: list[tuple[str, list[Row]]] = [("", file_rows(page.own))]
+    groups += [
+        (str(runtime.get("runtime", "?")), runtime_rows(page, runtime))
+        for runtime in page.own.report.get("runtimes") or ()
+    ]
+    lines = ["<table>", "<thead><tr><th></th><th>planned</th><th>measured</th></tr></thead>", "<tbody>"]
+    for name, rows in groups:
+        if name:
+            lines.append(f'<tr class="runtime"><th colspan="3" scope="colgroup">{escape(_clean(name))}</th></tr>')
+        for row in rows:
+            note = f"<small>{escape(_clean(row.note))}</small>" if row.note else ""
+            cells = f"<td>{escape(row.planned)}</td><td>{escape(row.found)}</td>"
+            lines.append(f'<tr><th scope="row">{escape(row.what)}{note}</th>{cells}</tr>')
+    return "\n".join([*lines, "</tbody>", "</table>", _tasks(page.own.report.get("tasks") or {})])
+
+
+def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    if not tasks:
+        return ""
+    lines = ["<h3>Tasks, on the bundle</h3>", "<table>", "<tbody>"]
+    for task, metrics in tasks.items():
+        for metric, result in metrics.items():
+            error = result.get("standard_error")
+            found = f"{result['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            lines.append(f'<tr><th scope="row">{escape(_clean(f"{task}, {metric}"))}</th><td>{escape(found)}</td></tr>')
+    return "\n".join([*lines, "</tbody>", "</table>"])
+
+
+def _run(commands: Iterable[str]) -> str:
+    return (
+        '<p class="caption">In the directory of the export:</p>\n'
+        f'<pre tabindex="0"><code>{escape(chr(10).join(commands))}</code></pre>'
+    )
+
+
+def _provenance(pairs: Mapping[str, str]) -> str:
+    lines = []
+    for key, value in pairs.items():
+        text = f"<code>{escape(value)}</code>" if "SHA-256" in key or "fingerprint" in key else escape(value)
+        lines.append(f"<dt>{escape(key)}</dt><dd><bdi>{text}</bdi></dd>")
+    return "<dl>\n" + "\n".join(lines) + "\n</dl>"

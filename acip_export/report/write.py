@@ -1,0 +1,23 @@
+"""Writing the page and the card into an export's directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from acip_export.files import new_file
+from acip_export.report import card, html
+from acip_export.report.data import Page
+from converters.registry import converter
+
+PAGE_FILE, CARD_FILE = "report.html", "README.md"
+
+
+def write_papers(page: Page, directory: Path) -> tuple[Path, Path]:
+    """Write ``report.html`` and ``README.md``, each whole or not at all; earlier ones are replaced."""
+    plan = page.own.plan
+    commands = converter(plan.target).command_lines(plan, Path())
+    written = directory / PAGE_FILE, directory / CARD_FILE
+    for file, text in zip(written, (html.render(page, commands), card.render(page, commands)), strict=True):
+        with new_file(file, force=True) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return written
