@@ -17,7 +17,6 @@ from rich.table import Table
 
 from acip_export.errors import AcipError
 from acip_export.formats import formats_of
-from acip_export.plans import RUNTIME_PARTS
 from acip_export.targets import TARGETS
 from acip_export.units import format_bytes
 
@@ -129,12 +128,9 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     for name, size in plan.breakdown.items():
         if size == 0:
             continue
-        counted = {
-            "process": True,
-            "memory": name not in RUNTIME_PARTS,
-            "file": name in ("weights", "tokenizer_and_metadata"),
-        }[plan.budget_scope]
-        table.add_row(f"  {name.replace('_', ' ')}", format_bytes(size), "" if counted else "not in the budget")
+        table.add_row(
+            f"  {name.replace('_', ' ')}", format_bytes(size), "" if plan.counts(name) else "not in the budget"
+        )
     used = plan.used_bytes
     table.add_row("used", format_bytes(used), f"{used / plan.budget_bytes:.2%} of the budget")
     table.add_row("left", format_bytes(plan.certificate.bytes_left), _upgrade(plan))

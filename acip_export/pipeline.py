@@ -254,13 +254,13 @@ def planned_sizes(
     except InfeasibleBudgetError as error:
         smallest = error.smallest_feasible_bytes
     full = plan_export(checkpoint, scores, replace(base, budget_bytes=2**62))
-    largest = full.budget_bytes - full.certificate.bytes_left
+    largest = full.used_bytes
     made: dict[int, Plan] = {}
     for step in range(count):
         # Equal factors: most of what happens to quality happens at the small sizes.
         budget = round(smallest * (largest / smallest) ** (step / max(1, count - 1)))
         found = plan_export(checkpoint, scores, replace(base, budget_bytes=max(budget, smallest)))
-        made[found.memory_bytes] = found
+        made[found.used_bytes] = found
     return tuple(made.values())
 
 

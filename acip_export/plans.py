@@ -143,6 +143,12 @@ class Plan:
             self.budget_scope
         ]
 
+    def counts(self, part: str) -> bool:
+        """Whether the budget's scope covers this key of the breakdown."""
+        if self.budget_scope == "file":
+            return part in ("weights", "tokenizer_and_metadata")
+        return self.budget_scope == "process" or part not in RUNTIME_PARTS
+
     def to_json(self) -> dict[str, Any]:
         return {"format": "acip-plan", "version": PLAN_VERSION, **dataclasses.asdict(self)}
 

@@ -10,9 +10,10 @@ from acip_export.report.data import Page
 from acip_export.report.facts import Row, file_rows, provenance, runtime_rows
 from acip_export.units import format_bytes
 from acip_export.version import __version__
+from converters.registry import RunCommand
 
 
-def render(page: Page, commands: Iterable[str]) -> str:
+def render(page: Page, commands: Iterable[RunCommand]) -> str:
     """The card; ``commands`` run the export."""
     plan, report = page.own.plan, page.own.report
     lines = [*_front_matter(page), "", f"# {plain(plan.model)}, {format_bytes(plan.planned_bytes)}", ""]
@@ -31,12 +32,9 @@ def render(page: Page, commands: Iterable[str]) -> str:
         "",
         "## How to run it",
         "",
-        f"In this directory, with {_runtimes(page)}:",
+        "In this directory:",
         "",
-        f"```{'python' if plan.target == 'onnx' else 'console'}",
-        *commands,
-        "```",
-        "",
+        *(line for command in commands for line in _command(command)),
         "## Limits",
         "",
         f"- The memory figure holds for {plan.runtime.context} tokens of context, a KV cache of type "
@@ -81,6 +79,6 @@ def _row(row: Row) -> str:
     return f"| {plain(row.what)} | {row.planned} | {row.found} | {plain(row.note)} |"
 
 
-def _runtimes(page: Page) -> str:
-    names = [plain(str(runtime.get("runtime", "?"))) for runtime in page.own.report.get("runtimes") or ()]
-    return " or ".join(names) or page.own.plan.target
+def _command(command: RunCommand) -> list[str]:
+    note = [f"{plain(command.note)}.", ""] if command.note else []
+    return [f"### {plain(command.program)}", "", *note, f"```{command.language}", command.text, "```", ""]

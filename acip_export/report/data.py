@@ -25,8 +25,6 @@ REPORT_FILE, PLAN_FILE = "report.json", "plan.json"
 _REPORT_VERSION = 1
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
-# Bytes that count under every scope; see docs/plan.md.
-_IN_FILES = ("weights", "tokenizer_and_metadata")
 
 
 # Ratios of the ranked layers' parameters -> for each, the share of components that the ranking keeps, by module.
@@ -76,7 +74,8 @@ class Size:
     """One planned size, all figures in bytes unless said otherwise.
 
     Attributes:
-        files, memory: as planned. budget: as asked. loss: predicted, nats per token above the dense model.
+        files, memory: as planned; the runtime itself is part of the memory if the budget covers it. used: what counts
+            against the budget. budget: as asked. loss: predicted, nats per token above the dense model.
         perplexity: predicted on the planner's own text; ``None`` for models without one.
         ratio: files over the dense model's weights. breakdown: ``(purpose, bytes, whether the budget counts it)``.
         vectors: norms and biases. overhead: bytes of the files that are no numbers. cells: one per matrix.
@@ -87,6 +86,7 @@ class Size:
 
     files: int
     memory: int
+    used: int
     budget: int
     loss: float
     perplexity: float | None
@@ -99,9 +99,10 @@ class Size:
     ranking_ratio: float | None = None
     ranking: tuple[float | None, ...] | None = None
 
-    def counted(self, scope: str) -> int:
-        """What the budget's scope counts."""
-        return self.files if scope == "file" else sum(size for _, size, inside in self.breakdown if inside)
+    @property
+    def key(self) -> tuple[int, int]:
+        """Two plans of one model and layout with the same bytes count as one size."""
+        return self.files, self.used
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,6 @@ class Page:
             "points": [
                 {
                     **asdict(size),
-                    "used": size.counted(plan.budget_scope),
                     "shown": self.predicted(size),
                     "cells": [[cell.nbytes, position[cell.types], cell.rank] for cell in size.cells],
                     "ranking": size.ranking and [None if r is None else round(r, 3) for r in size.ranking],
@@ -217,20 +217,15 @@ def build_page(
     usable = before if before is not None and _fits(before, own.plan) else None
     found: dict[tuple[int, int], Size] = {}
     if usable is not None and not sizes:
-        found |= {(size.files, size.memory): size for size in _sizes_before(usable)}
+        found |= {size.key: size for size in _sizes_before(usable)}
     plans = (*sizes, *(other.plan for other in others), own.plan)
-    found |= {(plan.planned_bytes, plan.memory_bytes): size_of(plan) for plan in plans}
-    scope = own.plan.budget_scope
-    ordered = tuple(sorted(found.values(), key=lambda size: (size.counted(scope), size.files, -size.loss)))
+    found |= {_key(plan): size_of(plan) for plan in plans}
+    ordered = tuple(sorted(found.values(), key=lambda size: (size.used, size.files, -size.loss)))
     matrices = tuple(_matrix(d) for d in own.plan.tensors if len(d.shape) == 2)
     if score_map is not None:
         ordered = _with_ranking(ordered, matrices, score_map)
-    where = {(size.files, size.memory): index for index, size in enumerate(ordered)}
-    measured = {
-        where[e.plan.planned_bytes, e.plan.memory_bytes]: m
-        for e in (*others, own)
-        if (m := _measured(e, where[e.plan.planned_bytes, e.plan.memory_bytes])) is not None
-    }
+    where = {size.key: index for index, size in enumerate(ordered)}
+    measured = {where[_key(e.plan)]: m for e in (*others, own) if (m := _measured(e, where[_key(e.plan)])) is not None}
     dense = next((d for e in (own, *others) if (d := positive(e.report.get("dense_perplexity"))) is not None), None)
     if usable is not None and usable.get("dense") == dense:  # the same text
         measured = {m.point: m for m in _measured_before(usable, where)} | measured
@@ -240,7 +235,7 @@ def build_page(
     return Page(
         own,
         ordered,
-        where[own.plan.planned_bytes, own.plan.memory_bytes],
+        where[_key(own.plan)],
         matrices,
         bits,
         tuple(measured[index] for index in sorted(measured)),
@@ -266,16 +261,16 @@ def size_of(plan: Plan) -> Size:
     """A plan's figures, without what no page shows."""
     matrices = [d for d in plan.tensors if len(d.shape) == 2]
     vectors = sum(d.nbytes for d in plan.tensors if len(d.shape) != 2)
-    inside = _counted(plan)
     return Size(
         files=plan.planned_bytes,
-        memory=plan.memory_bytes,
+        memory=plan.process_bytes if plan.budget_scope == "process" else plan.memory_bytes,
+        used=plan.used_bytes,
         budget=plan.budget_bytes,
         loss=plan.predicted_loss,
         perplexity=plan.predicted_perplexity,
         ratio=plan.size_ratio,
         note=" ".join(f"{note[0].upper()}{note[1:]}." for note in plan.notes if note),
-        breakdown=tuple((name.replace("_", " "), size, inside(name)) for name, size in plan.breakdown.items()),
+        breakdown=tuple((name.replace("_", " "), size, plan.counts(name)) for name, size in plan.breakdown.items()),
         vectors=vectors,
         overhead=plan.planned_bytes - vectors - sum(d.nbytes for d in matrices),
         cells=tuple(Cell(d.nbytes, _types(d), d.rank or 0) for d in matrices),
@@ -289,10 +284,8 @@ def positive(value: Any) -> float | None:
     return float(number) if usable and number is not None else None
 
 
-def _counted(plan: Plan) -> Any:
-    if plan.budget_scope == "file":
-        return _IN_FILES.__contains__
-    return lambda _: True
+def _key(plan: Plan) -> tuple[int, int]:
+    return plan.planned_bytes, plan.used_bytes
 
 
 def _measured(export: Exported, point: int) -> Measured | None:
@@ -387,7 +380,7 @@ def _sizes_before(data: Mapping[str, Any]) -> list[Size]:
 
 
 def _measured_before(data: Mapping[str, Any], where: Mapping[tuple[int, int], int]) -> list[Measured]:
-    places = [where.get((point["files"], point["memory"])) for point in data["points"]]
+    places = [where.get((point["files"], point["used"])) for point in data["points"]]
     kept = [(places[stored["point"]], stored) for stored in data["measured"]]
     return [Measured(**{**stored, "point": place}) for place, stored in kept if place is not None]
 

@@ -19,11 +19,12 @@ from acip_export.report.data import Page
 from acip_export.report.facts import Row, file_rows, provenance, runtime_rows
 from acip_export.units import format_bytes
 from acip_export.version import __version__
+from converters.registry import RunCommand
 
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
-def render(page: Page, commands: Iterable[str]) -> str:
+def render(page: Page, commands: Iterable[RunCommand]) -> str:
     """The page; ``commands`` run the export."""
     plan, report = page.own.plan, page.own.report
     style, script = (_part(name) for name in ("report.css", "report.js"))
@@ -113,11 +114,14 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "</tbody>", "</table>"])
 
 
-def _run(commands: Iterable[str]) -> str:
-    return (
-        '<p class="caption">In the directory of the export:</p>\n'
-        f'<pre tabindex="0"><code>{escape(chr(10).join(commands))}</code></pre>'
-    )
+def _run(commands: Iterable[RunCommand]) -> str:
+    blocks: list[str] = []
+    for command in commands:
+        note = f'<p class="caption">{escape(command.note)}</p>' if command.note else ""
+        summary = f"<summary>{escape(command.program)}</summary>"
+        code = f"<pre><code>{escape(command.text)}</code></pre>"
+        blocks.append(f"<details{'' if blocks else ' open'}>{summary}{code}{note}</details>")
+    return "\n".join(['<p class="caption">In the directory of the export:</p>', *blocks])
 
 
 def _provenance(pairs: Mapping[str, str]) -> str:

@@ -62,8 +62,10 @@
   const tensors = D.tensors.map(([name, layer, kind, rows, columns]) => ({ name, layer, kind, rows, columns }));
   const types = D.types.map(([name, bits]) => ({ name, bits }));
   const lowRank = points.some((p) => p.cells.some(([, , rank]) => rank));
-  const deepest = Math.log2(Math.max(16, ...types.map((t) => t.bits)));
-  const depth = (bits) => Math.min(1, Math.max(0.04, Math.log2(Math.max(bits, 1)) / deepest));
+  // The scale of colours spans the bits that occur, of stored numbers and of whole matrices.
+  const occurring = points.flatMap((p) => p.cells.map(([bytes], i) => (8 * bytes) / (tensors[i].rows * tensors[i].columns)));
+  const fewest = Math.min(...types.map((t) => t.bits), ...occurring), most = Math.max(...types.map((t) => t.bits));
+  const depth = (bits) => 0.06 + 0.94 * (most > fewest ? Math.min(1, Math.max(0, Math.log(bits / fewest) / Math.log(most / fewest))) : 1);
   // Encoders have no perplexity; their sizes are compared by the predicted loss.
   const quality = points.every((p) => p.shown !== null)
     ? { of: (p) => p.shown, scale: Math.log, back: Math.exp, limit: (best) => 4 * best, title: "Perplexity by size" }
@@ -155,8 +157,8 @@
     const ys = [...points.map(quality.of), ...measured.flatMap((m) => [m.low ?? m.perplexity, m.high ?? m.perplexity]), ...(dense ? [dense] : [])];
     const x0 = Math.log(Math.min(...xs)), x1 = Math.log(Math.max(...xs));
     // The smallest sizes can be a hundred times worse; they leave the axis, so that the others stay apart.
-    const most = Math.max(quality.limit(Math.min(...ys)), ...measured.map((m) => m.high ?? m.perplexity));
-    const low = quality.scale(Math.min(...ys)), high = quality.scale(Math.min(Math.max(...ys), most));
+    const worst = Math.max(quality.limit(Math.min(...ys)), ...measured.map((m) => m.high ?? m.perplexity));
+    const low = quality.scale(Math.min(...ys)), high = quality.scale(Math.min(Math.max(...ys), worst));
     const room = 0.06 * (high - low) + 1e-3, y0 = low - room, y1 = high + room;
     const X = (bytes) => left + ((Math.log(bytes) - x0) / (x1 - x0 || 1)) * (width - left - right);
     const Y = (value) => top + (1 - (quality.scale(value) - y0) / (y1 - y0)) * (height - top - bottom);
@@ -201,7 +203,7 @@
     });
     $("curve").replaceChildren(drawing);
     const entries = [["line", "--accent", hasPerplexity ? "predicted perplexity" : "predicted loss"]];
-    if (measured.length) entries.push(["round", "--measured", "measured in the runtime, with its standard error"]);
+    if (measured.length) entries.push(["diamond", "--measured", "measured in the runtime, with its standard error"]);
     if (dense) entries.push(["line", "--soft", `dense model: ${number(dense)}`]);
     $("curve-legend").replaceChildren(...entries.map(([cls, colour, text]) =>
       el("li", {}, el("i", { cls, vars: { "--fill": `var(${colour})` } }), el("span", { text }))));
@@ -375,7 +377,7 @@
     bits: {
       text: "Bits per weight",
       caption: "Bytes of each matrix at this size, over the weights that it had: rank and type together.",
-      ends: ["1 bit", `${Math.round(2 ** deepest)} bits`],
+      ends: [`${fewest.toFixed(1)} bits`, `${most.toFixed(1)} bits`],
       of: (found) => found.reduce((sum, [, c]) => sum + 8 * c[0], 0) / found.reduce((sum, [t]) => sum + t.rows * t.columns, 0),
       show: (value) => value.toFixed(1),
       shade: depth,
