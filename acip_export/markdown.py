@@ -13,7 +13,8 @@ def code(name: str) -> str:
 
 def plain(message: str) -> str:
     """A message as plain text on one line: nothing in it is markup, links or mentions anybody."""
-    escaped = message.replace("\\", "\\\\").replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
+    escaped = "".join(c if c.isprintable() else " " for c in message)
+    escaped = escaped.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
     for character in "`*_[]|~#!":
         escaped = escaped.replace(character, f"\\{character}")
     # A zero-width joiner keeps names of people and addresses from becoming mentions and links.

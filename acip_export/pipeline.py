@@ -239,14 +239,14 @@ def planned_sizes(
         types: that ``plan`` chose from, if not the target's own.
     """
     base = PlanRequest(
-        plan.target,
-        1,
-        plan.budget_scope,
-        plan.layout,
-        types,
-        plan.runtime.context,
-        plan.runtime.cache_type,
-        plan.runtime.prompt_batch,
+        target=plan.target,
+        budget_bytes=1,
+        budget_scope=plan.budget_scope,
+        layout=plan.layout,
+        types=types,
+        context=plan.runtime.context,
+        cache_type=plan.runtime.cache_type,
+        prompt_batch=plan.runtime.prompt_batch,
     )
     try:
         plan_export(checkpoint, scores, base)
@@ -256,12 +256,13 @@ def planned_sizes(
     full = plan_export(checkpoint, scores, replace(base, budget_bytes=2**62))
     largest = full.used_bytes
     made: dict[int, Plan] = {}
-    for step in range(count):
+    for step in range(count - 1):
         # Equal factors: most of what happens to quality happens at the small sizes.
-        budget = round(smallest * (largest / smallest) ** (step / max(1, count - 1)))
+        budget = round(smallest * (largest / smallest) ** (step / (count - 1)))
         found = plan_export(checkpoint, scores, replace(base, budget_bytes=max(budget, smallest)))
         made[found.used_bytes] = found
-    return tuple(made.values())
+    made[largest] = replace(full, budget_bytes=largest, certificate=replace(full.certificate, bytes_left=0))
+    return tuple(made[used] for used in sorted(made))
 
 
 def write_report(

@@ -9,7 +9,7 @@ import typer
 
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
-from acip_export.commands.options import Json, Scores, Types
+from acip_export.commands.options import Json, Scores
 from acip_export.errors import ScoreFileError
 
 
@@ -24,7 +24,9 @@ def report(
     ] = None,
     scores: Scores = None,
     sizes: Annotated[int, typer.Option(help="Sizes to plan for the slider, from the score file.", min=2)] = 16,
-    types: Types = "",
+    types: Annotated[
+        str, typer.Option("--types", help="Types that these sizes may take, by comma. Default: the target's.")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Write report.html and the model card README.md of an export again.

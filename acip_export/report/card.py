@@ -19,10 +19,11 @@ def render(page: Page, commands: Iterable[RunCommand]) -> str:
     lines = [*_front_matter(page), "", f"# {plain(plan.model)}, {format_bytes(plan.planned_bytes)}", ""]
     low_rank = sum(d.rank is not None for d in plan.tensors)
     kinds = sorted({t for d in plan.tensors for t in (d.format, d.down_format, d.up_format) if t})
-    made = "quantized" if not low_rank else f"cut to lower rank in {low_rank} matrices, and quantized"
+    matrices = sum(len(d.shape) == 2 for d in plan.tensors)
+    made = "quantized" if not low_rank else f"{low_rank} of {matrices} matrices cut to lower rank, and quantized"
     lines += [
-        f"[acip-export](https://arxiv.org/abs/2502.01717) {__version__} made this {plan.target.upper()} export of "
-        f"{plain(plan.model)}: {made} ({', '.join(kinds)}), so that it fits a budget of "
+        f"An export of {plain(plan.model)} to {plan.target.upper()}, made by acip-export {__version__} "
+        f"([ACIP](https://arxiv.org/abs/2502.01717)): {made} ({', '.join(kinds)}), so that it fits a budget of "
         f"{format_bytes(plan.budget_bytes)} of {plan.budget_scope} at {plan.runtime.context} tokens of context. "
         "The figures below were measured on these files; `report.html` shows where the bytes are.",
         "",

@@ -219,7 +219,10 @@ def build_page(
     if usable is not None and not sizes:
         found |= {size.key: size for size in _sizes_before(usable)}
     plans = (*sizes, *(other.plan for other in others), own.plan)
-    found |= {_key(plan): size_of(plan) for plan in plans}
+    for plan in plans:
+        old = found.get(_key(plan))
+        size = size_of(plan)
+        found[_key(plan)] = size if old is None else replace(size, ranking_ratio=old.ranking_ratio, ranking=old.ranking)
     ordered = tuple(sorted(found.values(), key=lambda size: (size.used, size.files, -size.loss)))
     matrices = tuple(_matrix(d) for d in own.plan.tensors if len(d.shape) == 2)
     if score_map is not None:

@@ -71,6 +71,7 @@
     ? { of: (p) => p.shown, scale: Math.log, back: Math.exp, limit: (best) => 4 * best, title: "Perplexity by size" }
     : { of: (p) => p.loss, scale: (value) => value, back: (value) => value, limit: () => Infinity, title: "Predicted loss by size" };
   const hasPerplexity = points.every((p) => p.shown !== null);
+  const turn = 0.555; // where the colours of report.css need the other text
   let current = D.own;
 
   function describe(tensor, [bytes, type, rank]) {
@@ -232,7 +233,7 @@
     const p = points[current];
     const counted = p.breakdown.filter(([, bytes, inside]) => bytes && inside);
     const left = Math.max(0, p.budget - counted.reduce((sum, [, bytes]) => sum + bytes, 0));
-    const rows = counted.map(([name, bytes], i) => [name, bytes, `var(--part-${i % 8})`]);
+    const rows = counted.map(([name, bytes], i) => [inWords(name), bytes, `var(--part-${i % 8})`]);
     if (left) rows.push(["left over", left, null]);
     $("bar").replaceChildren(...rows.map(([, bytes, fill]) => {
       const part = el("span", fill ? { vars: { "--fill": fill } } : { cls: "free" });
@@ -241,8 +242,9 @@
     }));
     $("bar").setAttribute("aria-label", rows.map(([name, bytes]) => `${name} ${size(bytes)}`).join(", "));
     $("bar-legend").replaceChildren(...rows.map(([name, bytes, fill]) => amount(fill ? { vars: { "--fill": fill } } : { cls: "free" }, name, bytes, p.budget)),
-      ...p.breakdown.filter(([, bytes, inside]) => bytes && !inside).map(([name, bytes]) => amount({}, `${name}, not in the budget`, bytes, 0)));
+      ...p.breakdown.filter(([, bytes, inside]) => bytes && !inside).map(([name, bytes]) => amount({}, `${inWords(name)}, not in the budget`, bytes, 0)));
   }
+  const inWords = (name) => name.replace(/^kv /, "KV "); // a key of the plan's breakdown
   function amount(mark, name, bytes, whole) {
     return el("li", {}, el("i", mark), el("span", { text: name }), el("b", { text: size(bytes) }), el("small", { text: whole ? percent(bytes / whole, 1) : "" }));
   }
@@ -314,7 +316,7 @@
         const title = item.title || item.tensor.name;
         const text = item.title ? size(item.bytes) : describe(item.tensor, item.cell);
         const value = item.cell ? depth(types[item.cell[1]].bits) : 0;
-        const button = el("button", { type: "button", cls: item.cell ? `shade${value > 0.5 ? " deep" : ""}` : "plain", vars: { "--v": share(value) } });
+        const button = el("button", { type: "button", cls: item.cell ? `shade${value > turn ? " deep" : ""}` : "plain", vars: { "--v": share(value) } });
         if (inner.w > 44 && inner.h > 18) {
           const label = item.title || (grouping === "layer" && item.tensor.layer >= 0 ? `${item.tensor.layer} ${short(item.tensor.kind)}` : grouping === "module" && item.tensor.layer >= 0 ? `${short(item.tensor.kind)} ${item.tensor.layer}` : short(item.tensor.kind));
           button.append(el("span", { text: label }));
@@ -431,7 +433,7 @@
       const found = indices.map((i) => [tensors[i], p.cells[i]]);
       const value = q.of(found, indices), shade = q.shade(value);
       button.style.setProperty("--v", share(shade));
-      button.classList.toggle("deep", shade > 0.5);
+      button.classList.toggle("deep", shade > turn);
       button.textContent = q.show(value);
       const first = tensors[indices[0]];
       button.dataset.title = indices.length > 1 ? `layer ${first.layer} ${first.kind} (${indices.length} matrices)` : first.name;
