@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,15 +174,29 @@ class SafetensorsWriter:
 
 
 @contextmanager
+def scratch_directory(target: Path, suffix: str) -> Iterator[Path]:
+    """Yield a new hidden directory beside ``target`` that is gone when the block ends, however it ends.
+
+    The name is chosen before the directory is made: an interruption right after that finds it removed too, which
+    ``tempfile.TemporaryDirectory`` cannot promise.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    directory = target.parent / f".{target.name}.{secrets.token_hex(4)}{suffix}"
+    try:
+        directory.mkdir(mode=0o700)
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
 def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside ``target`` that becomes ``target`` when the block ends without an exception.
 
     On any exception, Ctrl-C included, the temporary directory is removed and an existing ``target`` is untouched.
     """
     refuse_existing(target, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
+    with scratch_directory(target, ".tmp") as temporary:
         yield temporary
         temporary.chmod(0o755)
         if target.exists():
@@ -194,9 +207,6 @@ def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.replace(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -204,10 +214,9 @@ def new_file(target: Path, force: bool = False) -> Iterator[Path]:
     """Like :func:`new_directory`, for one file."""
     refuse_existing(target, force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
+        temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
         temporary.chmod(0o644)
         temporary.replace(target)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from acip_export.bundle import PLAN_FILE, Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError, VerificationError
-from acip_export.files import new_directory, refuse_existing
+from acip_export.files import new_directory, refuse_existing, scratch_directory
 from acip_export.plan import PlanRequest, make_plan
 from acip_export.plans import Plan, load_plan
 from acip_export.report import Exported, Ranking, build_page, write_papers
@@ -205,12 +205,8 @@ def export_model(
         VerificationError: bytes or numbers are not what was planned; nothing is left behind.
     """
     refuse_existing(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".bundle", dir=out.parent) as scratch,
-        new_directory(out, force) as directory,
-    ):
-        bundle = Path(scratch) / "bundle"
+    with scratch_directory(out, ".bundle") as scratch, new_directory(out, force) as directory:
+        bundle = scratch / "bundle"
         materialize_bundle(checkpoint, scores, plan, bundle, progress=progress)
         _convert(Bundle.open(bundle), directory, progress, check=True)
         if not verify:

@@ -93,6 +93,17 @@ def test_dry_run_writes_nothing(model: Path, run: Run) -> None:
     assert sorted(model.rglob("*")) == before
 
 
+def test_the_ort_format_is_a_directory_of_its_own(model: Path, run: Run) -> None:
+    asked = ("--budget", "3MB", "--format", "onnx", "--context", 64, "--no-verify", "--ort", "--json")
+    done = run(*asked)
+    assert done.code == 0, done.err
+    made = json.loads(done.out)["ort"]
+    written = {file.name: file.stat().st_size for file in (model / made["out"]).iterdir()}
+    assert made["files"] == written
+    assert written.keys() >= {"model.ort", "required_operators_and_types.config", "tokenizer.json"}
+    assert run(*asked).code == 2  # both outputs are there
+
+
 def test_stage_by_stage_equals_the_main_job(model: Path, run: Run) -> None:
     asked = ("--budget", "2500kB", "--format", "onnx", "--context", 64)
     assert run("plan", *asked, "-o", "plan.json").code == 0
@@ -186,6 +197,7 @@ BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_nothing, ("--budget", "3MB"), 2, "--format"),
     (_nothing, ("--format", "gguf"), 2, "--budget"),
     (_nothing, ("--budget", "3MB", "--format", "tflite"), 5, "unknown format"),
+    (_nothing, (*FIT, "--ort"), 2, "--format onnx"),
     (_nothing, (*FIT, "--types", "int4"), 5, "no type"),
     (_nothing, (*FIT, "--layout", "x"), 5, "no layout"),
     (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "9999"), 2, "--context 9999"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("wheel")
     # Built from a copy: a build directory left in the checkout would put modules into the wheel that are gone.
     source = place / "source"
-    for package in ("acip_export", "converters"):
+    for package in ("acip_export", "converters", "optimum"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
@@ -48,6 +49,12 @@ def test_wheel_works_in_an_empty_environment(environment: Path, tmp_path: Path) 
     assert printed.startswith("converters.gguf.converter")
     assert str(ROOT) not in printed
     assert '"gguf"' in _run(environment.parent / "acip-export", "formats", "--json", cwd=tmp_path)
+    # optimum looks for the plug-in in its namespace package; here that has nothing but the plug-in.
+    code = (
+        "import importlib.util as u; print(list(u.find_spec('optimum.commands.register').submodule_search_locations))"
+    )
+    (place,) = ast.literal_eval(_run(environment, "-c", code, cwd=tmp_path))
+    assert [file.name for file in Path(place).glob("*.py")] == ["register_acip.py"]
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])

@@ -10,6 +10,7 @@ import typer
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
 from acip_export.commands.options import Force, Json, PlanFlags, Text, Verbose, takes_plan_flags
+from acip_export.errors import UsageError
 from acip_export.files import refuse_existing
 from acip_export.plans import save_plan
 from acip_export.version import __version__
@@ -28,6 +29,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: ./export/FORMAT.")] = None,
     text: Text = None,
     verify: Annotated[bool, typer.Option(help="Open the export in its runtime and compare.")] = True,
+    ort: Annotated[bool, typer.Option("--ort", help="ONNX: also OUT-ort, for reduced onnxruntime builds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Json = False,
     force: Force = False,
@@ -56,8 +58,13 @@ def export(
 
     request = flags.request()
     target = out or Path("export") / request.target
+    ort_target = target.with_name(f"{target.name}-ort")
+    if ort and request.target != "onnx":
+        raise UsageError(f"--ort goes with  --format onnx, not {request.target}")
     if not dry_run:
         refuse_existing(target, force)
+        if ort:
+            refuse_existing(ort_target, force)
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
     plan = pipeline.plan_export(checkpoint, opened, request)
@@ -81,13 +88,21 @@ def export(
             types=request.types,
             progress=progress,
         )
+    ort_files = None
+    if ort:
+        from converters.onnx.ort_format import write_ort
+
+        ort_files = write_ort(target, ort_target, force)
     if json:
-        console.print_json({"out": str(target), "plan": plan.to_json(), "report": report and report.to_json()})
+        result = {"out": str(target), "plan": plan.to_json(), "report": report and report.to_json()}
+        console.print_json({**result, "ort": ort_files and {"out": str(ort_target), "files": ort_files}})
         return
     if report is not None:
         console.out.print()
         console.show_reports([report])
     console.show_export(plan, target)
+    if ort_files:
+        console.out.print(f"{sum(ort_files.values()):,} bytes in the ORT format in {ort_target}", markup=False)
 
 
 @takes_plan_flags

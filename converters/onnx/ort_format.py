@@ -1,0 +1,66 @@
+"""The ORT format: what a reduced build of onnxruntime for a phone loads.
+
+A finished export becomes a directory of its own: one ``model.ort`` (the optimized graph and its weights), the list
+of operators and types that the reduced build has to contain, and the tokenizer and configuration files.
+
+Source: onnxruntime's documentation, "ORT model format" and "Custom build: reduced operator config file".
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from acip_export.errors import UnsupportedError
+from acip_export.files import new_directory
+from converters.onnx.consumers import DATA_FILE, MODEL_FILE
+
+ORT_FILE = "model.ort"
+OPERATORS_FILE = "required_operators_and_types.config"
+# Flatbuffers address their content with signed 32-bit offsets.
+_LARGEST = 2**31 - 1
+_SHOWN = 1500
+
+
+def write_ort(export: Path, out: Path, force: bool = False) -> dict[str, int]:
+    """Write the ORT-format sibling of an ONNX export; returns its bytes by file.
+
+    Raises:
+        UnsupportedError: the export is no ONNX export, is larger than the format can address, or onnxruntime's
+            conversion fails; its output is part of the message.
+        UsageError: ``out`` exists and ``force`` is not given.
+    """
+    parts = [export / MODEL_FILE, export / DATA_FILE]
+    if not all(part.is_file() for part in parts):
+        raise UnsupportedError(f"{export} is no ONNX export: the ORT format is made from {MODEL_FILE} and {DATA_FILE}")
+    total = sum(part.stat().st_size for part in parts)
+    if total > _LARGEST:
+        raise UnsupportedError(
+            f"{export} has {total} bytes; the ORT format holds at most {_LARGEST}. Plan for a smaller --budget"
+        )
+    with new_directory(out, force) as directory:
+        _convert(parts[0], directory)
+        for file in sorted(export.glob("*")):
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("report.json", "plan.json"):
+                shutil.copyfile(file, directory / file.name)
+    return {file.name: file.stat().st_size for file in sorted(out.iterdir())}
+
+
+def _convert(model: Path, directory: Path) -> None:
+    """In a process of its own: onnxruntime's tool prints, and sets the log level of the whole process."""
+    command = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(model)]
+    # "Fixed": optimized here once, not again at every start on the device. "arm": nothing specific to this machine.
+    command += ["--output_dir", str(directory), "--optimization_style", "Fixed", "--target_platform", "arm"]
+    done = subprocess.run([*command, "--enable_type_reduction"], capture_output=True, text=True)
+    converted = directory / f"{model.stem}.ort"
+    operators = directory / f"{model.stem}.{OPERATORS_FILE}"
+    if done.returncode or not (converted.is_file() and operators.is_file()):
+        raise UnsupportedError(f"onnxruntime cannot convert {model}:\n{(done.stdout + done.stderr)[-_SHOWN:].strip()}")
+    converted.replace(directory / ORT_FILE)
+    # It begins with comments that name the temporary directory.
+    lines = operators.read_text(encoding="utf-8").splitlines(keepends=True)
+    operators.unlink()
+    kept = "".join(line for line in lines if not line.startswith("#"))
+    (directory / OPERATORS_FILE).write_text(kept, encoding="utf-8")

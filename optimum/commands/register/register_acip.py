@@ -1,0 +1,54 @@
+"""``optimum-cli export acip``: the main job as a command of Hugging Face optimum, with the same options.
+
+optimum looks for files named ``register_*.py`` in this namespace package; there must be no ``__init__.py`` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.export.base import ExportCommand
+
+
+class _Forward(argparse.Action):
+    """Collects options as they were written, for the command line that knows what they mean."""
+
+    def __call__(
+        self, _parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        words = [] if self.nargs == 0 else [values]
+        namespace.acip = [*getattr(namespace, "acip", ()), str(option), *words]
+
+
+class AcipExportCommand(BaseOptimumCLICommand):
+    """Forwards to ``acip-export``."""
+
+    COMMAND = CommandInfo(name="acip", help="Export a ranked model so that it fits a memory budget (GGUF or ONNX).")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Every option of the main job, read from its own definition."""
+        from typer.main import get_command
+
+        from acip_export.cli import app
+
+        for option in get_command(app).params:
+            names: Sequence[str] = [*option.opts, *option.secondary_opts]
+            if option.name not in ("help", "version", "json_indent"):
+                flag = bool(getattr(option, "is_flag", False))
+                text = str(getattr(option, "help", None) or "").replace("%", "%%")
+                parser.add_argument(*names, action=_Forward, nargs=0 if flag else None, dest=option.name, help=text)
+
+    def run(self) -> None:
+        """Exits as ``acip-export`` does."""
+        from acip_export.cli import main
+
+        sys.argv = ["acip-export", *getattr(self.args, "acip", ())]
+        main()
+
+
+REGISTER_COMMANDS = [(AcipExportCommand, ExportCommand)]
