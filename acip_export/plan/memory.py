@@ -67,10 +67,11 @@ def _encoder_memory(target: str, shape: ModelShape, runtime: Runtime) -> Runtime
     tokens = runtime.prompt_batch
     if target == "onnx":
         return RuntimeMemory(0, memory_onnx.encoder_bytes(shape, runtime), 4 * tokens * shape.hidden)
-    # The scores of every head over all tokens of the batch, twice, or the FFN; six streams; the mask.
-    attention = 2 * shape.heads * tokens + 4 * shape.hidden
-    per_token = 4 * (max(attention, 2 * shape.ffn) + 6 * shape.hidden + tokens) + _LLAMA_SMALL_TENSORS
-    return RuntimeMemory(0, tokens * per_token, 4 * shape.hidden * tokens)
+    # Attention, or the FFN's wide vector, beside five streams of the hidden size; the mask. Flash attention keeps no
+    # scores.
+    cells = -(-tokens // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
+    per_token = 4 * (max(shape.ffn, shape.hidden) + 5 * shape.hidden) + 2 * cells + _LLAMA_SMALL_TENSORS
+    return RuntimeMemory(0, tokens * per_token, 4 * (shape.hidden + shape.vocabulary))
 
 
 def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from acip_export.bundle import PLAN_FILE, Bundle
 from acip_export.checkpoint import Checkpoint
+from acip_export.encoder import encoder_of
 from acip_export.errors import UnsupportedError, VerificationError
 from acip_export.formats import weight_format
 from acip_export.plans import Runtime, TensorDecision
@@ -176,6 +177,9 @@ def _metadata(
         return {**head, "adapter.type": string("lora"), "adapter.lora.alpha": float32(0.0)}
     if any(item.spec.name.endswith(FACTOR_SUFFIXES) for item in items):
         head["acip.factored.version"] = uint32(FACTORED_VERSION)
+    encoder = encoder_of(checkpoint)
+    if encoder is not None:
+        head |= family.encoder_keys(encoder, checkpoint.config)
     return {
         **head,
         **family.hyperparameters(checkpoint.config, shape),

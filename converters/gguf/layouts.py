@@ -33,6 +33,8 @@ FACTORED_ARCHITECTURES = (
     "qwen3",
     "smollm3",
 )
+# An encoder's: llama.cpp adds their rows to the stream as they are.
+_FLOAT_TABLES = ("position_embd.weight", "token_types.weight")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint) -> None:
             )
     if len(decision.shape) == 1 and decision.format != "f32":
         raise UnsupportedError(f"{decision.name}: llama.cpp needs vectors in f32, the plan has {decision.format}")
+    if name in _FLOAT_TABLES and decision.format != "f32":
+        raise UnsupportedError(f"{decision.name}: llama.cpp needs this table in f32, the plan has {decision.format}")
     if name == "token_embd.weight" and decision.shape[0] != checkpoint.shape.vocabulary:
         raise UnsupportedError(
             f"{decision.name} has {decision.shape[0]} rows, config.json names {checkpoint.shape.vocabulary} tokens"

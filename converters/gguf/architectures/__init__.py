@@ -1,7 +1,7 @@
 """One small file per family of models, and the table of them."""
 
 from acip_export.errors import UnsupportedError
-from converters.gguf.architectures import gemma, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
+from converters.gguf.architectures import bert, gemma, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
 from converters.gguf.architectures.base import Change, Family
 
 _FAMILIES: tuple[Family, ...] = (
@@ -15,6 +15,7 @@ _FAMILIES: tuple[Family, ...] = (
     smollm3.FAMILY,
     olmo2.FAMILY,
     granite.FAMILY,
+    bert.FAMILY,
 )
 _BY_CLASS = {name: family for family in _FAMILIES for name in family.classes}
 

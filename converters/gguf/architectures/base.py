@@ -18,6 +18,8 @@ from converters.gguf.writer import Metadata, Value, booleans, float32, uint32
 if TYPE_CHECKING:
     import torch
 
+    from acip_export.encoder import Encoder
+
 Rows = npt.NDArray[np.int64]
 
 _OUTER = ("token_embd.weight", "output_norm.weight")
@@ -166,6 +168,11 @@ class Family:
         """Keys that only this family has, without the architecture's name."""
         del config, shape
         return {}
+
+    def encoder_keys(self, encoder: Encoder, config: Mapping[str, Any]) -> Metadata:
+        """Keys that only encoders have, and how their tokens become one vector."""
+        del config
+        raise AssertionError(f"{self.name} is no encoder, and {encoder.kind} is asked for")
 
     def check(self, config: Mapping[str, Any], shape: ModelShape) -> None:
         """Raises UnsupportedError for what llama.cpp would compute differently."""

@@ -13,6 +13,7 @@ from acip_export.files import read_json_object
 from converters.gguf.tokenizer.bpe import bpe_metadata, is_byte_level
 from converters.gguf.tokenizer.common import Source
 from converters.gguf.tokenizer.sentencepiece import model_file_metadata, sentencepiece_metadata
+from converters.gguf.tokenizer.wordpiece import wordpiece_metadata
 from converters.gguf.writer import Metadata, string
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
@@ -85,11 +86,13 @@ def _by_kind(source: Source, pre: str | None) -> Metadata:
         return bpe_metadata(source, pre)
     if pre is not None:
         raise UnsupportedError("--pre-tokenizer is for byte-level BPE, and the model's tokenizer is another kind")
+    if kind == "WordPiece":
+        return wordpiece_metadata(source)
     if kind == "Unigram" or (kind == "BPE" and source.model.get("byte_fallback")):
         return sentencepiece_metadata(source)
     raise UnsupportedError(
         f"the tokenizer is a {kind} that llama.cpp does not have; the GGUF converter writes byte-level BPE (Llama 3, "
-        "Qwen, GPT-2, SmolLM) and SentencePiece (Llama 2, Mistral, Gemma, Phi 3)"
+        "Qwen, GPT-2, SmolLM), SentencePiece (Llama 2, Mistral, Gemma, Phi 3) and WordPiece (BERT)"
     )
 
 

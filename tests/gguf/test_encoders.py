@@ -1,0 +1,134 @@
+"""Encoders in llama.cpp: vectors of the bundle, tokens of the tokenizer, bytes of the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from acip_export.bundle import load_bundle
+from acip_export.checkpoint import Checkpoint
+from acip_export.encoder import encoder_of
+from acip_export.errors import UnsupportedError
+from acip_export.modules import pooled
+from acip_export.plan.memory import runtime_memory
+from acip_export.plans import Runtime
+from acip_export.verify.llama_encoder import LlamaEncoderSession
+from converters.gguf import converter
+from tests.encoders import make_encoder
+from tests.support import CORPUS, dense, make_bundle, make_plan
+
+TEXTS = ("The quick brown fox doesn't jump.", "def main", "emoji: and runs of   blanks 1,234.56")
+
+
+ALL_FLOAT = dense(format="f32")
+RUNTIME = Runtime(48, "f16", 48)
+
+
+def export(model: Path, out: Path, words: str, linear: str) -> tuple[Path, Path]:
+    layers = set(Checkpoint.open(model).linear_modules)
+
+    def decide(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
+        form = linear if name.removesuffix(".weight") in layers else words if "word_embeddings" in name else "f32"
+        return {"representation": "dense", "format": form}
+
+    plan = make_plan(model, "gguf", "stock", decide, context=48, prompt_batch=48)
+    bundle = make_bundle(model, plan, out / "bundle")
+    (out / "export").mkdir()
+    converter.convert(bundle, out / "export", lambda _: None)
+    predicted = converter.predict_files(Checkpoint.open(model), "stock", plan.tensors, plan.runtime)
+    assert predicted == {f.name: f.stat().st_size for f in (out / "export").iterdir()}
+    return bundle.path, out / "export"
+
+
+def reference(bundle: Path, ids: list[list[int]]) -> np.ndarray:
+    model = load_bundle(bundle, converter.round_trip)
+    encoder = encoder_of(Checkpoint.open(bundle))
+    assert encoder is not None
+    rows = []
+    with torch.no_grad():
+        for tokens in ids:
+            output = model(input_ids=torch.tensor([tokens]))
+            if encoder.pooling is None:
+                rows.append(output.logits[0])
+            else:
+                rows.append(pooled(output.last_hidden_state, torch.ones(1, len(tokens)).bool(), encoder.pooling)[0])
+    return torch.stack(rows).numpy()
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "words", "linear"), [("mean", "f32", "f32"), ("cls", "f32", "f32"), ("mean", "q8_0", "q4_0")]
+)
+def test_embeddings(tmp_path: Path, pooling: str, words: str, linear: str) -> None:
+    model = make_encoder(tmp_path / "bert", pooling=pooling)
+    bundle, directory = export(model, tmp_path, words, linear)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    with LlamaEncoderSession(directory, RUNTIME, threads=1) as session:
+        found = session.outputs(ids)
+        buffers = session.buffers
+    # llama.cpp's GELU is the tanh form from a table of float16, and q4_0 products round the activations to q8.
+    assert cosines(found, reference(bundle, ids)).min() > (0.9999 if linear == "f32" else 0.999)
+    assert buffers is not None and buffers.kv_cache == 0
+
+
+def test_classification(tmp_path: Path) -> None:
+    model = make_encoder(tmp_path / "bert", "classification")
+    bundle, directory = export(model, tmp_path, "f32", "f32")
+    ids = [AutoTokenizer.from_pretrained(model)(text)["input_ids"] for text in TEXTS]
+    with LlamaEncoderSession(directory, RUNTIME, threads=1) as session:
+        np.testing.assert_allclose(session.outputs(ids), reference(bundle, ids), atol=2e-2, rtol=0)  # GELU, as above
+
+
+def test_tokens(tmp_path: Path) -> None:
+    model = make_encoder(tmp_path / "bert")
+    _, directory = export(model, tmp_path, "f32", "f32")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    # llama.cpp takes composed letters apart only as far as their base: Hangul and Devanagari lose what follows it.
+    other = ("안녕하세요", "हिन्दी")
+    corpus = "".join(CORPUS).replace(other[0], "").replace(other[1], "")
+    lines = [line for line in corpus.splitlines() if line.strip()] + list(TEXTS)
+    with LlamaEncoderSession(directory, RUNTIME, threads=1) as session:
+        different = {line: (session.tokenize(line), tokenizer(line)["input_ids"]) for line in lines}
+    assert not {line: pair for line, pair in different.items() if pair[0] != pair[1]}
+
+
+@pytest.mark.parametrize(("hidden", "ffn", "tokens"), [(64, 96, 48), (128, 1024, 48), (256, 128, 40), (64, 64, 300)])
+def test_memory(tmp_path: Path, hidden: int, ffn: int, tokens: int) -> None:
+    model = make_encoder(tmp_path / "bert", hidden_size=hidden, intermediate_size=ffn, max_position_embeddings=400)
+    _, directory = export(model, tmp_path, "f32", "f32")
+    runtime = Runtime(tokens, "f16", tokens)
+    with LlamaEncoderSession(directory, runtime, threads=1) as session:
+        session.outputs([[2] + [7] * (tokens - 2) + [3]])
+        found = session.buffers
+    expected = runtime_memory("gguf", Checkpoint.open(model).shape, runtime)
+    assert found.kv_cache == expected.kv_cache == 0
+    # llama.cpp logs hundredths of a MiB. An upper bound, and no more than half as much again.
+    rounding = 0.005 * 2**20
+    assert found.compute - rounding <= expected.compute <= 1.5 * found.compute + rounding
+    assert found.output - rounding <= expected.output <= 1.5 * found.output + rounding
+
+
+def test_refused(tmp_path: Path) -> None:
+    for name, kind, pooling, match in (
+        ("mlm", "masked-lm", "mean", "no head over tokens"),
+        ("max", "embedding", "max", "pools by mean or cls"),
+    ):
+        model = make_encoder(tmp_path / name, kind, pooling)
+        plan = make_plan(model, "gguf", "stock", ALL_FLOAT)
+        with pytest.raises(UnsupportedError, match=match):
+            converter.predict_files(Checkpoint.open(model), "stock", plan.tensors, plan.runtime)
+    cased = make_encoder(tmp_path / "cased")
+    file = cased / "tokenizer.json"
+    file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false'))
+    plan = make_plan(cased, "gguf", "stock", ALL_FLOAT)
+    with pytest.raises(UnsupportedError, match="lower-cases and strips accents"):
+        converter.predict_files(Checkpoint.open(cased), "stock", plan.tensors, plan.runtime)
