@@ -150,8 +150,30 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     out.print(table)
     out.print()
     out.print(_tensor_table(plan) if verbose else _folded_table(plan))
-    for line in plan.notes:
+    for line in (*plan.notes, *_held_back(plan)):
         out.print(f"• {line}", markup=False)
+
+
+def _held_back(plan: Plan) -> Iterator[str]:
+    """Why the plan is not better: what else is in the budget, and what the target forbids."""
+    buffers = plan.breakdown["compute"] + plan.breakdown["output"] if plan.certificate.alternatives else 0
+    for other in plan.certificate.alternatives:
+        if other.change.startswith("--prompt-batch"):
+            part = f"buffers take {buffers / plan.budget_bytes:.0%} of the budget"
+        else:
+            part = f"the KV cache takes {plan.breakdown['kv_cache'] / plan.budget_bytes:.0%} of the budget"
+        quality = (
+            f"loss {other.predicted_loss:.4f}"
+            if other.predicted_perplexity is None
+            else f"perplexity {other.predicted_perplexity:.2f}"
+        )
+        yield f"{part}; predicted with  {other.change}:  {quality}"
+    by_tensors: dict[tuple[str, str], list[str]] = {}
+    for refusal in plan.certificate.refused_types:
+        which = refusal.example if refusal.tensors == 1 else f"{refusal.example} and {refusal.tensors - 1} more"
+        by_tensors.setdefault((which, refusal.reason), []).append(refusal.type)
+    for (which, reason), types in by_tensors.items():
+        yield f"{which}: not {', '.join(types)} ({reason})"
 
 
 def _upgrade(plan: Plan) -> str:

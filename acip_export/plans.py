@@ -70,6 +70,25 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """What the same budget would give with another setting; ``change`` is the flag that asks for it."""
+
+    change: str
+    predicted_loss: float
+    predicted_perplexity: float | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A type that was allowed, and that ``tensors`` matrices (``example`` is one) cannot take."""
+
+    type: str
+    tensors: int
+    example: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Certificate:
     """What is known about how good the plan is.
 
@@ -80,6 +99,8 @@ class Certificate:
         next_upgrade_bytes: what it would cost beyond the present plan.
         quantization_only_loss: predicted loss of the best plan without low rank at the same budget, ``None`` when no
             such plan fits.
+        alternatives: other settings that would give a better plan at the same budget, each planned.
+        refused_types: what constraints of the target ruled out.
     """
 
     bytes_left: int
@@ -87,6 +108,8 @@ class Certificate:
     next_upgrade: str | None = None
     next_upgrade_bytes: int | None = None
     quantization_only_loss: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    refused_types: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,13 +216,23 @@ def plan_from_json(data: Any, where: str) -> Plan:
     try:
         data["tensors"] = tuple(_decision_from_json(t) for t in data["tensors"])
         data["runtime"] = Runtime(**data["runtime"])
-        data["certificate"] = Certificate(**data["certificate"])
+        data["certificate"] = _certificate_from_json(data["certificate"])
         data["notes"] = tuple(data.get("notes", ()))
         plan = Plan(**data)
         _check(plan)
     except (KeyError, TypeError, ValueError) as error:
         raise PlanFileError(f"{where} is damaged or was edited by hand: {error}") from error
     return plan
+
+
+def _certificate_from_json(data: dict[str, Any]) -> Certificate:
+    return Certificate(
+        **{
+            **data,
+            "alternatives": tuple(Alternative(**each) for each in data.get("alternatives", ())),
+            "refused_types": tuple(Refusal(**each) for each in data.get("refused_types", ())),
+        }
+    )
 
 
 def _decision_from_json(data: dict[str, Any]) -> TensorDecision:

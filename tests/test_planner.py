@@ -82,7 +82,8 @@ def test_a_process_budget_pays_for_the_runtime_first(ranked: tuple[Checkpoint, S
     process = make_plan(*ranked, PlanRequest(target, 2_000_000 + base, "process", context=64), overhead)
     assert process.tensors == memory.tensors
     assert process.runtime == memory.runtime
-    assert process.certificate == memory.certificate
+    # What other settings would give is listed where they take a noteworthy share of the budget, which differs.
+    assert replace(process.certificate, alternatives=()) == replace(memory.certificate, alternatives=())
     assert process.used_bytes == process.process_bytes <= process.budget_bytes
     with pytest.raises(InfeasibleBudgetError, match="runtime and its tokenizer") as caught:
         make_plan(*ranked, PlanRequest(target, base, "process", context=64), overhead)

@@ -46,8 +46,11 @@ def pareto(choices: Choices) -> npt.NDArray[np.int64]:
     return order[falls]
 
 
-def allocate(groups: Sequence[Choices], capacity: int) -> Allocation | None:
-    """The best choice within ``capacity`` bytes, or ``None`` when even the smallest candidates do not fit."""
+def allocate(groups: Sequence[Choices], capacity: int, exact: bool = True) -> Allocation | None:
+    """The best choice within ``capacity`` bytes, or ``None`` when even the smallest candidates do not fit.
+
+    Without ``exact`` it is the relaxation's integral part, filled up: within one candidate of the best, in no time.
+    """
     fronts = [pareto(group) for group in groups]
     smallest = sum(int(group.nbytes[front[0]]) for group, front in zip(groups, fronts, strict=True))
     if smallest > capacity:
@@ -55,10 +58,10 @@ def allocate(groups: Sequence[Choices], capacity: int) -> Allocation | None:
     start, price, bound = _relax(groups, fronts, capacity)
     chosen = _fill(groups, fronts, start, capacity)
     gap = _loss(groups, chosen) - bound
-    if gap > 1e-12 * max(1.0, abs(bound)):
-        exact = _finish(groups, fronts, capacity, price, bound, gap)
-        if exact is not None and _loss(groups, exact) < _loss(groups, chosen):
-            chosen = _fill(groups, fronts, exact, capacity)
+    if exact and gap > 1e-12 * max(1.0, abs(bound)):
+        best = _finish(groups, fronts, capacity, price, bound, gap)
+        if best is not None and _loss(groups, best) < _loss(groups, chosen):
+            chosen = _fill(groups, fronts, best, capacity)
     return Allocation(tuple(chosen), _bytes(groups, chosen), _loss(groups, chosen), bound)
 
 

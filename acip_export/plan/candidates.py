@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +44,19 @@ class Candidates:
     def cost(self, chosen: int, target: str, scope: str) -> int:
         """Stored bytes, and in memory what the runtime keeps beside them."""
         option = self.options[chosen]
-        return option.nbytes + (repacked_bytes(option, target, self.tied_head)[0] if scope != "file" else 0)
+        if scope == "file":
+            return option.nbytes
+        kind = (option.shape, option.rank, option.format, option.up_format, option.down_format)
+        return option.nbytes + _kept_beside(*kind, target, self.tied_head)
+
+    def only(self, allowed: Callable[[Candidates, TensorDecision], bool]) -> Candidates:
+        """The candidates that ``allowed(self, option)`` lets through."""
+        kept = [i for i, option in enumerate(self.options) if allowed(self, option)]
+        return replace(self, options=tuple(self.options[i] for i in kept), loss=self.loss[kept])
 
     def dense_only(self) -> Candidates:
         """The candidates without low rank: what quantization alone could do."""
-        dense = [i for i, option in enumerate(self.options) if option.rank is None]
-        return replace(self, options=tuple(self.options[i] for i in dense), loss=self.loss[dense])
+        return self.only(lambda _, option: option.rank is None)
 
     def decision(self, chosen: int) -> TensorDecision:
         """The option with the kept units written down."""
@@ -56,6 +65,21 @@ class Candidates:
             return option
         kept = _ranges(np.sort(self.module.order[: option.rank]))
         return replace(option, kept=kept)
+
+
+@lru_cache(maxsize=100_000)
+def _kept_beside(
+    shape: tuple[int, ...],
+    rank: int | None,
+    form: str | None,
+    up: str | None,
+    down: str | None,
+    target: str,
+    tied_head: bool,
+) -> int:
+    """:func:`repacked_bytes` by what it depends on: the layers of a model have the same shapes over and over."""
+    option = TensorDecision("", shape, "dense", 0, form, rank, up, down)
+    return repacked_bytes(option, target, tied_head)[0]
 
 
 def _ranges(units: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import exp
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.encoder import encoder_of
-from acip_export.errors import InfeasibleBudgetError, UsageError
-from acip_export.plan.allocate import Allocation, allocate, pareto
+from acip_export.errors import UsageError
+from acip_export.plan.allocate import Allocation, Choices, allocate, pareto
 from acip_export.plan.candidates import Candidates, build_candidates
+from acip_export.plan.explain import explain, infeasible
 from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, repacked_bytes, runtime_memory
 from acip_export.plan.predicted_loss import Calibration, calibrate, component_losses
 from acip_export.plan.runtime_base import process_base
 from acip_export.plans import BudgetScope, Certificate, Plan, Runtime, TensorDecision
 from acip_export.scores import ScoreFile
-from acip_export.targets import Target, longest_context
+from acip_export.targets import Layout, Target, longest_context
 from acip_export.targets import target as find_target
-from acip_export.units import format_bytes
 
 PredictFiles = Callable[[tuple[TensorDecision, ...], Runtime], Mapping[str, int]]
 
@@ -90,58 +90,191 @@ def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, p
     ``predict_files(decisions, runtime)`` is the target converter's exact prediction.
 
     Raises:
-        InfeasibleBudgetError: no plan fits; names the smallest budget that does, and what dominates it.
+        InfeasibleBudgetError: no plan fits; names the smallest budget that does, what dominates it, and what would fit.
         ScoreFileError: the score file is of another model.
         UsageError, UnsupportedError: the request contradicts itself, the model or the target.
     """
-    scores.check_model(checkpoint)
-    target = find_target(request.target)
-    layout, *others = target.layouts_for(request.layout, request.runtime)
-    if others:
-        raise UsageError(f"one plan is for one layout: {', '.join(each.name for each in (layout, *others))}")
-    losses = component_losses(scores)
-    candidates = build_candidates(checkpoint, scores, losses, target, layout, target.choose_types(request.types))
-    base = process_base(target.name, checkpoint)
-    runtime = _runtime(checkpoint, target, request, base.total if request.budget_scope == "process" else 0)
-    memory = runtime_memory(target.name, checkpoint.shape, runtime)
-    fixed = {"file": 0, "memory": memory.total, "process": memory.total + base.total}[request.budget_scope]
-    solution = _solve(candidates, request, checkpoint, runtime, fixed, predict_files)
-    calibration = calibrate(scores, losses)
-    loss = calibration.loss(solution.allocation.loss)
-    certificate = _certificate(candidates, solution, calibration, request, request.budget_bytes - fixed)
-    return Plan(
-        target=target.name,
-        layout=layout.name,
-        model=checkpoint.name,
-        model_fingerprint=checkpoint.fingerprint,
-        scores_sha256=scores.sha256,
-        budget_bytes=request.budget_bytes,
-        budget_scope=request.budget_scope,
-        planned_bytes=solution.file_bytes,
-        memory_bytes=solution.file_bytes + solution.repacked + memory.total,
-        files=solution.files,
-        breakdown={
-            "weights": solution.stored,
-            "repacked_weights": solution.repacked,
-            "tokenizer_and_metadata": solution.file_bytes - solution.stored,
-            "kv_cache": memory.kv_cache,
-            "compute": memory.compute,
-            "output": memory.output,
-            "runtime_library": base.library,
-            "runtime_tokenizer": base.tokenizer,
-        },
-        predicted_loss=loss,
-        predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)) if scores.is_causal else None,
-        size_ratio=solution.file_bytes / checkpoint.weight_bytes,
-        adapters=calibration.adapters(solution.allocation.loss) and any(d.rank for d in solution.decisions),
-        runtime=runtime,
-        certificate=certificate,
-        tensors=solution.decisions,
-        notes=_notes(solution, certificate, loss, layout.low_rank is not None, scores.loss_unit)
-        + ((layout.note,) if layout.note else ()),
-        loss_unit=scores.loss_unit,
-        device=request.device,
-    )
+    problem = Problem.of(checkpoint, scores, request, predict_files)
+    plan = problem.plan(request)
+    return replace(plan, certificate=explain(problem, request, plan))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all budgets, contexts and cache types of one model, target, layout and set of types share.
+
+    Attributes:
+        candidates: one entry per tensor. calibration: from their summed losses to the measured loss.
+    """
+
+    checkpoint: Checkpoint
+    scores: ScoreFile
+    target: Target
+    layout: Layout
+    candidates: tuple[Candidates, ...]
+    calibration: Calibration
+    predict_files: PredictFiles
+    _choices: dict[str, list[Choices]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, predict_files: PredictFiles
+    ) -> Problem:
+        """Raises as :func:`make_plan`, but for the budget."""
+        scores.check_model(checkpoint)
+        target = find_target(request.target)
+        layout, *others = target.layouts_for(request.layout, request.runtime)
+        if others:
+            raise UsageError(f"one plan is for one layout: {', '.join(each.name for each in (layout, *others))}")
+        losses = component_losses(scores)
+        candidates = build_candidates(checkpoint, scores, losses, target, layout, target.choose_types(request.types))
+        return cls(checkpoint, scores, target, layout, candidates, calibrate(scores, losses), predict_files)
+
+    def only(self, allowed: Callable[[Candidates, TensorDecision], bool]) -> Problem:
+        """With fewer candidates: presets, or quantization alone."""
+        candidates = tuple(candidate.only(allowed) for candidate in self.candidates)
+        return replace(self, candidates=candidates, _choices={})
+
+    def plan(self, request: PlanRequest, exact: bool = True) -> Plan:
+        """The best plan; without ``exact``, one within a candidate of it. The certificate has no explanations yet.
+
+        Raises as :func:`make_plan`.
+        """
+        runtime, fixed = self.settings(request)
+        solution = self._solve(request, runtime, fixed, exact)
+        target, checkpoint, scores, calibration = self.target, self.checkpoint, self.scores, self.calibration
+        memory, base = runtime_memory(target.name, checkpoint.shape, runtime), process_base(target.name, checkpoint)
+        loss = calibration.loss(solution.allocation.loss)
+        certificate = self._certificate(solution, request, request.budget_bytes - fixed, exact)
+        low_rank = self.layout.low_rank is not None
+        return Plan(
+            target=target.name,
+            layout=self.layout.name,
+            model=checkpoint.name,
+            model_fingerprint=checkpoint.fingerprint,
+            scores_sha256=scores.sha256,
+            budget_bytes=request.budget_bytes,
+            budget_scope=request.budget_scope,
+            planned_bytes=solution.file_bytes,
+            memory_bytes=solution.file_bytes + solution.repacked + memory.total,
+            files=solution.files,
+            breakdown={
+                "weights": solution.stored,
+                "repacked_weights": solution.repacked,
+                "tokenizer_and_metadata": solution.file_bytes - solution.stored,
+                "kv_cache": memory.kv_cache,
+                "compute": memory.compute,
+                "output": memory.output,
+                "runtime_library": base.library,
+                "runtime_tokenizer": base.tokenizer,
+            },
+            predicted_loss=loss,
+            predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)) if scores.is_causal else None,
+            size_ratio=solution.file_bytes / checkpoint.weight_bytes,
+            adapters=calibration.adapters(solution.allocation.loss) and any(d.rank for d in solution.decisions),
+            runtime=runtime,
+            certificate=certificate,
+            tensors=solution.decisions,
+            notes=_notes(solution, certificate, loss, low_rank, scores.loss_unit)
+            + ((self.layout.note,) if self.layout.note else ()),
+            loss_unit=scores.loss_unit,
+            device=request.device,
+        )
+
+    def settings(self, request: PlanRequest) -> tuple[Runtime, int]:
+        """The runtime's settings, and the bytes of the budget that no choice of tensors changes."""
+        base = process_base(self.target.name, self.checkpoint).total
+        runtime = _runtime(self.checkpoint, self.target, request, base if request.budget_scope == "process" else 0)
+        memory = runtime_memory(self.target.name, self.checkpoint.shape, runtime).total
+        return runtime, {"file": 0, "memory": memory, "process": memory + base}[request.budget_scope]
+
+    def floor(self, request: PlanRequest) -> tuple[int, dict[str, int]]:
+        """The smallest budget with a plan, and what it consists of."""
+        runtime, fixed = self.settings(request)
+        smallest = self._exactly(self._smallest(request), request, runtime)
+        parts = {"weights": smallest.stored, "tokenizer and metadata": smallest.file_bytes - smallest.stored}
+        if request.budget_scope != "file":
+            memory = runtime_memory(self.target.name, self.checkpoint.shape, runtime)
+            parts |= {
+                "repacked weights": smallest.repacked,
+                "KV cache": memory.kv_cache,
+                "compute and output buffers": memory.compute + memory.output,
+            }
+        if request.budget_scope == "process":
+            parts["runtime and its tokenizer"] = process_base(self.target.name, self.checkpoint).total
+        return smallest.used + fixed, parts
+
+    def _groups(self, request: PlanRequest) -> list[Choices]:
+        """The candidates as the budget's scope counts them; asked for often, so kept."""
+        scope = request.budget_scope
+        if scope not in self._choices:
+            self._choices[scope] = [candidate.choices(request.target, scope) for candidate in self.candidates]
+        return self._choices[scope]
+
+    def _smallest(self, request: PlanRequest) -> Allocation:
+        groups = self._groups(request)
+        least = allocate(groups, sum(int(group.nbytes.min()) for group in groups))
+        assert least is not None  # the smallest candidates add up to it
+        return least
+
+    def _exactly(self, allocation: Allocation, request: PlanRequest, runtime: Runtime) -> _Solution:
+        decisions = tuple(c.decision(i) for c, i in zip(self.candidates, allocation.chosen, strict=True))
+        files = dict(self.predict_files(decisions, runtime))
+        extra = [
+            repacked_bytes(decision, request.target, candidate.tied_head)
+            for decision, candidate in zip(decisions, self.candidates, strict=True)
+        ]
+        repacked = sum(kept for kept, _ in extra) + max(once for _, once in extra)
+        used = sum(files.values()) + (repacked if request.budget_scope != "file" else 0)
+        return _Solution(allocation, decisions, files, repacked, used)
+
+    def _solve(self, request: PlanRequest, runtime: Runtime, fixed: int, exact: bool) -> _Solution:
+        groups = self._groups(request)
+        smallest = self._exactly(self._smallest(request), request, runtime)
+        room = request.budget_bytes - fixed
+        if smallest.used > room:
+            raise infeasible(self, request)
+        best, overhead = smallest, smallest.overhead
+        for _ in range(_OVERHEAD_ROUNDS):
+            allocation = allocate(groups, room - overhead, exact)
+            if allocation is None or allocation.chosen == best.allocation.chosen:
+                break
+            solution = self._exactly(allocation, request, runtime)
+            if solution.used <= room:
+                if allocation.loss < best.allocation.loss:
+                    best = solution
+                if solution.overhead >= overhead:
+                    break
+                overhead = solution.overhead
+            else:
+                overhead += solution.used - room
+        return best
+
+    def _certificate(self, solution: _Solution, request: PlanRequest, room: int, exact: bool) -> Certificate:
+        allocation = solution.allocation
+        left = room - solution.used
+        bound = self.calibration.loss(max(0.0, allocation.lower_bound))
+        if not exact:
+            return Certificate(left, bound)
+        best: tuple[float, int, str] | None = None
+        for candidate, choices, chosen in zip(self.candidates, self._groups(request), allocation.chosen, strict=True):
+            for other in pareto(choices):
+                gain = float(choices.loss[chosen] - choices.loss[other])
+                extra = int(choices.nbytes[other] - choices.nbytes[chosen])
+                if gain > 0 and extra > left and (best is None or gain / extra > best[0]):
+                    best = (gain / extra, extra, describe(candidate.options[other]))
+        dense_loss: float | None = self.calibration.loss(allocation.loss)
+        if self.layout.low_rank is not None:
+            dense_only = [c.dense_only().choices(request.target, request.budget_scope) for c in self.candidates]
+            dense = allocate(dense_only, room - solution.overhead, exact=False)
+            dense_loss = None if dense is None else self.calibration.loss(dense.loss)
+        return Certificate(
+            bytes_left=left,
+            lower_bound=bound,
+            next_upgrade=None if best is None else best[2],
+            next_upgrade_bytes=None if best is None else best[1],
+            quantization_only_loss=dense_loss,
+        )
 
 
 def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken: int) -> Runtime:
@@ -171,110 +304,6 @@ def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken
             "piece; give more, or a shorter --context"
         )
     return Runtime(context, cache_type, batch)
-
-
-def _solve(
-    candidates: tuple[Candidates, ...],
-    request: PlanRequest,
-    checkpoint: Checkpoint,
-    runtime: Runtime,
-    fixed: int,
-    predict_files: PredictFiles,
-) -> _Solution:
-    groups = [candidate.choices(request.target, request.budget_scope) for candidate in candidates]
-
-    def exactly(allocation: Allocation) -> _Solution:
-        decisions = tuple(c.decision(i) for c, i in zip(candidates, allocation.chosen, strict=True))
-        files = dict(predict_files(decisions, runtime))
-        extra = [
-            repacked_bytes(decision, request.target, candidate.tied_head)
-            for decision, candidate in zip(decisions, candidates, strict=True)
-        ]
-        repacked = sum(kept for kept, _ in extra) + max(once for _, once in extra)
-        used = sum(files.values()) + (repacked if request.budget_scope != "file" else 0)
-        return _Solution(allocation, decisions, files, repacked, used)
-
-    floor = sum(int(group.nbytes.min()) for group in groups)
-    least = allocate(groups, floor)
-    assert least is not None  # the smallest candidates add up to the floor
-    smallest = exactly(least)
-    room = request.budget_bytes - fixed
-    if smallest.used > room:
-        raise _infeasible(smallest, request, checkpoint, runtime, fixed)
-    best, overhead = smallest, smallest.overhead
-    for _ in range(_OVERHEAD_ROUNDS):
-        allocation = allocate(groups, room - overhead)
-        if allocation is None or allocation.chosen == best.allocation.chosen:
-            break
-        solution = exactly(allocation)
-        if solution.used <= room:
-            if allocation.loss < best.allocation.loss:
-                best = solution
-            if solution.overhead >= overhead:
-                break
-            overhead = solution.overhead
-        else:
-            overhead += solution.used - room
-    return best
-
-
-def _infeasible(
-    smallest: _Solution, request: PlanRequest, checkpoint: Checkpoint, runtime: Runtime, fixed: int
-) -> InfeasibleBudgetError:
-    parts = {"weights": smallest.stored, "tokenizer and metadata": smallest.file_bytes - smallest.stored}
-    advice = ["allow smaller types with --types"]
-    if request.budget_scope != "file":
-        memory = runtime_memory(request.target, checkpoint.shape, runtime)
-        parts |= {
-            "repacked weights": smallest.repacked,
-            "KV cache": memory.kv_cache,
-            "compute and output buffers": memory.compute + memory.output,
-        }
-        if request.budget_scope == "process":
-            parts["runtime and its tokenizer"] = process_base(request.target, checkpoint).total
-        advice.append(f"a shorter --context than {runtime.context}")
-        caches = find_target(request.target).cache_types
-        smallest_cache = min(caches, key=lambda name: caches[name][0] / caches[name][1])
-        if smallest_cache != runtime.cache_type:
-            advice.append(f"--cache-type {smallest_cache}")
-    needed = smallest.used + fixed
-    largest = max(parts, key=lambda part: parts[part])
-    lines = "\n".join(f"  {name:<28}{format_bytes(size):>10}" for name, size in parts.items() if size)
-    return InfeasibleBudgetError(
-        f"no plan fits {format_bytes(request.budget_bytes)} ({request.budget_bytes} bytes).\n"
-        f"The smallest feasible budget is {needed} bytes ({format_bytes(needed)}), most of it {largest}:\n{lines}\n"
-        f"Try  --budget {needed}B,  or {', or '.join(advice)}",
-        needed,
-    )
-
-
-def _certificate(
-    candidates: tuple[Candidates, ...],
-    solution: _Solution,
-    calibration: Calibration,
-    request: PlanRequest,
-    room: int,
-) -> Certificate:
-    allocation = solution.allocation
-    left = room - solution.used
-    best: tuple[float, int, str] | None = None
-    for candidate, chosen in zip(candidates, allocation.chosen, strict=True):
-        choices = candidate.choices(request.target, request.budget_scope)
-        for other in pareto(choices):
-            gain = float(choices.loss[chosen] - choices.loss[other])
-            extra = int(choices.nbytes[other] - choices.nbytes[chosen])
-            if gain > 0 and extra > left and (best is None or gain / extra > best[0]):
-                best = (gain / extra, extra, describe(candidate.options[other]))
-    dense_only = [c.dense_only().choices(request.target, request.budget_scope) for c in candidates]
-    dense = allocate(dense_only, room - solution.overhead)
-    dense_loss = None if dense is None else calibration.loss(dense.loss)
-    return Certificate(
-        bytes_left=left,
-        lower_bound=calibration.loss(max(0.0, allocation.lower_bound)),
-        next_upgrade=None if best is None else best[2],
-        next_upgrade_bytes=None if best is None else best[1],
-        quantization_only_loss=dense_loss,
-    )
 
 
 def describe(decision: TensorDecision) -> str:

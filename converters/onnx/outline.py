@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -38,7 +39,7 @@ _ITEM_BYTES = {_FLOAT: 4, _UINT8: 1, _INT32: 4, _INT64: 8}
 _BATCH, _SEQUENCE = "batch_size", "sequence_length"
 _MICROSOFT = "com.microsoft"
 
-Shape = Sequence[int | str]
+Shape = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def _slides(config: Mapping[str, Any], context: int) -> bool:
 
 def _varint(value: int) -> int:
     """Bytes of a varint; negative numbers take ten."""
+    if 0 <= value < 128:
+        return 1
     return 10 if value < 0 else max(1, -(-value.bit_length() // 7))
 
 
@@ -110,6 +113,7 @@ def _real(name: str) -> int:
     return _field(_field(len(name)) + 5 + 3)
 
 
+@lru_cache(maxsize=100_000)
 def _value_info(name: str, dtype: int, shape: Shape) -> int:
     """ValueInfoProto: name (1), type (2) > tensor_type (1) > elem_type (1), shape (2) > dim (1) > value or symbol."""
     dims = sum(_field(_field(len(dim)) if isinstance(dim, str) else 1 + _varint(dim)) for dim in shape)
@@ -159,7 +163,7 @@ class _Outline:
     def _tokens(self, name: str, width: int) -> str:
         return self._value(name, (_BATCH, _SEQUENCE, width))
 
-    def _initializer(self, name: str, shape: Sequence[int], dtype: int = _FLOAT) -> str:
+    def _initializer(self, name: str, shape: tuple[int, ...], dtype: int = _FLOAT) -> str:
         """GraphProto.initializer (5), TensorProto: dims (1), data_type (2), name (8), external_data (13) and its
         location (14)."""
         nbytes = prod(shape) * _ITEM_BYTES[dtype]
