@@ -164,6 +164,9 @@ def _device(entry: dict[str, Any], number: int, where: str) -> Device:
     for target in runtimes:
         if target not in TARGETS:
             raise fail(f"unknown format {target!r}; known: {', '.join(TARGETS)}")
+        if runtimes[target] not in TARGETS[target].runtimes:
+            known = ", ".join(TARGETS[target].runtimes)
+            raise fail(f"unknown runtime {runtimes[target]!r} of {target}; known: {known}")
     if not isinstance(sources, dict) or sorted(sources) != sorted(_SOURCES) or not all(sources.values()):
         raise fail(f"source must say where {', '.join(_SOURCES)} come from, each in words or as an address")
     return Device(

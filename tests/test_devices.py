@@ -77,6 +77,7 @@ def test_later_files_win(camera: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
         ("usable = 0.4", "usable = 0", "between 0 and 1"),
         ('gguf = "llama.cpp"', 'coreml = "x"', "unknown format 'coreml'"),
         ('{ gguf = "llama.cpp" }', "{}", "runtimes must name"),
+        ('"llama.cpp"', '"llama.c"', "unknown runtime 'llama.c'"),
         ('["q8_0", "q4_0"]', '["q8_0", "q4_5"]', "no type 'q4_5'"),
         ('["q8_0", "q4_0"]', "[]", "list of type names"),
         ("types.gguf", "types.onnx", "formats of runtimes"),
@@ -124,6 +125,7 @@ def test_a_device_completes_the_request(camera: Path) -> None:
     assert request.default_context == 512
     assert request.context is None
     assert request.device == "camera"
+    assert request.runtime == "llama.cpp"
 
 
 def test_flags_override_the_device(camera: Path) -> None:

@@ -92,7 +92,7 @@ class PlanFlags:
             target=target,
             budget_bytes=self._budget(device),
             budget_scope=self.budget_scope or ("memory" if device is None else "process"),
-            runtime=self.runtime,
+            runtime=self.runtime if self.runtime or device is None else device.runtimes.get(target),
             layout=self.layout,
             types=names,
             context=self.context,
