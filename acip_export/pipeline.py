@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from acip_export.bundle import PLAN_FILE, Bundle
 from acip_export.checkpoint import Checkpoint
-from acip_export.errors import InfeasibleBudgetError, UnsupportedError, VerificationError
+from acip_export.errors import InfeasibleBudgetError, MissingExtraError, UnsupportedError, VerificationError
 from acip_export.files import new_directory, refuse_existing, scratch_directory
 from acip_export.plan import PlanRequest, make_plan
 from acip_export.plans import Plan, load_plan
@@ -20,6 +21,7 @@ from acip_export.report import Exported, Ranking, build_page, write_papers
 from acip_export.report.data import ScoreMap, embedded, read_export
 from acip_export.report.source import hub_id, license_of
 from acip_export.report.write import PAGE_FILE
+from acip_export.rounding_errors import RoundingErrors, cache_file, load_rounding_errors, save_rounding_errors
 from acip_export.scores import ScoreFile, find_scores, load_scores
 from acip_export.verify import verify as verification
 from acip_export.verify.measure import Perplexity
@@ -28,6 +30,8 @@ from acip_export.verify.verify import Report
 
 if TYPE_CHECKING:
     from acip_export.rank import Algorithm
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,65 @@ def open_scores(checkpoint: Checkpoint, scores: Path | None) -> ScoreFile:
     return load_scores(scores or find_scores(checkpoint.path))
 
 
-def plan_export(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> Plan:
-    """Plan with the exact file sizes of the target's converter; with the layout ``auto``, the best predicted of all.
+def rounding_errors(
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+) -> RoundingErrors:
+    """What the target's quantizer costs on this model, for everything that ``request`` may choose.
+
+    Read from the cache beside the score file; what it lacks is measured once and added to it. Without the quantizer
+    the answer is what the cache has.
+    """
+    from acip_export.plan.candidates import choose_embedding_types, pair_types
+    from acip_export.targets import target as find_target
+    from converters.registry import converter
+
+    scores.check_model(checkpoint)
+    target = find_target(request.target)
+    types, layout = target.choose_types(request.types), target.layout(request.layout)
+    quantizer = converter(target.name).quantizer()
+    cache = None if scores.file is None else cache_file(scores.file, target.name)
+    known = RoundingErrors(target.name, quantizer, scores.sha256)
+    if cache is not None:
+        known = load_rounding_errors(cache, target.name, quantizer, scores.sha256)
+    embedding_types = choose_embedding_types(target, types)
+    dense = {
+        name: tuple(
+            f.name
+            for f in (embedding_types if name in scores.embedding_sensitivity else types)
+            if f.fits(info.shape[1]) and not (f.needs_importance and name in scores.embedding_sensitivity)
+        )
+        for name, info in checkpoint.tensors.items()
+        if name in scores.embedding_sensitivity or name.removesuffix(".weight") in scores.modules
+    }
+    pairs = () if layout.low_rank is None else pair_types(types)
+    if known.covers(dense, pairs, scores.modules):
+        return known
+
+    from acip_export.materialize.rounding_errors import measure_rounding
+
+    try:
+        measured = measure_rounding(
+            checkpoint,
+            scores,
+            known,
+            dense,
+            pairs,
+            converter(target.name).round_trip,
+            lambda p: progress(StageProgress("measure rounding", p.done, p.total, p.item)),
+        )
+    except MissingExtraError as missing:
+        logger.warning("rounding errors are those of Gaussian weights: %s", missing)
+        return known
+    if cache is not None:
+        save_rounding_errors(measured, cache)
+    return measured
+
+
+def plan_export(
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+) -> Plan:
+    """Plan with measured rounding errors and the exact file sizes of the target's converter; with the layout ``auto``,
+    the best predicted of all.
 
     Raises as :func:`acip_export.plan.make_plan`; with ``auto`` only if no layout has a plan.
     """
@@ -97,6 +158,7 @@ def plan_export(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest)
             scores,
             replace(request, layout=layout),
             lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime),
+            rounding_errors(checkpoint, scores, replace(request, layout=layout), progress),
         )
 
     if len(layouts) == 1:

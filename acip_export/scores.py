@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ class ScoreFile:
             when asked for.
         sha256: identifies the file: over its header, every tensor but the second moments, and the first 4 KiB of each
             of those.
+        file: that it was read from.
     """
 
     model: Mapping[str, str]
@@ -113,6 +114,7 @@ class ScoreFile:
     embedding_sensitivity: Mapping[str, float]
     second_moments: Mapping[str, FloatArray]
     sha256: str = ""
+    file: Path | None = field(default=None, compare=False)
 
     @property
     def basis(self) -> str:
@@ -238,6 +240,7 @@ def load_scores(file: Path) -> ScoreFile:
             },
             second_moments=moments,
             sha256=_identity(file, entries, tensors),
+            file=file,
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ScoreFileError(f"{file} is damaged: {error!r}") from error

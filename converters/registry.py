@@ -81,6 +81,10 @@ class Converter(Protocol):
         """
         ...
 
+    def quantizer(self) -> str:
+        """Name and version of what :meth:`round_trip` rounds with: measured errors are good for no other."""
+        ...
+
     def run_commands(self, plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
         """For every program that runs the export within the plan's memory; the recommended one first."""
         ...

@@ -44,6 +44,11 @@ class Refitted:
     up_importance: Tensor
 
 
+def balanced(pair: Pair, norm: Norm) -> Pair:
+    """The same product with equal singular values in both factors, in the norm of the predicted loss."""
+    return Pair(*balance(pair.up, pair.down, Whitening.of(norm.inputs), Whitening.of(norm.gradients)))
+
+
 def refit(
     pair: Pair,
     norm: Norm,
@@ -60,7 +65,7 @@ def refit(
     were found best here.
 
     Args:
-        importance: (in,) weights of the rounding error of ``down``.
+        pair: balanced, see :func:`balanced`. importance: (in,) weights of the rounding error of ``down``.
         rounds: refits of ``up``; 0 quantizes the factors as they are. rotate: without it the pair is taken as it comes.
 
     Raises:
@@ -70,7 +75,6 @@ def refit(
     up, down = pair.up, pair.down
     if rotate:
         rotation = _rotation(rank)
-        up, down = balance(up, down, Whitening.of(norm.inputs), Whitening.of(norm.gradients))
         up, down = up @ rotation.T, rotation @ down
     best: Refitted | None = None
     for index in range(max(1, rounds)):

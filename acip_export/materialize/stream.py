@@ -18,7 +18,7 @@ from acip_export.errors import CheckpointError, PlanFileError
 from acip_export.files import SafetensorsWriter, new_directory, refuse_existing, sha256_of
 from acip_export.formats import weight_format
 from acip_export.materialize.factors import Norm, basis_moments, dense_weight, factor_pair, inner_importance
-from acip_export.materialize.refit import refit
+from acip_export.materialize.refit import balanced, refit
 from acip_export.plans import Plan, TensorDecision, dumps_plan
 from acip_export.rounding import RoundTrip
 from acip_export.scores import ScoreFile
@@ -145,7 +145,7 @@ def _numbers(
     if round_trip is None or all(form.is_float for form in formats):
         importance[up] = inner_importance(pair.down, norm.inputs)
         return {up: pair.up, down: pair.down}
-    fitted = refit(pair, norm, importance[down], formats[0], formats[1], round_trip)
+    fitted = refit(balanced(pair, norm), norm, importance[down], formats[0], formats[1], round_trip)
     importance[up] = fitted.up_importance
     return {up: fitted.pair.up, down: fitted.pair.down}
 

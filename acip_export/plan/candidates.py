@@ -15,6 +15,7 @@ from acip_export.formats import WeightFormat, weight_format
 from acip_export.plan.allocate import Choices
 from acip_export.plan.memory import repacked_bytes
 from acip_export.plans import TensorDecision
+from acip_export.rounding_errors import RoundingErrors
 from acip_export.scores import ModuleScores, ScoreFile
 from acip_export.targets import Layout, Target
 
@@ -96,30 +97,48 @@ def build_candidates(
     target: Target,
     layout: Layout,
     types: tuple[WeightFormat, ...],
+    errors: RoundingErrors,
 ) -> tuple[Candidates, ...]:
     """One entry per tensor of the checkpoint, in its order.
+
+    Args:
+        losses: of dropping each component. errors: measured on this model; where they are silent, the table of formats
+            speaks.
 
     Raises:
         UnsupportedError: no allowed format can hold a tensor's rows.
     """
-    embedding_types = tuple(f for f in types if f.name in target.embedding_types) or tuple(
-        weight_format(target.name, name) for name in target.embedding_types
-    )
+    embedding_types = choose_embedding_types(target, types)
     # An encoder's small tables and heads, whose rounding no ranking measures; runtimes add some of them as they are.
     tables = set() if checkpoint.shape.generates else set(checkpoint.tensors) - set(scores.embedding_sensitivity)
     built = []
     for name, info in checkpoint.tensors.items():
         module = scores.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if module is not None:
-            built.append(_linear(name, module, losses[name.removesuffix(".weight")], layout, types))
+            built.append(_linear(name, module, losses[name.removesuffix(".weight")], layout, types, errors))
         elif len(info.shape) == 2 and name not in tables:
             sensitivity = scores.embedding_sensitivity.get(name, 0.0)
-            embedding = _dense(name, info.shape, sensitivity, embedding_types, None)
+            embedding = _dense(name, info.shape, sensitivity, embedding_types, None, errors)
             built.append(replace(embedding, tied_head=checkpoint.shape.tied_embeddings))
         else:
             vector = weight_format(target.name, target.vector_format)
-            built.append(_dense(name, info.shape, 0.0, (vector,), None))
+            built.append(_dense(name, info.shape, 0.0, (vector,), None, errors))
     return tuple(built)
+
+
+def choose_embedding_types(target: Target, types: tuple[WeightFormat, ...]) -> tuple[WeightFormat, ...]:
+    """What the embedding may take: of the allowed types those that it can, or else all that it can."""
+    return tuple(f for f in types if f.name in target.embedding_types) or tuple(
+        weight_format(target.name, name) for name in target.embedding_types
+    )
+
+
+def pair_types(types: tuple[WeightFormat, ...]) -> tuple[tuple[str, str], ...]:
+    """Every combination of types of (down, up) that a candidate may have; floats, which do not round, left out."""
+    ranks = range(32, 257, 32)  # every remainder that a block size can leave
+    found = {(down.name, up.name): None for down in types for rank in ranks for up in _partners(down, types, rank)}
+    floats = {f.name for f in types if f.is_float}
+    return tuple(pair for pair in found if not set(pair) <= floats)
 
 
 def _dense(
@@ -128,6 +147,7 @@ def _dense(
     sensitivity: float,
     types: tuple[WeightFormat, ...],
     module: ModuleScores | None,
+    errors: RoundingErrors,
 ) -> Candidates:
     rows, columns = shape if len(shape) == 2 else (1, shape[0])
     fitting = [f for f in types if f.fits(columns)]
@@ -138,7 +158,7 @@ def _dense(
         )
     return Candidates(
         tuple(TensorDecision(name, shape, "dense", f.nbytes(rows, columns), format=f.name) for f in fitting),
-        np.array([sensitivity * f.relative_mse for f in fitting]),
+        np.array([errors.dense_loss(name, f.name, sensitivity * f.relative_mse) for f in fitting]),
         module,
     )
 
@@ -149,8 +169,9 @@ def _linear(
     losses: npt.NDArray[np.float64],
     layout: Layout,
     types: tuple[WeightFormat, ...],
+    errors: RoundingErrors,
 ) -> Candidates:
-    dense = _dense(name, module.shape, module.sensitivity, types, module)
+    dense = _dense(name, module.shape, module.sensitivity, types, module, errors)
     if layout.low_rank is None:
         return dense
     rows, columns = module.shape
@@ -184,6 +205,7 @@ def _linear(
                     )
                 )
                 rounding = up.relative_mse * up_rounding[rank - 1] + down.relative_mse * down_rounding[rank - 1]
+                rounding *= errors.pair_ratio(name.removesuffix(".weight"), down.name, up.name, rank / len(losses))
                 loss.append((dropped[rank] if rank < len(dropped) else 0.0) + rounding)
     return Candidates(tuple(options), np.array(loss), module)
 

@@ -16,6 +16,7 @@ from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, repacke
 from acip_export.plan.predicted_loss import Calibration, calibrate, component_losses
 from acip_export.plan.runtime_base import process_base
 from acip_export.plans import BudgetScope, Certificate, Plan, Runtime, TensorDecision
+from acip_export.rounding_errors import RoundingErrors
 from acip_export.scores import ScoreFile
 from acip_export.targets import Layout, Target, longest_context
 from acip_export.targets import target as find_target
@@ -84,17 +85,24 @@ class _Solution:
         return self.used - self.allocation.nbytes
 
 
-def make_plan(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, predict_files: PredictFiles) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    request: PlanRequest,
+    predict_files: PredictFiles,
+    errors: RoundingErrors | None = None,
+) -> Plan:
     """The plan of least predicted loss whose exact bytes are within the budget.
 
-    ``predict_files(decisions, runtime)`` is the target converter's exact prediction.
+    ``predict_files(decisions, runtime)`` is the target converter's exact prediction. ``errors``: what rounding costs,
+    measured on this model (:func:`acip_export.pipeline.rounding_errors`); ``None``: as on Gaussian weights.
 
     Raises:
         InfeasibleBudgetError: no plan fits; names the smallest budget that does, what dominates it, and what would fit.
         ScoreFileError: the score file is of another model.
         UsageError, UnsupportedError: the request contradicts itself, the model or the target.
     """
-    problem = Problem.of(checkpoint, scores, request, predict_files)
+    problem = Problem.of(checkpoint, scores, request, predict_files, errors)
     plan = problem.plan(request)
     return replace(plan, certificate=explain(problem, request, plan))
 
@@ -118,7 +126,12 @@ class Problem:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, predict_files: PredictFiles
+        cls,
+        checkpoint: Checkpoint,
+        scores: ScoreFile,
+        request: PlanRequest,
+        predict_files: PredictFiles,
+        errors: RoundingErrors | None = None,
     ) -> Problem:
         """Raises as :func:`make_plan`, but for the budget."""
         scores.check_model(checkpoint)
@@ -127,7 +140,9 @@ class Problem:
         if others:
             raise UsageError(f"one plan is for one layout: {', '.join(each.name for each in (layout, *others))}")
         losses = component_losses(scores)
-        candidates = build_candidates(checkpoint, scores, losses, target, layout, target.choose_types(request.types))
+        types = target.choose_types(request.types)
+        errors = errors or RoundingErrors(target.name, "", scores.sha256)
+        candidates = build_candidates(checkpoint, scores, losses, target, layout, types, errors)
         return cls(checkpoint, scores, target, layout, candidates, calibrate(scores, losses), predict_files)
 
     def only(self, allowed: Callable[[Candidates, TensorDecision], bool]) -> Problem:

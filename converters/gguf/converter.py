@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     import torch
 
 # With run_commands imported from its own file, what converters.registry.Converter asks for.
-__all__ = ["convert", "predict_files", "round_trip", "run_commands"]
+__all__ = ["convert", "predict_files", "quantizer", "round_trip", "run_commands"]
 
 # A SHA-256 in hexadecimal: predictions need only its length.
 _HASH_PLACEHOLDER = "0" * 64
@@ -121,6 +122,11 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
                 done += item.spec.nbytes
         check_structure(out / name, metadata, _specs(items))
     progress(Progress(total, total, ""))
+
+
+def quantizer() -> str:
+    """See :class:`converters.registry.Converter`."""
+    return f"xllamacpp {version('xllamacpp')}" if ggml.library_path() is not None else "gguf"
 
 
 def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:

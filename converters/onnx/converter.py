@@ -18,6 +18,7 @@ from acip_export.encoder import encoder_of
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.formats import weight_format
 from acip_export.plans import Plan, Runtime, TensorDecision
+from acip_export.version import __version__
 from converters.onnx.consumers import DATA_FILE, MODEL_FILE, small_files
 from converters.onnx.outline import GraphBytes, outline
 from converters.registry import Progress, ProgressCallback, RunCommand
@@ -128,6 +129,11 @@ def _graph(
     skeleton = make_skeleton(checkpoint.config, tensors, runtime.context, read_vector)
     graph, contents = build_graph(skeleton, options.accuracy_level)
     return pack(graph, contents, Path(DATA_FILE).name), contents
+
+
+def quantizer() -> str:
+    """See :class:`converters.registry.Converter`."""
+    return f"acip-export {__version__}"
 
 
 def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:

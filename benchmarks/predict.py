@@ -1,0 +1,190 @@
+"""How well the predicted loss predicts: plans of many sizes, types, layouts and formats, each measured.
+
+    python benchmarks/predict.py --model samples/llama --scores llama.acip --text samples/text/evaluation.txt
+
+Every plan is materialized, and the loss of its bundle, rounded as the export has it, is measured on text that neither
+ranking nor planning saw. (The runtimes give the same perplexity as the rounded bundle to four digits: ``make demo``.)
+Nothing is fitted to these figures. Writes benchmarks/predict.json and docs/predict.svg; plans already measured stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from acip_export.bundle import load_bundle
+from acip_export.checkpoint import Checkpoint
+from acip_export.modules import load_causal_lm
+from acip_export.pipeline import materialize_bundle, plan_export, text_windows
+from acip_export.plan import PlanRequest
+from acip_export.scores import load_scores
+from converters.registry import converter
+
+HERE = Path(__file__).resolve().parent
+CONTEXT = 256
+# Shares of the float16 size of the file, and what the plan may choose from. Near-lossless plans differ by less than the
+# measurement's own error, so that most are below: the spread is from 60 % down to the smallest feasible.
+PLANS: tuple[tuple[str, str, tuple[str, ...], tuple[float, ...]], ...] = (
+    ("gguf", "stock", (), (0.55, 0.42, 0.34, 0.3, 0.26, 0.23, 0.2)),
+    ("gguf", "stock", ("q4_0",), (0.3,)),
+    ("gguf", "stock", ("q3_k",), (0.3,)),
+    ("gguf", "stock", ("q2_k",), (0.3,)),
+    ("gguf", "stock", ("iq3_xxs", "q4_k"), (0.25,)),
+    ("gguf", "adapter", ("q8_0",), (0.5, 0.42, 0.36, 0.3)),
+    ("gguf", "adapter", ("q8_0", "q4_0"), (0.42, 0.34, 0.28, 0.24)),
+    ("gguf", "adapter", ("q4_0", "q2_k"), (0.28, 0.22)),
+    ("onnx", "factored", (), (0.6, 0.45, 0.38, 0.32, 0.27, 0.23)),
+    ("onnx", "factored", ("int8",), (0.5, 0.42, 0.36)),
+    ("onnx", "factored", ("f32",), (1.3, 1.0)),
+    ("onnx", "factored", ("int4",), (0.32, 0.27)),
+    ("onnx", "factored", ("int2", "int4"), (0.3, 0.22)),
+)
+
+
+@torch.no_grad()
+def losses(model: torch.nn.Module, windows: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Mean next-token loss of every window."""
+    found = []
+    for part in windows.split(16):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none")
+        found.append(each.mean(1).double().numpy())
+    return np.concatenate(found)
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Spearman correlation of predicted and measured loss, and mean error of log-perplexity; all and lower half."""
+    ordered = sorted(results, key=lambda r: r["measured_loss"])
+    halves = {
+        "all": ordered,
+        "high quality half": ordered[: len(ordered) // 2],
+        "low quality half": ordered[len(ordered) // 2 :],
+    }
+    found: dict[str, Any] = {}
+    for name, part in halves.items():
+        predicted = np.array([r["predicted_loss"] for r in part])
+        measured = np.array([r["measured_loss"] for r in part])
+        found[name] = {
+            "plans": len(part),
+            "spearman": round(float(spearmanr(predicted, measured).statistic), 4),
+            "mean_error_of_log_perplexity": round(float(np.abs(predicted - measured).mean()), 4),
+            "mean_measured": round(float(measured.mean()), 4),
+            "bias": round(float((predicted - measured).mean()), 4),
+        }
+    return found
+
+
+def draw(document: dict[str, Any], file: Path) -> None:
+    """Predicted against measured loss, both logarithmic."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "acip"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.5, 5))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for model, entry in document["models"].items():
+        for r in entry["results"]:
+            groups.setdefault(f"{model}: {r['target']}, {r['layout']}", []).append(r)
+    for marker, (name, rows) in zip("os^Dv<>pP*X" * 3, sorted(groups.items()), strict=False):
+        axes.errorbar(
+            [max(r["predicted_loss"], 1e-4) for r in rows],
+            [max(r["measured_loss"], 1e-4) for r in rows],
+            yerr=[r["standard_error"] for r in rows],
+            fmt=marker,
+            markersize=5,
+            linewidth=0.8,
+            alpha=0.8,
+            label=name,
+        )
+    line = [3e-4, 3.0]
+    axes.plot(line, line, color="gray", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="predicted loss (nats per token above dense)", ylabel="measured loss")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--scores", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--again", action="store_true", help="measure all plans again")
+    parser.add_argument("--out", type=Path, default=HERE / "predict.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    checkpoint, scores = Checkpoint.open(args.model), load_scores(args.scores)
+    windows = torch.from_numpy(text_windows(checkpoint, args.text, CONTEXT, args.tokens))
+    dense = losses(load_causal_lm(checkpoint, torch.float32), windows)
+    document: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
+    document["machine"] = {"processor": platform.machine(), "cores": os.cpu_count()}
+    document["versions"] = {name: version(name) for name in ("torch", "transformers", "xllamacpp", "numpy")}
+    entry = document["models"].setdefault(args.model.name, {"results": []})
+    entry["algorithm"], entry["tokens"] = scores.algorithm["name"], int(windows.numel())
+    entry["dense_perplexity"] = math.exp(float(dense.mean()))
+    before = (
+        {} if args.again else {(r["target"], r["layout"], tuple(r["types"]), r["share"]): r for r in entry["results"]}
+    )
+    entry["results"] = []
+    for target, layout, types, shares in PLANS:
+        for share in shares:
+            budget = int(share * sum(math.prod(t.shape) * 2 for t in checkpoint.tensors.values()))
+            request = PlanRequest(target, budget, "file", layout=layout, types=types, context=CONTEXT)
+            plan = plan_export(checkpoint, scores, request)
+            tensors = plan.to_json()["tensors"]
+            known = before.get((target, layout, types, share))
+            result = {
+                "target": target,
+                "layout": layout,
+                "types": list(types),
+                "share": share,
+                "bytes": plan.planned_bytes,
+                "low_rank": sum(t.rank is not None for t in plan.tensors),
+                "predicted_loss": plan.predicted_loss,
+                "adapters": plan.adapters,
+            }
+            same = known is not None and known["bytes"] == plan.planned_bytes and known["digest"] == _digest(tensors)
+            if same and known is not None:
+                measured, error = known["measured_loss"], known["standard_error"]
+            else:
+                with tempfile.TemporaryDirectory() as scratch:
+                    bundle = materialize_bundle(checkpoint, scores, plan, Path(scratch) / "bundle")
+                    difference = losses(load_bundle(bundle, converter(target).round_trip), windows) - dense
+                measured = float(difference.mean())
+                error = float(difference.std(ddof=1) / math.sqrt(len(difference)))
+            entry["results"].append(
+                result | {"measured_loss": measured, "standard_error": error, "digest": _digest(tensors)}
+            )
+            print(
+                f"{target} {layout} {','.join(types) or 'default'} {share}: low rank {result['low_rank']}, predicted "
+                f"{plan.predicted_loss:.4f}, measured {measured:.4f} +- {error:.4f}",
+                flush=True,
+            )
+    entry["summary"] = summary(entry["results"])
+    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    draw(document, HERE.parent / "docs" / "predict.svg")
+    print(json.dumps(entry["summary"], indent=1))
+
+
+def _digest(tensors: Any) -> str:
+    import hashlib
+
+    return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    main()
