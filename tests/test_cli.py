@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from acip_export import cli
+from acip_export import cli, pipeline
+from acip_export.checkpoint import Checkpoint
+from acip_export.plan import PlanRequest
 from tests.rank.support import calibration_text
 from tests.support import make_model, make_scores
 
@@ -49,7 +51,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model(tmp_path_factory.mktemp("models") / "tiny")
-    make_scores(model)
+    scores = make_scores(model)
+    for target in ("gguf", "onnx"):  # measured once, not in every copy; a plan from the cache needs no torch
+        pipeline.rounding_errors(Checkpoint.open(model), scores, PlanRequest(target, 1))
     return model
 
 

@@ -14,7 +14,7 @@ from acip_export.factorize import components
 from acip_export.formats import weight_format
 from acip_export.materialize import materialize_bundle
 from acip_export.materialize.factors import Norm, Pair
-from acip_export.materialize.refit import refit
+from acip_export.materialize.refit import balanced, refit
 from converters.registry import converter
 from tests.support import everywhere, make_model, make_plan, make_scores
 
@@ -35,7 +35,9 @@ def problem() -> tuple[Pair, Norm]:
     weight = left * torch.logspace(0, -2, 192) @ right
     norm = Norm(_moment(256, generator), _moment(192, generator))
     basis = components(weight, norm.inputs, norm.gradients)
-    return Pair(basis.up[:, :RANK], basis.down[:RANK]), norm
+    pair = Pair(basis.up[:, :RANK], basis.down[:RANK])
+    torch.testing.assert_close((_ := balanced(pair, norm)).up @ _.down, pair.up @ pair.down, atol=1e-2, rtol=1e-2)
+    return pair, norm
 
 
 @pytest.mark.parametrize(

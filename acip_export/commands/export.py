@@ -67,7 +67,8 @@ def export(
             refuse_existing(ort_target, force)
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
-    plan = pipeline.plan_export(checkpoint, opened, request)
+    with console.stage_bars() as progress:
+        plan = pipeline.plan_export(checkpoint, opened, request, progress)
     windows = None if text is None else pipeline.text_windows(checkpoint, text, plan.runtime.context)
     if not json:
         console.show_plan(plan, verbose)
@@ -125,7 +126,8 @@ def plan(
     if out is not None:
         refuse_existing(out, force)
     checkpoint = Checkpoint.open(flags.model)
-    made = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, flags.scores), request)
+    with console.stage_bars() as progress:
+        made = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, flags.scores), request, progress)
     if out is not None:
         save_plan(made, out, force)
     if json:
