@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,10 +38,25 @@ def rank(
     stop_ratio: Annotated[float | None, typer.Option(help="Masks stop at this share of the parameters.")] = None,
     post_tune: Annotated[int | None, typer.Option(help="Steps of the adapters alone, after the masks.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of masks and adapters.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows per step, of all processes together.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other hyper-parameter of acip; may be repeated."),
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens per window. Default: 512, or the model's limit.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    torch_device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1.")] = "auto",
+    precision: Annotated[
+        Literal["auto", "float32", "model"],
+        typer.Option(help="Of the frozen weights and factors; auto: as stored, float32 for small models on CPUs."),
+    ] = "auto",
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Compute activations twice instead of keeping them. Default: from 1e9 weights.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between stored states of acip.")] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of acip.")] = False,
+    log_json: Annotated[Path | None, typer.Option(help="Append progress as JSON lines to this file.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Write progress for TensorBoard to this directory.")] = None,
     json: Json = False,
     force: Force = False,
 ) -> None:
@@ -48,10 +64,14 @@ def rank(
 
     acip-export rank . --data text.txt
 
-    acip-export rank . --data text.txt --algorithm kfac
+    acip-export rank . --data chats.jsonl --field messages --algorithm kfac
+
+    accelerate launch --num_processes 2 -m acip_export rank . --data text.txt
     """
     from acip_export import pipeline
-    from acip_export.rank import DataConfig
+    from acip_export.rank import DataConfig, parse_settings
+    from acip_export.rank.events import json_log, tensorboard_log, to_all
+    from acip_export.rank.processes import launched_rank
 
     if data is None:
         raise UsageError("no calibration text; give a file, a directory, a data set or  self  with  --data")
@@ -61,16 +81,27 @@ def rank(
         "stop_ratio": stop_ratio,
         "post_tune": post_tune,
         "learning_rate": learning_rate,
+        "batch": batch,
     }
-    settings = {name: value for name, value in chosen.items() if value is not None}
+    settings = {name: value for name, value in chosen.items() if value is not None} | parse_settings(set_ or [])
     if settings and algorithm != "acip":
-        flag = next(iter(settings)).replace("_", "-")
+        name = next(iter(settings))
+        flag = name.replace("_", "-") if name in chosen else f"set {name}"
         raise UsageError(f"--{flag} is a setting of acip; --algorithm {algorithm} has none")
     calibration = DataConfig(context=context, seed=seed, field=field)
     checkpoint = Checkpoint.open(model)
     target = out or checkpoint.path / f"{checkpoint.name}.acip"
+    # Of several processes one draws and logs, as one writes.
+    is_main = launched_rank() == 0
     try:
-        with console.ranking_bars() as progress:
+        with ExitStack() as stack:
+            callbacks = []
+            if is_main:
+                callbacks.append(stack.enter_context(console.ranking_bars()))
+                if log_json is not None:
+                    callbacks.append(stack.enter_context(json_log(log_json)))
+                if tensorboard is not None:
+                    callbacks.append(stack.enter_context(tensorboard_log(tensorboard)))
             scores = pipeline.rank_to_file(
                 checkpoint,
                 data,
@@ -79,17 +110,22 @@ def rank(
                 settings,
                 units=units,
                 calibration=calibration,
-                device=device,
+                device=torch_device,
+                precision=precision,
+                gradient_checkpointing=gradient_checkpointing,
+                checkpoint_every=checkpoint_every,
                 force=force,
                 resume=resume,
-                progress=progress,
+                progress=to_all(callbacks),
             )
     except KeyboardInterrupt:
         from acip_export.rank.resume import run_file
 
-        if run_file(target).exists():
+        if is_main and run_file(target).exists():
             console.note(f"the run is kept in {run_file(target)}; go on with the same command and  --resume")
         raise
+    if not is_main:
+        return
     if json:
         console.print_json({"out": str(target), **pipeline.ranking_summary(scores)})
     else:

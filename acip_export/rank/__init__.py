@@ -1,7 +1,16 @@
 """Ranking: a model and text in, a score file out. Start at :func:`rank_model`."""
 
 from acip_export.rank.automatic import automatic_config
-from acip_export.rank.config import AcipConfig, Algorithm, DataConfig, Progress, ProgressCallback
+from acip_export.rank.config import AcipConfig, Algorithm, DataConfig, Progress, ProgressCallback, parse_settings
 from acip_export.rank.rank import rank_model
 
-__all__ = ["AcipConfig", "Algorithm", "DataConfig", "Progress", "ProgressCallback", "automatic_config", "rank_model"]
+__all__ = [
+    "AcipConfig",
+    "Algorithm",
+    "DataConfig",
+    "Progress",
+    "ProgressCallback",
+    "automatic_config",
+    "parse_settings",
+    "rank_model",
+]

@@ -6,7 +6,8 @@ order in which masks reach zero is the ranking. Then the adapters alone are tune
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from acip_export.rank.data import WindowStream
 from acip_export.rank.objectives import task_loss
 from acip_export.rank.ordering import broken_ties, update_score_map
 from acip_export.rank.parametrize import MaskedLinear, live_ratio
+from acip_export.rank.processes import ALONE, Processes, check_batch
 from acip_export.rank.tasks import CAUSAL, Task
 from acip_export.rank.timing import Clock
 from acip_export.scores import FloatArray
@@ -35,6 +37,7 @@ class AcipRun:
     Attributes:
         layers: by module name. score_map: by module, by component (section 3.2). penalty: w_t, the current L1 weight.
         mask_steps, tune_steps: done so far. masks_done: the stop ratio is reached.
+        interrupted: whether this process was asked to stop.
     """
 
     def __init__(
@@ -46,11 +49,15 @@ class AcipRun:
         config: AcipConfig,
         seed: int,
         task: Task = CAUSAL,
+        processes: Processes = ALONE,
     ) -> None:
-        self.task = task
+        self.task, self.processes, self.seed = task, processes, seed
         self.model, self.layers, self.drop_losses, self.config = model, layers, drop_losses, config
         self.device = next(iter(layers.values())).mask.device
         self.stream = WindowStream(windows, config.batch, seed)
+        check_batch(self.stream.batch, processes.count)
+        self.interrupted: Callable[[], bool] = lambda: False
+        self._stopping = False
         self.sizes = np.random.default_rng(seed)
         if config.start == "drop-loss":
             self._grade_masks()
@@ -91,9 +98,11 @@ class AcipRun:
         Raises:
             RankingError: the loss is not finite.
         """
-        loss = self._loss()
+        loss = self._loss(next(self.stream))
         norm = torch.stack([mask.relu().sum() for mask in self.masks]).sum()
-        self._update(loss + self.penalty * norm)
+        before = [mask.detach() > 0 for mask in self.masks]
+        task = self._update(loss + self.penalty * norm, loss)
+        self._stay_at_stop_ratio(before)
         self.mask_steps += 1
         for name, layer in self.layers.items():
             self.score_map[name] = update_score_map(self.score_map[name], layer.mask.detach().cpu().numpy())
@@ -103,7 +112,7 @@ class AcipRun:
             for layer in self.layers.values():
                 layer.drop_pruned()
         self.masks_done = self.ratio() <= self.config.stop_ratio or self.mask_steps >= self.config.max_steps
-        return loss.item()
+        return task
 
     def tune_step(self) -> float:
         """One step of the adapters alone, at the stop ratio or at one drawn for this step; returns the task loss."""
@@ -111,10 +120,14 @@ class AcipRun:
         if self.config.post_tune_decay:
             left = 1 - self.tune_steps / self.config.post_tune
             self.optimizer.param_groups[1]["lr"] = left * self._adapter_rate
-        loss = self._loss()
-        self._update(loss)
+        loss = self._loss(next(self.stream))
+        task = self._update(loss, loss)
         self.tune_steps += 1
-        return loss.item()
+        return task
+
+    def should_stop(self) -> bool:
+        """Whether any process was asked to stop; of several, all say the same, as of the last step."""
+        return self._stopping or (self.processes.count == 1 and self.interrupted())
 
     def ratio(self) -> float:
         return live_ratio(self.layers)
@@ -176,21 +189,85 @@ class AcipRun:
             for name, layer in self.layers.items():
                 layer.live = len(layer.mask) if self._order.stays_dense(name, ranks[name]) else ranks[name]
 
-    def _loss(self) -> Tensor:
-        self.model.train()
-        loss = task_loss(self.task, self.config.objective, self.model, self.layers, next(self.stream).to(self.device))
-        if not torch.isfinite(loss):
-            step = self.mask_steps + self.tune_steps + 1
-            raise RankingError(
-                f"the loss is {loss.item()} at step {step}; expected a finite number.\n"
-                f"Lower the learning rate (now {self.config.learning_rate:g})"
-            )
-        return loss
+    @torch.no_grad()
+    def _stay_at_stop_ratio(self, before: list[Tensor]) -> None:
+        """Let a last step that prunes past the stop ratio prune only those with the smallest predicted losses.
 
-    def _update(self, objective: Tensor) -> None:
+        Masks that the loss does not tell apart cross zero together; a run whose steps are too long for its order could
+        otherwise end with nothing left.
+        """
+        if self.ratio() >= self.config.stop_ratio or self.config.tie_break == "index":
+            return
+        pruned = torch.cat([was & (mask <= 0) for was, mask in zip(before, self.masks, strict=True)]).nonzero()[:, 0]
+        losses = torch.from_numpy(np.concatenate([self.drop_losses[name] for name in self.layers]))
+        # From the one that is missed most; each a little above the next, far below any mask that is still moving.
+        missed = pruned[losses.to(self.device)[pruned].argsort(descending=True, stable=True)]
+        values = torch.linspace(2, 1, len(missed), device=self.device) * 1e-6 * self.config.mask_scale
+        stopped = torch.cat([mask.detach().clone() for mask in self.masks])
+
+        def restore(count: int) -> float:
+            masks = stopped.index_copy(0, missed[:count], values[:count])
+            for mask, part in zip(self.masks, masks.split([len(mask) for mask in self.masks]), strict=True):  # type: ignore[no-untyped-call]
+                mask.copy_(part)
+            return self.ratio()
+
+        fits, too_many = 0, len(missed) + 1
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            fits, too_many = (middle, too_many) if restore(middle) <= self.config.stop_ratio else (fits, middle)
+        restore(fits)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """A loss of the present state; what is stored is then known to be good.
+
+        Raises:
+            RankingError: it is not finite.
+        """
+        position = self.stream.position
+        loss = self._loss(next(self.stream))
+        self.stream.position = position
+        self._require_finite(float(self.processes.sum(loss.double())))
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        self.model.train()
+        step = self.mask_steps + self.tune_steps
+        # Everything random in a step follows from its number: nothing to store, and each process drops out otherwise.
+        torch.manual_seed(((self.seed << 40) + (step << 10) + self.processes.rank) % 2**63)
+        windows = batch[self.processes.rank :: self.processes.count]
+        loss = task_loss(self.task, self.config.objective, self.model, self.layers, windows.to(self.device))
+        # Means over shares with different numbers of masked tokens: so weighted, their mean is that of the batch.
+        return loss * (self.processes.count * self.task.units(windows) / self.task.units(batch))
+
+    def _update(self, objective: Tensor, loss: Tensor) -> float:
+        """One optimizer step on the mean over all processes; returns the mean of ``loss``."""
         objective.backward()  # type: ignore[no-untyped-call]
+        mean, self._stopping = self._average(float(loss.detach()))
+        self._require_finite(mean)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return mean
+
+    def _average(self, loss: float) -> tuple[float, bool]:
+        """Average gradients and loss, and learn whether any process was interrupted, in one message."""
+        if self.processes.count == 1:
+            return loss, False
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        news = torch.tensor([loss, float(self.interrupted())], device=self.device)
+        message = self.processes.sum(torch.cat([*(gradient.flatten() for gradient in gradients), news]))
+        message[:-1] /= self.processes.count
+        begin = 0
+        for gradient in gradients:
+            gradient.copy_(message[begin : begin + gradient.numel()].view_as(gradient))
+            begin += gradient.numel()
+        return float(message[-2]), bool(message[-1] > 0)
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise RankingError(
+                f"the loss is {loss} at step {self.mask_steps + self.tune_steps + 1}; expected a finite number.\n"
+                f"Lower the learning rate (now {self.config.learning_rate:g})"
+            )
 
 
 def advance(run: AcipRun, context: int, progress: ProgressCallback = silent) -> Iterator[None]:

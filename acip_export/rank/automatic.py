@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.rank.config import AcipConfig
+from acip_export.rank.model import linear_weights
 
 _PRUNED_SHARE = 0.7
 _SMALL_WEIGHTS = 100_000_000
@@ -18,7 +19,7 @@ def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
     Adam an undefended mask moves by one learning rate per step, and at the usual stop ratio about
     ``_PRUNED_SHARE`` of the graded range has to be crossed. Large models get the paper's number of steps.
     """
-    weights = sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
+    weights = linear_weights(checkpoint)
     steps, tune, batch = (_SMALL_STEPS, _SMALL_TUNE, 2) if weights < _SMALL_WEIGHTS else (1000, 1000, 4)
     scale = AcipConfig.mask_scale
     return AcipConfig(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from acip_export.errors import UsageError
 from acip_export.text import MOST_TOKENS
@@ -12,6 +12,7 @@ from acip_export.text import MOST_TOKENS
 Algorithm = Literal["acip", "magnitude", "energy", "kfac", "fisher", "first-order"]
 Units = Literal["singular", "channel", "kv_group"]
 Basis = Literal["svd", "input", "kfac"]
+Precision = Literal["auto", "float32", "model"]
 Objective = Literal["ce", "distill"]
 Start = Literal["ones", "drop-loss"]
 TieBreak = Literal["drop-loss", "index"]
@@ -89,6 +90,37 @@ class AcipConfig:
             <= 0
         ):
             raise UsageError("learning rate, mask scale and penalty must be positive")
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Hyper-parameters of :class:`AcipConfig` from ``NAME=VALUE``.
+
+    Raises:
+        UsageError: unknown name, or a value of the wrong kind.
+    """
+    hints = get_type_hints(AcipConfig)
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in hints or not equals:
+            raise UsageError(f"{text!r} sets no hyper-parameter; write NAME=VALUE with one of {', '.join(hints)}")
+        settings[name] = _parsed(name, value.strip(), hints[name])
+    return settings
+
+
+def _parsed(name: str, value: str, hint: Any) -> Any:
+    choices = get_args(hint) if get_origin(hint) is Literal else None
+    switches = {"true": True, "false": False}
+    try:
+        if choices is not None:
+            return choices[choices.index(value)]
+        if hint is bool:
+            return switches[value.lower()]
+        return int(value) if hint is int else float(value)
+    except (ValueError, KeyError):
+        wanted = choices or (tuple(switches) if hint is bool else ("a whole number",) if hint is int else ("a number",))
+        raise UsageError(f"{name} is {value!r}, expected {' or '.join(wanted)}") from None
 
 
 @dataclass(frozen=True)

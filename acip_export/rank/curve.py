@@ -13,6 +13,7 @@ from acip_export.global_order import GlobalOrder
 from acip_export.rank.config import CURVE_RATIOS, ProgressCallback, silent
 from acip_export.rank.objectives import next_token_loss
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
+from acip_export.rank.processes import ALONE, Processes
 from acip_export.rank.tasks import CAUSAL, EmbeddingTask, Task
 from acip_export.rank.timing import Clock
 from acip_export.scores import CurvePoint, FloatArray
@@ -29,6 +30,7 @@ def measure_curve(
     ratios: tuple[float, ...] = CURVE_RATIOS,
     progress: ProgressCallback = silent,
     task: Task = CAUSAL,
+    processes: Processes = ALONE,
 ) -> tuple[CurvePoint, ...]:
     """Loss on ``windows`` (n, context) when the layers are cut in the global order, without and with adapters.
 
@@ -53,7 +55,7 @@ def measure_curve(
 
     def measure() -> tuple[float, Similarity | None]:
         if dense is None:
-            return held_out_loss(model, windows, batch), None
+            return held_out_loss(model, windows, batch, processes), None
         return held_out_divergence(task, model, windows, batch, dense)
 
     clock = Clock("curve", len(ratios) * (1 + adapted), windows.numel(), progress)
@@ -84,13 +86,15 @@ def measure_curve(
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, windows: Tensor, batch: int) -> float:
+def held_out_loss(model: nn.Module, windows: Tensor, batch: int, processes: Processes = ALONE) -> float:
     """Mean negative log-likelihood, nats per token."""
+    if len(windows) < processes.count:
+        processes = ALONE  # too few to share: all measure all of them
     device = next(model.parameters()).device
     total = 0.0
-    for part in windows.split(batch):  # type: ignore[no-untyped-call]
+    for _, part in processes.batches(windows, batch):
         total += next_token_loss(model, part.to(device)).item() * len(part)
-    return total / len(windows)
+    return float(processes.sum(torch.tensor(total, dtype=torch.float64))) / len(windows)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from acip_export.rank.config import ProgressCallback, silent
 from acip_export.rank.objectives import next_token_loss
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
+from acip_export.rank.processes import ALONE, Processes
 from acip_export.rank.timing import Clock
 from acip_export.scores import FloatArray
 
@@ -29,6 +30,7 @@ def first_order_changes(
     windows: Tensor,
     batch: int,
     progress: ProgressCallback = silent,
+    processes: Processes = ALONE,
 ) -> dict[str, npt.NDArray[np.float64]]:
     """-dL/dm of every component at the dense model, (k,) nats per token, by module; L as the text's own labels say."""
     sums = {name: torch.zeros(len(layer.mask), dtype=torch.float64) for name, layer in layers.items()}
@@ -36,7 +38,7 @@ def first_order_changes(
     clock = Clock("first-order", len(windows), windows.shape[1], progress)
     try:
         with dense_behaviour(layers):
-            for part in windows.split(batch):  # type: ignore[no-untyped-call]
+            for _, part in processes.batches(windows, batch):
                 for layer in layers.values():
                     layer.probe = torch.ones(1, 1, len(layer.mask), device=device, requires_grad=True)
                 loss = next_token_loss(model, part.to(device))
@@ -44,11 +46,11 @@ def first_order_changes(
                 for name, layer in layers.items():
                     assert layer.probe is not None and layer.probe.grad is not None
                     sums[name][layer.arrangement.cpu()] -= layer.probe.grad.double().flatten().cpu() * len(part)
-                clock.advance(len(part), loss=loss.item())
+                clock.advance(len(part) * processes.count, loss=loss.item())
     finally:
         for layer in layers.values():
             layer.probe = None
-    return {name: (total / len(windows)).numpy() for name, total in sums.items()}
+    return {name: (processes.sum(total) / len(windows)).numpy() for name, total in sums.items()}
 
 
 def zero_sum_scores(

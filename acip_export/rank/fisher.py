@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from acip_export.rank.config import ProgressCallback, silent
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
+from acip_export.rank.processes import ALONE, Processes
 from acip_export.rank.tasks import CAUSAL, Task
 from acip_export.rank.timing import Clock
 
@@ -32,27 +33,28 @@ def component_fisher(
     seed: int,
     progress: ProgressCallback = silent,
     task: Task = CAUSAL,
+    processes: Processes = ALONE,
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Predicted loss of dropping each component of the dense model, (k,) in the task's unit, by module."""
     length = min(windows.shape[1], _LONGEST_WINDOW) if task.padding is None else windows.shape[1]
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     sums = {name: torch.zeros(len(layer.mask), dtype=torch.float64) for name, layer in layers.items()}
-    generator = torch.Generator().manual_seed(seed)
     device = next(iter(layers.values())).up.device
     clock = Clock("fisher", len(pieces), length, progress)
     try:
         with dense_behaviour(layers):
-            for part in pieces.split(max(1, batch_tokens // length)):  # type: ignore[no-untyped-call]
+            for first, part in processes.batches(pieces, max(1, batch_tokens // length)):
                 for layer in layers.values():
                     layer.probe = torch.ones(len(part), 1, len(layer.mask), device=device, requires_grad=True)
                 outputs = task.outputs(model, task.trimmed(part.to(device)))
+                generator = torch.Generator().manual_seed((seed << 32) + first)
                 task.sampled_loss(outputs, generator).backward()  # type: ignore[no-untyped-call]
                 for name, layer in layers.items():
                     assert layer.probe is not None and layer.probe.grad is not None
                     by_place = layer.probe.grad.double().square().sum((0, 1)).cpu()
                     sums[name][layer.arrangement.cpu()] += by_place
-                clock.advance(len(part))
+                clock.advance(len(part) * processes.count)
     finally:
         for layer in layers.values():
             layer.probe = None
-    return {name: (0.5 * total / task.units(pieces)).numpy() for name, total in sums.items()}
+    return {name: (0.5 * processes.sum(total) / task.units(pieces)).numpy() for name, total in sums.items()}

@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.modules import load_dense
+from acip_export.rank.config import Precision
+from acip_export.rank.masked import frozen_linear
+
+# Up to here a float32 copy is no matter, and the measured curve starts exactly at the dense model.
+_FLOAT32_WEIGHTS = 100_000_000
+# From here on activations are computed twice rather than kept, unless told otherwise.
+_CHECKPOINTED_WEIGHTS = 1_000_000_000
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
-    """The dense model with frozen weights: float32 on CPUs (few have fast bfloat16), as stored elsewhere.
+class StoredLinear(nn.Linear):
+    """A linear layer whose frozen weight keeps its stored dtype; it is widened to the input's for each product."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return frozen_linear(input, self.weight, self.bias)
+
+
+def linear_weights(checkpoint: Checkpoint) -> int:
+    """Weights of all linear layers together."""
+    return sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device, precision: Precision = "float32") -> nn.Module:
+    """The dense model with frozen weights.
+
+    Args:
+        precision: of the ranked layers' weights, and of the factors made from them: ``float32``, or ``model``: as
+            stored. ``auto``: as stored, except on CPUs, for models of up to 1e8 weights. CPUs compute in float32
+            whatever is stored (few have fast bfloat16); other devices in the stored dtype.
 
     Raises:
         UnsupportedError: neither an encoder nor a causal language model, or linear layers that are not ``nn.Linear``.
         CheckpointError: a linear weight that is zero or not finite.
     """
-    model = load_dense(checkpoint, torch.float32 if device.type == "cpu" else "auto").to(device)
+    small = linear_weights(checkpoint) <= _FLOAT32_WEIGHTS
+    if precision == "auto":
+        precision = "float32" if device.type == "cpu" and small else "model"
+    model = load_dense(checkpoint, torch.float32 if precision == "float32" else "auto").to(device)
     if not checkpoint.linear_modules:
         raise UnsupportedError(
             f"{checkpoint.path} has no linear layers in numbered blocks, so there is nothing to rank"
@@ -34,7 +64,43 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
             raise CheckpointError(f"{name}.weight holds NaN or infinity; the model cannot be ranked")
         if not module.weight.any():
             raise CheckpointError(f"{name}.weight is all zeros; the model was not saved, or not trained, completely")
+    if precision == "model" and device.type == "cpu":
+        _compute_in_float32(model, checkpoint.linear_modules)
     return model
+
+
+def _compute_in_float32(model: nn.Module, stored: Collection[str]) -> None:
+    for name, module in model.named_modules():
+        if name in stored:
+            module.__class__ = StoredLinear
+            if module.bias is not None:
+                module.bias.data = module.bias.data.float()
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+
+
+def checkpoint_activations(model: nn.Module, checkpoint: Checkpoint, wanted: bool | None) -> None:
+    """Let the blocks compute their activations twice in training instead of keeping them (gradient checkpointing).
+
+    Args:
+        wanted: ``None``: for models of 1e9 weights and more that can.
+
+    Raises:
+        UnsupportedError: wanted, but transformers cannot do it for this model.
+    """
+    able = bool(getattr(model, "supports_gradient_checkpointing", False))
+    if wanted and not able:
+        raise UnsupportedError(
+            f"{checkpoint.path}: transformers cannot checkpoint the activations of a {type(model).__name__}; "
+            "go without  --gradient-checkpointing"
+        )
+    if wanted or (wanted is None and able and linear_weights(checkpoint) >= _CHECKPOINTED_WEIGHTS):
+        # The older name, which transformers 6 drops, warns where the newer exists.
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        enable: Any = newer or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def embedding_names(model: nn.Module) -> tuple[str, str | None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acip_export.factorize import Components
+from acip_export.rank.masked import Adapter, frozen_linear, masked_linear
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class MaskedLinear(nn.Module):
     so they cost neither time nor a second copy of the factors.
 
     Attributes:
-        up: (out, k), down: (k, in): frozen, in the model's dtype. arrangement: (k,) component at each place.
+        up: (out, k), down: (k, in): frozen, in the dense weight's dtype. arrangement: (k,) component at each place.
         mask: (k,) float32, by component. adapter_a: (a, in), adapter_b: (out, a): float32.
         live: leading places in use. gated: multiply by the mask. adapted: add the adapter.
         folded: a factor pair that replaces components and adapter, for evaluation.
@@ -65,7 +66,7 @@ class MaskedLinear(nn.Module):
         if rank:
             nn.init.kaiming_uniform_(self.adapter_a, a=math.sqrt(5))  # LoRA's
         self.adapter_scale = adapter.alpha / rank if rank else 0.0
-        self.dropout = nn.Dropout(adapter.dropout)
+        self.dropout = adapter.dropout
         self.live, self.gated, self.adapted = components, True, rank > 0
         self.folded: tuple[Tensor, Tensor] | None = None
         self.probe: Tensor | None = None
@@ -96,18 +97,19 @@ class MaskedLinear(nn.Module):
             self.arrange(torch.cat([alive.nonzero().flatten(), (~alive).nonzero().flatten()]), count)
 
     def forward(self, x: Tensor) -> Tensor:
+        down, up = self.down[: self.live], self.up[:, : self.live]
         if self.folded is not None:
-            return F.linear(F.linear(x, self.folded[1]), self.folded[0], self.bias)
-        hidden = F.linear(x, self.down[: self.live])
-        if self.gated:
-            hidden = hidden * self.gate()[self.arrangement[: self.live]].to(x.dtype)
+            up, down = self.folded
+            return frozen_linear(frozen_linear(x, down), up, self.bias)
         if self.probe is not None:
-            hidden = hidden * self.probe.to(x.dtype)
-        y = F.linear(hidden, self.up[:, : self.live], self.bias)
+            return frozen_linear(frozen_linear(x, down) * self.probe.to(x.dtype), up, self.bias)
+        gate = self.gate()[self.arrangement[: self.live]] if self.gated else None
+        adapter = None
         if self.adapted:
-            low = F.linear(self.dropout(x), self.adapter_a.to(x.dtype))
-            y = y + self.adapter_scale * F.linear(low, self.adapter_b.to(x.dtype))
-        return y
+            keep = 1 - self.dropout if self.training else 1.0
+            adapter = Adapter(self.adapter_a, self.adapter_b, self.adapter_scale, keep)
+        y = masked_linear(x, down, up, gate, adapter)
+        return y if self.bias is None else y + self.bias
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from acip_export.rank.config import (
     Algorithm,
     Basis,
     DataConfig,
+    Precision,
     Predictor,
     ProgressCallback,
     Units,
@@ -37,8 +38,10 @@ from acip_export.rank.curve import adapter_pair, measure_curve
 from acip_export.rank.data import CalibrationData, is_self, read_data, sample_data
 from acip_export.rank.first_order import first_order_changes, zero_sum_scores
 from acip_export.rank.fisher import component_fisher
-from acip_export.rank.model import load_model
+from acip_export.rank.memory import out_of_memory_named
+from acip_export.rank.model import checkpoint_activations, load_model
 from acip_export.rank.parametrize import AdapterShape
+from acip_export.rank.processes import Processes, start_processes
 from acip_export.rank.resume import Checkpoints, interrupts_between_steps, run_file
 from acip_export.rank.statistics import Statistics, collect_statistics
 from acip_export.rank.training_free import training_free_scores
@@ -58,7 +61,9 @@ def rank_model(
     acip: AcipConfig | None = None,
     calibration: DataConfig | None = None,
     evaluation: str | Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
+    precision: Precision = "auto",
+    gradient_checkpointing: bool | None = None,
     progress: ProgressCallback = silent,
     out: Path | None = None,
     force: bool = False,
@@ -73,6 +78,9 @@ def rank_model(
         algorithm: ``acip``, or training-free: ``magnitude``, ``energy``, ``kfac``, ``fisher``, ``first-order``.
         units: what is ranked.
         acip: hyper-parameters of ``acip``; ``None`` for those of :func:`automatic_config`.
+        device: of torch; ``auto``: a GPU where there is one.
+        precision: see :func:`acip_export.rank.model.load_model`. gradient_checkpointing: see
+            :func:`acip_export.rank.model.checkpoint_activations`.
         evaluation: text for the curve; ``None``: the end of ``data``, which nothing else then sees.
         out: where the score file is written, whole or not at all. While ``acip`` runs, its state is stored beside it
             (``NAME.acip.run``) every ``checkpoint_every`` steps and when it is interrupted; ``resume`` goes on from
@@ -94,24 +102,76 @@ def rank_model(
         refuse_existing(out, force)
     if resume and (out is None or algorithm != "acip"):
         raise UsageError("only a run of acip that writes a score file can be resumed; give  --out FILE")
+    if checkpoint_every < 1:
+        raise UsageError(f"a checkpoint every {checkpoint_every} steps is impossible; give at least 1")
     store = None if out is None else _Store(run_file(out), checkpoint_every, resume)
-    checkpoint = Checkpoint.open(model)
     calibration = calibration or DataConfig()
+    processes = start_processes(device)
+    checkpoint = Checkpoint.open(model)
+    config = (acip or automatic_config(checkpoint)) if algorithm == "acip" else None
+    with out_of_memory_named(_what_to_lower(config, calibration, precision)):
+        ranked = _rank(
+            checkpoint,
+            data,
+            algorithm,
+            config,
+            calibration,
+            evaluation,
+            processes,
+            precision,
+            gradient_checkpointing,
+            progress,
+            store,
+        )
+    if processes.is_main:
+        if out is not None:
+            save_scores(ranked, out, force)
+        if store is not None:
+            store.file.unlink(missing_ok=True)
+    processes.wait()
+    return ranked
+
+
+def _what_to_lower(config: AcipConfig | None, calibration: DataConfig, precision: Precision) -> str:
+    batch = calibration.batch if config is None else config.batch
+    advice = f"Lower  --batch (now {batch})  or  --context (now {calibration.context or 'the default'})"
+    if config is not None:
+        advice += ", add  --gradient-checkpointing"
+    if precision != "model":
+        advice += ", or store the weights as the model does with  --precision model"
+    return f"{advice}. Checkpoints stored before are kept; --resume goes on from them where the settings allow"
+
+
+def _rank(
+    checkpoint: Checkpoint,
+    data: str | Path,
+    algorithm: Algorithm,
+    config: AcipConfig | None,
+    calibration: DataConfig,
+    evaluation: str | Path | None,
+    processes: Processes,
+    precision: Precision,
+    gradient_checkpointing: bool | None,
+    progress: ProgressCallback,
+    store: _Store | None,
+) -> ScoreFile:
     text = None if is_self(data) else read_data(checkpoint, data, calibration, evaluation)
     if text is not None and text.task.padding is not None:
-        if algorithm == "acip" and acip is not None and acip.objective == "ce":
+        if config is not None and config.objective == "ce":
             raise UsageError("an encoder predicts no next token; its objective is  --objective distill")
         calibration = replace(calibration, batch=calibration.batch * _TEXTS_PER_WINDOW)
-    dense = load_model(checkpoint, torch.device(device))
+    dense = load_model(checkpoint, processes.device, precision)
     if text is None:
         text = sample_data(checkpoint, dense, calibration, evaluation, progress)
     with torch.random.fork_rng():
         torch.manual_seed(calibration.seed)
         statistics = collect_statistics(
-            checkpoint, dense, text.statistics, calibration.batch, calibration.seed, progress, text.task
+            checkpoint, dense, text.statistics, calibration.batch, calibration.seed, progress, text.task, processes
         )
-        stage = _Stage(checkpoint, dense, text, statistics, calibration, progress, store)
-        ranking = stage.learned(acip or automatic_config(checkpoint)) if algorithm == "acip" else stage.free(algorithm)
+        stage = _Stage(checkpoint, dense, text, statistics, calibration, progress, store, processes)
+        if config is not None:
+            checkpoint_activations(dense, checkpoint, gradient_checkpointing)
+        ranking = stage.free(algorithm) if config is None else stage.learned(config)
         curve = measure_curve(
             dense,
             ranking.parts.layers,
@@ -121,8 +181,9 @@ def rank_model(
             calibration.batch,
             progress=progress,
             task=text.task,
+            processes=processes,
         )
-    ranked = ScoreFile(
+    return ScoreFile(
         model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
         algorithm={
             "name": algorithm,
@@ -150,11 +211,6 @@ def rank_model(
             key: pack_moment(moment) for key, moment in {**statistics.inputs, **statistics.gradients}.items()
         },
     )
-    if out is not None:
-        save_scores(ranked, out, force)
-    if store is not None:
-        store.file.unlink(missing_ok=True)
-    return ranked
 
 
 @dataclass(frozen=True)
@@ -185,13 +241,21 @@ class _Stage:
     calibration: DataConfig
     progress: ProgressCallback
     store: _Store | None
+    processes: Processes
 
     def learned(self, config: AcipConfig) -> _Ranking:
         adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
         parts = self._factorize(config.basis, config.mask_scale, adapter)
         drop_losses = self._drop_losses(parts, config.predictor)
         run = AcipRun(
-            self.model, parts.layers, drop_losses, self.text.training, config, self.calibration.seed, self.text.task
+            self.model,
+            parts.layers,
+            drop_losses,
+            self.text.training,
+            config,
+            self.calibration.seed,
+            self.text.task,
+            self.processes,
         )
         self._run(run, config)
         settings = {**asdict(config), "mask_steps": run.mask_steps, "tune_steps": run.tune_steps}
@@ -204,24 +268,31 @@ class _Stage:
             for _ in advance(run, context, self.progress):
                 pass
             return
-        checkpoints = Checkpoints(self.store.file, self.store.every, self._identity(config))
+        identity = self._identity(config, next(iter(run.layers.values())).up.dtype)
+        checkpoints = Checkpoints(self.store.file, self.store.every, identity)
         if self.store.resume:
             checkpoints.load(run)
         stored = self.store.resume
-        with interrupts_between_steps() as interrupted:
+        with interrupts_between_steps() as run.interrupted:
             try:
                 for _ in advance(run, context, self.progress):
-                    if interrupted() or (run.mask_steps + run.tune_steps) % checkpoints.every == 0:
+                    if run.should_stop() or (run.mask_steps + run.tune_steps) % checkpoints.every == 0:
                         checkpoints.save(run)
                         stored = True
-                    if interrupted():
+                    if run.should_stop():
                         raise KeyboardInterrupt
             except RankingError as error:
                 where = f"\nThe last good state is in {checkpoints.file}" if stored else ""
                 raise RankingError(f"{error}{where}") from error
 
-    def _identity(self, config: AcipConfig) -> str:
-        parts = [self.checkpoint.fingerprint, self.text.text.sha256, asdict(config), asdict(self.calibration)]
+    def _identity(self, config: AcipConfig, dtype: torch.dtype) -> str:
+        parts = [
+            self.checkpoint.fingerprint,
+            self.text.text.sha256,
+            asdict(config),
+            asdict(self.calibration),
+            str(dtype),
+        ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def free(self, algorithm: Algorithm) -> _Ranking:
@@ -230,7 +301,7 @@ class _Stage:
         drop_losses = self._drop_losses(parts, "fisher" if algorithm == "fisher" else "kfac")
         if algorithm == "first-order":
             windows, batch = self.text.statistics, self.calibration.batch
-            changes = first_order_changes(self.model, parts.layers, windows, batch, self.progress)
+            changes = first_order_changes(self.model, parts.layers, windows, batch, self.progress, self.processes)
             scores = zero_sum_scores(changes, parts.singular)
         else:
             scores = training_free_scores(algorithm, parts.singular, drop_losses)
@@ -245,7 +316,14 @@ class _Stage:
         windows, config = self.text.statistics, self.calibration
         batch_tokens = config.batch * windows.shape[1]
         return component_fisher(
-            self.model, parts.layers, windows, batch_tokens, config.seed, self.progress, self.text.task
+            self.model,
+            parts.layers,
+            windows,
+            batch_tokens,
+            config.seed,
+            self.progress,
+            self.text.task,
+            self.processes,
         )
 
 

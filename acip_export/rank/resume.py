@@ -1,7 +1,8 @@
 """A learned ranking on disk, so that a run that was stopped ends with the ranking it would have had.
 
 A safetensors file (never pickle) beside the score file, written whole or not at all: masks, adapters, their optimizer
-state, score maps, arrangements and generators. Statistics and factors are not in it: they come out the same again.
+state, score maps and arrangements. Not in it: what is random in a step, which follows from the step's number, and
+statistics and factors, which come out the same again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from acip_export.errors import RankingError
@@ -45,12 +45,18 @@ class Checkpoints:
     identity: str
 
     def save(self, run: AcipRun) -> None:
+        """Replace the stored state; only one process does it, after all have checked it.
+
+        Raises:
+            RankingError: the run has diverged; the state stored before stays.
+        """
+        run.check()
+        if not run.processes.is_main:
+            return
         from safetensors.torch import save_file
 
         metadata = {"format": _FORMAT, "identity": self.identity, "counters": json.dumps(run.counters())}
-        tensors = {**_optimizer_tensors(run), **run.tensors(), "generator": torch.get_rng_state()}
-        if run.device.type == "cuda":
-            tensors["device_generator"] = torch.cuda.get_rng_state(run.device)
+        tensors = {**_optimizer_tensors(run), **run.tensors()}
         with new_file(self.file, force=True) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
@@ -80,9 +86,6 @@ class Checkpoints:
                     key: tensors[f"optimizer/{index}/{key}"].to("cpu" if key == "step" else run.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
-        torch.set_rng_state(tensors["generator"])
-        if run.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["device_generator"], run.device)
 
 
 def _optimizer_tensors(run: AcipRun) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.factorize import Components
 from acip_export.rank.config import ProgressCallback, silent
 from acip_export.rank.model import embedding_names
+from acip_export.rank.processes import ALONE, Processes
 from acip_export.rank.tasks import CAUSAL, Task
 from acip_export.rank.timing import Clock
 
@@ -98,6 +99,9 @@ class _Moments:
         product = (rows.T @ rows).double().cpu()
         self.sums[key] = self.sums[key] + product if key in self.sums else product
 
+    def sum_over(self, processes: Processes) -> None:
+        self.sums = {key: processes.sum(total) for key, total in self.sums.items()}
+
     def mean(self, tokens: int) -> dict[str, Tensor]:
         # Rounded to what the score file stores: whoever factorizes from the file must find the same components.
         return {key: (total / tokens).float().double() for key, total in self.sums.items()}
@@ -120,6 +124,9 @@ class _HeadMoments:
         # E[(p - onehot(y))^2] over the model's own labels is p (1 - p): no sampling needed here.
         self.logits += (probabilities * (1 - probabilities)).sum(0).double().cpu()
         self.inputs += task.select(self._seen.pop().detach(), windows).double().square().sum(0).cpu()
+
+    def sum_over(self, processes: Processes) -> None:
+        self.inputs, self.logits = processes.sum(self.inputs), processes.sum(self.logits)
 
     def loss(self, units: int) -> float:
         return 0.5 * float((self.logits / units) @ self.weight.square() @ (self.inputs / units))
@@ -151,10 +158,12 @@ def collect_statistics(
     seed: int,
     progress: ProgressCallback = silent,
     task: Task = CAUSAL,
+    processes: Processes = ALONE,
 ) -> Statistics:
     """One forward and backward pass over ``windows`` (n, context) int64; parameters get no gradients.
 
-    H is per token, G per unit of the task, so that 1/2 tr(G dW H dW^T) is in the task's unit.
+    H is per token, G per unit of the task, so that 1/2 tr(G dW H dW^T) is in the task's unit. Several processes share
+    the windows; each batch draws its labels from a generator of its own, so that it does not matter which one has it.
 
     Memory: one (in, in) matrix per distinct input and one (out, out) per module, float64, beside one batch.
     """
@@ -163,7 +172,6 @@ def collect_statistics(
     head = None if head_name is None else _HeadMoments(model, head_name)
     sums = dict.fromkeys(["embedding", *checkpoint.linear_modules], 0.0)
     real: list[Tensor | None] = [None]
-    generator = torch.Generator().manual_seed(seed)
     handles = []
 
     def watch(name: str, layer: nn.Linear) -> Callable[..., None]:
@@ -205,20 +213,25 @@ def collect_statistics(
     clock = Clock("statistics", len(windows), windows.shape[1], progress)
     device = next(model.parameters()).device
     try:
-        for part in windows.split(batch):  # type: ignore[no-untyped-call]
+        for first_window, part in processes.batches(windows, batch):
             part = task.trimmed(part.to(device))
             real[0] = task.real(part)
             outputs = task.outputs(model, part)
             if head is not None:
                 head.add(task, outputs.detach(), part)
-            loss = task.sampled_loss(outputs, generator)
+            loss = task.sampled_loss(outputs, torch.Generator().manual_seed((seed << 32) + first_window))
             loss.backward()  # type: ignore[no-untyped-call]
             shared.next_batch()
-            clock.advance(len(part), loss=loss.item() / task.units(part))
+            clock.advance(len(part) * processes.count, loss=loss.item() / task.units(part))
     finally:
         for handle in handles:
             handle.remove()
 
+    inputs.sum_over(processes)
+    gradients.sum_over(processes)
+    sums = dict(zip(sums, processes.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
+    if head is not None:
+        head.sum_over(processes)
     tokens, units = task.tokens(windows), task.units(windows)
     sensitivity = {f"{embedding}.weight": 0.5 * sums.pop("embedding") / units}
     if head is not None:

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from acip_export.encoder import Encoder
 from acip_export.modules import pooled
+from acip_export.rank.losses import token_divergence
 from acip_export.scores import CAUSAL_UNIT
 
 
@@ -69,7 +70,7 @@ class Task(ABC):
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
         """From ``dense`` to ``outputs``, summed over units."""
-        return F.kl_div(outputs.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True)
+        return token_divergence(outputs, dense) * len(outputs)
 
 
 class CausalTask(Task):

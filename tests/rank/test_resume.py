@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from acip_export.errors import RankingError, UsageError
+from acip_export.files import read_safetensors_header
 from acip_export.rank import AcipConfig, Progress, rank_model
+from acip_export.rank.acip import AcipRun
 from acip_export.scores import load_scores
 from tests.rank.support import CALIBRATION
 
@@ -60,31 +63,39 @@ def test_resumed_run_gives_the_same_bytes(
     assert [file.name for file in tmp_path.iterdir()] == ["scores.acip"]
 
 
-def test_killed_run_resumes_from_its_last_checkpoint(model: Path, text: Path, tmp_path: Path, whole: Path) -> None:
-    """SIGKILL, which nothing can catch, in a process of its own."""
+@pytest.mark.parametrize("seconds", [0.0, 0.15])
+def test_killed_run_resumes_to_the_same_ranking(
+    model: Path, text: Path, tmp_path: Path, whole: Path, seconds: float
+) -> None:
+    """SIGKILL, which nothing can catch, twice in one run, wherever it falls after the first checkpoint."""
     out = tmp_path / "scores.acip"
     script = (
-        "import sys, time, torch\n"
+        "import sys, torch\n"
         "from pathlib import Path\n"
         "from acip_export.rank import rank_model\n"
         "from tests.rank.support import CALIBRATION\n"
         "from tests.rank.test_resume import QUICK\n"
         "torch.set_num_threads(1)\n"
-        "def slow(p):\n"
-        "    if p.phase == 'masks' and p.step == 11:\n"
-        "        time.sleep(60)\n"
-        "model, text, out = map(Path, sys.argv[1:])\n"
-        "rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, checkpoint_every=4, progress=slow)\n"
+        "model, text, out = map(Path, sys.argv[1:4])\n"
+        "rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, checkpoint_every=2,\n"
+        "           resume=len(sys.argv) > 4)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, model, text, out])
     stored = tmp_path / "scores.acip.run"
-    deadline = time.monotonic() + 60
-    while not (stored.exists() and b'"mask_steps": 8' in stored.read_bytes().replace(b"\\", b"")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, resume=True)
+    for resume in ([], ["resume"]):
+        before = stored.stat().st_mtime_ns if resume else None
+        process = subprocess.Popen([sys.executable, "-c", script, model, text, out, *resume])
+        deadline = time.monotonic() + 120
+        while process.poll() is None and (not stored.exists() or stored.stat().st_mtime_ns == before):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        if out.exists():  # it was done before the signal came
+            break
+        assert stored.exists()
+    if not out.exists():
+        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, resume=True)
     assert out.read_bytes() == whole.read_bytes()
 
 
@@ -104,13 +115,32 @@ def test_only_the_same_run_is_resumed(model: Path, text: Path, tmp_path: Path) -
         rank_model(model, text, algorithm="kfac", calibration=CALIBRATION, out=out, resume=True)
 
 
-def test_diverged_run_names_its_last_good_state(model: Path, text: Path, tmp_path: Path) -> None:
-    reckless = replace(QUICK, learning_rate=1e30, start="ones")
+def test_diverged_run_names_its_last_good_state(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real divergence: from the fifth step on the optimizer takes steps of 1e30."""
+    step = AcipRun.mask_step
+
+    def reckless(run: AcipRun) -> float:
+        if run.mask_steps == 4:
+            for group in run.optimizer.param_groups:
+                group["lr"] = 1e30
+        return step(run)
+
+    monkeypatch.setattr(AcipRun, "mask_step", reckless)
     with pytest.raises(RankingError, match=r"(?s)loss is .*learning rate.*last good state is in .*scores\.acip\.run"):
-        rank_model(
-            model, text, acip=reckless, calibration=CALIBRATION, out=tmp_path / "scores.acip", checkpoint_every=1
-        )
+        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=tmp_path / "scores.acip", checkpoint_every=1)
+    # The state after the reckless step was still finite; it is not the one that was kept.
+    _, metadata = read_safetensors_header(tmp_path / "scores.acip.run", RankingError)
+    assert json.loads(metadata["counters"])["mask_steps"] == 4
     assert not (tmp_path / "scores.acip").exists()
+
+
+def test_run_that_diverges_at_once_has_no_good_state(model: Path, text: Path, tmp_path: Path) -> None:
+    absurd = replace(QUICK, learning_rate=1e30, start="ones")
+    with pytest.raises(RankingError, match=r"loss is nan at step 2.*\n.*learning rate \(now 1e\+30\)$"):
+        rank_model(model, text, acip=absurd, calibration=CALIBRATION, out=tmp_path / "a.acip", checkpoint_every=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_of_a_finished_run_stays(whole: Path) -> None:

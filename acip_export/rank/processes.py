@@ -1,0 +1,108 @@
+"""The processes that rank together: one alone, or those that ``accelerate launch`` started.
+
+Data parallelism: every process holds the model and works on its share of the windows; sums over windows are reduced, so
+that every process takes the same steps. The communication is torch.distributed's, set up by accelerate.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acip_export.errors import DataError, MissingExtraError, UsageError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among ``count``; ``rank`` 0 is the one that writes and draws.
+
+    Attributes:
+        device: where this process computes.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def batches(self, windows: Tensor, size: int) -> list[tuple[int, Tensor]]:
+        """This process's share of ``windows`` (n, …) in batches of at most ``size``: (index of the first, batch).
+
+        Raises:
+            DataError: fewer windows than processes.
+        """
+        if len(windows) < self.count:
+            raise DataError(f"{len(windows)} windows of text for {self.count} processes; give more text with  --data")
+        size = min(size, -(-len(windows) // self.count))
+        starts = range(0, len(windows), size)[self.rank :: self.count]
+        return [(start, windows[start : start + size]) for start in starts]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, on the device and in the dtype of ``tensor``; the same bits everywhere."""
+        if self.count == 1:
+            return tensor
+        moved = tensor.detach().to(self.device, copy=True).contiguous()
+        torch.distributed.all_reduce(moved)
+        return moved.to(tensor.device)
+
+    def from_owner(self, tensor: Tensor, owner: int) -> Tensor:
+        """What ``tensor`` holds in process ``owner``; the others pass one of the same shape and dtype."""
+        if self.count == 1:
+            return tensor
+        moved = tensor.detach().to(self.device, copy=True).contiguous()
+        torch.distributed.broadcast(moved, owner)
+        return moved.to(tensor.device)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def launched_rank() -> int:
+    """This process's rank, before anything was set up."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start_processes(device: str) -> Processes:
+    """Join the processes that a launcher started, or go alone.
+
+    Args:
+        device: a torch device; ``auto``: the GPU that the launcher gave this process, the first one, or the CPU.
+
+    Raises:
+        MissingExtraError: launched without accelerate. UsageError: no such device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        try:
+            from accelerate import PartialState
+        except ImportError:
+            raise MissingExtraError("accelerate", "accelerate", "ranking in several processes") from None
+        state: Any = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        return Processes(state.process_index, state.num_processes, state.device)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"torch has no device {name!r} here: {reason}") from error
+    return Processes(0, 1, chosen)
+
+
+def check_batch(batch: int, count: int) -> None:
+    """Raises UsageError unless ``count`` processes can share ``batch`` windows equally."""
+    if batch % count:
+        raise UsageError(
+            f"{count} processes cannot share {batch} windows per step equally; give a multiple with  --batch"
+        )

@@ -1,0 +1,114 @@
+"""Several processes on one machine, started as users start them, against one process at the same batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from acip_export.errors import DataError, UsageError
+from acip_export.rank import AcipConfig, rank_model
+from acip_export.rank.processes import Processes, check_batch
+from acip_export.scores import ScoreFile, load_scores
+from tests.rank.support import CALIBRATION
+
+pytest.importorskip("accelerate")
+
+# Dropout draws other inputs to drop for every process, so it is off where rankings are compared.
+SETTINGS = {
+    "basis": "kfac",
+    "start": "drop-loss",
+    "learning_rate": 3e-3,
+    "penalty": 3e-2,
+    "post_tune": 4,
+    "batch": 4,
+    "adapter_rank": 4,
+    "adapter_dropout": 0.0,
+}
+SCRIPT = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, torch
+from acip_export.rank import AcipConfig, rank_model
+from acip_export.rank.processes import launched_rank
+from tests.rank.support import CALIBRATION
+from tests.rank.test_processes import SETTINGS
+torch.set_num_threads(1)
+model, text, out = sys.argv[1:]
+ranked = rank_model(model, text, acip=AcipConfig(**SETTINGS), calibration=CALIBRATION, out=Path(out) / "scores.acip")
+np.save(Path(out) / f"rank{launched_rank()}.npy", np.concatenate([m.scores for m in ranked.modules.values()]))
+"""
+
+
+def launch(*arguments: object, script: str | None = None) -> str:
+    # --multi_gpu is accelerate's name for "one process per device through torchrun"; without GPUs they use gloo.
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
+    command += [script] if script else ["-m", "acip_export"]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def joined(scores: ScoreFile) -> np.ndarray:
+    return np.concatenate([module.scores for module in scores.modules.values()])
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, text: Path) -> ScoreFile:
+    return rank_model(model, text, acip=AcipConfig(**SETTINGS), calibration=CALIBRATION)
+
+
+def test_two_processes_rank_as_one(model: Path, text: Path, tmp_path: Path, alone: ScoreFile) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch(model, text, tmp_path, script=str(tmp_path / "script.py"))
+    by_rank = [np.load(tmp_path / f"rank{rank}.npy") for rank in (0, 1)]
+    np.testing.assert_array_equal(*by_rank)  # the same steps from the same sums
+    together = load_scores(tmp_path / "scores.acip")
+    np.testing.assert_array_equal(by_rank[0], joined(together))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rank0.npy", "rank1.npy", "scores.acip", "script.py"]
+    # Statistics are sums in float64 of the same float32 products.
+    for key, moment in alone.second_moments.items():
+        np.testing.assert_allclose(together.second_moments[key], moment, rtol=1e-4, atol=1e-6 * np.abs(moment).max())
+    # Gradients are averaged in another order, and Adam turns the last bits of a tiny gradient into part of a step: a
+    # mask may cross zero a step earlier or later, which moves a component past its neighbours only.
+    for ratio in (0.9, 0.7, 0.5):
+        ours, theirs = together.ranks_at(ratio), alone.ranks_at(ratio)
+        kept = common = 0
+        for name, module in alone.modules.items():
+            one, two = set(module.order[: theirs[name]]), set(together.modules[name].order[: ours[name]])
+            kept, common = kept + len(one), common + len(one & two)
+        assert common >= 0.98 * kept
+    for one, two in zip(alone.curve, together.curve, strict=True):
+        assert two.loss == pytest.approx(one.loss, abs=0.02)
+
+
+def test_command_line_in_two_processes(model: Path, text: Path, tmp_path: Path) -> None:
+    printed = launch("rank", model, "--data", text, "--context", 32, "--algorithm", "fisher", "-o", tmp_path / "a.acip")
+    assert printed.count("score file written to") == 1
+    together = load_scores(tmp_path / "a.acip")
+    calibration = type(CALIBRATION)(context=32)
+    alone = rank_model(model, text, algorithm="fisher", calibration=calibration)
+    # Every window draws its labels from its own generator, so only the order of additions differs.
+    np.testing.assert_allclose(joined(together), joined(alone), rtol=1e-3)
+
+
+def test_shares_are_whole_and_disjoint() -> None:
+    windows = torch.arange(23).view(23, 1)
+    for count in (1, 2, 3, 5, 23):
+        shares = [Processes(rank, count, torch.device("cpu")).batches(windows, 4) for rank in range(count)]
+        assert all(shares)
+        seen = sorted((start + i, int(row)) for share in shares for start, part in share for i, row in enumerate(part))
+        assert seen == [(i, i) for i in range(23)]
+
+
+def test_work_that_cannot_be_shared() -> None:
+    with pytest.raises(DataError, match="3 windows of text for 4 processes"):
+        Processes(0, 4, torch.device("cpu")).batches(torch.zeros(3, 8), 2)
+    with pytest.raises(UsageError, match=r"2 processes cannot share 5 windows .* --batch"):
+        check_batch(5, 2)
