@@ -179,8 +179,10 @@ def test_fisher_of_the_masks_is_the_mean_square_of_their_gradients(model: Path, 
     name, layer = "model.layers.0.mlp.up_proj", parts.layers["model.layers.0.mlp.up_proj"]
     layer.arrange(torch.randperm(len(layer.mask), generator=torch.Generator().manual_seed(0)), len(layer.mask))
     measured = component_fisher(ranked.model, parts.layers, windows, batch_tokens=4 * 32, seed=5)[name]
-    generator, plain = torch.Generator().manual_seed(5), torch.zeros(len(layer.mask))
-    for part in windows.split(4):
+    plain = torch.zeros(len(layer.mask))
+    for first, part in zip(range(0, 16, 4), windows.split(4), strict=True):
+        # Each batch draws from a generator of its own: see collect_statistics.
+        generator = torch.Generator().manual_seed((5 << 32) + first)
         logits = ranked.model(input_ids=part).logits
         labels = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(4, 32)
         losses = F.cross_entropy(logits.mT, labels, reduction="none").sum(1)
