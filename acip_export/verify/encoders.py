@@ -1,0 +1,237 @@
+"""Encoders in their runtimes: vectors of whole texts against the bundle's, and similarities against the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.encoder import Encoder
+from acip_export.errors import MissingExtraError, VerificationError
+from acip_export.formats import RoundTrip
+from acip_export.plans import Plan, Runtime
+from acip_export.similarity import Similarity, compare_similarities
+from acip_export.text import load_tokenizer, pad_texts
+from acip_export.verify.measure import Agreement, log_softmax
+from converters.onnx.consumers import MODEL_FILE
+
+Vectors = npt.NDArray[np.float32]
+
+# Texts that every export is checked on, when the user gives none: several lengths, scripts and signs.
+_TEXTS = (
+    "A text encoder turns sentences into vectors.",
+    "The weather is nice today, isn't it?",
+    "def main(argv): return sum(int(a) for a in argv[1:])",
+    "Prices rose by 3.5 % in 2024; wages didn't.",
+    "Größe, naïve, ça va? Привет, мир!",
+    "word",
+    "Where can I buy a bicycle near the old railway station, and what would a good one with three gears cost?",
+    "Bicycles are sold at the shop beside the station.",
+)
+# Of unit vectors or logits: float32 in another order for ONNX, llama.cpp's tanh form of GELU from a float16 table.
+_FLOAT_TOLERANCE = {"onnx": 1e-4, "gguf": 2e-2}
+# The bundle is rounded as the export is; what is left is the rounding of activations to eight bits. Ten times what was
+# measured on a trained encoder; a tensor in the wrong place costs some tenths.
+_ROUNDED_DISTANCE = 0.02
+_MOST_TEXTS = 512
+
+_SESSIONS = {
+    "gguf": ("acip_export.verify.llama_encoder", "LlamaEncoderSession"),
+    "onnx": ("acip_export.verify.encoders", "OnnxEncoderSession"),
+}
+
+
+class EncoderSession(Protocol):
+    """An opened export of an encoder."""
+
+    name: str
+
+    def outputs(self, texts: Sequence[list[int]]) -> Vectors:
+        """One row a text (token ids, special ones included): embedding or logits; of a masked language model, the
+        mean of the logits over its tokens."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class EncoderFigures:
+    """What one runtime's export of an encoder is like.
+
+    Attributes:
+        runtime: name and version. agreement: with the bundle, ``positions`` texts; ``mean_kl`` is the mean cosine
+            distance for embeddings, and nothing is generated.
+        similarity: against the dense model, for embeddings with enough texts; else ``None``.
+        failures: one sentence for each check that did not hold.
+    """
+
+    runtime: str
+    agreement: Agreement
+    similarity: Similarity | None
+    failures: tuple[str, ...]
+
+
+def verify_encoder(
+    export: Path,
+    plan: Plan,
+    encoder: Encoder,
+    bundle: Path,
+    round_trip: RoundTrip,
+    dense: Path | None,
+    text: Path | None,
+) -> EncoderFigures:
+    """Open the export in its runtime and compare.
+
+    Args:
+        dense: the base model, for similarities. text: one text a line, held out; ``None``: a few sentences of our own.
+
+    Raises:
+        MissingExtraError: the runtime is not installed. VerificationError: it refuses the export. DataError: the text.
+    """
+    texts = _tokens(bundle, encoder, plan.runtime, text)
+    module, name = _SESSIONS[plan.target]
+    session: EncoderSession
+    with getattr(import_module(module), name)(export, plan.runtime) as session:
+        found, runtime = session.outputs(texts), session.name
+    reference = TorchEncoder(bundle, encoder, round_trip).outputs(texts)
+    agreement = _agreement(encoder, reference, found)
+    similarity = None
+    if encoder.kind == "embedding" and dense is not None:
+        similarity = compare_similarities(found, TorchEncoder(dense, encoder, None).outputs(texts))
+    return EncoderFigures(runtime, agreement, similarity, _failures(plan, runtime, agreement))
+
+
+class TorchEncoder:
+    """A bundle with the numbers of its export, or a dense model, in PyTorch, float32."""
+
+    def __init__(self, path: Path, encoder: Encoder, round_trip: RoundTrip | None) -> None:
+        import torch
+
+        from acip_export.bundle import MANIFEST_FILE, load_bundle
+        from acip_export.modules import load_dense
+
+        bundle = (path / MANIFEST_FILE).is_file()
+        self.model = load_bundle(path, round_trip) if bundle else load_dense(Checkpoint.open(path), torch.float32)
+        self.encoder = encoder
+
+    def outputs(self, texts: Sequence[list[int]]) -> Vectors:
+        """As :meth:`EncoderSession.outputs`."""
+        import torch
+
+        from acip_export.modules import pooled
+
+        rows = []
+        with torch.no_grad():
+            for tokens in texts:
+                ids = torch.tensor([tokens])
+                output: Any = self.model(input_ids=ids)
+                if self.encoder.pooling is not None:
+                    real = torch.ones_like(ids, dtype=torch.bool)
+                    row = pooled(output.last_hidden_state, real, self.encoder.pooling)[0]
+                elif self.encoder.kind == "classification":
+                    row = output.logits[0]
+                else:
+                    row = output.logits[0].mean(0)
+                rows.append(row.float())
+            vectors: Vectors = torch.stack(rows).numpy()
+        return vectors
+
+
+class OnnxEncoderSession:
+    """``onnx/model.onnx`` in onnxruntime, CPU: batches of texts of about the same length, within the planned tokens.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed. VerificationError: it refuses the graph.
+    """
+
+    def __init__(self, export: Path, runtime: Runtime, threads: int = 0) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError("onnxruntime", "onnx", "running an ONNX export") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        try:
+            self._session: Any = onnxruntime.InferenceSession(
+                str(export / MODEL_FILE), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exception classes are private, and all mean that the file does not run
+            raise VerificationError(f"onnxruntime cannot open {export / MODEL_FILE}: {error}") from error
+        self.name = f"onnxruntime {onnxruntime.__version__}"
+        self._tokens = runtime.prompt_batch
+        names = [output.name for output in self._session.get_outputs()]
+        self._output = "sentence_embedding" if "sentence_embedding" in names else names[0]
+
+    def outputs(self, texts: Sequence[list[int]]) -> Vectors:
+        """See :meth:`EncoderSession.outputs`. Padding takes any token: the mask hides it."""
+        rows: dict[int, Vectors] = {}
+        waiting = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        while waiting:
+            # The last of the batch is its longest.
+            count = next((n for n in range(len(waiting), 1, -1) if n * len(texts[waiting[n - 1]]) <= self._tokens), 1)
+            batch, waiting = waiting[:count], waiting[count:]
+            length = len(texts[batch[-1]])
+            ids, mask = np.zeros((count, length), np.int64), np.zeros((count, length), np.int64)
+            for row, index in enumerate(batch):
+                ids[row, : len(texts[index])] = texts[index]
+                mask[row, : len(texts[index])] = 1
+            inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+            (found,) = self._session.run([self._output], inputs)
+            for row, index in enumerate(batch):
+                rows[index] = found[row] if found.ndim == 2 else found[row, : len(texts[index])].mean(0)
+        return np.stack([rows[index] for index in range(len(texts))])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._session = None
+
+
+def _tokens(model: Path, encoder: Encoder, runtime: Runtime, text: Path | None) -> list[list[int]]:
+    length = min(encoder.max_length, runtime.context)
+    if text is None:
+        ids: list[list[int]] = load_tokenizer(model)(list(_TEXTS), truncation=True, max_length=length)["input_ids"]
+        return ids
+    packed = pad_texts(model, text, length, least=3)
+    return [[int(token) for token in row[row != packed.padding]] for row in packed.windows[:_MOST_TEXTS]]
+
+
+def _agreement(encoder: Encoder, reference: Vectors, found: Vectors) -> Agreement:
+    """See :class:`EncoderFigures`; embeddings are compared at unit length, which is all that a runtime promises."""
+    if encoder.kind == "embedding":
+        reference, found = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (reference, found))
+        distance = float(1 - (reference * found).sum(1).mean())
+        same = np.ones(1)
+    else:
+        log_a, log_b = log_softmax(reference), log_softmax(found)
+        distance = float((np.exp(log_a) * (log_a - log_b)).sum(1).mean())
+        same = reference.argmax(1) == found.argmax(1)
+    difference = float(np.abs(reference - found).max())
+    return Agreement(len(reference), difference, max(0.0, distance), float(same.mean()), 0, 0)
+
+
+def _failures(plan: Plan, runtime: str, agreement: Agreement) -> tuple[str, ...]:
+    used = {name for d in plan.tensors for name in (d.format, d.up_format, d.down_format) if name}
+    if used <= {"f32"}:
+        tolerance = _FLOAT_TOLERANCE[plan.target]
+        if not agreement.max_logit_difference <= tolerance:
+            found = f"{agreement.max_logit_difference:.2e}, at most {tolerance} allowed"
+            return (f"{runtime}: outputs differ by {found}",)
+    elif not agreement.mean_kl <= _ROUNDED_DISTANCE:
+        found = f"{agreement.mean_kl:.4f}, at most {_ROUNDED_DISTANCE} allowed"
+        return (f"{runtime}: the mean distance of outputs from the bundle's is {found}",)
+    return ()
