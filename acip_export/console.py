@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from acip_export.verify.verify import Report
 
 # Wide enough for every table when nobody's terminal says otherwise.
+_WITHIN_LAYER = re.compile(r"^.*\blayers?\.\d+\.")
 _WIDTH = None if sys.stdout.isatty() else 120
 
 out = Console(highlight=False, width=_WIDTH)
@@ -198,8 +200,7 @@ def _folded_table(plan: Plan) -> Table:
     groups: dict[str, list[TensorDecision]] = defaultdict(list)
     for decision in plan.tensors:
         if len(decision.shape) == 2:
-            _, _, within_layer = decision.module.rpartition("layers.")
-            groups[within_layer.lstrip("0123456789.") or decision.module].append(decision)
+            groups[_WITHIN_LAYER.sub("", decision.module)].append(decision)
     table = Table("tensors", "n", "shape", "bytes", "what they become", box=None, padding=(0, 2), header_style="dim")
     for name, members in groups.items():
         counts: dict[str, int] = defaultdict(int)
@@ -240,6 +241,13 @@ def show_reports(reports: list[Report]) -> None:
                 "" if runtime.speed is None else f"{runtime.speed.decode:.0f}",
             )
     out.print(table)
+    for report in reports:
+        if report.similarity is not None and report.similarity_spearman is not None:
+            error = report.similarity_error or 0.0
+            out.print(
+                f"{report.target} {report.layout}: embeddings {report.similarity:.5f} similar to the dense model's; "
+                f"similarities of texts kept: Spearman {report.similarity_spearman:.5f}, mean error {error:.5f}"
+            )
 
 
 def show_export(plan: Plan, directory: Path) -> None:

@@ -279,6 +279,7 @@ def export_model(
             text=text,
             dense=dense or _dense_perplexity(checkpoint, text),
             measure_speed=measure_speed,
+            base=checkpoint.path,
             progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
         )
         verification.require_passed(report)
@@ -376,17 +377,22 @@ def _score_map(scores: ScoreFile) -> ScoreMap:
 
 
 def _dense_perplexity(checkpoint: Checkpoint, text: Windows | None) -> Perplexity | None:
-    return None if text is None else verification.dense_perplexity(checkpoint.path, text)
+    if text is None or not checkpoint.shape.generates:
+        return None
+    return verification.dense_perplexity(checkpoint.path, text)
 
 
 def text_windows(checkpoint: Checkpoint, text: Path, context: int, most_tokens: int = 32_768) -> Windows:
-    """Token windows of a text, (n, context) int64, at most ``most_tokens`` together.
+    """Token windows of a text, (n, context) int64, at most ``most_tokens`` together; an encoder's are padded texts.
 
     Raises:
         DataError: missing, not text, or shorter than one window.
     """
-    from acip_export.text import pack_text
+    from acip_export.text import pack_text, pad_texts
 
+    if not checkpoint.shape.generates:
+        texts: Windows = pad_texts(checkpoint.path, text, context, least=3).windows.numpy()
+        return texts
     packed = pack_text(checkpoint.path, text, context)
     windows: Windows = packed.windows[: max(1, most_tokens // context)].numpy()
     return windows
@@ -417,5 +423,6 @@ def verify_directory(
             text=windows,
             dense=_dense_perplexity(checkpoint, windows),
             measure_speed=True,
+            base=checkpoint.path,
             progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
         )

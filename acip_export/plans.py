@@ -14,6 +14,7 @@ from acip_export.files import new_file
 from acip_export.formats import weight_format
 
 PLAN_VERSION = 1
+_CAUSAL_UNIT = "nats per token"
 
 Representation = Literal["dense", "factored", "adapter"]
 # What a budget covers: the files; files, caches and buffers; or all of the process, the runtime's own parts included.
@@ -151,7 +152,13 @@ class Plan:
     certificate: Certificate
     tensors: tuple[TensorDecision, ...]
     notes: tuple[str, ...] = field(default=())
-    loss_unit: str = "nats per token"
+    loss_unit: str = _CAUSAL_UNIT
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model is a causal one; encoders are ranked by losses of other units."""
+        return self.loss_unit == _CAUSAL_UNIT
+
     device: str | None = None
 
     @property

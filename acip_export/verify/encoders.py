@@ -1,4 +1,4 @@
-"""Encoders in their runtimes: vectors of whole texts against the bundle's, and similarities against the dense model's."""
+"""Encoders in their runtimes: vectors of texts against the bundle's, and similarities against the dense model's."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import numpy.typing as npt
 from acip_export.checkpoint import Checkpoint
 from acip_export.encoder import Encoder
 from acip_export.errors import MissingExtraError, VerificationError
-from acip_export.formats import RoundTrip
 from acip_export.plans import Plan, Runtime
+from acip_export.rounding import RoundTrip
 from acip_export.similarity import Similarity, compare_similarities
-from acip_export.text import load_tokenizer, pad_texts
+from acip_export.text import load_tokenizer
 from acip_export.verify.measure import Agreement, log_softmax
+from acip_export.verify.runtime import Windows
 from converters.onnx.consumers import MODEL_FILE
 
 Vectors = npt.NDArray[np.float32]
@@ -89,15 +90,16 @@ def verify_encoder(
     bundle: Path,
     round_trip: RoundTrip,
     dense: Path | None,
-    text: Path | None,
+    text: Windows | None,
 ) -> EncoderFigures:
     """Open the export in its runtime and compare.
 
     Args:
-        dense: the base model, for similarities. text: one text a line, held out; ``None``: a few sentences of our own.
+        dense: the base model, for similarities.
+        text: held-out texts, (n, length) padded token ids; ``None``: a few sentences of our own.
 
     Raises:
-        MissingExtraError: the runtime is not installed. VerificationError: it refuses the export. DataError: the text.
+        MissingExtraError: the runtime is not installed. VerificationError: it refuses the export.
     """
     texts = _tokens(bundle, encoder, plan.runtime, text)
     module, name = _SESSIONS[plan.target]
@@ -201,13 +203,13 @@ class OnnxEncoderSession:
         self._session = None
 
 
-def _tokens(model: Path, encoder: Encoder, runtime: Runtime, text: Path | None) -> list[list[int]]:
-    length = min(encoder.max_length, runtime.context)
+def _tokens(model: Path, encoder: Encoder, runtime: Runtime, text: Windows | None) -> list[list[int]]:
+    tokenizer = load_tokenizer(model)
     if text is None:
-        ids: list[list[int]] = load_tokenizer(model)(list(_TEXTS), truncation=True, max_length=length)["input_ids"]
+        length = min(encoder.max_length, runtime.context)
+        ids: list[list[int]] = tokenizer(list(_TEXTS), truncation=True, max_length=length)["input_ids"]
         return ids
-    packed = pad_texts(model, text, length, least=3)
-    return [[int(token) for token in row[row != packed.padding]] for row in packed.windows[:_MOST_TEXTS]]
+    return [[int(token) for token in row[row != tokenizer.pad_token_id]] for row in text[:_MOST_TEXTS]]
 
 
 def _agreement(encoder: Encoder, reference: Vectors, found: Vectors) -> Agreement:

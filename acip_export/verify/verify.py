@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.anatomy.read import PAPERS
+from acip_export.bundle import Bundle
+from acip_export.encoder import encoder_of
 from acip_export.errors import VerificationError
 from acip_export.plans import Plan, load_plan
+from acip_export.verify.encoders import EncoderFigures, verify_encoder
 from acip_export.verify.measure import Agreement, Perplexity, compare_logits, perplexity
 from acip_export.verify.runtime import RuntimeSession, Speed, Windows
 
@@ -56,6 +59,8 @@ class Report:
         passed: every check held. failures: one sentence for each that did not.
         written_bytes, planned_bytes: of all files of the export.
         bundle_perplexity, dense_perplexity: in PyTorch, on the same text.
+        similarity: encoders: mean cosine similarity of the export's embeddings to the dense model's.
+        similarity_spearman, similarity_error: of the similarities between texts, against the dense model's.
     """
 
     export: str
@@ -71,6 +76,9 @@ class Report:
     runtimes: tuple[RuntimeReport, ...]
     bundle_perplexity: Perplexity | None
     dense_perplexity: Perplexity | None
+    similarity: float | None = None
+    similarity_spearman: float | None = None
+    similarity_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"format": "acip-report", "version": REPORT_VERSION, **dataclasses.asdict(self)}
@@ -99,12 +107,14 @@ def verify_export(
     text: Windows | None = None,
     dense: Perplexity | None = None,
     measure_speed: bool = False,
+    base: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Check bytes, then open the export in every runtime of its target and compare with the bundle.
 
     Args:
         text: token windows for perplexity. dense: the base model's on the same text (:func:`dense_perplexity`).
+        base: the base model's directory, for the similarities that an encoder keeps.
 
     Raises:
         PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged.
@@ -115,6 +125,13 @@ def verify_export(
 
     plan = load_plan(export / EXPORT_PLAN_FILE)
     failures = check_bytes(export, plan)
+    encoder = encoder_of(Bundle.open(bundle).as_checkpoint())
+    if encoder is not None:
+        figures = None
+        if not failures:
+            progress("encoder")
+            figures = verify_encoder(export, plan, encoder, bundle, converter(plan.target).round_trip, base, text)
+        return _encoder_report(export, plan, failures, figures)
     reference = TorchReference(bundle, converter(plan.target).round_trip)
     sampled = reference.sample(_SAMPLED_WINDOWS, min(_SAMPLED_TOKENS, plan.runtime.context), seed=0)
     prompt = [int(token) for token in sampled[0][: max(1, sampled.shape[1] // 3)]]
@@ -153,6 +170,29 @@ def verify_export(
         runtimes=tuple(reports),
         bundle_perplexity=None if text is None else perplexity(reference.logits(text), text),
         dense_perplexity=dense,
+    )
+
+
+def _encoder_report(export: Path, plan: Plan, failures: list[str], figures: EncoderFigures | None) -> Report:
+    failures = failures + list(figures.failures if figures else ())
+    kept = None if figures is None else figures.similarity
+    return Report(
+        export=export.name,
+        target=plan.target,
+        layout=plan.layout,
+        budget_bytes=plan.budget_bytes,
+        budget_scope=plan.budget_scope,
+        planned_bytes=plan.planned_bytes,
+        written_bytes=sum(written_files(export, plan).values()),
+        memory_bytes=plan.memory_bytes,
+        passed=not failures,
+        failures=tuple(failures),
+        runtimes=(RuntimeReport(figures.runtime, figures.agreement, None, None),) if figures else (),
+        bundle_perplexity=None,
+        dense_perplexity=None,
+        similarity=None if kept is None else 1 - kept.mean_distance,
+        similarity_spearman=None if kept is None else kept.spearman,
+        similarity_error=None if kept is None else kept.mean_error,
     )
 
 

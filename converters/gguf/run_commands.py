@@ -42,6 +42,12 @@ class _Program:
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
     """For every program that runs the plan's layout; the recommended one first."""
+    if not plan.generates:
+        # The file says how to pool; a text has to fit into one batch.
+        tokens = str(plan.runtime.prompt_batch)
+        options = ["-m", str(directory / MODEL_FILE), "-c", tokens, "-b", tokens, "-ub", tokens, "--no-repack"]
+        server = shlex.join(["llama-server", "--embedding", *options, "-np", "1"])
+        return (RunCommand("llama-server", "console", server, "POST /v1/embeddings"),)
     adapter = directory / ADAPTER_FILE if ADAPTER_FILE in plan.files else None
     runtime = plan.runtime
     export = _Export(directory / MODEL_FILE, adapter, runtime.context, runtime.prompt_batch, runtime.cache_type)

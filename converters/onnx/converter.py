@@ -145,6 +145,17 @@ def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None)
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
     """See :class:`converters.registry.Converter`. Context and prompt batch are in ``genai_config.json``."""
+    lines: tuple[str, ...]
+    if not plan.generates:
+        lines = (
+            "import onnxruntime",
+            "from transformers import AutoTokenizer",
+            f"tokenizer = AutoTokenizer.from_pretrained({str(directory)!r})",
+            f"session = onnxruntime.InferenceSession({str(directory / MODEL_FILE)!r})",
+            "texts = tokenizer(['Hello', 'A second text'], padding=True, truncation=True, return_tensors='np')",
+            "print(session.run([session.get_outputs()[-1].name], dict(texts))[0])",
+        )
+        return (RunCommand("onnxruntime", "python", "\n".join(lines)),)
     lines = (
         "import onnxruntime_genai as og",
         f"model = og.Model({str(directory)!r})",

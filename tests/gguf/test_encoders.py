@@ -10,16 +10,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from acip_export import pipeline
 from acip_export.bundle import load_bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.encoder import encoder_of
 from acip_export.errors import UnsupportedError
 from acip_export.modules import pooled
+from acip_export.plan import PlanRequest
 from acip_export.plan.memory import runtime_memory
 from acip_export.plans import Runtime
+from acip_export.rank import rank_model
 from acip_export.verify.llama_encoder import LlamaEncoderSession
 from converters.gguf import converter
-from tests.encoders import make_encoder
+from tests.encoders import CALIBRATION, lines_of_text, make_encoder
 from tests.support import CORPUS, dense, make_bundle, make_plan
 
 TEXTS = ("The quick brown fox doesn't jump.", "def main", "emoji: and runs of   blanks 1,234.56")
@@ -115,6 +118,19 @@ def test_memory(tmp_path: Path, hidden: int, ffn: int, tokens: int) -> None:
     rounding = 0.005 * 2**20
     assert found.compute - rounding <= expected.compute <= 1.5 * found.compute + rounding
     assert found.output - rounding <= expected.output <= 1.5 * found.output + rounding
+
+
+def test_ranked_planned_exported_and_verified(tmp_path: Path) -> None:
+    model = make_encoder(tmp_path / "bert")
+    text = lines_of_text(tmp_path / "lines.txt")
+    scores = rank_model(model, text, algorithm="kfac", calibration=CALIBRATION, out=model / "bert.acip")
+    checkpoint = Checkpoint.open(model)
+    plan = pipeline.plan_export(checkpoint, scores, PlanRequest("gguf", 120_000, budget_scope="file", context=40))
+    windows = pipeline.text_windows(checkpoint, text, 40)
+    report = pipeline.export_model(checkpoint, scores, plan, tmp_path / "export", text=windows)
+    assert report is not None and report.passed and report.written_bytes == plan.planned_bytes <= 120_000
+    assert report.similarity is not None and report.similarity_spearman is not None
+    assert 0.9 < report.similarity < 1 and report.similarity_spearman > 0.9
 
 
 def test_refused(tmp_path: Path) -> None:

@@ -197,3 +197,25 @@ def test_bad_input(tmp_path: Path) -> None:
         converter.predict_files(Checkpoint.open(odd), "factored", decisions, runtime)
     with pytest.raises(UnsupportedError, match="decides nothing"):
         converter.predict_files(checkpoint, "factored", decisions[1:], runtime)
+
+
+def test_verified(tmp_path: Path) -> None:
+    """The main job's report; and an export whose numbers are wrong does not pass."""
+    model = make_encoder(tmp_path / "bert")
+    text = lines_of_text(tmp_path / "lines.txt")
+    scores = rank_model(model, text, algorithm="fisher", calibration=CALIBRATION, out=model / "bert.acip")
+    checkpoint = Checkpoint.open(model)
+    plan = pipeline.plan_export(checkpoint, scores, PlanRequest("onnx", 170_000, budget_scope="file", context=40))
+    windows = pipeline.text_windows(checkpoint, text, 40)
+    report = pipeline.export_model(checkpoint, scores, plan, tmp_path / "export", text=windows)
+    assert report is not None and report.passed and report.similarity is not None
+    assert 0.8 < report.similarity < 1 and report.similarity_spearman is not None and report.similarity_spearman > 0.8
+    command = converter.run_commands(plan, tmp_path / "export")[0].text
+    shown = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout
+    assert shown.startswith("[[")
+    data = tmp_path / "export" / converter.DATA_FILE
+    broken = bytearray(data.read_bytes())
+    broken[-20_000:-10_000] = bytes(10_000)
+    data.write_bytes(bytes(broken))
+    again = pipeline.verify_directory(tmp_path / "export", str(model), None, None, None)
+    assert not again.passed and "mean distance of outputs" in again.failures[0]
