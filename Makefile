@@ -48,12 +48,24 @@ sample: $(STAMP) ## Train the sample models again (slow)
 	$(BIN)/python samples/train.py --arch llama --out samples/llama
 	$(BIN)/python samples/train.py --arch qwen3 --out samples/qwen3
 
-consumers: $(CACHE)/consumers/node/package.json $(CACHE)/consumers/optimum.txt ## Install transformers.js and optimum-onnx for their tests
+consumers: $(CACHE)/consumers/node/package.json $(CACHE)/consumers/llama/package.json $(CACHE)/consumers/optimum.txt ## Install transformers.js and optimum-onnx for their tests
 
 $(CACHE)/consumers/node/package.json: samples/web/package.json
 	@mkdir -p $(@D)
 	cp $< $(@D)/new.json && cd $(@D) && mv new.json package.json && \
 	npm install --ignore-scripts --no-audit --no-fund --no-package-lock || { rm -f package.json; exit 1; }
+	@touch $@
+
+# On Linux without the CUDA and Vulkan builds, a third of a gigabyte that no test uses.
+$(CACHE)/consumers/llama/package.json: samples/node/package.json
+	@mkdir -p $(@D)
+	cp $< $(@D)/new.json && cd $(@D) && mv new.json package.json && \
+	if [ "$$(uname)" = Linux ]; then \
+	  npm install --ignore-scripts --no-audit --no-fund --no-package-lock --omit=optional && \
+	  npm install --ignore-scripts --no-audit --no-fund --no-package-lock --omit=optional --no-save \
+	    "@node-llama-cpp/linux-$$(node -p process.arch)@$$(node -p "require('./package.json').dependencies['node-llama-cpp']")"; \
+	else npm install --ignore-scripts --no-audit --no-fund --no-package-lock; \
+	fi || { rm -f package.json; exit 1; }
 	@touch $@
 
 $(CACHE)/consumers/optimum.txt: tests/consumers/optimum.txt

@@ -115,11 +115,15 @@ def _javascript(path: Path) -> str:
     return json.dumps(str(path))  # JSON's strings are JavaScript's
 
 
+def _modelfile(path: Path) -> str:
+    """A path that Ollama cannot take for the name of a model."""
+    return str(path) if path.is_absolute() else f"./{path}"
+
+
 def _ollama(export: _Export) -> str:
-    # Paths in a Modelfile are relative to it, and it belongs beside the model.
-    lines = [f"FROM ./{export.model.name}"]
+    lines = [f"FROM {_modelfile(export.model)}"]
     if export.adapter is not None:
-        lines.append(f"ADAPTER ./{export.adapter.name}")
+        lines.append(f"ADAPTER {_modelfile(export.adapter)}")
     return "\n".join([*lines, f"PARAMETER num_ctx {export.context}", f"PARAMETER num_batch {export.batch}"])
 
 
@@ -141,7 +145,7 @@ _PROGRAMS = (
         "dockerfile",
         _STOCK,
         _ollama,
-        note="Save as Modelfile beside model.gguf, then  ollama create NAME -f Modelfile.  The type of the KV cache is "
-        "the server's: OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE",
+        note="Save as Modelfile, here: its paths are relative to it. Then  ollama create NAME -f Modelfile.  The type "
+        "of the KV cache is the server's: OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE",
     ),
 )

@@ -55,7 +55,7 @@ def test_llama_server_gets_the_plans_memory_settings(plan: Plan) -> None:
 def test_the_adapter_is_named_to_every_program(plan: Plan) -> None:
     for text in texts(with_layout(plan, "adapter")).values():
         assert "adapter.gguf" in text
-    assert "ADAPTER ./adapter.gguf" in texts(with_layout(plan, "adapter"))["Ollama"].splitlines()
+    assert "ADAPTER ./my export/adapter.gguf" in texts(with_layout(plan, "adapter"))["Ollama"].splitlines()
     for text in texts(plan).values():
         assert "adapter.gguf" not in text
 

@@ -1,0 +1,47 @@
+// Generates with a GGUF export in Node:  node generate.js EXPORT [PROMPT] [TOKENS]
+// The settings are those that the export's plan promises its memory for. One JSON line at the end says what was chosen.
+// THREADS in the environment limits the threads; all cores are used by default.
+import {existsSync, readFileSync} from "node:fs";
+import {join} from "node:path";
+import {getLlama, LlamaLogLevel} from "node-llama-cpp";
+
+const [directory, prompt = "def main(", tokens = "32"] = process.argv.slice(2);
+if (directory === undefined) {
+  console.error("usage: node generate.js EXPORT [PROMPT] [TOKENS]");
+  process.exit(2);
+}
+const plan = JSON.parse(readFileSync(join(directory, "plan.json"), "utf8"));
+if (plan.target !== "gguf" || plan.layout === "factored") {
+  console.error(`${directory} is ${plan.target} (${plan.layout}); node-llama-cpp runs gguf, stock or adapter`);
+  process.exit(2);
+}
+const {context: contextSize, prompt_batch: batchSize, cache_type: cacheType} = plan.runtime;
+
+// The plan counts memory of the processor; with gpu: "auto" some of it moves to the graphics card.
+const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});
+const model = await llama.loadModel({modelPath: join(directory, "model.gguf")});
+const adapter = join(directory, "adapter.gguf");
+const context = await model.createContext({
+  contextSize,
+  batchSize,
+  flashAttention: true,
+  threads: Number(process.env.THREADS ?? 0), // 0: all
+  experimentalKvCacheKeyType: cacheType.toUpperCase(),
+  experimentalKvCacheValueType: cacheType.toUpperCase(),
+  ...(existsSync(adapter) ? {lora: adapter} : {})
+});
+
+const input = model.tokenize(prompt);
+const room = Math.min(Number(tokens), contextSize - input.length);
+const output = [];
+process.stdout.write(prompt);
+if (room > 0) {
+  for await (const token of context.getSequence().evaluate(input, {temperature: 0, yieldEogToken: true})) {
+    process.stdout.write(model.detokenize([token]));
+    output.push(token);
+    if (output.length >= room) break;
+  }
+}
+console.log();
+console.log(JSON.stringify({input, output}));
+await llama.dispose();

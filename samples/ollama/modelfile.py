@@ -1,0 +1,38 @@
+"""Prints the Modelfile of a GGUF export:  python modelfile.py EXPORT > Modelfile"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from acip_export.errors import AcipError, UnsupportedError
+from acip_export.plans import load_plan
+from converters.registry import converter
+
+
+def modelfile(export: Path) -> str:
+    """The text of the Modelfile, with absolute paths.
+
+    Raises:
+        PlanFileError: no export. UnsupportedError: one that Ollama does not run.
+    """
+    plan = load_plan(export / "plan.json")
+    for command in converter(plan.target).run_commands(plan, export.resolve()):
+        if command.program == "Ollama":
+            cache = f"# The server needs  OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={plan.runtime.cache_type}"
+            return f"{cache}\n{command.text}\n"
+    raise UnsupportedError(f"{export} is {plan.target} ({plan.layout}); Ollama runs gguf, stock or adapter")
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python modelfile.py EXPORT")
+    try:
+        print(modelfile(Path(sys.argv[1])), end="")
+    except AcipError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The samples for applications: Node as written, against llama.cpp's own tokens; Ollama's Modelfile."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import UnsupportedError
+from acip_export.pipeline import convert_bundle
+from acip_export.plans import load_plan
+from acip_export.verify.llama_cpp import LlamaCppSession
+from converters.gguf import converter
+from tests.gguf.conftest import Rule
+from tests.support import dense, everywhere, make_bundle, make_plan, make_scores
+
+ROOT = Path(__file__).parent.parent.parent
+CONSUMER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acip-export" / "consumers" / "llama"
+PROMPT, TOKENS = "def main(", 24
+PAIR = {"rank": 96, "up_format": "f16", "down_format": "f16", "embedding_format": "q8_0"}
+RULES: dict[str, Rule] = {
+    "stock": dense(format="q8_0"),
+    "adapter": everywhere(representation="adapter", format="q1_0", **PAIR),
+    "factored": everywhere(representation="factored", **PAIR),
+}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The trained sample: random models repeat one token, and agreeing on that would be an accident."""
+    place = tmp_path_factory.mktemp("samples")
+    model = Path(shutil.copytree(ROOT / "samples" / "llama", place / "llama"))
+    found, scores = {}, make_scores(model)
+    for layout, rule in RULES.items():
+        plan = make_plan(model, "gguf", layout, rule, context=128)
+        files = converter.predict_files(Checkpoint.open(model), layout, plan.tensors, plan.runtime)
+        plan = dataclasses.replace(plan, files=files, planned_bytes=sum(files.values()))
+        bundle = make_bundle(model, plan, place / layout / "bundle", scores)
+        found[layout] = place / layout / "my export"
+        convert_bundle(bundle.path, found[layout])
+    return found
+
+
+def generate(export: Path, place: Path) -> subprocess.CompletedProcess[str]:
+    node = shutil.which("node")
+    if node is None or not (CONSUMER / "node_modules").is_dir():
+        pytest.skip("node-llama-cpp is not installed; with Node on the path run  make consumers")
+    shutil.copy(ROOT / "samples" / "node" / "generate.js", place)
+    shutil.copy(ROOT / "samples" / "node" / "package.json", place)
+    (place / "node_modules").symlink_to(CONSUMER / "node_modules")
+    command = [node, "generate.js", str(export), PROMPT, str(TOKENS)]
+    # Threads wait for each other busily: on a machine that does other things as well, two are far slower than one.
+    environment = {**os.environ, "THREADS": "1"}
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize("layout", ["stock", "adapter"])
+def test_node_chooses_the_tokens_of_llama_cpp(layout: str, exports: dict[str, Path], tmp_path: Path) -> None:
+    done = generate(exports[layout], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    with LlamaCppSession(exports[layout], load_plan(exports[layout] / "plan.json").runtime, threads=1) as session:
+        assert answer["input"] == session.tokenize(PROMPT)
+        assert answer["output"] == session.greedy(answer["input"], TOKENS)
+    assert len(set(answer["output"])) > 4
+    assert done.stdout.startswith(PROMPT)
+
+
+def test_node_says_that_it_does_not_run_pairs(exports: dict[str, Path], tmp_path: Path) -> None:
+    done = generate(exports["factored"], tmp_path)
+    assert done.returncode == 2
+    assert "node-llama-cpp runs gguf, stock or adapter" in done.stderr
+
+
+def modelfile(export: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "samples" / "ollama" / "modelfile.py"), str(export)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_the_modelfile_names_files_and_settings(exports: dict[str, Path]) -> None:
+    lines = modelfile(exports["stock"]).stdout.splitlines()
+    assert lines == [
+        "# The server needs  OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE=f16",
+        f"FROM {exports['stock'] / 'model.gguf'}",
+        "PARAMETER num_ctx 128",
+        "PARAMETER num_batch 32",
+    ]
+    assert f"ADAPTER {exports['adapter'] / 'adapter.gguf'}" in modelfile(exports["adapter"]).stdout.splitlines()
+    refused = modelfile(exports["factored"])
+    assert refused.returncode == UnsupportedError.exit_code
+    assert "Ollama runs gguf, stock or adapter" in refused.stderr
