@@ -76,7 +76,7 @@ class Bundle:
 
     def _check_shapes(self) -> None:
         for decision in self.plan.tensors:
-            for name, shape in stored_tensors(decision.name, decision.shape, decision.rank).items():
+            for name, shape in stored_of(decision).items():
                 entry = self.tensors.get(name)
                 if entry is None or entry.shape != shape:
                     found = "missing" if entry is None else f"of shape {entry.shape}"
@@ -108,18 +108,25 @@ class Bundle:
 
 
 def stored_tensors(name: str, shape: tuple[int, ...], rank: int | None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes under which a decision's numbers are stored."""
+    """Names and shapes under which a weight, or the factor pair in its place, is stored."""
     if rank is None:
         return {name: shape}
     module = name.removesuffix(".weight")
     return {f"{module}.up.weight": (shape[0], rank), f"{module}.down.weight": (rank, shape[1])}
 
 
+def stored_of(decision: TensorDecision) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of everything that is stored of a decision."""
+    base = {decision.name: decision.shape} if decision.representation == "residual" else {}
+    return {**stored_tensors(decision.name, decision.shape, decision.rank), **base}
+
+
 def stored_formats(decision: TensorDecision) -> dict[str, str]:
-    """The weight format of each of :func:`stored_tensors`."""
+    """The weight format of each of :func:`stored_of`."""
     if decision.rank is None:
         return {decision.name: decision.format or ""}
-    return {
+    base = {decision.name: decision.format or ""} if decision.representation == "residual" else {}
+    return base | {
         f"{decision.module}.up.weight": decision.up_format or "",
         f"{decision.module}.down.weight": decision.down_format or "",
     }

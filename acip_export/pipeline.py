@@ -21,7 +21,14 @@ from acip_export.report import Exported, Ranking, build_page, write_papers
 from acip_export.report.data import ScoreMap, embedded, read_export
 from acip_export.report.source import hub_id, license_of
 from acip_export.report.write import PAGE_FILE
-from acip_export.rounding_errors import RoundingErrors, cache_file, load_rounding_errors, save_rounding_errors
+from acip_export.rounding_errors import (
+    RoundingErrors,
+    cache_file,
+    load_rounding_errors,
+    pair_key,
+    residual_key,
+    save_rounding_errors,
+)
 from acip_export.scores import ScoreFile, find_scores, load_scores
 from acip_export.verify import verify as verification
 from acip_export.verify.measure import Perplexity
@@ -92,7 +99,7 @@ def rounding_errors(
     Read from the cache beside the score file; what it lacks is measured once and added to it. Without the quantizer
     the answer is what the cache has.
     """
-    from acip_export.plan.candidates import choose_embedding_types, pair_types
+    from acip_export.plan.candidates import choose_embedding_types, pair_types, residual_bases
     from acip_export.targets import target as find_target
     from converters.registry import converter
 
@@ -115,7 +122,9 @@ def rounding_errors(
         if name in scores.embedding_sensitivity or name.removesuffix(".weight") in scores.modules
     }
     pairs = () if layout.low_rank is None else pair_types(types)
-    if known.covers(dense, pairs, scores.modules):
+    bases = residual_bases(layout, types)
+    keys = [*(pair_key(*pair) for pair in pairs), *map(residual_key, bases)]
+    if known.covers(dense, keys, scores.modules):
         return known
 
     from acip_export.materialize.rounding_errors import measure_rounding
@@ -127,6 +136,8 @@ def rounding_errors(
             known,
             dense,
             pairs,
+            bases,
+            layout.residual_pairs,
             converter(target.name).round_trip,
             lambda p: progress(StageProgress("measure rounding", p.done, p.total, p.item)),
         )

@@ -16,12 +16,12 @@ from acip_export.formats import weight_format
 PLAN_VERSION = 1
 _CAUSAL_UNIT = "nats per token"
 
-Representation = Literal["dense", "factored", "adapter"]
+Representation = Literal["dense", "factored", "adapter", "residual"]
 # What a budget covers: the files; files, caches and buffers; or all of the process, the runtime's own parts included.
 BudgetScope = Literal["process", "memory", "file"]
 # Keys of the breakdown that no plan changes: they count in the scope "process" only.
 RUNTIME_PARTS = ("runtime_library", "runtime_tokenizer")
-_REPRESENTATIONS = ("dense", "factored", "adapter")
+_REPRESENTATIONS = get_args(Representation)
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class TensorDecision:
     Attributes:
         name: Hugging Face tensor name, ending in ``.weight`` or ``.bias``.
         shape: ``(out, in)``, or ``(n,)``.
-        representation: ``dense``: one matrix. ``factored``: ``up @ down`` of rank ``rank``. ``adapter``: a base of
-            format ``format`` plus a LoRA pair ``up @ down`` (GGUF's adapter layout).
+        representation: ``dense``: one matrix. ``factored``: ``up @ down`` of rank ``rank``. ``adapter``: the
+            same as a LoRA over an all-zero base of format ``format`` (GGUF's adapter layout). ``residual``: a base of
+            format ``format`` that holds the weight without its LoRA pair, which corrects the base's rounding.
         format: weight format of the dense or base matrix; ``None`` for ``factored``.
         rank: columns of ``up`` (out, rank) and rows of ``down`` (rank, in).
         up_format, down_format: weight formats of the pair.
-        kept: ``[start, stop)`` ranges of the singular components kept, in the score file's order of components.
+        kept: ``[start, stop)`` ranges of the singular components kept, in the score file's order of components;
+            ``None`` where the pair is not made of them (``residual``).
         nbytes: exact bytes of the stored numbers.
     """
 

@@ -33,7 +33,8 @@ class RoundingErrors:
         quantizer: package and version that rounded. scores_sha256: of the score file.
         dense: predicted loss of rounding the dense weight, nats per token, by tensor and type.
         pairs: by module and ``DOWN*UP`` types: what a fitted pair loses by rounding, over what the table of formats
-            says, as ``(rank / full rank, ratio)`` by growing rank.
+            says, as ``(rank / full rank, ratio)`` by growing rank; by module and ``BASE+``: what a base with a low-rank
+            correction loses, over what the base loses alone.
     """
 
     target: str
@@ -52,16 +53,20 @@ class RoundingErrors:
         Between measured ranks linear in the logarithm, constant beyond them.
         """
         points = self.pairs.get(module, {}).get(pair_key(down, up))
-        if not points:
-            return 1.0
-        shares = [point[0] for point in points]
-        return exp(float(np.interp(share, shares, [log(max(point[1], _LEAST_RATIO)) for point in points])))
+        return _interpolated(points, share) if points else 1.0
 
-    def covers(
-        self, dense: Mapping[str, Iterable[str]], pairs: Iterable[tuple[str, str]], modules: Iterable[str]
-    ) -> bool:
-        """Whether every type of every tensor in ``dense`` and every pair of types in every module was measured."""
-        keys = {pair_key(*pair) for pair in pairs}
+    def residual_ratio(self, module: str, base: str, share: float) -> float | None:
+        """Loss of a corrected base over the loss of the base alone, by rank / full rank; ``None``: not measured."""
+        points = self.pairs.get(module, {}).get(residual_key(base))
+        return _interpolated(points, share) if points else None
+
+    def covers(self, dense: Mapping[str, Iterable[str]], pairs: Iterable[str], modules: Iterable[str]) -> bool:
+        """Whether every type of every tensor in ``dense`` and every pair of types in every module was measured.
+
+        Args:
+            pairs: as made by :func:`pair_key` and :func:`residual_key`.
+        """
+        keys = set(pairs)
         return all(set(types) <= self.dense.get(name, {}).keys() for name, types in dense.items()) and all(
             keys <= self.pairs.get(name, {}).keys() for name in modules
         )
@@ -75,6 +80,16 @@ class RoundingErrors:
             {n: {**self.dense.get(n, {}), **other.dense.get(n, {})} for n in {**self.dense, **other.dense}},
             {n: {**self.pairs.get(n, {}), **other.pairs.get(n, {})} for n in {**self.pairs, **other.pairs}},
         )
+
+
+def _interpolated(points: Ratios, share: float) -> float:
+    shares = [point[0] for point in points]
+    return exp(float(np.interp(share, shares, [log(max(point[1], _LEAST_RATIO)) for point in points])))
+
+
+def residual_key(base: str) -> str:
+    """Of a base of this type with a low-rank correction."""
+    return f"{base}+"
 
 
 def pair_key(down: str, up: str) -> str:

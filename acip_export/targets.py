@@ -24,6 +24,7 @@ class Layout:
         low_rank: the representation that carries factor pairs; ``None`` when the layout has none.
         base_format: format of the all-zero base below an adapter.
         rank_multiple: ranks are multiples of this (the largest block that the pair's formats need is taken if larger).
+        residual_pairs: types and ranks of low-rank corrections over a quantized base (both factors of one type).
         note: what a user has to know before choosing it.
     """
 
@@ -32,6 +33,7 @@ class Layout:
     low_rank: Representation | None
     base_format: str | None = None
     rank_multiple: int = 32
+    residual_pairs: tuple[tuple[str, int], ...] = ()
     note: str = ""
 
 
@@ -109,9 +111,12 @@ TARGETS: dict[str, Target] = {
             Layout("stock", "one file of dense tensors, a type per tensor; every llama.cpp loads it", None),
             Layout(
                 "adapter",
-                "an all-zero one-bit base and a LoRA file that carries the factor pairs; stock llama.cpp runs both",
+                "a LoRA file with factor pairs, over an all-zero one-bit base or as corrections of a quantized one; "
+                "stock llama.cpp runs both",
                 "adapter",
                 base_format="q1_0",
+                # q8_0 needs ranks that are multiples of its block. More than rank 128 is better spent on the base.
+                residual_pairs=(("f16", 8), ("f16", 16), ("q8_0", 32), ("q8_0", 64), ("q8_0", 128)),
             ),
             Layout(
                 "factored",

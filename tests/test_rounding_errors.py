@@ -16,6 +16,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.formats import weight_format
 from acip_export.materialize.factors import Norm
 from acip_export.plan import PlanRequest, make_plan
+from acip_export.plans import decision_bytes
 from acip_export.rounding_errors import (
     RoundingErrors,
     cache_file,
@@ -71,6 +72,24 @@ def test_fitted_pairs_lose_less_than_the_table_says(measured: dict[str, Rounding
         assert all(0.05 < ratio < 1.1 for _, ratio in points)
         assert [share for share, _ in points] == sorted({share for share, _ in points})
     assert not measured["gguf"].pairs  # the layout has no pairs, so none were measured
+
+
+def test_corrections_are_measured_and_planned(model: Path) -> None:
+    """The adapter layout's bases with a low-rank correction: only where it was measured what they gain."""
+    checkpoint, scores = Checkpoint.open(model), load_scores(model / "tiny.acip")
+    request = PlanRequest("gguf", 700_000, "file", layout="adapter", types=("q8_0", "q2_k"))
+    errors = pipeline.rounding_errors(checkpoint, scores, request)
+    ratios = [errors.residual_ratio("model.layers.0.mlp.up_proj", "q2_k", share) for share in (0.0, 0.1, 0.25)]
+    assert ratios[0] == 1
+    assert ratios == sorted(ratios, reverse=True)
+    assert errors.residual_ratio("model.layers.0.mlp.up_proj", "q3_k", 0.1) is None
+    plans = {name: make_plan(checkpoint, scores, request, overhead, e) for name, e in (("with", errors), ("no", None))}
+    assert not any(d.representation == "residual" for d in plans["no"].tensors)
+    cheap = dict.fromkeys(("q2_k+", "q8_0+"), ((0.0, 1.0), (0.05, 0.001)))
+    better = replace(errors, pairs=dict.fromkeys(scores.modules, cheap))
+    chosen = [d for d in make_plan(checkpoint, scores, request, overhead, better).tensors if d.rank]
+    assert any(d.representation == "residual" for d in chosen)
+    assert all(d.nbytes == decision_bytes(d, "gguf") for d in chosen)
 
 
 def test_measured_once(model: Path, measured: dict[str, RoundingErrors]) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from acip_export.checkpoint import Checkpoint
-from acip_export.factorize import components
+from acip_export.factorize import Whitening, whitened_components
 from acip_export.formats import WeightFormat, weight_format
 from acip_export.materialize.factors import Norm, Pair
 from acip_export.materialize.refit import refit
+from acip_export.materialize.residual import correct
 from acip_export.rank.statistics import component_losses
 from acip_export.rounding import RoundTrip
-from acip_export.rounding_errors import Ratios, RoundingErrors, pair_key
+from acip_export.rounding_errors import Ratios, RoundingErrors, pair_key, residual_key
 from acip_export.scores import ModuleScores, ScoreFile
 
 # Weights of a tensor that are rounded to each type, in whole rows and at least so many of them.
@@ -44,25 +45,25 @@ def measure_rounding(
     wanted: RoundingErrors,
     dense: dict[str, tuple[str, ...]],
     pairs: tuple[tuple[str, str], ...],
+    bases: tuple[str, ...],
+    corrections: tuple[tuple[str, int], ...],
     round_trip: RoundTrip,
     progress: Callable[[RoundingProgress], None] = lambda _: None,
 ) -> RoundingErrors:
     """Measure and return everything that ``wanted`` lacks.
 
     Args:
-        dense: types by tensor. pairs: types of (down, up).
+        dense: types by tensor. pairs: types of (down, up). bases: types of bases with a low-rank correction, which
+            ``corrections`` has the types and ranks of.
     """
     missing = {
         name: types
         for name, allowed in dense.items()
         if (types := tuple(t for t in allowed if t not in wanted.dense.get(name, {})))
     }
-    modules = {
-        name: combinations
-        for name in scores.modules
-        if (combinations := tuple(p for p in pairs if pair_key(*p) not in wanted.pairs.get(name, {})))
-    }
-    measured = _spread(list(modules))
+    keys = {pair_key(*pair) for pair in pairs} | {residual_key(base) for base in bases}
+    modules = [name for name in scores.modules if not keys <= wanted.pairs.get(name, {}).keys()]
+    measured = _spread(modules)
     total = len(missing) + len(measured)
     done = 0
     found: dict[str, dict[str, float]] = {}
@@ -73,8 +74,14 @@ def measure_rounding(
     ratios: dict[str, dict[str, Ratios]] = {}
     for name in measured:
         progress(RoundingProgress(done, total, name))
-        formats = [(weight_format(wanted.target, d), weight_format(wanted.target, u)) for d, u in modules[name]]
-        ratios[name] = dict(_pairs(checkpoint, scores, name, formats, round_trip))
+        new = [p for p in pairs if pair_key(*p) not in wanted.pairs.get(name, {})]
+        new_bases = [base for base in bases if residual_key(base) not in wanted.pairs.get(name, {})]
+        formats = [(weight_format(wanted.target, d), weight_format(wanted.target, u)) for d, u in new]
+        problem = _Sample.of(checkpoint, scores, name)
+        ratios[name] = dict(_pairs(problem, formats, round_trip))
+        for base in new_bases:
+            form = weight_format(wanted.target, base)
+            ratios[name][residual_key(base)] = _residual(problem, form, corrections, round_trip)
         done += 1
     progress(RoundingProgress(total, total, ""))
     everywhere = {name: ratios[_nearest(name, measured)] for name in modules}
@@ -141,16 +148,27 @@ def _dense(
         yield name, module.sensitivity * loss / max(energy, 1e-300)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """A layer, or evenly spaced rows and columns of a large one."""
+
+    weight: Tensor
+    norm: Norm
+    whitenings: tuple[Whitening, Whitening]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, scores: ScoreFile, name: str) -> _Sample:
+        weight, norm = _cropped(checkpoint.read(f"{name}.weight").float(), scores.modules[name], scores)
+        return cls(weight, norm, (Whitening.of(norm.inputs), Whitening.of(norm.gradients)))
+
+
 def _pairs(
-    checkpoint: Checkpoint,
-    scores: ScoreFile,
-    name: str,
-    formats: list[tuple[WeightFormat, WeightFormat]],
-    round_trip: RoundTrip,
+    sample: _Sample, formats: list[tuple[WeightFormat, WeightFormat]], round_trip: RoundTrip
 ) -> Iterator[tuple[str, Ratios]]:
-    module = scores.modules[name]
-    weight, norm = _cropped(checkpoint.read(f"{name}.weight").float(), module, scores)
-    basis = components(weight, norm.inputs, norm.gradients)
+    weight, norm = sample.weight, sample.norm
+    if not formats:
+        return
+    basis = whitened_components(weight, *sample.whitenings)
     losses = component_losses(basis, norm.inputs, norm.gradients)
     importance = norm.inputs.diagonal().float()
     full = len(basis.singular)
@@ -163,6 +181,25 @@ def _pairs(
             points.append((rank / full, fitted.loss / max(expected, 1e-300)))
         # Noted even when nothing fits, so that it is not tried again.
         yield pair_key(down.name, up.name), tuple(points)
+
+
+def _residual(
+    sample: _Sample, base: WeightFormat, corrections: tuple[tuple[str, int], ...], round_trip: RoundTrip
+) -> Ratios:
+    weight, norm = sample.weight, sample.norm
+    importance = norm.inputs.diagonal().float()
+    columns, full = weight.shape[1], min(weight.shape)
+    if not base.fits(columns):
+        return ()
+    alone = norm.loss(weight - round_trip(weight, base.name, importance))
+    # Without a correction nothing is gained: smaller ranks than the measured ones lie in between.
+    points = [(0.0, 1.0)]
+    for name, rank in corrections[1::2]:
+        form = weight_format(base.target, name)
+        if form.fits(columns) and form.fits(rank) and 2 * rank <= full:
+            found = correct(weight, norm, sample.whitenings, importance, base, rank, (form, form), round_trip)
+            points.append((rank / full, min(1.0, found.loss / max(alone, 1e-300))))
+    return tuple(points)
 
 
 def _measured_ranks(full: int, up: WeightFormat) -> list[int]:

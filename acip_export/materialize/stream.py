@@ -11,17 +11,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from acip_export.bundle import BUNDLE_VERSION, IMPORTANCE_FILE, MANIFEST_FILE, PLAN_FILE, WEIGHTS_FILE, stored_tensors
+from acip_export.bundle import (
+    BUNDLE_VERSION,
+    IMPORTANCE_FILE,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    WEIGHTS_FILE,
+    stored_of,
+    stored_tensors,
+)
 from acip_export.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.encoder import sentence_files
 from acip_export.errors import CheckpointError, PlanFileError
+from acip_export.factorize import Whitening, whitened_components
 from acip_export.files import SafetensorsWriter, new_directory, refuse_existing, sha256_of
 from acip_export.formats import weight_format
-from acip_export.materialize.factors import Norm, basis_moments, dense_weight, factor_pair, inner_importance
+from acip_export.materialize.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
 from acip_export.materialize.refit import balanced, refit
+from acip_export.materialize.residual import correct
 from acip_export.plans import Plan, TensorDecision, dumps_plan
 from acip_export.rounding import RoundTrip
-from acip_export.scores import ScoreFile
+from acip_export.scores import ModuleScores, ScoreFile
 from acip_export.version import __version__
 
 
@@ -62,7 +72,7 @@ def materialize_bundle(
         declared = {
             name: (_stored_dtype(checkpoint, scores, plan, decision), shape)
             for decision in plan.tensors
-            for name, shape in stored_tensors(decision.name, decision.shape, decision.rank).items()
+            for name, shape in stored_of(decision).items()
         }
         with SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer:
             for index, decision in enumerate(plan.tensors):
@@ -131,6 +141,10 @@ def _numbers(
     if not bool(torch.isfinite(weight).all()):
         raise CheckpointError(f"{checkpoint.path}: {decision.name} holds NaN or infinity")
     module = scores.modules.get(decision.module) if decision.name.endswith(".weight") else None
+    if decision.representation == "residual" and decision.rank is not None and module is not None:
+        return _residual(
+            dense_weight(weight, module, plan.adapters).float(), module, scores, decision, round_trip, importance
+        )
     if decision.rank is None or module is None or decision.kept is None:
         if decision.rank is not None:
             raise PlanFileError(f"{decision.name} is to be factored, but was never ranked; plan again")
@@ -148,6 +162,34 @@ def _numbers(
     fitted = refit(balanced(pair, norm), norm, importance[down], formats[0], formats[1], round_trip)
     importance[up] = fitted.up_importance
     return {up: fitted.pair.up, down: fitted.pair.down}
+
+
+def _residual(
+    weight: Tensor,
+    module: ModuleScores,
+    scores: ScoreFile,
+    decision: TensorDecision,
+    round_trip: RoundTrip | None,
+    importance: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    assert decision.rank is not None
+    up, down = stored_tensors(decision.name, decision.shape, decision.rank)
+    importance[decision.name] = importance[down] = torch.from_numpy(module.input_moment)
+    norm = Norm.of(module, scores.second_moments)
+    whitenings = Whitening.of(norm.inputs), Whitening.of(norm.gradients)
+    if round_trip is None:
+        basis = whitened_components(weight, *whitenings)
+        pair = Pair(basis.up[:, : decision.rank], basis.down[: decision.rank])
+        importance[up] = inner_importance(pair.down, norm.inputs)
+        return {up: pair.up, down: pair.down, decision.name: weight - pair.up @ pair.down}
+    base, *formats = (
+        weight_format("gguf", name or "") for name in (decision.format, decision.up_format, decision.down_format)
+    )
+    found = correct(
+        weight, norm, whitenings, importance[down], base, decision.rank, (formats[0], formats[1]), round_trip
+    )
+    importance[up] = found.up_importance
+    return {up: found.pair.up, down: found.pair.down, decision.name: found.base}
 
 
 def _save_importance(importance: dict[str, Tensor], file: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -62,7 +62,7 @@ class Candidates:
     def decision(self, chosen: int) -> TensorDecision:
         """The option with the kept units written down."""
         option = self.options[chosen]
-        if option.rank is None or self.module is None:
+        if option.rank is None or self.module is None or option.representation == "residual":
             return option
         kept = _ranges(np.sort(self.module.order[: option.rank]))
         return replace(option, kept=kept)
@@ -141,6 +141,13 @@ def pair_types(types: tuple[WeightFormat, ...]) -> tuple[tuple[str, str], ...]:
     return tuple(pair for pair in found if not set(pair) <= floats)
 
 
+def residual_bases(layout: Layout, types: tuple[WeightFormat, ...]) -> tuple[str, ...]:
+    """Types of the bases whose low-rank correction is a candidate."""
+    if not {f.name for f in types} & {name for name, _ in layout.residual_pairs}:
+        return ()
+    return tuple(f.name for f in types if not f.is_float)
+
+
 def _dense(
     name: str,
     shape: tuple[int, ...],
@@ -207,7 +214,38 @@ def _linear(
                 rounding = up.relative_mse * up_rounding[rank - 1] + down.relative_mse * down_rounding[rank - 1]
                 rounding *= errors.pair_ratio(name.removesuffix(".weight"), down.name, up.name, rank / len(losses))
                 loss.append((dropped[rank] if rank < len(dropped) else 0.0) + rounding)
+    for option, value in _residuals(name, module, layout, types, dense, errors):
+        if option.nbytes < largest:
+            options.append(option)
+            loss.append(value)
     return Candidates(tuple(options), np.array(loss), module)
+
+
+def _residuals(
+    name: str,
+    module: ModuleScores,
+    layout: Layout,
+    types: tuple[WeightFormat, ...],
+    dense: Candidates,
+    errors: RoundingErrors,
+) -> Iterator[tuple[TensorDecision, float]]:
+    """A quantized base with a low-rank correction, where it was measured what that gains."""
+    rows, columns = module.shape
+    allowed = {f.name: f for f in types}
+    for option, loss in zip(dense.options, dense.loss, strict=True):
+        assert option.format is not None
+        for pair, rank in layout.residual_pairs:
+            form = allowed.get(pair)
+            if form is None or not (form.fits(columns) and form.fits(rank)) or 2 * rank > len(module.scores):
+                continue
+            ratio = errors.residual_ratio(name.removesuffix(".weight"), option.format, rank / len(module.scores))
+            if ratio is None:
+                continue
+            nbytes = option.nbytes + form.nbytes(rows, rank) + form.nbytes(rank, columns)
+            corrected = replace(
+                option, representation="residual", nbytes=nbytes, rank=rank, up_format=pair, down_format=pair
+            )
+            yield corrected, float(loss) * ratio
 
 
 def _ranks(components: int, multiple: int) -> list[int]:

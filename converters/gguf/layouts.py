@@ -74,7 +74,8 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
     for decision in tensors:
         if decision.name not in names:  # a buffer that the runtime computes for itself
             continue
-        if decision.representation not in ("dense", low_rank):
+        corrected = low_rank == "adapter" and decision.representation == "residual"
+        if decision.representation not in ("dense", low_rank) and not corrected:
             raise UnsupportedError(
                 f"{decision.name} is {decision.representation}, which the layout {layout!r} of GGUF cannot hold; "
                 "plan again for this layout"
@@ -99,7 +100,7 @@ def _items(
     whole: tuple[Item, ...] = ()
     if decision.format is not None:
         spec = TensorSpec(name, decision.shape, decision.format)
-        whole = (Item(spec, decision.name, change=change, zero_if_missing=decision.rank is not None),)
+        whole = (Item(spec, decision.name, change=change, zero_if_missing=decision.representation == "adapter"),)
     if decision.rank is None:
         return whole, ()
     (up, up_shape), (down, down_shape) = stored_tensors(decision.name, decision.shape, decision.rank).items()
@@ -115,7 +116,9 @@ def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint) -> None:
     formats = [(decision.format, decision.shape[-1])] if decision.representation != "factored" else []
     if decision.representation != "dense":
         # The embedding is looked up, never multiplied by. The head can be factored, but no LoRA is put on it.
-        whole_only = ("token_embd.weight",) + (("output.weight",) if decision.representation == "adapter" else ())
+        whole_only = ("token_embd.weight",) + (
+            ("output.weight",) if decision.representation in ("adapter", "residual") else ()
+        )
         if name in whole_only or len(decision.shape) != 2:
             raise UnsupportedError(f"{decision.name} cannot be {decision.representation} in llama.cpp; keep it dense")
         formats += [(decision.down_format, decision.shape[1]), (decision.up_format, decision.rank or 0)]

@@ -105,7 +105,7 @@ def matrices_of(decision: TensorDecision) -> tuple[tuple[str, Matrix], ...]:
     Raises:
         UnsupportedError: an adapter over a base, which this target does not have, or an unknown format.
     """
-    if decision.representation == "adapter":
+    if decision.representation in ("adapter", "residual"):
         raise UnsupportedError(f"{decision.name}: ONNX exports have no adapters; plan with  --layout factored")
     if decision.representation == "dense":
         return (("", _matrix(decision.name, decision.shape, decision.format)),)
