@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: help setup demo test lint type llama-cpp bench bench-extension sample consumers clean
+.PHONY: help setup demo docs test lint type llama-cpp bench bench-extension sample consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## Rank the sample model, export it at three budgets in both formats, run every export
 	$(BIN)/python samples/demo.py
+
+docs: $(STAMP) ## Write docs/cli.md again, from the commands themselves
+	$(BIN)/python docs/generate_cli.py
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -q

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from acip_export.bundle import PLAN_FILE, Bundle
 from acip_export.checkpoint import Checkpoint
-from acip_export.errors import InfeasibleBudgetError, MissingExtraError, UnsupportedError, VerificationError
+from acip_export.errors import (
+    CheckpointError,
+    InfeasibleBudgetError,
+    MissingExtraError,
+    ScoreFileError,
+    UnsupportedError,
+    VerificationError,
+)
 from acip_export.files import new_directory, refuse_existing, scratch_directory
 from acip_export.plan import PlanRequest, make_plan
 from acip_export.plans import Plan, load_plan
@@ -298,6 +305,33 @@ def export_model(
         planned = planned_sizes(checkpoint, scores, plan, types) if sizes is None else sizes
         write_report(directory, checkpoint, scores, sizes=planned)
         return report
+
+
+def ranked_model_of(plan: Plan, model: str, scores: Path | None) -> tuple[Checkpoint | None, ScoreFile | None]:
+    """The model and score file that ``plan`` was made from; ``None`` where the working directory happens not to be it.
+
+    Raises:
+        CheckpointError, ScoreFileError: a model or a score file was named, and is not of the plan's model.
+    """
+    named = model != "." or scores is not None
+    if not named and not Path(model, "config.json").is_file():
+        return None, None
+    try:
+        checkpoint = Checkpoint.open(model)
+        opened = open_scores(checkpoint, scores)
+        opened.check_model(checkpoint)
+    except (CheckpointError, ScoreFileError):
+        if named:
+            raise
+        return None, None
+    if checkpoint.fingerprint == plan.model_fingerprint:
+        return checkpoint, opened
+    if named:
+        raise CheckpointError(
+            f"{checkpoint.path} ({checkpoint.fingerprint[:12]}…) is not the model of this export, {plan.model} "
+            f"({plan.model_fingerprint[:12]}…); name that one with  --model"
+        )
+    return None, None
 
 
 def planned_sizes(

@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 from acip_export import console
-from acip_export.checkpoint import Checkpoint
-from acip_export.commands.options import Json, Scores
-from acip_export.errors import ScoreFileError
+from acip_export.commands.options import Json, Model, Scores
 
 
 def report(
@@ -19,9 +17,7 @@ def report(
         list[Path] | None,
         typer.Argument(metavar="[EXPORT]...", help="Exports of the same model and layout: their measured figures too."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Model directory or Hugging Face id. Default: . if it is it.")
-    ] = None,
+    model: Model = ".",
     scores: Scores = None,
     sizes: Annotated[int, typer.Option(help="Sizes to plan for the slider, from the score file.", min=2)] = 16,
     types: Annotated[
@@ -39,22 +35,12 @@ def report(
     from acip_export.report.data import read_export
 
     plan = read_export(export_dir).plan
-    checkpoint = opened = None
-    asked = model is not None or scores is not None
-    if asked or Path("config.json").is_file():
-        try:
-            checkpoint = Checkpoint.open(model or ".")
-            opened = pipeline.open_scores(checkpoint, scores)
-            if not asked and checkpoint.fingerprint != plan.model_fingerprint:
-                checkpoint = opened = None
-        except ScoreFileError:
-            if asked:
-                raise
-    planned = []
-    if checkpoint is not None and opened is not None:
-        names = tuple(name.strip().lower() for name in types.split(",") if name.strip())
-        planned = list(pipeline.planned_sizes(checkpoint, opened, plan, names, sizes))
-    else:
+    names = tuple(name.strip().lower() for name in types.split(",") if name.strip())
+    checkpoint, opened = pipeline.ranked_model_of(plan, model, scores)
+    planned = (
+        () if checkpoint is None or opened is None else pipeline.planned_sizes(checkpoint, opened, plan, names, sizes)
+    )
+    if not planned:
         console.note("no model with a score file here: other sizes are those of the report that was there, if any")
     written = pipeline.write_report(export_dir, checkpoint, opened, others or (), planned)
     if json:

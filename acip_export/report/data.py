@@ -154,6 +154,7 @@ class Page:
             "target": plan.target,
             "layout": plan.layout,
             "scope": plan.budget_scope,
+            "unit": plan.loss_unit,
             "own": self.own_size,
             "tensors": self.matrices,
             "types": [[name, self.bits[name]] for name in types],

@@ -79,7 +79,7 @@ def _quality(page: Page, runtime: Mapping[str, Any]) -> Iterator[Row]:
     divergence = runtime.get("divergence") or {}
     if (difference := _number(divergence.get("loss_difference"))) is not None:
         found = f"{difference:+.4f}{_plus_minus(divergence.get('loss_difference_standard_error'))}"
-        yield Row("Loss above the dense model", f"{page.own.plan.predicted_loss:+.4f}", found, "nats per token")
+        yield Row("Loss above the dense model", f"{page.own.plan.predicted_loss:+.4f}", found, page.own.plan.loss_unit)
     if (kl := _number(divergence.get("mean_kl"))) is not None:
         found = f"{kl:.4f}{_plus_minus(divergence.get('kl_standard_error'))}"
         same = _number(divergence.get("same_top"))

@@ -126,7 +126,9 @@
       [size(p.memory), "of memory", D.scope === "file" ? "not limited by this budget" : `${percent(p.used / p.budget, 1)} of a budget of ${size(p.budget)}`],
     ];
     if (hasPerplexity) {
-      shown.push([number(p.shown), "predicted perplexity", `${p.loss.toFixed(4)} nats per token above the dense model`]);
+      shown.push([number(p.shown), "predicted perplexity", `${p.loss.toFixed(4)} ${D.unit} above the dense model`]);
+    } else {
+      shown.push([p.loss.toPrecision(3), "predicted loss", `${D.unit} above the dense model`]);
     }
     const own = measuredAt(current);
     if (own) {

@@ -1,0 +1,76 @@
+"""What the documentation says is what there is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted(file.relative_to(ROOT).as_posix() for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def test_cli_reference_is_up_to_date() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import generate_cli
+    finally:
+        sys.path.pop(0)
+    stale = generate_cli.FILE.read_text(encoding="utf-8") != generate_cli.reference()
+    assert not stale, "docs/cli.md is not what the commands say; run  make docs"
+
+
+def _links(text: str) -> list[str]:
+    tokens = [c for token in MarkdownIt("commonmark").enable("table").parse(text) for c in token.children or []]
+    return [str(t.attrs.get("href", t.attrs.get("src"))) for t in tokens if t.type in ("link_open", "image")]
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes them."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_links_lead_somewhere(name: str) -> None:
+    file = ROOT / name
+    for link in _links(file.read_text(encoding="utf-8")):
+        target, _, anchor = link.partition("#")
+        if "://" in target:
+            continue
+        there = (file.parent / target).resolve() if target else file
+        assert there.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {_anchor(heading) for heading in headings}, link
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / link).resolve() for link in _links(index)}
+    missing = [name for name in DOCS if name.startswith("docs/") and (ROOT / name).resolve() not in linked]
+    assert [name for name in missing if name != "docs/README.md"] == []
+
+
+def test_commands_in_the_documentation_exist() -> None:
+    """Every ``acip-export COMMAND --flag`` in a code block names a command and flags that there are."""
+    import typer
+
+    from acip_export.cli import app
+
+    group = typer.main.get_command(app)
+    commands = {"": group, **group.commands}  # type: ignore[attr-defined]
+    flags = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands.items()}
+    wrong = []
+    for name in DOCS:
+        for line in re.findall(r"^\s*\$ acip-export (.*)$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE):
+            words = line.partition("#")[0].split()
+            command = words[0] if words and not words[0].startswith("-") else ""
+            if command not in commands:
+                wrong.append(f"{name}: {line}")
+                continue
+            used = {word.partition("=")[0] for word in words if re.fullmatch(r"--?[a-z][a-z-]*(=.*)?", word)}
+            wrong += [f"{name}: {line}: {flag}" for flag in used - flags[command] - {"--help", "-h"}]
+    assert wrong == []
