@@ -30,6 +30,8 @@ class WeightFormat:
         pads_rows: rows are padded to whole blocks (ONNX); otherwise a row that is no multiple is refused (ggml).
         needs_importance: the quantizer refuses to work without importance weights.
         relative_mse: expected relative mean square rounding error.
+        item_bytes: of one number of a graph that computes with it (ONNX): 4 or 2. Activations, cache and scales have
+            the same precision, so all formats of a plan agree in it.
     """
 
     name: str
@@ -39,6 +41,7 @@ class WeightFormat:
     relative_mse: float
     pads_rows: bool = False
     needs_importance: bool = False
+    item_bytes: int = 4
 
     @property
     def bits_per_weight(self) -> float:
@@ -67,9 +70,10 @@ def _ggml(name: str, block: int, block_bytes: int, relative_mse: float, needs_im
     return WeightFormat(name, "gguf", block, block_bytes, relative_mse, needs_importance=needs_importance)
 
 
-def _nbits(name: str, bits: int, block: int, relative_mse: float) -> WeightFormat:
-    """Symmetric MatMulNBits with one float32 scale a block (facts of the operator: kb * (block*bits/8 + 4) a row)."""
-    return WeightFormat(name, "onnx", block, block * bits // 8 + 4, relative_mse, pads_rows=True)
+def _nbits(name: str, bits: int, block: int, relative_mse: float, item_bytes: int = 4) -> WeightFormat:
+    """Symmetric MatMulNBits with one scale a block, float32 or float16: kb * (block * bits / 8 + item_bytes) a row."""
+    block_bytes = block * bits // 8 + item_bytes
+    return WeightFormat(name, "onnx", block, block_bytes, relative_mse, pads_rows=True, item_bytes=item_bytes)
 
 
 _TABLE: tuple[WeightFormat, ...] = (
@@ -104,6 +108,12 @@ _TABLE: tuple[WeightFormat, ...] = (
     _nbits("int4-b64", 4, 64, 8.1e-3),
     _nbits("int4-b128", 4, 128, 9.4e-3),
     _nbits("int2", 2, 32, 0.112),
+    WeightFormat("f16", "onnx", 1, 2, 4.32e-8, item_bytes=2),
+    _nbits("int8-f16", 8, 32, 2.5e-5, 2),
+    _nbits("int8-b128-f16", 8, 128, 3.9e-5, 2),
+    _nbits("int4-f16", 4, 32, 6.6e-3, 2),
+    _nbits("int4-b64-f16", 4, 64, 8.1e-3, 2),
+    _nbits("int4-b128-f16", 4, 128, 9.4e-3, 2),
 )
 
 _BY_NAME: dict[tuple[str, str], WeightFormat] = {(f.target, f.name): f for f in _TABLE}

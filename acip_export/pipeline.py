@@ -167,7 +167,7 @@ def plan_export(
     from acip_export.targets import target as find_target
     from converters.registry import converter
 
-    layouts = find_target(request.target).layouts_for(request.layout, request.runtime)
+    layouts = find_target(request.target, request.execution).layouts_for(request.layout, request.runtime)
     target = converter(request.target)
 
     def plan(layout: str) -> Plan:
@@ -350,6 +350,7 @@ def planned_sizes(
         types=types,
         context=plan.runtime.context,
         cache_type=plan.runtime.cache_type,
+        execution=plan.runtime.execution,
         prompt_batch=plan.runtime.prompt_batch,
     )
     try:

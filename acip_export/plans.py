@@ -65,11 +65,13 @@ class Runtime:
         context: tokens of KV cache.
         cache_type: ``f32``, ``f16`` or ``q8_0``.
         prompt_batch: tokens of a prompt that are processed together (llama.cpp ``n_ubatch``, genai ``chunk_size``).
+        execution: what runs it, where the target has a choice; see :mod:`acip_export.targets`.
     """
 
     context: int
     cache_type: str
     prompt_batch: int
+    execution: str = "cpu"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ The planner builds its candidates from this table; constraints of a target are r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from acip_export.checkpoint import ModelShape
 from acip_export.errors import UnsupportedError
@@ -38,6 +38,24 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """What runs an export, where that decides what the file may hold.
+
+    Attributes:
+        provider: onnxruntime-genai's name of it; ``None``: the default, the processor.
+        types, embedding_types, vector_format, cache_types: as those of :class:`Target`.
+    """
+
+    name: str
+    description: str
+    provider: str | None
+    types: tuple[str, ...]
+    embedding_types: tuple[str, ...]
+    vector_format: str
+    cache_types: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Target:
     """A file format.
 
@@ -59,6 +77,27 @@ class Target:
     layouts: tuple[Layout, ...]
     runtimes: dict[str, tuple[str, ...]]
     windowed: frozenset[str] | None = None
+    executions: tuple[Execution, ...] = ()
+
+    def on(self, execution: str | None) -> Target:
+        """The target as one execution has it; ``None``: the first, if there are any.
+
+        Raises:
+            UnsupportedError: no such execution.
+        """
+        if execution is None or execution == DEFAULT_EXECUTION:
+            return self
+        for known in self.executions:
+            if known.name == execution:
+                return replace(
+                    self,
+                    types=known.types,
+                    embedding_types=known.embedding_types,
+                    vector_format=known.vector_format,
+                    cache_types=known.cache_types,
+                )
+        names = ", ".join((DEFAULT_EXECUTION, *(known.name for known in self.executions)))
+        raise UnsupportedError(f"{self.name} has no target {execution!r}; it has: {names}")
 
     def layout(self, name: str | None) -> Layout:
         """Raises UnsupportedError for a layout that the target does not have."""
@@ -93,11 +132,26 @@ class Target:
 
     def choose_types(self, names: tuple[str, ...]) -> tuple[WeightFormat, ...]:
         """The formats that the user named, or the default ones. Raises UnsupportedError for unknown names."""
-        known = {f.name: f for f in formats_of(self.name)}
+        # A graph computes in one precision, so formats of the other one are not to be had.
+        items = {weight_format(self.name, name).item_bytes for name in self.types}
+        known = [f.name for f in formats_of(self.name) if f.item_bytes in items]
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise UnsupportedError(f"{self.name} has no type {unknown[0]!r}; it has: {', '.join(known)}")
+            raise UnsupportedError(f"{self.name} has no type {unknown[0]!r} here; it has: {', '.join(known)}")
         return tuple(weight_format(self.name, name) for name in (names or self.types))
+
+
+# The execution that every target's own fields describe.
+DEFAULT_EXECUTION = "cpu"
+
+
+_HALF_8_BITS = ("int8-f16", "int8-b128-f16")
+_HALF_4_BITS = ("int4-f16", "int4-b64-f16", "int4-b128-f16")
+
+
+def _half(name: str, description: str, provider: str, quantized: tuple[str, ...]) -> Execution:
+    """Graphics cards compute in float16: weights, scales, activations and the KV cache."""
+    return Execution(name, description, provider, ("f16", *quantized), ("f16", *quantized), "f16", {"f16": (2, 1)})
 
 
 TARGETS: dict[str, Target] = {
@@ -138,15 +192,26 @@ TARGETS: dict[str, Target] = {
             Layout("factored", "factor pairs as two MatMul or MatMulNBits nodes, dense weights as one", "factored"),
         ),
         runtimes={"onnxruntime": ("factored",)},
+        executions=(
+            _half(
+                "webgpu",
+                "graphics cards through WebGPU, in browsers and natively",
+                "WebGPU",
+                _HALF_8_BITS + _HALF_4_BITS,
+            ),
+            _half("cuda", "NVIDIA graphics cards", "cuda", _HALF_8_BITS + _HALF_4_BITS),
+            # DirectML has MatMulNBits for 4 bits only.
+            _half("dml", "graphics cards through DirectML (Windows)", "dml", _HALF_4_BITS),
+        ),
     ),
 }
 
 
-def target(name: str) -> Target:
-    """Raises UnsupportedError for an unknown target."""
+def target(name: str, execution: str | None = None) -> Target:
+    """Raises UnsupportedError for an unknown target, or one without this execution."""
     if name not in TARGETS:
         raise UnsupportedError(f"unknown format {name!r}; known: {', '.join(sorted(TARGETS))}")
-    return TARGETS[name]
+    return TARGETS[name].on(execution)
 
 
 def applies_window(name: str, shape: ModelShape) -> bool:

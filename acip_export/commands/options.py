@@ -53,6 +53,9 @@ class PlanFlags:
     ] = None
     format_: Annotated[str | None, typer.Option("--format", "-f", help="Target: gguf or onnx.")] = None
     runtime: Annotated[str | None, typer.Option("--runtime", help="What will run it; see  acip-export formats.")] = None
+    target: Annotated[
+        str | None, typer.Option("--target", help="ONNX, what runs it: cpu (the default), webgpu, cuda or dml.")
+    ] = None
     layout: Annotated[
         str | None,
         typer.Option("--layout", help="Layout of the target; auto: the best predicted that the runtime runs."),
@@ -93,6 +96,7 @@ class PlanFlags:
             budget_bytes=self._budget(device),
             budget_scope=self.budget_scope or ("memory" if device is None else "process"),
             runtime=self.runtime if self.runtime or device is None else device.runtimes.get(target),
+            execution=self.target,
             layout=self.layout,
             types=names,
             context=self.context,

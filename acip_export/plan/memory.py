@@ -6,7 +6,7 @@ version's. onnxruntime's are in :mod:`acip_export.plan.memory_onnx`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from acip_export.checkpoint import ModelShape
 from acip_export.formats import weight_format
@@ -37,7 +37,7 @@ class RuntimeMemory:
 
 def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeMemory:
     """KV cache, compute and output buffers for one sequence of ``runtime.context`` tokens."""
-    numerator, denominator = find_target(target).cache_types[runtime.cache_type]
+    numerator, denominator = find_target(target, runtime.execution).cache_types[runtime.cache_type]
     per_cell = 2 * shape.kv_heads * shape.head_dim * numerator
     if not shape.generates:
         return _encoder_memory(target, shape, runtime)
@@ -121,15 +121,16 @@ def _llama_cache_buffers(shape: ModelShape, cache_type: str, cells: int, windowe
     return 0
 
 
-def choose_prompt_batch(target: str, shape: ModelShape, context: int, cache_type: str, room: int) -> int:
+def choose_prompt_batch(target: str, shape: ModelShape, runtime: Runtime, room: int) -> int:
     """The largest prompt batch whose buffers take at most an eighth of ``room`` bytes.
 
     Large batches make prompts fast; beyond an eighth of the memory they cost more quality than they save time.
     """
+    context = runtime.context
     if not shape.generates:
         return context  # a text is computed in one piece
     for batch in PROMPT_BATCHES:
-        memory = runtime_memory(target, shape, Runtime(context, cache_type, min(batch, context)))
+        memory = runtime_memory(target, shape, replace(runtime, prompt_batch=min(batch, context)))
         if memory.compute + memory.output <= room // 8:
             return min(batch, context)
     return min(PROMPT_BATCHES[-1], context)

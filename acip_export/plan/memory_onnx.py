@@ -12,6 +12,8 @@ formats, block sizes, tied and untied heads, contexts and prompt batches); a tes
 - The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
   batch are an output of the graph.
 
+Measured on the processor. Graphs in float16, for graphics cards, are taken to hold the same things at half the size.
+
 Not counted, because no plan changes it: the libraries and the session, about 27 MiB.
 """
 
@@ -22,7 +24,6 @@ from acip_export.formats import WeightFormat
 from acip_export.plans import Runtime
 
 _PACKED_BLOCK_BYTES = 8
-_SCALE_BYTES = 4
 
 
 def packed_bytes(rows: int, columns: int, form: WeightFormat) -> int:
@@ -32,24 +33,29 @@ def packed_bytes(rows: int, columns: int, form: WeightFormat) -> int:
 
 def leftover_bytes(rows: int, columns: int, form: WeightFormat) -> int:
     """Held once, for the largest matrix: its scales again."""
-    return 0 if form.is_float else _blocks(rows, columns, form) * _SCALE_BYTES
+    return 0 if form.is_float else _blocks(rows, columns, form) * form.item_bytes
 
 
 def tied_bytes(rows: int, columns: int, form: WeightFormat) -> int:
     """What a head that is tied to an embedding of ``form`` costs beside :func:`packed_bytes`."""
     stored = form.nbytes(rows, columns)
-    return stored if form.is_float else stored - _blocks(rows, columns, form) * _SCALE_BYTES
+    return stored if form.is_float else stored - _blocks(rows, columns, form) * form.item_bytes
 
 
 def activation_bytes(shape: ModelShape, runtime: Runtime) -> int:
     """Float32 activations of one prompt batch, without the logits."""
     batch = min(runtime.prompt_batch, runtime.context)
-    return 4 * batch * (4 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
+    return _item_bytes(runtime) * batch * (4 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
 
 
 def logit_bytes(shape: ModelShape, runtime: Runtime) -> int:
     """Logits of one prompt batch."""
-    return 4 * min(runtime.prompt_batch, runtime.context) * shape.vocabulary
+    return _item_bytes(runtime) * min(runtime.prompt_batch, runtime.context) * shape.vocabulary
+
+
+def _item_bytes(runtime: Runtime) -> int:
+    """A graph computes in the precision of its cache."""
+    return 2 if runtime.cache_type == "f16" else 4
 
 
 def encoder_bytes(shape: ModelShape, runtime: Runtime) -> int:

@@ -18,7 +18,7 @@ from acip_export.plan.runtime_base import process_base
 from acip_export.plans import BudgetScope, Certificate, Plan, Runtime, TensorDecision
 from acip_export.rounding_errors import RoundingErrors
 from acip_export.scores import ScoreFile
-from acip_export.targets import Layout, Target, longest_context
+from acip_export.targets import DEFAULT_EXECUTION, Layout, Target, longest_context
 from acip_export.targets import target as find_target
 
 PredictFiles = Callable[[tuple[TensorDecision, ...], Runtime], Mapping[str, int]]
@@ -38,6 +38,7 @@ class PlanRequest:
         context: tokens; ``None``: the model's, at most ``default_context``.
         cache_type: ``None``: the target's default. prompt_batch: ``None``: chosen to suit the budget.
         runtime: of the target; ``None``: its default.
+        execution: what runs the export (``cpu``, ``webgpu``, ...); ``None``: the target's default.
         layout: a layout of the target; ``None``: the runtime's default. Planning for several (``auto``) is the
             caller's, who has each one's prediction of files.
         device: name of the device that the budget is of, if it is of one.
@@ -47,6 +48,7 @@ class PlanRequest:
     budget_bytes: int
     budget_scope: BudgetScope = "memory"
     runtime: str | None = None
+    execution: str | None = None
     layout: str | None = None
     types: tuple[str, ...] = ()
     context: int | None = None
@@ -135,7 +137,7 @@ class Problem:
     ) -> Problem:
         """Raises as :func:`make_plan`, but for the budget."""
         scores.check_model(checkpoint)
-        target = find_target(request.target)
+        target = find_target(request.target, request.execution)
         layout, *others = target.layouts_for(request.layout, request.runtime)
         if others:
             raise UsageError(f"one plan is for one layout: {', '.join(each.name for each in (layout, *others))}")
@@ -305,12 +307,14 @@ def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken
         )
         raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")
     cache_type = request.cache_type or next(iter(target.cache_types))
+    execution = request.execution or DEFAULT_EXECUTION
     if cache_type not in target.cache_types:
         raise UsageError(f"{target.name} has no KV cache type {cache_type!r}; it has: {', '.join(target.cache_types)}")
     batch = request.prompt_batch
     if batch is None:
         room = request.budget_bytes - taken
-        batch = choose_prompt_batch(target.name, checkpoint.shape, context, cache_type, room)
+        longest_batch = Runtime(context, cache_type, context, execution)
+        batch = choose_prompt_batch(target.name, checkpoint.shape, longest_batch, room)
         if request.budget_scope == "file" and encoder is None:
             batch = min(PROMPT_BATCHES[0], context)
     if encoder is not None and batch < context:
@@ -318,7 +322,7 @@ def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken
             f"--prompt-batch {batch} is less than a text of --context {context} tokens, which an encoder reads in one "
             "piece; give more, or a shorter --context"
         )
-    return Runtime(context, cache_type, batch)
+    return Runtime(context, cache_type, batch, execution)
 
 
 def describe(decision: TensorDecision) -> str:

@@ -32,7 +32,10 @@ class GenaiSession:
             raise MissingExtraError("onnxruntime-genai", "onnx", "running an ONNX export") from error
         self._genai: Any = onnxruntime_genai
         try:
-            self._model: Any = onnxruntime_genai.Model(str(export))
+            config = onnxruntime_genai.Config(str(export))
+            # Graphs for graphics cards are verified on the processor, which computes the same operators.
+            config.clear_providers()
+            self._model: Any = onnxruntime_genai.Model(config)
         except Exception as error:  # it raises RuntimeError and its kin for whatever is wrong with the directory
             raise VerificationError(f"onnxruntime-genai cannot open {export}: {error}") from error
         self.name = f"onnxruntime-genai {onnxruntime_genai.__version__}"

@@ -48,7 +48,9 @@ class OnnxRuntimeSession:
         self._batch, self._context = runtime.prompt_batch, runtime.context
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._empty: Cache = {
-            node.name: np.zeros((1, node.shape[1], 0, node.shape[3]), np.float32)
+            node.name: np.zeros(
+                (1, node.shape[1], 0, node.shape[3]), np.float16 if node.type == "tensor(float16)" else np.float32
+            )
             for node in self._session.get_inputs()
             if node.name.startswith("past_key_values.")
         }
@@ -110,5 +112,5 @@ class OnnxRuntimeSession:
             },
         )
         found = dict(zip(self._outputs, values, strict=True))
-        scores: Logits = found.pop("logits")[0]
+        scores: Logits = found.pop("logits")[0].astype(np.float32, copy=False)
         return scores, {name.replace("present.", "past_key_values."): value for name, value in found.items()}

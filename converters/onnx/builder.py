@@ -99,6 +99,7 @@ class _Weightless:
     make_slice: Callable[..., None]
     make_hidden_state_shape: Callable[..., list[Any]]
     make_initializer: Callable[..., None]
+    io_dtype: ir.DataType
     model: ir.Model
     input_names: dict[str, Any]
     layer_id: int
@@ -126,7 +127,7 @@ class _Weightless:
         names = f"cos_cache{kind}", f"sin_cache{kind}"
         for name, table in zip(names, tables, strict=True):
             if name not in self.model.graph.initializers:
-                self.make_initializer(table, name)
+                self.make_initializer(table, name, to=self.io_dtype)
         return names
 
     def make_embedding_lookup(self, embedding: Any, basename: str, lm_head: Any) -> str:  # noqa: ARG002
@@ -168,12 +169,12 @@ class _Weightless:
         padded = matrix.blocks * matrix.format.block
         if padded == matrix.columns:
             return output
-        self.make_value(output, ir.DataType.FLOAT, shape=self.make_hidden_state_shape(last_dim=padded))
+        self.make_value(output, self.io_dtype, shape=self.make_hidden_state_shape(last_dim=padded))
         bounds = [f"/model/constants/INT64/[{value}]" for value in (0, matrix.columns, -1)]
         self.make_slice(
             f"{basename}/Slice",
             [output, *bounds],
-            dtype=ir.DataType.FLOAT,
+            dtype=self.io_dtype,
             shape=self.make_hidden_state_shape(last_dim=matrix.columns),
         )
         return f"{basename}/Slice/output_0"
@@ -189,7 +190,7 @@ class _Weightless:
             output = "logits" if last and kwargs.get("logits", False) else f"{name}/output_0"
             self._multiply(matrix, name, root_input, output)
             shape = self.make_hidden_state_shape(seq_dim=kwargs.get("seq_dim", "sequence_length"), last_dim=matrix.rows)
-            self.make_value(output, ir.DataType.FLOAT, shape=shape)
+            self.make_value(output, self.io_dtype, shape=shape)
             root_input = output
         return name
 
@@ -244,11 +245,14 @@ class _Weightless:
         return name
 
 
-def build_graph(skeleton: Skeleton, accuracy_level: int) -> tuple[ir.Model, dict[str, MatrixPart | NDArray[Any]]]:
+def build_graph(
+    skeleton: Skeleton, execution: str, accuracy_level: int
+) -> tuple[ir.Model, dict[str, MatrixPart | NDArray[Any]]]:
     """The decoder graph of a skeleton, with its initializers' contents in the order in which they are stored.
 
     Args:
         skeleton: see :mod:`converters.onnx.skeleton`.
+        execution: what runs it, in the builder's names: ``cpu``, ``webgpu``, ``cuda``, ``dml``.
         accuracy_level: 0 computes in float32, 4 rounds activations to int8 (faster).
 
     Raises:
@@ -260,10 +264,11 @@ def build_graph(skeleton: Skeleton, accuracy_level: int) -> tuple[ir.Model, dict
     family = FAMILIES[config.model_type]
     base = getattr(_builders(), family.builder)
     bases = (_Weightless, *([family.mixin] if family.mixin else []), base)
+    item = ir.DataType.FLOAT16 if skeleton.half else ir.DataType.FLOAT
     adapted = type(f"Weightless{base.__name__}", bases, {"skeleton": skeleton})
     with _prints_to_log():
         try:
-            model = adapted(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", "", {"windowed_kv_cache": False})
+            model = adapted(config, item, item, execution, "", {"windowed_kv_cache": False})
         except NotImplementedError as reason:
             raise UnsupportedError(f"the ONNX model builder cannot express this {architecture}: {reason}") from reason
         _configure(model, skeleton, accuracy_level)

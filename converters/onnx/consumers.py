@@ -17,6 +17,7 @@ from acip_export.encoder import sentence_files
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.files import read_json_object
 from acip_export.plans import Runtime
+from acip_export.targets import TARGETS
 from converters.onnx.families import FAMILIES
 
 MODEL_FILE = "onnx/model.onnx"
@@ -77,7 +78,11 @@ def _config(config: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
         **config,
         # The rotary tables end here.
         "max_position_embeddings": runtime.context,
-        "transformers.js_config": _TRANSFORMERS_JS,
+        # The cache has the graph's own precision.
+        "transformers.js_config": {
+            **_TRANSFORMERS_JS,
+            **({"kv_cache_dtype": "float16"} if runtime.cache_type == "f16" else {}),
+        },
     }
 
 
@@ -134,7 +139,7 @@ def _genai_config(
             **special,
             "context_length": runtime.context,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": _providers(runtime)},
                 "filename": MODEL_FILE,
                 "head_size": shape.head_dim,
                 "hidden_size": shape.hidden,
@@ -175,6 +180,12 @@ def _genai_config(
             "top_p": float(generation.get("top_p") or 1.0),
         },
     }
+
+
+def _providers(runtime: Runtime) -> list[dict[str, dict[str, str]]]:
+    providers = {known.name: known.provider for known in TARGETS["onnx"].executions}
+    provider = providers.get(runtime.execution)
+    return [] if provider is None else [{provider: {}}]
 
 
 def _read(file: Path) -> dict[str, Any]:

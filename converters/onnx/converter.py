@@ -16,8 +16,10 @@ from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.encoder import encoder_of
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
-from acip_export.formats import weight_format
+from acip_export.formats import formats_of, weight_format
 from acip_export.plans import Plan, Runtime, TensorDecision
+from acip_export.targets import DEFAULT_EXECUTION
+from acip_export.targets import target as find_target
 from acip_export.version import __version__
 from converters.onnx.consumers import DATA_FILE, MODEL_FILE, small_files
 from converters.onnx.outline import GraphBytes, outline
@@ -100,11 +102,27 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Opti
 def _check(layout: str, runtime: Runtime) -> None:
     if layout != LAYOUT:
         raise UnsupportedError(f"ONNX has no layout {layout!r}; it has: {LAYOUT}")
-    if runtime.cache_type != "f32":
-        raise UnsupportedError(f"ONNX exports keep the KV cache in f32, not {runtime.cache_type}; use --cache-type f32")
+    caches = find_target("onnx", runtime.execution).cache_types
+    if runtime.cache_type not in caches:
+        raise UnsupportedError(
+            f"ONNX exports for {runtime.execution} keep the KV cache in {', '.join(caches)}, not {runtime.cache_type}; "
+            f"use --cache-type {next(iter(caches))}"
+        )
     for module, package in _PACKAGES.items():
         if find_spec(module) is None:
             raise MissingExtraError(package, "onnx", "the ONNX converter")
+
+
+def _check_precision(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> None:
+    known = {form.name: form.item_bytes for form in formats_of("onnx")}
+    wanted = known[runtime.cache_type]
+    for decision in tensors:
+        for name in filter(None, (decision.format, decision.up_format, decision.down_format)):
+            if name in known and known[name] != wanted:
+                raise UnsupportedError(
+                    f"{decision.name} is planned as {name}, but a graph for {runtime.execution} computes in "
+                    f"{runtime.cache_type}; plan again with  --target {runtime.execution}"
+                )
 
 
 def _graph(
@@ -118,6 +136,8 @@ def _graph(
 
     encoder = encoder_of(checkpoint)
     if encoder is not None:
+        if runtime.execution != DEFAULT_EXECUTION:
+            raise UnsupportedError(f"encoders are exported for --target {DEFAULT_EXECUTION}, not {runtime.execution}")
         from converters.onnx.encoder import build_encoder
 
         model, parts = build_encoder(checkpoint.config, encoder, tensors, options.accuracy_level)
@@ -126,8 +146,9 @@ def _graph(
     from converters.onnx.builder import build_graph
     from converters.onnx.skeleton import make_skeleton
 
+    _check_precision(tensors, runtime)
     skeleton = make_skeleton(checkpoint.config, tensors, runtime.context, read_vector)
-    graph, contents = build_graph(skeleton, options.accuracy_level)
+    graph, contents = build_graph(skeleton, runtime.execution, options.accuracy_level)
     return pack(graph, contents, Path(DATA_FILE).name), contents
 
 

@@ -15,7 +15,7 @@ from acip_export.bundle import stored_tensors
 from acip_export.errors import UnsupportedError
 from acip_export.formats import WeightFormat, weight_format
 from acip_export.plans import TensorDecision
-from converters.onnx.quantize import bits_of, dequantize, quantize
+from converters.onnx.quantize import bits_of, dequantize, quantize, scale_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +59,9 @@ class MatrixPart:
     """What an initializer holds of a matrix.
 
     Attributes:
-        form: ``rows``: float32 as stored (out, in). ``columns``: float32 transposed (in, out). ``codes``: uint8
+        form: ``rows``: floats as stored (out, in). ``columns``: floats transposed (in, out). ``codes``: uint8
             (out, blocks, block * bits / 8). ``flat_codes``: the same bytes as (out, blocks * block * bits / 8).
-            ``scales``: float32 (out, blocks).
+            ``scales``: floats (out, blocks). Floats are float32 or float16, as the format has it.
     """
 
     matrix: Matrix
@@ -83,8 +83,8 @@ class MatrixPart:
                 return matrix.rows, matrix.blocks
 
     @property
-    def dtype(self) -> np.dtype[np.uint8] | np.dtype[np.float32]:
-        return np.dtype(np.uint8) if self.form in ("codes", "flat_codes") else np.dtype(np.float32)
+    def dtype(self) -> np.dtype[np.uint8] | np.dtype[np.float32] | np.dtype[np.float16]:
+        return np.dtype(np.uint8) if self.form in ("codes", "flat_codes") else scale_type(self.matrix.format)
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,17 @@ class MatrixReader:
             return
         matrix = part.matrix
         if part.form == "scales":
-            yield self._scales.pop(matrix.tensor)
+            yield self._scales.pop(matrix.tensor).astype(part.dtype, copy=False)
             return
         weight = self._bundle.read(matrix.tensor)
         if part.form in ("codes", "flat_codes"):
             yield from self._codes(weight, matrix)
         elif part.form == "rows":
             for rows in _slices(weight, matrix.columns):
-                yield _floats(rows)
+                yield _floats(rows).astype(part.dtype, copy=False)
         else:
             for columns in _slices(weight.T, matrix.rows):
-                yield _floats(columns)
+                yield _floats(columns).astype(part.dtype, copy=False)
 
     def _codes(self, weight: Tensor, matrix: Matrix) -> Iterator[NDArray[np.generic]]:
         moments = self._bundle.importance(matrix.tensor)
@@ -172,7 +172,7 @@ def rounded(weight: Tensor, form: WeightFormat, importance: Tensor | None) -> Te
     import torch  # not at the top: plans are made without it
 
     if form.is_float:
-        return weight.float()
+        return weight.float() if form.item_bytes == 4 else weight.half().float()
     columns = None if importance is None else _floats(importance)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = pool.map(

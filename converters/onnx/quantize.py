@@ -20,7 +20,6 @@ from acip_export.formats import WeightFormat
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
-_SCALE_BYTES = 4
 # Signed codes that the largest weight of a block is tried at, as multiples of 2^(bits-1). Clipping the tail pays where
 # codes are few; 8 bits have so many that only the two ends matter. More candidates lower the error by under 1 %.
 _TARGETS: dict[int, tuple[float, ...]] = {
@@ -38,7 +37,7 @@ class Quantized:
     """Rows of a quantized matrix.
 
     Attributes:
-        codes: (rows, blocks, block * bits / 8) uint8. scales: (rows, blocks) float32.
+        codes: (rows, blocks, block * bits / 8) uint8. scales: (rows, blocks) float32, or numbers that float16 can hold.
     """
 
     codes: Codes
@@ -47,7 +46,12 @@ class Quantized:
 
 def bits_of(fmt: WeightFormat) -> int:
     """Bits of one code of a quantized ONNX format."""
-    return (fmt.block_bytes - _SCALE_BYTES) * 8 // fmt.block
+    return (fmt.block_bytes - fmt.item_bytes) * 8 // fmt.block
+
+
+def scale_type(fmt: WeightFormat) -> np.dtype[np.float32] | np.dtype[np.float16]:
+    """Of the scales, and of every other number of a graph with this format."""
+    return np.dtype(np.float32) if fmt.item_bytes == 4 else np.dtype(np.float16)
 
 
 def quantize(weight: Floats, fmt: WeightFormat, importance: Floats | None = None) -> Quantized:
@@ -73,7 +77,7 @@ def quantize(weight: Floats, fmt: WeightFormat, importance: Floats | None = None
         np.copyto(scale, fitted, where=better)
     codes = _round(blocks, _reciprocal(scale), bits)
     _, scale = _fit(blocks, codes, weights)
-    return Quantized(_pack(codes, bits), scale)
+    return Quantized(_pack(codes, bits), scale.astype(scale_type(fmt)).astype(np.float32))
 
 
 def dequantize(quantized: Quantized, fmt: WeightFormat, columns: int) -> Floats:

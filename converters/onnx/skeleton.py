@@ -47,6 +47,7 @@ class Skeleton:
         embedding: the embedding matrix. tied: the head uses it too.
         layer_types: ``full_attention`` or ``sliding_attention`` of every layer.
         window: tokens that a sliding layer attends to, itself included; ``None``: as many as any other.
+        half: the graph computes in float16.
         rotary: by kind of layer, the tables of cosines and sines, float32 (context, rotated / 2) each.
     """
 
@@ -55,6 +56,7 @@ class Skeleton:
     tied: bool
     layer_types: tuple[str, ...]
     window: int | None
+    half: bool
     rotary: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 
     def rotary_tables(self, layer: int) -> tuple[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
@@ -94,7 +96,9 @@ def make_skeleton(
     embedding = _embedding(decisions[_EMBEDDING])
     if tied:
         decisions[_HEAD] = decisions[_EMBEDDING]
-    vectors = {name: _vector(d, read_vector) for name, d in decisions.items() if len(d.shape) == 1}
+    half = embedding.format.item_bytes == 2
+    form = "f16" if half else "f32"
+    vectors = {name: _vector(d, form, read_vector) for name, d in decisions.items() if len(d.shape) == 1}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             projection = Projection(matrices_of(decisions[f"{name}.weight"]), _bias(name, vectors))
@@ -104,7 +108,7 @@ def make_skeleton(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Parameter(vector, requires_grad=False))
     layer_types, window = _attention_spans(model.config, context)
-    return Skeleton(model, embedding, tied, layer_types, window, _rotary(model, context))
+    return Skeleton(model, embedding, tied, layer_types, window, half, _rotary(model, context))
 
 
 def _check_names(decided: set[str], expected: set[str], architecture: str) -> None:
@@ -147,9 +151,11 @@ def _embedding(decision: TensorDecision) -> Matrix:
     return matrix
 
 
-def _vector(decision: TensorDecision, read_vector: ReadVector | None) -> Tensor:
-    if decision.format != "f32":
-        raise UnsupportedError(f"{decision.name}: ONNX norms and biases are f32, not {decision.format}; plan again")
+def _vector(decision: TensorDecision, form: str, read_vector: ReadVector | None) -> Tensor:
+    if decision.format != form:
+        raise UnsupportedError(
+            f"{decision.name}: norms and biases of this graph are {form}, not {decision.format}; plan again"
+        )
     return torch.ones(decision.shape) if read_vector is None else read_vector(decision.name).float()
 
 

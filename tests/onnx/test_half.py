@@ -1,0 +1,113 @@
+"""Graphs in float16, for graphics cards, computed on the processor: the same operators, checked against the bundle."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import UnsupportedError
+from acip_export.pipeline import export_model, plan_export
+from acip_export.plan import PlanRequest
+from acip_export.plans import Runtime
+from acip_export.targets import TARGETS
+from acip_export.verify.genai import GenaiSession
+from acip_export.verify.measure import compare_logits
+from acip_export.verify.onnxruntime import OnnxRuntimeSession
+from converters.onnx import converter
+from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, SIZES, Export
+from tests.onnx.test_consumers import transformers_js
+from tests.onnx.test_converter import dequantized
+from tests.onnx.test_families import CASES, PROMPT, WINDOWS
+from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
+
+RULES: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
+    "f16": dense(format="f16"),
+    "int4, float embedding": dense(format="int4-b64-f16", embedding_format="f16"),
+    "pairs": everywhere(
+        representation="factored", rank=32, up_format="int8-f16", down_format="int4-f16", embedding_format="int8-f16"
+    ),
+}
+
+
+def export(tmp_path: Path, arch: str, settings: dict[str, Any], rule: str) -> Export:
+    model = make_model(tmp_path / "m", arch, **{**SIZES, **settings})
+    drafted = make_plan(model, "onnx", "factored", RULES[rule], CONTEXT, PROMPT_BATCH)
+    tensors = (replace(d, format="f16", nbytes=d.nbytes // 2) if len(d.shape) == 1 else d for d in drafted.tensors)
+    plan = replace(drafted, tensors=tuple(tensors), runtime=Runtime(CONTEXT, "f16", PROMPT_BATCH, "webgpu"))
+    bundle = make_bundle(model, plan, tmp_path / "b")
+    (tmp_path / "e").mkdir()
+    converter.convert(bundle, tmp_path / "e", lambda _: None, EXACT)
+    return Export(tmp_path / "e", model, bundle)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", ["gemma2", "olmo2", "phi3", "qwen3, linear positions"])
+def test_runtimes_agree_with_the_bundle(tmp_path: Path, case: str, rule: str) -> None:
+    arch, settings = CASES[case]
+    made = export(tmp_path, arch, {**settings, "tie_word_embeddings": rule != "f16"}, rule)
+    runtime = made.bundle.plan.runtime
+    with torch.no_grad():
+        expected = list(dequantized(made.bundle)(input_ids=torch.from_numpy(WINDOWS)).logits.numpy())
+    with OnnxRuntimeSession(made.path, runtime, threads=1) as plain, GenaiSession(made.path, runtime) as genai:
+        greedy = plain.greedy(PROMPT, 20), genai.greedy(PROMPT, 20)
+        for session in (plain, genai):
+            agreement = compare_logits(expected, session.logits(WINDOWS), greedy)
+            # float16 has eleven bits: two layers of it move logits of this size by about 1e-3.
+            assert agreement.max_logit_difference <= 5e-3
+    assert greedy[0] == greedy[1]
+    assert made.written == made.predicted()
+    config = json.loads((made.path / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"]["provider_options"] == [{"WebGPU": {}}]
+
+
+def test_transformers_js_keeps_the_cache_in_the_graphs_precision(tmp_path: Path) -> None:
+    made = export(tmp_path, "llama", {}, "pairs")
+    with GenaiSession(made.path, made.bundle.plan.runtime) as genai:
+        expected = genai.greedy(PROMPT, 12)
+    answer = transformers_js(made.path, {"texts": [], "prompt": PROMPT, "count": 12})
+    assert answer["tokens"] == expected
+
+
+@pytest.mark.parametrize("execution", [known.name for known in TARGETS["onnx"].executions])
+def test_planned_for_a_graphics_card(tmp_path: Path, execution: str) -> None:
+    model = make_model(tmp_path / "m", **SIZES)
+    checkpoint, scores = Checkpoint.open(model), make_scores(model)
+    request = PlanRequest("onnx", 700_000, execution=execution, context=CONTEXT, prompt_batch=8)
+    plan = plan_export(checkpoint, scores, request)
+    assert plan.runtime.cache_type == "f16"
+    names = {name for d in plan.tensors for name in (d.format, d.up_format, d.down_format) if name}
+    assert all(name.endswith("f16") for name in names)
+    assert execution != "dml" or not any("int8" in name for name in names)
+    report = export_model(checkpoint, scores, plan, tmp_path / "e", verify=True)
+    assert report is not None and report.passed
+    assert report.written_bytes == plan.planned_bytes <= plan.memory_bytes <= plan.budget_bytes
+    # Half the cache of the processor's graph.
+    processor = plan_export(checkpoint, scores, replace(request, execution="cpu"))
+    assert 2 * plan.breakdown["kv_cache"] == processor.breakdown["kv_cache"]
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", **SIZES)
+    checkpoint, scores = Checkpoint.open(model), make_scores(model)
+    for message, request in {
+        "has no target 'tpu'; it has: cpu, webgpu": PlanRequest("onnx", 10**6, execution="tpu"),
+        "gguf has no target 'webgpu'": PlanRequest("gguf", 10**6, execution="webgpu"),
+        "no type 'int4' here; it has: f16": PlanRequest("onnx", 10**6, execution="webgpu", types=("int4",)),
+        "no type 'int4-f16' here; it has: f32": PlanRequest("onnx", 10**6, types=("int4-f16",)),
+    }.items():
+        with pytest.raises(UnsupportedError, match=re.escape(message)):
+            plan_export(checkpoint, scores, request)
+    made = export(tmp_path / "x", "llama", {}, "f16").bundle.plan
+    plain = replace(made.runtime, execution="cpu", cache_type="f32")
+    with pytest.raises(UnsupportedError, match="plan again with  --target cpu"):
+        converter.predict_files(checkpoint, "factored", made.tensors, plain)
+    with pytest.raises(UnsupportedError, match="use --cache-type f16"):
+        converter.predict_files(checkpoint, "factored", made.tensors, replace(made.runtime, cache_type="f32"))
