@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: help setup demo docs test lint type llama-cpp bench bench-extension sample consumers clean
+.PHONY: help setup demo docs test lint type llama-cpp bench bench-encoder bench-extension sample consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -43,6 +43,10 @@ type: $(STAMP) ## mypy --strict on both packages
 bench: $(STAMP) ## Measure again what benchmarks/ holds (slow)
 	$(BIN)/python benchmarks/format_errors.py
 	$(BIN)/python benchmarks/ranking.py
+
+bench-encoder: $(STAMP) ## Similarity that a sentence encoder keeps, by ranking and size (slow)
+	$(BIN)/python samples/sentences.py --out .sentences
+	$(BIN)/python benchmarks/encoder.py --data .sentences --scores .encoder-scores
 
 bench-extension: llama-cpp ## Factor pairs against dense weights in llama.cpp, side by side (slow)
 	$(BIN)/python benchmarks/extension.py
