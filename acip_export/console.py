@@ -142,7 +142,8 @@ def show_plan(plan: Plan, verbose: bool) -> None:
         quality = f"{plan.predicted_loss:.4f} {plan.loss_unit} above dense {bound}"
         table.add_row("predicted perplexity", f"{plan.predicted_perplexity:.2f}", quality)
     else:
-        table.add_row("predicted loss", f"{plan.predicted_loss:.4f}", f"{plan.loss_unit} {bound}")
+        bound = f"(lower bound {plan.certificate.lower_bound:.2e})"
+        table.add_row("predicted loss", f"{plan.predicted_loss:.2e}", f"{plan.loss_unit} {bound}")
     runtime = plan.runtime
     table.add_row(
         "runtime",

@@ -15,7 +15,7 @@ from acip_export.plans import Runtime
 from acip_export.verify import llama_capi
 from acip_export.verify.llama_cpp import BufferSizes
 from converters.gguf.ggml import processors
-from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE
+from converters.gguf.layouts import MODEL_FILE
 
 # enum llama_pooling_type: a score for every class instead of an embedding.
 _RANK = 4
@@ -55,8 +55,6 @@ class LlamaEncoderSession:
 
     def _open(self, export: Path, runtime: Runtime, threads: int) -> None:
         api = self._api
-        if (export / ADAPTER_FILE).is_file():
-            raise VerificationError(f"{export / ADAPTER_FILE}: encoders are served without adapters")
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
         params.use_extra_bufts = False

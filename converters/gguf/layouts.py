@@ -64,6 +64,8 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
     low_rank = TARGETS["gguf"].layout(layout).low_rank
     family = family_of(checkpoint.shape.architecture)
     names = family.tensor_names((d.name for d in tensors), checkpoint.shape)
+    if low_rank is not None and not checkpoint.shape.generates:
+        raise UnsupportedError(f"encoders are written as GGUF with  --layout stock  only, not {layout}")
     if low_rank == "factored" and family.name not in FACTORED_ARCHITECTURES:
         raise UnsupportedError(
             f"llama.cpp's {family.name!r} has not been seen to run factor pairs; choose  --layout stock.  "

@@ -148,3 +148,7 @@ def test_refused(tmp_path: Path) -> None:
     plan = make_plan(cased, "gguf", "stock", ALL_FLOAT)
     with pytest.raises(UnsupportedError, match="lower-cases and strips accents"):
         converter.predict_files(Checkpoint.open(cased), "stock", plan.tensors, plan.runtime)
+    plain = make_encoder(tmp_path / "plain")
+    plan = make_plan(plain, "gguf", "stock", ALL_FLOAT)
+    with pytest.raises(UnsupportedError, match="--layout stock  only"):
+        converter.predict_files(Checkpoint.open(plain), "adapter", plan.tensors, plan.runtime)
