@@ -8,7 +8,9 @@ singular value is the predicted loss of dropping the component (Kronecker-factor
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,18 +18,39 @@ from torch import Tensor
 
 # Added to the moments, as a share of their mean eigenvalue: directions that the calibration text never excited.
 DAMPING = 1e-4
+# Largest ratio of singular values that is factorized through the Gram matrix: 1e-16 * 2e4^2 is float32's half unit.
+GRAM_RANGE = 2e4
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """Symmetric square root of a damped second moment, and its inverse, (n, n) float64."""
+    """A second moment (n, n) float64, and when they are asked for: its damped symmetric square root and that's inverse.
 
-    root: Tensor
-    inverse: Tensor
+    Factors that come out of a cache need no roots, and the roots of wide layers cost as much as an SVD.
+    """
+
+    moment: Tensor
 
     @classmethod
     def of(cls, moment: Tensor) -> Whitening:
-        return cls(*root_and_inverse(moment))
+        return cls(moment)
+
+    @property
+    def root(self) -> Tensor:
+        return self._roots[0]
+
+    @property
+    def inverse(self) -> Tensor:
+        return self._roots[1]
+
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        return root_and_inverse(self.moment)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the moment as the score file stores it."""
+        return hashlib.sha256(pack_moment(self.moment).tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -64,11 +87,19 @@ def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
+def whitenings_of(
+    input_moment: Tensor | None, gradient_moment: Tensor | None
+) -> tuple[Whitening | None, Whitening | None]:
+    """Of inputs and gradients; ``None`` stands for the identity."""
+    return (
+        None if input_moment is None else Whitening.of(input_moment),
+        None if gradient_moment is None else Whitening.of(gradient_moment),
+    )
+
+
 def components(weight: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> Components:
     """Factorize ``weight`` (out, in) in the basis given by the moments; ``None`` stands for the identity."""
-    right = None if input_moment is None else Whitening.of(input_moment)
-    left = None if gradient_moment is None else Whitening.of(gradient_moment)
-    return whitened_components(weight, right, left)
+    return whitened_components(weight, *whitenings_of(input_moment, gradient_moment))
 
 
 def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening | None) -> Components:
@@ -78,7 +109,7 @@ def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening
         whitened = left.root @ whitened
     if right is not None:
         whitened = whitened @ right.root
-    u, s, vt = torch.linalg.svd(whitened, full_matrices=False)
+    u, s, vt = thin_svd(whitened)
     scale = s.sqrt()
     up = u * scale
     down = scale[:, None] * vt
@@ -87,6 +118,26 @@ def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening
         down=(down if right is None else down @ right.inverse).float(),
         singular=s.float(),
     )
+
+
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V^T of a float64 matrix (m, n), k = min(m, n), through its Gram matrix where that is accurate enough.
+
+    The eigenvectors of the smaller Gram matrix are one side, the matrix times them the other: their product is exact,
+    but the other side's rows are orthogonal, and the singular values right, only up to 1e-16 (s_1 / s_i)^2. Up to
+    :data:`GRAM_RANGE` that is below what float32 factors can show; wider spectra take the slower SVD.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    gram = matrix.T @ matrix if tall else matrix @ matrix.T
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0), vectors.flip(1)
+    if not float(values[-1]) * GRAM_RANGE**2 > float(values[0]):
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        return u, s, vt
+    s = values.sqrt()
+    if tall:
+        return (matrix @ vectors) / s, s, vectors.T
+    return vectors, s, (vectors.T @ matrix) / s[:, None]
 
 
 def balance(

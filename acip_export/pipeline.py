@@ -207,6 +207,7 @@ def materialize_bundle(
     out: Path,
     force: bool = False,
     progress: ProgressCallback = quiet,
+    cache: Path | None = None,
 ) -> Path:
     """Write the bundle of ``plan``, its factors fitted to what the target's quantizer makes of them.
 
@@ -224,6 +225,7 @@ def materialize_bundle(
         force,
         lambda p: progress(StageProgress("materialize", p.done, p.total, p.tensor)),
         converter(plan.target).round_trip,
+        cache,
     )
 
 
@@ -269,6 +271,7 @@ def export_model(
     sizes: Sequence[Plan] | None = None,
     types: tuple[str, ...] = (),
     progress: ProgressCallback = quiet,
+    cache: Path | None = None,
 ) -> Report | None:
     """Materialize, convert and verify ``plan``; the directory ``out`` appears only when all of it went well.
 
@@ -287,7 +290,7 @@ def export_model(
     refuse_existing(out, force)
     with scratch_directory(out, ".bundle") as scratch, new_directory(out, force) as directory:
         bundle = scratch / "bundle"
-        materialize_bundle(checkpoint, scores, plan, bundle, progress=progress)
+        materialize_bundle(checkpoint, scores, plan, bundle, progress=progress, cache=cache)
         _convert(Bundle.open(bundle), directory, progress, check=True)
         if not verify:
             return None

@@ -24,6 +24,9 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Model directory or Hu
 Scores = Annotated[Path | None, typer.Option(help="Score file. Default: the *.acip beside the model.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", help="Directory that keeps the SVDs, for other sizes and rankings.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor.")]
 Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perplexity on.")]
 DeviceFile = Annotated[

@@ -10,7 +10,7 @@ import typer
 
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
-from acip_export.commands.options import Force, Json
+from acip_export.commands.options import Cache, Force, Json
 from acip_export.errors import UsageError
 
 
@@ -57,6 +57,7 @@ def rank(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of acip.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="Append progress as JSON lines to this file.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Write progress for TensorBoard to this directory.")] = None,
+    cache: Cache = None,
     json: Json = False,
     force: Force = False,
 ) -> None:
@@ -114,6 +115,7 @@ def rank(
                 precision=precision,
                 gradient_checkpointing=gradient_checkpointing,
                 checkpoint_every=checkpoint_every,
+                cache=cache,
                 force=force,
                 resume=resume,
                 progress=to_all(callbacks),

@@ -9,7 +9,7 @@ import typer
 
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
-from acip_export.commands.options import Force, Json, Model, Scores, Text
+from acip_export.commands.options import Cache, Force, Json, Model, Scores, Text
 from acip_export.files import refuse_existing
 from acip_export.formats import formats_of
 from acip_export.plans import load_plan
@@ -21,6 +21,7 @@ def materialize(
     model: Model = ".",
     scores: Scores = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle directory.")] = Path("bundle"),
+    cache: Cache = None,
     json: Json = False,
     force: Force = False,
 ) -> None:
@@ -34,7 +35,7 @@ def materialize(
     checkpoint = Checkpoint.open(model)
     with console.stage_bars() as progress:
         pipeline.materialize_bundle(
-            checkpoint, pipeline.open_scores(checkpoint, scores), load_plan(plan_file), out, force, progress
+            checkpoint, pipeline.open_scores(checkpoint, scores), load_plan(plan_file), out, force, progress, cache
         )
     _done({"bundle": str(out)}, json, f"bundle written to {out}; next:  acip-export convert {out}")
 

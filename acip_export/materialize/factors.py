@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acip_export.factorize import DAMPING, Whitening, components, fold, unpack_moment
+from acip_export.factor_cache import FactorCache
+from acip_export.factorize import DAMPING, fold, unpack_moment, whitenings_of
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile
 
 
@@ -54,21 +55,25 @@ def dense_weight(weight: Tensor, module: ModuleScores | None, adapters: bool) ->
 
 
 def factor_pair(
-    weight: Tensor, module: ModuleScores, moments: Moments, kept: tuple[tuple[int, int], ...], adapters: bool
+    weight: Tensor,
+    module: ModuleScores,
+    moments: Moments,
+    kept: tuple[tuple[int, int], ...],
+    adapters: bool,
+    cache: FactorCache | None = None,
 ) -> Pair:
     """The kept singular components of ``weight``, adapters folded in at the same rank.
 
     Args:
-        weight: (out, in). kept: ``[start, stop)`` ranges of components.
+        weight: (out, in). kept: ``[start, stop)`` ranges of components. cache: of factors made before.
     """
-    basis = components(weight, moments.inputs, moments.gradients)
+    right, left = whitenings_of(moments.inputs, moments.gradients)
+    basis = (cache or FactorCache(None)).components(weight, right, left)
     units = torch.cat([torch.arange(start, stop) for start, stop in kept])
     pair = Pair(basis.up[:, units], basis.down[units])
     if not adapters or module.adapter_a is None or module.adapter_b is None:
         return pair
     adapter = torch.from_numpy(module.adapter_b), torch.from_numpy(module.adapter_a)
-    right = None if moments.inputs is None else Whitening.of(moments.inputs)
-    left = None if moments.gradients is None else Whitening.of(moments.gradients)
     return Pair(*fold(pair.up, pair.down, *adapter, right, left))
 
 

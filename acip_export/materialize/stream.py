@@ -23,6 +23,7 @@ from acip_export.bundle import (
 from acip_export.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.encoder import sentence_files
 from acip_export.errors import CheckpointError, PlanFileError
+from acip_export.factor_cache import FactorCache
 from acip_export.factorize import Whitening, whitened_components
 from acip_export.files import SafetensorsWriter, new_directory, refuse_existing, sha256_of
 from acip_export.formats import weight_format
@@ -52,12 +53,14 @@ def materialize_bundle(
     force: bool = False,
     progress: Callable[[MaterializeProgress], None] = lambda _: None,
     round_trip: RoundTrip | None = None,
+    cache: Path | None = None,
 ) -> Path:
     """Write the bundle of ``plan`` into the directory ``out``, whole or not at all.
 
     Args:
         round_trip: the quantizer of the plan's target; factor pairs are then fitted to what it makes of them. ``None``
             leaves them as the ranking has them.
+        cache: directory of factors (:mod:`acip_export.factor_cache`), read and filled.
 
     Raises:
         UsageError: ``out`` exists and ``force`` is false.
@@ -68,6 +71,7 @@ def materialize_bundle(
     scores.check_model(checkpoint)
     check_plan(checkpoint, plan)
     importance: dict[str, Tensor] = {}
+    factors = FactorCache(cache)
     with new_directory(out, force) as directory:
         declared = {
             name: (_stored_dtype(checkpoint, scores, plan, decision), shape)
@@ -76,7 +80,9 @@ def materialize_bundle(
         }
         with SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer:
             for index, decision in enumerate(plan.tensors):
-                for name, tensor in _numbers(checkpoint, scores, plan, decision, round_trip, importance).items():
+                for name, tensor in _numbers(
+                    checkpoint, scores, plan, decision, round_trip, importance, factors
+                ).items():
                     writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
                 progress(MaterializeProgress(index + 1, len(plan.tensors), decision.name))
         _save_importance(importance, directory / IMPORTANCE_FILE)
@@ -136,6 +142,7 @@ def _numbers(
     decision: TensorDecision,
     round_trip: RoundTrip | None,
     importance: dict[str, Tensor],
+    factors: FactorCache,
 ) -> dict[str, Tensor]:
     weight = checkpoint.read(decision.name)
     if not bool(torch.isfinite(weight).all()):
@@ -151,7 +158,7 @@ def _numbers(
         if module is not None:
             importance[decision.name] = torch.from_numpy(module.input_moment)
         return {decision.name: dense_weight(weight, module, plan.adapters)}
-    pair = factor_pair(weight, module, basis_moments(scores, module), decision.kept, plan.adapters)
+    pair = factor_pair(weight, module, basis_moments(scores, module), decision.kept, plan.adapters, factors)
     up, down = stored_tensors(decision.name, decision.shape, decision.rank)
     importance[down] = torch.from_numpy(module.input_moment)
     norm = Norm.of(module, scores.second_moments)

@@ -17,6 +17,7 @@ from torch import nn
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import RankingError, UnsupportedError, UsageError
+from acip_export.factor_cache import FactorCache
 from acip_export.factorize import pack_moment
 from acip_export.files import refuse_existing
 from acip_export.rank.acip import AcipRun, advance
@@ -69,6 +70,7 @@ def rank_model(
     force: bool = False,
     resume: bool = False,
     checkpoint_every: int = 50,
+    cache: Path | None = None,
 ) -> ScoreFile:
     """Rank the singular components of every linear layer of a causal language model or an encoder.
 
@@ -85,6 +87,7 @@ def rank_model(
         out: where the score file is written, whole or not at all. While ``acip`` runs, its state is stored beside it
             (``NAME.acip.run``) every ``checkpoint_every`` steps and when it is interrupted; ``resume`` goes on from
             there to the ranking that the whole run would have given.
+        cache: directory of factors (:mod:`acip_export.factor_cache`), read and filled.
 
     Raises:
         UsageError: unknown algorithm, or ``out`` exists. DataError, MissingExtraError: the text. CheckpointError,
@@ -122,6 +125,7 @@ def rank_model(
             gradient_checkpointing,
             progress,
             store,
+            FactorCache(cache),
         )
     if processes.is_main:
         if out is not None:
@@ -154,6 +158,7 @@ def _rank(
     gradient_checkpointing: bool | None,
     progress: ProgressCallback,
     store: _Store | None,
+    factors: FactorCache,
 ) -> ScoreFile:
     text = None if is_self(data) else read_data(checkpoint, data, calibration, evaluation)
     if text is not None and text.task.padding is not None:
@@ -168,7 +173,7 @@ def _rank(
         statistics = collect_statistics(
             checkpoint, dense, text.statistics, calibration.batch, calibration.seed, progress, text.task, processes
         )
-        stage = _Stage(checkpoint, dense, text, statistics, calibration, progress, store, processes)
+        stage = _Stage(checkpoint, dense, text, statistics, calibration, progress, store, processes, factors)
         if config is not None:
             checkpoint_activations(dense, checkpoint, gradient_checkpointing)
         ranking = stage.free(algorithm) if config is None else stage.learned(config)
@@ -242,6 +247,7 @@ class _Stage:
     progress: ProgressCallback
     store: _Store | None
     processes: Processes
+    factors: FactorCache
 
     def learned(self, config: AcipConfig) -> _Ranking:
         adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
@@ -308,7 +314,9 @@ class _Stage:
         return _Ranking(parts, drop_losses, scores, {"basis": basis})
 
     def _factorize(self, basis: Basis, mask_scale: float, adapter: AdapterShape) -> Factorized:
-        return factorize_model(self.checkpoint, self.model, self.statistics, basis, mask_scale, adapter, self.progress)
+        return factorize_model(
+            self.checkpoint, self.model, self.statistics, basis, mask_scale, adapter, self.progress, self.factors
+        )
 
     def _drop_losses(self, parts: Factorized, predictor: Predictor) -> dict[str, npt.NDArray[np.float64]]:
         if predictor == "kfac":
