@@ -1,0 +1,228 @@
+"""Time per step and peak memory of a ranking run, against a straightforward implementation of the paper's.
+
+    python benchmarks/rank_speed.py                    writes benchmarks/rank_speed.json
+
+Both rank the same random bfloat16 Llama on the same windows with the paper's settings (plain SVD basis, cross-entropy,
+masks start at one), with the learning rate raised so that a run is short: the masks take as many steps as the adapters
+after them. Each runs in a process of its own, one after the other, with one thread. Memory is the process's peak
+resident size above what it was with the libraries loaded and before the model was.
+
+The straightforward run does what the paper's equations say, with PyTorch's modules: factors U and S V^T in float32
+beside the dense float32 weight that they came from, a mask over all components in every step, adapters as modules of
+their own, AdamW over masks and adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 640,
+    "intermediate_size": 1728,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 10,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+SETTINGS = {"learning_rate": 2e-3, "penalty": 1e-3, "stop_ratio": 0.4, "batch": 4}
+CONTEXT = 256
+
+
+class PeakMemory:
+    """Peak resident bytes of this process above a start, sampled every 10 ms."""
+
+    def __init__(self) -> None:
+        self.start = self.peak = self._resident()
+        self._done = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.peak = max(self.peak, self._resident())
+
+    @staticmethod
+    def _resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self) -> int:
+        self._done.set()
+        return self.peak - self.start
+
+
+class PlainLinear(nn.Module):
+    def __init__(self, dense: nn.Linear, scale: float, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.dense, self.scale = dense, scale
+        u, s, vt = torch.linalg.svd(dense.weight.float(), full_matrices=False)
+        self.u, self.svt = nn.Parameter(u, requires_grad=False), nn.Parameter(s[:, None] * vt, requires_grad=False)
+        self.mask = nn.Parameter(torch.full((len(s),), scale))
+        self.lora_a, self.lora_b = nn.Linear(dense.in_features, rank, bias=False), nn.Linear(rank, len(u), bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+        self.dropout, self.alpha = nn.Dropout(dropout), alpha / rank
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = F.relu(self.mask)
+        binary = (p > 0).float() + p / self.scale - (p / self.scale).detach()
+        y = F.linear(F.linear(x, self.svt) * binary, self.u)
+        return y + self.alpha * self.lora_b(self.lora_a(self.dropout(x)))
+
+
+def run_plain(model_path: Path, windows: Tensor, mask_steps: int, tune_steps: int) -> dict[str, list[float]]:
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).requires_grad_(False)
+    layers = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "layers." in name:
+            parent, _, child = name.rpartition(".")
+            layers.append(PlainLinear(module, 0.02, 32, 16.0, 0.05))
+            setattr(model.get_submodule(parent), child, layers[-1])
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=SETTINGS["learning_rate"], weight_decay=0.0)
+    scores = [layer.mask.detach().clone() for layer in layers]
+    penalty, seconds = SETTINGS["penalty"], {"masks": [], "post-tune": []}
+    for step in range(mask_steps + tune_steps):
+        begin = time.perf_counter()
+        tuning = step >= mask_steps
+        batch = windows[torch.arange(step * 4, step * 4 + 4) % len(windows)]
+        logits = model(input_ids=batch, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        if not tuning:
+            loss = loss + penalty * sum(F.relu(layer.mask).sum() for layer in layers)
+        loss.backward()
+        if tuning:
+            for layer in layers:
+                layer.mask.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+        if not tuning:
+            penalty *= 1.01 if step % 4 == 3 else 1
+            for index, layer in enumerate(layers):
+                alive = layer.mask.detach() > 0
+                before = scores[index]
+                scores[index] = torch.where(alive, layer.mask.detach(), torch.where(before > 0, 0.0, before - 1))
+        seconds["post-tune" if tuning else "masks"].append(time.perf_counter() - begin)
+    return seconds
+
+
+def run_ours(model_path: Path, windows: Tensor, mask_steps: int, tune_steps: int) -> dict[str, list[float]]:
+    from acip_export.checkpoint import Checkpoint
+    from acip_export.factorize import components
+    from acip_export.rank import AcipConfig
+    from acip_export.rank.acip import AcipRun
+    from acip_export.rank.model import load_model
+    from acip_export.rank.parametrize import AdapterShape, MaskedLinear, replace_linear
+
+    checkpoint = Checkpoint.open(model_path)
+    model = load_model(checkpoint, torch.device("cpu"), "model")
+    config = AcipConfig(**SETTINGS, max_steps=mask_steps, post_tune=tune_steps)
+    layers, losses = {}, {}
+    for name in checkpoint.linear_modules:
+        dense = model.get_submodule(name)
+        parts = components(dense.weight, None, None)
+        layers[name] = MaskedLinear(parts, dense, config.mask_scale, AdapterShape(32, 16.0, 0.05))
+        losses[name] = 0.5 * parts.singular.double().numpy() ** 2
+        replace_linear(model, name, layers[name])
+    run = AcipRun(model, layers, losses, windows, config, 0)
+    seconds: dict[str, list[float]] = {"masks": [], "post-tune": []}
+    for phase, steps in (("masks", mask_steps), ("post-tune", tune_steps)):
+        for _ in range(steps):
+            begin = time.perf_counter()
+            run.mask_step() if phase == "masks" else run.tune_step()
+            seconds[phase].append(time.perf_counter() - begin)
+    print(f"ratio at the end {run.ratio():.3f}", file=sys.stderr)
+    return seconds
+
+
+def measure(which: str, model: Path, mask_steps: int, tune_steps: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    windows = torch.randint(SHAPE["vocab_size"], (64, CONTEXT), generator=torch.Generator().manual_seed(0))
+    memory = PeakMemory()
+    seconds = (run_plain if which == "plain" else run_ours)(model, windows, mask_steps, tune_steps)
+    print(json.dumps({"seconds": seconds, "peak_bytes": memory.stop()}))
+
+
+def make_model(path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, dtype="bfloat16"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and parameter.shape[0] != SHAPE["vocab_size"]:
+                # Spectra that fall off, as trained ones do.
+                u, s, vt = torch.linalg.svd(torch.randn(parameter.shape), full_matrices=False)
+                parameter.copy_((u * s * torch.linspace(1, 0.05, len(s))) @ vt * 0.05)
+    model.to(torch.bfloat16).save_pretrained(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mask-steps", type=int, default=24)
+    parser.add_argument("--tune-steps", type=int, default=24)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "rank_speed.json")
+    parser.add_argument("--measure", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        measure(args.measure, args.model, args.mask_steps, args.tune_steps)
+        return
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        make_model(Path(scratch))
+        for which in ("plain", "ours"):
+            command = [sys.executable, __file__, "--measure", which, "--model", scratch]
+            command += ["--mask-steps", str(args.mask_steps), "--tune-steps", str(args.tune_steps)]
+            # Freed memory goes back, so that the peak is what was in use and not how it was cut up.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            measured = json.loads(done.stdout)
+            every = [*measured["seconds"]["masks"], *measured["seconds"]["post-tune"]]
+            results[which] = {
+                "peak_bytes": measured["peak_bytes"],
+                "seconds_per_step": round(math.fsum(every) / len(every), 4),
+                "seconds_per_mask_step": round(math.fsum(measured["seconds"]["masks"]) / args.mask_steps, 4),
+                "seconds_per_tune_step": round(math.fsum(measured["seconds"]["post-tune"]) / args.tune_steps, 4),
+            }
+            print(which, results[which], file=sys.stderr, flush=True)
+    document = {
+        "benchmark": "rank_speed",
+        "model": SHAPE,
+        "settings": {**SETTINGS, "context": CONTEXT, "mask_steps": args.mask_steps, "tune_steps": args.tune_steps},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "results": results,
+        "time_ratio": round(results["ours"]["seconds_per_step"] / results["plain"]["seconds_per_step"], 3),
+        "memory_ratio": round(results["ours"]["peak_bytes"] / results["plain"]["peak_bytes"], 3),
+    }
+    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"time {document['time_ratio']}, memory {document['memory_ratio']}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
