@@ -107,11 +107,11 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 }
 
 
-def family_model(case: str, directory: Path) -> Path:
+def family_model(case: str, directory: Path, **changes: Any) -> Path:
     kind, settings = CASES[case]
     tokenizer = TOKENIZERS[case]() if case in TOKENIZERS else None
     # The seed is one whose greedy tokens are no near ties.
-    return make_model(directory / "model", kind, seed=1, tokenizer=tokenizer, **{**SIZES, **settings})
+    return make_model(directory / "model", kind, seed=1, tokenizer=tokenizer, **{**SIZES, **settings, **changes})
 
 
 def test_every_class_has_a_case() -> None:
