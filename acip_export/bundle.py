@@ -104,7 +104,7 @@ class Bundle:
 
     def as_checkpoint(self) -> Checkpoint:
         """Config and tokenizer, through the interface that predictions use."""
-        return Checkpoint(self.path, self.config, {})
+        return Checkpoint(self.path, self.config, {}, self.plan.options)
 
 
 def stored_tensors(name: str, shape: tuple[int, ...], rank: int | None) -> dict[str, tuple[int, ...]]:

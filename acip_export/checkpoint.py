@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from acip_export.encoder import is_encoder, kind_of
@@ -99,12 +100,20 @@ class Checkpoint:
         path: the directory.
         config: ``config.json`` as read.
         tensors: every tensor of every shard, by Hugging Face name.
+        options: what the user told the converter of a target that the directory does not say; see the converter.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        options: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.path = path
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = tensors
+        self.options = options
 
     @classmethod
     def open(cls, model: str | os.PathLike[str]) -> Checkpoint:
@@ -119,6 +128,9 @@ class Checkpoint:
         config = _read_config(path)
         tensors = {name: info for name, info in _read_index(path).items() if not _unused(config, name)}
         return cls(path, config, tensors)
+
+    def with_options(self, options: Mapping[str, str]) -> Checkpoint:
+        return Checkpoint(self.path, self.config, dict(self.tensors), options)
 
     @property
     def name(self) -> str:

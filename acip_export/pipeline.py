@@ -169,6 +169,7 @@ def plan_export(
 
     layouts = find_target(request.target, request.execution).layouts_for(request.layout, request.runtime)
     target = converter(request.target)
+    checkpoint = checkpoint.with_options(request.options)
 
     def plan(layout: str) -> Plan:
         return make_plan(

@@ -135,6 +135,7 @@ class Plan:
         adapters: whether the learned adapters are folded in.
         tensors: one decision per tensor of the checkpoint.
         device: name of the device whose memory was planned for, if it was one.
+        options: what the user told the target's converter beyond the model directory (:attr:`Checkpoint.options`).
     """
 
     target: str
@@ -164,6 +165,7 @@ class Plan:
         return self.loss_unit == _CAUSAL_UNIT
 
     device: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def process_bytes(self) -> int:

@@ -5,6 +5,7 @@ The planner builds its candidates from this table; constraints of a target are r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from acip_export.checkpoint import ModelShape
@@ -66,6 +67,7 @@ class Target:
         cache_types: bytes of a KV cache entry as ``(numerator, denominator)``; the first is the default.
         layouts: the first is the default.
         runtimes: the layouts that each runtime runs, its default first; the first runtime is the default.
+        options: what the target's converter can be told; flags of the command line with hyphens.
         windowed: Hugging Face classes whose sliding windows the runtime applies; ``None``: all of them.
     """
 
@@ -78,6 +80,7 @@ class Target:
     runtimes: dict[str, tuple[str, ...]]
     windowed: frozenset[str] | None = None
     executions: tuple[Execution, ...] = ()
+    options: tuple[str, ...] = ()
 
     def on(self, execution: str | None) -> Target:
         """The target as one execution has it; ``None``: the first, if there are any.
@@ -130,6 +133,12 @@ class Target:
             )
         return (found,)
 
+    def check_options(self, options: Mapping[str, str]) -> None:
+        """Raises UnsupportedError for an option that the target's converter does not have."""
+        for name in options:
+            if name not in self.options:
+                raise UnsupportedError(f"{self.name} exports have no --{name.replace('_', '-')}")
+
     def choose_types(self, names: tuple[str, ...]) -> tuple[WeightFormat, ...]:
         """The formats that the user named, or the default ones. Raises UnsupportedError for unknown names."""
         # A graph computes in one precision, so formats of the other one are not to be had.
@@ -181,6 +190,7 @@ TARGETS: dict[str, Target] = {
         ),
         runtimes={"llama.cpp": ("stock", "adapter"), "acip-llama.cpp": ("factored", "stock", "adapter")},
         windowed=frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"}),
+        options=("pre_tokenizer", "base_gguf"),
     ),
     "onnx": Target(
         name="onnx",

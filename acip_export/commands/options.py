@@ -73,6 +73,13 @@ class PlanFlags:
     prompt_batch: Annotated[
         int | None, typer.Option(help="Prompt tokens processed together. Default: suits the budget.")
     ] = None
+    pre_tokenizer: Annotated[
+        str | None, typer.Option(help="GGUF: llama.cpp's name of the pre-tokenizer, where it is not recognised.")
+    ] = None
+    base_gguf: Annotated[
+        Path | None,
+        typer.Option(help="GGUF: the same model as llama.cpp's own converter wrote it, for architectures not known."),
+    ] = None
 
     @property
     def asks(self) -> bool:
@@ -107,7 +114,14 @@ class PlanFlags:
             prompt_batch=self.prompt_batch,
             default_context=DEFAULT_CONTEXT if device is None else device.context,
             device=None if device is None else device.name,
+            options=self._options(),
         )
+
+    def _options(self) -> dict[str, str]:
+        """What only one target's converter understands."""
+        base = None if self.base_gguf is None else str(self.base_gguf.resolve())
+        given = {"pre_tokenizer": self.pre_tokenizer, "base_gguf": base}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _device(self) -> Device | None:
         if self.device is None:

@@ -42,6 +42,7 @@ class PlanRequest:
         layout: a layout of the target; ``None``: the runtime's default. Planning for several (``auto``) is the
             caller's, who has each one's prediction of files.
         device: name of the device that the budget is of, if it is of one.
+        options: for the target's converter; :attr:`acip_export.targets.Target.options` names them.
     """
 
     target: str
@@ -56,6 +57,7 @@ class PlanRequest:
     prompt_batch: int | None = None
     default_context: int = DEFAULT_CONTEXT
     device: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Problem:
         layout, *others = target.layouts_for(request.layout, request.runtime)
         if others:
             raise UsageError(f"one plan is for one layout: {', '.join(each.name for each in (layout, *others))}")
+        target.check_options(request.options)
         losses = component_losses(scores)
         types = target.choose_types(request.types)
         errors = errors or RoundingErrors(target.name, "", scores.sha256)
@@ -190,6 +193,7 @@ class Problem:
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
             adapters=calibration.adapters(solution.allocation.loss) and any(d.rank for d in solution.decisions),
             runtime=runtime,
+            options=dict(request.options),
             certificate=certificate,
             tensors=solution.decisions,
             notes=_notes(solution, certificate, loss, low_rank, scores.loss_unit)

@@ -189,7 +189,9 @@ def _metadata(
     return {
         **head,
         **family.hyperparameters(checkpoint.config, shape),
-        **tokenizer_metadata(checkpoint.path, checkpoint.config, shape.vocabulary),
+        **tokenizer_metadata(
+            checkpoint.path, checkpoint.config, shape.vocabulary, checkpoint.options.get("pre_tokenizer")
+        ),
     }
 
 
