@@ -356,6 +356,7 @@ def planned_sizes(
         cache_type=plan.runtime.cache_type,
         execution=plan.runtime.execution,
         prompt_batch=plan.runtime.prompt_batch,
+        options=plan.options,
     )
     try:
         plan_export(checkpoint, scores, base)

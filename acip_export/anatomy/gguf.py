@@ -73,17 +73,49 @@ class _Info:
     offset: int
 
 
+@dataclass(frozen=True)
+class PlacedTensor:
+    """Shape rows first; ``type_name`` as in :data:`GGML_TYPES`; ``begin`` counts from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufHead:
+    """Everything before the tensors' data.
+
+    Attributes:
+        values: metadata, of arrays their length only. encoded: the same as in the file, type tag first.
+    """
+
+    version: int
+    values: Mapping[str, object]
+    encoded: Mapping[str, bytes]
+    tensors: tuple[PlacedTensor, ...]
+
+
+def read_head(file: Path) -> GgufHead:
+    """Raises ModelFileError: damaged, truncated, hostile, or of a version that is not 2 or 3."""
+    with map_file(file) as data:
+        return _parse(data, file)
+
+
 def read_gguf(file: Path, name: str) -> tuple[tuple[TensorPart, ...], dict[str, str]]:
     """Tensors and facts of a GGUF file; ``name`` is what its tensors give as their file.
 
     Raises:
         ModelFileError: damaged, truncated, hostile, or of a version that is not 2 or 3.
     """
-    with map_file(file) as data:
-        return _parse(data, file, name)
+    head = read_head(file)
+    parts = tuple(TensorPart(t.name, t.shape, t.type_name, t.nbytes, name) for t in head.tensors)
+    return parts, _facts(head.values, head.version)
 
 
-def _parse(data: mmap.mmap, file: Path, name: str) -> tuple[tuple[TensorPart, ...], dict[str, str]]:
+def _parse(data: mmap.mmap, file: Path) -> GgufHead:
     head = _Head(data, str(file))
     if head.take(4) != MAGIC:
         raise ModelFileError(f"{file} is no GGUF file: it starts with {data[:4]!r}, expected {MAGIC!r}")
@@ -96,15 +128,18 @@ def _parse(data: mmap.mmap, file: Path, name: str) -> tuple[tuple[TensorPart, ..
     head.expect(tensor_count, _SMALLEST_TENSOR, "tensors")
     head.expect(key_count, _SMALLEST_KEY, "keys")
     metadata: dict[str, object] = {}
+    encoded: dict[str, bytes] = {}
     for _ in range(key_count):
         key = checked_name(head.string(), str(file))
+        begin = head.position
         metadata[key] = head.value(head.number("<I"))
+        encoded[key] = data[begin : head.position]
     infos = [_tensor_info(head, file) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise ModelFileError(f"{file} is damaged: general.alignment is {alignment!r}, expected a power of two")
     start = -(-head.position // alignment) * alignment
-    return _place(infos, start, alignment, len(data), file, name), _facts(metadata, version)
+    return GgufHead(version, metadata, encoded, _place(infos, start, alignment, len(data), file))
 
 
 class _Head:
@@ -199,7 +234,7 @@ def _tensor_info(head: _Head, file: Path) -> _Info:
     return _Info(name, shape, head.number("<I"), head.number("<Q"))
 
 
-def _place(infos: list[_Info], start: int, alignment: int, size: int, file: Path, name: str) -> tuple[TensorPart, ...]:
+def _place(infos: list[_Info], start: int, alignment: int, size: int, file: Path) -> tuple[PlacedTensor, ...]:
     """Check that every tensor lies in the file, apart from the others."""
     sizes: dict[str, int] = {}
     in_order = sorted(infos, key=lambda info: info.offset)
@@ -226,7 +261,10 @@ def _place(infos: list[_Info], start: int, alignment: int, size: int, file: Path
         if info.name in sizes:
             raise ModelFileError(f"{file} is damaged: two tensors are called {info.name!r}")
         sizes[info.name] = nbytes
-    return tuple(TensorPart(info.name, info.shape, _type_name(info.type_id), sizes[info.name], name) for info in infos)
+    return tuple(
+        PlacedTensor(info.name, info.shape, _type_name(info.type_id), start + info.offset, sizes[info.name])
+        for info in infos
+    )
 
 
 def _type_name(type_id: int) -> str:

@@ -22,7 +22,8 @@ from acip_export.formats import weight_format
 from acip_export.plans import Runtime, TensorDecision
 from acip_export.version import __version__
 from converters.gguf import ggml
-from converters.gguf.architectures import family_of
+from converters.gguf.architectures import Change, family_of
+from converters.gguf.base_file import BaseFile, matching_change, open_base
 from converters.gguf.layouts import ADAPTER_FILE, FACTOR_SUFFIXES, Item, arrange
 from converters.gguf.run_commands import run_commands
 from converters.gguf.tokenizer import strips_after_special, tokenizer_metadata
@@ -104,7 +105,7 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
     plan, checkpoint = bundle.plan, bundle.as_checkpoint()
     files = arrange(checkpoint, plan.layout, plan.tensors)
     plan_hash = hashlib.sha256((bundle.path / PLAN_FILE).read_bytes()).hexdigest()
-    for item in (item for items in files.values() for item in items):
+    for item in (item for items in files.values() for item in items if item.copied is None):
         ggml.require(item.spec.format)
         if weight_format("gguf", item.spec.format).needs_importance and not _has_importance(bundle, item):
             raise UnsupportedError(
@@ -113,12 +114,13 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
             )
     total = sum(item.spec.nbytes for items in files.values() for item in items)
     done = 0
+    changes = _Changes(bundle, open_base(checkpoint))
     for name, items in files.items():
         metadata = _metadata(name, checkpoint, plan.model, items, plan_hash, plan.model_fingerprint)
         with GgufWriter(out / name, metadata, _specs(items)) as writer:
             for item in items:
                 progress(Progress(done, total, item.spec.name))
-                writer.write(item.spec.name, _data(bundle, item))
+                writer.write(item.spec.name, _data(bundle, item, changes))
                 done += item.spec.nbytes
         check_structure(out / name, metadata, _specs(items))
     progress(Progress(total, total, ""))
@@ -165,10 +167,11 @@ def _specs(items: Sequence[Item]) -> list[TensorSpec]:
 def _metadata(
     file: str, checkpoint: Checkpoint, model: str, items: Sequence[Item], plan_hash: str, fingerprint: str
 ) -> Metadata:
-    family, shape = family_of(checkpoint.shape.architecture), checkpoint.shape
+    shape, base = checkpoint.shape, open_base(checkpoint)
+    architecture = family_of(shape.architecture).name if base is None else base.architecture
     is_adapter = file == ADAPTER_FILE
     head = {
-        "general.architecture": string(family.name),
+        "general.architecture": string(architecture),
         "general.type": string("adapter" if is_adapter else "model"),
         "general.name": string(_general_name(model, checkpoint.path)),
         "general.alignment": uint32(ALIGNMENT),
@@ -181,6 +184,9 @@ def _metadata(
     if is_adapter:
         # alpha 0 is "unscaled": any other value is divided by each pair's rank.
         return {**head, "adapter.type": string("lora"), "adapter.lora.alpha": float32(0.0)}
+    if base is not None:
+        return base.keys(head)
+    family = family_of(shape.architecture)
     if any(item.spec.name.endswith(FACTOR_SUFFIXES) for item in items):
         head["acip.factored.version"] = uint32(FACTORED_VERSION)
     encoder = encoder_of(checkpoint)
@@ -216,13 +222,42 @@ def _has_importance(bundle: Bundle, item: Item) -> bool:
     return item.source is not None and bundle.importance(item.source) is not None
 
 
-def _data(bundle: Bundle, item: Item) -> Bytes:
+class _Changes:
+    """What happens to the numbers of each item; found out once for each tensor that is compared with the base file."""
+
+    def __init__(self, bundle: Bundle, base: BaseFile | None) -> None:
+        self.bundle, self.base = bundle, base
+        self._found: dict[str, Change] = {}
+
+    def of(self, item: Item) -> Change:
+        like = item.resembles
+        if like is None or self.base is None:
+            return item.change
+        if like.weight not in self._found:
+            self._found[like.weight] = matching_change(self.base, like.tensor, _whole(self.bundle, like.weight))
+        return self._found[like.weight]
+
+
+def _whole(bundle: Bundle, weight: str) -> torch.Tensor:
+    """The matrix that a bundle stands for, (out, in)."""
+    module = weight.removesuffix(".weight")
+    parts = [bundle.read(weight)] if weight in bundle.tensors else []
+    if f"{module}.up.weight" in bundle.tensors:
+        parts.append(bundle.read(f"{module}.up.weight") @ bundle.read(f"{module}.down.weight"))
+    return sum(parts[1:], parts[0])
+
+
+def _data(bundle: Bundle, item: Item, changes: _Changes) -> Bytes:
     import torch
 
+    if item.copied is not None:
+        assert changes.base is not None
+        return changes.base.read(item.copied)
     if item.constant is not None:
         return ggml.quantize(torch.from_numpy(item.constant), item.spec.format)
     assert item.source is not None
     if item.zero_if_missing and item.source not in bundle.tensors:
         # Every block format reads zero bytes as zeros: the scale is zero.
         return np.zeros(item.spec.nbytes, np.uint8)
-    return ggml.quantize(item.change.apply(bundle.read(item.source)), item.spec.format, bundle.importance(item.source))
+    weight = changes.of(item).apply(bundle.read(item.source))
+    return ggml.quantize(weight, item.spec.format, bundle.importance(item.source))

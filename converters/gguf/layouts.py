@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from acip_export.anatomy.gguf import PlacedTensor
 from acip_export.bundle import stored_tensors
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError
 from acip_export.formats import weight_format
 from acip_export.plans import TensorDecision
 from acip_export.targets import TARGETS
-from converters.gguf.architectures import Change, Family, family_of
+from converters.gguf.architectures import Change, family_of
+from converters.gguf.base_file import BaseFile, open_base, planned_names
 from converters.gguf.writer import TensorSpec
 
 MODEL_FILE = "model.gguf"
@@ -38,6 +40,14 @@ _FLOAT_TABLES = ("position_embd.weight", "token_types.weight")
 
 
 @dataclass(frozen=True)
+class Resemblance:
+    """A tensor of the base file, and the Hugging Face name of the same matrix."""
+
+    tensor: PlacedTensor
+    weight: str
+
+
+@dataclass(frozen=True)
 class Item:
     """One tensor of a file.
 
@@ -46,6 +56,8 @@ class Item:
         constant: the numbers that no bundle holds.
         change: what happens to the source's numbers on their way.
         zero_if_missing: an adapter's base: all zero when the bundle has no such tensor.
+        copied: a tensor of the base file that is taken as it is.
+        resembles: what tells the change, where the architecture is known from a base file only.
     """
 
     spec: TensorSpec
@@ -53,6 +65,8 @@ class Item:
     constant: npt.NDArray[np.float32] | None = None
     change: Change = Change()  # noqa: RUF009 - frozen
     zero_if_missing: bool = False
+    copied: PlacedTensor | None = None
+    resembles: Resemblance | None = None
 
 
 def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...]) -> dict[str, tuple[Item, ...]]:
@@ -62,6 +76,9 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
         UnsupportedError: the layout, the architecture or a decision cannot be expressed.
     """
     low_rank = TARGETS["gguf"].layout(layout).low_rank
+    base = open_base(checkpoint)
+    if base is not None:
+        return _arrange_on(base, checkpoint, layout, tensors)
     family = family_of(checkpoint.shape.architecture)
     names = family.tensor_names((d.name for d in tensors), checkpoint.shape)
     if low_rank is not None and not checkpoint.shape.generates:
@@ -76,18 +93,39 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
     for decision in tensors:
         if decision.name not in names:  # a buffer that the runtime computes for itself
             continue
-        corrected = low_rank == "adapter" and decision.representation == "residual"
-        if decision.representation not in ("dense", low_rank) and not corrected:
-            raise UnsupportedError(
-                f"{decision.name} is {decision.representation}, which the layout {layout!r} of GGUF cannot hold; "
-                "plan again for this layout"
-            )
-        _check(decision, names[decision.name], checkpoint)
-        whole, pair = _items(decision, names[decision.name], family, checkpoint)
+        _check(decision, names[decision.name], checkpoint, layout)
+        change = family.change(names[decision.name], checkpoint.config, checkpoint.shape)
+        whole, pair = _items(decision, names[decision.name], change, None)
         model += whole
         (adapter if low_rank == "adapter" else model).extend(pair)
     for name, numbers in family.constants(checkpoint.config, checkpoint.shape).items():
         model.append(Item(TensorSpec(name, numbers.shape, "f32"), None, numbers))
+    return _files(model, adapter)
+
+
+def _arrange_on(
+    base: BaseFile, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...]
+) -> dict[str, tuple[Item, ...]]:
+    """The base's tensors in their order, those of the plan in place of theirs."""
+    if TARGETS["gguf"].layout(layout).low_rank == "factored":
+        raise UnsupportedError("--base-gguf is for the layouts stock and adapter; choose  --layout stock")
+    names = planned_names(base, checkpoint, tensors)
+    decisions = {names[decision.name]: decision for decision in tensors if decision.name in names}
+    model: list[Item] = []
+    adapter: list[Item] = []
+    for tensor in base.head.tensors:
+        decision = decisions.get(tensor.name)
+        if decision is None:
+            model.append(Item(base.spec(tensor), None, copied=tensor))
+            continue
+        _check(decision, tensor.name, checkpoint, layout)
+        whole, pair = _items(decision, tensor.name, Change(), Resemblance(tensor, decision.name))
+        model += whole
+        adapter += pair
+    return _files(model, adapter)
+
+
+def _files(model: list[Item], adapter: list[Item]) -> dict[str, tuple[Item, ...]]:
     files = {MODEL_FILE: tuple(model)}
     if adapter:
         files[ADAPTER_FILE] = tuple(adapter)
@@ -95,26 +133,33 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
 
 
 def _items(
-    decision: TensorDecision, name: str, family: Family, checkpoint: Checkpoint
+    decision: TensorDecision, name: str, change: Change, like: Resemblance | None
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """What stands for the whole matrix (nothing, if its factors do), and its factor pair."""
-    change = family.change(name, checkpoint.config, checkpoint.shape)
     whole: tuple[Item, ...] = ()
     if decision.format is not None:
         spec = TensorSpec(name, decision.shape, decision.format)
-        whole = (Item(spec, decision.name, change=change, zero_if_missing=decision.representation == "adapter"),)
+        zero = decision.representation == "adapter"
+        whole = (Item(spec, decision.name, change=change, zero_if_missing=zero, resembles=like),)
     if decision.rank is None:
         return whole, ()
     (up, up_shape), (down, down_shape) = stored_tensors(decision.name, decision.shape, decision.rank).items()
     assert decision.up_format is not None and decision.down_format is not None
     pair = (
         Item(TensorSpec(name + FACTOR_SUFFIXES[0], down_shape, decision.down_format), down),
-        Item(TensorSpec(name + FACTOR_SUFFIXES[1], up_shape, decision.up_format), up, change=change),
+        Item(TensorSpec(name + FACTOR_SUFFIXES[1], up_shape, decision.up_format), up, change=change, resembles=like),
     )
     return whole, pair
 
 
-def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint) -> None:
+def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint, layout: str) -> None:
+    low_rank = TARGETS["gguf"].layout(layout).low_rank
+    corrected = low_rank == "adapter" and decision.representation == "residual"
+    if decision.representation not in ("dense", low_rank) and not corrected:
+        raise UnsupportedError(
+            f"{decision.name} is {decision.representation}, which the layout {layout!r} of GGUF cannot hold; "
+            "plan again for this layout"
+        )
     formats = [(decision.format, decision.shape[-1])] if decision.representation != "factored" else []
     if decision.representation != "dense":
         # The embedding is looked up, never multiplied by. The head can be factored, but no LoRA is put on it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -94,8 +95,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Exact bytes of the data, without padding. Raises ValueError for rows that do not fit the format."""
-        rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
-        return weight_format("gguf", self.format).nbytes(rows, columns)
+        return weight_format("gguf", self.format).nbytes(prod(self.shape[:-1]), self.shape[-1])
 
 
 def padded(count: int) -> int:

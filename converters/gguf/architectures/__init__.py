@@ -24,7 +24,8 @@ def family_of(architecture: str) -> Family:
     """The family of a Hugging Face class. Raises UnsupportedError, which lists the supported ones."""
     if architecture not in _BY_CLASS:
         raise UnsupportedError(
-            f"{architecture} cannot be written as GGUF by this tool; it writes {', '.join(sorted(_BY_CLASS))}"
+            f"{architecture} cannot be written as GGUF by this tool alone; it writes {', '.join(sorted(_BY_CLASS))}.\n"
+            "For any other that llama.cpp knows:  --base-gguf FILE,  made by its convert_hf_to_gguf.py"
         )
     return _BY_CLASS[architecture]
 

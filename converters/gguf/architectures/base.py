@@ -116,7 +116,7 @@ class Family:
         if unmapped or missing:
             raise UnsupportedError(
                 f"the model's tensors are not those of llama.cpp's {self.name!r}: "
-                f"no place for {_some(unmapped)}; nothing for {_some(missing)}"
+                f"no place for {some(unmapped)}; nothing for {some(missing)}"
             )
         return mapped
 
@@ -136,9 +136,7 @@ class Family:
         heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads}.get(name.split(".")[-2])
         if not self.interleaved_rope or heads is None or not name.startswith("blk."):
             return None
-        rows = np.arange(heads * shape.head_dim, dtype=np.int64)
-        # Hugging Face rotates (i, i + d/2); llama.cpp (2i, 2i + 1).
-        return rows.reshape(heads, 2, shape.head_dim // 2).swapaxes(1, 2).reshape(-1)
+        return interleaved_rows(heads, shape.head_dim)
 
     def hyperparameters(self, config: Mapping[str, Any], shape: ModelShape) -> Metadata:
         """The ``<architecture>.*`` keys.
@@ -204,6 +202,12 @@ class Family:
         return rope_tensors(self.rope(config, shape))
 
 
+def interleaved_rows(heads: int, head_dim: int) -> Rows:
+    """Hugging Face rotates (i, i + d/2) of a head; llama.cpp (2i, 2i + 1)."""
+    rows = np.arange(heads * head_dim, dtype=np.int64)
+    return rows.reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+
+
 def window_keys(shape: ModelShape, period: int) -> dict[str, Value]:
     """Window and windowed layers; the latter only where they differ from llama.cpp's: all but every ``period``-th."""
     if shape.sliding_window is None:
@@ -222,5 +226,5 @@ def _per_layer(names: Iterable[str], shape: ModelShape) -> set[str]:
     return {f"blk.{layer}.{name}" for layer in range(shape.layers) for name in names}
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"

@@ -1,0 +1,147 @@
+"""``--base-gguf``: architectures that only the base knows, orders found out, bases of other models refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from acip_export import pipeline
+from acip_export.bundle import Bundle, load_bundle
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import AcipError, ModelFileError, UnsupportedError
+from acip_export.files import new_directory
+from acip_export.plan import PlanRequest
+from converters.gguf import converter
+from tests.gguf.conftest import export
+from tests.gguf.test_converter import FLOAT_TOLERANCE, agreement, assert_float_agreement
+from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
+
+# ggml takes GELU from a table of float16 values.
+GELU_TOLERANCE = 3e-3
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "tie_word_embeddings": True}
+
+
+def starcoder2(directory: Path, **settings: Any) -> Path:
+    """An architecture that this tool has no file for: layer norms, biases everywhere, no gate."""
+    return make_model(directory, "starcoder2", **{**SIZES, "sliding_window": None, "num_hidden_layers": 2, **settings})
+
+
+def base_of(model: Path, file: Path) -> Path:
+    """A base as llama.cpp's converter writes it, through gguf-py: float16 matrices, float32 vectors."""
+    checkpoint = Checkpoint.open(model)
+    shape, config = checkpoint.shape, checkpoint.config
+    writer = gguf.GGUFWriter(file, "starcoder2")
+    writer.add_name("the base's own name")
+    writer.add_context_length(shape.max_context)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.ffn)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_eps(config["norm_epsilon"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    vocabulary = gguf.BpeVocab(model)
+    tokens = list(vocabulary.all_tokens())
+    writer.add_token_list([token for token, _, _ in tokens])
+    writer.add_token_types([kind for _, _, kind in tokens])
+    gguf.SpecialVocab(model, load_merges=True).add_to_gguf(writer, quiet=True)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.STARCODER2, shape.layers)
+    for name in checkpoint.tensors:
+        numbers = checkpoint.read(name).numpy()
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        writer.add_tensor(found, numbers.astype(np.float16) if numbers.ndim == 2 else numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def export_on(base: Path, model: Path, layout: str, rule: Any, directory: Path) -> tuple[Bundle, Path]:
+    plan = dataclasses.replace(make_plan(model, "gguf", layout, rule), options={"base_gguf": str(base)})
+    bundle = make_bundle(model, plan, directory / "bundle")
+    with new_directory(directory / "export") as out:
+        converter.convert(bundle, out, lambda _: None)
+    checkpoint = Checkpoint.open(model).with_options(plan.options)
+    predicted = converter.predict_files(checkpoint, layout, plan.tensors, plan.runtime)
+    assert {file.name: file.stat().st_size for file in (directory / "export").iterdir()} == predicted
+    return bundle, directory / "export"
+
+
+PAIRS = everywhere(
+    representation="adapter", format="q1_0", rank=64, up_format="f32", down_format="f32", embedding_format="f32"
+)
+
+
+@pytest.mark.parametrize(("layout", "rule"), [("stock", dense(format="f32")), ("adapter", PAIRS)])
+def test_an_architecture_that_only_the_base_knows(layout: str, rule: Any, tmp_path: Path) -> None:
+    model = starcoder2(tmp_path / "model")
+    with pytest.raises(UnsupportedError, match=r"(?s)Starcoder2ForCausalLM cannot be written as GGUF .* --base-gguf"):
+        export(model, layout, rule, tmp_path / "alone")
+    bundle, out = export_on(base_of(model, tmp_path / "base.gguf"), model, layout, rule, tmp_path)
+    assert_float_agreement(agreement(load_bundle(bundle.path), out), GELU_TOLERANCE)
+    fields = gguf.GGUFReader(out / "model.gguf").fields
+    assert fields["general.name"].contents() == "the base's own name"
+    assert fields["general.file_type"].contents() != gguf.LlamaFileType.MOSTLY_F16
+    assert "acip.plan_sha256" in fields
+
+
+@pytest.mark.parametrize(("layout", "rule"), [("stock", dense(format="f32")), ("adapter", PAIRS)])
+def test_order_of_rows_is_found_out(layout: str, rule: Any, tmp_path: Path) -> None:
+    """Llama's q and k are reordered in a GGUF; here nothing but the base says so."""
+    model = make_model(tmp_path / "model", "llama", **SIZES)
+    _, made = export(model, "stock", dense(format="q8_0"), tmp_path / "base")
+    bundle, out = export_on(made / "model.gguf", model, layout, rule, tmp_path)
+    assert_float_agreement(agreement(load_bundle(bundle.path), out), FLOAT_TOLERANCE)
+
+
+def test_planned_within_a_budget_and_verified(tmp_path: Path) -> None:
+    model = starcoder2(tmp_path / "model")
+    base = base_of(model, tmp_path / "base.gguf")
+    checkpoint, scores = Checkpoint.open(model), make_scores(model)
+    budget = int(0.35 * checkpoint.weight_bytes)
+    request = PlanRequest("gguf", budget, budget_scope="file", context=64, options={"base_gguf": str(base)})
+    plan = pipeline.plan_export(checkpoint, scores, request)
+    report = pipeline.export_model(checkpoint, scores, plan, tmp_path / "export")
+    assert report is not None
+    assert report.passed
+    assert 0.95 * budget < report.written_bytes == plan.planned_bytes <= budget
+
+
+def test_bases_that_cannot_be_used(tmp_path: Path) -> None:
+    model = starcoder2(tmp_path / "model")
+    base = base_of(model, tmp_path / "base.gguf")
+
+    def refused(error: type[AcipError], message: str, file: Path, of: Path = model, layout: str = "stock") -> None:
+        with pytest.raises(error, match=message):
+            export_on(file, of, layout, dense(format="f32"), tmp_path / str(len(list(tmp_path.iterdir()))))
+
+    refused(ModelFileError, "does not exist", tmp_path / "none.gguf")
+    (tmp_path / "cut.gguf").write_bytes(base.read_bytes()[:-100])
+    refused(ModelFileError, "truncated or damaged", tmp_path / "cut.gguf")
+    refused(UnsupportedError, "for the layouts stock and adapter", base, layout="factored")
+    other = starcoder2(tmp_path / "other", seed=5)
+    refused(ModelFileError, r"nothing in common .* \(cosine -?0\.0", base, of=other)
+    assert not list(tmp_path.glob("*/export"))
+    deeper = starcoder2(tmp_path / "deeper", num_hidden_layers=3)
+    refused(ModelFileError, "its block_count is 2, the model's is 3", base, of=deeper)
+    wider = starcoder2(tmp_path / "wider", intermediate_size=384)
+    refused(ModelFileError, r"ffn_up\.weight is \(256, 128\)", base, of=wider)
+    llama = make_model(tmp_path / "llama", "llama", **SIZES)
+    refused(UnsupportedError, "nothing for .*mlp.gate_proj.weight", base, of=llama)
+
+
+def test_other_targets_know_no_base(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama", **SIZES)
+    request = PlanRequest("onnx", 10**9, options={"base_gguf": "x.gguf"})
+    with pytest.raises(UnsupportedError, match="onnx exports have no --base-gguf"):
+        pipeline.plan_export(Checkpoint.open(model), make_scores(model), request)
