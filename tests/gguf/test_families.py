@@ -114,10 +114,10 @@ def family_model(case: str, directory: Path, **changes: Any) -> Path:
     return make_model(directory / "model", kind, seed=1, tokenizer=tokenizer, **{**SIZES, **settings, **changes})
 
 
-def test_every_class_has_a_case() -> None:
+def test_every_decoder_has_a_case() -> None:
     kinds = {kind for kind, _ in CASES.values()}
     classes = {AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(kind))].__name__ for kind in kinds}
-    assert classes == set(_BY_CLASS)
+    assert classes == {name for name in _BY_CLASS if name.endswith("ForCausalLM")}
 
 
 @pytest.mark.parametrize("case", CASES)
