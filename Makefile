@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: help setup demo docs test lint type llama-cpp bench bench-encoder bench-extension sample consumers clean
+.PHONY: help setup demo docs picture test lint type llama-cpp bench bench-encoder bench-extension sample consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ demo: $(STAMP) ## Rank the sample model, export it at three budgets in both form
 
 docs: $(STAMP) ## Write docs/cli.md again, from the commands themselves
 	$(BIN)/python docs/generate_cli.py
+
+picture: $(STAMP) ## Take the picture of a report again, after  make demo
+	$(BIN)/python docs/take_picture.py
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -q

@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import ScoreFileError
-from acip_export.pipeline import export_model, plan_export, rank_to_file, text_windows
+from acip_export.pipeline import export_model, plan_export, rank_to_file, text_windows, write_report
 from acip_export.plan import PlanRequest
 from acip_export.scores import ScoreFile, load_scores
 from acip_export.units import format_bytes, parse_bytes
@@ -81,6 +81,10 @@ def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
             assert report is not None
             reports.append(report)
             console.show_reports([report])
+        made = [WORK / f"{target}-{layout}-{budget}" for budget in BUDGETS]
+        for directory in made:
+            # Each page shows what was measured at the other sizes, too.
+            write_report(directory, checkpoint, scores, [other for other in made if other != directory])
     return reports
 
 
@@ -152,7 +156,7 @@ def main() -> None:
         update_readme([figures(report) for report in reports], checkpoint.name)
     console.out.print(
         f"{len(reports)} exports planned, written and run in {time.perf_counter() - started:.0f} s; "
-        f"they are in {WORK.relative_to(ROOT)}/"
+        f"they are in {WORK.relative_to(ROOT)}/, each with its report.html"
     )
 
 

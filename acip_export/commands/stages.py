@@ -73,10 +73,14 @@ def verify(
     acip-export verify export/gguf --text held-out.txt
     """
     from acip_export import pipeline
-    from acip_export.verify.verify import require_passed
+    from acip_export.verify.verify import EXPORT_PLAN_FILE, REPORT_FILE, require_passed
 
     with console.stage_bars() as progress:
         report = pipeline.verify_directory(export_dir, model, scores, bundle, text, progress)
+    if (export_dir / REPORT_FILE).is_file():
+        plan = load_plan(export_dir / EXPORT_PLAN_FILE)
+        checkpoint, opened = pipeline.ranked_model_of(plan, model, scores)
+        pipeline.write_report(export_dir, checkpoint, opened)
     if json:
         console.print_json(report.to_json())
     else:
