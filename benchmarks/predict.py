@@ -42,8 +42,9 @@ PLANS: tuple[tuple[str, str, tuple[str, ...], tuple[float, ...]], ...] = (
     ("gguf", "stock", ("q2_k",), (0.3,)),
     ("gguf", "stock", ("iq3_xxs", "q4_k"), (0.25,)),
     ("gguf", "adapter", ("q8_0",), (0.5, 0.42, 0.36, 0.3)),
-    ("gguf", "adapter", ("q8_0", "q4_0"), (0.42, 0.34, 0.28, 0.24)),
-    ("gguf", "adapter", ("q4_0", "q2_k"), (0.28, 0.22)),
+    ("gguf", "adapter", ("q8_0", "q4_0"), (0.34, 0.28, 0.24)),
+    ("gguf", "adapter", ("f16", "q8_0", "q3_k", "q2_k"), (0.34, 0.28, 0.24)),
+    ("gguf", "adapter", ("q4_0", "q2_k"), (0.22,)),
     ("onnx", "factored", (), (0.6, 0.45, 0.38, 0.32, 0.27, 0.23)),
     ("onnx", "factored", ("int8",), (0.5, 0.42, 0.36)),
     ("onnx", "factored", ("f32",), (1.3, 1.0)),
@@ -153,7 +154,8 @@ def main() -> None:
                 "types": list(types),
                 "share": share,
                 "bytes": plan.planned_bytes,
-                "low_rank": sum(t.rank is not None for t in plan.tensors),
+                "low_rank": sum(t.representation in ("adapter", "factored") for t in plan.tensors),
+                "corrected": sum(t.representation == "residual" for t in plan.tensors),
                 "predicted_loss": plan.predicted_loss,
                 "adapters": plan.adapters,
             }
@@ -170,8 +172,9 @@ def main() -> None:
                 result | {"measured_loss": measured, "standard_error": error, "digest": _digest(tensors)}
             )
             print(
-                f"{target} {layout} {','.join(types) or 'default'} {share}: low rank {result['low_rank']}, predicted "
-                f"{plan.predicted_loss:.4f}, measured {measured:.4f} +- {error:.4f}",
+                f"{target} {layout} {','.join(types) or 'default'} {share}: low rank {result['low_rank']}, "
+                f"corrected {result['corrected']}, predicted {plan.predicted_loss:.4f}, "
+                f"measured {measured:.4f} +- {error:.4f}",
                 flush=True,
             )
     entry["summary"] = summary(entry["results"])

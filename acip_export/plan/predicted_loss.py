@@ -1,28 +1,35 @@
 """Predicted loss, in one unit for everything: nats per token above the dense model, to second order.
 
 With H = E[x x^T] and G = E[g g^T], a change dW costs 1/2 tr(G dW H dW^T). The score file holds that number for each
-dropped component, and for rounding each weight or factor with a relative mean square error of one; formats.py has the
-error of each format. The sum over a plan is then scaled to the curve that was measured when the model was ranked.
+dropped component, scaled here to the curve that was measured when the model was ranked, and for rounding each weight
+or factor with a relative mean square error of one; what the formats' errors are was measured on the model
+(:mod:`acip_export.rounding_errors`). A plan's predicted loss is the sum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.scores import ScoreFile
+from acip_export.scores import CurvePoint, ScoreFile
+
+# Bounds on measured over estimated loss: near the dense model both are small, and their quotient is noise.
+_FACTORS = (0.25, 8.0)
 
 FloatArray = npt.NDArray[np.float64]
 
 
 def component_losses(scores: ScoreFile) -> dict[str, FloatArray]:
-    """Loss of dropping each component, made consistent with the global order.
+    """Loss of dropping each component, made consistent with the global order and scaled to the measured curve.
 
     The second-order estimate knows the size of things, the learned order knows their sequence: the least-squares
     non-decreasing fit of the estimates along the order has both. Where the order came from the estimates it changes
-    nothing.
+    nothing. Then the components that one step of the curve drops are scaled to add up to what that step was measured to
+    cost: dropping is systematic and costs up to twice its estimate, rounding is noise and costs just about its own
+    (benchmarks/predict.json), so only the losses of dropping are scaled.
     """
     from scipy.optimize import isotonic_regression
 
@@ -30,12 +37,50 @@ def component_losses(scores: ScoreFile) -> dict[str, FloatArray]:
     estimates = np.concatenate([scores.modules[name].drop_loss for name in order.names]).astype(np.float64)
     losses = np.empty_like(estimates)
     losses[order.positions] = isotonic_regression(estimates[order.positions]).x
-    return dict(zip(order.names, np.split(losses, np.cumsum(order.counts)[:-1]), strict=True))
+    return _scaled(scores, dict(zip(order.names, np.split(losses, np.cumsum(order.counts)[:-1]), strict=True)))
+
+
+def _scaled(scores: ScoreFile, losses: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    """Each component's loss times (measured / estimated) of the step of the curve that drops it first."""
+    scaled = {name: values.copy() for name, values in losses.items()}
+    dropped = {name: np.zeros(len(values), bool) for name, values in losses.items()}
+    before, factor = 0.0, 1.0
+    for point in scores.curve[1:]:
+        new: dict[str, npt.NDArray[np.int64]] = {}
+        for name, units in _dropped_at(scores, point.ratio):
+            new[name] = units[~dropped[name][units]]
+            dropped[name][units] = True
+        estimate = sum(float(losses[name][units].sum()) for name, units in new.items())
+        measured = max(before, _measured(point) - scores.curve[0].loss)
+        if estimate > 0:
+            factor = float(np.clip((measured - before) / estimate, *_FACTORS))
+        for name, units in new.items():
+            scaled[name][units] *= factor
+        before = measured
+    for name, done in dropped.items():
+        scaled[name][~done] *= factor
+    return scaled
+
+
+def _dropped_at(scores: ScoreFile, ratio: float) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """The components that a cut of the curve drops: none of a module whose pair would be larger than its weight."""
+    for name, rank in scores.ranks_at(ratio).items():
+        module = scores.modules[name]
+        if rank * sum(module.shape) < module.shape[0] * module.shape[1]:
+            yield name, module.order[rank:]
+
+
+def _measured(point: CurvePoint) -> float:
+    """With adapters where they help: the plan takes them there."""
+    return point.loss if point.loss_with_adapters is None else min(point.loss, point.loss_with_adapters)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Monotone map from summed estimates to measured loss, from the score file's curve.
+    """Monotone map from summed losses to measured loss, from the score file's curve.
+
+    Nearly the identity: :func:`component_losses` has scaled each component already. What is left is what its bounds
+    on the scale did not allow.
 
     Attributes:
         estimated, measured: (n,) both start at 0 and never fall. adapters_help: (n,) whether the adapters lowered the
@@ -68,13 +113,9 @@ def calibrate(scores: ScoreFile, losses: dict[str, FloatArray]) -> Calibration:
     dense = scores.curve[0].loss
     points: list[tuple[float, float, bool]] = [(0.0, 0.0, False)]
     for point in scores.curve[1:]:
-        estimate = 0.0
-        for name, rank in scores.ranks_at(point.ratio).items():
-            module = scores.modules[name]
-            if rank * sum(module.shape) < module.shape[0] * module.shape[1]:
-                estimate += float(losses[name][module.order[rank:]].sum())
+        estimate = sum(float(losses[name][units].sum()) for name, units in _dropped_at(scores, point.ratio))
         with_adapters = point.loss if point.loss_with_adapters is None else point.loss_with_adapters
-        points.append((estimate, min(point.loss, with_adapters) - dense, with_adapters < point.loss))
+        points.append((estimate, _measured(point) - dense, with_adapters < point.loss))
     points.sort()
     kept: list[tuple[float, float, bool]] = []
     for estimate, measured, helps in points:
