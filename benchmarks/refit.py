@@ -1,10 +1,10 @@
-"""What fitting factors to their quantizer gains, step by step, in predicted loss (acip_export/materialize/refit.py), and
-what low-rank corrections of a quantized base gain (acip_export/materialize/residual.py).
+"""What fitting factors to their quantizer gains, step by step, in predicted loss (acip_export/materialize/refit.py),
+and what low-rank corrections of a quantized base gain (acip_export/materialize/residual.py).
 
     python benchmarks/refit.py --model samples/llama --scores llama.acip
 
-Writes benchmarks/refit.json. Sums over the modules of the chosen layers; every figure is the loss of rounding over that of
-the same pair rounded as the ranking has it (for corrections: over that of the base alone).
+Writes benchmarks/refit.json. Sums over the modules of the chosen layers; every figure is the loss of rounding over that
+of the same pair rounded as the ranking has it (for corrections: over that of the base alone).
 """
 
 from __future__ import annotations

@@ -42,10 +42,8 @@ def test_every_cut_costs_what_it_was_measured_to_cost(scores: ScoreFile) -> None
 
 
 def test_adapters_count_where_they_help(scores: ScoreFile) -> None:
-    helped = replace(
-        scores,
-        curve=tuple(replace(p, loss_with_adapters=p.loss + (0.01 if p.ratio > 0.5 else -0.01)) for p in scores.curve),
-    )
+    curve = tuple(replace(p, loss_with_adapters=p.loss + (0.01 if p.ratio > 0.5 else -0.01)) for p in scores.curve)
+    helped = replace(scores, curve=curve)
     losses, calibration = component_losses(helped), calibrate(helped, component_losses(helped))
     estimates = [sum(float(losses[n][u].sum()) for n, u in _cut(helped, p.ratio).items()) for p in helped.curve[1:]]
     assert [calibration.adapters(e) for e in estimates] == [False, False, True, True]
