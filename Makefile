@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: help setup demo docs picture test lint type llama-cpp bench bench-encoder bench-extension sample consumers clean
+.PHONY: bench-plan bench-presets help setup demo docs picture test lint type llama-cpp bench bench-encoder bench-extension sample consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -53,6 +53,12 @@ bench-encoder: $(STAMP) ## Similarity that a sentence encoder keeps, by ranking 
 
 bench-extension: llama-cpp ## Factor pairs against dense weights in llama.cpp, side by side (slow)
 	$(BIN)/python benchmarks/extension.py
+
+bench-plan: $(STAMP) ## Measure planning time and memory for a model of 7 billion parameters
+	$(BIN)/python benchmarks/plan.py
+
+bench-presets: $(STAMP) ## Compare plans with presets in the runtimes, both sample models (an hour; goes on where it was)
+	$(BIN)/python benchmarks/presets.py
 
 sample: $(STAMP) ## Train the sample models again (slow)
 	$(BIN)/python samples/train.py --arch llama --out samples/llama

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from acip_export.bundle import PLAN_FILE, Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import (
+    AcipError,
     CheckpointError,
     InfeasibleBudgetError,
     MissingExtraError,
@@ -22,7 +23,7 @@ from acip_export.errors import (
     VerificationError,
 )
 from acip_export.files import new_directory, refuse_existing, scratch_directory
-from acip_export.plan import PlanRequest, make_plan
+from acip_export.plan import PlanRequest, Problem, SweepLine, make_plan, preset_points, sweep
 from acip_export.plans import Plan, load_plan
 from acip_export.report import Exported, Ranking, build_page, write_papers
 from acip_export.report.data import ScoreMap, embedded, read_export
@@ -156,6 +157,28 @@ def rounding_errors(
     return measured
 
 
+def planning_problem(
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+) -> Problem:
+    """What all budgets of ``request``'s target, layout and types share: measured rounding errors, exact file sizes.
+
+    Raises as :func:`acip_export.plan.make_plan`, but for the budget.
+    """
+    from acip_export.targets import target as find_target
+    from converters.registry import converter
+
+    target = converter(request.target)
+    layout = find_target(request.target).layouts_for(request.layout, request.runtime)[0].name
+    request = replace(request, layout=layout)
+    return Problem.of(
+        checkpoint,
+        scores,
+        request,
+        lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime),
+        rounding_errors(checkpoint, scores, request, progress),
+    )
+
+
 def plan_export(
     checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
 ) -> Plan:
@@ -199,6 +222,60 @@ def plan_export(
     best = min(plans, key=lambda made: made.predicted_loss)
     compared = ", ".join(f"{made.layout} {made.predicted_loss:.4f}" for made in plans)
     return replace(best, notes=(*best.notes, f"predicted loss by layout: {compared} {best.loss_unit}"))
+
+
+def sweep_sizes(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    requests: Sequence[tuple[str, PlanRequest]],
+    progress: ProgressCallback = quiet,
+) -> list[SweepLine]:
+    """The curve of sizes against predicted quality for every labelled request; the first of a target has its presets.
+
+    Requests that the model or the installation does not support are left out, unless none is supported.
+
+    Raises:
+        UnsupportedError, MissingExtraError: of the first request, when no line could be made.
+    """
+    lines: list[SweepLine] = []
+    refusals: list[AcipError] = []
+    for label, request in requests:
+        try:
+            problem = planning_problem(checkpoint, scores, request, progress)
+            line = sweep(problem, request, label, progress=_steps_of(label, progress))
+        except (UnsupportedError, MissingExtraError) as error:
+            refusals.append(error)
+            continue
+        first = all(line.target != other.target for other in lines)
+        lines.append(replace(line, presets=preset_points(problem, request)) if first else line)
+    if not lines:
+        raise refusals[0]
+    return lines
+
+
+def _steps_of(stage: str, progress: ProgressCallback) -> Callable[[int, int], None]:
+    return lambda done, total: progress(StageProgress(stage, done, total, ""))
+
+
+def sweep_document(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    requests: Sequence[tuple[str, PlanRequest]],
+    lines: Sequence[SweepLine],
+) -> dict[str, Any]:
+    """What a sweep is written as; docs/plan.md describes it."""
+    request = requests[0][1]
+    return {
+        "format": "acip-sweep",
+        "version": 1,
+        "model": checkpoint.name,
+        "model_fingerprint": checkpoint.fingerprint,
+        "scores_sha256": scores.sha256,
+        "dense_bytes": checkpoint.weight_bytes,
+        "scope": request.budget_scope,
+        "loss_unit": scores.loss_unit,
+        "lines": [asdict(line) for line in lines],
+    }
 
 
 def materialize_bundle(

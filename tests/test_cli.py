@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -207,6 +208,7 @@ BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "9999"), 2, "--context 9999"),
     (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "0"), 2, "--context 0"),
     (_nothing, (*FIT, "--budget-scope", "disk"), 2, "disk"),
+    (_nothing, (*FIT, "--types", "q8_0;q4_k"), 2, "several sets"),
     (_nothing, (*FIT, "--cache-type", "q1"), 2, "q1"),
     (_nothing, (*FIT, "--prompt-batch", "0"), 2, "--prompt-batch 0"),
     (_nothing, ("--device", "toaster"), 2, "unknown device 'toaster'"),
@@ -350,6 +352,64 @@ def test_plan_needs_no_torch(target: str, model: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=model)
     assert done.returncode == 0, done.stderr
     assert "budget" in done.stdout
+
+
+def test_sweep(model: Path, run: Run) -> None:
+    """Curves fall, start at a budget that is feasible, and presets lie on or above them."""
+    asked = ("plan", "--sweep", "--format", "gguf", "--layout", "stock", "--types", "q8_0,q4_k,q2_k;q8_0")
+    done = run(*asked, "-o", "curve.svg")
+    assert done.code == 0, done.err
+    assert (model / "curve.svg").read_text(encoding="utf-8").lstrip().startswith("<?xml")
+    document = json.loads((model / "curve.json").read_text())
+    assert [line["types"] for line in document["lines"]] == [["q8_0", "q4_k", "q2_k"], ["q8_0"]]
+    mixed, single = (line["points"] for line in document["lines"])
+    for points in (mixed, single):
+        assert all(a["used_bytes"] < b["used_bytes"] for a, b in itertools.pairwise(points))
+        assert all(a["predicted_loss"] > b["predicted_loss"] for a, b in itertools.pairwise(points))
+    smallest = mixed[0]["used_bytes"]
+    named = ("plan", "--format", "gguf", "--types", "q8_0,q4_k,q2_k", "--prompt-batch", "32", "--json")
+    planned = run(*named, "--budget", f"{smallest}B")
+    assert json.loads(planned.out)["certificate"]["bytes_left"] == 0
+    assert run(*named, "--budget", f"{smallest - 1}B").code == 4
+    presets = document["lines"][0]["presets"]
+    assert set(presets) == {"q8_0", "q4_k", "q2_k"}
+    for point in presets.values():
+        within = [p["predicted_loss"] for p in mixed if p["used_bytes"] <= point["used_bytes"]]
+        reached = json.loads(run(*named, "--budget", f"{point['used_bytes']}B").out)["predicted_loss"]
+        assert reached <= point["predicted_loss"] + 1e-12
+        assert min(within) >= reached - 1e-12
+    assert run(*asked, "-o", "curve.svg").code == 2
+    printed = run(*asked, "--json")
+    assert json.loads(printed.out) == document
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--budget", "3MB"), 2, "leave --budget out"),
+        (("-o", "curve.pdf"), 2, ".png or .svg"),
+        (("--format", "tflite"), 5, "unknown format"),
+        (("--format", "gguf", "--layout", "spiral"), 5, "no layout"),
+        (("--format", "gguf", "--types", "q4_5"), 5, "no type"),
+        (("--format", "gguf", "--context", "0"), 2, "--context 0"),
+    ],
+)
+def test_bad_sweeps(arguments: tuple[str, ...], code: int, says: str, model: Path, run: Run) -> None:
+    before = sorted(model.rglob("*"))
+    outcome = run("plan", "--sweep", *arguments)
+    assert outcome.code == code, outcome.err
+    assert says in outcome.err
+    assert sorted(model.rglob("*")) == before
+
+
+def test_a_sweep_without_matplotlib_says_what_to_install(
+    model: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = run("plan", "--sweep", "--format", "gguf")
+    assert outcome.code == 7
+    assert "pip install 'acip-export[plot]'" in outcome.err
+    assert not list(model.glob("sweep.*"))
 
 
 def test_device_plan(model: Path, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from acip_export import console
 from acip_export.checkpoint import Checkpoint
 from acip_export.commands.options import Force, Json, PlanFlags, Text, Verbose, takes_plan_flags
 from acip_export.errors import UsageError
-from acip_export.files import refuse_existing
+from acip_export.files import new_file, refuse_existing
 from acip_export.plans import save_plan
 from acip_export.version import __version__
 
@@ -109,7 +110,13 @@ def export(
 @takes_plan_flags
 def plan(
     flags: PlanFlags,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this file.")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Every size instead of one: quality against bytes, drawn and as JSON.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Also write the plan to this file; the drawing of a sweep (.png or .svg)."),
+    ] = None,
     json: Json = False,
     force: Force = False,
     verbose: Verbose = False,
@@ -119,9 +126,16 @@ def plan(
     acip-export plan --budget 900MB --format gguf -o plan.json
 
     acip-export plan --device iphone-15-pro-8gb --context 8192
+
+    acip-export plan --sweep --format gguf -o sweep.svg
+
+    acip-export plan --sweep --format onnx --types 'int8;int4' -o types.png
     """
     from acip_export import pipeline
 
+    if sweep:
+        _sweep(flags, out, json, force)
+        return
     request = flags.request()
     if out is not None:
         refuse_existing(out, force)
@@ -134,3 +148,33 @@ def plan(
         console.print_json(made.to_json())
     else:
         console.show_plan(made, verbose)
+
+
+def _sweep(flags: PlanFlags, out: Path | None, json: bool, force: bool) -> None:
+    """Compute the curves, then print them as JSON, or draw them and write the JSON beside the drawing."""
+    from acip_export import pipeline, sweep_plot
+
+    requests = flags.sweep_requests()
+    drawing = None if json and out is None else out or Path("sweep.png")
+    if drawing is not None:
+        sweep_plot.check_suffix(drawing)
+        sweep_plot.require_matplotlib()
+        for file in (drawing, drawing.with_suffix(".json")):
+            refuse_existing(file, force)
+    checkpoint = Checkpoint.open(flags.model)
+    scores = pipeline.open_scores(checkpoint, flags.scores)
+    with console.stage_bars() as progress:
+        lines = pipeline.sweep_sizes(checkpoint, scores, requests, progress)
+    document = pipeline.sweep_document(checkpoint, scores, requests, lines)
+    if drawing is not None:
+        title = f"{checkpoint.name}: size and predicted quality"
+        scope = requests[0][1].budget_scope
+        sweep_plot.draw(lines, title, scope, scores.loss_unit, drawing, force)
+        with new_file(drawing.with_suffix(".json"), force) as temporary:
+            temporary.write_text(dumps(document, indent=1) + "\n", encoding="utf-8")
+    if json:
+        console.print_json(document)
+        return
+    for line in sweep_plot.summary(lines):
+        console.out.print(line, markup=False)
+    console.out.print(f"drawn in {drawing}, figures in {drawing and drawing.with_suffix('.json')}", markup=False)

@@ -14,7 +14,8 @@ import typer
 from acip_export.devices import Device, find_device, load_devices
 from acip_export.errors import UsageError
 from acip_export.plans import BudgetScope
-from acip_export.targets import TARGETS
+from acip_export.targets import AUTO, TARGETS
+from acip_export.targets import target as find_target
 from acip_export.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -92,23 +93,56 @@ class PlanFlags:
         Raises:
             UsageError: a flag is missing or malformed, or flags contradict each other. DeviceFileError.
         """
+        device = self._device()
+        target = self._target(device)
+        (types,) = self._type_sets(1)
+        return self._request(device, target, self._budget(device), self.layout, types)
+
+    def sweep_requests(self) -> list[tuple[str, PlanRequest]]:
+        """One request for every line of a sweep, labelled: targets, layouts and sets of types, all that were not named.
+
+        Raises:
+            UsageError: as :meth:`request`, or a budget. UnsupportedError: no such layout or runtime.
+        """
+        if self.budget is not None:
+            raise UsageError("--sweep plans for every budget; leave --budget out")
+        device = self._device()
+        targets = [self._target(device)] if self.format_ or device else list(TARGETS)
+        sets, found = self._type_sets(None), []
+        for target in targets:
+            if target not in TARGETS:
+                find_target(target)  # says what is known
+            for layout in TARGETS[target].layouts_for(self.layout or AUTO, self.runtime):
+                for types in sets:
+                    label = f"{target}, {layout.name}" + (f": {', '.join(types)}" if types else "")
+                    found.append((label, self._request(device, target, 1, layout.name, types)))
+        return found
+
+    def _type_sets(self, most: int | None) -> list[tuple[str, ...]]:
+        sets = [
+            tuple(name.strip().lower() for name in names.split(",") if name.strip()) for names in self.types.split(";")
+        ]
+        if most is not None and len(sets) > most:
+            raise UsageError(f"--types {self.types!r} has several sets; they are the lines of a  --sweep")
+        return sets
+
+    def _request(
+        self, device: Device | None, target: str, budget: int, layout: str | None, types: tuple[str, ...]
+    ) -> PlanRequest:
         from acip_export.plan import DEFAULT_CONTEXT, PlanRequest
 
-        device = self._device()
         if self.prompt_batch is not None and self.prompt_batch < 1:
             raise UsageError(f"--prompt-batch {self.prompt_batch} must be at least 1")
-        names = tuple(name.strip().lower() for name in self.types.split(",") if name.strip())
-        target = self._target(device)
-        if device is not None and not names:
-            names = device.types.get(target, ())
+        if device is not None and not types:
+            types = device.types.get(target, ())
         return PlanRequest(
             target=target,
-            budget_bytes=self._budget(device),
+            budget_bytes=budget,
             budget_scope=self.budget_scope or ("memory" if device is None else "process"),
             runtime=self.runtime if self.runtime or device is None else device.runtimes.get(target),
             execution=self.target,
-            layout=self.layout,
-            types=names,
+            layout=layout,
+            types=types,
             context=self.context,
             cache_type=self.cache_type,
             prompt_batch=self.prompt_batch,

@@ -1,0 +1,309 @@
+"""Our plans against presets and against ranks at one type: perplexity in the runtime at equal file sizes.
+
+    python benchmarks/presets.py [--quick] [--model samples/llama samples/qwen3] [--only gguf]
+
+For every model and target, three series of exports, measured in llama.cpp or onnxruntime on text that neither training
+nor ranking saw:
+
+- plans at every budget of a sweep from 15 % to 100 % of the bf16 bytes, and at the bytes of every preset;
+- presets: everything dense in one type, by our own writer (with importance, as llama.cpp's tools do with an imatrix);
+- ACIP ranks at one fixed type: what ranking alone gives.
+
+Budgets are files, since presets know of nothing else. Results are written after every export and kept: a run that was
+interrupted goes on, and one with more tokens measures again. Then benchmarks/presets.json says at which budgets a
+preset of at most our bytes was better, and docs/images/presets.svg shows all curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import numpy as np
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import InfeasibleBudgetError
+from acip_export.pipeline import export_model, planning_problem, rank_to_file, text_windows
+from acip_export.plan import PlanRequest, Problem, preset
+from acip_export.plans import Plan
+from acip_export.scores import ScoreFile, load_scores
+from acip_export.verify.measure import log_softmax
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / ".bench"
+TEXTS = ROOT / "samples" / "text"
+CONTEXT = 256
+SHARES = (0.15, 0.175, 0.2, 0.225, 0.25, 0.275, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)
+QUICK_SHARES = (0.15, 0.25, 0.4, 1.0)
+SESSIONS = {
+    "gguf": ("acip_export.verify.llama_cpp", "LlamaCppSession"),
+    "onnx": ("acip_export.verify.onnxruntime", "OnnxRuntimeSession"),
+}
+# target -> layout of our plans, presets, and the layout and type of ACIP ranks alone.
+CASES: dict[str, dict[str, Any]] = {
+    "gguf": {
+        "layout": "stock",
+        "presets": (
+            "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs",
+            "iq2_xxs",
+        ),
+        "quick": ("q8_0", "q4_k", "q3_k", "iq3_xxs", "q2_k", "iq2_xxs"),
+        "ranks": ("adapter", "q8_0"),
+    },
+    "onnx": {
+        "layout": "factored",
+        "presets": ("int8", "int8-b128", "int4", "int4-b64", "int4-b128"),
+        "quick": ("int8", "int4", "int4-b128"),
+        "ranks": ("factored", "int8"),
+    },
+}  # fmt: skip
+
+
+def ranked(checkpoint: Checkpoint, given: Path | None) -> ScoreFile:
+    """The score file given, or one made by the default algorithm and kept."""
+    file = given or WORK / f"{checkpoint.name}.acip"
+    if not file.is_file():
+        print(f"ranking {checkpoint.name}", flush=True)
+        WORK.mkdir(exist_ok=True)
+        rank_to_file(checkpoint, TEXTS / "calibration.txt", file)
+    return load_scores(file)
+
+
+def series(
+    checkpoint: Checkpoint, scores: ScoreFile, target: str, shares: tuple[float, ...], presets: tuple[str, ...]
+) -> Iterator[tuple[str, str, Plan]]:
+    """Every plan to be measured: its series, its label, itself."""
+    case = CASES[target]
+    largest = 4 * checkpoint.weight_bytes
+    request = PlanRequest(target, largest, "file", layout=case["layout"], context=CONTEXT)
+    problem = planning_problem(checkpoint, scores, request)
+    everything = PlanRequest(target, largest, "file", layout=case["layout"], types=presets, context=CONTEXT)
+    one_type = planning_problem(checkpoint, scores, everything)
+    budgets = {f"{share:.1%} of bf16": round(share * checkpoint.weight_bytes) for share in shares}
+    for name in presets:
+        plan = preset(one_type, name).plan(everything)
+        budgets[f"bytes of {name}"] = plan.planned_bytes
+        yield "preset", name, plan
+    yield from at_budgets("plan", problem, request, budgets)
+    layout, kind = case["ranks"]
+    ranks = PlanRequest(target, largest, "file", layout=layout, types=(kind,), context=CONTEXT)
+    yield from at_budgets(f"ranks at {kind}", planning_problem(checkpoint, scores, ranks), ranks, budgets)
+
+
+def at_budgets(
+    name: str, problem: Problem, request: PlanRequest, budgets: dict[str, int]
+) -> Iterator[tuple[str, str, Plan]]:
+    from dataclasses import replace
+
+    for label, budget in budgets.items():
+        try:
+            yield name, label, problem.plan(replace(request, budget_bytes=budget))
+        except InfeasibleBudgetError:
+            continue  # below this series' smallest size: it has no point there
+
+
+def measure(checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, windows: Any) -> list[float]:
+    """Mean loss of each window, in the runtime."""
+    module, name = SESSIONS[plan.target]
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "export"
+        export_model(checkpoint, scores, plan, out, verify=False)
+        with getattr(import_module(module), name)(out, plan.runtime) as session:
+            return [
+                round(float(-log_softmax(logits[:-1])[np.arange(len(window) - 1), window[1:]].mean()), 6)
+                for logits, window in zip(session.logits(windows), windows, strict=True)
+            ]
+
+
+def identity(plan: Plan, scores: ScoreFile, tokens: int) -> str:
+    """Of what is measured: the same decisions need no second export."""
+    parts = [plan.target, plan.layout, plan.adapters, scores.sha256, tokens, [repr(t) for t in plan.tensors]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def comparison(points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where another series with at most our bytes was better.
+
+    A loss within one standard error of the difference (paired by window) is counted, and marked.
+    """
+    ours = [point for point in points if point["series"] == "plan"]
+    lost: list[dict[str, Any]] = []
+    compared = 0
+    for other in (point for point in points if point["series"] != "plan"):
+        fair = [point for point in ours if point["bytes"] >= other["bytes"]]
+        if not fair:
+            continue
+        compared += 1
+        mine = min(fair, key=lambda point: point["bytes"])
+        gap = np.array(mine["losses"]) - np.array(other["losses"])
+        if gap.mean() > 0:
+            error = float(gap.std(ddof=1) / np.sqrt(len(gap)))
+            lost.append(
+                {
+                    "to": f"{other['series']} {other['label']}",
+                    "bytes": [mine["bytes"], other["bytes"]],
+                    "perplexity": [mine["perplexity"], other["perplexity"]],
+                    "nats": round(float(gap.mean()), 5),
+                    "standard_error": round(error, 5),
+                    "within_noise": bool(gap.mean() <= error),
+                }
+            )
+    return {"compared": compared, "lost": lost}
+
+
+def plot(document: dict[str, Any], file: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = sorted({(point["model"], point["target"]) for point in document["points"]}, key=lambda g: (g[1], g[0]))
+    models = sorted({model for model, _ in groups})
+    targets = sorted({target for _, target in groups})
+    figure, axes = plt.subplots(
+        len(models), len(targets), figsize=(5.2 * len(targets), 3.6 * len(models)), squeeze=False, layout="constrained"
+    )
+    mpl.rcParams["svg.hashsalt"] = "presets"  # equal data, equal file
+    for model, target in groups:
+        axis = axes[models.index(model)][targets.index(target)]
+        points = [p for p in document["points"] if (p["model"], p["target"]) == (model, target)]
+        worst = max(p["perplexity"] for p in points if p["series"] != "preset" or p["perplexity"] < 60)
+        for name, style in (
+            ("plan", {"color": "#0b6e4f", "marker": "o", "markersize": 3.5, "linewidth": 1.8, "zorder": 3}),
+            ("preset", {"color": "#c1121f", "marker": "s", "markersize": 4.5, "linestyle": "none", "zorder": 4}),
+            ("ranks", {"color": "#6c757d", "marker": ".", "linewidth": 1.2, "linestyle": "--", "zorder": 2}),
+        ):
+            line = sorted({(p["bytes"] / 1e6, p["perplexity"]) for p in points if p["series"].split()[0] == name})
+            label = {"plan": "acip-export", "preset": "one type for everything"}.get(
+                name, f"ACIP {next((p['series'] for p in points if p['series'].startswith('ranks')), 'ranks')}"
+            )
+            axis.plot([x for x, _ in line], [y for _, y in line], label=label, **style)
+        for p in points:
+            if p["series"] == "preset":
+                axis.annotate(p["label"], (p["bytes"] / 1e6, p["perplexity"]), fontsize=6.5, color="#c1121f",
+                              xytext=(4, 3), textcoords="offset points", clip_on=True)  # fmt: skip
+        axis.set_yscale("log")
+        low = min(p["perplexity"] for p in points)
+        axis.set_ylim(low * 0.97, min(worst, low * 4) * 1.05)
+        axis.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.tick_params(which="both", labelsize=8)
+        axis.grid(which="both", color="#e9ecef", linewidth=0.7)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        runtime = {"gguf": "GGUF in llama.cpp", "onnx": "ONNX in onnxruntime"}[target]
+        axis.set_title(f"{model}: {runtime}", fontsize=10, loc="left")
+        axis.set_xlabel("file size, MB", fontsize=9)
+        axis.set_ylabel("perplexity", fontsize=9)
+        axis.legend(fontsize=8, frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None, dpi=150)
+    plt.close(figure)
+
+
+def save(document: dict[str, Any], out: Path) -> None:
+    """One line a point, so that a difference shows what changed."""
+    groups = sorted({(point["model"], point["target"]) for point in document["points"]})
+    document["comparison"] = {
+        f"{model}, {target}": comparison(
+            [p for p in document["points"] if (p["model"], p["target"]) == (model, target)]
+        )
+        for model, target in groups
+    }
+    head = json.dumps({k: v for k, v in document.items() if k != "points"}, indent=1)
+    lines = ",\n  ".join(json.dumps(point) for point in document["points"])
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(f'{head[:-2]},\n "points": [\n  {lines}\n ]\n}}\n')
+    temporary.replace(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, nargs="+", default=[ROOT / "samples/llama", ROOT / "samples/qwen3"])
+    parser.add_argument("--scores", type=Path, nargs="*", default=[], help="one for each model; default: ranked here")
+    parser.add_argument("--only", choices=sorted(CASES), help="one target")
+    parser.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")
+    parser.add_argument("--quick", action="store_true", help="four budgets, fewer presets, 4,096 tokens")
+    parser.add_argument("--plot-only", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "presets.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "images" / "presets.svg")
+    args = parser.parse_args()
+    old = json.loads(args.out.read_text()) if args.out.is_file() else {"points": []}
+    if args.plot_only:
+        plot(old, args.plot)
+        return
+    tokens = 4_096 if args.quick else args.tokens
+    document: dict[str, Any] = {
+        "benchmark": "presets",
+        "context": CONTEXT,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
+        "versions": {name: version(name) for name in ("onnxruntime", "xllamacpp", "gguf", "torch")},
+        "points": old["points"],
+    }
+    for number, directory in enumerate(args.model):
+        checkpoint = Checkpoint.open(directory)
+        scores = ranked(checkpoint, args.scores[number] if number < len(args.scores) else None)
+        windows = text_windows(checkpoint, TEXTS / "evaluation.txt", CONTEXT, tokens)
+        for target, case in CASES.items():
+            if args.only and target != args.only:
+                continue
+            group, measured = (checkpoint.name, target), {p["identity"]: p for p in document["points"]}
+            before = [p for p in document["points"] if (p["model"], p["target"]) != group]
+            points: list[dict[str, Any]] = []
+            shares, presets = (QUICK_SHARES, case["quick"]) if args.quick else (SHARES, case["presets"])
+            for name, label, plan in series(checkpoint, scores, target, shares, presets):
+                key, started = identity(plan, scores, tokens), time.perf_counter()
+                losses = measured[key]["losses"] if key in measured else measure(checkpoint, scores, plan, windows)
+                points.append(
+                    {
+                        "model": checkpoint.name,
+                        "target": target,
+                        "series": name,
+                        "label": label,
+                        "bytes": plan.planned_bytes,
+                        "budget": plan.budget_bytes,
+                        "perplexity": round(float(np.exp(np.mean(losses))), 4),
+                        "predicted": plan.predicted_perplexity and round(plan.predicted_perplexity, 4),
+                        "low_rank_layers": sum(t.rank is not None for t in plan.tensors),
+                        "tokens": int(windows.shape[0] * (windows.shape[1] - 1)),
+                        "identity": key,
+                        "losses": losses,
+                    }
+                )
+                measured[key] = points[-1]
+                pending = [p for p in old["points"] if (p["model"], p["target"]) == group]
+                done = {(p["series"], p["label"]) for p in points}
+                document["points"] = [
+                    *before, *points, *(p for p in pending if (p["series"], p["label"]) not in done)
+                ]  # fmt: skip
+                save(document, args.out)
+                print(
+                    f"{checkpoint.name:8} {target:5} {name:15} {label:20} {plan.planned_bytes:>9,} bytes  "
+                    f"perplexity {points[-1]['perplexity']:9.3f}  predicted {points[-1]['predicted']:9.3f}  "
+                    f"{time.perf_counter() - started:5.1f} s",
+                    flush=True,
+                )
+            document["points"] = [*before, *points]
+            save(document, args.out)
+    for group, result in document["comparison"].items():
+        print(f"{group}: {result['compared']} compared, {len(result['lost'])} lost")
+        for loss in result["lost"]:
+            print("  ", json.dumps(loss))
+    plot(document, args.plot)
+
+
+if __name__ == "__main__":
+    main()
