@@ -55,12 +55,14 @@ def _front_matter(page: Page) -> list[str]:
     """YAML whose strings are written as JSON, which YAML includes: no name can break out."""
     plan, ranking = page.own.plan, page.ranking
     hub, license_ = ("", "") if ranking is None else (ranking.hub, ranking.license)
-    encoder = page.own.report.get("similarity") is not None
+    # What a model that does neither is for, as a classifier, no plan says: no tag is better than a wrong one.
+    embeds = page.own.report.get("similarity") is not None
+    task = "text-generation" if plan.predicted_perplexity is not None else "sentence-similarity" if embeds else ""
     fields: list[tuple[str, object]] = [
         ("base_model", hub or plan.model),
         ("base_model_relation", "quantized"),
         ("library_name", {"gguf": "gguf", "onnx": "onnx"}.get(plan.target, plan.target)),
-        ("pipeline_tag", "sentence-similarity" if encoder else "text-generation"),
+        ("pipeline_tag", task),
         ("license", license_),
         ("quantized_by", "acip-export"),
         ("tags", [plan.target, *{"gguf": ["llama.cpp"], "onnx": ["onnxruntime"]}.get(plan.target, []), "acip"]),

@@ -13,7 +13,7 @@ from acip_export import pipeline
 from acip_export.anatomy.read import PAPERS
 from acip_export.errors import InputError, PlanFileError
 from acip_export.plans import Plan
-from acip_export.report import CARD_FILE, PAGE_FILE, Exported, Ranking, build_page, read_export
+from acip_export.report import CARD_FILE, PAGE_FILE, Exported, Ranking, build_page, card, read_export
 from acip_export.report.data import embedded, size_of
 from acip_export.report.source import hub_id, license_of
 from tests.report.conftest import BUDGETS, TYPES, Exports
@@ -200,6 +200,9 @@ def test_without_perplexity_there_is_none(exports: Exports) -> None:
     assert page.measured == ()
     assert page.predicted(page.sizes[0]) is None
     assert page.to_json()["points"][0]["shown"] is None
+    assert 'pipeline_tag: "sentence-similarity"' in card.render(page, ())
+    unknown = build_page(Exported(plan, {**report, "similarity": None}))
+    assert "pipeline_tag" not in card.render(unknown, ())
 
 
 def test_origin_of_a_model(tmp_path: Path) -> None:
