@@ -8,10 +8,10 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: bench-plan bench-presets help setup demo docs picture test lint type llama-cpp bench bench-encoder bench-extension sample consumers clean
+.PHONY: bench-plan bench-presets help setup demo docs picture test lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## Make the environment in .venv, with the tested versions
 
@@ -45,7 +45,6 @@ type: $(STAMP) ## mypy --strict on both packages
 
 bench: $(STAMP) ## Measure again what benchmarks/ holds (slow)
 	$(BIN)/python benchmarks/format_errors.py
-	$(BIN)/python benchmarks/ranking.py
 
 bench-encoder: $(STAMP) ## Similarity that a sentence encoder keeps, by ranking and size (slow)
 	$(BIN)/python samples/sentences.py --out .sentences
@@ -59,6 +58,12 @@ bench-plan: $(STAMP) ## Measure planning time and memory for a model of 7 billio
 
 bench-presets: $(STAMP) ## Compare plans with presets in the runtimes, both sample models (an hour; goes on where it was)
 	$(BIN)/python benchmarks/presets.py
+
+bench-rank: $(STAMP) ## Time and memory of a ranking step against a straightforward one
+	$(BIN)/python benchmarks/rank_speed.py
+
+bench-rank-quality: $(STAMP) ## Perplexity of every ranking at every size; goes on where it was stopped (slow)
+	$(BIN)/python benchmarks/ranking.py
 
 sample: $(STAMP) ## Train the sample models again (slow)
 	$(BIN)/python samples/train.py --arch llama --out samples/llama

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from acip_export.errors import UsageError
@@ -134,6 +135,7 @@ class DataConfig:
         batch: windows per forward pass of statistics and curve.
         seed: of label sampling, adapters, dropout, the order of the windows, and text of the model's own.
         field: of records: see :func:`acip_export.documents.read_documents`.
+        curve_ratios: sizes that the curve is measured at, falling from 1.
         most_tokens: of the text are used, from its front. self_tokens: that ``self`` samples.
     """
 
@@ -145,10 +147,14 @@ class DataConfig:
     field: str | None = None
     most_tokens: int = MOST_TOKENS
     self_tokens: int = 131_072
+    curve_ratios: tuple[float, ...] = CURVE_RATIOS
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 2:
             raise UsageError(f"context {self.context} must be at least 2 tokens: one to read, one to predict")
+        ratios = self.curve_ratios
+        if not ratios or ratios[0] != 1 or ratios[-1] < 0 or any(a <= b for a, b in pairwise(ratios)):
+            raise UsageError(f"the curve's ratios {ratios} must fall from 1")
 
 
 @dataclass(frozen=True)

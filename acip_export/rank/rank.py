@@ -184,6 +184,7 @@ def _rank(
             ranking.parts.whitenings,
             text.held_out,
             calibration.batch,
+            calibration.curve_ratios,
             progress=progress,
             task=text.task,
             processes=processes,
