@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acip_export.errors import DataError, MissingExtraError, UsageError
+from acip_export.errors import DataError, MissingExtraError, UnsupportedError, UsageError
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class Processes:
             torch.distributed.barrier()
 
 
+# How accelerate's launcher tells its processes to shard the model.
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
@@ -81,9 +84,16 @@ def start_processes(device: str) -> Processes:
         device: a torch device; ``auto``: the GPU that the launcher gave this process, the first one, or the CPU.
 
     Raises:
-        MissingExtraError: launched without accelerate. UsageError: no such device.
+        MissingExtraError: launched without accelerate. UsageError: no such device. UnsupportedError: launched for a
+            sharded model.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sharding = next((name for name in _SHARDING if os.environ.get(name, "").lower() in ("1", "true")), None)
+        if sharding is not None:
+            raise UnsupportedError(
+                f"{sharding} asks for a sharded model, but every process that ranks holds the whole one; "
+                "launch with  --multi_gpu, and  --precision model --gradient-checkpointing  where memory is short"
+            )
         try:
             from accelerate import PartialState
         except ImportError:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from acip_export.errors import DataError, UsageError
+from acip_export.errors import DataError, UnsupportedError, UsageError
 from acip_export.rank import AcipConfig, rank_model
-from acip_export.rank.processes import Processes, check_batch
+from acip_export.rank.processes import Processes, check_batch, start_processes
 from acip_export.scores import ScoreFile, load_scores
 from tests.rank.support import CALIBRATION
 
@@ -105,6 +105,13 @@ def test_shares_are_whole_and_disjoint() -> None:
         assert all(shares)
         seen = sorted((start + i, int(row)) for share in shares for start, part in share for i, row in enumerate(part))
         assert seen == [(i, i) for i in range(23)]
+
+
+def test_sharded_models_are_refused_and_not_ranked_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UnsupportedError, match="every process holds the whole one"):
+        start_processes("auto")
 
 
 def test_work_that_cannot_be_shared() -> None:
