@@ -148,7 +148,9 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     table.add_row(
         "runtime",
         f"{runtime.context} tokens",
-        f"KV cache {runtime.cache_type}, prompts in batches of {runtime.prompt_batch}",
+        f"KV cache {runtime.cache_type}, prompts in batches of {runtime.prompt_batch}"
+        if plan.generates
+        else f"a text, {runtime.prompt_batch} in a batch of texts",
     )
     out.print(table)
     out.print()

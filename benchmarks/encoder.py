@@ -17,6 +17,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -84,10 +85,15 @@ class Evaluation:
 
 
 def exports(
-    checkpoint: Checkpoint, scores: ScoreFile, evaluation: Evaluation, target: str, known: dict[Any, dict[str, float]]
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    evaluation: Evaluation,
+    target: str,
+    ratios: Sequence[float],
+    known: dict[Any, dict[str, float]],
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for ratio in RATIOS:
+    for ratio in ratios:
         request = PlanRequest(target, int(ratio * checkpoint.weight_bytes), budget_scope="file")
         try:
             plan = pipeline.plan_export(checkpoint, scores, request)
@@ -112,6 +118,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory with calibration.txt and evaluation.txt")
     parser.add_argument("--scores", type=Path, required=True, help="directory of rankings, made where missing")
     parser.add_argument("--only", nargs="*", choices=ALGORITHMS, default=ALGORITHMS)
+    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="of bytes, for exports")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "encoder.json")
     args = parser.parse_args()
     args.scores.mkdir(parents=True, exist_ok=True)
@@ -134,7 +141,10 @@ def main() -> None:
             "settings": dict(scores.algorithm),
             "seconds": seconds if seconds > 5 else None,  # it was there already
             "curve": [asdict(point) for point in scores.curve],
-            "exports": {target: exports(checkpoint, scores, evaluation, target, known) for target in ("onnx", "gguf")},
+            "exports": {
+                target: exports(checkpoint, scores, evaluation, target, args.ratios, known)
+                for target in ("onnx", "gguf")
+            },
         }
         args.out.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -41,7 +41,7 @@ _FLOAT_TOLERANCE = {"onnx": 1e-4, "gguf": 2e-2}
 # The bundle is rounded as the export is; what is left is the rounding of activations to eight bits. Ten times what was
 # measured on a trained encoder; a tensor in the wrong place costs some tenths.
 _ROUNDED_DISTANCE = 0.02
-_MOST_TEXTS = 512
+_MOST_TEXTS = 256
 
 _SESSIONS = {
     "gguf": ("acip_export.verify.llama_encoder", "LlamaEncoderSession"),
