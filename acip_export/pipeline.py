@@ -190,7 +190,9 @@ def plan_export(
     from acip_export.targets import target as find_target
     from converters.registry import converter
 
-    layouts = find_target(request.target, request.execution).layouts_for(request.layout, request.runtime)
+    known = find_target(request.target, request.execution)
+    known.check_options(request.options)
+    layouts = known.layouts_for(request.layout, request.runtime)
     target = converter(request.target)
     checkpoint = checkpoint.with_options(request.options)
 

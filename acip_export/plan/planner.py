@@ -143,7 +143,6 @@ class Problem:
         layout, *others = target.layouts_for(request.layout, request.runtime)
         if others:
             raise UsageError(f"one plan is for one layout: {', '.join(each.name for each in (layout, *others))}")
-        target.check_options(request.options)
         losses = component_losses(scores)
         types = target.choose_types(request.types)
         errors = errors or RoundingErrors(target.name, "", scores.sha256)
