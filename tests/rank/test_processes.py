@@ -110,7 +110,7 @@ def test_shares_are_whole_and_disjoint() -> None:
 def test_sharded_models_are_refused_and_not_ranked_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UnsupportedError, match="every process holds the whole one"):
+    with pytest.raises(UnsupportedError, match="every process that ranks holds the whole one"):
         start_processes("auto")
 
 
