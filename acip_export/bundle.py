@@ -144,10 +144,10 @@ def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Mod
     """
     from safetensors.torch import load_file
 
-    from acip_export.modules import FactoredLinear, tied_names, untrained_model
+    from acip_export.modules import FactoredLinear, tied_names, untrained_model, with_fixed_positions
 
     bundle = Bundle.open(Path(path))
-    model = untrained_model(bundle.config)
+    model = untrained_model(with_fixed_positions(bundle.config, bundle.plan.runtime.context))
     for decision in bundle.plan.tensors:
         if decision.rank is None:
             continue

@@ -120,6 +120,19 @@ def tied_names(checkpoint: Checkpoint) -> set[str]:
     return ({f"{head}.weight"} if checkpoint.shape.tied_embeddings else set()) | {"cls.predictions.decoder.bias"}
 
 
+def with_fixed_positions(config: dict[str, Any], context: int) -> dict[str, Any]:
+    """The configuration as runtimes read it: longrope's factors are chosen once, by the context that is served.
+
+    ``transformers`` chooses them by the length of each text, so a short text in a long context would differ.
+    """
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if "long_factor" not in rope or original is None or context <= int(original):
+        return config
+    return {**config, key: {**rope, "short_factor": rope["long_factor"]}}
+
+
 def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | Literal["auto"]) -> nn.Module:
     """The dense model with its weights, frozen, in evaluation mode; ``auto``: in the stored dtype.
 

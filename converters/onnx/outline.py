@@ -57,7 +57,7 @@ def outline(
     if not (_tested() and _described(config, shape, tensors, context)):
         return None
     graph = _Outline({decision.name: decision for decision in tensors}, shape, context)
-    graph.walk(qk_norm=config["model_type"] in _QK_NORM, tied=bool(config.get("tie_word_embeddings", False)))
+    graph.walk(qk_norm=config["model_type"] in _QK_NORM, tied=shape.tied_embeddings)
     return GraphBytes(graph.model_bytes(), graph.offset) if graph.complete else None
 
 

@@ -89,7 +89,7 @@ def make_skeleton(
             model: Any = causal_lm(dict(config))
     except (ValueError, KeyError, TypeError) as reason:
         raise UnsupportedError(f"transformers cannot build a {kind} model of this config.json: {reason}") from reason
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied = bool(model.config.tie_word_embeddings)
     if tied:
         decisions.pop(_HEAD, None)
     _check_names(set(decisions), {name for name, _ in model.named_parameters()}, type(model).__name__)

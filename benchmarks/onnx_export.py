@@ -1,11 +1,11 @@
 """ONNX exports beside the stock model builder's: time and memory of writing, and speed of what low rank saves.
 
-    python benchmarks/onnx.py [--parts write speed] [--scratch DIRECTORY]
+    python benchmarks/onnx_export.py [--parts write speed] [--scratch DIRECTORY]
 
 ``write``: a random bfloat16 Llama of the shape of Llama 3.2 1B, all matrices to int4 in blocks of 32; ours from model
 directory to export (bundle included), against ``onnxruntime_genai.models.builder``. ``speed``: two layers of that
 shape, dense int4 against factor pairs in int4 with 0.8, 0.6 and 0.5 of the layers' bytes, in turns in one process.
-Writes benchmarks/onnx.json; parts that are not run again stay.
+Writes benchmarks/onnx_export.json; parts that are not run again stay.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from acip_export.plans import Certificate, Plan, Runtime, TensorDecision, decisi
 from acip_export.scores import CurvePoint, ModuleScores, ScoreFile
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "onnx.json"
+RESULT = ROOT / "benchmarks" / "onnx_export.json"
 FORMAT, BLOCK = "int4", 32
 RATIOS = (0.8, 0.6, 0.5)
 CONTEXT, PROMPT, NEW, ROUNDS = 512, 192, 48, 5
@@ -80,12 +80,20 @@ def make_plan(checkpoint: Checkpoint, ratio: float | None) -> Plan:
 
 
 def make_scores(checkpoint: Checkpoint) -> ScoreFile:
-    """No statistics: matrices are rounded plainly, as the stock builder does, and factors are those of the SVD."""
-    modules = {
-        name: ModuleScores(shape=shape, scores=loss, drop_loss=loss, up_sensitivity=loss, down_sensitivity=loss)
-        for name, shape in checkpoint.linear_modules.items()
-        for loss in [np.geomspace(1, 1e-3, min(shape)).astype(np.float32)]
-    }
+    """Uniform statistics: matrices are rounded plainly, as the stock builder does, and factors are those of the SVD."""
+    modules = {}
+    for name, shape in checkpoint.linear_modules.items():
+        loss = np.geomspace(1, 1e-3, min(shape)).astype(np.float32)
+        modules[name] = ModuleScores(
+            shape=shape,
+            scores=loss,
+            drop_loss=loss,
+            up_sensitivity=loss,
+            down_sensitivity=loss,
+            sensitivity=1.0,
+            input_moment=np.ones(shape[1], np.float32),
+            gradient_moment=np.ones(shape[0], np.float32),
+        )
     return ScoreFile(
         model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
         algorithm={"name": "magnitude", "basis": "svd", "seed": 0},
