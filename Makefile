@@ -48,7 +48,7 @@ bench: $(STAMP) ## Measure again what benchmarks/ holds (slow)
 
 bench-encoder: $(STAMP) ## Similarity that a sentence encoder keeps, by ranking and size (slow)
 	$(BIN)/python samples/sentences.py --out .sentences
-	$(BIN)/python benchmarks/encoder.py --data .sentences --scores .encoder-scores
+	$(BIN)/python -m benchmarks.encoder --data .sentences --scores .encoder-scores
 
 bench-extension: llama-cpp ## Factor pairs against dense weights in llama.cpp, side by side (slow)
 	$(BIN)/python benchmarks/extension.py

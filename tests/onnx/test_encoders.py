@@ -161,6 +161,9 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
     rank_model(
         model, lines_of_text(tmp_path / "t.txt"), algorithm="kfac", calibration=CALIBRATION, out=model / "b.acip"
     )
+    checkpoint = Checkpoint.open(model)
+    # Measured on the weights once, then read from beside the score file.
+    pipeline.rounding_errors(checkpoint, pipeline.open_scores(checkpoint, None), PlanRequest("onnx", 1))
     code = (
         "import sys; from acip_export import pipeline; from acip_export.checkpoint import Checkpoint\n"
         "from acip_export.plan import PlanRequest\n"
