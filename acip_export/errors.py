@@ -16,6 +16,8 @@
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
     ├── UnsupportedError           5   the target cannot express what was asked
     ├── VerificationError          6   the export is not what was promised
+    │   ├── RuntimeCrashError          its runtime died: the message has the signal and the end of its output
+    │   └── RuntimeHangError           its runtime gave no answer in time
     └── MissingExtraError          7   an optional dependency; the message gives the pip command
 
 Anything else is a bug and exits with 1. Each message says what was found, what was expected and what to do next.
@@ -105,11 +107,20 @@ class VerificationError(AcipError):
     exit_code = 6
 
 
+class RuntimeCrashError(VerificationError):
+    """The process that ran the export ended by a signal, or without a result."""
+
+
+class RuntimeHangError(VerificationError):
+    """The process that ran the export did not end in time and was killed."""
+
+
 class MissingExtraError(AcipError):
     """An optional dependency is not installed. ``command`` installs it, if pip and ``extra`` do not."""
 
     exit_code = 7
 
     def __init__(self, package: str, extra: str, purpose: str, command: str | None = None) -> None:
+        self.fields = (package, extra, purpose, command)
         command = command or f"pip install 'acip-export[{extra}]'"
         super().__init__(f"{package} is not installed, and {purpose} needs it.\nInstall it with:  {command}")

@@ -39,14 +39,17 @@ from acip_export.rounding_errors import (
 )
 from acip_export.scores import ScoreFile, find_scores, load_scores
 from acip_export.verify import verify as verification
-from acip_export.verify.measure import Perplexity
+from acip_export.verify.process import DEFAULT_TIMEOUT_SECONDS
 from acip_export.verify.runtime import Windows
-from acip_export.verify.verify import Report
+from acip_export.verify.verify import EvaluationText, Report
 
 if TYPE_CHECKING:
     from acip_export.rank import Algorithm
 
 logger = logging.getLogger(__name__)
+
+
+_LONGEST_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -345,9 +348,9 @@ def export_model(
     out: Path,
     force: bool = False,
     verify: bool = True,
-    text: Windows | None = None,
-    dense: Perplexity | None = None,
-    measure_speed: bool = False,
+    text: EvaluationText | None = None,
+    tasks: Sequence[str] = (),
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
     sizes: Sequence[Plan] | None = None,
     types: tuple[str, ...] = (),
     progress: ProgressCallback = quiet,
@@ -358,7 +361,7 @@ def export_model(
     The bundle is kept beside the export only while it is needed.
 
     Args:
-        text: token windows for perplexity. dense: the base model's perplexity on them, if it is known already.
+        text, tasks, timeout: see :func:`acip_export.verify.verify.verify_export`.
         sizes: for the slider of ``report.html``, see :func:`planned_sizes`; made from ``types`` if not given.
 
     Returns:
@@ -378,9 +381,9 @@ def export_model(
             directory,
             bundle,
             text=text,
-            dense=dense or _dense_perplexity(checkpoint, text),
-            measure_speed=measure_speed,
-            base=checkpoint.path,
+            dense=checkpoint.path,
+            tasks=tasks,
+            timeout=timeout,
             progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
         )
         verification.require_passed(report)
@@ -506,26 +509,29 @@ def _score_map(scores: ScoreFile) -> ScoreMap:
     return shares
 
 
-def _dense_perplexity(checkpoint: Checkpoint, text: Windows | None) -> Perplexity | None:
-    if text is None or not checkpoint.shape.generates:
-        return None
-    return verification.dense_perplexity(checkpoint.path, text)
+def evaluation_text(model: Path, text: Path, context: int, most_tokens: int = 32_768) -> EvaluationText:
+    """Token windows of a text, at most ``context`` or 1,024 tokens each, and ``most_tokens`` together.
 
 
-def text_windows(checkpoint: Checkpoint, text: Path, context: int, most_tokens: int = 32_768) -> Windows:
-    """Token windows of a text, (n, context) int64, at most ``most_tokens`` together; an encoder's are padded texts.
+    Longer windows would say little more about an export, and their logits take gigabytes.
+
+    An encoder's are padded texts of up to ``context`` tokens.
+
+    Args:
+        model: a model directory or a bundle: its tokenizer is used.
 
     Raises:
         DataError: missing, not text, or shorter than one window.
     """
     from acip_export.text import pack_text, pad_texts
 
-    if not checkpoint.shape.generates:
-        texts: Windows = pad_texts(checkpoint.path, text, context, least=3).windows.numpy()
-        return texts
-    packed = pack_text(checkpoint.path, text, context)
-    windows: Windows = packed.windows[: max(1, most_tokens // context)].numpy()
-    return windows
+    if not Checkpoint.open(model).shape.generates:
+        padded = pad_texts(model, text, context, least=3)
+        return EvaluationText(padded.windows.numpy(), text.name, padded.sha256)
+    window = min(context, _LONGEST_WINDOW)
+    packed = pack_text(model, text, window)
+    windows: Windows = packed.windows[: max(1, most_tokens // window)].numpy()
+    return EvaluationText(windows, text.name, packed.sha256)
 
 
 def verify_directory(
@@ -534,25 +540,44 @@ def verify_directory(
     scores: Path | None,
     bundle: Path | None,
     text: Path | None,
+    tasks: Sequence[str] = (),
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
     progress: ProgressCallback = quiet,
 ) -> Report:
-    """Verify an export made earlier; without a bundle it is materialized again, in a temporary directory.
+    """Verify an export made earlier, and write its ``report.json``.
+
+    Without a bundle it is materialized again, in a temporary directory. With one, the model may be absent: then nothing
+    is compared with the dense model.
 
     Raises:
         PlanFileError: ``export`` has no plan. ScoreFileError, CheckpointError: the bundle cannot be made again.
+        Others as :func:`acip_export.verify.verify.verify_export`.
     """
     plan = load_plan(export / verification.EXPORT_PLAN_FILE)
-    checkpoint = Checkpoint.open(model)
-    windows = None if text is None else text_windows(checkpoint, text, plan.runtime.context)
+    checkpoint = _base_model(model, plan, required=bundle is None)
     with tempfile.TemporaryDirectory() as scratch:
         if bundle is None:
+            assert checkpoint is not None
             bundle = materialize_bundle(checkpoint, open_scores(checkpoint, scores), plan, Path(scratch) / "bundle")
-        return verification.verify_export(
+        report = verification.verify_export(
             export,
             bundle,
-            text=windows,
-            dense=_dense_perplexity(checkpoint, windows),
-            measure_speed=True,
-            base=checkpoint.path,
+            text=None if text is None else evaluation_text(bundle, text, plan.runtime.context),
+            dense=None if checkpoint is None else checkpoint.path,
+            tasks=tasks,
+            timeout=timeout,
             progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
         )
+    verification.save_report(report, export)
+    return report
+
+
+def _base_model(model: str, plan: Plan, required: bool) -> Checkpoint | None:
+    """The model that was planned for, or ``None`` if something else is there."""
+    try:
+        checkpoint = Checkpoint.open(model)
+    except CheckpointError:
+        if required:
+            raise
+        return None
+    return checkpoint if required or checkpoint.fingerprint == plan.model_fingerprint else None

@@ -24,11 +24,11 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import ScoreFileError
-from acip_export.pipeline import export_model, plan_export, rank_to_file, text_windows, write_report
+from acip_export.pipeline import evaluation_text, export_model, plan_export, rank_to_file, write_report
 from acip_export.plan import PlanRequest
 from acip_export.scores import ScoreFile, load_scores
 from acip_export.units import format_bytes, parse_bytes
-from acip_export.verify.verify import Report, dense_perplexity
+from acip_export.verify.verify import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"
@@ -59,8 +59,7 @@ def ranked(checkpoint: Checkpoint) -> ScoreFile:
 
 
 def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
-    windows = text_windows(checkpoint, SAMPLES / "text" / "evaluation.txt", CONTEXT, MEASURED_TOKENS)
-    dense = dense_perplexity(checkpoint.path, windows)
+    text = evaluation_text(checkpoint.path, SAMPLES / "text" / "evaluation.txt", CONTEXT, MEASURED_TOKENS)
     reports = []
     for target, layout, types in (("gguf", "stock", ()), ("gguf", "adapter", ("q8_0",)), ("onnx", "factored", ())):
         for budget in BUDGETS:
@@ -73,9 +72,7 @@ def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
                     plan,
                     WORK / f"{target}-{layout}-{budget}",
                     force=True,
-                    text=windows,
-                    dense=dense,
-                    measure_speed=True,
+                    text=text,
                     progress=bars,
                 )
             assert report is not None
@@ -106,7 +103,6 @@ def figures(report: Report) -> dict[str, Any]:
     first = report.runtimes[0]
     assert first.perplexity is not None
     assert report.dense_perplexity is not None
-    assert first.speed is not None
     return {
         "export": f"{report.target}, {report.layout}",
         "runtime": first.runtime,

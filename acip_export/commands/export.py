@@ -10,10 +10,11 @@ import typer
 
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
-from acip_export.commands.options import Force, Json, PlanFlags, Text, Verbose, takes_plan_flags
+from acip_export.commands.options import Force, Json, PlanFlags, Tasks, Text, Timeout, Verbose, names, takes_plan_flags
 from acip_export.errors import UsageError
 from acip_export.files import new_file, refuse_existing
 from acip_export.plans import save_plan
+from acip_export.verify.process import DEFAULT_TIMEOUT_SECONDS
 from acip_export.version import __version__
 
 
@@ -29,6 +30,8 @@ def export(
     flags: PlanFlags,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: ./export/FORMAT.")] = None,
     text: Text = None,
+    tasks: Tasks = "",
+    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     verify: Annotated[bool, typer.Option(help="Open the export in its runtime and compare.")] = True,
     ort: Annotated[bool, typer.Option("--ort", help="ONNX: also OUT-ort, for reduced onnxruntime builds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
@@ -70,7 +73,7 @@ def export(
     opened = pipeline.open_scores(checkpoint, flags.scores)
     with console.stage_bars() as progress:
         plan = pipeline.plan_export(checkpoint, opened, request, progress)
-    windows = None if text is None else pipeline.text_windows(checkpoint, text, plan.runtime.context)
+    measured_on = None if text is None else pipeline.evaluation_text(checkpoint.path, text, plan.runtime.context)
     if not json:
         console.show_plan(plan, verbose)
     if dry_run:
@@ -85,8 +88,9 @@ def export(
             target,
             force,
             verify,
-            windows,
-            measure_speed=verify,
+            measured_on,
+            names(tasks),
+            timeout,
             types=request.types,
             progress=progress,
         )

@@ -29,10 +29,19 @@ Cache = Annotated[
     Path | None, typer.Option("--cache", help="Directory that keeps the SVDs, for other sizes and rankings.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor.")]
-Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perplexity on.")]
+Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perplexity and divergence on.")]
+Tasks = Annotated[
+    str, typer.Option("--tasks", help="Tasks of lm-evaluation-harness, by comma: names, or YAML files of your own.")
+]
+Timeout = Annotated[float, typer.Option("--timeout", help="Seconds that a runtime may take for one context.", min=0.1)]
 DeviceFile = Annotated[
     Path | None, typer.Option("--devices", metavar="FILE", help="More devices; see  acip-export devices --help.")
 ]
+
+
+def names(listed: str) -> tuple[str, ...]:
+    """The names of a flag that takes several, by comma."""
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ import typer
 
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
-from acip_export.commands.options import Cache, Force, Json, Model, Scores, Text
+from acip_export.commands.options import Cache, Force, Json, Model, Scores, Tasks, Text, Timeout, names
 from acip_export.files import refuse_existing
 from acip_export.formats import formats_of
 from acip_export.plans import load_plan
 from acip_export.targets import TARGETS
+from acip_export.verify.process import DEFAULT_TIMEOUT_SECONDS
 
 
 def materialize(
@@ -66,21 +67,22 @@ def verify(
     scores: Scores = None,
     bundle: Annotated[Path | None, typer.Option(help="Its bundle. Default: materialized again from the model.")] = None,
     text: Text = None,
+    tasks: Tasks = "",
+    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     json: Json = False,
 ) -> None:
-    """Prove an export in its real runtime: bytes, logits, greedy tokens, perplexity, speed.
+    """Prove an export in its real runtime, and write report.json: files, logits, quality, memory, time, speed.
 
     acip-export verify export/gguf --text held-out.txt
     """
     from acip_export import pipeline
-    from acip_export.verify.verify import EXPORT_PLAN_FILE, REPORT_FILE, require_passed
+    from acip_export.verify.verify import EXPORT_PLAN_FILE, require_passed
 
     with console.stage_bars() as progress:
-        report = pipeline.verify_directory(export_dir, model, scores, bundle, text, progress)
-    if (export_dir / REPORT_FILE).is_file():
-        plan = load_plan(export_dir / EXPORT_PLAN_FILE)
-        checkpoint, opened = pipeline.ranked_model_of(plan, model, scores)
-        pipeline.write_report(export_dir, checkpoint, opened)
+        report = pipeline.verify_directory(export_dir, model, scores, bundle, text, names(tasks), timeout, progress)
+    plan = load_plan(export_dir / EXPORT_PLAN_FILE)
+    checkpoint, opened = pipeline.ranked_model_of(plan, model, scores)
+    pipeline.write_report(export_dir, checkpoint, opened)
     if json:
         console.print_json(report.to_json())
     else:

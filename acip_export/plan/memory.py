@@ -6,11 +6,13 @@ version's. onnxruntime's are in :mod:`acip_export.plan.memory_onnx`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from acip_export.checkpoint import ModelShape
+from acip_export.checkpoint import Checkpoint, ModelShape
 from acip_export.formats import weight_format
 from acip_export.plan import memory_onnx
+from acip_export.plan.runtime_base import process_base
 from acip_export.plans import Runtime, TensorDecision
 from acip_export.targets import applies_window
 from acip_export.targets import target as find_target
@@ -19,6 +21,7 @@ from acip_export.targets import target as find_target
 _LLAMA_CACHE_CELLS = 256
 # Positions, token ids, output ids and the like, per token of a prompt batch; at most 184 were seen.
 _LLAMA_SMALL_TENSORS = 192
+_EMBEDDING = "embed_tokens.weight"
 PROMPT_BATCHES = (512, 256, 128, 64, 32, 16, 8)
 
 
@@ -44,15 +47,17 @@ def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeM
     batch = min(runtime.prompt_batch, runtime.context)
     if target == "gguf":
         cells = -(-runtime.context // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
-        # The widest moment of the graph, in float32: the logits, the gated FFN or the attention (queries, their rotated
-        # copy and output, keys and values), beside six streams of the hidden size. Then the mask. Holds for 168 random
-        # shapes, LoRA adapters included.
+        # The widest moment of the graph, in float32: the gated FFN or the attention (queries, their rotated copy and
+        # output, keys and values), beside six streams of the hidden size. Then the mask. Holds for 168 random shapes,
+        # LoRA adapters included. Logits are computed for the last token only: llama.cpp reserves address space for
+        # those of the whole batch, but serving never touches it.
         attention = (3 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
         windowed = _llama_window_cells(shape, batch, cells)
         full_layers = shape.layers - (sum(shape.sliding_layers) if windowed else 0)
-        widest = max(shape.vocabulary, 3 * shape.ffn, attention) + 6 * shape.hidden
+        widest = max(3 * shape.ffn, attention) + 6 * shape.hidden
         per_prompt_token = 4 * widest + 2 * (cells + windowed) + _LLAMA_SMALL_TENSORS
         compute = batch * per_prompt_token + _llama_cache_buffers(shape, runtime.cache_type, cells, windowed)
+        compute += 4 * (shape.vocabulary + shape.hidden)
         all_cells = full_layers * cells + (shape.layers - full_layers) * windowed
         return RuntimeMemory(per_cell * all_cells // denominator, compute, 4 * shape.vocabulary)
     return RuntimeMemory(
@@ -74,7 +79,7 @@ def _encoder_memory(target: str, shape: ModelShape, runtime: Runtime) -> Runtime
     return RuntimeMemory(0, tokens * per_token, 4 * (shape.hidden + shape.vocabulary))
 
 
-def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tuple[int, int]:
+def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tuple[int, int, int]:
     """What the runtime keeps of a tensor beside its stored numbers.
 
     llama.cpp maps them and, with repacking off, keeps nothing else.
@@ -83,10 +88,11 @@ def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tu
         tied_head: the tensor is an embedding that the head reads too.
 
     Returns:
-        Bytes for as long as the model is loaded, and bytes that are held once, for the tensor that needs most of them.
+        Bytes for as long as the model is loaded; bytes that are held once, for the tensor that needs most of them; and
+        bytes that are held once while loading.
     """
     if target != "onnx" or len(decision.shape) != 2:
-        return 0, 0
+        return 0, 0, 0
     rows, columns = decision.shape
     parts = (
         [(rows, columns, decision.format)]
@@ -100,7 +106,56 @@ def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tu
     kept = sum(memory_onnx.packed_bytes(*product) for product in products)
     if tied_head:
         kept += memory_onnx.tied_bytes(*products[0])
-    return kept, max(memory_onnx.leftover_bytes(*product) for product in products)
+    packed = tied_head or not decision.name.endswith(_EMBEDDING)
+    loading = max(memory_onnx.loading_bytes(*product) for product in products) if packed else 0
+    return kept, max(memory_onnx.leftover_bytes(*product) for product in products), loading
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """What the runtime holds of a model's weights beside the files.
+
+    Attributes:
+        kept: as long as the model is loaded.
+        loading: what loading takes beyond what running takes: a matrix is there twice while it is repacked, before
+            caches, buffers and tokenizer are.
+    """
+
+    kept: int
+    loading: int
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.loading
+
+
+def held_bytes(target: str, checkpoint: Checkpoint, tensors: Sequence[TensorDecision], runtime: Runtime) -> HeldBytes:
+    """:func:`repacked_bytes` of a whole model."""
+    tied = checkpoint.shape.tied_embeddings
+    parts = [repacked_bytes(decision, target, tied and decision.name.endswith(_EMBEDDING)) for decision in tensors]
+    kept, once, loading = zip(*parts, strict=True)
+    running = runtime_memory(target, checkpoint.shape, runtime).total + process_base(target, checkpoint).tokenizer
+    return HeldBytes(sum(kept) + max(once), max(0, max(loading) - running))
+
+
+def memory_breakdown(
+    target: str, checkpoint: Checkpoint, tensors: Sequence[TensorDecision], file_bytes: int, runtime: Runtime
+) -> dict[str, int]:
+    """Everything that a process serving the export holds, in bytes by purpose; docs/memory.md says how."""
+    memory, base = runtime_memory(target, checkpoint.shape, runtime), process_base(target, checkpoint)
+    held = held_bytes(target, checkpoint, tensors, runtime)
+    stored = sum(decision.nbytes for decision in tensors)
+    return {
+        "weights": stored,
+        "repacked_weights": held.kept,
+        "loading": held.loading,
+        "tokenizer_and_metadata": file_bytes - stored,
+        "kv_cache": memory.kv_cache,
+        "compute": memory.compute,
+        "output": memory.output,
+        "runtime_library": base.library,
+        "runtime_tokenizer": base.tokenizer,
+    }
 
 
 def _llama_window_cells(shape: ModelShape, batch: int, cells: int) -> int:

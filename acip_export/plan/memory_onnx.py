@@ -11,10 +11,10 @@ formats, block sizes, tied and untied heads, contexts and prompt batches); a tes
 - Attention works in place on the shared KV cache and keeps no matrix of probabilities.
 - The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
   batch are an output of the graph.
+- While a matrix is packed, the file's pages of it are resident too. Packed in any order, so the largest one decides;
+  it is over before caches, activations and logits exist, and what it took is used for them.
 
 Measured on the processor. Graphs in float16, for graphics cards, are taken to hold the same things at half the size.
-
-Not counted, because no plan changes it: the libraries and the session, about 27 MiB.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def packed_bytes(rows: int, columns: int, form: WeightFormat) -> int:
 def leftover_bytes(rows: int, columns: int, form: WeightFormat) -> int:
     """Held once, for the largest matrix: its scales again."""
     return 0 if form.is_float else _blocks(rows, columns, form) * form.item_bytes
+
+
+def loading_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+    """Held once, while the largest matrix is packed: its codes or floats as the file has them."""
+    return form.nbytes(rows, columns) - (0 if form.is_float else _blocks(rows, columns, form) * form.item_bytes)
 
 
 def tied_bytes(rows: int, columns: int, form: WeightFormat) -> int:

@@ -12,7 +12,7 @@ from acip_export.errors import UsageError
 from acip_export.plan.allocate import Allocation, Choices, allocate, pareto
 from acip_export.plan.candidates import Candidates, build_candidates
 from acip_export.plan.explain import explain, infeasible
-from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, repacked_bytes, runtime_memory
+from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, held_bytes, memory_breakdown, runtime_memory
 from acip_export.plan.predicted_loss import Calibration, calibrate, component_losses
 from acip_export.plan.runtime_base import process_base
 from acip_export.plans import BudgetScope, Certificate, Plan, Runtime, TensorDecision
@@ -162,7 +162,7 @@ class Problem:
         runtime, fixed = self.settings(request)
         solution = self._solve(request, runtime, fixed, exact)
         target, checkpoint, scores, calibration = self.target, self.checkpoint, self.scores, self.calibration
-        memory, base = runtime_memory(target.name, checkpoint.shape, runtime), process_base(target.name, checkpoint)
+        memory = runtime_memory(target.name, checkpoint.shape, runtime)
         loss = calibration.loss(solution.allocation.loss)
         certificate = self._certificate(solution, request, request.budget_bytes - fixed, exact)
         low_rank = self.layout.low_rank is not None
@@ -177,16 +177,7 @@ class Problem:
             planned_bytes=solution.file_bytes,
             memory_bytes=solution.file_bytes + solution.repacked + memory.total,
             files=solution.files,
-            breakdown={
-                "weights": solution.stored,
-                "repacked_weights": solution.repacked,
-                "tokenizer_and_metadata": solution.file_bytes - solution.stored,
-                "kv_cache": memory.kv_cache,
-                "compute": memory.compute,
-                "output": memory.output,
-                "runtime_library": base.library,
-                "runtime_tokenizer": base.tokenizer,
-            },
+            breakdown=memory_breakdown(self.target.name, checkpoint, solution.decisions, solution.file_bytes, runtime),
             predicted_loss=loss,
             predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)) if scores.is_causal else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
@@ -240,11 +231,7 @@ class Problem:
     def _exactly(self, allocation: Allocation, request: PlanRequest, runtime: Runtime) -> _Solution:
         decisions = tuple(c.decision(i) for c, i in zip(self.candidates, allocation.chosen, strict=True))
         files = dict(self.predict_files(decisions, runtime))
-        extra = [
-            repacked_bytes(decision, request.target, candidate.tied_head)
-            for decision, candidate in zip(decisions, self.candidates, strict=True)
-        ]
-        repacked = sum(kept for kept, _ in extra) + max(once for _, once in extra)
+        repacked = held_bytes(request.target, self.checkpoint, decisions, runtime).total
         used = sum(files.values()) + (repacked if request.budget_scope != "file" else 0)
         return _Solution(allocation, decisions, files, repacked, used)
 

@@ -34,11 +34,15 @@ class RuntimeBase:
         return self.token * tokens + self.merge * merges
 
 
-# target -> its recommended runtime. llama.cpp keeps tokens and merges as strings in hash tables, onnxruntime-genai too.
+# llama.cpp with two threads; each further one adds 0.4 MB. Tokens and merges are strings in hash tables; what they take
+# is beside the tokenizer's bytes in the files, which plans count as well and which no runtime keeps in memory.
 RUNTIME_BASES = {
-    "gguf": RuntimeBase("xllamacpp 2026.10.11549, Linux x86_64", 20_000_000, 350, 120),
-    "onnx": RuntimeBase("onnxruntime 1.31.1 and onnxruntime-genai 0.18.0, Linux x86_64", 37_000_000, 280, 260),
+    "llama.cpp": RuntimeBase("xllamacpp 2026.10.11549, Linux x86_64", 19_600_000, 280, 110),
+    "onnxruntime-genai": RuntimeBase("0.18.0 with onnxruntime 1.31.1, Linux x86_64", 38_700_000, 220, 220),
+    "onnxruntime": RuntimeBase("onnxruntime 1.31.1, Linux x86_64", 32_500_000, 0, 0),
 }
+# target -> the runtime that plans are made for.
+_RECOMMENDED = {"gguf": "llama.cpp", "onnx": "onnxruntime-genai"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ class ProcessBase:
         return self.library + self.tokenizer
 
 
-def process_base(target: str, checkpoint: Checkpoint) -> ProcessBase:
-    """What the target's recommended runtime holds for ``checkpoint`` beside the memory that a plan decides about."""
-    base = RUNTIME_BASES[target]
+def process_base(target: str, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
+    """What a runtime holds for ``checkpoint`` beside the memory that a plan decides about; default: the recommended."""
+    base = RUNTIME_BASES[runtime or _RECOMMENDED[target]]
     tokens, merges = _tokenizer_size(checkpoint.path / "tokenizer.json")
     return ProcessBase(base.library, base.tokenizer(max(tokens, checkpoint.shape.vocabulary), merges))
 

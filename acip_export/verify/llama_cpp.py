@@ -23,7 +23,6 @@ from converters.gguf.layouts import ADAPTER_FILE, FACTOR_SUFFIXES, MODEL_FILE
 
 # Where our extension comes from, for who has the package only; in a checkout, make llama-cpp does the same.
 BUILD_COMMAND = "python -m converters.gguf.build_llama_cpp"
-_SPEED_REPEATS = 3
 _BUFFER_LINE = re.compile(r"(\S+) +(model|LoRA|KV|compute|output) buffer size *= *([\d.]+) MiB")
 # enum llama_flash_attn_type
 _FLASH_OFF, _FLASH_ON = 0, 1
@@ -82,6 +81,8 @@ class LlamaCppSession:
         flash_attention: as served. Off, together with a float32 cache, llama.cpp calculates attention in float32
             (flash attention rounds keys and values to float16 whatever the cache), and agrees with PyTorch to 1e-4.
 
+        every_logit: reserve room for the logits of a whole prompt batch. Without it :meth:`logits` must not be called.
+
     Attributes:
         name: runtime and way of access. buffers: what llama.cpp logged while opening; ``None`` from the server.
 
@@ -97,6 +98,7 @@ class LlamaCppSession:
         threads: int | None = None,
         flash_attention: bool = True,
         extended: bool | None = None,
+        every_logit: bool = True,
     ) -> None:
         threads = threads or processors()
         self._session: RuntimeSession
@@ -104,7 +106,7 @@ class LlamaCppSession:
         extended = has_factor_pairs(export / MODEL_FILE) if extended is None else extended
         found = llama_capi.find(extended)
         if found is not None:
-            native = _NativeSession(*found, export, runtime, threads, flash_attention)
+            native = _NativeSession(*found, export, runtime, threads, flash_attention, every_logit)
             self._session, self.buffers = native, native.buffers
         elif extended:
             raise MissingExtraError("a llama.cpp with our extension", "gguf", "running factor pairs", BUILD_COMMAND)
@@ -124,8 +126,9 @@ class LlamaCppSession:
         """The ``count`` most likely tokens after ``prompt``; end-of-text does not stop it."""
         return self._session.greedy(prompt, count)
 
-    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
-        return self._session.speed(prompt_tokens, new_tokens)
+    def speed(self, prompt: list[int], new_tokens: int) -> Speed:
+        """See :class:`acip_export.verify.runtime.RuntimeSession`."""
+        return self._session.speed(prompt, new_tokens)
 
     def tokenize(self, text: str) -> list[int]:
         """llama.cpp's own tokens of ``text``: special tokens recognised, none added."""
@@ -146,7 +149,14 @@ class _NativeSession:
     """Model and context held through the C interface."""
 
     def __init__(
-        self, api: Any, name: str, export: Path, runtime: Runtime, threads: int, flash_attention: bool
+        self,
+        api: Any,
+        name: str,
+        export: Path,
+        runtime: Runtime,
+        threads: int,
+        flash_attention: bool,
+        every_logit: bool,
     ) -> None:
         self._api, self.name = api, name
         self._batch_size = min(runtime.prompt_batch, runtime.context)
@@ -155,7 +165,7 @@ class _NativeSession:
         self._context: int | None = None
         with llama_capi.LOG.listen(self._api) as log:
             try:
-                self._open(export, runtime, threads, flash_attention)
+                self._open(export, runtime, threads, flash_attention, every_logit)
                 self._vocab = self._api.llama_model_get_vocab(self._model)
                 self._vocabulary: int = self._api.llama_vocab_n_tokens(self._vocab)
                 self._batch: Any = self._api.llama_batch_init(self._batch_size, 0, 1)
@@ -166,7 +176,7 @@ class _NativeSession:
                 raise VerificationError(f"{error}; llama.cpp says:\n{tail}") from None
         self.buffers = BufferSizes.parse(log)
 
-    def _open(self, export: Path, runtime: Runtime, threads: int, flash_attention: bool) -> None:
+    def _open(self, export: Path, runtime: Runtime, threads: int, flash_attention: bool, every_logit: bool) -> None:
         api = self._api
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
@@ -179,6 +189,7 @@ class _NativeSession:
         if not all(handles):
             raise VerificationError(f"{export / ADAPTER_FILE} cannot be loaded")
         context = api.llama_context_default_params()
+        context.n_outputs_max = 0 if every_logit else 1
         context.n_ctx, context.n_batch, context.n_ubatch = runtime.context, self._batch_size, self._batch_size
         context.swa_full = False  # as llama-server does: layers with a sliding window keep no more than it
         context.n_threads = context.n_threads_batch = threads
@@ -238,19 +249,15 @@ class _NativeSession:
             tokens.append(int(last[0].argmax()))
         return tokens
 
-    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
-        prompt = [index % self._vocabulary for index in range(prompt_tokens)]
-        best_prefill = best_decode = float("inf")
-        for _ in range(_SPEED_REPEATS):
-            begin = time.perf_counter()
-            for _chunk in self._feed(prompt, every=False):
-                pass
-            middle = time.perf_counter()
-            for index in range(new_tokens):
-                self._decode([index % self._vocabulary], prompt_tokens + index, every=False)
-            best_prefill = min(best_prefill, middle - begin)
-            best_decode = min(best_decode, time.perf_counter() - middle)
-        return Speed(prompt_tokens / best_prefill, new_tokens / best_decode)
+    def speed(self, prompt: list[int], new_tokens: int) -> Speed:
+        begin = time.perf_counter()
+        for _chunk in self._feed(prompt, every=False):
+            pass
+        middle = time.perf_counter()
+        for index in range(new_tokens):
+            self._decode([index % self._vocabulary], len(prompt) + index, every=False)
+        end = time.perf_counter()
+        return Speed(len(prompt) / (middle - begin), new_tokens / (end - middle), len(prompt), new_tokens)
 
     def tokenize(self, text: str) -> list[int]:
         data = text.encode("utf-8")

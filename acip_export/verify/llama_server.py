@@ -87,9 +87,9 @@ class ServerSession:
             tokens.append(int(self._next(tokens).argmax()))
         return tokens[len(prompt) :]
 
-    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
-        timings = self._complete([1 + i % 7 for i in range(prompt_tokens)], new_tokens, cache_prompt=False)["timings"]
-        return Speed(timings["prompt_per_second"], timings["predicted_per_second"])
+    def speed(self, prompt: list[int], new_tokens: int) -> Speed:
+        timings = self._complete(prompt, new_tokens, cache_prompt=False)["timings"]
+        return Speed(timings["prompt_per_second"], timings["predicted_per_second"], len(prompt), new_tokens)
 
     def tokenize(self, text: str) -> list[int]:
         request = urllib.request.Request(

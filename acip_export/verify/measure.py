@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import exp, sqrt
 
@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.verify.runtime import Logits, Windows
+
+# Numbers of a float64 copy of logits.
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,33 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Teacher-forced, non-overlapping windows; ``standard_error`` of the mean loss, by window."""
+    """Teacher-forced, non-overlapping windows, whose first tokens are context only.
+
+    Attributes:
+        standard_error: of ``mean_loss``, over tokens, taken as independent. tokens: that were predicted.
+    """
 
     perplexity: float
     mean_loss: float
     standard_error: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model is from the dense one, position by position on the same text; nats per token.
+
+    Attributes:
+        mean_kl: KL(dense || export). loss_difference: export's minus dense model's. Standard errors are over tokens,
+            taken as independent; the difference is paired, so its error is far below that of either loss.
+        same_top: share of positions with the same most likely token.
+    """
+
+    mean_kl: float
+    kl_standard_error: float
+    loss_difference: float
+    loss_difference_standard_error: float
+    same_top: float
     tokens: int
 
 
@@ -64,11 +89,55 @@ def compare_logits(
 
 
 def perplexity(logits: Iterable[Logits], windows: Windows) -> Perplexity:
-    """Mean over the windows' inner positions: the first token of a window is context only."""
-    losses = [
-        float(-log_softmax(scores[:-1])[np.arange(len(window) - 1), window[1:]].mean())
-        for scores, window in zip(logits, windows, strict=True)
+    """Of the windows' tokens but the first of each; ``windows`` (n, tokens), tokens > 1."""
+    losses = [_losses(scores, window) for scores, window in zip(logits, windows, strict=True)]
+    return _perplexity(np.concatenate(losses))
+
+
+def compare_with_dense(
+    dense: Iterable[Logits], other: Iterable[Logits], windows: Windows
+) -> tuple[Perplexity, Perplexity, Divergence]:
+    """Perplexities of both and the divergence. Holds two windows' logits, and per token three numbers.
+
+    Args:
+        dense, other: float32 (tokens, vocabulary) for each window of ``windows`` (n, tokens), tokens > 1.
+    """
+    columns: list[npt.NDArray[np.float64]] = []
+    for a, b, window in zip(dense, other, windows, strict=True):
+        for rows in _slices(len(window) - 1, a.shape[-1]):
+            log_a, log_b = log_softmax(a[rows]), log_softmax(b[rows])
+            picked = np.arange(len(log_a)), window[rows.start + 1 : rows.stop + 1]
+            kl = (np.exp(log_a) * (log_a - log_b)).sum(-1)
+            same = log_a.argmax(-1) == log_b.argmax(-1)
+            columns.append(np.stack([-log_a[picked], -log_b[picked], kl, same]))
+    dense_loss, loss, kl, same = np.concatenate(columns, axis=1)
+    divergence = Divergence(
+        *_mean_and_error(kl), *_mean_and_error(loss - dense_loss), same_top=float(same.mean()), tokens=len(kl)
+    )
+    return _perplexity(dense_loss), _perplexity(loss), divergence
+
+
+def _losses(scores: Logits, window: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """(tokens - 1,) of one window."""
+    pieces = [
+        -log_softmax(scores[rows])[np.arange(rows.stop - rows.start), window[rows.start + 1 : rows.stop + 1]]
+        for rows in _slices(len(window) - 1, scores.shape[-1])
     ]
-    mean = float(np.mean(losses))
-    error = float(np.std(losses, ddof=1) / sqrt(len(losses))) if len(losses) > 1 else float("nan")
-    return Perplexity(exp(min(mean, 700.0)), mean, error, windows.shape[0] * (windows.shape[1] - 1))
+    losses: npt.NDArray[np.float64] = np.concatenate(pieces)
+    return losses
+
+
+def _slices(count: int, width: int) -> Iterator[slice]:
+    """Rows in pieces that float64 copies of stay small, however long the context and large the vocabulary."""
+    step = max(1, _PIECE // width)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _perplexity(losses: npt.NDArray[np.float64]) -> Perplexity:
+    mean, error = _mean_and_error(losses)
+    return Perplexity(exp(min(mean, 700.0)), mean, error, len(losses))
+
+
+def _mean_and_error(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    error = float(values.std(ddof=1) / sqrt(len(values))) if len(values) > 1 else 0.0
+    return float(values.mean()), error

@@ -15,8 +15,6 @@ from acip_export.plans import Runtime
 from acip_export.verify.runtime import Logits, Speed, Windows
 from converters.onnx.consumers import MODEL_FILE
 
-_REPETITIONS = 3
-
 Cache = dict[str, Any]
 
 
@@ -46,44 +44,47 @@ class OnnxRuntimeSession:
             raise VerificationError(f"onnxruntime cannot open {export / MODEL_FILE}: {error}") from error
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self._batch, self._context = runtime.prompt_batch, runtime.context
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self._empty: Cache = {
-            node.name: np.zeros(
-                (1, node.shape[1], 0, node.shape[3]), np.float16 if node.type == "tensor(float16)" else np.float32
+        # One cache for the whole context, read and written in place, as applications do: passing arrays in and out
+        # would hold it twice.
+        self._caches: Cache = {
+            node.name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                [1, node.shape[1], runtime.context, node.shape[3]],
+                np.float16 if node.type == "tensor(float16)" else np.float32,
             )
             for node in self._session.get_inputs()
             if node.name.startswith("past_key_values.")
         }
+        self._binding: Any = self._session.io_binding()
+        self._binding.bind_output("logits", "cpu")  # first, so that it is the first of the outputs
+        for name, cache in self._caches.items():
+            self._binding.bind_ortvalue_input(name, cache)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
 
     def logits(self, windows: Windows) -> Iterator[Logits]:
         """See :class:`acip_export.verify.runtime.RuntimeSession`."""
         for window in windows:
-            scores, _ = self._prefill([int(token) for token in window])
-            yield scores
+            yield np.concatenate([self._scores() for _ in self._feed([int(token) for token in window])])
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """See :class:`acip_export.verify.runtime.RuntimeSession`."""
-        scores, cache = self._prefill(prompt)
-        new = [int(scores[-1].argmax())]
+        for _ in self._feed(prompt):
+            pass
+        new = [int(self._scores()[-1].argmax())]
         while len(new) < count:
-            scores, cache = self._step(new[-1:], cache, len(prompt) + len(new) - 1)
-            new.append(int(scores[-1].argmax()))
+            self._step(new[-1:], len(prompt) + len(new) - 1)
+            new.append(int(self._scores()[-1].argmax()))
         return new[:count]
 
-    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
+    def speed(self, prompt: list[int], new_tokens: int) -> Speed:
         """See :class:`acip_export.verify.runtime.RuntimeSession`."""
-        prompt = [index % 7 for index in range(prompt_tokens)]
-        new_tokens = min(new_tokens, self._context - prompt_tokens)
-        prefill, decode = [], []
-        for _ in range(_REPETITIONS):
-            start = time.perf_counter()
-            _, cache = self._prefill(prompt)
-            middle = time.perf_counter()
-            for index in range(new_tokens):
-                _, cache = self._step([index % 7], cache, prompt_tokens + index)
-            prefill.append(middle - start)
-            decode.append(time.perf_counter() - middle)
-        return Speed(prompt_tokens / min(prefill), new_tokens / min(decode))
+        start = time.perf_counter()
+        for _ in self._feed(prompt):
+            pass
+        middle = time.perf_counter()
+        for index in range(new_tokens):
+            self._step([index % 7], len(prompt) + index)
+        end = time.perf_counter()
+        return Speed(len(prompt) / (middle - start), new_tokens / (end - middle), len(prompt), new_tokens)
 
     def __enter__(self) -> Self:
         return self
@@ -91,26 +92,25 @@ class OnnxRuntimeSession:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._session = None
+        self._binding = self._session = None
 
-    def _prefill(self, tokens: list[int]) -> tuple[Logits, Cache]:
-        pieces, cache = [], self._empty
+    def _feed(self, tokens: list[int]) -> Iterator[None]:
+        """Process ``tokens`` from the start of the cache, a prompt batch at a time."""
         for start in range(0, len(tokens), self._batch):
-            scores, cache = self._step(tokens[start : start + self._batch], cache, start)
-            pieces.append(scores)
-        return np.concatenate(pieces), cache
+            self._step(tokens[start : start + self._batch], start)
+            yield
 
-    def _step(self, tokens: list[int], cache: Cache, position: int) -> tuple[Logits, Cache]:
+    def _step(self, tokens: list[int], position: int) -> None:
         end = position + len(tokens)
-        values = self._session.run(
-            self._outputs,
-            {
-                "input_ids": np.array([tokens], np.int64),
-                "attention_mask": np.ones((1, end), np.int64),
-                "position_ids": np.arange(position, end, dtype=np.int64)[None],
-                **cache,
-            },
-        )
-        found = dict(zip(self._outputs, values, strict=True))
-        scores: Logits = found.pop("logits")[0].astype(np.float32, copy=False)
-        return scores, {name.replace("present.", "past_key_values."): value for name, value in found.items()}
+        if end > self._context:
+            raise VerificationError(f"{end} tokens do not fit the export's context of {self._context}")
+        self._binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
+        self._binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
+        self._binding.bind_cpu_input("position_ids", np.arange(position, end, dtype=np.int64)[None])
+        self._binding.bind_output("logits", "cpu")  # bound anew: its shape changes
+        self._session.run_with_iobinding(self._binding)
+
+    def _scores(self) -> Logits:
+        """Of the last step: float32 (tokens, vocabulary), copied."""
+        scores: Logits = np.array(self._binding.get_outputs()[0].numpy()[0], np.float32)
+        return scores

@@ -16,10 +16,12 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second, best of a few repetitions on this machine."""
+    """Tokens per second on this machine: of a prompt of ``prompt_tokens``, then of ``new_tokens`` one by one."""
 
     prefill: float
     decode: float
+    prompt_tokens: int
+    new_tokens: int
 
 
 class RuntimeSession(Protocol):
@@ -35,7 +37,12 @@ class RuntimeSession(Protocol):
         """The ``count`` most likely tokens after ``prompt``; end-of-text does not stop it."""
         ...
 
-    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed: ...
+    def speed(self, prompt: list[int], new_tokens: int) -> Speed:
+        """Forget everything, then process ``prompt`` in the plan's batches and ``new_tokens`` more one by one.
+
+        Holds nothing beside what the runtime needs: the process's memory is measured around it.
+        """
+        ...
 
     def __enter__(self) -> Self: ...
 

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from acip_export.anatomy.read import PAPERS
 from acip_export.bundle import Bundle
-from acip_export.encoder import encoder_of
-from acip_export.errors import VerificationError
+from acip_export.encoder import Encoder, encoder_of
+from acip_export.errors import BundleError, VerificationError
+from acip_export.files import new_file, sha256_of
+from acip_export.plan.runtime_base import process_base
 from acip_export.plans import Plan, load_plan
-from acip_export.verify.encoders import EncoderFigures, verify_encoder
-from acip_export.verify.measure import Agreement, Perplexity, compare_logits, perplexity
-from acip_export.verify.runtime import RuntimeSession, Speed, Windows
+from acip_export.similarity import Similarity
+from acip_export.units import format_bytes
+from acip_export.verify import evaluation
+from acip_export.verify.encoders import verify_encoder
+from acip_export.verify.evaluation import TaskMetric
+from acip_export.verify.measure import (
+    Agreement,
+    Divergence,
+    Perplexity,
+    compare_logits,
+    compare_with_dense,
+    perplexity,
+)
+from acip_export.verify.process import DEFAULT_TIMEOUT_SECONDS, Memory, ProcessFigures, measure_process
+from acip_export.verify.runtime import Logits, RuntimeSession, Speed, Windows
+from acip_export.verify.structure import Structure, check_structure
+from acip_export.version import __version__
 
 REPORT_VERSION = 1
 REPORT_FILE = "report.json"
@@ -31,39 +51,113 @@ _ROUNDED_CACHE_KL = 1e-5
 # Thirty times what was measured on trained models in both formats; a tensor in the wrong place costs whole nats.
 _ROUNDED_ACTIVATIONS_KL = 0.03
 
-# target -> runtimes, as module and class; the first one measures perplexity and speed.
-_SESSIONS = {
-    "gguf": (("acip_export.verify.llama_cpp", "LlamaCppSession"),),
+# Whose versions a report names, where they are installed.
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "xllamacpp",
+    "llama-cpp-python",
+    "gguf",
+    "lm_eval",
+)
+
+# target -> runtimes: name, module and class; the first one measures quality.
+SESSIONS = {
+    "gguf": (("llama.cpp", "acip_export.verify.llama_cpp", "LlamaCppSession"),),
     "onnx": (
-        ("acip_export.verify.onnxruntime", "OnnxRuntimeSession"),
-        ("acip_export.verify.genai", "GenaiSession"),
+        ("onnxruntime", "acip_export.verify.onnxruntime", "OnnxRuntimeSession"),
+        ("onnxruntime-genai", "acip_export.verify.genai", "GenaiSession"),
     ),
 }
 
 
 @dataclass(frozen=True)
+class EvaluationText:
+    """Text that quality is measured on.
+
+    Attributes:
+        windows: (n, tokens). source: its file name. sha256: of the text.
+    """
+
+    windows: Windows
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class MemoryReport(Memory):
+    """A process against the plan.
+
+    Attributes:
+        predicted_bytes: the plan's, this runtime itself included.
+        within_budget: the peak without what the budget does not cover; ``None`` for budgets of files.
+    """
+
+    predicted_bytes: int
+    within_budget: bool | None
+
+
+@dataclass(frozen=True)
 class RuntimeReport:
-    """One runtime's figures. ``perplexity`` only where text was given."""
+    """One runtime's figures. ``perplexity`` and ``divergence`` only where text was given, of the first runtime."""
 
     runtime: str
+    load_seconds: float | None
     agreement: Agreement
     perplexity: Perplexity | None
+    divergence: Divergence | None
+    memory: MemoryReport | None
     speed: Speed | None
 
 
 @dataclass(frozen=True)
+class FileReport:
+    """A file of the export; ``sha256`` and ``bytes`` are ``None`` when it is missing."""
+
+    name: str
+    bytes: int | None
+    planned_bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """See :class:`EvaluationText`; ``tokens``: in all windows together."""
+
+    source: str
+    sha256: str
+    windows: int
+    window_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the export was made of and by."""
+
+    tool: str
+    model_fingerprint: str
+    scores_sha256: str
+    bundle_weights_sha256: str
+
+
+@dataclass(frozen=True)
 class Report:
-    """What ``report.json`` holds.
+    """What ``report.json`` holds; docs/report.md says what each figure is.
 
     Attributes:
-        passed: every check held. failures: one sentence for each that did not.
+        passed: every check held. failures: one sentence for each that did not. notes: what could not be measured.
         written_bytes, planned_bytes: of all files of the export.
         bundle_perplexity, dense_perplexity: in PyTorch, on the same text.
         similarity: encoders: mean cosine similarity of the export's embeddings to the dense model's.
         similarity_spearman, similarity_error: of the similarities between texts, against the dense model's.
+        tasks: task -> metric -> value and standard error.
     """
 
     export: str
+    model: str
     target: str
     layout: str
     budget_bytes: int
@@ -71,14 +165,26 @@ class Report:
     planned_bytes: int
     written_bytes: int
     memory_bytes: int
+    process_bytes: int
+    breakdown: Mapping[str, int]
+    predicted_loss: float
+    predicted_perplexity: float | None
     passed: bool
     failures: tuple[str, ...]
+    notes: tuple[str, ...]
+    files: tuple[FileReport, ...]
+    structure: Structure | None
+    provenance: Provenance
+    machine: Mapping[str, str | int | None]
+    versions: Mapping[str, str]
+    text: TextReport | None
     runtimes: tuple[RuntimeReport, ...]
     bundle_perplexity: Perplexity | None
     dense_perplexity: Perplexity | None
     similarity: float | None = None
     similarity_spearman: float | None = None
     similarity_error: float | None = None
+    tasks: Mapping[str, Mapping[str, TaskMetric]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"format": "acip-report", "version": REPORT_VERSION, **dataclasses.asdict(self)}
@@ -104,103 +210,244 @@ def check_bytes(export: Path, plan: Plan) -> list[str]:
 def verify_export(
     export: Path,
     bundle: Path,
-    text: Windows | None = None,
-    dense: Perplexity | None = None,
-    measure_speed: bool = False,
-    base: Path | None = None,
+    text: EvaluationText | None = None,
+    dense: Path | None = None,
+    tasks: Sequence[str] = (),
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Check bytes, then open the export in every runtime of its target and compare with the bundle.
+    """Check the files, run the export in every runtime of its target, and compare with the bundle and the dense model.
+
+    Each runtime first runs in a fresh process, which is measured, and which alone dies if the runtime crashes. At most
+    two models are in memory: a reference and the export.
 
     Args:
-        text: token windows for perplexity. dense: the base model's on the same text (:func:`dense_perplexity`).
-        base: the base model's directory, for the similarities that an encoder keeps.
+        text: to measure quality on. dense: the base model's directory, for perplexity and divergence on that text, and
+            for the similarities that an encoder keeps.
+        tasks: of lm-evaluation-harness, run on the bundle.
+        timeout: seconds for each of the fresh processes.
 
     Raises:
-        PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged.
-        MissingExtraError: a runtime is not installed.
+        PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged or of another plan.
+        RuntimeCrashError, RuntimeHangError: a runtime died or did not answer; VerificationError: it refuses the export.
+        MissingExtraError: a runtime, or lm-evaluation-harness for ``tasks``, is not installed.
     """
+    if tasks:
+        evaluation.require()
+    plan = load_plan(export / EXPORT_PLAN_FILE)
+    made_of = Bundle.open(bundle, verify_hash=True)
+    _check_same_plan(export, plan, made_of)
+    failures = check_bytes(export, plan)
+    encoder = encoder_of(made_of.as_checkpoint())
+    structure, differences = check_structure(export, made_of) if not failures and encoder is None else (None, [])
+    failures += differences
+    found = _Found()
+    if not failures and encoder is not None:
+        progress("encoder")
+        found = _run_encoder(export, plan, encoder, bundle, dense, text)
+    elif not failures:
+        found = _run(export, made_of, text, dense, timeout, progress)
+    failures += found.failures
+    return Report(
+        export=export.name,
+        model=plan.model,
+        target=plan.target,
+        layout=plan.layout,
+        budget_bytes=plan.budget_bytes,
+        budget_scope=plan.budget_scope,
+        planned_bytes=plan.planned_bytes,
+        written_bytes=sum(written_files(export, plan).values()),
+        memory_bytes=plan.memory_bytes,
+        process_bytes=plan.process_bytes,
+        breakdown=plan.breakdown,
+        predicted_loss=plan.predicted_loss,
+        predicted_perplexity=plan.predicted_perplexity,
+        passed=not failures,
+        failures=tuple(failures),
+        notes=found.notes,
+        files=_files(export, plan),
+        structure=structure,
+        provenance=Provenance(
+            f"acip-export {__version__}",
+            plan.model_fingerprint,
+            plan.scores_sha256,
+            str(made_of.manifest["weights_sha256"]),
+        ),
+        machine={"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+        versions=_versions(),
+        text=None if text is None else _text_report(text),
+        runtimes=found.runtimes,
+        bundle_perplexity=found.bundle_perplexity,
+        dense_perplexity=found.dense_perplexity,
+        similarity=None if found.similarity is None else 1 - found.similarity.mean_distance,
+        similarity_spearman=None if found.similarity is None else found.similarity.spearman,
+        similarity_error=None if found.similarity is None else found.similarity.mean_error,
+        tasks=evaluation.run_tasks(bundle, tasks, progress) if tasks and not failures else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What running an export gave."""
+
+    failures: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    runtimes: tuple[RuntimeReport, ...] = ()
+    bundle_perplexity: Perplexity | None = None
+    dense_perplexity: Perplexity | None = None
+    similarity: Similarity | None = None
+
+
+def _run(
+    export: Path,
+    bundle: Bundle,
+    text: EvaluationText | None,
+    dense: Path | None,
+    timeout: float,
+    progress: Callable[[str], None],
+) -> _Found:
+    plan = bundle.plan
+    progress("bundle")
+    sampled, bundle_perplexity = _sample(bundle.path, plan, text)
+    figures = []
+    for name, module, class_name in SESSIONS[plan.target]:
+        progress(f"{name}, in a process of its own")
+        figures.append(measure_process(module, class_name, export, timeout))
+    runtimes, dense_perplexity = _compare(export, bundle, sampled, figures, text, dense, progress)
+    failures, notes = list[str](), list[str]()
+    for report in runtimes:
+        failures += _check_agreement(plan, report) + _check_memory(plan, report)
+    if any(report.memory is None for report in runtimes):
+        notes.append(f"memory was not measured: {platform.system()} has no /proc")
+    if text is not None and dense is None:
+        notes.append("the dense model is not here: no divergence from it")
+    return _Found(tuple(failures), tuple(notes), runtimes, bundle_perplexity, dense_perplexity)
+
+
+def _run_encoder(
+    export: Path, plan: Plan, encoder: Encoder, bundle: Path, dense: Path | None, text: EvaluationText | None
+) -> _Found:
+    from converters.registry import converter
+
+    windows = None if text is None else text.windows
+    figures = verify_encoder(export, plan, encoder, bundle, converter(plan.target).round_trip, dense, windows)
+    report = RuntimeReport(figures.runtime, None, figures.agreement, None, None, None, None)
+    notes = ("memory, load time and speed of encoders are not measured",)
+    return _Found(tuple(figures.failures), notes, (report,), similarity=figures.similarity)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Text drawn from the bundle, and what the bundle says about it."""
+
+    windows: Windows
+    logits: list[Logits]
+    prompt: list[int]
+    continuation: list[int]
+
+
+def _sample(bundle: Path, plan: Plan, text: EvaluationText | None) -> tuple[_Sample, Perplexity | None]:
     from acip_export.verify.reference import TorchReference
     from converters.registry import converter
 
-    plan = load_plan(export / EXPORT_PLAN_FILE)
-    failures = check_bytes(export, plan)
-    encoder = encoder_of(Bundle.open(bundle).as_checkpoint())
-    if encoder is not None:
-        figures = None
-        if not failures:
-            progress("encoder")
-            figures = verify_encoder(export, plan, encoder, bundle, converter(plan.target).round_trip, base, text)
-        return _encoder_report(export, plan, failures, figures)
     reference = TorchReference(bundle, converter(plan.target).round_trip)
-    sampled = reference.sample(_SAMPLED_WINDOWS, min(_SAMPLED_TOKENS, plan.runtime.context), seed=0)
-    prompt = [int(token) for token in sampled[0][: max(1, sampled.shape[1] // 3)]]
-    continuation = reference.greedy(prompt, min(_GREEDY_TOKENS, plan.runtime.context - len(prompt)))
+    context = plan.runtime.context
+    windows = reference.sample(_SAMPLED_WINDOWS, min(_SAMPLED_TOKENS, context), seed=0)
+    prompt = [int(token) for token in windows[0][: max(1, windows.shape[1] // 3)]]
+    continuation = reference.greedy(prompt, min(_GREEDY_TOKENS, context - len(prompt)))
+    sample = _Sample(windows, list(reference.logits(windows)), prompt, continuation)
+    return sample, None if text is None else perplexity(reference.logits(text.windows), text.windows)
+
+
+def _compare(
+    export: Path,
+    bundle: Bundle,
+    sample: _Sample,
+    figures: Sequence[ProcessFigures],
+    text: EvaluationText | None,
+    dense: Path | None,
+    progress: Callable[[str], None],
+) -> tuple[tuple[RuntimeReport, ...], Perplexity | None]:
+    """Every runtime's report, and the dense model's perplexity."""
+    plan = bundle.plan
     reports: list[RuntimeReport] = []
-    for index, (module, class_name) in enumerate(_SESSIONS[plan.target] if not failures else ()):
+    dense_perplexity: Perplexity | None = None
+    for (name, module, class_name), measured in zip(SESSIONS[plan.target], figures, strict=True):
         session: RuntimeSession
+        own: Perplexity | None = None
+        divergence: Divergence | None = None
         with getattr(import_module(module), class_name)(export, plan.runtime) as session:
             progress(session.name)
             agreement = compare_logits(
-                reference.logits(sampled),
-                session.logits(sampled),
-                (continuation, session.greedy(prompt, len(continuation))),
+                sample.logits,
+                session.logits(sample.windows),
+                (sample.continuation, session.greedy(sample.prompt, len(sample.continuation))),
             )
-            first = index == 0
-            reports.append(
-                RuntimeReport(
-                    session.name,
-                    agreement,
-                    perplexity(session.logits(text), text) if first and text is not None else None,
-                    session.speed(min(128, plan.runtime.context // 2), 32) if measure_speed else None,
-                )
+            if text is not None and not reports:
+                own, dense_perplexity, divergence = _quality(session, text.windows, dense)
+        reports.append(
+            RuntimeReport(
+                session.name,
+                measured.load_seconds,
+                agreement,
+                own,
+                divergence,
+                _memory_report(plan, measured.memory, process_base(plan.target, bundle.as_checkpoint(), name).total),
+                measured.speed,
             )
-        failures += _check_agreement(plan, reports[-1])
-    return Report(
-        export=export.name,
-        target=plan.target,
-        layout=plan.layout,
-        budget_bytes=plan.budget_bytes,
-        budget_scope=plan.budget_scope,
-        planned_bytes=plan.planned_bytes,
-        written_bytes=sum(written_files(export, plan).values()),
-        memory_bytes=plan.memory_bytes,
-        passed=not failures,
-        failures=tuple(failures),
-        runtimes=tuple(reports),
-        bundle_perplexity=None if text is None else perplexity(reference.logits(text), text),
-        dense_perplexity=dense,
-    )
+        )
+    return tuple(reports), dense_perplexity
 
 
-def _encoder_report(export: Path, plan: Plan, failures: list[str], figures: EncoderFigures | None) -> Report:
-    failures = failures + list(figures.failures if figures else ())
-    kept = None if figures is None else figures.similarity
-    return Report(
-        export=export.name,
-        target=plan.target,
-        layout=plan.layout,
-        budget_bytes=plan.budget_bytes,
-        budget_scope=plan.budget_scope,
-        planned_bytes=plan.planned_bytes,
-        written_bytes=sum(written_files(export, plan).values()),
-        memory_bytes=plan.memory_bytes,
-        passed=not failures,
-        failures=tuple(failures),
-        runtimes=(RuntimeReport(figures.runtime, figures.agreement, None, None),) if figures else (),
-        bundle_perplexity=None,
-        dense_perplexity=None,
-        similarity=None if kept is None else 1 - kept.mean_distance,
-        similarity_spearman=None if kept is None else kept.spearman,
-        similarity_error=None if kept is None else kept.mean_error,
-    )
-
-
-def dense_perplexity(model: Path, text: Windows) -> Perplexity:
-    """Of a Hugging Face model directory, in PyTorch; the same for every export of it."""
+def _quality(
+    session: RuntimeSession, windows: Windows, dense: Path | None
+) -> tuple[Perplexity, Perplexity | None, Divergence | None]:
+    if dense is None:
+        return perplexity(session.logits(windows), windows), None, None
     from acip_export.verify.reference import TorchReference
 
-    return perplexity(TorchReference(model).logits(text), text)
+    of_dense, own, divergence = compare_with_dense(
+        TorchReference(dense).logits(windows), session.logits(windows), windows
+    )
+    return own, of_dense, divergence
+
+
+def _memory_report(plan: Plan, memory: Memory | None, base: int) -> MemoryReport | None:
+    """``base``: bytes of the runtime itself."""
+    if memory is None:
+        return None
+    if plan.budget_scope == "file":
+        within = None
+    else:
+        uncovered = base if plan.budget_scope == "memory" else 0
+        within = memory.peak_bytes - uncovered <= plan.budget_bytes
+    return MemoryReport(**dataclasses.asdict(memory), predicted_bytes=plan.memory_bytes + base, within_budget=within)
+
+
+def _check_same_plan(export: Path, plan: Plan, bundle: Bundle) -> None:
+    if plan != bundle.plan:
+        raise BundleError(f"{bundle.path} is the bundle of another plan than {export / EXPORT_PLAN_FILE}")
+
+
+def _files(export: Path, plan: Plan) -> tuple[FileReport, ...]:
+    written = written_files(export, plan)
+    return tuple(
+        FileReport(name, written.get(name), planned, sha256_of(export / name) if name in written else None)
+        for name, planned in plan.files.items()
+    )
+
+
+def _text_report(text: EvaluationText) -> TextReport:
+    count, tokens = text.windows.shape
+    return TextReport(text.source, text.sha256, count, tokens, text.windows.size)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _is_float(plan: Plan) -> bool:
@@ -232,8 +479,20 @@ def _check_agreement(plan: Plan, report: RuntimeReport) -> list[str]:
     return failures
 
 
+def _check_memory(plan: Plan, report: RuntimeReport) -> list[str]:
+    memory = report.memory
+    if memory is None or memory.within_budget is not False:
+        return []
+    return [
+        f"{report.runtime}: its process took {format_bytes(memory.peak_bytes)}, {format_bytes(memory.predicted_bytes)} "
+        f"were planned; the budget of {format_bytes(plan.budget_bytes)} ({plan.budget_scope}) does not hold"
+    ]
+
+
 def save_report(report: Report, export: Path) -> None:
-    (export / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    """Write ``report.json`` into the export, in place of an earlier one."""
+    with new_file(export / REPORT_FILE, force=True) as file:
+        file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def require_passed(report: Report) -> None:

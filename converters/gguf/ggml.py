@@ -198,7 +198,10 @@ def quantize(
 
 
 def processors() -> int:
-    """Processors that this process may use."""
+    """Processors that this process may use; ``OMP_NUM_THREADS`` limits them, as it does elsewhere."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    if limit.isdecimal() and int(limit):
+        return int(limit)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -69,9 +69,10 @@ def test_speed_fits_the_context(
 ) -> None:
     export = make_export("llama", True, "int4")
     with session_class(export.path, export.bundle.plan.runtime) as session:
-        speed = session.speed(CONTEXT - 8, 32)
+        speed = session.speed([5] * (CONTEXT - 8), 8)
     assert speed.prefill > 0
     assert speed.decode > 0
+    assert (speed.prompt_tokens, speed.new_tokens) == (CONTEXT - 8, 8)
 
 
 @pytest.mark.parametrize("session_class", SESSIONS)

@@ -37,12 +37,10 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     scores = make_scores(model)
     checkpoint = Checkpoint.open(model)
     (place / "text.txt").write_text("".join(CORPUS) * 4, encoding="utf-8")
-    windows = pipeline.text_windows(checkpoint, place / "text.txt", CONTEXT)
+    windows = pipeline.evaluation_text(checkpoint.path, place / "text.txt", CONTEXT)
     sizes: tuple[Plan, ...] = ()
     for budget in BUDGETS:
         plan = pipeline.plan_export(checkpoint, scores, PlanRequest("onnx", budget, context=CONTEXT, types=TYPES))
         sizes = sizes or pipeline.planned_sizes(checkpoint, scores, plan, TYPES, 6)
-        pipeline.export_model(
-            checkpoint, scores, plan, place / str(budget), text=windows, measure_speed=True, sizes=sizes
-        )
+        pipeline.export_model(checkpoint, scores, plan, place / str(budget), text=windows, sizes=sizes)
     return Exports(checkpoint, scores, (place / str(BUDGETS[0]), place / str(BUDGETS[1])), sizes)

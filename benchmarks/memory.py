@@ -1,0 +1,271 @@
+"""What a plan predicts for a process, against the peak resident memory of one that loads, fills its context, generates.
+
+    python benchmarks/memory.py [--only sample 100m 1b] [--scratch DIRECTORY]
+
+Writes benchmarks/memory.json; prints the table of docs/memory.md with --update-docs into it. The models of 135 million
+and 1.2 billion parameters have random weights (benchmarks/random_model.py) and are deleted afterwards. The largest
+takes 8 GB of disk and 2 GiB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from random_model import SHAPES, write_random_model
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.materialize import materialize_bundle
+from acip_export.pipeline import convert_bundle
+from acip_export.plan.memory import memory_breakdown
+from acip_export.plan.runtime_base import process_base
+from acip_export.plans import RUNTIME_PARTS, Certificate, Plan, Runtime, TensorDecision, decision_bytes, save_plan
+from acip_export.scores import ModuleScores, ScoreFile, load_scores, save_scores
+from acip_export.units import format_bytes
+from acip_export.verify.process import ProcessFigures, measure_process
+from acip_export.verify.verify import SESSIONS
+from converters.registry import converter
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE_START, TABLE_END = "<!-- memory table -->", "<!-- end of memory table -->"
+PACKAGES = ("xllamacpp", "onnxruntime", "onnxruntime-genai")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One export: formats of the layers and of the embedding, rank of the layers (0: dense), and how it is run."""
+
+    target: str
+    layout: str
+    layers: str
+    embedding: str
+    rank: int = 0
+    runs: tuple[Runtime, ...] = ()
+
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "sample": (
+        Case("gguf", "stock", "q8_0", "q8_0", runs=(Runtime(256, "f16", 64), Runtime(512, "q8_0", 32))),
+        Case("gguf", "adapter", "q8_0", "q8_0", rank=64, runs=(Runtime(256, "f16", 64),)),
+        Case("onnx", "factored", "int8", "int8", rank=64, runs=(Runtime(256, "f32", 32),)),
+        Case("onnx", "factored", "int4", "int4-b128", runs=(Runtime(512, "f32", 64),)),
+        Case("onnx", "factored", "f32", "f32", runs=(Runtime(256, "f32", 32),)),
+    ),
+    "100m": (
+        Case("gguf", "stock", "q4_0", "q8_0", runs=(Runtime(1024, "f16", 256), Runtime(2048, "q8_0", 64))),
+        Case("gguf", "adapter", "q8_0", "q8_0", rank=96, runs=(Runtime(512, "f16", 128),)),
+        Case("onnx", "factored", "int4-b64", "int8", runs=(Runtime(512, "f32", 128),)),
+        Case("onnx", "factored", "int8", "int8", rank=128, runs=(Runtime(1024, "f32", 64),)),
+    ),
+    "1b": (
+        Case("gguf", "stock", "q4_0", "q8_0", runs=(Runtime(1024, "f16", 256), Runtime(2048, "q8_0", 128))),
+        Case("onnx", "factored", "int4", "int8", runs=(Runtime(512, "f32", 64),)),
+    ),
+}
+
+
+def warm_libraries() -> None:
+    """Read the runtimes' code: how much of it becomes resident depends on what the page cache holds."""
+    for package in ("xllamacpp", "onnxruntime", "onnxruntime_genai"):
+        spec = find_spec(package)
+        assert spec is not None and spec.submodule_search_locations
+        for library in Path(next(iter(spec.submodule_search_locations))).rglob("*.so*"):
+            library.read_bytes()
+
+
+def made_up_scores(checkpoint: Checkpoint, file: Path) -> ScoreFile:
+    """A score file that says nothing: memory does not depend on the numbers."""
+    modules = {}
+    for name, shape in checkpoint.linear_modules.items():
+        flat = np.linspace(2, 1, min(shape), dtype=np.float32)
+        modules[name] = ModuleScores(
+            shape=shape,
+            scores=flat,
+            drop_loss=flat,
+            up_sensitivity=flat,
+            down_sensitivity=flat,
+            sensitivity=1.0,
+            input_moment=np.ones(shape[1], np.float32),
+            gradient_moment=np.ones(shape[0], np.float32),
+            adapter_a=None,
+            adapter_b=None,
+        )
+    scores = ScoreFile(
+        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        algorithm={"name": "magnitude", "basis": "svd", "seed": 0},
+        data={"source": "none", "sha256": "0" * 64, "tokens": 0},
+        versions={},
+        curve=(),
+        modules=modules,
+        embedding_sensitivity={},
+        second_moments={},
+    )
+    save_scores(scores, file, force=True)
+    return load_scores(file)
+
+
+def make_plan(checkpoint: Checkpoint, case: Case, runtime: Runtime) -> Plan:
+    """Every layer alike; files and memory as the planner predicts them."""
+    decisions = []
+    for name, info in checkpoint.tensors.items():
+        fields: dict[str, Any] = {"representation": "dense", "format": "f32"}
+        if len(info.shape) == 2:
+            embedding = "embed_tokens" in name or "lm_head" in name
+            fields["format"] = case.embedding if embedding else case.layers
+            rank = min(case.rank, *info.shape)
+            if rank and not embedding:
+                fields = {
+                    "representation": "adapter" if case.layout == "adapter" else "factored",
+                    "format": "q1_0" if case.layout == "adapter" else None,
+                    "rank": rank,
+                    "up_format": case.layers,
+                    "down_format": case.layers,
+                    "kept": ((0, rank),),
+                }
+        draft = TensorDecision(name, info.shape, nbytes=0, **fields)
+        decisions.append(replace(draft, nbytes=decision_bytes(draft, case.target)))
+    tensors = tuple(decisions)
+    files = converter(case.target).predict_files(checkpoint, case.layout, tensors, runtime)
+    total = sum(files.values())
+    plan = Plan(
+        target=case.target,
+        layout=case.layout,
+        model=checkpoint.name,
+        model_fingerprint=checkpoint.fingerprint,
+        scores_sha256="0" * 64,
+        budget_bytes=total,
+        budget_scope="file",
+        planned_bytes=total,
+        memory_bytes=0,
+        files=files,
+        breakdown={},
+        predicted_loss=0.0,
+        predicted_perplexity=None,
+        size_ratio=1.0,
+        adapters=False,
+        runtime=runtime,
+        certificate=Certificate(0, 0.0),
+        tensors=tensors,
+    )
+    return with_memory(plan, checkpoint, runtime)
+
+
+def with_memory(plan: Plan, checkpoint: Checkpoint, runtime: Runtime) -> Plan:
+    breakdown = memory_breakdown(plan.target, checkpoint, plan.tensors, plan.planned_bytes, runtime)
+    own = sum(breakdown[part] for part in RUNTIME_PARTS)
+    return replace(plan, runtime=runtime, breakdown=breakdown, memory_bytes=sum(breakdown.values()) - own)
+
+
+def measure(name: str, checkpoint: Checkpoint, scratch: Path) -> Iterator[dict[str, Any]]:
+    """Every case of a shape: convert, run, compare."""
+    scores = made_up_scores(checkpoint, scratch / "scores.acip")
+    for case in CASES[name]:
+        bundle, export = scratch / "bundle", scratch / "export"
+        converted: Plan | None = None
+        for runtime in case.runs:
+            if converted is None or case.target == "onnx":  # an ONNX export knows its context
+                converted = make_plan(checkpoint, case, runtime)
+                materialize_bundle(checkpoint, scores, converted, bundle, force=True)
+                convert_bundle(bundle, export, force=True)
+                shutil.rmtree(bundle)
+            plan = with_memory(converted, checkpoint, runtime)
+            save_plan(plan, export / "plan.json", force=True)
+            for runtime_name, module, class_name in SESSIONS[case.target]:
+                base = process_base(case.target, checkpoint, runtime_name).total
+                yield row(name, case, plan, plan.memory_bytes + base, measure_process(module, class_name, export))
+        shutil.rmtree(export)
+
+
+def row(name: str, case: Case, plan: Plan, predicted: int, figures: ProcessFigures) -> dict[str, Any]:
+    memory = figures.memory
+    assert memory is not None
+    found = {
+        "shape": name,
+        "target": case.target,
+        "layout": case.layout,
+        "formats": f"{case.layers}, {case.embedding}" + (f", rank {case.rank}" if case.rank else ""),
+        "context": plan.runtime.context,
+        "cache_type": plan.runtime.cache_type,
+        "prompt_batch": plan.runtime.prompt_batch,
+        "runtime": figures.runtime,
+        "breakdown": dict(plan.breakdown),
+        "predicted": predicted,
+        "measured": memory.peak_bytes,
+        "anonymous": memory.anonymous_bytes,
+        "mapped": memory.file_bytes,
+        "interpreter": memory.interpreter_bytes,
+    }
+    print(
+        f"{name:7} {case.target} {case.layout:9}{found['formats']:26}{plan.runtime.context:5} {figures.runtime:28}"
+        f"{format_bytes(predicted):>10} predicted {format_bytes(memory.peak_bytes):>10} measured "
+        f"{predicted / memory.peak_bytes - 1:+.1%}",
+        flush=True,
+    )
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/memory.md."""
+    lines = [
+        "| model | export | context, cache, batch | runtime | predicted | measured | predicted is above by |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {r['shape']} | {r['target']}, {r['layout']}: {r['formats']} | {r['context']}, {r['cache_type']}, "
+        f"{r['prompt_batch']} | {r['runtime']} | {format_bytes(r['predicted'])} | {format_bytes(r['measured'])} | "
+        f"{r['predicted'] / r['measured'] - 1:.1%} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def update_docs(rows: list[dict[str, Any]]) -> None:
+    file = ROOT / "docs" / "memory.md"
+    before, _, rest = file.read_text(encoding="utf-8").partition(TABLE_START)
+    _, _, after = rest.partition(TABLE_END)
+    file.write_text(f"{before}{TABLE_START}\n{table(rows)}\n{TABLE_END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--scratch", type=Path, help="where models are made; default: the system's temporary directory")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "memory.json")
+    parser.add_argument("--update-docs", action="store_true")
+    arguments = parser.parse_args()
+    warm_libraries()
+    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    for name in arguments.only:
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as directory:
+            scratch = Path(directory)
+            checkpoint = (
+                Checkpoint.open(ROOT / "samples" / "llama")
+                if name == "sample"
+                else write_random_model(scratch / "model", SHAPES[name])
+            )
+            found = list(measure(name, checkpoint, scratch))
+        rows = [r for r in rows if r["shape"] != name] + found
+    document = {
+        "benchmark": "memory",
+        "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "versions": {package: version(package) for package in PACKAGES},
+        "rows": sorted(rows, key=lambda r: list(CASES).index(r["shape"])),
+    }
+    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    if arguments.update_docs:
+        update_docs(document["rows"])
+
+
+if __name__ == "__main__":
+    main()
