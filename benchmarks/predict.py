@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from acip_export.bundle import load_bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.modules import load_causal_lm
-from acip_export.pipeline import materialize_bundle, plan_export, text_windows
+from acip_export.pipeline import evaluation_text, materialize_bundle, plan_export
 from acip_export.plan import PlanRequest
 from acip_export.scores import load_scores
 from converters.registry import converter
@@ -129,7 +129,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint, scores = Checkpoint.open(args.model), load_scores(args.scores)
-    windows = torch.from_numpy(text_windows(checkpoint, args.text, CONTEXT, args.tokens))
+    windows = torch.from_numpy(evaluation_text(checkpoint.path, args.text, CONTEXT, args.tokens).windows)
     dense = losses(load_causal_lm(checkpoint, torch.float32), windows)
     document: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
     document["machine"] = {"processor": platform.machine(), "cores": os.cpu_count()}

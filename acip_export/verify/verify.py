@@ -92,7 +92,8 @@ class MemoryReport(Memory):
 
     Attributes:
         predicted_bytes: the plan's, this runtime itself included.
-        within_budget: the peak without what the budget does not cover; ``None`` for budgets of files.
+        within_budget: the peak without what the budget does not cover; ``None`` for budgets of files, and for graphs
+            that are meant for another processor than the one that was measured.
     """
 
     predicted_bytes: int
@@ -416,7 +417,7 @@ def _memory_report(plan: Plan, memory: Memory | None, base: int) -> MemoryReport
     """``base``: bytes of the runtime itself."""
     if memory is None:
         return None
-    if plan.budget_scope == "file":
+    if plan.budget_scope == "file" or plan.runtime.execution != "cpu":
         within = None
     else:
         uncovered = base if plan.budget_scope == "memory" else 0

@@ -126,7 +126,7 @@ def test_ranked_planned_exported_and_verified(tmp_path: Path) -> None:
     scores = rank_model(model, text, algorithm="kfac", calibration=CALIBRATION, out=model / "bert.acip")
     checkpoint = Checkpoint.open(model)
     plan = pipeline.plan_export(checkpoint, scores, PlanRequest("gguf", 120_000, budget_scope="file", context=40))
-    windows = pipeline.text_windows(checkpoint, text, 40)
+    windows = pipeline.evaluation_text(checkpoint.path, text, 40)
     report = pipeline.export_model(checkpoint, scores, plan, tmp_path / "export", text=windows)
     assert report is not None and report.passed and report.written_bytes == plan.planned_bytes <= 120_000
     assert report.similarity is not None and report.similarity_spearman is not None

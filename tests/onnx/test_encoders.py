@@ -214,7 +214,7 @@ def test_verified(tmp_path: Path) -> None:
     scores = rank_model(model, text, algorithm="fisher", calibration=CALIBRATION, out=model / "bert.acip")
     checkpoint = Checkpoint.open(model)
     plan = pipeline.plan_export(checkpoint, scores, PlanRequest("onnx", 170_000, budget_scope="file", context=40))
-    windows = pipeline.text_windows(checkpoint, text, 40)
+    windows = pipeline.evaluation_text(checkpoint.path, text, 40)
     report = pipeline.export_model(checkpoint, scores, plan, tmp_path / "export", text=windows)
     assert report is not None and report.passed and report.similarity is not None
     assert 0.8 < report.similarity < 1 and report.similarity_spearman is not None and report.similarity_spearman > 0.8
