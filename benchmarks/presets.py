@@ -36,7 +36,7 @@ import numpy as np
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import InfeasibleBudgetError
-from acip_export.pipeline import export_model, planning_problem, rank_to_file, text_windows
+from acip_export.pipeline import evaluation_text, export_model, planning_problem, rank_to_file
 from acip_export.plan import PlanRequest, Problem, preset
 from acip_export.plans import Plan
 from acip_export.scores import ScoreFile, load_scores
@@ -256,7 +256,7 @@ def main() -> None:
     for number, directory in enumerate(args.model):
         checkpoint = Checkpoint.open(directory)
         scores = ranked(checkpoint, args.scores[number] if number < len(args.scores) else None)
-        windows = text_windows(checkpoint, TEXTS / "evaluation.txt", CONTEXT, tokens)
+        windows = evaluation_text(checkpoint.path, TEXTS / "evaluation.txt", CONTEXT, tokens).windows
         for target, case in CASES.items():
             if args.only and target != args.only:
                 continue
