@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: bench-plan bench-presets bench-memory help setup demo docs picture test lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
+.PHONY: bench-predict bench-plan bench-presets bench-memory help setup demo docs picture test lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -67,6 +67,12 @@ bench-rank: $(STAMP) ## Time and memory of a ranking step against a straightforw
 
 bench-rank-quality: $(STAMP) ## Perplexity of every ranking at every size; goes on where it was stopped (slow)
 	$(BIN)/python benchmarks/ranking.py
+
+bench-predict: $(STAMP) ## Predicted against measured loss, refits and the gauge form again (slow; needs make demo's ranking)
+	$(BIN)/acip-export rank samples/qwen3 --data samples/text/calibration.txt --force -o .demo/qwen3.acip
+	for model in llama qwen3; do $(BIN)/python benchmarks/predict.py --model samples/$$model --scores .demo/$$model.acip --text samples/text/evaluation.txt; done
+	$(BIN)/python benchmarks/refit.py --model samples/llama --scores .demo/llama.acip
+	$(BIN)/python -P benchmarks/gar.py --model samples/llama --scores .demo/llama.acip
 
 sample: $(STAMP) ## Train the sample models again (slow)
 	$(BIN)/python samples/train.py --arch llama --out samples/llama

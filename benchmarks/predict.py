@@ -159,7 +159,11 @@ def main() -> None:
                 "predicted_loss": plan.predicted_loss,
                 "adapters": plan.adapters,
             }
-            same = known is not None and known["bytes"] == plan.planned_bytes and known["digest"] == _digest(tensors)
+            same = (
+                known is not None
+                and known["bytes"] == plan.planned_bytes
+                and (known["digest"], known["adapters"]) == (_digest(tensors), plan.adapters)
+            )
             if same and known is not None:
                 measured, error = known["measured_loss"], known["standard_error"]
             else:

@@ -100,6 +100,16 @@ def test_kept_units_are_a_prefix_of_the_modules_order(ranked: tuple[Checkpoint, 
         assert kept == set(ranked[1].modules[decision.module].order[: decision.rank].tolist())
 
 
+def test_adapters_make_up_for_dropped_components_only(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    checkpoint, scores = ranked
+    helped = replace(scores, curve=tuple(replace(p, loss_with_adapters=p.loss - 0.01) for p in scores.curve))
+    coarse = PlanRequest("gguf", 700_000, "file", types=("q2_k",))
+    assert not make_plan(checkpoint, helped, coarse, overhead).adapters
+    cut = make_plan(checkpoint, helped, PlanRequest("onnx", 900_000, "file", types=("int8",)), overhead)
+    assert any(d.kept for d in cut.tensors)
+    assert cut.adapters
+
+
 def test_the_same_question_has_the_same_answer(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     request = PlanRequest("gguf", 2_000_000)
     assert make_plan(*ranked, request, overhead) == make_plan(*ranked, request, overhead)

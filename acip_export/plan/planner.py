@@ -13,7 +13,7 @@ from acip_export.plan.allocate import Allocation, Choices, allocate, pareto
 from acip_export.plan.candidates import Candidates, build_candidates
 from acip_export.plan.explain import explain, infeasible
 from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, held_bytes, memory_breakdown, runtime_memory
-from acip_export.plan.predicted_loss import Calibration, calibrate, component_losses
+from acip_export.plan.predicted_loss import Calibration, FloatArray, calibrate, component_losses
 from acip_export.plan.runtime_base import process_base
 from acip_export.plans import BudgetScope, Certificate, Plan, Runtime, TensorDecision
 from acip_export.rounding_errors import RoundingErrors
@@ -117,6 +117,7 @@ class Problem:
 
     Attributes:
         candidates: one entry per tensor. calibration: from their summed losses to the measured loss.
+        dropping: loss of dropping each component, by module.
     """
 
     checkpoint: Checkpoint
@@ -125,6 +126,7 @@ class Problem:
     layout: Layout
     candidates: tuple[Candidates, ...]
     calibration: Calibration
+    dropping: Mapping[str, FloatArray]
     predict_files: PredictFiles
     _choices: dict[str, list[Choices]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -147,7 +149,17 @@ class Problem:
         types = target.choose_types(request.types)
         errors = errors or RoundingErrors(target.name, "", scores.sha256)
         candidates = build_candidates(checkpoint, scores, losses, target, layout, types, errors)
-        return cls(checkpoint, scores, target, layout, candidates, calibrate(scores, losses), predict_files)
+        return cls(checkpoint, scores, target, layout, candidates, calibrate(scores, losses), losses, predict_files)
+
+    def _adapters(self, decisions: tuple[TensorDecision, ...]) -> bool:
+        """Whether the learned adapters help: they make up for dropped components, and rounding is none of their
+        business."""
+        dropped = 0.0
+        for decision in decisions:
+            if decision.kept is not None:
+                losses = self.dropping[decision.module]
+                dropped += float(losses.sum() - sum(losses[start:stop].sum() for start, stop in decision.kept))
+        return dropped > 0 and self.calibration.adapters(dropped)
 
     def only(self, allowed: Callable[[Candidates, TensorDecision], bool]) -> Problem:
         """With fewer candidates: presets, or quantization alone."""
@@ -181,7 +193,7 @@ class Problem:
             predicted_loss=loss,
             predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)) if scores.is_causal else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
-            adapters=calibration.adapters(solution.allocation.loss) and any(d.rank for d in solution.decisions),
+            adapters=self._adapters(solution.decisions),
             runtime=runtime,
             options=dict(request.options),
             certificate=certificate,
@@ -242,7 +254,10 @@ class Problem:
         if smallest.used > room:
             raise infeasible(self, request)
         best, overhead = smallest, smallest.overhead
-        for _ in range(_OVERHEAD_ROUNDS):
+        rounds = 0
+        # Every round that does not fit leaves less room to the next, so one that fits comes in the end.
+        while rounds < _OVERHEAD_ROUNDS or best is smallest:
+            rounds += 1
             allocation = allocate(groups, room - overhead, exact)
             if allocation is None or allocation.chosen == best.allocation.chosen:
                 break
