@@ -123,7 +123,7 @@ def watched(command: list[str]) -> dict[str, float]:
     Pages of mapped files count as resident although the system takes them back at will, so both are told.
     """
     started, anonymous = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()

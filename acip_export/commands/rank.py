@@ -58,6 +58,9 @@ def rank(
     log_json: Annotated[Path | None, typer.Option(help="Append progress as JSON lines to this file.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Write progress for TensorBoard to this directory.")] = None,
     cache: Cache = None,
+    measure_rounding: Annotated[
+        bool, typer.Option(help="Measure what the installed quantizers cost: the first plan then takes seconds.")
+    ] = True,
     json: Json = False,
     force: Force = False,
 ) -> None:
@@ -128,6 +131,9 @@ def rank(
         raise
     if not is_main:
         return
+    if measure_rounding:
+        with console.stage_bars() as progress:
+            pipeline.measure_rounding_errors(checkpoint, target, progress)
     if json:
         console.print_json({"out": str(target), **pipeline.ranking_summary(scores)})
     else:
