@@ -132,7 +132,7 @@ class MatrixReader:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._scales: dict[str, NDArray[np.float32]] = {}
+        self._scales: dict[str, NDArray[np.float32] | NDArray[np.float16]] = {}
 
     def chunks(self, part: MatrixPart | Vector) -> Iterator[NDArray[np.generic]]:
         """Contiguous arrays that together are the initializer's bytes."""
@@ -141,7 +141,7 @@ class MatrixReader:
             return
         matrix = part.matrix
         if part.form == "scales":
-            yield self._scales.pop(matrix.tensor).astype(part.dtype, copy=False)
+            yield self._scales.pop(matrix.tensor)
             return
         weight = self._bundle.read(matrix.tensor)
         if part.form in ("codes", "flat_codes"):
@@ -156,7 +156,7 @@ class MatrixReader:
     def _codes(self, weight: Tensor, matrix: Matrix) -> Iterator[NDArray[np.generic]]:
         moments = self._bundle.importance(matrix.tensor)
         importance = None if moments is None else _floats(moments)
-        scales = np.empty((matrix.rows, matrix.blocks), np.float32)
+        scales = np.empty((matrix.rows, matrix.blocks), scale_type(matrix.format))
         done = 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             slices = _slices(weight, matrix.columns)

@@ -37,11 +37,11 @@ class Quantized:
     """Rows of a quantized matrix.
 
     Attributes:
-        codes: (rows, blocks, block * bits / 8) uint8. scales: (rows, blocks) float32, or numbers that float16 can hold.
+        codes: (rows, blocks, block * bits / 8) uint8. scales: (rows, blocks) of :func:`scale_type`.
     """
 
     codes: Codes
-    scales: Floats
+    scales: NDArray[np.float32] | NDArray[np.float16]
 
 
 def bits_of(fmt: WeightFormat) -> int:
@@ -77,7 +77,10 @@ def quantize(weight: Floats, fmt: WeightFormat, importance: Floats | None = None
         np.copyto(scale, fitted, where=better)
     codes = _round(blocks, _reciprocal(scale), bits)
     _, scale = _fit(blocks, codes, weights)
-    return Quantized(_pack(codes, bits), scale.astype(scale_type(fmt)).astype(np.float32))
+    if fmt.item_bytes == 4:
+        return Quantized(_pack(codes, bits), scale)
+    most = np.finfo(np.float16).max
+    return Quantized(_pack(codes, bits), np.clip(scale, -most, most).astype(np.float16))
 
 
 def dequantize(quantized: Quantized, fmt: WeightFormat, columns: int) -> Floats:
@@ -86,7 +89,7 @@ def dequantize(quantized: Quantized, fmt: WeightFormat, columns: int) -> Floats:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (quantized.codes[..., None] >> shifts) & np.uint8(2**bits - 1)
     signed = codes.reshape(*quantized.scales.shape, fmt.block).astype(np.float32) - np.float32(2 ** (bits - 1))
-    weight: Floats = (signed * quantized.scales[..., None]).reshape(len(signed), -1)[:, :columns]
+    weight: Floats = (signed * quantized.scales[..., None].astype(np.float32)).reshape(len(signed), -1)[:, :columns]
     return weight
 
 

@@ -16,7 +16,7 @@ from acip_export.modules import causal_lm
 from acip_export.plans import Runtime, TensorDecision
 from converters.onnx import converter, outline
 
-FORMATS = [f.name for f in formats_of("onnx")]
+FORMATS = [f.name for f in formats_of("onnx") if f.item_bytes == 4]
 EMBEDDINGS = [name for name in FORMATS if name != "int2"]
 
 
