@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: bench-predict bench-plan bench-presets bench-memory help setup demo docs picture test lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
+.PHONY: bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ bench-encoder: $(STAMP) ## Similarity that a sentence encoder keeps, by ranking 
 
 bench-extension: llama-cpp ## Factor pairs against dense weights in llama.cpp, side by side (slow)
 	$(BIN)/python benchmarks/extension.py
+
+bench-onnx: $(STAMP) ## ONNX exports beside the stock model builder, and what low rank saves (slow, 5 GB of disk)
+	$(BIN)/python benchmarks/onnx_export.py
 
 bench-memory: $(STAMP) ## Memory of real processes against the plans' predictions (slow, 8 GB of disk)
 	$(BIN)/python benchmarks/memory.py --update-docs
