@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The last target and the last scores that are in no file, and what was measured for them: every budget asks again.
+_measured_last: tuple[ScoreFile, RoundingErrors] | None = None
+
 
 _LONGEST_WINDOW = 1024
 
@@ -110,18 +113,21 @@ def rounding_errors(
     Read from the cache beside the score file; what it lacks is measured once and added to it. Without the quantizer
     the answer is what the cache has.
     """
+    global _measured_last
     from acip_export.plan.candidates import choose_embedding_types, pair_types, residual_bases
     from acip_export.targets import target as find_target
     from converters.registry import converter
 
     scores.check_model(checkpoint)
-    target = find_target(request.target)
+    target = find_target(request.target, request.execution)
     types, layout = target.choose_types(request.types), target.layout(request.layout)
     quantizer = converter(target.name).quantizer()
     cache = None if scores.file is None else cache_file(scores.file, target.name)
     known = RoundingErrors(target.name, quantizer, scores.sha256)
     if cache is not None:
         known = load_rounding_errors(cache, target.name, quantizer, scores.sha256)
+    elif _measured_last is not None and _measured_last[0] is scores and _measured_last[1].target == target.name:
+        known = _measured_last[1]
     embedding_types = choose_embedding_types(target, types)
     dense = {
         name: tuple(
@@ -157,6 +163,8 @@ def rounding_errors(
         return known
     if cache is not None:
         save_rounding_errors(measured, cache)
+    else:
+        _measured_last = (scores, measured)
     return measured
 
 
@@ -171,8 +179,9 @@ def planning_problem(
     from converters.registry import converter
 
     target = converter(request.target)
-    layout = find_target(request.target).layouts_for(request.layout, request.runtime)[0].name
+    layout = find_target(request.target, request.execution).layouts_for(request.layout, request.runtime)[0].name
     request = replace(request, layout=layout)
+    checkpoint = checkpoint.with_options(request.options)
     return Problem.of(
         checkpoint,
         scores,
@@ -455,18 +464,15 @@ def planned_sizes(
         prompt_batch=plan.runtime.prompt_batch,
         options=plan.options,
     )
-    try:
-        plan_export(checkpoint, scores, base)
-        smallest = 1
-    except InfeasibleBudgetError as error:
-        smallest = error.smallest_feasible_bytes
-    full = plan_export(checkpoint, scores, replace(base, budget_bytes=2**62))
+    problem = planning_problem(checkpoint, scores, base)
+    smallest, _ = problem.floor(base)
+    full = problem.plan(replace(base, budget_bytes=2**62), exact=False)
     largest = full.used_bytes
     made: dict[int, Plan] = {}
     for step in range(count - 1):
         # Equal factors: most of what happens to quality happens at the small sizes.
         budget = round(smallest * (largest / smallest) ** (step / (count - 1)))
-        found = plan_export(checkpoint, scores, replace(base, budget_bytes=max(budget, smallest)))
+        found = problem.plan(replace(base, budget_bytes=max(budget, smallest)), exact=False)
         made[found.used_bytes] = found
     made[largest] = replace(full, budget_bytes=largest, certificate=replace(full.certificate, bytes_left=0))
     return tuple(made[used] for used in sorted(made))
