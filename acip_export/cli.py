@@ -32,6 +32,7 @@ for command in (
     stages.materialize,
     stages.convert,
     stages.verify,
+    stages.imatrix,
     report.report,
     inspect.inspect,
     check.check,

@@ -11,6 +11,7 @@
     │   ├── RankingError               model and text together: the ranking run diverged, or cannot be resumed
     │   ├── DeviceFileError            a user's devices.toml
     │   ├── ModelFileError             any .gguf, .onnx, .safetensors, or a directory of them
+    │   ├── ImatrixError               llama.cpp's importance matrix
     │   ├── ExtensionError             the llama.cpp checkout that our extension goes into
     │   └── BaselineError              acip-check.lock.json, or what --against names
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
@@ -72,6 +73,10 @@ class DeviceFileError(InputError):
 
 class ModelFileError(InputError):
     """A model file or directory to be looked at is missing, damaged, truncated or hostile."""
+
+
+class ImatrixError(InputError):
+    """The file given as an importance matrix is missing, damaged, none, or of another model."""
 
 
 class ExtensionError(InputError):

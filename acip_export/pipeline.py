@@ -222,6 +222,7 @@ def plan_export(
     layouts = known.layouts_for(request.layout, request.runtime)
     target = converter(request.target)
     checkpoint = checkpoint.with_options(request.options)
+    _rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
 
     def plan(layout: str) -> Plan:
         return make_plan(
@@ -320,13 +321,14 @@ def materialize_bundle(
 
     Raises as :func:`acip_export.materialize.materialize_bundle`, and
         MissingExtraError: the target's quantizer is not installed.
+        ImatrixError: see :func:`converters.gguf.imatrix.with_imatrix`.
     """
     from acip_export import materialize
     from converters.registry import converter
 
     return materialize.materialize_bundle(
         checkpoint,
-        scores,
+        _rounding_scores(checkpoint.with_options(plan.options), scores),
         plan,
         out,
         force,
@@ -334,6 +336,23 @@ def materialize_bundle(
         converter(plan.target).round_trip,
         cache,
     )
+
+
+def _rounding_scores(checkpoint: Checkpoint, scores: ScoreFile) -> ScoreFile:
+    """``scores`` with the importance of the inputs that the user named, if any."""
+    file = checkpoint.options.get("imatrix")
+    if file is None:
+        return scores
+    from converters.gguf.imatrix import with_imatrix
+
+    return with_imatrix(checkpoint, scores, Path(file))
+
+
+def write_imatrix(checkpoint: Checkpoint, scores: ScoreFile, out: Path, force: bool = False) -> int:
+    """See :func:`converters.gguf.imatrix.write_imatrix`."""
+    from converters.gguf import imatrix
+
+    return imatrix.write_imatrix(checkpoint, scores, out, force)
 
 
 def convert_bundle(

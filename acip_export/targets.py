@@ -190,7 +190,7 @@ TARGETS: dict[str, Target] = {
         ),
         runtimes={"llama.cpp": ("stock", "adapter"), "acip-llama.cpp": ("factored", "stock", "adapter")},
         windowed=frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"}),
-        options=("pre_tokenizer", "base_gguf"),
+        options=("pre_tokenizer", "base_gguf", "imatrix"),
     ),
     "onnx": Target(
         name="onnx",

@@ -91,6 +91,11 @@ class PlanFlags:
         typer.Option(help="GGUF: the same model as llama.cpp's own converter wrote it, for architectures not known."),
     ] = None
 
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(help="GGUF: llama.cpp's importance matrix, to round with in place of the score file's moments."),
+    ] = None
+
     @property
     def asks(self) -> bool:
         """Whether anything was asked for at all."""
@@ -162,8 +167,10 @@ class PlanFlags:
 
     def _options(self) -> dict[str, str]:
         """What only one target's converter understands."""
-        base = None if self.base_gguf is None else str(self.base_gguf.resolve())
-        given = {"pre_tokenizer": self.pre_tokenizer, "base_gguf": base}
+        files = {"base_gguf": self.base_gguf, "imatrix": self.imatrix}
+        given = {"pre_tokenizer": self.pre_tokenizer} | {
+            name: None if file is None else str(file.resolve()) for name, file in files.items()
+        }
         return {name: value for name, value in given.items() if value is not None}
 
     def _device(self) -> Device | None:

@@ -1,4 +1,4 @@
-"""One stage alone: ``materialize``, ``convert``, ``verify``; and the list of ``formats``."""
+"""One stage alone: ``materialize``, ``convert``, ``verify``; ``imatrix``; and the list of ``formats``."""
 
 from __future__ import annotations
 
@@ -88,6 +88,29 @@ def verify(
     else:
         console.show_reports([report])
     require_passed(report)
+
+
+def imatrix(
+    scores: Annotated[
+        Path | None, typer.Argument(metavar="[SCORES]", help="Score file. Default: the *.acip beside the model.")
+    ] = None,
+    model: Model = ".",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file.")] = Path("imatrix.gguf"),
+    json: Json = False,
+    force: Force = False,
+) -> None:
+    """Write what a ranking measured as llama.cpp's importance matrix, for llama-quantize --imatrix.
+
+    acip-export imatrix model.acip -o imatrix.gguf
+
+    The other way, to round with a matrix that llama-imatrix made: acip-export --format gguf --imatrix FILE.
+    """
+    from acip_export import pipeline
+
+    refuse_existing(out, force)
+    checkpoint = Checkpoint.open(model)
+    count = pipeline.write_imatrix(checkpoint, pipeline.open_scores(checkpoint, scores), out, force)
+    _done({"out": str(out), "matrices": count}, json, f"importance of {count} matrices written to {out}")
 
 
 def formats(json: Json = False) -> None:
