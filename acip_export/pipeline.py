@@ -321,7 +321,7 @@ def materialize_bundle(
 
     Raises as :func:`acip_export.materialize.materialize_bundle`, and
         MissingExtraError: the target's quantizer is not installed.
-        ImatrixError: see :func:`converters.gguf.imatrix.with_imatrix`.
+        ImatrixError: see :func:`converters.gguf.imatrix.importance_of`.
     """
     from acip_export import materialize
     from converters.registry import converter
@@ -339,20 +339,35 @@ def materialize_bundle(
 
 
 def _rounding_scores(checkpoint: Checkpoint, scores: ScoreFile) -> ScoreFile:
-    """``scores`` with the importance of the inputs that the user named, if any."""
+    """``scores`` with the importance of the inputs that the user named in place of its own; the same file otherwise."""
     file = checkpoint.options.get("imatrix")
     if file is None:
         return scores
-    from converters.gguf.imatrix import with_imatrix
+    from converters.gguf.imatrix import importance_of
 
-    return with_imatrix(checkpoint, scores, Path(file))
+    scores.check_model(checkpoint)
+    given = importance_of(checkpoint, Path(file))
+    weighted = {name: replace(scores.modules[name], input_moment=moment) for name, moment in given.items()}
+    return replace(scores, modules={**scores.modules, **weighted})
 
 
 def write_imatrix(checkpoint: Checkpoint, scores: ScoreFile, out: Path, force: bool = False) -> int:
-    """See :func:`converters.gguf.imatrix.write_imatrix`."""
+    """Write the input moments of ``scores`` as llama.cpp's importance matrix; returns how many matrices it has.
+
+    Raises:
+        UsageError: ``out`` exists and ``force`` is false.
+        ScoreFileError: of another model.
+        UnsupportedError: an architecture whose tensors have no known names in llama.cpp.
+    """
     from converters.gguf import imatrix
 
-    return imatrix.write_imatrix(checkpoint, scores, out, force)
+    scores.check_model(checkpoint)
+    moments = {name: module.input_moment for name, module in scores.modules.items()}
+    # What the moments were measured on; rankings that do not say used all of their text.
+    tokens = int(scores.algorithm.get("statistics_tokens") or scores.data.get("tokens") or 0) or 1
+    chunk = min(int(scores.algorithm.get("context") or tokens), tokens)
+    measured = imatrix.Measured(str(scores.data.get("source", "unknown")), tokens, chunk)
+    return imatrix.write_imatrix(checkpoint, moments, measured, out, force)
 
 
 def convert_bundle(

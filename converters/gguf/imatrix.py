@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrices (``imatrix``) in their GGUF form: written from a score file, read in place of it.
+"""llama.cpp's importance matrices (``imatrix``) in their GGUF form: written from measured moments, read in their place.
 
 For every matrix ``NAME`` of the model two float32 tensors: ``NAME.in_sum2`` (1, in), the sum of the squared inputs over
 all tokens, and ``NAME.counts`` (1, 1), how many tokens. Their quotient is what a score file calls ``input_moment``.
@@ -8,7 +8,7 @@ Source: llama.cpp, tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.errors import ImatrixError, ModelFileError
 from acip_export.files import new_file
 from acip_export.plans import TensorDecision
-from acip_export.scores import ScoreFile
 from converters.gguf.architectures import family_of
 from converters.gguf.architectures.base import some
 from converters.gguf.base_file import open_base, planned_names
@@ -31,29 +30,42 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 _OUTER = {"output.weight", "token_embd.weight"}
 
 
-def write_imatrix(checkpoint: Checkpoint, scores: ScoreFile, out: Path, force: bool = False) -> int:
-    """Write the input moments of ``scores`` as an imatrix that llama-quantize takes; returns how many matrices it has.
+@dataclass(frozen=True)
+class Measured:
+    """What importance was measured on.
+
+    Attributes:
+        source: of the text. tokens: how many, above zero. chunk: tokens of a sequence.
+    """
+
+    source: str
+    tokens: int
+    chunk: int
+
+
+def write_imatrix(
+    checkpoint: Checkpoint, moments: Mapping[str, Floats], measured: Measured, out: Path, force: bool = False
+) -> int:
+    """Write an imatrix that llama-quantize takes; returns how many matrices it has.
+
+    Args:
+        moments: (in,) float32 mean squares of the inputs of every linear module, by its Hugging Face name.
 
     Raises:
         UsageError: ``out`` exists and ``force`` is false.
-        ScoreFileError: of another model.
         UnsupportedError: an architecture whose tensors have no known names in llama.cpp.
     """
-    scores.check_model(checkpoint)
     names = _gguf_names(checkpoint)
-    # What the moments were measured on; rankings that do not say used all of their text.
-    tokens = int(scores.algorithm.get("statistics_tokens") or scores.data.get("tokens") or 0) or 1
-    chunk = min(int(scores.algorithm.get("context") or tokens), tokens)
     numbers: dict[str, Floats] = {}
     for module in checkpoint.linear_modules:
         name = names[f"{module}.weight"]
-        numbers[name + _SUMS] = (scores.modules[module].input_moment * np.float32(tokens)).reshape(1, -1)
-        numbers[name + _COUNTS] = np.full((1, 1), tokens, np.float32)
+        numbers[name + _SUMS] = (moments[module] * np.float32(measured.tokens)).reshape(1, -1)
+        numbers[name + _COUNTS] = np.full((1, 1), measured.tokens, np.float32)
     metadata: Metadata = {
         "general.type": string("imatrix"),
-        "imatrix.datasets": strings([str(scores.data.get("source", "unknown"))]),
-        "imatrix.chunk_count": uint32(-(-tokens // chunk)),
-        "imatrix.chunk_size": uint32(chunk),
+        "imatrix.datasets": strings([measured.source]),
+        "imatrix.chunk_count": uint32(-(-measured.tokens // measured.chunk)),
+        "imatrix.chunk_size": uint32(measured.chunk),
     }
     specs = [TensorSpec(name, values.shape, "f32") for name, values in numbers.items()]
     with new_file(out, force) as temporary:
@@ -116,15 +128,13 @@ def _mean(file: Path, sums: PlacedTensor, counts: PlacedTensor, name: str) -> Fl
     return mean
 
 
-def with_imatrix(checkpoint: Checkpoint, scores: ScoreFile, file: Path) -> ScoreFile:
-    """``scores`` with an imatrix in place of its own input moments; the rest, and its identity, stay.
+def importance_of(checkpoint: Checkpoint, file: Path) -> dict[str, Floats]:
+    """(in,) float32 mean squares of the inputs of every linear module, by its Hugging Face name, from an imatrix.
 
     Raises:
         ImatrixError: as :func:`read_imatrix`, or of another model.
-        ScoreFileError: of another model.
         UnsupportedError: an architecture whose tensors have no known names in llama.cpp.
     """
-    scores.check_model(checkpoint)
     found, names = read_imatrix(file), _gguf_names(checkpoint)
     modules = {module: names[f"{module}.weight"] for module in checkpoint.linear_modules if f"{module}.weight" in names}
     missing = sorted(set(modules.values()) - found.keys())
@@ -140,8 +150,7 @@ def with_imatrix(checkpoint: Checkpoint, scores: ScoreFile, file: Path) -> Score
             raise ImatrixError(
                 f"{file} is of another model: its {name} has {len(found[name])} columns, the model's has {columns}"
             )
-    weighted = {module: replace(scores.modules[module], input_moment=found[name]) for module, name in modules.items()}
-    return replace(scores, modules={**scores.modules, **weighted})
+    return {module: found[name] for module, name in modules.items()}
 
 
 def _gguf_names(checkpoint: Checkpoint) -> Mapping[str, str]:

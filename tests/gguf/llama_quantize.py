@@ -25,11 +25,11 @@ from safetensors.numpy import load_file, save_file
 from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.formats import formats_of
-from acip_export.pipeline import materialize_bundle
+from acip_export.pipeline import materialize_bundle, write_imatrix
 from acip_export.scores import ScoreFile
 from converters.gguf import converter
 from converters.gguf.ggml import TYPE_IDS
-from converters.gguf.imatrix import read_imatrix, write_imatrix
+from converters.gguf.imatrix import read_imatrix
 from tests.support import make_model, make_plan, make_scores
 
 GOLDENS = Path(__file__).with_name("goldens.json")

@@ -16,10 +16,10 @@ from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.cli import app
 from acip_export.errors import ImatrixError, UnsupportedError
-from acip_export.pipeline import materialize_bundle, plan_export
+from acip_export.pipeline import materialize_bundle, plan_export, write_imatrix
 from acip_export.plan import PlanRequest
 from acip_export.scores import ScoreFile, save_scores
-from converters.gguf.imatrix import read_imatrix, with_imatrix, write_imatrix
+from converters.gguf.imatrix import importance_of, read_imatrix
 from tests.support import dense, make_model, make_plan, make_scores
 
 Tensors = dict[str, np.ndarray]
@@ -56,15 +56,9 @@ def test_what_was_written_comes_back(model: Path, tmp_path: Path) -> None:
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     assert tensors["blk.1.ffn_down.weight.counts"].tolist() == [[5000.0]]
     assert tensors["blk.1.ffn_down.weight.in_sum2"].shape == (1, 512)
-    blank = dataclasses.replace(
-        scores,
-        modules={
-            n: dataclasses.replace(m, input_moment=np.zeros_like(m.input_moment)) for n, m in scores.modules.items()
-        },
-    )
-    for name, module in with_imatrix(checkpoint, blank, file).modules.items():
+    for name, moment in importance_of(checkpoint, file).items():
         # Times the tokens and divided by them again: two roundings of float32, half a unit in the last place each.
-        np.testing.assert_allclose(module.input_moment, scores.modules[name].input_moment, rtol=2.0**-23)
+        np.testing.assert_allclose(moment, scores.modules[name].input_moment, rtol=2.0**-23)
 
 
 def test_the_bundle_rounds_with_it(model: Path, tmp_path: Path) -> None:
@@ -142,7 +136,7 @@ def test_refusals(model: Path, tmp_path: Path, change: Callable[[Tensors], None]
     change(tensors)
     _write(tmp_path / "bad.gguf", tensors)
     with pytest.raises(ImatrixError, match=message):
-        with_imatrix(checkpoint, scores, tmp_path / "bad.gguf")
+        importance_of(checkpoint, tmp_path / "bad.gguf")
 
 
 def test_no_imatrix_at_all(tmp_path: Path) -> None:
