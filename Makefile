@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
+.PHONY: bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ bench-onnx: $(STAMP) ## ONNX exports beside the stock model builder, and what lo
 
 bench-memory: $(STAMP) ## Memory of real processes against the plans' predictions (slow, 8 GB of disk)
 	$(BIN)/python benchmarks/memory.py --update-docs
+
+bench-gguf: llama-cpp ## Time and memory of a GGUF export beside llama.cpp's two steps, 1.1 billion parameters
+	$(BIN)/python benchmarks/gguf_export.py
 
 gguf-goldens: llama-cpp ## Compare every GGUF type with llama.cpp's own quantization, and store the bytes' hashes
 	$(BIN)/python -m tests.gguf.llama_quantize

@@ -56,13 +56,13 @@ def wheel(log: Log) -> Path:
         log(f"built before: {found}")
         return found
     with tempfile.TemporaryDirectory(prefix="acip-llama-cpp-") as scratch, new_directory(cache_directory()) as finished:
-        sources = _sources(Path(scratch), log)
-        apply_extension(sources)
-        _leave_out(sources / "CMakeLists.txt")
-        _mark_version(sources / "llama_cpp" / "__init__.py")
+        unpacked = sources(Path(scratch), log)
+        apply_extension(unpacked)
+        _leave_out(unpacked / "CMakeLists.txt")
+        _mark_version(unpacked / "llama_cpp" / "__init__.py")
         log("building it (5 to 15 minutes on two cores)")
         settings = [word for key, value in _CMAKE.items() for word in ("-C", f"cmake.define.{key}={value}")]
-        _run([*_PIP, "wheel", str(sources), "--no-deps", "-w", str(finished), *settings])
+        _run([*_PIP, "wheel", str(unpacked), "--no-deps", "-w", str(finished), *settings])
     found = _cached()
     assert found is not None  # pip reported success
     return found
@@ -84,8 +84,12 @@ def _machine() -> str:
     return f"{sys.platform}-{platform.machine()}-{digits}"
 
 
-def _sources(scratch: Path, log: Log) -> Path:
-    """The unpacked source package."""
+def sources(scratch: Path, log: Log) -> Path:
+    """The unpacked source package, fetched into ``scratch``.
+
+    Raises:
+        ExtensionError: it cannot be had.
+    """
     log(f"fetching the source package of llama-cpp-python {VERSION}")
     name = f"llama-cpp-python=={VERSION}"
     _run([*_PIP, "download", name, "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(scratch)])

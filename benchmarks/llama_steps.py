@@ -1,0 +1,50 @@
+"""llama.cpp's two steps from a Hugging Face model to a quantized GGUF, each as a process of its own for gguf_export.py.
+
+    python benchmarks/llama_steps.py convert LLAMA_CPP MODEL OUT
+    python benchmarks/llama_steps.py quantize SOURCE OUT IMATRIX
+
+A file apart, so that neither process loads what only ours needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import runpy
+import sys
+from pathlib import Path
+
+_Q4_K_M, _Q4_K = 15, 12  # enum llama_ftype, enum ggml_type
+
+
+def convert(llama_cpp: Path, model: Path, out: Path) -> None:
+    """``convert_hf_to_gguf.py``, told the pre-tokenizer, which it knows by hashing real token ids."""
+    sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
+    base = __import__("conversion.base", fromlist=["TextModel"])
+    base.TextModel.get_vocab_base_pre = lambda *_: "llama-bpe"
+    script = str(llama_cpp / "convert_hf_to_gguf.py")
+    sys.argv = [script, str(model), "--outfile", str(out), "--outtype", "bf16"]
+    runpy.run_path(script, run_name="__main__")
+
+
+def quantize(source: Path, out: Path, imatrix: Path) -> None:
+    """llama.cpp's second step; the imatrix makes it round as ours does."""
+    import llama_cpp
+
+    from converters.gguf.imatrix import read_imatrix
+
+    weights = [(name.encode(), values) for name, values in read_imatrix(imatrix).items()]
+    entries = (llama_cpp.llama_model_imatrix_data * (len(weights) + 1))()
+    for entry, (name, values) in zip(entries, weights, strict=False):
+        entry.name, entry.size = name, values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.pure, settings.nthread = _Q4_K_M, True, len(os.sched_getaffinity(0))
+    settings.token_embedding_type = settings.output_tensor_type = _Q4_K
+    settings.imatrix = entries
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings)):
+        raise SystemExit(f"llama_model_quantize refused {source}")
+
+
+if __name__ == "__main__":
+    {"convert": convert, "quantize": quantize}[sys.argv[1]](*map(Path, sys.argv[2:]))
