@@ -35,6 +35,8 @@ from acip_export.rounding import RoundTrip
 from acip_export.scores import ModuleScores, ScoreFile
 from acip_export.version import __version__
 
+_FINITE_PIECE = 1 << 20
+
 
 @dataclass(frozen=True)
 class MaterializeProgress:
@@ -145,7 +147,7 @@ def _numbers(
     factors: FactorCache,
 ) -> dict[str, Tensor]:
     weight = checkpoint.read(decision.name)
-    if not bool(torch.isfinite(weight).all()):
+    if not _finite(weight):
         raise CheckpointError(f"{checkpoint.path}: {decision.name} holds NaN or infinity")
     module = scores.modules.get(decision.module) if decision.name.endswith(".weight") else None
     if decision.representation == "residual" and decision.rank is not None and module is not None:
@@ -169,6 +171,11 @@ def _numbers(
     fitted = refit(balanced(pair, norm), norm, importance[down], formats[0], formats[1], round_trip)
     importance[up] = fitted.up_importance
     return {up: fitted.pair.up, down: fitted.pair.down}
+
+
+def _finite(weight: Tensor) -> bool:
+    # In pieces: asked of an embedding at once, torch makes copies that are two and a half times as large as it.
+    return all(bool(torch.isfinite(part).all()) for part in weight.reshape(-1).split(_FINITE_PIECE))
 
 
 def _residual(
