@@ -175,7 +175,7 @@ def _numbers(
 
 def _finite(weight: Tensor) -> bool:
     # In pieces: asked of an embedding at once, torch makes copies that are two and a half times as large as it.
-    return all(bool(torch.isfinite(part).all()) for part in weight.reshape(-1).split(_FINITE_PIECE))
+    return all(bool(torch.isfinite(part).all()) for part in torch.split(weight.reshape(-1), _FINITE_PIECE))
 
 
 def _residual(
