@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,9 +82,10 @@ def make_export(tmp_path_factory: pytest.TempPathFactory) -> MakeExport:
         kind = "-".join([arch, str(tied), *(str(value) for value in sizes.values())])
         key = f"{kind}-{rule.replace(' ', '-')}"
         if key not in made:
-            trained = arch.startswith("samples/")
-            model = Path(__file__).parents[2] / arch if trained else root / kind
-            if not model.exists():
+            model = root / kind.replace("/", "-")
+            if not model.exists() and arch.startswith("samples/"):
+                shutil.copytree(Path(__file__).parents[2] / arch, model)
+            elif not model.exists():
                 make_model(model, arch, tie_word_embeddings=tied, **{**SIZES, **sizes})
                 make_scores(model)
             place = root / key.replace("/", "-")
