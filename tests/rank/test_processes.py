@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from acip_export.scores import ScoreFile, load_scores
 from tests.rank.support import CALIBRATION
 
 pytest.importorskip("accelerate")
+
+ROOT = Path(__file__).parents[2]
 
 # Dropout draws other inputs to drop for every process, so it is off where rankings are compared.
 SETTINGS = {
@@ -50,7 +53,15 @@ def launch(*arguments: object, script: str | None = None) -> str:
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
     command += [script] if script else ["-m", "acip_export"]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        # The script of the first test imports from tests, which no installation has.
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

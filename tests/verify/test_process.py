@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from acip_export.checkpoint import Checkpoint
 from acip_export.errors import AcipError, MissingExtraError, RuntimeCrashError, RuntimeHangError, VerificationError
+from acip_export.plan.runtime_base import process_base
 from acip_export.verify.process import ProcessFigures, measure_process
 from tests.verify.conftest import CONTEXT, Made, MakeExport
 
@@ -38,8 +40,10 @@ def test_figures_of_a_process(exported: MakeExport, runtime: str) -> None:
     assert found.speed.decode > 0
     assert found.speed.prompt_tokens + found.speed.new_tokens == CONTEXT  # all of it
     assert found.memory is not None
-    # The library and the weights were resident at least; an order of magnitude more would be something else's memory.
-    assert made.plan.memory_bytes < found.memory.peak_bytes < made.plan.memory_bytes + 2**27
+    # What the plan promises. Of llama.cpp's library some pages stay on the disk: up to a fifth of a tiny export's
+    # process. Page caches and allocators move peaks by up to 1 MB from run to run.
+    promised = made.plan.memory_bytes + process_base(target, Checkpoint.open(made.model), runtime).total
+    assert 0.7 * promised < found.memory.peak_bytes <= promised + 1_000_000
     # The peak is not below what was there at the end.
     resident = found.memory.anonymous_bytes + found.memory.file_bytes
     assert found.memory.peak_bytes + found.memory.interpreter_bytes >= resident
