@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 from random_model import SHAPES, write_random_model
+from ruled_plan import ruled_plan
 
 from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.materialize import materialize_bundle
-from acip_export.plans import Certificate, Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes
 from acip_export.scores import CurvePoint, ModuleScores, ScoreFile
 from converters.gguf import build_llama_cpp
 from converters.gguf.ggml import processors
@@ -51,26 +52,7 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
         form = FORMAT if len(info.shape) == 2 else "f32"
         draft = TensorDecision(name, info.shape, "dense", 0, form)
         decisions.append(TensorDecision(name, info.shape, "dense", decision_bytes(draft, "gguf"), form))
-    return Plan(
-        target="gguf",
-        layout="stock",
-        model=checkpoint.name,
-        model_fingerprint=checkpoint.fingerprint,
-        scores_sha256="0" * 64,
-        budget_bytes=10**12,
-        budget_scope="file",
-        planned_bytes=0,
-        memory_bytes=0,
-        files={},
-        breakdown={},
-        predicted_loss=0.0,
-        predicted_perplexity=None,
-        size_ratio=1.0,
-        adapters=False,
-        runtime=Runtime(512, "f16", 256),
-        certificate=Certificate(0, 0.0),
-        tensors=tuple(decisions),
-    )
+    return ruled_plan(checkpoint, "gguf", "stock", Runtime(512, "f16", 256), tuple(decisions))
 
 
 def make_scores(checkpoint: Checkpoint) -> ScoreFile:

@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 from random_model import SHAPES, write_random_model
+from ruled_plan import ruled_plan
 
 from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.materialize import materialize_bundle
-from acip_export.plans import Certificate, Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes
 from acip_export.scores import CurvePoint, ModuleScores, ScoreFile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,26 +58,7 @@ def decisions(checkpoint: Checkpoint, ratio: float | None) -> tuple[TensorDecisi
 
 
 def make_plan(checkpoint: Checkpoint, ratio: float | None) -> Plan:
-    return Plan(
-        target="onnx",
-        layout="factored",
-        model=checkpoint.name,
-        model_fingerprint=checkpoint.fingerprint,
-        scores_sha256="0" * 64,
-        budget_bytes=10**12,
-        budget_scope="file",
-        planned_bytes=0,
-        memory_bytes=0,
-        files={},
-        breakdown={},
-        predicted_loss=0.0,
-        predicted_perplexity=None,
-        size_ratio=1.0,
-        adapters=False,
-        runtime=Runtime(CONTEXT, "f32", 256),
-        certificate=Certificate(0, 0.0),
-        tensors=decisions(checkpoint, ratio),
-    )
+    return ruled_plan(checkpoint, "onnx", "factored", Runtime(CONTEXT, "f32", 256), decisions(checkpoint, ratio))
 
 
 def make_scores(checkpoint: Checkpoint) -> ScoreFile:
