@@ -12,6 +12,7 @@ import pytest
 from acip_export import pipeline
 from acip_export.anatomy.read import PAPERS
 from acip_export.errors import InputError, PlanFileError
+from acip_export.pipeline import reporting
 from acip_export.plans import Plan
 from acip_export.report import CARD_FILE, PAGE_FILE, Exported, Ranking, build_page, card, read_export
 from acip_export.report.data import embedded, size_of
@@ -76,7 +77,7 @@ def test_measured_figures_are_the_reports(exports: Exports) -> None:
 
 
 def test_score_map_follows_the_ranking(exports: Exports) -> None:
-    page = build_page(read_export(exports.directories[0]), (), exports.sizes, None, pipeline._score_map(exports.scores))
+    page = build_page(read_export(exports.directories[0]), (), exports.sizes, None, reporting.score_map(exports.scores))
     shares = [size.ranking for size in page.sizes]
     ratios = [size.ranking_ratio for size in page.sizes]
     assert ratios == sorted(ratios, key=lambda ratio: ratio or 0)

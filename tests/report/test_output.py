@@ -14,7 +14,7 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from acip_export import pipeline
+from acip_export.pipeline import reporting
 from acip_export.report import CARD_FILE, PAGE_FILE, Exported, Page, Ranking, build_page, read_export, write_papers
 from acip_export.report.data import embedded
 from tests.browser import open_page
@@ -35,8 +35,8 @@ def full_page(exports: Exports) -> Page:
         found[0],
         found[1:],
         exports.sizes,
-        pipeline._ranking(exports.scores, exports.checkpoint),
-        pipeline._score_map(exports.scores),
+        reporting.ranking_facts(exports.scores, exports.checkpoint),
+        reporting.score_map(exports.scores),
     )
 
 

@@ -1,0 +1,175 @@
+"""From a score file and a budget to a plan; sweeps over budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.errors import AcipError, InfeasibleBudgetError, MissingExtraError, UnsupportedError
+from acip_export.pipeline.progress import ProgressCallback, StageProgress, quiet
+from acip_export.pipeline.ranking import rounding_scores
+from acip_export.pipeline.rounding import rounding_errors
+from acip_export.plan import PlanRequest, Problem, SweepLine, make_plan, preset_points, sweep
+from acip_export.plans import Plan
+from acip_export.scores import ScoreFile
+
+
+def planning_problem(
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+) -> Problem:
+    """What all budgets of ``request``'s target, layout and types share: measured rounding errors, exact file sizes.
+
+    Raises as :func:`acip_export.plan.make_plan`, but for the budget.
+    """
+    from acip_export.targets import target as find_target
+    from converters.registry import converter
+
+    target = converter(request.target)
+    layout = find_target(request.target, request.execution).layouts_for(request.layout, request.runtime)[0].name
+    request = replace(request, layout=layout)
+    checkpoint = checkpoint.with_options(request.options)
+    return Problem.of(
+        checkpoint,
+        scores,
+        request,
+        lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime),
+        rounding_errors(checkpoint, scores, request, progress),
+    )
+
+
+def plan_export(
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+) -> Plan:
+    """Plan with measured rounding errors and the exact file sizes of the target's converter; with the layout ``auto``,
+    the best predicted of all.
+
+    Raises as :func:`acip_export.plan.make_plan`; with ``auto`` only if no layout has a plan.
+    """
+    from acip_export.targets import target as find_target
+    from converters.registry import converter
+
+    known = find_target(request.target, request.execution)
+    known.check_options(request.options)
+    layouts = known.layouts_for(request.layout, request.runtime)
+    target = converter(request.target)
+    checkpoint = checkpoint.with_options(request.options)
+    rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
+
+    def plan(layout: str) -> Plan:
+        return make_plan(
+            checkpoint,
+            scores,
+            replace(request, layout=layout),
+            lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime),
+            rounding_errors(checkpoint, scores, replace(request, layout=layout), progress),
+        )
+
+    if len(layouts) == 1:
+        return plan(layouts[0].name)
+    plans: list[Plan] = []
+    refusals: list[InfeasibleBudgetError] = []
+    unsupported: list[UnsupportedError] = []
+    for layout in layouts:
+        try:
+            plans.append(plan(layout.name))
+        except InfeasibleBudgetError as error:
+            refusals.append(error)
+        except UnsupportedError as error:
+            unsupported.append(error)
+    if not plans:
+        if refusals:
+            raise min(refusals, key=lambda error: error.smallest_feasible_bytes)
+        raise unsupported[0]
+    best = min(plans, key=lambda made: made.predicted_loss)
+    compared = ", ".join(f"{made.layout} {made.predicted_loss:.4f}" for made in plans)
+    return replace(best, notes=(*best.notes, f"predicted loss by layout: {compared} {best.loss_unit}"))
+
+
+def sweep_sizes(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    requests: Sequence[tuple[str, PlanRequest]],
+    progress: ProgressCallback = quiet,
+) -> list[SweepLine]:
+    """The curve of sizes against predicted quality for every labelled request; the first of a target has its presets.
+
+    Requests that the model or the installation does not support are left out, unless none is supported.
+
+    Raises:
+        UnsupportedError, MissingExtraError: of the first request, when no line could be made.
+    """
+    lines: list[SweepLine] = []
+    refusals: list[AcipError] = []
+    for label, request in requests:
+        try:
+            problem = planning_problem(checkpoint, scores, request, progress)
+            line = sweep(problem, request, label, progress=_steps_of(label, progress))
+        except (UnsupportedError, MissingExtraError) as error:
+            refusals.append(error)
+            continue
+        first = all(line.target != other.target for other in lines)
+        lines.append(replace(line, presets=preset_points(problem, request)) if first else line)
+    if not lines:
+        raise refusals[0]
+    return lines
+
+
+def _steps_of(stage: str, progress: ProgressCallback) -> Callable[[int, int], None]:
+    return lambda done, total: progress(StageProgress(stage, done, total, ""))
+
+
+def sweep_document(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    requests: Sequence[tuple[str, PlanRequest]],
+    lines: Sequence[SweepLine],
+) -> dict[str, Any]:
+    """What a sweep is written as; docs/plan.md describes it."""
+    request = requests[0][1]
+    return {
+        "format": "acip-sweep",
+        "version": 1,
+        "model": checkpoint.name,
+        "model_fingerprint": checkpoint.fingerprint,
+        "scores_sha256": scores.sha256,
+        "dense_bytes": checkpoint.weight_bytes,
+        "scope": request.budget_scope,
+        "loss_unit": scores.loss_unit,
+        "lines": [asdict(line) for line in lines],
+    }
+
+
+def planned_sizes(
+    checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, types: tuple[str, ...] = (), count: int = 16
+) -> tuple[Plan, ...]:
+    """Plans at ``count`` budgets, from the smallest feasible one to the largest that is of use, for the same runtime.
+
+    Args:
+        types: that ``plan`` chose from, if not the target's own.
+    """
+    base = PlanRequest(
+        target=plan.target,
+        budget_bytes=1,
+        budget_scope=plan.budget_scope,
+        layout=plan.layout,
+        types=types,
+        context=plan.runtime.context,
+        cache_type=plan.runtime.cache_type,
+        execution=plan.runtime.execution,
+        prompt_batch=plan.runtime.prompt_batch,
+        options=plan.options,
+    )
+    problem = planning_problem(checkpoint, scores, base)
+    smallest, _ = problem.floor(base)
+    full = problem.plan(replace(base, budget_bytes=2**62), exact=False)
+    largest = full.used_bytes
+    made: dict[int, Plan] = {}
+    for step in range(count - 1):
+        # Equal factors: most of what happens to quality happens at the small sizes.
+        budget = round(smallest * (largest / smallest) ** (step / (count - 1)))
+        found = problem.plan(replace(base, budget_bytes=max(budget, smallest)), exact=False)
+        made[found.used_bytes] = found
+    made[largest] = replace(full, budget_bytes=largest, certificate=replace(full.certificate, bytes_left=0))
+    return tuple(made[used] for used in sorted(made))
