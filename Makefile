@@ -87,30 +87,29 @@ sample: $(STAMP) ## Train the sample models again (slow)
 	$(BIN)/python samples/train.py --arch llama --out samples/llama
 	$(BIN)/python samples/train.py --arch qwen3 --out samples/qwen3
 
-consumers: $(CACHE)/consumers/node/package.json $(CACHE)/consumers/llama/package.json $(CACHE)/consumers/optimum.txt ## Install transformers.js and optimum-onnx for their tests
+NODE_SAMPLE   := $(CACHE)/consumers/node
+LLAMA_SAMPLE  := $(CACHE)/consumers/llama
+NPM_INSTALL   := npm install --ignore-scripts --no-audit --no-fund --no-package-lock
 
-$(CACHE)/consumers/node/package.json: samples/web/package.json
-	@mkdir -p $(@D)
-	cp $< $(@D)/new.json && cd $(@D) && mv new.json package.json && \
-	npm install --ignore-scripts --no-audit --no-fund --no-package-lock || { rm -f package.json; exit 1; }
-	@touch $@
-
-# On Linux without the CUDA and Vulkan builds, a third of a gigabyte that no test uses.
-$(CACHE)/consumers/llama/package.json: samples/node/package.json
-	@mkdir -p $(@D)
-	cp $< $(@D)/new.json && cd $(@D) && mv new.json package.json && \
-	if [ "$$(uname)" = Linux ]; then \
-	  npm install --ignore-scripts --no-audit --no-fund --no-package-lock --omit=optional && \
-	  npm install --ignore-scripts --no-audit --no-fund --no-package-lock --omit=optional --no-save \
-	    "@node-llama-cpp/linux-$$(node -p process.arch)@$$(node -p "require('./package.json').dependencies['node-llama-cpp']")"; \
-	else npm install --ignore-scripts --no-audit --no-fund --no-package-lock; \
-	fi || { rm -f package.json; exit 1; }
-	@touch $@
-
-$(CACHE)/consumers/optimum.txt: tests/consumers/optimum.txt
-	$(PYTHON) -m venv --clear $(CACHE)/consumers/optimum
-	$(CACHE)/consumers/optimum/bin/python -m pip install --quiet --disable-pip-version-check -r $<
-	@cp $< $@
+# What is installed is compared by content: a fresh clone's files are always newer. The copy that says so is made last.
+consumers: ## Install transformers.js, node-llama-cpp and optimum-onnx for their tests
+	@mkdir -p $(NODE_SAMPLE) $(LLAMA_SAMPLE)
+	@cmp -s samples/web/package.json $(NODE_SAMPLE)/installed.json || { set -e; \
+	  cp samples/web/package.json $(NODE_SAMPLE)/package.json; cd $(NODE_SAMPLE); $(NPM_INSTALL); \
+	  cp package.json installed.json; }
+	@# On Linux without the CUDA and Vulkan builds, a third of a gigabyte that no test uses.
+	@cmp -s samples/node/package.json $(LLAMA_SAMPLE)/installed.json || { set -e; \
+	  cp samples/node/package.json $(LLAMA_SAMPLE)/package.json; cd $(LLAMA_SAMPLE); \
+	  if [ "$$(uname)" = Linux ]; then \
+	    $(NPM_INSTALL) --omit=optional; \
+	    $(NPM_INSTALL) --omit=optional --no-save \
+	      "@node-llama-cpp/linux-$$(node -p process.arch)@$$(node -p "require('./package.json').dependencies['node-llama-cpp']")"; \
+	  else $(NPM_INSTALL); fi; \
+	  cp package.json installed.json; }
+	@cmp -s tests/consumers/optimum.txt $(CACHE)/consumers/optimum.txt || { set -e; \
+	  $(PYTHON) -m venv --clear $(CACHE)/consumers/optimum; \
+	  $(CACHE)/consumers/optimum/bin/python -m pip install --quiet --disable-pip-version-check -r tests/consumers/optimum.txt; \
+	  cp tests/consumers/optimum.txt $(CACHE)/consumers/optimum.txt; }
 
 clean: ## Remove everything that the other targets made
 	rm -rf $(VENV) build dist *.egg-info .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

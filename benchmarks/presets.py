@@ -2,10 +2,11 @@
 
     python benchmarks/presets.py [--quick] [--model samples/llama samples/qwen3] [--only gguf]
 
-For every model and target, three series of exports, measured in llama.cpp or onnxruntime on text that neither training
+For every model and target, series of exports, measured in llama.cpp or onnxruntime on text that neither training
 nor ranking saw:
 
-- plans at every budget of a sweep from 15 % to 100 % of the bf16 bytes, and at the bytes of every preset;
+- plans at every budget of a sweep from 15 % to 100 % of the bf16 bytes, and at the bytes of every preset; for GGUF
+  twice, for stock llama.cpp and for the one with our extension, where plans may choose factor pairs;
 - presets: everything dense in one type, by our own writer (with importance, as llama.cpp's tools do with an imatrix);
 - ACIP ranks at one fixed type: what ranking alone gives.
 
@@ -52,10 +53,11 @@ SESSIONS = {
     "gguf": ("acip_export.verify.llama_cpp", "LlamaCppSession"),
     "onnx": ("acip_export.verify.onnxruntime", "OnnxRuntimeSession"),
 }
-# target -> layout of our plans, presets, and the layout and type of ACIP ranks alone.
+EXTENDED = "plan for extended llama.cpp"
+# target -> layouts of our plans by series, presets, and the layout and type of ACIP ranks alone.
 CASES: dict[str, dict[str, Any]] = {
     "gguf": {
-        "layout": "stock",
+        "plans": {"plan": "stock", EXTENDED: "factored"},
         "presets": (
             "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs",
             "iq2_xxs",
@@ -64,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
         "ranks": ("adapter", "q8_0"),
     },
     "onnx": {
-        "layout": "factored",
+        "plans": {"plan": "factored"},
         "presets": ("int8", "int8-b128", "int4", "int4-b64", "int4-b128"),
         "quick": ("int8", "int4", "int4-b128"),
         "ranks": ("factored", "int8"),
@@ -88,16 +90,16 @@ def series(
     """Every plan to be measured: its series, its label, itself."""
     case = CASES[target]
     largest = 4 * checkpoint.weight_bytes
-    request = PlanRequest(target, largest, "file", layout=case["layout"], context=CONTEXT)
-    problem = planning_problem(checkpoint, scores, request)
-    everything = PlanRequest(target, largest, "file", layout=case["layout"], types=presets, context=CONTEXT)
+    everything = PlanRequest(target, largest, "file", layout=case["plans"]["plan"], types=presets, context=CONTEXT)
     one_type = planning_problem(checkpoint, scores, everything)
     budgets = {f"{share:.1%} of bf16": round(share * checkpoint.weight_bytes) for share in shares}
     for name in presets:
         plan = preset(one_type, name).plan(everything)
         budgets[f"bytes of {name}"] = plan.planned_bytes
         yield "preset", name, plan
-    yield from at_budgets("plan", problem, request, budgets)
+    for name, layout in case["plans"].items():
+        request = PlanRequest(target, largest, "file", layout=layout, context=CONTEXT)
+        yield from at_budgets(name, planning_problem(checkpoint, scores, request), request, budgets)
     layout, kind = case["ranks"]
     ranks = PlanRequest(target, largest, "file", layout=layout, types=(kind,), context=CONTEXT)
     yield from at_budgets(f"ranks at {kind}", planning_problem(checkpoint, scores, ranks), ranks, budgets)
@@ -137,31 +139,30 @@ def identity(plan: Plan, scores: ScoreFile, tokens: int) -> str:
 def comparison(points: list[dict[str, Any]]) -> dict[str, Any]:
     """Where another series with at most our bytes was better.
 
-    A loss within one standard error of the difference (paired by window) is counted, and marked.
+    A loss within two standard errors of the difference (paired by window) is counted, and marked.
     """
     ours = [point for point in points if point["series"] == "plan"]
-    lost: list[dict[str, Any]] = []
-    compared = 0
-    for other in (point for point in points if point["series"] != "plan"):
+    lost: dict[tuple[str, str], dict[str, Any]] = {}  # by what was exported: several budgets may have one plan
+    pairs: set[tuple[str, str]] = set()
+    for other in (point for point in points if not point["series"].startswith("plan")):
         fair = [point for point in ours if point["bytes"] >= other["bytes"]]
         if not fair:
             continue
-        compared += 1
         mine = min(fair, key=lambda point: point["bytes"])
+        pair = mine["identity"], other["identity"]
+        pairs.add(pair)
         gap = np.array(mine["losses"]) - np.array(other["losses"])
-        if gap.mean() > 0:
+        if gap.mean() > 0 and pair not in lost:
             error = float(gap.std(ddof=1) / np.sqrt(len(gap)))
-            lost.append(
-                {
-                    "to": f"{other['series']} {other['label']}",
-                    "bytes": [mine["bytes"], other["bytes"]],
-                    "perplexity": [mine["perplexity"], other["perplexity"]],
-                    "nats": round(float(gap.mean()), 5),
-                    "standard_error": round(error, 5),
-                    "within_noise": bool(gap.mean() <= error),
-                }
-            )
-    return {"compared": compared, "lost": lost}
+            lost[pair] = {
+                "to": f"{other['series']} {other['label']}",
+                "bytes": [mine["bytes"], other["bytes"]],
+                "perplexity": [mine["perplexity"], other["perplexity"]],
+                "nats": round(float(gap.mean()), 5),
+                "standard_error": round(error, 5),
+                "within_noise": bool(gap.mean() <= 2 * error),
+            }
+    return {"compared": len(pairs), "lost": list(lost.values())}
 
 
 def plot(document: dict[str, Any], file: Path) -> None:
@@ -180,26 +181,37 @@ def plot(document: dict[str, Any], file: Path) -> None:
     for model, target in groups:
         axis = axes[models.index(model)][targets.index(target)]
         points = [p for p in document["points"] if (p["model"], p["target"]) == (model, target)]
-        worst = max(p["perplexity"] for p in points if p["series"] != "preset" or p["perplexity"] < 60)
+        ranks = next(p["series"] for p in points if p["series"].startswith("ranks"))
         for name, style in (
             ("plan", {"color": "#0b6e4f", "marker": "o", "markersize": 3.5, "linewidth": 1.8, "zorder": 3}),
+            (EXTENDED, {"color": "#1d70b8", "marker": "^", "markersize": 3, "linewidth": 1.2, "zorder": 2}),
             ("preset", {"color": "#c1121f", "marker": "s", "markersize": 4.5, "linestyle": "none", "zorder": 4}),
-            ("ranks", {"color": "#6c757d", "marker": ".", "linewidth": 1.2, "linestyle": "--", "zorder": 2}),
+            (ranks, {"color": "#6c757d", "marker": ".", "linewidth": 1.2, "linestyle": "--", "zorder": 2}),
         ):
-            line = sorted({(p["bytes"] / 1e6, p["perplexity"]) for p in points if p["series"].split()[0] == name})
-            label = {"plan": "acip-export", "preset": "one type for everything"}.get(
-                name, f"ACIP {next((p['series'] for p in points if p['series'].startswith('ranks')), 'ranks')}"
-            )
+            line = sorted({(p["bytes"] / 1e6, p["perplexity"]) for p in points if p["series"] == name})
+            if not line:
+                continue
+            label = {
+                "plan": "acip-export",
+                EXTENDED: "acip-export, llama.cpp with factor pairs",
+                "preset": "one type for everything",
+            }.get(name, f"ACIP {name}")
             axis.plot([x for x, _ in line], [y for _, y in line], label=label, **style)
-        for p in points:
-            if p["series"] == "preset":
-                axis.annotate(p["label"], (p["bytes"] / 1e6, p["perplexity"]), fontsize=6.5, color="#c1121f",
-                              xytext=(4, 3), textcoords="offset points", clip_on=True)  # fmt: skip
-        axis.set_yscale("log")
+        presets = sorted({(p["bytes"], p["perplexity"], p["label"]) for p in points if p["series"] == "preset"})
         low = min(p["perplexity"] for p in points)
-        axis.set_ylim(low * 0.97, min(worst, low * 4) * 1.05)
-        axis.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        for place, (size, perplexity, label) in enumerate(presets):
+            # Neighbours' labels at different heights, so that they can be told apart.
+            axis.annotate(label, (size / 1e6, perplexity), fontsize=6.5, color="#c1121f", clip_on=True,
+                          xytext=(2, 6 + 7 * (place % 3)), textcoords="offset points")  # fmt: skip
+        # Beyond the largest preset all curves are flat.
+        axis.set_xlim(min(p["bytes"] for p in points) / 1e6 * 0.95, presets[-1][0] / 1e6 * 1.12)
+        axis.set_ylim(low * 0.98, low * 1.75)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        for ticks, step in ((axis.xaxis, 0.5), (axis.yaxis, 2)):
+            ticks.set_major_locator(mpl.ticker.MultipleLocator(step))
+            ticks.set_minor_locator(mpl.ticker.NullLocator())
+            ticks.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axis.tick_params(which="both", labelsize=8)
         axis.grid(which="both", color="#e9ecef", linewidth=0.7)
         for side in ("top", "right"):
