@@ -277,6 +277,6 @@ def show_formats() -> None:
             "type", "bits/weight", "block", "rounding error", "", box=None, padding=(0, 2), header_style="dim"
         )
         for f in formats_of(name):
-            default = "default" if f.name in target.types else ""
+            default = "default" if f.name in target.types else "refused" if f.name in target.refused else ""
             table.add_row(f.name, f"{f.bits_per_weight:.3f}", str(f.block), f"{f.relative_mse**0.5:.4f}", default)
         out.print(table)

@@ -32,6 +32,7 @@ class WeightFormat:
         relative_mse: expected relative mean square rounding error.
         item_bytes: of one number of a graph that computes with it (ONNX): 4 or 2. Activations, cache and scales have
             the same precision, so all formats of a plan agree in it.
+        zero_point_bits: of every block's zero point, packed row by row behind the scales (ONNX); 0: symmetric.
     """
 
     name: str
@@ -42,14 +43,20 @@ class WeightFormat:
     pads_rows: bool = False
     needs_importance: bool = False
     item_bytes: int = 4
+    zero_point_bits: int = 0
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.block_bytes / self.block
+        return (8 * self.block_bytes + self.zero_point_bits) / self.block
 
     @property
     def is_float(self) -> bool:
         return self.block == 1
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one code of a quantized ONNX format."""
+        return (self.block_bytes - self.item_bytes) * 8 // self.block
 
     def fits(self, columns: int) -> bool:
         """Whether a row of ``columns`` weights can be stored at all."""
@@ -63,17 +70,49 @@ class WeightFormat:
         """
         if not self.fits(columns):
             raise ValueError(f"rows of {columns} weights do not fit {self.name} blocks of {self.block}")
-        return rows * -(-columns // self.block) * self.block_bytes
+        blocks = -(-columns // self.block)
+        return rows * (blocks * self.block_bytes + -(-blocks * self.zero_point_bits // 8))
 
 
 def _ggml(name: str, block: int, block_bytes: int, relative_mse: float, needs_importance: bool = False) -> WeightFormat:
     return WeightFormat(name, "gguf", block, block_bytes, relative_mse, needs_importance=needs_importance)
 
 
-def _nbits(name: str, bits: int, block: int, relative_mse: float, item_bytes: int = 4) -> WeightFormat:
-    """Symmetric MatMulNBits with one scale a block, float32 or float16: kb * (block * bits / 8 + item_bytes) a row."""
-    block_bytes = block * bits // 8 + item_bytes
-    return WeightFormat(name, "onnx", block, block_bytes, relative_mse, pads_rows=True, item_bytes=item_bytes)
+# Relative error of symmetric and asymmetric blocks of 16, 32, 64, 128 and 256 weights, by bits.
+_NBITS_BLOCKS = (16, 32, 64, 128, 256)
+_NBITS_ERRORS = {
+    (8, False): (1.79e-5, 2.47e-5, 3.18e-5, 3.89e-5, 4.59e-5),
+    (8, True): (1.56e-5, 2.16e-5, 2.79e-5, 3.44e-5, 4.09e-5),
+    (4, False): (4.90e-3, 6.56e-3, 8.09e-3, 9.34e-3, 1.03e-2),
+    (4, True): (4.43e-3, 6.03e-3, 7.62e-3, 9.03e-3, 1.02e-2),
+    (2, False): (9.13e-2, 0.112, 0.127, 0.137, 0.144),
+    (2, True): (9.07e-2, 0.110, 0.124, 0.134, 0.141),
+}
+
+
+def _nbits(item_bytes: int) -> tuple[WeightFormat, ...]:
+    """MatMulNBits with a scale a block, float32 or float16: kb * (block * bits / 8 + item_bytes) bytes a row.
+
+    ``int4`` is symmetric; ``uint4`` has zero points, another ceil(kb * bits / 8) bytes a row. Blocks are of 32 weights
+    unless the name says otherwise.
+    """
+    made = []
+    for (bits, asymmetric), errors in _NBITS_ERRORS.items():
+        for block, relative_mse in zip(_NBITS_BLOCKS, errors, strict=True):
+            name = f"{'u' * asymmetric}int{bits}" + (f"-b{block}" if block != 32 else "") + "-f16" * (item_bytes == 2)
+            made.append(
+                WeightFormat(
+                    name,
+                    "onnx",
+                    block,
+                    block * bits // 8 + item_bytes,
+                    relative_mse,
+                    pads_rows=True,
+                    item_bytes=item_bytes,
+                    zero_point_bits=bits * asymmetric,
+                )
+            )
+    return tuple(made)
 
 
 _TABLE: tuple[WeightFormat, ...] = (
@@ -102,18 +141,9 @@ _TABLE: tuple[WeightFormat, ...] = (
     _ggml("q1_0", 128, 18, 0.360),
     _ggml("mxfp4", 32, 17, 1.32e-2),
     WeightFormat("f32", "onnx", 1, 4, 0.0),
-    _nbits("int8", 8, 32, 2.5e-5),
-    _nbits("int8-b128", 8, 128, 3.9e-5),
-    _nbits("int4", 4, 32, 6.6e-3),
-    _nbits("int4-b64", 4, 64, 8.1e-3),
-    _nbits("int4-b128", 4, 128, 9.4e-3),
-    _nbits("int2", 2, 32, 0.112),
+    *_nbits(4),
     WeightFormat("f16", "onnx", 1, 2, 4.32e-8, item_bytes=2),
-    _nbits("int8-f16", 8, 32, 2.5e-5, 2),
-    _nbits("int8-b128-f16", 8, 128, 3.9e-5, 2),
-    _nbits("int4-f16", 4, 32, 6.6e-3, 2),
-    _nbits("int4-b64-f16", 4, 64, 8.1e-3, 2),
-    _nbits("int4-b128-f16", 4, 128, 9.4e-3, 2),
+    *_nbits(2),
 )
 
 _BY_NAME: dict[tuple[str, str], WeightFormat] = {(f.target, f.name): f for f in _TABLE}

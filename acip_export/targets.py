@@ -5,8 +5,8 @@ The planner builds its candidates from this table; constraints of a target are r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from acip_export.checkpoint import ModelShape
 from acip_export.errors import UnsupportedError
@@ -44,7 +44,7 @@ class Execution:
 
     Attributes:
         provider: onnxruntime-genai's name of it; ``None``: the default, the processor.
-        types, embedding_types, vector_format, cache_types: as those of :class:`Target`.
+        types, embedding_types, vector_format, cache_types, refused: as those of :class:`Target`.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Execution:
     embedding_types: tuple[str, ...]
     vector_format: str
     cache_types: dict[str, tuple[int, int]]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Target:
         layouts: the first is the default.
         runtimes: the layouts that each runtime runs, its default first; the first runtime is the default.
         options: what the target's converter can be told; flags of the command line with hyphens.
+        refused: formats that what runs the target has no kernel for, and why that matters.
         windowed: Hugging Face classes whose sliding windows the runtime applies; ``None``: all of them.
     """
 
@@ -80,6 +82,7 @@ class Target:
     runtimes: dict[str, tuple[str, ...]]
     windowed: frozenset[str] | None = None
     executions: tuple[Execution, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
 
     def on(self, execution: str | None) -> Target:
@@ -98,6 +101,7 @@ class Target:
                     embedding_types=known.embedding_types,
                     vector_format=known.vector_format,
                     cache_types=known.cache_types,
+                    refused=known.refused,
                 )
         names = ", ".join((DEFAULT_EXECUTION, *(known.name for known in self.executions)))
         raise UnsupportedError(f"{self.name} has no target {execution!r}; it has: {names}")
@@ -140,13 +144,18 @@ class Target:
                 raise UnsupportedError(f"{self.name} exports have no --{name.replace('_', '-')}")
 
     def choose_types(self, names: tuple[str, ...]) -> tuple[WeightFormat, ...]:
-        """The formats that the user named, or the default ones. Raises UnsupportedError for unknown names."""
+        """The formats that the user named, or the default ones.
+
+        Raises UnsupportedError for unknown names and for formats without a kernel.
+        """
         # A graph computes in one precision, so formats of the other one are not to be had.
         items = {weight_format(self.name, name).item_bytes for name in self.types}
-        known = [f.name for f in formats_of(self.name) if f.item_bytes in items]
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise UnsupportedError(f"{self.name} has no type {unknown[0]!r} here; it has: {', '.join(known)}")
+        known = [f.name for f in formats_of(self.name) if f.item_bytes in items and f.name not in self.refused]
+        for name in names:
+            if name in self.refused:
+                raise UnsupportedError(f"{name} is not exported: {self.refused[name]}. Use: {', '.join(known)}")
+            if name not in known:
+                raise UnsupportedError(f"{self.name} has no type {name!r} here; it has: {', '.join(known)}")
         return tuple(weight_format(self.name, name) for name in (names or self.types))
 
 
@@ -157,10 +166,24 @@ DEFAULT_EXECUTION = "cpu"
 _HALF_8_BITS = ("int8-f16", "int8-b128-f16")
 _HALF_4_BITS = ("int4-f16", "int4-b64-f16", "int4-b128-f16")
 
+Rule = tuple[Callable[[WeightFormat], bool], str]
+# Measured, benchmarks/onnx_types.json.
+_NO_KERNEL: Rule = (
+    lambda form: form.code_bits == 2 and form.block in (16, 256),
+    "onnxruntime has no kernel for 2 bits in blocks of 16 or 256 and expands the matrix to float32 for every product, "
+    "about 200 times as slow",
+)
 
-def _half(name: str, description: str, provider: str, quantized: tuple[str, ...]) -> Execution:
+
+def _refused(*rules: Rule) -> dict[str, str]:
+    quantized = [form for form in formats_of("onnx") if not form.is_float]
+    return {form.name: reason for form in quantized for applies, reason in reversed(rules) if applies(form)}
+
+
+def _half(name: str, description: str, provider: str, quantized: tuple[str, ...], *rules: Rule) -> Execution:
     """Graphics cards compute in float16: weights, scales, activations and the KV cache."""
-    return Execution(name, description, provider, ("f16", *quantized), ("f16", *quantized), "f16", {"f16": (2, 1)})
+    types = ("f16", *quantized)
+    return Execution(name, description, provider, types, types, "f16", {"f16": (2, 1)}, _refused(*rules))
 
 
 TARGETS: dict[str, Target] = {
@@ -209,10 +232,22 @@ TARGETS: dict[str, Target] = {
                 "WebGPU",
                 _HALF_8_BITS + _HALF_4_BITS,
             ),
-            _half("cuda", "NVIDIA graphics cards", "cuda", _HALF_8_BITS + _HALF_4_BITS),
-            # DirectML has MatMulNBits for 4 bits only.
-            _half("dml", "graphics cards through DirectML (Windows)", "dml", _HALF_4_BITS),
+            _half(
+                "cuda",
+                "NVIDIA graphics cards",
+                "cuda",
+                _HALF_8_BITS + _HALF_4_BITS,
+                (lambda form: form.code_bits == 2, "releases of onnxruntime for CUDA multiply 4 and 8 bits only"),
+            ),
+            _half(
+                "dml",
+                "graphics cards through DirectML (Windows)",
+                "dml",
+                _HALF_4_BITS,
+                (lambda form: form.code_bits != 4, "DirectML multiplies 4 bits only"),
+            ),
         ),
+        refused=_refused(_NO_KERNEL),
     ),
 }
 

@@ -32,7 +32,7 @@ from acip_export.materialize.factors import Norm, Pair, inner_importance
 from acip_export.materialize.refit import refit
 from acip_export.scores import load_scores
 from converters.onnx.converter import round_trip
-from converters.onnx.quantize import bits_of, quantize
+from converters.onnx.quantize import quantize
 
 _SUMS = ("dense", "pair", "pair_as_ranked_loss", "pair_loss", "gar", "gar_loss")
 RANKS, TYPES = (64, 96, 128), ("f32", "int8", "int4")
@@ -94,7 +94,7 @@ def _matrix(
         [source, f"{name}q", f"{name}s"],
         [out],
         domain="com.microsoft",
-        bits=bits_of(form),
+        bits=form.code_bits,
         block_size=form.block,
         K=columns,
         N=rows,

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from acip_export.errors import UnsupportedError
 from converters.onnx.families import FAMILIES
-from converters.onnx.matrices import Form, Matrix, MatrixPart
+from converters.onnx.matrices import BESIDE, Form, Matrix, MatrixPart
 
 if TYPE_CHECKING:
     from converters.onnx.skeleton import Projection, Skeleton
@@ -157,7 +157,7 @@ class _Weightless:
         output = f"{name}/output_0"
         self.make_node(
             "GatherBlockQuantized",
-            inputs=[codes, ids, self._initializer(f"{prefix}.scales", matrix, "scales")],
+            inputs=[codes, ids, *self._beside(prefix, matrix)],
             outputs=[output],
             name=name,
             domain="com.microsoft",
@@ -198,10 +198,9 @@ class _Weightless:
         prefix = _initializer_prefix(name)
         if not matrix.format.is_float:
             codes = self._initializer(f"{prefix}.qweight", matrix, "codes")
-            scales = self._initializer(f"{prefix}.scales", matrix, "scales")
             self.make_node(
                 "MatMulNBits",
-                inputs=[root_input, codes, scales],
+                inputs=[root_input, codes, *self._beside(prefix, matrix)],
                 outputs=[output],
                 name=name,
                 domain="com.microsoft",
@@ -225,6 +224,10 @@ class _Weightless:
             return
         weight = self._initializer(f"{prefix}.weight", matrix, "columns")
         self.make_node("MatMul", inputs=[root_input, weight], outputs=[output], name=name)
+
+    def _beside(self, prefix: str, matrix: Matrix) -> list[str]:
+        """The inputs that follow a matrix's codes."""
+        return [self._initializer(f"{prefix}.{BESIDE[form]}", matrix, form) for form in matrix.beside]
 
     def _shared(self, matrix: Matrix, form: Form) -> str | None:
         """The initializer with which the embedding already holds these numbers, when the head is tied to it."""

@@ -57,6 +57,7 @@ def predict_files(
 ) -> dict[str, int]:
     """Exact bytes of every file; see :class:`converters.registry.Converter`."""
     _check(layout, runtime)
+    _check_types(tensors, runtime)
     known = outline(checkpoint.config, checkpoint.shape, tensors, runtime.context)
     if known is None:
         packed, _ = _graph(checkpoint, tensors, runtime, Options(), read_vector=None)
@@ -72,6 +73,7 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Opti
     """Write the export; see :class:`converters.registry.Converter`."""
     plan = bundle.plan
     _check(plan.layout, plan.runtime)
+    _check_types(plan.tensors, plan.runtime)
     packed, contents = _graph(
         bundle.as_checkpoint(), plan.tensors, plan.runtime, options or Options(), read_vector=bundle.read
     )
@@ -113,15 +115,19 @@ def _check(layout: str, runtime: Runtime) -> None:
             raise MissingExtraError(package, "onnx", "the ONNX converter")
 
 
-def _check_precision(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> None:
+def _check_types(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> None:
+    """Raises UnsupportedError for a number that what runs the graph does not compute with."""
     known = {form.name: form.item_bytes for form in formats_of("onnx")}
-    wanted = known[runtime.cache_type]
+    wanted, refused = known[runtime.cache_type], find_target("onnx", runtime.execution).refused
     for decision in tensors:
         for name in filter(None, (decision.format, decision.up_format, decision.down_format)):
+            again = f"plan again with  --target {runtime.execution}"
+            if name in refused:
+                raise UnsupportedError(f"{decision.name} is planned as {name}: {refused[name]}; {again}")
             if name in known and known[name] != wanted:
                 raise UnsupportedError(
                     f"{decision.name} is planned as {name}, but a graph for {runtime.execution} computes in "
-                    f"{runtime.cache_type}; plan again with  --target {runtime.execution}"
+                    f"{runtime.cache_type}; {again}"
                 )
 
 
@@ -146,7 +152,6 @@ def _graph(
     from converters.onnx.builder import build_graph
     from converters.onnx.skeleton import make_skeleton
 
-    _check_precision(tensors, runtime)
     skeleton = make_skeleton(checkpoint.config, tensors, runtime.context, read_vector)
     graph, contents = build_graph(skeleton, runtime.execution, options.accuracy_level)
     return pack(graph, contents, Path(DATA_FILE).name), contents

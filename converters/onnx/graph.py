@@ -89,8 +89,12 @@ class DecidedGraph:
         return self.initializer(tensor, Vector(tensor, decision.shape))
 
     def part(self, matrix: Matrix, form: Form) -> ir.Value:
-        suffix = {"codes": ".codes", "scales": ".scales"}.get(form, "")
+        suffix = f".{form}" if form in ("codes", "scales", "zeros") else ""
         return self.initializer(f"{matrix.tensor}{suffix}", MatrixPart(matrix, form))
+
+    def beside(self, matrix: Matrix) -> list[ir.Value]:
+        """The inputs that follow a matrix's codes."""
+        return [self.part(matrix, form) for form in matrix.beside]
 
     def table(self, tensor: str) -> ir.Value:
         """A float table, by row."""
@@ -117,7 +121,7 @@ class DecidedGraph:
         codes = self.node("Reshape", [self.part(matrix, "codes"), flat], f"{name}/Reshape")
         found = self.node(
             "GatherBlockQuantized",
-            [codes, ids, self.part(matrix, "scales")],
+            [codes, ids, *self.beside(matrix)],
             f"{name}/GatherBlockQuantized",
             MICROSOFT,
             bits=matrix.bits,
@@ -144,7 +148,7 @@ class DecidedGraph:
             return self.node("MatMul", [x, self.part(matrix, "columns")], name)
         return self.node(
             "MatMulNBits",
-            [x, self.part(matrix, "codes"), self.part(matrix, "scales")],
+            [x, self.part(matrix, "codes"), *self.beside(matrix)],
             f"{name}NBits",
             MICROSOFT,
             accuracy_level=self.accuracy_level,

@@ -15,7 +15,7 @@ from acip_export.bundle import stored_tensors
 from acip_export.errors import UnsupportedError
 from acip_export.formats import WeightFormat, weight_format
 from acip_export.plans import TensorDecision
-from converters.onnx.quantize import bits_of, dequantize, quantize, scale_type
+from converters.onnx.quantize import dequantize, quantize, scale_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 # Weights that a thread converts at once: large enough for vectorised work, small enough to stay in a core's cache.
 _CHUNK = 1 << 17
 
-Form = Literal["rows", "columns", "codes", "flat_codes", "scales"]
+Form = Literal["rows", "columns", "codes", "flat_codes", "scales", "zeros"]
+
+# Initializer names of what lies beside a decoder's codes.
+BESIDE: dict[Form, str] = {"scales": "scales", "zeros": "qzeros"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Matrix:
 
     @property
     def bits(self) -> int:
-        return bits_of(self.format)
+        return self.format.code_bits
 
     @property
     def blocks(self) -> int:
@@ -53,6 +56,11 @@ class Matrix:
     def block_code_bytes(self) -> int:
         return self.format.block * self.bits // 8
 
+    @property
+    def beside(self) -> tuple[Form, ...]:
+        """What a quantized matrix consists of besides its codes, in the order of the operators' inputs."""
+        return ("scales", "zeros") if self.format.zero_point_bits else ("scales",)
+
 
 @dataclass(frozen=True)
 class MatrixPart:
@@ -61,7 +69,8 @@ class MatrixPart:
     Attributes:
         form: ``rows``: floats as stored (out, in). ``columns``: floats transposed (in, out). ``codes``: uint8
             (out, blocks, block * bits / 8). ``flat_codes``: the same bytes as (out, blocks * block * bits / 8).
-            ``scales``: floats (out, blocks). Floats are float32 or float16, as the format has it.
+            ``scales``: floats (out, blocks). ``zeros``: zero points, uint8 (out, ceil(blocks * bits / 8)). Floats are
+            float32 or float16, as the format has it.
     """
 
     matrix: Matrix
@@ -81,10 +90,13 @@ class MatrixPart:
                 return matrix.rows, matrix.blocks * matrix.block_code_bytes
             case "scales":
                 return matrix.rows, matrix.blocks
+            case "zeros":
+                return matrix.rows, -(-matrix.blocks * matrix.bits // 8)
 
     @property
     def dtype(self) -> np.dtype[np.uint8] | np.dtype[np.float32] | np.dtype[np.float16]:
-        return np.dtype(np.uint8) if self.form in ("codes", "flat_codes") else scale_type(self.matrix.format)
+        codes = self.form in ("codes", "flat_codes", "zeros")
+        return np.dtype(np.uint8) if codes else scale_type(self.matrix.format)
 
 
 @dataclass(frozen=True)
@@ -126,13 +138,13 @@ def _matrix(tensor: str, shape: tuple[int, ...], name: str | None) -> Matrix:
 class MatrixReader:
     """Reads matrices of a bundle as the chunks of bytes that the data file is made of.
 
-    The scales of a quantized matrix are found with its codes and kept until they are asked for, which the order of the
-    initializers makes the next question.
+    The scales and zero points of a quantized matrix are found with its codes and kept until they are asked for, which
+    the order of the initializers makes the next questions.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._scales: dict[str, NDArray[np.float32] | NDArray[np.float16]] = {}
+        self._kept: dict[MatrixPart, NDArray[np.generic]] = {}
 
     def chunks(self, part: MatrixPart | Vector) -> Iterator[NDArray[np.generic]]:
         """Contiguous arrays that together are the initializer's bytes."""
@@ -140,8 +152,8 @@ class MatrixReader:
             yield _floats(self._bundle.read(part.tensor))
             return
         matrix = part.matrix
-        if part.form == "scales":
-            yield self._scales.pop(matrix.tensor)
+        if part.form in ("scales", "zeros"):
+            yield self._kept.pop(part)
             return
         weight = self._bundle.read(matrix.tensor)
         if part.form in ("codes", "flat_codes"):
@@ -156,15 +168,16 @@ class MatrixReader:
     def _codes(self, weight: Tensor, matrix: Matrix) -> Iterator[NDArray[np.generic]]:
         moments = self._bundle.importance(matrix.tensor)
         importance = None if moments is None else _floats(moments)
-        scales = np.empty((matrix.rows, matrix.blocks), scale_type(matrix.format))
-        done = 0
+        beside: dict[Form, list[NDArray[np.generic]]] = {form: [] for form in matrix.beside}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             slices = _slices(weight, matrix.columns)
             for quantized in pool.map(lambda rows: quantize(_floats(rows), matrix.format, importance), slices):
-                scales[done : done + len(quantized.scales)] = quantized.scales
-                done += len(quantized.scales)
+                beside["scales"].append(quantized.scales)
+                if quantized.zeros is not None:
+                    beside["zeros"].append(quantized.zeros)
                 yield quantized.codes
-        self._scales[matrix.tensor] = scales
+        for form, parts in beside.items():
+            self._kept[MatrixPart(matrix, form)] = np.concatenate(parts)
 
 
 def rounded(weight: Tensor, form: WeightFormat, importance: Tensor | None) -> Tensor:

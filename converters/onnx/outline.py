@@ -22,7 +22,7 @@ from acip_export.checkpoint import ModelShape
 from acip_export.plans import TensorDecision
 from acip_export.version import __version__
 from converters.onnx.consumers import DATA_FILE
-from converters.onnx.matrices import Matrix, MatrixPart, matrices_of
+from converters.onnx.matrices import BESIDE, Matrix, MatrixPart, matrices_of
 
 TESTED = {"onnxruntime-genai": "0.18.0", "onnx-ir": "1.1.0"}
 
@@ -260,17 +260,17 @@ class _Outline:
             return self._tokens(output, width)
         packed = matrix.blocks * matrix.block_code_bytes
         codes = self._matrix_part(f"{prefix}.qweight", MatrixPart(matrix, "codes" if tied else "flat_codes"))
-        scales = self._matrix_part(f"{prefix}.scales", MatrixPart(matrix, "scales"))
         if tied:
             dims = self._constant([matrix.rows, packed])
             reshaped = f"{stem}/Reshape/output_0"
             self._node("Reshape", f"{stem}/Reshape", (codes, dims), (reshaped,))
             codes = self._value(reshaped, (matrix.rows, packed), _UINT8)
+        beside = self._beside(prefix, matrix)
         name = f"{stem}/GatherBlockQuantized"
         attributes = _integer("bits", matrix.bits) + _integer("block_size", matrix.format.block)
         attributes += _integer("gather_axis", 0) + _integer("quantize_axis", 1)
         output = f"{name}/output_0"
-        self._node("GatherBlockQuantized", name, (codes, "input_ids", scales), (output,), attributes, _MICROSOFT)
+        self._node("GatherBlockQuantized", name, (codes, "input_ids", *beside), (output,), attributes, _MICROSOFT)
         padded = matrix.blocks * matrix.format.block
         self._tokens(output, padded)
         if padded == width:
@@ -295,9 +295,12 @@ class _Outline:
             weight = self._matrix_part(f"{prefix}.weight", MatrixPart(matrix, "columns"))
             self._node("MatMul", name, (source, weight), (output,))
             return
-        parts = [self._matrix_part(f"{prefix}.qweight", MatrixPart(matrix, "codes"))]
-        parts.append(self._matrix_part(f"{prefix}.scales", MatrixPart(matrix, "scales")))
-        self._quantized_product(matrix, name, (source, *parts), output)
+        codes = self._matrix_part(f"{prefix}.qweight", MatrixPart(matrix, "codes"))
+        self._quantized_product(matrix, name, (source, codes, *self._beside(prefix, matrix)), output)
+
+    def _beside(self, prefix: str, matrix: Matrix) -> list[str]:
+        """The inputs that follow a matrix's codes."""
+        return [self._matrix_part(f"{prefix}.{BESIDE[form]}", MatrixPart(matrix, form)) for form in matrix.beside]
 
     def _quantized_product(self, matrix: Matrix, name: str, inputs: Sequence[str], output: str) -> None:
         attributes = {
@@ -429,8 +432,8 @@ class _Outline:
             inputs = (source, "model.embed_tokens.weight")
             self._node("FusedMatMul", name, inputs, ("logits",), _integer("transB", 1), _MICROSOFT)
         else:
-            quantized = (source, "model.embed_tokens.qweight", "model.embed_tokens.scales")
-            self._quantized_product(matrix, name, quantized, "logits")
+            parts = [f"model.embed_tokens.{part}" for part in ("qweight", *(BESIDE[form] for form in matrix.beside))]
+            self._quantized_product(matrix, name, (source, *parts), "logits")
 
 
 # epsilon, axis -1, stash_type 1

@@ -1,8 +1,10 @@
-"""Symmetric block quantization as ``com.microsoft.MatMulNBits`` and ``GatherBlockQuantized`` read it.
+"""Block quantization as ``com.microsoft.MatMulNBits`` and ``GatherBlockQuantized`` read it.
 
 A row of K weights is cut into ``ceil(K / block)`` blocks. A block holds unsigned codes of ``bits`` bits, lowest first
-in each byte, and one float32 scale: ``w = (code - 2^(bits-1)) * scale``. Scales may be negative: the block's largest
-weight then takes the code of larger magnitude, as in ggml's q4_0.
+in each byte, one float scale and a zero point: ``w = (code - zero) * scale``. Symmetric formats have no zero points
+in the file; theirs is ``2^(bits-1)``, and scales may be negative: the block's largest weight then takes the code of
+larger magnitude, as in ggml's q4_0. Asymmetric formats store a zero point of ``bits`` bits for every block, packed as
+the codes are.
 
 numpy on purpose: small arrays in a few threads of our own are several times faster here than torch's intra-operator
 threads, and do not collapse when the machine is busy.
@@ -10,6 +12,7 @@ threads, and do not collapse when the machine is busy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +30,12 @@ _TARGETS: dict[int, tuple[float, ...]] = {
     4: (-1.25, -1.12, -1.04, -0.96, -0.88, -0.82, 0.9),
     2: (-1.3, -1.1, -0.95, -0.8, -0.68, 0.55, 0.7),
 }
+# Ends of an asymmetric block as shares of its smallest and largest weight. Clipping both, or the longer tail alone.
+_ENDS: dict[int, tuple[tuple[float, float], ...]] = {
+    8: ((1.0, 1.0),),
+    4: ((1.0, 1.0), (0.93, 0.93), (0.86, 0.86), (0.79, 0.79), (1.0, 0.86), (0.86, 1.0)),
+    2: ((0.95, 0.95), (0.8, 0.8), (0.65, 0.65), (0.95, 0.65), (0.65, 0.95), (0.5, 0.8), (0.8, 0.5)),
+}
 # A column that the calibration text never excited still counts a little.
 _IMPORTANCE_FLOOR = np.float32(1e-3)
 _TINY = np.finfo(np.float32).tiny
@@ -38,15 +47,12 @@ class Quantized:
 
     Attributes:
         codes: (rows, blocks, block * bits / 8) uint8. scales: (rows, blocks) of :func:`scale_type`.
+        zeros: (rows, ceil(blocks * bits / 8)) uint8, packed zero points; ``None``: symmetric.
     """
 
     codes: Codes
     scales: NDArray[np.float32] | NDArray[np.float16]
-
-
-def bits_of(fmt: WeightFormat) -> int:
-    """Bits of one code of a quantized ONNX format."""
-    return (fmt.block_bytes - fmt.item_bytes) * 8 // fmt.block
+    zeros: Codes | None = None
 
 
 def scale_type(fmt: WeightFormat) -> np.dtype[np.float32] | np.dtype[np.float16]:
@@ -55,49 +61,74 @@ def scale_type(fmt: WeightFormat) -> np.dtype[np.float32] | np.dtype[np.float16]
 
 
 def quantize(weight: Floats, fmt: WeightFormat, importance: Floats | None = None) -> Quantized:
-    """Codes and scales that nearly minimise ``sum(importance * (weight - dequantized)^2)`` in every block.
+    """Codes, scales and zero points that nearly minimise ``sum(importance * (weight - dequantized)^2)`` of every block.
 
-    Scale candidates put the block's largest weight at different codes; each is refitted by least squares to its own
+    Candidates differ in where a block's extreme weights fall; each one's scale is refitted by least squares to its own
     codes, the best is rounded and fitted once more. Working memory: about six copies of ``weight``; give few rows.
 
     Args:
         weight: (rows, columns) float32. importance: (columns,) non-negative float32, ``None`` for equal weights.
     """
-    bits = bits_of(fmt)
+    bits = fmt.code_bits
     blocks = _blocks(weight, fmt.block)
     weights = None if importance is None else _column_weights(importance, fmt.block)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
-    inverse = _reciprocal(largest) * np.float32(2 ** (bits - 1))
-
-    best_gain, scale = np.zeros_like(largest), np.zeros_like(largest)
-    for target in _TARGETS[bits]:
-        gain, fitted = _fit(blocks, _round(blocks, inverse * np.float32(target), bits), weights)
+    best_gain, scale = (np.zeros(blocks.shape[:2], np.float32) for _ in range(2))
+    middle = np.float32(2 ** (bits - 1))
+    zero = np.full(blocks.shape[:2], middle)
+    candidates = _asymmetric(blocks, bits) if fmt.zero_point_bits else _symmetric(blocks, bits)
+    for inverse, zeros in candidates:
+        gain, fitted = _fit(blocks, _round(blocks, inverse, zeros, bits), weights)
         better = gain > best_gain
         np.copyto(best_gain, gain, where=better)
         np.copyto(scale, fitted, where=better)
-    codes = _round(blocks, _reciprocal(scale), bits)
+        np.copyto(zero, zeros, where=better)
+    codes = _round(blocks, _reciprocal(scale), zero, bits)
     _, scale = _fit(blocks, codes, weights)
+    codes += zero[..., None]
+    packed = _pack(codes, bits)
+    zeros_packed = _pack(_padded(zero, 8 // bits)[:, None], bits)[:, 0] if fmt.zero_point_bits else None
     if fmt.item_bytes == 4:
-        return Quantized(_pack(codes, bits), scale)
+        return Quantized(packed, scale, zeros_packed)
     most = np.finfo(np.float16).max
-    return Quantized(_pack(codes, bits), np.clip(scale, -most, most).astype(np.float16))
+    return Quantized(packed, np.clip(scale, -most, most).astype(np.float16), zeros_packed)
 
 
 def dequantize(quantized: Quantized, fmt: WeightFormat, columns: int) -> Floats:
     """The (rows, columns) float32 matrix that the runtime multiplies with."""
-    bits = bits_of(fmt)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = (quantized.codes[..., None] >> shifts) & np.uint8(2**bits - 1)
-    signed = codes.reshape(*quantized.scales.shape, fmt.block).astype(np.float32) - np.float32(2 ** (bits - 1))
-    weight: Floats = (signed * quantized.scales[..., None].astype(np.float32)).reshape(len(signed), -1)[:, :columns]
+    bits = fmt.code_bits
+    rows, blocks = quantized.scales.shape
+    zero: Floats | np.float32 = np.float32(2 ** (bits - 1))
+    if quantized.zeros is not None:
+        zero = _unpack(quantized.zeros, bits)[:, :blocks, None]
+    signed = _unpack(quantized.codes.reshape(rows, -1), bits).reshape(rows, blocks, fmt.block) - zero
+    weight: Floats = (signed * quantized.scales[..., None].astype(np.float32)).reshape(rows, -1)[:, :columns]
     return weight
 
 
+def _symmetric(blocks: Floats, bits: int) -> Iterator[tuple[Floats, np.float32]]:
+    """Reciprocal scales that put a block's largest weight at different codes, and the zero point."""
+    middle = np.float32(2 ** (bits - 1))
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
+    inverse = _reciprocal(largest) * middle
+    for target in _TARGETS[bits]:
+        yield inverse * np.float32(target), middle
+
+
+def _asymmetric(blocks: Floats, bits: int) -> Iterator[tuple[Floats, Floats]]:
+    """Reciprocal scales and zero points that put different shares of a block's range between the first and last code.
+
+    Zero is a code of every block: a zero point is one.
+    """
+    last = np.float32(2**bits - 1)
+    low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
+    for down, up in _ENDS[bits]:
+        first, end = low * np.float32(down), high * np.float32(up)
+        inverse = _reciprocal(end - first) * last
+        yield inverse, np.clip(np.rint(-first * inverse), 0, last)
+
+
 def _blocks(weight: Floats, block: int) -> Floats:
-    rows, columns = weight.shape
-    if columns % block:
-        weight = np.pad(weight, ((0, 0), (0, -columns % block)))
-    return weight.reshape(rows, -1, block)
+    return _padded(weight, block).reshape(len(weight), -1, block)
 
 
 def _column_weights(importance: Floats, block: int) -> Floats:
@@ -113,10 +144,12 @@ def _reciprocal(values: Floats) -> Floats:
     return safe
 
 
-def _round(blocks: Floats, inverse: Floats, bits: int) -> Floats:
+def _round(blocks: Floats, inverse: Floats, zero: Floats | np.float32, bits: int) -> Floats:
+    """Codes less their zero point."""
     codes = blocks * inverse[..., None]
     np.rint(codes, out=codes)
-    return np.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, out=codes)
+    low = -np.asarray(zero)[..., None]
+    return np.clip(codes, low, low + np.float32(2**bits - 1), out=codes)
 
 
 def _fit(blocks: Floats, codes: Floats, weights: Floats | None) -> tuple[Floats, Floats]:
@@ -129,9 +162,21 @@ def _fit(blocks: Floats, codes: Floats, weights: Floats | None) -> tuple[Floats,
 
 
 def _pack(codes: Floats, bits: int) -> Codes:
+    """(rows, blocks, numbers) to (rows, blocks, bytes), the first number in the lowest bits."""
     lanes = 8 // bits
-    unsigned = (codes + np.float32(2 ** (bits - 1))).astype(np.uint8).reshape(*codes.shape[:2], -1, lanes)
+    unsigned = codes.astype(np.uint8).reshape(*codes.shape[:2], -1, lanes)
     packed = unsigned[..., 0].copy()
     for lane in range(1, lanes):
         packed |= unsigned[..., lane] << np.uint8(lane * bits)
     return packed
+
+
+def _unpack(packed: Codes, bits: int) -> Floats:
+    """(rows, bytes) to (rows, numbers)."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    numbers = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
+    return numbers.reshape(len(packed), -1).astype(np.float32)
+
+
+def _padded(rows: Floats, multiple: int) -> Floats:
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % multiple)))

@@ -33,6 +33,17 @@ def mixed(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
     return {"representation": "dense", "format": "f32" if "k_proj" in name else "int8-b128"}
 
 
+def asymmetric(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
+    """Zero points in every kind of node, in blocks smaller and larger than the usual ones."""
+    if "embed" in name or "lm_head" in name:
+        return {"representation": "dense", "format": "uint4-b64"}
+    if "mlp" in name:
+        return {"representation": "factored", "rank": 32, "up_format": "uint8-b16", "down_format": "uint4-b16"}
+    if "o_proj" in name:
+        return {"representation": "dense", "format": "int4-b256"}
+    return {"representation": "dense", "format": "uint2-b64" if "k_proj" in name else "uint8-b256"}
+
+
 RULES: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
     "dense f32": dense(format="f32"),
     "factored f32": everywhere(
@@ -43,6 +54,7 @@ RULES: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
     "int2": dense(format="int2", embedding_format="int4"),
     "int4, float embedding": dense(format="int4", embedding_format="f32"),
     "mixed": mixed,
+    "asymmetric": asymmetric,
 }
 
 

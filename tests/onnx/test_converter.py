@@ -58,7 +58,7 @@ def test_float_exports_agree_with_the_bundle(make_export: MakeExport, arch: str,
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("rule", ["int8", "int4", "int2", "int4, float embedding", "mixed"])
+@pytest.mark.parametrize("rule", ["int8", "int4", "int2", "int4, float embedding", "mixed", "asymmetric"])
 def test_rounded_exports_agree_with_our_dequantized_weights(make_export: MakeExport, rule: str, tied: bool) -> None:
     export = make_export("llama", tied, rule)
     # Both sides multiply the same numbers; a code or scale in the wrong place costs a tenth of the logits' spread.
@@ -203,6 +203,7 @@ def test_unsupported_decisions_say_so(make_export: MakeExport, tmp_path: Path) -
         "no adapters": lambda: predict(representation="adapter", **pair),
         "embeddings are dense, ": lambda: predict(representation="factored", format=None, **pair),
         "no weight format 'q4_0'": lambda: predict(format="q4_0"),
+        "is planned as uint2-b16: onnxruntime has no kernel": lambda: predict(format="uint2-b16"),
     }.items():
         with pytest.raises(UnsupportedError, match=re.escape(message)):
             call()

@@ -101,6 +101,9 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         "has no target 'tpu'; it has: cpu, webgpu": PlanRequest("onnx", 10**6, execution="tpu"),
         "gguf has no target 'webgpu'": PlanRequest("gguf", 10**6, execution="webgpu"),
         "no type 'int4' here; it has: f16": PlanRequest("onnx", 10**6, execution="webgpu", types=("int4",)),
+        "int8-f16 is not exported: DirectML": PlanRequest("onnx", 10**6, execution="dml", types=("int8-f16",)),
+        "CUDA multiply 4 and 8 bits": PlanRequest("onnx", 10**6, execution="cuda", types=("uint2-b64-f16",)),
+        "int2-b256 is not exported: onnxruntime has no kernel": PlanRequest("onnx", 10**6, types=("int2-b256",)),
         "no type 'int4-f16' here; it has: f32": PlanRequest("onnx", 10**6, types=("int4-f16",)),
     }.items():
         with pytest.raises(UnsupportedError, match=re.escape(message)):

@@ -31,7 +31,7 @@ def logits(model: Path, export: Any) -> Any:
     return session.run(["logits"], feeds)[0]
 
 
-@pytest.mark.parametrize("rule", ["mixed", "factored f32"])
+@pytest.mark.parametrize("rule", ["mixed", "asymmetric", "factored f32"])
 def test_the_ort_file_computes_what_the_export_does(make_export: MakeExport, tmp_path: Path, rule: str) -> None:
     export = make_export("llama", True, rule)
     files = write_ort(export.path, tmp_path / "ort")
@@ -42,7 +42,7 @@ def test_the_ort_file_computes_what_the_export_does(make_export: MakeExport, tmp
     assert difference <= 1e-5
     operators = (tmp_path / "ort" / OPERATORS_FILE).read_text(encoding="utf-8")
     assert re.search(r"^com\.microsoft;1;.*GroupQueryAttention", operators, re.MULTILINE)
-    assert ("MatMulNBits" in operators) == (rule == "mixed")
+    assert ("MatMulNBits" in operators) == (rule != "factored f32")
     assert str(tmp_path) not in operators
     with pytest.raises(UsageError, match="--force"):
         write_ort(export.path, tmp_path / "ort")
