@@ -241,7 +241,8 @@ def show_reports(reports: list[Report]) -> None:
                 "" if runtime.perplexity is None else f"{runtime.perplexity.perplexity:.2f}",
                 dense,
                 f"{runtime.agreement.mean_kl:.1e}",
-                "" if runtime.speed is None else f"{runtime.speed.decode:.0f}",
+                # What an encoder does is read.
+                "" if runtime.speed is None else f"{runtime.speed.decode or runtime.speed.prefill:.0f}",
             )
     out.print(table)
     for report in reports:

@@ -41,8 +41,8 @@ RUNTIME_BASES = {
     "onnxruntime-genai": RuntimeBase("0.18.0 with onnxruntime 1.31.1, Linux x86_64", 38_900_000, 220, 220),
     "onnxruntime": RuntimeBase("onnxruntime 1.31.1, Linux x86_64", 32_500_000, 0, 0),
 }
-# target -> the runtime that plans are made for.
-_RECOMMENDED = {"gguf": "llama.cpp", "onnx": "onnxruntime-genai"}
+# target -> the runtime that plans are made for: of models that generate, and of encoders.
+_RECOMMENDED = {"gguf": ("llama.cpp", "llama.cpp"), "onnx": ("onnxruntime-genai", "onnxruntime")}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class ProcessBase:
 
 def process_base(target: str, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
     """What a runtime holds for ``checkpoint`` beside the memory that a plan decides about; default: the recommended."""
-    base = RUNTIME_BASES[runtime or _RECOMMENDED[target]]
+    generator, encoder = _RECOMMENDED[target]
+    base = RUNTIME_BASES[runtime or (generator if checkpoint.shape.generates else encoder)]
     tokens, merges = _tokenizer_size(checkpoint.path / "tokenizer.json")
     return ProcessBase(base.library, base.tokenizer(max(tokens, checkpoint.shape.vocabulary), merges))
 

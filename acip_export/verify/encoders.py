@@ -6,24 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.encoder import Encoder
-from acip_export.errors import MissingExtraError, VerificationError
 from acip_export.plans import Plan, Runtime
 from acip_export.rounding import RoundTrip
 from acip_export.similarity import Similarity, compare_similarities
 from acip_export.text import load_tokenizer
 from acip_export.verify.measure import Agreement, log_softmax
-from acip_export.verify.runtime import Windows
-from converters.onnx.consumers import MODEL_FILE
-
-Vectors = npt.NDArray[np.float32]
+from acip_export.verify.runtime import EncoderSession, Vectors, Windows
 
 # Texts that every export is checked on, when the user gives none: several lengths, scripts and signs.
 _TEXTS = (
@@ -43,27 +37,11 @@ _FLOAT_TOLERANCE = {"onnx": 1e-4, "gguf": 2e-2}
 _ROUNDED_DISTANCE = 0.02
 _MOST_TEXTS = 256
 
-_SESSIONS = {
-    "gguf": ("acip_export.verify.llama_encoder", "LlamaEncoderSession"),
-    "onnx": ("acip_export.verify.encoders", "OnnxEncoderSession"),
+# target -> runtime: name, module and class.
+ENCODER_SESSIONS = {
+    "gguf": ("llama.cpp", "acip_export.verify.llama_encoder", "LlamaEncoderSession"),
+    "onnx": ("onnxruntime", "acip_export.verify.onnx_encoder", "OnnxEncoderSession"),
 }
-
-
-class EncoderSession(Protocol):
-    """An opened export of an encoder."""
-
-    name: str
-
-    def outputs(self, texts: Sequence[list[int]]) -> Vectors:
-        """One row a text (token ids, special ones included): embedding or logits; of a masked language model, the
-        mean of the logits over its tokens."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +80,7 @@ def verify_encoder(
         MissingExtraError: the runtime is not installed. VerificationError: it refuses the export.
     """
     texts = _tokens(bundle, encoder, plan.runtime, text)
-    module, name = _SESSIONS[plan.target]
+    _, module, name = ENCODER_SESSIONS[plan.target]
     session: EncoderSession
     with getattr(import_module(module), name)(export, plan.runtime) as session:
         found, runtime = session.outputs(texts), session.name
@@ -148,59 +126,6 @@ class TorchEncoder:
                 rows.append(row.float())
             vectors: Vectors = torch.stack(rows).numpy()
         return vectors
-
-
-class OnnxEncoderSession:
-    """``onnx/model.onnx`` in onnxruntime, CPU: batches of texts of about the same length, within the planned tokens.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed. VerificationError: it refuses the graph.
-    """
-
-    def __init__(self, export: Path, runtime: Runtime, threads: int = 0) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtraError("onnxruntime", "onnx", "running an ONNX export") from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        try:
-            self._session: Any = onnxruntime.InferenceSession(
-                str(export / MODEL_FILE), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exception classes are private, and all mean that the file does not run
-            raise VerificationError(f"onnxruntime cannot open {export / MODEL_FILE}: {error}") from error
-        self.name = f"onnxruntime {onnxruntime.__version__}"
-        self._tokens = runtime.prompt_batch
-        names = [output.name for output in self._session.get_outputs()]
-        self._output = "sentence_embedding" if "sentence_embedding" in names else names[0]
-
-    def outputs(self, texts: Sequence[list[int]]) -> Vectors:
-        """See :meth:`EncoderSession.outputs`. Padding takes any token: the mask hides it."""
-        rows: dict[int, Vectors] = {}
-        waiting = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        while waiting:
-            # The last of the batch is its longest.
-            count = next((n for n in range(len(waiting), 1, -1) if n * len(texts[waiting[n - 1]]) <= self._tokens), 1)
-            batch, waiting = waiting[:count], waiting[count:]
-            length = len(texts[batch[-1]])
-            ids, mask = np.zeros((count, length), np.int64), np.zeros((count, length), np.int64)
-            for row, index in enumerate(batch):
-                ids[row, : len(texts[index])] = texts[index]
-                mask[row, : len(texts[index])] = 1
-            inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-            (found,) = self._session.run([self._output], inputs)
-            for row, index in enumerate(batch):
-                rows[index] = found[row] if found.ndim == 2 else found[row, : len(texts[index])].mean(0)
-        return np.stack([rows[index] for index in range(len(texts))])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._session = None
 
 
 def _tokens(model: Path, encoder: Encoder, runtime: Runtime, text: Windows | None) -> list[list[int]]:

@@ -18,36 +18,45 @@ from converters.onnx.consumers import MODEL_FILE
 Cache = dict[str, Any]
 
 
-class OnnxRuntimeSession:
-    """Opens ``onnx/model.onnx`` of an export. Prompts go through in pieces of ``runtime.prompt_batch`` tokens.
+def open_graph(export: Path, threads: int) -> tuple[Any, str]:
+    """An ``InferenceSession`` of an export's graph on the CPU, and the runtime's name and version.
 
     Args:
         threads: of one operator; 0 leaves the choice to onnxruntime.
 
     Raises:
-        MissingExtraError: onnxruntime is not installed.
-        VerificationError: onnxruntime refuses the graph.
+        MissingExtraError: onnxruntime is not installed. VerificationError: it refuses the graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "onnx", "running an ONNX export") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    file = export / MODEL_FILE
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exception classes are private, and all mean that the file does not run
+        raise VerificationError(f"onnxruntime cannot open {file}: {error}") from error
+    return session, f"onnxruntime {onnxruntime.__version__}"
+
+
+class OnnxRuntimeSession:
+    """Opens ``onnx/model.onnx`` of an export. Prompts go through in pieces of ``runtime.prompt_batch`` tokens.
+
+    Args and Raises: as :func:`open_graph`.
     """
 
     def __init__(self, export: Path, runtime: Runtime, threads: int = 0) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtraError("onnxruntime", "onnx", "running an ONNX export") from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        try:
-            self._session: Any = onnxruntime.InferenceSession(
-                str(export / MODEL_FILE), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exception classes are private, and all mean that the file does not run
-            raise VerificationError(f"onnxruntime cannot open {export / MODEL_FILE}: {error}") from error
-        self.name = f"onnxruntime {onnxruntime.__version__}"
+        self._session: Any
+        self._session, self.name = open_graph(export, threads)
+        from onnxruntime import OrtValue
+
         self._batch, self._context = runtime.prompt_batch, runtime.context
         # One cache for the whole context, read and written in place, as applications do: passing arrays in and out
         # would hold it twice.
         self._caches: Cache = {
-            node.name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            node.name: OrtValue.ortvalue_from_shape_and_type(
                 [1, node.shape[1], runtime.context, node.shape[3]],
                 np.float16 if node.type == "tensor(float16)" else np.float32,
             )

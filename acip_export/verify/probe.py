@@ -19,7 +19,7 @@ from typing import Any
 
 from acip_export.errors import AcipError, MissingExtraError
 from acip_export.plans import Plan, Runtime, load_plan
-from acip_export.verify.runtime import RuntimeSession, Speed
+from acip_export.verify.runtime import ProbedSession, Speed
 
 _NEW_TOKENS = 32
 # Short contexts are filled again for a better measurement of speed, as long as that is cheap.
@@ -48,12 +48,12 @@ def spread_tokens(vocabulary: int, count: int) -> list[int]:
     return [index * vocabulary // count for index in range(count)]
 
 
-def measure(session_class: Callable[[Path, Runtime], RuntimeSession], export: Path, plan: Plan) -> dict[str, Any]:
+def measure(session_class: Callable[[Path, Runtime], ProbedSession], export: Path, plan: Plan) -> dict[str, Any]:
     """The figures, as :class:`acip_export.verify.process.ProcessFigures` reads them."""
     runtime = plan.runtime
     vocabulary = max(decision.shape[0] for decision in plan.tensors if "embed" in decision.name)
-    new_tokens = min(_NEW_TOKENS, runtime.context // 2)
-    prompt = spread_tokens(vocabulary, runtime.context - new_tokens)
+    new_tokens = min(_NEW_TOKENS, runtime.context // 2) if plan.generates else 0
+    prompt = spread_tokens(vocabulary, runtime.context - new_tokens if plan.generates else runtime.prompt_batch)
     gc.collect()
     _forget_peak()
     before = resident("VmRSS")
@@ -64,7 +64,8 @@ def measure(session_class: Callable[[Path, Runtime], RuntimeSession], export: Pa
         while len(speeds) < _REPETITIONS and time.perf_counter() - start < _CHEAP_SECONDS:
             speeds.append(session.speed(prompt, new_tokens))
         after = resident("VmHWM", "RssAnon", "RssFile", "RssShmem")
-        best = Speed(max(s.prefill for s in speeds), max(s.decode for s in speeds), len(prompt), new_tokens)
+        decode = max((s.decode for s in speeds if s.decode is not None), default=None)
+        best = Speed(max(s.prefill for s in speeds), decode, len(prompt), new_tokens)
         memory = None
         if before is not None and after is not None:
             peak, anonymous, mapped, shared = after

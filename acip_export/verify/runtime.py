@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -12,30 +13,26 @@ import numpy.typing as npt
 
 Windows = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+Vectors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second on this machine: of a prompt of ``prompt_tokens``, then of ``new_tokens`` one by one."""
+    """Tokens per second on this machine: of a prompt of ``prompt_tokens``, then of ``new_tokens`` one by one.
+
+    Encoders generate nothing: their ``decode`` is ``None``, and ``prompt_tokens`` are those of texts of full length.
+    """
 
     prefill: float
-    decode: float
+    decode: float | None
     prompt_tokens: int
     new_tokens: int
 
 
-class RuntimeSession(Protocol):
-    """An opened export. ``name`` says which runtime and version."""
+class ProbedSession(Protocol):
+    """An opened export that can be measured in a process of its own. ``name`` says which runtime and version."""
 
     name: str
-
-    def logits(self, windows: Windows) -> Iterator[Logits]:
-        """For each window of ``windows`` (n, tokens): float32 (tokens, vocabulary). Log-probabilities are allowed."""
-        ...
-
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        """The ``count`` most likely tokens after ``prompt``; end-of-text does not stop it."""
-        ...
 
     def speed(self, prompt: list[int], new_tokens: int) -> Speed:
         """Forget everything, then process ``prompt`` in the plan's batches and ``new_tokens`` more one by one.
@@ -49,3 +46,32 @@ class RuntimeSession(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+class RuntimeSession(ProbedSession, Protocol):
+    """An opened export of a language model."""
+
+    def logits(self, windows: Windows) -> Iterator[Logits]:
+        """For each window of ``windows`` (n, tokens): float32 (tokens, vocabulary). Log-probabilities are allowed."""
+        ...
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """The ``count`` most likely tokens after ``prompt``; end-of-text does not stop it."""
+        ...
+
+
+class EncoderSession(ProbedSession, Protocol):
+    """An opened export of an encoder."""
+
+    def outputs(self, texts: Sequence[list[int]]) -> Vectors:
+        """One row a text (token ids, special ones included): embedding or logits; of a masked language model, the
+        mean of the logits over its tokens."""
+        ...
+
+
+def encoding_speed(session: EncoderSession, prompt: list[int], longest: int) -> Speed:
+    """Of ``prompt`` cut into texts of ``longest`` tokens."""
+    texts = [prompt[start : start + longest] for start in range(0, len(prompt), longest)]
+    start = time.perf_counter()
+    session.outputs(texts)
+    return Speed(len(prompt) / (time.perf_counter() - start), None, len(prompt), 0)

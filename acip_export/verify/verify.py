@@ -24,7 +24,7 @@ from acip_export.plans import Plan, load_plan
 from acip_export.similarity import Similarity
 from acip_export.units import format_bytes
 from acip_export.verify import evaluation
-from acip_export.verify.encoders import verify_encoder
+from acip_export.verify.encoders import ENCODER_SESSIONS, verify_encoder
 from acip_export.verify.evaluation import TaskMetric
 from acip_export.verify.measure import (
     Agreement,
@@ -240,12 +240,11 @@ def verify_export(
     _check_same_plan(export, plan, made_of)
     failures = check_bytes(export, plan)
     encoder = encoder_of(made_of.as_checkpoint())
-    structure, differences = check_structure(export, made_of) if not failures and encoder is None else (None, [])
+    structure, differences = (None, []) if failures else check_structure(export, made_of)
     failures += differences
     found = _Found()
     if not failures and encoder is not None:
-        progress("encoder")
-        found = _run_encoder(export, plan, encoder, bundle, dense, text)
+        found = _run_encoder(export, made_of, encoder, text, dense, timeout, progress)
     elif not failures:
         found = _run(export, made_of, text, dense, timeout, progress)
     failures += found.failures
@@ -315,26 +314,48 @@ def _run(
         progress(f"{name}, in a process of its own")
         figures.append(measure_process(module, class_name, export, timeout))
     runtimes, dense_perplexity = _compare(export, bundle, sampled, figures, text, dense, progress)
-    failures, notes = list[str](), list[str]()
+    failures = list[str]()
     for report in runtimes:
         failures += _check_agreement(plan, report) + _check_memory(plan, report)
-    if any(report.memory is None for report in runtimes):
+    notes = _notes(runtimes[0].memory, text, dense)
+    return _Found(tuple(failures), notes, runtimes, bundle_perplexity, dense_perplexity)
+
+
+def _notes(memory: Memory | None, text: EvaluationText | None, dense: Path | None) -> tuple[str, ...]:
+    """What could not be measured."""
+    notes = []
+    if memory is None:
         notes.append(f"memory was not measured: {platform.system()} has no /proc")
     if text is not None and dense is None:
-        notes.append("the dense model is not here: no divergence from it")
-    return _Found(tuple(failures), tuple(notes), runtimes, bundle_perplexity, dense_perplexity)
+        notes.append("the dense model is not here: nothing was compared with it")
+    return tuple(notes)
 
 
 def _run_encoder(
-    export: Path, plan: Plan, encoder: Encoder, bundle: Path, dense: Path | None, text: EvaluationText | None
+    export: Path,
+    bundle: Bundle,
+    encoder: Encoder,
+    text: EvaluationText | None,
+    dense: Path | None,
+    timeout: float,
+    progress: Callable[[str], None],
 ) -> _Found:
     from converters.registry import converter
 
+    plan = bundle.plan
+    name, module, class_name = ENCODER_SESSIONS[plan.target]
+    progress(f"{name}, in a process of its own")
+    measured = measure_process(module, class_name, export, timeout)
+    progress(name)
     windows = None if text is None else text.windows
-    figures = verify_encoder(export, plan, encoder, bundle, converter(plan.target).round_trip, dense, windows)
-    report = RuntimeReport(figures.runtime, None, figures.agreement, None, None, None, None)
-    notes = ("memory, load time and speed of encoders are not measured",)
-    return _Found(tuple(figures.failures), notes, (report,), similarity=figures.similarity)
+    figures = verify_encoder(export, plan, encoder, bundle.path, converter(plan.target).round_trip, dense, windows)
+    base = process_base(plan.target, bundle.as_checkpoint(), name).total
+    memory = _memory_report(plan, measured.memory, base)
+    report = RuntimeReport(
+        figures.runtime, measured.load_seconds, figures.agreement, None, None, memory, measured.speed
+    )
+    failures = (*figures.failures, *_check_memory(plan, report))
+    return _Found(failures, _notes(report.memory, text, dense), (report,), similarity=figures.similarity)
 
 
 @dataclass(frozen=True)

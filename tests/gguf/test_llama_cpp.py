@@ -12,7 +12,8 @@ import pytest
 from acip_export.errors import MissingExtraError, VerificationError
 from acip_export.plans import Runtime
 from acip_export.verify import llama_capi, llama_cpp
-from acip_export.verify.llama_cpp import BufferSizes, LlamaCppSession
+from acip_export.verify.llama_cpp import LlamaCppSession
+from acip_export.verify.llama_native import BufferSizes
 from acip_export.verify.llama_server import ServerSession
 from acip_export.verify.measure import compare_logits, log_softmax
 from tests.gguf.conftest import export
