@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from acip_export.factorize import Whitening, fold
 from acip_export.global_order import GlobalOrder
 from acip_export.rank.config import CURVE_RATIOS, ProgressCallback, silent
-from acip_export.rank.objectives import next_token_loss
+from acip_export.rank.losses import next_token_loss
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
 from acip_export.rank.processes import ALONE, Processes
 from acip_export.rank.tasks import CAUSAL, EmbeddingTask, Task

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.rank.config import ProgressCallback, silent
-from acip_export.rank.objectives import next_token_loss
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
 from acip_export.rank.processes import ALONE, Processes
+from acip_export.rank.tasks import CAUSAL, Task
 from acip_export.rank.timing import Clock
 from acip_export.scores import FloatArray
 
@@ -29,28 +29,34 @@ def first_order_changes(
     layers: Mapping[str, MaskedLinear],
     windows: Tensor,
     batch: int,
+    seed: int = 0,
     progress: ProgressCallback = silent,
+    task: Task = CAUSAL,
     processes: Processes = ALONE,
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """-dL/dm of every component at the dense model, (k,) nats per token, by module; L as the text's own labels say."""
+    """-dL/dm of every component at the dense model, (k,) nats per unit of ``task``, by module; L is the task's
+    :meth:`~acip_export.rank.tasks.Task.labelled_loss`: a divergence from the dense model has no first order there.
+    """
     sums = {name: torch.zeros(len(layer.mask), dtype=torch.float64) for name, layer in layers.items()}
     device = next(iter(layers.values())).up.device
     clock = Clock("first-order", len(windows), windows.shape[1], progress)
     try:
         with dense_behaviour(layers):
-            for _, part in processes.batches(windows, batch):
+            for first, part in processes.batches(windows, batch):
+                # What is random in a batch follows from its place in the text, whichever process has it.
+                torch.manual_seed((seed << 32) + first)
                 for layer in layers.values():
                     layer.probe = torch.ones(1, 1, len(layer.mask), device=device, requires_grad=True)
-                loss = next_token_loss(model, part.to(device))
+                loss = task.labelled_loss(model, task.trimmed(part.to(device)))
                 loss.backward()  # type: ignore[no-untyped-call]
                 for name, layer in layers.items():
                     assert layer.probe is not None and layer.probe.grad is not None
-                    sums[name][layer.arrangement.cpu()] -= layer.probe.grad.double().flatten().cpu() * len(part)
+                    sums[name][layer.arrangement.cpu()] -= layer.probe.grad.double().flatten().cpu() * task.units(part)
                 clock.advance(len(part) * processes.count, loss=loss.item())
     finally:
         for layer in layers.values():
             layer.probe = None
-    return {name: (processes.sum(total) / len(windows)).numpy() for name, total in sums.items()}
+    return {name: (processes.sum(total) / task.units(windows)).numpy() for name, total in sums.items()}
 
 
 def zero_sum_scores(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Tokens at a time; temporaries are this times the vocabulary.
@@ -21,6 +21,12 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood of ``labels`` (n,) under ``logits`` (n, vocabulary), nats, float32."""
     loss: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
     return loss
+
+
+def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each token after the first."""
+    logits: Tensor = model(input_ids=windows, use_cache=False).logits[:, :-1]
+    return token_cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 def token_divergence(logits: Tensor, dense: Tensor) -> Tensor:

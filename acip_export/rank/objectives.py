@@ -8,15 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.rank.config import Objective
-from acip_export.rank.losses import token_cross_entropy
+from acip_export.rank.losses import next_token_loss
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
 from acip_export.rank.tasks import Task
-
-
-def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each token after the first."""
-    logits: Tensor = model(input_ids=windows, use_cache=False).logits[:, :-1]
-    return token_cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 def divergence(task: Task, model: nn.Module, layers: Mapping[str, MaskedLinear], windows: Tensor) -> Tensor:

@@ -307,8 +307,17 @@ class _Stage:
         parts = self._factorize(basis, 1.0, AdapterShape(0))
         drop_losses = self._drop_losses(parts, "fisher" if algorithm == "fisher" else "kfac")
         if algorithm == "first-order":
-            windows, batch = self.text.statistics, self.calibration.batch
-            changes = first_order_changes(self.model, parts.layers, windows, batch, self.progress, self.processes)
+            windows, config = self.text.statistics, self.calibration
+            changes = first_order_changes(
+                self.model,
+                parts.layers,
+                windows,
+                config.batch,
+                config.seed,
+                self.progress,
+                self.text.task,
+                self.processes,
+            )
             scores = zero_sum_scores(changes, parts.singular)
         else:
             scores = training_free_scores(algorithm, parts.singular, drop_losses)

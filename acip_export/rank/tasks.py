@@ -29,8 +29,11 @@ from torch.nn import functional as F
 
 from acip_export.encoder import Encoder
 from acip_export.modules import pooled
-from acip_export.rank.losses import token_divergence
+from acip_export.rank.losses import next_token_loss, token_divergence
 from acip_export.scores import CAUSAL_UNIT
+
+# Of SimCSE's unsupervised training, section 3.
+_CONTRAST_TEMPERATURE = 0.05
 
 
 class Task(ABC):
@@ -68,6 +71,13 @@ class Task(ABC):
         labels = torch.multinomial(outputs.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
         return F.cross_entropy(outputs, labels.to(outputs.device), reduction="sum")
 
+    def labelled_loss(self, model: nn.Module, windows: Tensor) -> Tensor:
+        """A loss whose gradient at the dense model is not zero, mean over units; for tasks whose texts bring no labels,
+        against the dense model's own most likely ones.
+        """
+        outputs = self.outputs(model, windows)
+        return F.cross_entropy(outputs, outputs.detach().argmax(-1))
+
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
         """From ``dense`` to ``outputs``, summed over units."""
         return token_divergence(outputs, dense) * len(outputs)
@@ -79,6 +89,9 @@ class CausalTask(Task):
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=windows, use_cache=False).logits
         return logits.float().flatten(0, 1)
+
+    def labelled_loss(self, model: nn.Module, windows: Tensor) -> Tensor:
+        return next_token_loss(model, windows)
 
     def select(self, by_token: Tensor, windows: Tensor) -> Tensor:  # noqa: ARG002 - every token is a unit
         return by_token.flatten(0, -2)
@@ -119,6 +132,16 @@ class EmbeddingTask(_EncoderTask):
     def sampled_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(outputs.shape, generator=generator).to(outputs.device)
         return -(outputs * noise).sum()
+
+    def labelled_loss(self, model: nn.Module, windows: Tensor) -> Tensor:
+        """Each text is to find itself among those of ``windows``: two passes that differ by the model's own dropout,
+        contrasted in the batch (SimCSE, arXiv 2104.08821).
+        """
+        model.train()
+        ones, others = self.outputs(model, windows), self.outputs(model, windows)
+        model.eval()
+        labels = torch.arange(len(ones), device=ones.device)
+        return F.cross_entropy(ones @ others.T / _CONTRAST_TEMPERATURE, labels)
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
         return (1 - (outputs * dense).sum(-1)).sum()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.encoder import Pooling, encoder_of
 from acip_export.errors import DataError, UnsupportedError, UsageError
 from acip_export.materialize.factors import basis_moments, factor_pair
-from acip_export.rank import AcipConfig, rank_model
+from acip_export.rank import AcipConfig, Progress, automatic_config, rank_model
 from acip_export.rank.data import read_data
 from acip_export.rank.model import load_model
 from acip_export.rank.statistics import collect_statistics
@@ -34,7 +36,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_encoder(tmp_path_factory.mktemp("encoder") / "bert")
 
 
-@pytest.mark.parametrize("algorithm", ["magnitude", "energy", "kfac", "fisher"])
+@pytest.mark.parametrize("algorithm", ["magnitude", "energy", "kfac", "fisher", "first-order"])
 def test_training_free(encoder: Path, text: Path, tmp_path: Path, algorithm: str) -> None:
     scores = rank_model(encoder, text, algorithm=algorithm, calibration=CALIBRATION, out=tmp_path / "s.acip")
     loaded = load_scores(tmp_path / "s.acip")
@@ -49,12 +51,49 @@ def test_training_free(encoder: Path, text: Path, tmp_path: Path, algorithm: str
     assert "pooler.dense" not in scores.modules
 
 
+def short_run(model: Path) -> AcipConfig:
+    """The default for encoders, in a third of its steps and longer strides."""
+    steps = 30
+    config = automatic_config(Checkpoint.open(model))
+    return replace(config, learning_rate=100 / steps * config.learning_rate, post_tune=60, batch=8)
+
+
+def test_learned_ranking_is_no_worse_than_where_it_starts(encoder: Path, text: Path) -> None:
+    fisher = rank_model(encoder, text, algorithm="fisher", calibration=CALIBRATION)
+    learned = rank_model(encoder, text, acip=short_run(encoder), calibration=CALIBRATION)
+    assert learned.loss_unit == "cosine distance per text" and learned.algorithm["objective"] == "distill"
+    for before, after in zip(fisher.curve, learned.curve, strict=True):
+        assert after.loss_with_adapters is not None and after.spearman is not None
+        best = min(after.loss, after.loss_with_adapters)
+        # 1 % and 1e-5: what the order of a few equally harmless components decides.
+        assert best <= 1.01 * before.loss + 1e-5
+    # Adapters were trained, and pay where much is cut (0.88 of the distance at half; a broken one gains nothing).
+    by_ratio = {round(point.ratio, 1): point for point in learned.curve}
+    assert by_ratio[0.5].loss_with_adapters < 0.95 * by_ratio[0.5].loss  # type: ignore[operator]
+
+
+def test_interrupted_run_resumes_to_the_same_bytes(encoder: Path, text: Path, tmp_path: Path) -> None:
+    config = replace(short_run(encoder), post_tune=4, learning_rate=4e-3)
+    whole, out = tmp_path / "whole.acip", tmp_path / "stopped.acip"
+    rank_model(encoder, text, acip=config, calibration=CALIBRATION, out=whole)
+
+    def stop(progress: Progress) -> None:
+        if (progress.phase, progress.step) == ("masks", 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        rank_model(encoder, text, acip=config, calibration=CALIBRATION, out=out, progress=stop)
+    rank_model(encoder, text, acip=config, calibration=CALIBRATION, out=out, resume=True)
+    assert out.read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("kind", "unit"), [("masked-lm", "nats per masked token"), ("classification", "nats per text")]
 )
-def test_other_kinds(text: Path, tmp_path: Path, kind: str, unit: str) -> None:
+@pytest.mark.parametrize("algorithm", ["fisher", "first-order"])
+def test_other_kinds(text: Path, tmp_path: Path, kind: str, unit: str, algorithm: str) -> None:
     model = make_encoder(tmp_path / "bert", kind)
-    scores = rank_model(model, text, algorithm="fisher", calibration=CALIBRATION)
+    scores = rank_model(model, text, algorithm=algorithm, calibration=CALIBRATION)
     assert scores.loss_unit == unit and scores.curve[0].spearman is None
     assert scores.curve[0].loss < 1e-6 < scores.curve[-1].loss
     assert all(module.sensitivity > 0 and module.drop_loss.sum() > 0 for module in scores.modules.values())
