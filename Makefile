@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
+.PHONY: bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ picture: $(STAMP) ## Take the picture of a report again, after  make demo
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -q
+
+test-exhaustive: $(STAMP) ## Hundreds of random plans and exports, and every type that llama.cpp has (10 minutes)
+	ACIP_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/test_plan_properties.py tests/test_written_bytes.py
 
 llama-cpp: $(STAMP) ## Build llama.cpp with factor pairs (10 minutes, once) and install it beside the tests
 	$(BIN)/python -m converters.gguf.build_llama_cpp -c constraints.txt

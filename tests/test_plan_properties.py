@@ -103,7 +103,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tokenizers")
 
 
-@settings(PROPERTY, max_examples=examples(30, 600))
+@settings(PROPERTY, max_examples=examples(30, 300))
 @given(cases())
 def test_plans_keep_every_promise(directory: Path, case: Case) -> None:
     """Within the budget; parts add up; more bytes never predict worse; the same question has the same answer."""
@@ -118,7 +118,7 @@ def test_plans_keep_every_promise(directory: Path, case: Case) -> None:
     assert problem_of(case, directory).plan(request) == plan
 
 
-@settings(PROPERTY, max_examples=examples(10, 200))
+@settings(PROPERTY, max_examples=examples(10, 100))
 @given(cases(), st.integers(1, 10**6))
 def test_below_the_floor_there_is_no_plan(directory: Path, case: Case, short: int) -> None:
     """The refusal names the floor, at which a plan exists that leaves nothing over."""
@@ -130,7 +130,7 @@ def test_below_the_floor_there_is_no_plan(directory: Path, case: Case, short: in
     assert problem.plan(replace(case.request, budget_bytes=floor)).certificate.bytes_left == 0
 
 
-@settings(PROPERTY, max_examples=examples(8, 150))
+@settings(PROPERTY, max_examples=examples(8, 80))
 @given(cases())
 def test_what_a_scope_leaves_out_is_spent(directory: Path, case: Case) -> None:
     """The same bytes buy no less where the budget covers less: files, then memory, then all of the process."""
@@ -142,7 +142,7 @@ def test_what_a_scope_leaves_out_is_spent(directory: Path, case: Case) -> None:
     assert losses == sorted(losses)
 
 
-@settings(PROPERTY, max_examples=examples(8, 150))
+@settings(PROPERTY, max_examples=examples(8, 80))
 @given(cases(), st.integers(40, 400), st.floats(0.1, 1))
 def test_devices(directory: Path, case: Case, memory: int, usable: float) -> None:
     """What a device leaves usable holds the whole process, with everything that was not asked for chosen by it."""

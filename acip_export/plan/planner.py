@@ -287,8 +287,11 @@ class Problem:
                     best = (gain / extra, extra, describe(candidate.options[other]))
         dense_loss: float | None = self.calibration.loss(allocation.loss)
         if self.layout.low_rank is not None:
-            dense_only = [c.dense_only().choices(request.target, request.budget_scope) for c in self.candidates]
-            dense = allocate(dense_only, room - solution.overhead, exact=False)
+            dense_only = [c.dense_only() for c in self.candidates]
+            dense = None
+            if all(candidate.options for candidate in dense_only):
+                choices = [candidate.choices(request.target, request.budget_scope) for candidate in dense_only]
+                dense = allocate(choices, room - solution.overhead, exact=False)
             dense_loss = None if dense is None else self.calibration.loss(dense.loss)
         return Certificate(
             bytes_left=left,

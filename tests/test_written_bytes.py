@@ -1,0 +1,135 @@
+"""Written bytes equal planned bytes: for every kind of candidate, and for whatever the planner chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.formats import formats_of, weight_format
+from acip_export.pipeline import convert_bundle
+from acip_export.plan import PlanRequest, Problem
+from acip_export.plan.candidates import Candidates, residual_bases
+from acip_export.plans import Plan, TensorDecision, decision_bytes
+from acip_export.rounding_errors import RoundingErrors, residual_key
+from acip_export.scores import ScoreFile
+from acip_export.targets import TARGETS
+from acip_export.verify.verify import EXPORT_PLAN_FILE
+from converters.registry import converter
+from tests.plan_problems import EXHAUSTIVE, Shape, examples, shapes
+from tests.support import make_bundle, make_model, make_scores
+from tests.test_plan_properties import WAYS
+
+# Representation, types of the matrix and of its pair, and which of the ranks.
+Kind = tuple[str, str | None, str | None, str | None, object]
+
+
+def kinds_of(candidates: Candidates) -> dict[Kind, TensorDecision]:
+    """Of every combination of types the smallest and the largest rank; of corrections, every rank."""
+    found: dict[Kind, TensorDecision] = {}
+    for option in candidates.options:
+        types = (option.representation, option.format, option.up_format, option.down_format)
+        if option.representation == "residual":
+            found[*types, option.rank] = option
+        else:
+            found.setdefault((*types, "least"), option)
+            found[*types, "most"] = option
+    return found
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """Bytes of an export's files, the copy of its plan left out."""
+    files = (file for file in directory.rglob("*") if file.is_file() and file.name != EXPORT_PLAN_FILE)
+    return {str(file.relative_to(directory)): file.stat().st_size for file in files}
+
+
+def types_of(target: str, execution: str | None) -> tuple[str, ...]:
+    """The default types; or every type that plans may choose, some of which take llama.cpp most of a minute."""
+    known = TARGETS[target].on(execution).types
+    items = {weight_format(target, name).item_bytes for name in known}
+    return tuple(form.name for form in formats_of(target) if form.item_bytes in items) if EXHAUSTIVE else known
+
+
+def plans_with_every_kind(problem: Problem, request: PlanRequest) -> Iterator[Plan]:
+    """As few plans as it takes for every kind of candidate to be chosen somewhere: by layers, embedding and head."""
+    kinds = [kinds_of(candidates) for candidates in problem.candidates]
+    groups = ["layer" if c.module is not None else c.options[0].name for c in problem.candidates]
+    pending: dict[str, dict[Kind, None]] = {}
+    for group, known in zip(groups, kinds, strict=True):
+        pending.setdefault(group, {}).update(dict.fromkeys(known))
+    while any(pending.values()):
+        picks: dict[int, TensorDecision] = {}
+        for candidates, group, known in zip(problem.candidates, groups, kinds, strict=True):
+            chosen = next((kind for kind in known if kind in pending[group]), next(iter(known)))
+            pending[group].pop(chosen, None)
+            picks[id(candidates)] = known[chosen]
+        # With one candidate left for each tensor there is one plan.
+        yield problem.only(lambda c, option, picks=picks: option is picks[id(c)]).plan(request)  # type: ignore[misc]
+
+
+def tied_and_untied() -> Iterator[tuple[str, str, str | None, bool]]:
+    """Embeddings and heads are the same in all layouts and executions of a target: both ways in the first alone."""
+    for number, (target, layout, execution) in enumerate(WAYS):
+        first = execution is None and layout == TARGETS[target].layouts[0].name
+        for tied in (True, False) if EXHAUSTIVE or first else (number % 2 == 0,):
+            yield target, layout, execution, tied
+
+
+@pytest.mark.parametrize(("target", "layout", "execution", "tied"), list(tied_and_untied()))
+def test_every_candidate_kind(target: str, layout: str, execution: str | None, tied: bool, tmp_path: Path) -> None:
+    # Rows of one block of 256.
+    model = make_model(tmp_path / "model", tie_word_embeddings=tied, num_hidden_layers=3, intermediate_size=256)
+    checkpoint, scores = Checkpoint.open(model), make_scores(model)
+    types = types_of(target, execution)
+    request = PlanRequest(target, 2**40, "file", execution=execution, layout=layout, types=types, context=64)
+    problem = Problem.of(
+        checkpoint,
+        scores,
+        request,
+        lambda tensors, runtime: converter(target).predict_files(checkpoint, layout, tensors, runtime),
+        every_correction(target, layout, types, scores),
+    )
+    written: set[str | None] = set()
+    for number, plan in enumerate(plans_with_every_kind(problem, request)):
+        bundle = make_bundle(model, plan, tmp_path / f"bundle{number}", scores)
+        convert_bundle(bundle.path, tmp_path / f"export{number}", check=False)
+        assert sizes(tmp_path / f"export{number}") == plan.files
+        assert all(d.nbytes == decision_bytes(d, target) for d in plan.tensors)
+        written |= {name for d in plan.tensors for name in (d.format, d.up_format, d.down_format)}
+    assert written >= set(types)
+
+
+def every_correction(target: str, layout: str, types: tuple[str, ...], scores: ScoreFile) -> RoundingErrors:
+    """Corrections of bases are candidates where they were measured; here everywhere."""
+    bases = residual_bases(TARGETS[target].layout(layout), tuple(weight_format(target, name) for name in types))
+    pairs = {residual_key(base): ((0.5, 0.5),) for base in bases}
+    return RoundingErrors(target, "none", scores.sha256, pairs=dict.fromkeys(scores.modules, pairs))
+
+
+@settings(deadline=None, max_examples=examples(6, 100), suppress_health_check=list(HealthCheck))
+@given(shapes(most_layers=2, widest=512), st.sampled_from(WAYS), st.floats(0.02, 0.9), st.integers(0, 9))
+def test_planned_exports(
+    tmp_path_factory: pytest.TempPathFactory, shape: Shape, way: tuple[str, str, str | None], share: float, seed: int
+) -> None:
+    """Random models and budgets, exported as planned: every file is as large as the plan has it."""
+    target, layout, execution = way
+    directory = tmp_path_factory.mktemp("planned")
+    model = make_model(directory / "model", shape.arch, seed=seed, **shape.settings)
+    checkpoint, scores = Checkpoint.open(model), make_scores(model, adapters=seed % 2 == 0, seed=seed)
+    request = PlanRequest(target, 2**40, "file", execution=execution, layout=layout, context=64)
+    problem = Problem.of(
+        checkpoint,
+        scores,
+        request,
+        lambda tensors, runtime: converter(target).predict_files(checkpoint, layout, tensors, runtime),
+    )
+    floor, _ = problem.floor(request)
+    plan = problem.plan(replace(request, budget_bytes=floor + int(share * checkpoint.weight_bytes)))
+    bundle = make_bundle(model, plan, directory / "bundle", scores)
+    convert_bundle(bundle.path, directory / "export", check=False)
+    assert sizes(directory / "export") == plan.files
