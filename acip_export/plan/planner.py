@@ -290,8 +290,8 @@ class Problem:
             dense_only = [c.dense_only() for c in self.candidates]
             dense = None
             if all(candidate.options for candidate in dense_only):
-                choices = [candidate.choices(request.target, request.budget_scope) for candidate in dense_only]
-                dense = allocate(choices, room - solution.overhead, exact=False)
+                alone = [candidate.choices(request.target, request.budget_scope) for candidate in dense_only]
+                dense = allocate(alone, room - solution.overhead, exact=False)
             dense_loss = None if dense is None else self.calibration.loss(dense.loss)
         return Certificate(
             bytes_left=left,
