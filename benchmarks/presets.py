@@ -220,7 +220,7 @@ def plot(document: dict[str, Any], file: Path) -> None:
         axis.set_title(f"{model}: {runtime}", fontsize=10, loc="left")
         axis.set_xlabel("file size, MB", fontsize=9)
         axis.set_ylabel("perplexity", fontsize=9)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, framealpha=0.9, edgecolor="none")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None, dpi=150)
     plt.close(figure)
