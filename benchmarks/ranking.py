@@ -2,6 +2,7 @@
 
     python benchmarks/ranking.py                         what is missing in benchmarks/ranking.json, then the table
     python benchmarks/ranking.py --only kfac acip --seeds 0 1 --again
+    python benchmarks/ranking.py --model samples/qwen3   another model's entries
     python benchmarks/ranking.py --table                 the table alone
 
 A size is a share of the bytes of the whole model in its stored dtype, embeddings included; only linear layers shrink,
@@ -21,6 +22,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ import transformers
 from acip_export.checkpoint import Checkpoint
 from acip_export.rank import AcipConfig, DataConfig, automatic_config, rank_model
 from acip_export.rank.model import linear_weights
+from acip_export.scores import CAUSAL_UNIT, ScoreFile
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING_FREE = ("magnitude", "energy", "first-order", "kfac", "fisher")
@@ -54,10 +57,35 @@ def variants(automatic: AcipConfig) -> dict[str, AcipConfig]:
     }
 
 
-def linear_ratios(checkpoint: Checkpoint) -> tuple[float, ...]:
-    """Of the linear layers' parameters, for the byte ratios of the whole model."""
-    share = linear_weights(checkpoint) / sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    return tuple(1 - (1 - ratio) / share for ratio in RATIOS)
+def linear_share(checkpoint: Checkpoint) -> float:
+    """Of the model's parameters, those of the linear layers; rank alone reaches no byte ratio below one minus it."""
+    return linear_weights(checkpoint) / sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+
+
+def linear_ratios(checkpoint: Checkpoint, byte_ratios: Sequence[float] = RATIOS) -> tuple[float, ...]:
+    """Of the linear layers' parameters, for the byte ratios of the whole model that they alone can reach."""
+    share = linear_share(checkpoint)
+    return tuple(1 - (1 - ratio) / share for ratio in byte_ratios if 1 - ratio < share)
+
+
+def quality(scores: ScoreFile) -> dict[str, list[float | None]]:
+    """By size: perplexities, or of an encoder the distances and how well similarities are kept."""
+    adapted = [point.loss_with_adapters for point in scores.curve]
+
+    def rounded(values: Iterable[float | None]) -> list[float | None]:
+        return [None if value is None else round(value, 5) for value in values]
+
+    if scores.loss_unit != CAUSAL_UNIT:
+        return {
+            "distance": rounded(point.loss for point in scores.curve),
+            "distance_with_adapters": rounded(adapted),
+            "spearman": rounded(point.spearman for point in scores.curve),
+            "similarity_error": rounded(point.similarity_error for point in scores.curve),
+        }
+    return {
+        "perplexity": [round(math.exp(point.loss), 3) for point in scores.curve],
+        "perplexity_with_adapters": [None if loss is None else round(math.exp(loss), 3) for loss in adapted],
+    }
 
 
 def measure(args: argparse.Namespace, name: str, config: AcipConfig | None, seed: int) -> dict[str, Any]:
@@ -72,40 +100,44 @@ def measure(args: argparse.Namespace, name: str, config: AcipConfig | None, seed
         evaluation=args.evaluation,
         cache=args.cache,
     )
-    adapted = [point.loss_with_adapters for point in scores.curve]
     return {
         "settings": dict(scores.algorithm),
         "versions": dict(scores.versions),
         "seconds": round(time.perf_counter() - started, 1),
-        "perplexity": [round(math.exp(point.loss), 3) for point in scores.curve],
-        "perplexity_with_adapters": [None if loss is None else round(math.exp(loss), 3) for loss in adapted],
+        **quality(scores),
     }
 
 
-def table(document: dict[str, Any]) -> str:
-    """Markdown: by entry the mean over seeds of what is exported, and the spread (largest less smallest) if several."""
+def exported(result: Mapping[str, Any], figure: str) -> list[float]:
+    """A figure by size, with adapters where they lower the loss."""
+    with_adapters = result.get(f"{figure}_with_adapters", [None] * len(result[figure]))
+    pairs = zip(result[figure], with_adapters, strict=True)
+    return [min(value for value in pair if value is not None) for pair in pairs]
+
+
+def table(results: Mapping[str, Any], byte_ratios: Sequence[float], figure: str = "perplexity", digits: int = 2) -> str:
+    """Markdown: by entry the mean over seeds of what is exported, and half the spread if there are several."""
     by_name: dict[str, list[list[float]]] = {}
-    for key, result in document["results"].items():
-        pairs = zip(result["perplexity"], result["perplexity_with_adapters"], strict=True)
-        best = [min(value for value in pair if value is not None) for pair in pairs]
-        by_name.setdefault(key.rpartition(", seed ")[0], []).append(best)
+    for key, result in results.items():
+        by_name.setdefault(key.rpartition(", seed ")[0], []).append(exported(result, figure))
     lines = [
-        "| ranking | " + " | ".join(f"{ratio:g}" for ratio in document["byte_ratios"]) + " |",
-        "| --- |" + " ---: |" * len(document["byte_ratios"]),
+        "| ranking | " + " | ".join(f"{ratio:g}" for ratio in byte_ratios) + " |",
+        "| --- |" + " ---: |" * len(byte_ratios),
     ]
     for name, runs in by_name.items():
         cells = []
         for values in zip(*runs, strict=True):
-            spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.2f}{spread}")
+            half = (max(values) - min(values)) / 2
+            spread = f" ± {half:.{digits}f}" if round(half, digits) else ""
+            cells.append(f"{statistics.fmean(values):.{digits}f}{spread}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def adapter_table(document: dict[str, Any]) -> str:
+def adapter_table(results: Mapping[str, Any]) -> str:
     """Markdown: the default near full size, without adapters and with them."""
     lines = ["| byte ratio | without adapters | with | exported |", "| --- | ---: | ---: | ---: |"]
-    result = document["results"].get("acip, seed 0")
+    result = results.get("acip, seed 0")
     if result is not None:
         for ratio, off, on in zip(RATIOS, result["perplexity"], result["perplexity_with_adapters"], strict=True):
             lines.append(f"| {ratio:g} | {off:.2f} | {on:.2f} | {min(off, on):.2f} |")
@@ -130,31 +162,34 @@ def main() -> None:
     unknown = set(args.only or []) - set(entries)
     if unknown:
         parser.error(f"unknown {sorted(unknown)}; choose from {sorted(entries)}")
-    before = json.loads(args.out.read_text()) if args.out.exists() else {}
-    document: dict[str, Any] = {
+    document: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
+    models = document["models"]
+    document = {
         "benchmark": "ranking",
-        "model": args.model.name,
-        "evaluation_tokens": args.tokens,
-        "byte_ratios": list(RATIOS),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "results": before["results"] if before.get("byte_ratios") == list(RATIOS) else {},
+        "models": models,
     }
+    sizes = {"evaluation_tokens": args.tokens, "byte_ratios": list(RATIOS)}
+    before = models.get(args.model.name, {})
+    comparable = all(before.get(key) == value for key, value in sizes.items())
+    results = before["results"] if comparable else {}
+    models[args.model.name] = {**sizes, "results": results}
     for name in [] if args.table else args.only or entries:
         for seed in sorted({*args.seeds, *([0, 1] if name == "acip" else [])}):
             key = f"{name}, seed {seed}"
-            if key in document["results"] and not args.again:
+            if key in results and not args.again:
                 continue
-            document["results"][key] = result = measure(args, name, entries[name], seed)
+            results[key] = result = measure(args, name, entries[name], seed)
             args.out.write_text(json.dumps(document, indent=1) + "\n")
             print(key, result["seconds"], result["perplexity"], result["perplexity_with_adapters"], flush=True)
-    print(table(document))
+    print(table(results, RATIOS))
     print()
-    print(adapter_table(document))
+    print(adapter_table(results))
 
 
 if __name__ == "__main__":
