@@ -130,7 +130,7 @@ class SafetensorsWriter:
     """Writes a safetensors file tensor by tensor; nothing but the tensor at hand is in memory.
 
     Used as a context manager. Tensors are written in the order in which they were declared; leaving with some of them
-    missing is an error.
+    missing is an error. ``sha256`` is that of everything written so far: the file need not be read again for it.
     """
 
     def __init__(
@@ -145,8 +145,17 @@ class SafetensorsWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
         self._pending = {name: (d, prod(s) * DTYPE_BYTES[d]) for name, (d, s) in tensors.items()}
+        self._digest = hashlib.sha256()
         self._stream = file.open("wb")
-        self._stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._append(len(encoded).to_bytes(8, "little") + encoded)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self._digest.update(data)
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Append the next tensor's little-endian bytes.
@@ -158,7 +167,7 @@ class SafetensorsWriter:
         if name != expected or memoryview(data).nbytes != self._pending[name][1]:
             raise ValueError(f"wrote {name} with {memoryview(data).nbytes} bytes, expected {expected}")
         del self._pending[name]
-        self._stream.write(data)
+        self._append(data)
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
 """llama.cpp's two steps from a Hugging Face model to a quantized GGUF, each as a process of its own for gguf_export.py.
 
     python benchmarks/llama_steps.py convert LLAMA_CPP MODEL OUT
-    python benchmarks/llama_steps.py quantize SOURCE OUT IMATRIX
+    python benchmarks/llama_steps.py quantize SOURCE OUT [IMATRIX]
 
 A file apart, so that neither process loads what only ours needs.
 """
@@ -9,7 +9,6 @@ A file apart, so that neither process loads what only ours needs.
 from __future__ import annotations
 
 import ctypes
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -27,21 +26,24 @@ def convert(llama_cpp: Path, model: Path, out: Path) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def quantize(source: Path, out: Path, imatrix: Path) -> None:
-    """llama.cpp's second step; the imatrix makes it round as ours does."""
+def quantize(source: Path, out: Path, imatrix: Path | None = None) -> None:
+    """llama.cpp's second step."""
     import llama_cpp
 
+    from converters.gguf.ggml import processors
     from converters.gguf.imatrix import read_imatrix
 
-    weights = [(name.encode(), values) for name, values in read_imatrix(imatrix).items()]
+    known = {} if imatrix is None else read_imatrix(imatrix)
+    weights = [(name.encode(), values) for name, values in known.items()]
     entries = (llama_cpp.llama_model_imatrix_data * (len(weights) + 1))()
     for entry, (name, values) in zip(entries, weights, strict=False):
         entry.name, entry.size = name, values.size
         entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.pure, settings.nthread = _Q4_K_M, True, len(os.sched_getaffinity(0))
+    settings.ftype, settings.pure, settings.nthread = _Q4_K_M, True, processors()
     settings.token_embedding_type = settings.output_tensor_type = _Q4_K
-    settings.imatrix = entries
+    if weights:
+        settings.imatrix = entries
     if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings)):
         raise SystemExit(f"llama_model_quantize refused {source}")
 

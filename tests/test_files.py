@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from acip_export.errors import CheckpointError, UsageError
-from acip_export.files import SafetensorsWriter, new_directory, new_file, read_safetensors_header
+from acip_export.files import SafetensorsWriter, new_directory, new_file, read_safetensors_header, sha256_of
 
 
 class Exploded(BaseException):
@@ -63,6 +63,7 @@ def test_streamed_safetensors_equals_the_library(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="expected a"):
             writer.write("c", b"")
         writer.write("a", tensors["a"].tobytes())
+    assert writer.sha256 == sha256_of(file)
     loaded = load_file(file)
     assert loaded.keys() == tensors.keys()
     assert all(np.array_equal(loaded[name], tensors[name]) for name in tensors)

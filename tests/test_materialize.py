@@ -14,7 +14,7 @@ from acip_export.bundle import MANIFEST_FILE, WEIGHTS_FILE, Bundle, load_bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import BundleError, CheckpointError, PlanFileError, ScoreFileError, UsageError
 from acip_export.factorize import components, pack_moment, unpack_moment
-from acip_export.materialize import materialize_bundle
+from acip_export.materialize import materialize_bundle, stream
 from acip_export.scores import ScoreFile
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
 
@@ -194,3 +194,16 @@ def test_refusals_leave_nothing_behind(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="already exists"):
         materialize_bundle(checkpoint, scores, plan, out)
     assert (out / "precious").read_text() == "data"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_number_anywhere_is_found(dtype: torch.dtype, value: float) -> None:
+    """At the ends and in the middle: vectorized code treats the rest of a row by itself."""
+    whole = torch.linspace(-3, 3, 1037).to(dtype)
+    assert stream._finite(whole)
+    assert stream._finite(torch.empty(0, dtype=dtype))
+    for place in (0, 511, 1036):
+        damaged = whole.clone()
+        damaged[place] = value
+        assert not stream._finite(damaged)

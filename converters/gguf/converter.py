@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from acip_export.ahead import one_ahead
 from acip_export.bundle import PLAN_FILE, Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.encoder import encoder_of
-from acip_export.errors import UnsupportedError, VerificationError
+from acip_export.errors import UnsupportedError
 from acip_export.formats import weight_format
 from acip_export.plans import Runtime, TensorDecision
 from acip_export.version import __version__
@@ -25,6 +26,7 @@ from converters.gguf import ggml
 from converters.gguf.architectures import Change, family_of
 from converters.gguf.base_file import BaseFile, matching_change, open_base
 from converters.gguf.layouts import ADAPTER_FILE, FACTOR_SUFFIXES, Item, arrange
+from converters.gguf.readback import check_structure
 from converters.gguf.run_commands import run_commands
 from converters.gguf.tokenizer import strips_after_special, tokenizer_metadata
 from converters.gguf.writer import (
@@ -35,7 +37,6 @@ from converters.gguf.writer import (
     TensorSpec,
     file_bytes,
     float32,
-    offsets,
     string,
     uint32,
 )
@@ -118,9 +119,9 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
     for name, items in files.items():
         metadata = _metadata(name, checkpoint, plan.model, items, plan_hash, plan.model_fingerprint)
         with GgufWriter(out / name, metadata, _specs(items)) as writer:
-            for item in items:
+            for item, data in one_ahead(lambda item: _data(bundle, item, changes), items):
                 progress(Progress(done, total, item.spec.name))
-                writer.write(item.spec.name, _data(bundle, item, changes))
+                writer.write(item.spec.name, data)
                 done += item.spec.nbytes
         check_structure(out / name, metadata, _specs(items))
     progress(Progress(total, total, ""))
@@ -136,28 +137,6 @@ def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None)
     import torch
 
     return torch.from_numpy(ggml.dequantize(ggml.quantize(weight, name, importance), tuple(weight.shape), name))
-
-
-def check_structure(file: Path, metadata: Metadata, tensors: Sequence[TensorSpec]) -> None:
-    """Read the file back with gguf-py and compare keys, names, shapes, types and offsets.
-
-    Raises:
-        VerificationError: any of them differs.
-    """
-    import gguf
-
-    reader = gguf.GGUFReader(file)
-    keys = [key for key in reader.fields if not key.startswith("GGUF.")]
-    found = [
-        (t.name, tuple(int(n) for n in reversed(t.shape)), int(t.tensor_type), int(t.data_offset) - reader.data_offset)
-        for t in reader.tensors
-    ]
-    expected = [
-        (t.name, t.shape, ggml.TYPE_IDS[t.format], offset) for t, offset in zip(tensors, offsets(tensors), strict=True)
-    ]
-    if found != expected or keys != list(metadata):
-        different = next((pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), "keys or counts")
-        raise VerificationError(f"{file} reads back differently from what was written: {different}")
 
 
 def _specs(items: Sequence[Item]) -> list[TensorSpec]:

@@ -57,8 +57,9 @@ TYPE_IDS = {
     "q1_0": 41,
 }
 _PORTABLE = ("q8_0", "q4_0")
-# Weights that one call quantizes: large enough to forget the call, small enough to share a tensor among threads.
-_CHUNK_WEIGHTS = 1 << 20
+# Weights that one call quantizes: large enough to forget the call, small enough for its float32 copy to stay in a
+# processor's cache, and to share even a small tensor evenly among threads.
+_CHUNK_WEIGHTS = 1 << 18
 # Columns that calibration never excited get this share of the mean: some quantizers divide by a block's sum.
 _IMPORTANCE_FLOOR = 1e-6
 
@@ -161,6 +162,8 @@ def quantize(
         UnsupportedError: rows that do not fit the blocks, a needed importance that is missing, or float16 overflow.
         MissingExtraError: see :func:`require`.
     """
+    import torch
+
     form = weight_format("gguf", name)
     matrix = weight.detach().reshape(-1, weight.shape[-1])
     rows, columns = matrix.shape
@@ -183,17 +186,23 @@ def quantize(
     if library is not None:
         library.ggml_quantize_init(TYPE_IDS[name])  # builds lookup tables; here once, not in every thread
 
-    def work(start: int) -> None:
-        stop = min(start + step, rows)
-        chunk = np.ascontiguousarray(matrix[start:stop].float().numpy())
-        target = out[start * row_bytes : stop * row_bytes]
-        if library is None:
-            target[:] = _portable(chunk, name)
-        elif _quantize_rows(library, name, chunk, target, weights) != target.nbytes:
-            raise AssertionError(f"ggml wrote another number of bytes than {name} takes")
+    starts = iter(range(0, rows, step))  # shared: whichever thread is free takes the next rows
 
-    with ThreadPoolExecutor(threads or processors()) as pool:
-        list(pool.map(work, range(0, rows, step)))
+    def work() -> None:
+        buffer = matrix.new_empty((min(step, rows), columns), dtype=torch.float32)
+        for start in starts:
+            stop = min(start + step, rows)
+            chunk = buffer[: stop - start].copy_(matrix[start:stop]).numpy()
+            target = out[start * row_bytes : stop * row_bytes]
+            if library is None:
+                target[:] = _portable(chunk, name)
+            elif _quantize_rows(library, name, chunk, target, weights) != target.nbytes:
+                raise AssertionError(f"ggml wrote another number of bytes than {name} takes")
+
+    count = min(threads or processors(), -(-rows // step))
+    with ThreadPoolExecutor(max(count, 1)) as pool:
+        for done in [pool.submit(work) for _ in range(count)]:
+            done.result()
     return out
 
 

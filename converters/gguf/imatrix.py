@@ -21,8 +21,8 @@ from acip_export.plans import TensorDecision
 from converters.gguf.architectures import family_of
 from converters.gguf.architectures.base import some
 from converters.gguf.base_file import open_base, planned_names
-from converters.gguf.converter import check_structure
 from converters.gguf.ggml import Floats
+from converters.gguf.readback import check_structure
 from converters.gguf.writer import GgufWriter, Metadata, TensorSpec, string, strings, uint32
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"

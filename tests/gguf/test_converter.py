@@ -20,7 +20,7 @@ from acip_export.materialize import materialize_bundle
 from acip_export.plans import Runtime
 from acip_export.verify.llama_cpp import LlamaCppSession
 from acip_export.verify.measure import Agreement, compare_logits
-from converters.gguf import converter, ggml
+from converters.gguf import converter, ggml, readback
 from tests.gguf.conftest import ARCHITECTURES, export
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
 
@@ -305,5 +305,18 @@ def test_structure_check_notices_a_changed_file(models: dict[str, Path], tmp_pat
     plan = make_plan(models["llama"], "gguf", "stock", dense(format="q8_0"))
     items = converter.arrange(checkpoint, "stock", plan.tensors)["model.gguf"]
     metadata = converter._metadata("model.gguf", checkpoint, plan.model, items, "0" * 64, "0" * 64)
+    specs = [item.spec for item in items]
     with pytest.raises(VerificationError, match="reads back differently"):
-        converter.check_structure(file, metadata, [item.spec for item in items])
+        readback.check_structure(file, metadata, specs)
+    file.write_bytes(data)
+    readback.check_structure(file, metadata, specs)
+    file.write_bytes(data[: len(data) // 100])
+    with pytest.raises(VerificationError, match="does not read back"):
+        readback.check_structure(file, metadata, specs)
+
+
+def test_both_readers_read_the_same(models: dict[str, Path], tmp_path: Path) -> None:
+    _, out = export(models["llama"], "stock", dense(format="q8_0"), tmp_path)
+    library = ggml.load_library()
+    assert library is not None
+    assert readback._by_ggml(library, out / "model.gguf") == readback._by_gguf_py(out / "model.gguf")

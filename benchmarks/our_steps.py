@@ -1,0 +1,72 @@
+"""Our side of gguf_export.py, as a process of its own: a model directory to an export, bundle included.
+
+    python benchmarks/our_steps.py MODEL OUT weighted|plain
+
+A file apart, so that it loads nothing but what a conversion needs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from ruled_plan import ruled_plan
+
+from acip_export.checkpoint import Checkpoint
+from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.scores import CurvePoint, ModuleScores, ScoreFile
+
+FORMAT = "q4_k"
+
+
+def make_plan(checkpoint: Checkpoint) -> Plan:
+    """Every matrix in one type."""
+    decisions = []
+    for name, info in checkpoint.tensors.items():
+        form = FORMAT if len(info.shape) == 2 else "f32"
+        draft = TensorDecision(name, info.shape, "dense", 0, form)
+        decisions.append(TensorDecision(name, info.shape, "dense", decision_bytes(draft, "gguf"), form))
+    return ruled_plan(checkpoint, "gguf", "stock", Runtime(512, "f16", 256), tuple(decisions))
+
+
+def make_scores(checkpoint: Checkpoint) -> ScoreFile:
+    """Uniform statistics: both sides round with the importance one of every column."""
+    modules = {}
+    for name, shape in checkpoint.linear_modules.items():
+        flat = np.ones(min(shape), np.float32)
+        moments = np.ones(shape[1], np.float32), np.ones(shape[0], np.float32)
+        modules[name] = ModuleScores(shape, flat, flat, flat, flat, 1.0, *moments)
+    return ScoreFile(
+        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        algorithm={"name": "magnitude", "basis": "svd", "seed": 0},
+        data={"source": "none", "sha256": "0" * 64, "tokens": 1},
+        versions={"acip-export": version("acip-export")},
+        curve=(CurvePoint(1.0, 3.0), CurvePoint(0.5, 4.0)),
+        modules=modules,
+        embedding_sensitivity={},
+        second_moments={},
+    )
+
+
+def export(model: Path, out: Path, weighted: bool) -> None:
+    """The bundle lies beside the export and is removed. Not ``weighted``: as llama.cpp rounds without an imatrix."""
+    from safetensors.torch import save_file
+
+    from acip_export.bundle import IMPORTANCE_FILE, Bundle
+    from acip_export.materialize import materialize_bundle
+    from converters.gguf import converter
+
+    checkpoint, bundle = Checkpoint.open(model), out.with_suffix(".bundle")
+    materialize_bundle(checkpoint, make_scores(checkpoint), make_plan(checkpoint), bundle)
+    if not weighted:
+        save_file({}, bundle / IMPORTANCE_FILE)
+    out.mkdir()
+    converter.convert(Bundle.open(bundle), out, lambda _: None)
+    shutil.rmtree(bundle)
+
+
+if __name__ == "__main__":
+    export(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "weighted")
