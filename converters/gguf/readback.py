@@ -12,7 +12,7 @@ from pathlib import Path
 
 from acip_export.errors import VerificationError
 from converters.gguf.ggml import TYPE_IDS, load_library
-from converters.gguf.writer import Metadata, TensorSpec, offsets
+from converters.gguf.writer import Metadata, TensorSpec, file_bytes, offsets
 
 _DIMENSIONS = 4  # GGML_MAX_DIMS
 
@@ -21,11 +21,14 @@ _Placed = tuple[str, tuple[int, ...], int, int]
 
 
 def check_structure(file: Path, metadata: Metadata, tensors: Sequence[TensorSpec]) -> None:
-    """Read the file back and compare keys, names, shapes, types and offsets, in their order.
+    """Read the file back and compare keys, names, shapes, types and offsets, in their order, and its length.
 
     Raises:
         VerificationError: any of them differs.
     """
+    size, planned = file.stat().st_size, file_bytes(metadata, tensors)
+    if size != planned:  # ggml's reader looks at the head only
+        raise VerificationError(f"{file} does not read back: it has {size} bytes, {planned} were written")
     library = load_library()
     keys, found = _by_gguf_py(file) if library is None else _by_ggml(library, file)
     expected = [
