@@ -163,6 +163,11 @@ class Target:
 DEFAULT_EXECUTION = "cpu"
 
 
+# The name whose graphs have a cache of fixed length: neural processors know no other shapes.
+STATIC_CACHE = "qnn-friendly"
+
+_EMBEDDING = ("f32", "int8", "int8-b128", "int4", "int4-b64", "int4-b128", "int4-b256")
+_MOBILE = ("f32", "int8", "int8-b128", "int4", "int4-b64", "int4-b128")
 _HALF_8_BITS = ("int8-f16", "int8-b128-f16")
 _HALF_4_BITS = ("int4-f16", "int4-b64-f16", "int4-b128-f16")
 
@@ -217,8 +222,9 @@ TARGETS: dict[str, Target] = {
     ),
     "onnx": Target(
         name="onnx",
-        types=("f32", "int8", "int8-b128", "int4", "int4-b64", "int4-b128"),
-        embedding_types=("f32", "int8", "int8-b128", "int4", "int4-b64", "int4-b128"),
+        # What pays on the trained samples at equal bytes; docs/onnx.md has the figures and what was left out.
+        types=(*_EMBEDDING, "int2-b64", "int2-b128"),
+        embedding_types=_EMBEDDING,
         vector_format="f32",
         cache_types={"f32": (4, 1)},
         layouts=(
@@ -245,6 +251,38 @@ TARGETS: dict[str, Target] = {
                 "dml",
                 _HALF_4_BITS,
                 (lambda form: form.code_bits != 4, "DirectML multiplies 4 bits only"),
+            ),
+            Execution(
+                "mobile",
+                "onnxruntime on ARM processors: Android, iOS, boards",
+                None,
+                _MOBILE,
+                _MOBILE,
+                "f32",
+                {"f32": (4, 1)},
+                _refused(
+                    (lambda form: form.code_bits == 2, "onnxruntime has no kernel for 2 bits on ARM"),
+                    (
+                        lambda form: form.block % 32 != 0,
+                        "onnxruntime's fast kernels for ARM (KleidiAI) have blocks of multiples of 32",
+                    ),
+                ),
+            ),
+            Execution(
+                STATIC_CACHE,
+                "Qualcomm's neural processors through onnxruntime-qnn: a cache of fixed length, standard attention",
+                None,
+                ("f16", "int8-f16", "int4-f16", "int4-b64-f16"),
+                ("f16",),
+                "f16",
+                {"f16": (2, 1)},
+                _refused(
+                    (lambda form: form.block not in (32, 64), "onnxruntime-qnn documents blocks of 32 and 64"),
+                    (
+                        lambda form: form.zero_point_bits > 0,
+                        "zero points triple the rounding there",
+                    ),
+                ),
             ),
         ),
         refused=_refused(_NO_KERNEL),

@@ -3,7 +3,7 @@
     python benchmarks/stacked.py
 
 q, k and v of a layer read the same vector, and so do gate and up. Three graphs of each group take turns in onnxruntime:
-dense (one MatMulNBits a layer), pairs (two each), and stacked (one MatMulNBits for all ranks, Split, the second factors).
+dense (one MatMulNBits a layer), pairs (two each), stacked (one MatMulNBits for all ranks, Split, the second factors).
 Ranks are those at which a pair has 0.3, 0.5 and 0.7 of the dense bytes; the best of many rounds, because the machine is
 shared. Writes benchmarks/stacked.json.
 """

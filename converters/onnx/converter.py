@@ -18,7 +18,7 @@ from acip_export.encoder import encoder_of
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.formats import formats_of, weight_format
 from acip_export.plans import Plan, Runtime, TensorDecision
-from acip_export.targets import DEFAULT_EXECUTION
+from acip_export.targets import DEFAULT_EXECUTION, STATIC_CACHE
 from acip_export.targets import target as find_target
 from acip_export.version import __version__
 from converters.onnx.consumers import DATA_FILE, MODEL_FILE, small_files
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from converters.onnx.writer import Contents, Packed
 
 LAYOUT = "factored"
+_ENCODER_EXECUTIONS = (DEFAULT_EXECUTION, "mobile")
 _PACKAGES = {
     "onnx": "onnx",
     "onnx_ir": "onnx-ir",
@@ -58,7 +59,9 @@ def predict_files(
     """Exact bytes of every file; see :class:`converters.registry.Converter`."""
     _check(layout, runtime)
     _check_types(tensors, runtime)
-    known = outline(checkpoint.config, checkpoint.shape, tensors, runtime.context)
+    known = None
+    if runtime.execution != STATIC_CACHE:
+        known = outline(checkpoint.config, checkpoint.shape, tensors, runtime.context)
     if known is None:
         packed, _ = _graph(checkpoint, tensors, runtime, Options(), read_vector=None)
         known = GraphBytes(len(packed.protobuf), packed.data_bytes)
@@ -142,8 +145,10 @@ def _graph(
 
     encoder = encoder_of(checkpoint)
     if encoder is not None:
-        if runtime.execution != DEFAULT_EXECUTION:
-            raise UnsupportedError(f"encoders are exported for --target {DEFAULT_EXECUTION}, not {runtime.execution}")
+        if runtime.execution not in _ENCODER_EXECUTIONS:
+            raise UnsupportedError(
+                f"encoders are exported for --target {' or '.join(_ENCODER_EXECUTIONS)}, not {runtime.execution}"
+            )
         from converters.onnx.encoder import build_encoder
 
         model, parts = build_encoder(checkpoint.config, encoder, tensors, options.accuracy_level)
@@ -153,7 +158,13 @@ def _graph(
     from converters.onnx.skeleton import make_skeleton
 
     skeleton = make_skeleton(checkpoint.config, tensors, runtime.context, read_vector)
-    graph, contents = build_graph(skeleton, runtime.execution, options.accuracy_level)
+    # The builder knows float16 with fused attention for graphics cards only, and phones as any processor.
+    provider = {STATIC_CACHE: "webgpu", "mobile": DEFAULT_EXECUTION}.get(runtime.execution, runtime.execution)
+    graph, contents = build_graph(skeleton, provider, options.accuracy_level)
+    if runtime.execution == STATIC_CACHE:
+        from converters.onnx.static_cache import with_static_cache
+
+        with_static_cache(graph, runtime.context)
     return pack(graph, contents, Path(DATA_FILE).name), contents
 
 
