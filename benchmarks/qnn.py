@@ -1,4 +1,4 @@
-"""Whether onnxruntime-qnn takes a ``--target qnn-friendly`` graph as a whole: its HTP backend, emulated on the processor.
+"""Whether onnxruntime-qnn takes a ``--target qnn-friendly`` graph as a whole: its HTP backend, emulated here.
 
     pip install onnxruntime-qnn && python benchmarks/qnn.py
 

@@ -67,7 +67,7 @@ class PlanFlags:
     format_: Annotated[str | None, typer.Option("--format", "-f", help="Target: gguf or onnx.")] = None
     runtime: Annotated[str | None, typer.Option("--runtime", help="What will run it; see  acip-export formats.")] = None
     target: Annotated[
-        str | None, typer.Option("--target", help="ONNX, what runs it: cpu (the default), webgpu, cuda or dml.")
+        str | None, typer.Option("--target", help="ONNX: cpu (the default), mobile, webgpu, cuda, dml, qnn-friendly.")
     ] = None
     layout: Annotated[
         str | None,
