@@ -28,8 +28,7 @@ from random_model import SHAPES, write_random_model
 from acip_export.checkpoint import Checkpoint
 from acip_export.materialize import materialize_bundle
 from acip_export.pipeline import convert_bundle
-from acip_export.plan.memory import memory_breakdown
-from acip_export.plan.runtime_base import process_base
+from acip_export.plan.memory import memory_breakdown, uncounted_bytes
 from acip_export.plans import RUNTIME_PARTS, Certificate, Plan, Runtime, TensorDecision, decision_bytes, save_plan
 from acip_export.scores import ModuleScores, ScoreFile, load_scores, save_scores
 from acip_export.units import format_bytes
@@ -182,8 +181,8 @@ def measure(name: str, checkpoint: Checkpoint, scratch: Path) -> Iterator[dict[s
             plan = with_memory(converted, checkpoint, runtime)
             save_plan(plan, export / "plan.json", force=True)
             for runtime_name, module, class_name in SESSIONS[case.target]:
-                base = process_base(case.target, checkpoint, runtime_name).total
-                yield row(name, case, plan, plan.memory_bytes + base, measure_process(module, class_name, export))
+                predicted = plan.memory_bytes + uncounted_bytes(plan, checkpoint, runtime_name)
+                yield row(name, case, plan, predicted, measure_process(module, class_name, export))
         shutil.rmtree(export)
 
 

@@ -13,7 +13,7 @@ from acip_export.checkpoint import Checkpoint, ModelShape
 from acip_export.formats import weight_format
 from acip_export.plan import memory_onnx
 from acip_export.plan.runtime_base import process_base
-from acip_export.plans import Runtime, TensorDecision
+from acip_export.plans import Plan, Runtime, TensorDecision
 from acip_export.targets import applies_window
 from acip_export.targets import target as find_target
 
@@ -129,13 +129,27 @@ class HeldBytes:
         return self.kept + self.loading
 
 
-def held_bytes(target: str, checkpoint: Checkpoint, tensors: Sequence[TensorDecision], runtime: Runtime) -> HeldBytes:
-    """:func:`repacked_bytes` of a whole model."""
+def held_bytes(
+    target: str, checkpoint: Checkpoint, tensors: Sequence[TensorDecision], runtime: Runtime, process: str | None = None
+) -> HeldBytes:
+    """:func:`repacked_bytes` of a whole model, in the recommended runtime or in ``process``."""
     tied = checkpoint.shape.tied_embeddings
     parts = [repacked_bytes(decision, target, tied and decision.name.endswith(_EMBEDDING)) for decision in tensors]
     kept, once, loading = zip(*parts, strict=True)
-    running = runtime_memory(target, checkpoint.shape, runtime).total + process_base(target, checkpoint).tokenizer
+    tokenizer = process_base(target, checkpoint, process).tokenizer
+    running = runtime_memory(target, checkpoint.shape, runtime).total + tokenizer
     return HeldBytes(sum(kept) + max(once), max(0, max(loading) - running))
+
+
+def uncounted_bytes(plan: Plan, checkpoint: Checkpoint, process: str) -> int:
+    """What a process of the runtime ``process`` holds beside the ``memory_bytes`` of ``plan``.
+
+    Its library and tokenizer. One that has a smaller tokenizer than the runtime that was planned for has less to build
+    in what loading freed, so that more of that stays on top.
+    """
+    planned = held_bytes(plan.target, checkpoint, plan.tensors, plan.runtime).loading
+    loading = held_bytes(plan.target, checkpoint, plan.tensors, plan.runtime, process).loading
+    return process_base(plan.target, checkpoint, process).total + loading - planned
 
 
 def memory_breakdown(

@@ -19,7 +19,7 @@ from acip_export.bundle import Bundle
 from acip_export.encoder import Encoder, encoder_of
 from acip_export.errors import BundleError, VerificationError
 from acip_export.files import new_file, sha256_of
-from acip_export.plan.runtime_base import process_base
+from acip_export.plan.memory import uncounted_bytes
 from acip_export.plans import Plan, load_plan
 from acip_export.similarity import Similarity
 from acip_export.units import format_bytes
@@ -349,8 +349,7 @@ def _run_encoder(
     progress(name)
     windows = None if text is None else text.windows
     figures = verify_encoder(export, plan, encoder, bundle.path, converter(plan.target).round_trip, dense, windows)
-    base = process_base(plan.target, bundle.as_checkpoint(), name).total
-    memory = _memory_report(plan, measured.memory, base)
+    memory = _memory_report(plan, measured.memory, uncounted_bytes(plan, bundle.as_checkpoint(), name))
     report = RuntimeReport(
         figures.runtime, measured.load_seconds, figures.agreement, None, None, memory, measured.speed
     )
@@ -414,7 +413,7 @@ def _compare(
                 agreement,
                 own,
                 divergence,
-                _memory_report(plan, measured.memory, process_base(plan.target, bundle.as_checkpoint(), name).total),
+                _memory_report(plan, measured.memory, uncounted_bytes(plan, bundle.as_checkpoint(), name)),
                 measured.speed,
             )
         )
@@ -434,16 +433,18 @@ def _quality(
     return own, of_dense, divergence
 
 
-def _memory_report(plan: Plan, memory: Memory | None, base: int) -> MemoryReport | None:
-    """``base``: bytes of the runtime itself."""
+def _memory_report(plan: Plan, memory: Memory | None, uncounted: int) -> MemoryReport | None:
+    """``uncounted``: bytes beside the plan's ``memory_bytes``."""
     if memory is None:
         return None
     if plan.budget_scope == "file" or plan.runtime.execution != "cpu":
         within = None
     else:
-        uncovered = base if plan.budget_scope == "memory" else 0
+        uncovered = uncounted if plan.budget_scope == "memory" else 0
         within = memory.peak_bytes - uncovered <= plan.budget_bytes
-    return MemoryReport(**dataclasses.asdict(memory), predicted_bytes=plan.memory_bytes + base, within_budget=within)
+    return MemoryReport(
+        **dataclasses.asdict(memory), predicted_bytes=plan.memory_bytes + uncounted, within_budget=within
+    )
 
 
 def _check_same_plan(export: Path, plan: Plan, bundle: Bundle) -> None:
