@@ -76,7 +76,9 @@ def _encoder_memory(target: str, shape: ModelShape, runtime: Runtime) -> Runtime
     # scores.
     cells = -(-tokens // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
     per_token = 4 * (max(shape.ffn, shape.hidden) + 5 * shape.hidden) + 2 * cells + _LLAMA_SMALL_TENSORS
-    return RuntimeMemory(0, tokens * per_token, 4 * (shape.hidden + shape.vocabulary))
+    # Encoding makes every token an output, and room for its logits, though no head computes any: 31 MB for 256 tokens
+    # of BERT's vocabulary. The log tells of one token only, from when the context is made.
+    return RuntimeMemory(0, tokens * per_token, 4 * tokens * (shape.hidden + shape.vocabulary))
 
 
 def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tuple[int, int, int]:

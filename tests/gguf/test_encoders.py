@@ -117,7 +117,8 @@ def test_memory(tmp_path: Path, hidden: int, ffn: int, tokens: int) -> None:
     # llama.cpp logs hundredths of a MiB. An upper bound, and no more than half as much again.
     rounding = 0.005 * 2**20
     assert found.compute - rounding <= expected.compute <= 1.5 * found.compute + rounding
-    assert found.output - rounding <= expected.output <= 1.5 * found.output + rounding
+    # It logs room for one token, and makes more when it encodes: tests/verify/test_encoders.py measures that.
+    assert found.output - rounding <= expected.output / tokens <= 1.5 * found.output + rounding
 
 
 def test_ranked_planned_exported_and_verified(tmp_path: Path) -> None:

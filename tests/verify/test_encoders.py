@@ -94,6 +94,23 @@ def test_a_process_above_its_budget_fails(encoded: MakeExport, tmp_path: Path, t
     assert not report.passed and "does not hold" in report.failures[0]
 
 
+def test_memory_of_a_large_vocabulary(tmp_path: Path) -> None:
+    """llama.cpp makes room for logits of every token that it encodes, which no log tells of: here 36 MB."""
+    model = make_encoder(tmp_path / "bert", vocab_size=30_000, max_position_embeddings=300)
+    text = lines_of_text(tmp_path / "lines.txt")
+    scores = rank_model(model, text, algorithm="magnitude", calibration=CALIBRATION, out=model / "bert.acip")
+    checkpoint = Checkpoint.open(model)
+    plan = pipeline.plan_export(
+        checkpoint, scores, PlanRequest("gguf", 200_000_000, budget_scope="process", context=300)
+    )
+    pipeline.export_model(checkpoint, scores, plan, tmp_path / "export", verify=False)
+    _, module, name = ENCODER_SESSIONS["gguf"]
+    memory = measure_process(module, name, tmp_path / "export").memory
+    assert memory is not None
+    # As above; what stays on the disk of library and vocabulary is a third of the rest at most.
+    assert 0.7 * plan.process_bytes <= memory.peak_bytes <= plan.process_bytes + 1_000_000
+
+
 def _rename(export: Path) -> None:
     file = export / "model.gguf"
     file.write_bytes(file.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"))
