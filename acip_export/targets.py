@@ -222,8 +222,8 @@ TARGETS: dict[str, Target] = {
     ),
     "onnx": Target(
         name="onnx",
-        # What pays on the trained samples at equal bytes; docs/onnx.md has the figures and what was left out.
-        types=(*_EMBEDDING, "int2-b64", "int2-b128"),
+        # docs/onnx.md has what each type buys on the trained samples, and why 2 bits have to be named.
+        types=_EMBEDDING,
         embedding_types=_EMBEDDING,
         vector_format="f32",
         cache_types={"f32": (4, 1)},
