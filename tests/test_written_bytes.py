@@ -50,9 +50,10 @@ def sizes(directory: Path) -> dict[str, int]:
 
 def types_of(target: str, execution: str | None) -> tuple[str, ...]:
     """The default types; or every type that plans may choose, some of which take llama.cpp most of a minute."""
-    known = TARGETS[target].on(execution).types
-    items = {weight_format(target, name).item_bytes for name in known}
-    return tuple(form.name for form in formats_of(target) if form.item_bytes in items) if EXHAUSTIVE else known
+    known = TARGETS[target].on(execution)
+    items = {weight_format(target, name).item_bytes for name in known.types}
+    every = (form.name for form in formats_of(target) if form.item_bytes in items and form.name not in known.refused)
+    return tuple(every) if EXHAUSTIVE else known.types
 
 
 def plans_with_every_kind(problem: Problem, request: PlanRequest) -> Iterator[Plan]:
