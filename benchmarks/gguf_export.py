@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from our_steps import FORMAT, make_scores
+from our_steps import FORMAT
 from random_model import SHAPES, write_random_model
+from ruled_plan import uniform_scores
 
 from converters.gguf import build_llama_cpp
 from converters.gguf.ggml import processors
@@ -98,7 +99,7 @@ def measure(shape: str, sources: Path | None, scratch: Path) -> dict[str, Any]:
     model = scratch / "model"
     checkpoint = write_random_model(model, MODELS[shape])
     imatrix = scratch / "imatrix.gguf"
-    write_imatrix(checkpoint, make_scores(checkpoint), imatrix)
+    write_imatrix(checkpoint, uniform_scores(checkpoint), imatrix)
     llama = sources or build_llama_cpp.sources(scratch, lambda line: print(line, file=sys.stderr))
     llama = llama / "vendor" / "llama.cpp" if (llama / "vendor").is_dir() else llama
     whole = scratch / "bf16.gguf"

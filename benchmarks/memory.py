@@ -24,12 +24,13 @@ from typing import Any
 
 import numpy as np
 from random_model import SHAPES, write_random_model
+from ruled_plan import ruled_plan
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.materialize import materialize_bundle
 from acip_export.pipeline import convert_bundle
 from acip_export.plan.memory import memory_breakdown, uncounted_bytes
-from acip_export.plans import RUNTIME_PARTS, Certificate, Plan, Runtime, TensorDecision, decision_bytes, save_plan
+from acip_export.plans import RUNTIME_PARTS, Plan, Runtime, TensorDecision, decision_bytes, save_plan
 from acip_export.scores import ModuleScores, ScoreFile, load_scores, save_scores
 from acip_export.units import format_bytes
 from acip_export.verify.process import ProcessFigures, measure_process
@@ -136,27 +137,7 @@ def make_plan(checkpoint: Checkpoint, case: Case, runtime: Runtime) -> Plan:
         decisions.append(replace(draft, nbytes=decision_bytes(draft, case.target)))
     tensors = tuple(decisions)
     files = converter(case.target).predict_files(checkpoint, case.layout, tensors, runtime)
-    total = sum(files.values())
-    plan = Plan(
-        target=case.target,
-        layout=case.layout,
-        model=checkpoint.name,
-        model_fingerprint=checkpoint.fingerprint,
-        scores_sha256="0" * 64,
-        budget_bytes=total,
-        budget_scope="file",
-        planned_bytes=total,
-        memory_bytes=0,
-        files=files,
-        breakdown={},
-        predicted_loss=0.0,
-        predicted_perplexity=None,
-        size_ratio=1.0,
-        adapters=False,
-        runtime=runtime,
-        certificate=Certificate(0, 0.0),
-        tensors=tensors,
-    )
+    plan = ruled_plan(checkpoint, case.target, case.layout, runtime, tensors, files)
     return with_memory(plan, checkpoint, runtime)
 
 

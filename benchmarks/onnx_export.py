@@ -27,13 +27,13 @@ from typing import Any
 
 import numpy as np
 from random_model import SHAPES, write_random_model
-from ruled_plan import ruled_plan
+from ruled_plan import ruled_plan, uniform_scores
 
 from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.materialize import materialize_bundle
 from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes
-from acip_export.scores import CurvePoint, ModuleScores, ScoreFile
+from acip_export.scores import ScoreFile
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "onnx_export.json"
@@ -63,29 +63,7 @@ def make_plan(checkpoint: Checkpoint, ratio: float | None) -> Plan:
 
 def make_scores(checkpoint: Checkpoint) -> ScoreFile:
     """Uniform statistics: matrices are rounded plainly, as the stock builder does, and factors are those of the SVD."""
-    modules = {}
-    for name, shape in checkpoint.linear_modules.items():
-        loss = np.geomspace(1, 1e-3, min(shape)).astype(np.float32)
-        modules[name] = ModuleScores(
-            shape=shape,
-            scores=loss,
-            drop_loss=loss,
-            up_sensitivity=loss,
-            down_sensitivity=loss,
-            sensitivity=1.0,
-            input_moment=np.ones(shape[1], np.float32),
-            gradient_moment=np.ones(shape[0], np.float32),
-        )
-    return ScoreFile(
-        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
-        algorithm={"name": "magnitude", "basis": "svd", "seed": 0},
-        data={"source": "none", "sha256": "0" * 64, "tokens": 0},
-        versions={"acip-export": version("acip-export")},
-        curve=(CurvePoint(1.0, 3.0), CurvePoint(0.5, 4.0)),
-        modules=modules,
-        embedding_sensitivity={},
-        second_moments={},
-    )
+    return uniform_scores(checkpoint, lambda count: np.geomspace(1, 1e-3, count).astype(np.float32))
 
 
 def ours(model: Path, out: Path, ratio: float | None = None) -> None:

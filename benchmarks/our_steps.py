@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-from ruled_plan import ruled_plan
+from ruled_plan import ruled_plan, uniform_scores
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes
-from acip_export.scores import CurvePoint, ModuleScores, ScoreFile
 
 FORMAT = "q4_k"
 
@@ -32,25 +29,6 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
     return ruled_plan(checkpoint, "gguf", "stock", Runtime(512, "f16", 256), tuple(decisions))
 
 
-def make_scores(checkpoint: Checkpoint) -> ScoreFile:
-    """Uniform statistics: both sides round with the importance one of every column."""
-    modules = {}
-    for name, shape in checkpoint.linear_modules.items():
-        flat = np.ones(min(shape), np.float32)
-        moments = np.ones(shape[1], np.float32), np.ones(shape[0], np.float32)
-        modules[name] = ModuleScores(shape, flat, flat, flat, flat, 1.0, *moments)
-    return ScoreFile(
-        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
-        algorithm={"name": "magnitude", "basis": "svd", "seed": 0},
-        data={"source": "none", "sha256": "0" * 64, "tokens": 1},
-        versions={"acip-export": version("acip-export")},
-        curve=(CurvePoint(1.0, 3.0), CurvePoint(0.5, 4.0)),
-        modules=modules,
-        embedding_sensitivity={},
-        second_moments={},
-    )
-
-
 def export(model: Path, out: Path, weighted: bool) -> None:
     """The bundle lies beside the export and is removed. Not ``weighted``: as llama.cpp rounds without an imatrix."""
     from safetensors.torch import save_file
@@ -60,7 +38,8 @@ def export(model: Path, out: Path, weighted: bool) -> None:
     from converters.gguf import converter
 
     checkpoint, bundle = Checkpoint.open(model), out.with_suffix(".bundle")
-    materialize_bundle(checkpoint, make_scores(checkpoint), make_plan(checkpoint), bundle)
+    # Both sides round with the importance one of every column.
+    materialize_bundle(checkpoint, uniform_scores(checkpoint), make_plan(checkpoint), bundle)
     if not weighted:
         save_file({}, bundle / IMPORTANCE_FILE)
     out.mkdir()

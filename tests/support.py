@@ -17,9 +17,10 @@ from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.factorize import components
 from acip_export.materialize import materialize_bundle
-from acip_export.plans import Certificate, Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes
 from acip_export.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
 from acip_export.verify import llama_capi
+from benchmarks.ruled_plan import ruled_plan
 
 # Text with code, several scripts, emoji and runs of blanks; tokenizers are trained on it and compared on it.
 CORPUS = (
@@ -180,26 +181,8 @@ def make_plan(
             fields["kept"] = ((0, fields["rank"]),)
         draft = TensorDecision(name, info.shape, **fields)
         decisions.append(TensorDecision(name, info.shape, **{**fields, "nbytes": decision_bytes(draft, target)}))
-    return Plan(
-        target=target,
-        layout=layout,
-        model=checkpoint.name,
-        model_fingerprint=checkpoint.fingerprint,
-        scores_sha256="0" * 64,
-        budget_bytes=10**12,
-        budget_scope="file",
-        planned_bytes=0,
-        memory_bytes=0,
-        files={},
-        breakdown={},
-        predicted_loss=0.0,
-        predicted_perplexity=None,
-        size_ratio=1.0,
-        adapters=adapters,
-        runtime=Runtime(context, "f32" if target == "onnx" else "f16", prompt_batch),
-        certificate=Certificate(0, 0.0),
-        tensors=tuple(decisions),
-    )
+    runtime = Runtime(context, "f32" if target == "onnx" else "f16", prompt_batch)
+    return ruled_plan(checkpoint, target, layout, runtime, tuple(decisions), adapters=adapters)
 
 
 def make_bundle(model: Path, plan: Plan, out: Path, scores: ScoreFile | None = None) -> Bundle:

@@ -179,4 +179,5 @@ def _unpack(packed: Codes, bits: int) -> Floats:
 
 
 def _padded(rows: Floats, multiple: int) -> Floats:
-    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % multiple)))
+    missing = -rows.shape[1] % multiple
+    return np.pad(rows, ((0, 0), (0, missing))) if missing else rows

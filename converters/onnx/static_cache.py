@@ -114,9 +114,6 @@ class _Rewriter:
                 self._graph.outputs[index] = new
                 old.name, new.name = f"{name}/replaced", name
             old.replace_all_uses_with(new)
-        self._heads |= {
-            new: self._heads[old] for old, new in zip(node.outputs, values, strict=False) if old in self._heads
-        }
         self._graph.remove(node, safe=True)
 
     def _norm(self, node: ir.Node) -> None:
