@@ -1,25 +1,40 @@
-// Embeds texts with an exported encoder in transformers.js, as a Node application does.
-// Usage: node encoder.mjs PACKAGES EXPORT, a request as JSON on standard input: {"texts": [...]}
-// Prints {"ids": token ids of every text, "pooled": by the feature-extraction pipeline, "own": by the graph} as JSON.
+// Runs exported encoders in transformers.js, as a Node application does.
+// Usage: node encoder.mjs PACKAGES EXPORT..., a request as JSON on standard input: {"texts": [...]}
+// Prints for each export, as one JSON list: {"ids": token ids of every text, "outputs": all outputs of the graph by name,
+// "pipeline": what the pipeline of its task makes of the texts}.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { basename, dirname, join, resolve } from "node:path";
 import { pathToFileURL } from "node:url";
 
-const [packages, directory] = process.argv.slice(2);
+const [packages, ...directories] = process.argv.slice(2);
 const request = JSON.parse(readFileSync(0, "utf8"));
 const entry = createRequire(join(resolve(packages), "package.json")).resolve("@huggingface/transformers");
-const { AutoModel, AutoTokenizer, env, pipeline } = await import(pathToFileURL(entry).href);
+const js = await import(pathToFileURL(entry).href);
+js.env.allowRemoteModels = false;
 
-env.allowRemoteModels = false;
-env.localModelPath = dirname(resolve(directory));
-const name = basename(resolve(directory));
+const pooled = async (extract) => (await extract(request.texts, { pooling: "mean", normalize: true })).tolist();
+const scores = (classify) => classify(request.texts, { top_k: null });
+// By the end of the class name in config.json: class to load, task of the pipeline, its call.
+const KINDS = [
+  ["ForSequenceClassification", js.AutoModelForSequenceClassification, "text-classification", scores],
+  ["ForMaskedLM", js.AutoModelForMaskedLM, "fill-mask", null],
+  ["Model", js.AutoModel, "feature-extraction", pooled],
+];
 
-const extract = await pipeline("feature-extraction", name);
-const pooled = (await extract(request.texts, { pooling: "mean", normalize: true })).tolist();
+async function answer(directory) {
+  js.env.localModelPath = dirname(resolve(directory));
+  const name = basename(resolve(directory));
+  const [architecture] = JSON.parse(readFileSync(join(directory, "config.json"), "utf8")).architectures;
+  const [, kind, task, call] = KINDS.find(([ending]) => architecture.endsWith(ending));
+  const tokenizer = await js.AutoTokenizer.from_pretrained(name);
+  const model = await kind.from_pretrained(name);
+  const found = await model(tokenizer(request.texts, { padding: true }));
+  const outputs = Object.fromEntries(model.sessions.model.outputNames.map((key) => [key, found[key].tolist()]));
+  const ids = request.texts.map((text) => tokenizer.encode(text));
+  return { ids, outputs, pipeline: call && (await call(await js.pipeline(task, name))) };
+}
 
-const tokenizer = await AutoTokenizer.from_pretrained(name);
-const ids = request.texts.map((text) => tokenizer.encode(text));
-const model = await AutoModel.from_pretrained(name);
-const output = await model(tokenizer(request.texts, { padding: true }));
-console.log(JSON.stringify({ ids, pooled, own: output.sentence_embedding.tolist() }));
+const answers = [];
+for (const directory of directories) answers.push(await answer(directory));
+console.log(JSON.stringify(answers));

@@ -1,4 +1,4 @@
-"""Runs an export with optimum-onnx, in that package's own environment. Protocol: see transformers.mjs."""
+"""Runs exports with optimum-onnx, in that package's own environment. Protocol: see transformers.mjs."""
 
 import json
 import sys
@@ -7,18 +7,20 @@ import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
-directory = sys.argv[1]
+
+def answer(directory: str, texts: list[str], prompt: list[int], count: int) -> dict[str, object]:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = ORTModelForCausalLM.from_pretrained(directory, subfolder="onnx", file_name="model.onnx")
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+    )
+    return {"ids": [tokenizer(text)["input_ids"] for text in texts], "tokens": output[0, len(prompt) :].tolist()}
+
+
 request = json.load(sys.stdin)
-tokenizer = AutoTokenizer.from_pretrained(directory)
-model = ORTModelForCausalLM.from_pretrained(directory, subfolder="onnx", file_name="model.onnx")
-prompt = torch.tensor([request["prompt"]])
-count = request["count"]
-output = model.generate(
-    input_ids=prompt,
-    attention_mask=torch.ones_like(prompt),
-    do_sample=False,
-    max_new_tokens=count,
-    min_new_tokens=count,
-)
-ids = [tokenizer(text)["input_ids"] for text in request["texts"]]
-print(json.dumps({"ids": ids, "tokens": output[0, prompt.shape[1] :].tolist()}))
+print(json.dumps([answer(directory, **request) for directory in sys.argv[1:]]))

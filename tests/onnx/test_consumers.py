@@ -1,75 +1,61 @@
-"""Exports opened by transformers.js (in Node) and by optimum-onnx (in its own environment), as applications do."""
+"""Exports opened by four programs, as applications do: the same tokens in all of them."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from acip_export.verify.genai import GenaiSession
-from tests.onnx.conftest import CONTEXT, MakeExport
+from acip_export.verify.onnxruntime import OnnxRuntimeSession
+from tests.onnx.conftest import CONTEXT, Export, MakeExport
+from tests.onnx.consumers import optimum_onnx, plain_onnxruntime, transformers_js
 from tests.support import CORPUS
 
-HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acip-export" / "consumers"
-SCRIPTS = Path(__file__).parent.parent / "consumers"
 PROMPT = [int(token) for token in range(7, 40, 2)]
+REQUEST = {"texts": list(CORPUS), "prompt": PROMPT, "count": CONTEXT - len(PROMPT)}
+# Trained models: factor pairs of several types, and dense matrices in eight bits.
+TRAINED = [("samples/llama", "mixed"), ("samples/qwen3", "int8")]
+CONSUMERS = {
+    "transformers.js": (transformers_js, "transformers.mjs"),
+    "optimum-onnx": (optimum_onnx, "optimum_onnx.py"),
+    "onnxruntime": (plain_onnxruntime, "plain_onnxruntime.py"),
+}
 
 
-def run(command: list[str | Path], request: dict[str, Any]) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(
-        command,
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**environment, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
-
-
-def transformers_js(export: Path, request: dict[str, Any]) -> dict[str, Any]:
-    node = shutil.which("node")
-    if node is None or not (HOME / "node" / "node_modules").is_dir():
-        pytest.skip("transformers.js is not installed; with Node on the path run  make consumers")
-    return run([node, SCRIPTS / "transformers.mjs", HOME / "node", export], request)
-
-
-def optimum_onnx(export: Path, request: dict[str, Any]) -> dict[str, Any]:
-    python = HOME / "optimum" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("optimum-onnx is not installed; run  make consumers")
-    return run([python, SCRIPTS / "optimum_onnx.py", export], request)
-
-
-CASES = [
-    (transformers_js, "samples/llama", "mixed"),
-    (transformers_js, "samples/llama", "int8"),
-    (transformers_js, "samples/qwen3", "int8"),
-    (transformers_js, "gemma3_text", "mixed"),
-    (transformers_js, "phi3", "mixed"),
-    (optimum_onnx, "samples/llama", "int4"),
-    (optimum_onnx, "samples/qwen3", "int8"),
-]
-
-
-@pytest.mark.parametrize(("consumer", "arch", "rule"), CASES)
-def test_consumers_choose_the_same_tokens(make_export: MakeExport, consumer: Any, arch: str, rule: str) -> None:
-    export = make_export(arch, False, rule)
-    count = CONTEXT - len(PROMPT)
+def by_genai(export: Export) -> list[int]:
     with GenaiSession(export.path, export.bundle.plan.runtime) as genai:
-        expected = genai.greedy(PROMPT, count)
-    answer = consumer(export.path, {"texts": list(CORPUS), "prompt": PROMPT, "count": count})
+        return genai.greedy(PROMPT, REQUEST["count"])
+
+
+def check(export: Export, answer: dict[str, Any], expected: list[int]) -> None:
     assert answer["tokens"] == expected
-    # A constant answer would agree with everything; random models give one, trained ones must not.
-    assert len(set(expected)) > 1 or not arch.startswith("samples/")
     tokenizer = AutoTokenizer.from_pretrained(export.model)
     assert answer["ids"] == [tokenizer(text)["input_ids"] for text in CORPUS]
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_consumers_choose_the_tokens_of_genai(make_export: MakeExport, name: str) -> None:
+    exports = [make_export(arch, True, rule) for arch, rule in TRAINED]
+    consumer, script = CONSUMERS[name]
+    answers = consumer(script, [export.path for export in exports], REQUEST)
+    for export, answer in zip(exports, answers, strict=True):
+        expected = by_genai(export)
+        # A constant answer would agree with everything; random models give one, trained ones must not.
+        assert len(set(expected)) > 1
+        check(export, answer, expected)
+
+
+@pytest.mark.parametrize(("arch", "rule"), TRAINED)
+def test_a_cache_that_is_written_in_place_changes_no_token(make_export: MakeExport, arch: str, rule: str) -> None:
+    export = make_export(arch, True, rule)
+    with OnnxRuntimeSession(export.path, export.bundle.plan.runtime) as session:
+        assert session.greedy(PROMPT, REQUEST["count"]) == by_genai(export)
+
+
+def test_more_families_in_transformers_js(make_export: MakeExport) -> None:
+    exports = [make_export(arch, False, "mixed") for arch in ("gemma3_text", "phi3")]
+    answers = transformers_js("transformers.mjs", [export.path for export in exports], REQUEST)
+    for export, answer in zip(exports, answers, strict=True):
+        check(export, answer, by_genai(export))

@@ -28,15 +28,15 @@ from acip_export.scores import ModuleScores, ScoreFile
 from converters.onnx import converter
 from converters.onnx.converter import MODEL_FILE, Options
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
-from tests.onnx.test_consumers import HOME, SCRIPTS
-from tests.onnx.test_consumers import run as run_consumer
 from tests.support import everywhere, make_bundle, make_plan
 
 TEXTS = ["The quick brown fox doesn't jump.", "def main", "Größe, naïve, ça va? emoji: 🎉 and runs of blanks"]
 FACTORED = {"representation": "factored", "rank": 24, "up_format": "f32", "down_format": "f32"}
 
 
-def export(model: Path, out: Path, words: str = "f32", accuracy: int = 0, **linear: Any) -> tuple[Path, Path]:
+def export(
+    model: Path, out: Path, words: str = "f32", accuracy: int = 0, scores: ScoreFile | None = None, **linear: Any
+) -> tuple[Path, Path]:
     """Bundle and export of one decision for all linear layers; tables stay in f32."""
     layers = set(Checkpoint.open(model).linear_modules)
 
@@ -46,7 +46,7 @@ def export(model: Path, out: Path, words: str = "f32", accuracy: int = 0, **line
         return {"representation": "dense", "format": words if "word_embeddings" in name else "f32"}
 
     plan = make_plan(model, "onnx", "factored", decide, context=48, prompt_batch=48)
-    bundle = make_bundle(model, plan, out / "bundle")
+    bundle = make_bundle(model, plan, out / "bundle", scores)
     (out / "export").mkdir()
     converter.convert(bundle, out / "export", lambda _: None, Options(accuracy_level=accuracy))
     checkpoint = Checkpoint.open(model)
@@ -227,23 +227,6 @@ def test_verified(tmp_path: Path) -> None:
     data.write_bytes(bytes(broken))
     again = pipeline.verify_directory(tmp_path / "export", str(model), None, None, None)
     assert not again.passed and "mean distance of outputs" in again.failures[0]
-
-
-def test_transformers_js(tmp_path: Path) -> None:
-    """The same tokens and vectors in Node, by its pipeline's pooling and by the graph's own."""
-    node = shutil.which("node")
-    if node is None or not (HOME / "node" / "node_modules").is_dir():
-        pytest.skip("transformers.js is not installed; with Node on the path run  make consumers")
-    model = make_encoder(tmp_path / "bert")
-    quantized = {"representation": "factored", "rank": 32, "up_format": "int8", "down_format": "int4"}
-    _, directory = export(model, tmp_path, "int8", **quantized)
-    answer = run_consumer([node, SCRIPTS / "encoder.mjs", HOME / "node", directory], {"texts": TEXTS})
-    inputs = batch(model, TEXTS)
-    wanted = run(directory, inputs)["sentence_embedding"]
-    assert answer["ids"] == [row[mask == 1].tolist() for row, mask in zip(*list(inputs.values())[:2], strict=True)]
-    # Another build of onnxruntime: float32 sums in another order.
-    np.testing.assert_allclose(answer["own"], wanted, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(answer["pooled"], wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("max", False), ("cls", True)])

@@ -23,7 +23,7 @@ from acip_export.verify.measure import compare_logits
 from acip_export.verify.onnxruntime import OnnxRuntimeSession
 from converters.onnx import converter
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, SIZES, Export
-from tests.onnx.test_consumers import transformers_js
+from tests.onnx.consumers import transformers_js
 from tests.onnx.test_converter import dequantized
 from tests.onnx.test_families import CASES, PROMPT, WINDOWS
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
@@ -72,7 +72,7 @@ def test_transformers_js_keeps_the_cache_in_the_graphs_precision(tmp_path: Path)
     made = export(tmp_path, "llama", {}, "pairs")
     with GenaiSession(made.path, made.bundle.plan.runtime) as genai:
         expected = genai.greedy(PROMPT, 12)
-    answer = transformers_js(made.path, {"texts": [], "prompt": PROMPT, "count": 12})
+    (answer,) = transformers_js("transformers.mjs", [made.path], {"texts": [], "prompt": PROMPT, "count": 12})
     assert answer["tokens"] == expected
 
 

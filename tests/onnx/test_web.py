@@ -13,7 +13,7 @@ import pytest
 
 from tests.browser import open_page
 from tests.onnx.conftest import CONTEXT, MakeExport
-from tests.onnx.test_consumers import HOME
+from tests.onnx.consumers import HOME
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "web"
 PACKAGES = HOME / "node" / "node_modules"
