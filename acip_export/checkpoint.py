@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from acip_export.encoder import is_encoder, kind_of
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.files import read_json_object, safetensors_header
+from acip_export.repeated_head import without_repeated_head
 
 if TYPE_CHECKING:
     import torch
@@ -120,14 +121,15 @@ class Checkpoint:
         """Open a local directory, or a Hugging Face id (downloaded through ``huggingface_hub``).
 
         Raises:
-            CheckpointError: not a model directory, damaged shards, or an id that cannot be fetched.
+            CheckpointError: not a model directory, damaged shards, an id that cannot be fetched, or a stored head with
+                other numbers than the embedding that the config ties it to.
         """
         path = Path(model)
         if not path.is_dir():
             path = _download(str(model))
         config = _read_config(path)
         tensors = {name: info for name, info in _read_index(path).items() if not _unused(config, name)}
-        return cls(path, config, tensors)
+        return cls(path, config, without_repeated_head(path, tensors) if _ties_head(config) else tensors)
 
     def with_options(self, options: Mapping[str, str]) -> Checkpoint:
         return Checkpoint(self.path, self.config, dict(self.tensors), options)
@@ -170,10 +172,7 @@ class Checkpoint:
                 max_context=int(config.get("max_position_embeddings") or 2048),
                 sliding_window=window,
                 sliding_layers=windowed,
-                # Encoders are tied unless they say otherwise, and only one with a head over tokens has what to tie.
-                tied_embeddings=kind_of(config) == "masked-lm" and bool(config.get("tie_word_embeddings", True))
-                if is_encoder(config)
-                else bool(config.get("tie_word_embeddings", False)),
+                tied_embeddings=_ties_head(config),
                 generates=not is_encoder(config),
             )
         except KeyError as missing:
@@ -217,6 +216,15 @@ class Checkpoint:
         with safe_open(self.path / info.shard, framework="pt") as shard:
             tensor: torch.Tensor = shard.get_tensor(name)
         return tensor
+
+
+def _ties_head(config: Mapping[str, Any]) -> bool:
+    """Whether the head reads the embedding."""
+    if is_encoder(config):
+        # Tied unless they say otherwise, and only one with a head over tokens has what to tie.
+        return kind_of(config) == "masked-lm" and bool(config.get("tie_word_embeddings", True))
+    config = config.get("text_config") or config
+    return bool({**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config}.get("tie_word_embeddings", False))
 
 
 def _sliding_window(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:

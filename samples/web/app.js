@@ -14,8 +14,8 @@ const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e8 ? 1 : 0)} MB`;
 
 async function load() {
   const files = new Map();
-  const progress_callback = ({ file, loaded, total }) => {
-    if (!total) return;
+  const progress_callback = ({ status, file, loaded, total }) => {
+    if (status !== "progress" || !total) return; // other reports repeat the sums
     files.set(file, { loaded, total });
     const sum = (key) => [...files.values()].reduce((before, entry) => before + entry[key], 0);
     element("progress").value = sum("loaded") / sum("total");
