@@ -9,10 +9,11 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from math import exp, log
+from math import log
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from acip_export.files import new_file
 
@@ -47,18 +48,20 @@ class RoundingErrors:
         """Loss of rounding ``tensor`` to the type ``name``; ``expected`` where it was not measured."""
         return self.dense.get(tensor, {}).get(name, expected)
 
-    def pair_ratio(self, module: str, down: str, up: str, share: float) -> float:
-        """Factor on the table's loss of rounding a pair whose rank is ``share`` of the full one; 1 if not measured.
+    def pair_ratios(
+        self, module: str, down: str, up: str, shares: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64] | float:
+        """Factors on the table's loss of rounding pairs whose ranks are ``shares`` of the full one; 1 if not measured.
 
         Between measured ranks linear in the logarithm, constant beyond them.
         """
         points = self.pairs.get(module, {}).get(pair_key(down, up))
-        return _interpolated(points, share) if points else 1.0
+        return _interpolated(points, shares) if points else 1.0
 
     def residual_ratio(self, module: str, base: str, share: float) -> float | None:
         """Loss of a corrected base over the loss of the base alone, by rank / full rank; ``None``: not measured."""
         points = self.pairs.get(module, {}).get(residual_key(base))
-        return _interpolated(points, share) if points else None
+        return float(_interpolated(points, np.array([share]))[0]) if points else None
 
     def covers(self, dense: Mapping[str, Iterable[str]], pairs: Iterable[str], modules: Iterable[str]) -> bool:
         """Whether every type of every tensor in ``dense`` and every pair of types in every module was measured.
@@ -82,9 +85,10 @@ class RoundingErrors:
         )
 
 
-def _interpolated(points: Ratios, share: float) -> float:
-    shares = [point[0] for point in points]
-    return exp(float(np.interp(share, shares, [log(max(point[1], _LEAST_RATIO)) for point in points])))
+def _interpolated(points: Ratios, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    logs = [log(max(ratio, _LEAST_RATIO)) for _, ratio in points]
+    interpolated: npt.NDArray[np.float64] = np.exp(np.interp(shares, [share for share, _ in points], logs))
+    return interpolated
 
 
 def residual_key(base: str) -> str:

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import isotonic_regression
 
-from acip_export.plan.predicted_loss import calibrate, component_losses
+from acip_export.plan.predicted_loss import calibrate, component_losses, isotonic
 from acip_export.scores import CurvePoint, ScoreFile
 from tests.support import make_model, make_scores
 
@@ -22,6 +25,11 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
     total = sum(float(m.drop_loss.sum()) for m in modules.values())
     curve = tuple(CurvePoint(ratio, 3 + (loss - 3) * total / 3) for ratio, loss in MEASURED.items())
     return replace(made, modules=modules, curve=curve)
+
+
+@given(st.lists(st.floats(-1, 1) | st.integers(-2, 2), min_size=1, max_size=40))
+def test_the_monotone_fit_is_the_least_squares_one(values: list[float]) -> None:
+    assert isotonic(np.array(values, float)) == pytest.approx(isotonic_regression(values).x, abs=1e-12)
 
 
 def _cut(scores: ScoreFile, ratio: float) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -130,9 +131,9 @@ EXAMPLE = RoundingErrors(
 
 
 def test_between_measured_ranks() -> None:
-    ratios = [EXAMPLE.pair_ratio("a", "int4", "int4", share) for share in (0.1, 0.25, 0.5, 0.75, 0.9)]
+    ratios = EXAMPLE.pair_ratios("a", "int4", "int4", np.array([0.1, 0.25, 0.5, 0.75, 0.9]))
     assert ratios == pytest.approx([0.4, 0.4, 0.2, 0.1, 0.1])  # geometric mean half way
-    assert EXAMPLE.pair_ratio("a", "int8", "int8", 0.5) == 1
+    assert EXAMPLE.pair_ratios("a", "int8", "int8", np.array([0.5])) == 1
     assert EXAMPLE.dense_loss("a.weight", "int4", 7.0) == 0.1
     assert EXAMPLE.dense_loss("b.weight", "int4", 7.0) == 7.0
 

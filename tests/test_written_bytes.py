@@ -59,7 +59,7 @@ def types_of(target: str, execution: str | None) -> tuple[str, ...]:
 def plans_with_every_kind(problem: Problem, request: PlanRequest) -> Iterator[Plan]:
     """As few plans as it takes for every kind of candidate to be chosen somewhere: by layers, embedding and head."""
     kinds = [kinds_of(candidates) for candidates in problem.candidates]
-    groups = ["layer" if c.module is not None else c.options[0].name for c in problem.candidates]
+    groups = ["layer" if c.module is not None else c.name for c in problem.candidates]
     pending: dict[str, dict[Kind, None]] = {}
     for group, known in zip(groups, kinds, strict=True):
         pending.setdefault(group, {}).update(dict.fromkeys(known))

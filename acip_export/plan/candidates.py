@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +12,49 @@ import numpy.typing as npt
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError
 from acip_export.formats import WeightFormat, weight_format
-from acip_export.plan.allocate import Choices
-from acip_export.plan.memory import repacked_bytes
+from acip_export.plan.memory import is_embedding, repacked_bytes
 from acip_export.plans import TensorDecision
 from acip_export.rounding_errors import RoundingErrors
 from acip_export.scores import ModuleScores, ScoreFile
 from acip_export.targets import Layout, Target
 
+IntArray = npt.NDArray[np.int64]
+
 # More ranks than this per layer refine the plan less than the block sizes coarsen it.
 _MOST_RANKS = 48
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What could become of every tensor of one shape: decisions without name and kept units."""
+
+    decisions: tuple[TensorDecision, ...]
+    _held: dict[tuple[str, bool, bool], tuple[IntArray, IntArray, IntArray]] = field(default_factory=dict, repr=False)
+    _subsets: dict[tuple[int, ...], Options] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def nbytes(self) -> IntArray:
+        """(n,) stored bytes."""
+        return np.array([option.nbytes for option in self.decisions], np.int64)
+
+    @cached_property
+    def low_rank(self) -> npt.NDArray[np.bool_]:
+        """(n,)"""
+        return np.array([option.rank is not None for option in self.decisions], np.bool_)
+
+    def beside(self, target: str, embedding: bool, tied_head: bool) -> tuple[IntArray, IntArray, IntArray]:
+        """(n,) each of :func:`acip_export.plan.memory.repacked_bytes`."""
+        key = (target, embedding, tied_head)
+        if key not in self._held:
+            held = [repacked_bytes(option, *key) for option in self.decisions]
+            kept, once, loading = np.array(held, np.int64).reshape(-1, 3).T
+            self._held[key] = (kept, once, loading)
+        return self._held[key]
+
+    def subset(self, kept: tuple[int, ...]) -> Options:
+        if kept not in self._subsets:
+            self._subsets[kept] = Options(tuple(self.decisions[i] for i in kept))
+        return self._subsets[kept]
 
 
 @dataclass(frozen=True)
@@ -28,59 +62,47 @@ class Candidates:
     """The candidates of one tensor.
 
     Attributes:
-        options: decisions without kept units; they are filled in for the chosen one by :meth:`decision`.
+        name: of the tensor.
+        table: what they are; tensors of the same shape share it.
         loss: (n,) predicted loss of each.
         tied_head: the tensor is an embedding that the head reads too.
     """
 
-    options: tuple[TensorDecision, ...]
+    name: str
+    table: Options
     loss: npt.NDArray[np.float64]
     module: ModuleScores | None
     tied_head: bool = False
 
-    def choices(self, target: str, scope: str) -> Choices:
-        """Bytes as the budget's scope counts them."""
-        return Choices(np.array([self.cost(i, target, scope) for i in range(len(self.options))], np.int64), self.loss)
+    @property
+    def options(self) -> tuple[TensorDecision, ...]:
+        """Without name and kept units, which :meth:`decision` fills in."""
+        return self.table.decisions
 
-    def cost(self, chosen: int, target: str, scope: str) -> int:
-        """Stored bytes, and in memory what the runtime keeps beside them."""
-        option = self.options[chosen]
-        if scope == "file":
-            return option.nbytes
-        kind = (option.shape, option.rank, option.format, option.up_format, option.down_format)
-        return option.nbytes + _kept_beside(*kind, target, self.tied_head)
+    def nbytes(self, target: str, scope: str) -> IntArray:
+        """(n,) stored bytes, and in memory what the runtime keeps beside them for as long as it runs."""
+        return self.table.nbytes if scope == "file" else self.table.nbytes + self._beside(target)[0]
+
+    def peaks(self, target: str, scope: str) -> tuple[IntArray, IntArray]:
+        """(n,) what is held once, for the largest matrix, and (n,) once while loading."""
+        _, once, loading = self._beside(target)
+        return (np.zeros_like(once), np.zeros_like(loading)) if scope == "file" else (once, loading)
+
+    def _beside(self, target: str) -> tuple[IntArray, IntArray, IntArray]:
+        return self.table.beside(target, is_embedding(self.name), self.tied_head)
 
     def only(self, allowed: Callable[[Candidates, TensorDecision], bool]) -> Candidates:
         """The candidates that ``allowed(self, option)`` lets through."""
-        kept = [i for i, option in enumerate(self.options) if allowed(self, option)]
-        return replace(self, options=tuple(self.options[i] for i in kept), loss=self.loss[kept])
-
-    def dense_only(self) -> Candidates:
-        """The candidates without low rank: what quantization alone could do."""
-        return self.only(lambda _, option: option.rank is None)
+        kept = tuple(i for i, option in enumerate(self.options) if allowed(self, option))
+        return replace(self, table=self.table.subset(kept), loss=self.loss[list(kept)])
 
     def decision(self, chosen: int) -> TensorDecision:
-        """The option with the kept units written down."""
-        option = self.options[chosen]
+        """The option with the tensor's name and the kept units written down."""
+        option = replace(self.options[chosen], name=self.name)
         if option.rank is None or self.module is None or option.representation == "residual":
             return option
         kept = _ranges(np.sort(self.module.order[: option.rank]))
         return replace(option, kept=kept)
-
-
-@lru_cache(maxsize=100_000)
-def _kept_beside(
-    shape: tuple[int, ...],
-    rank: int | None,
-    form: str | None,
-    up: str | None,
-    down: str | None,
-    target: str,
-    tied_head: bool,
-) -> int:
-    """:func:`repacked_bytes` by what it depends on: the layers of a model have the same shapes over and over."""
-    option = TensorDecision("", shape, "dense", 0, form, rank, up, down)
-    return repacked_bytes(option, target, tied_head)[0]
 
 
 def _ranges(units: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
@@ -119,7 +141,8 @@ def build_candidates(
         elif len(info.shape) == 2 and name not in tables:
             sensitivity = scores.embedding_sensitivity.get(name, 0.0)
             embedding = _dense(name, info.shape, sensitivity, embedding_types, None, errors)
-            built.append(replace(embedding, tied_head=checkpoint.shape.tied_embeddings))
+            tied = checkpoint.shape.tied_embeddings and is_embedding(name)
+            built.append(replace(embedding, tied_head=tied))
         else:
             vector = weight_format(target.name, target.vector_format)
             built.append(_dense(name, info.shape, 0.0, (vector,), None, errors))
@@ -156,17 +179,23 @@ def _dense(
     module: ModuleScores | None,
     errors: RoundingErrors,
 ) -> Candidates:
-    rows, columns = shape if len(shape) == 2 else (1, shape[0])
-    fitting = [f for f in types if f.fits(columns)]
+    table, fitting = _dense_options(shape, types)
     if not fitting:
         names = ", ".join(f"{f.name} (blocks of {f.block})" for f in types)
         raise UnsupportedError(
-            f"{name}: rows of {columns} weights fit none of the allowed types: {names}.\nAllow another with  --types"
+            f"{name}: rows of {shape[-1]} weights fit none of the allowed types: {names}.\nAllow another with  --types"
         )
-    return Candidates(
-        tuple(TensorDecision(name, shape, "dense", f.nbytes(rows, columns), format=f.name) for f in fitting),
-        np.array([errors.dense_loss(name, f.name, sensitivity * f.relative_mse) for f in fitting]),
-        module,
+    loss = np.array([errors.dense_loss(name, f.name, sensitivity * f.relative_mse) for f in fitting])
+    return Candidates(name, table, loss, module)
+
+
+@lru_cache(maxsize=256)
+def _dense_options(shape: tuple[int, ...], types: tuple[WeightFormat, ...]) -> tuple[Options, tuple[WeightFormat, ...]]:
+    rows, columns = shape if len(shape) == 2 else (1, shape[0])
+    fitting = tuple(f for f in types if f.fits(columns))
+    return (
+        Options(tuple(TensorDecision("", shape, "dense", f.nbytes(rows, columns), format=f.name) for f in fitting)),
+        fitting,
     )
 
 
@@ -181,17 +210,59 @@ def _linear(
     dense = _dense(name, module.shape, module.sensitivity, types, module, errors)
     if layout.low_rank is None:
         return dense
-    rows, columns = module.shape
-    base = None if layout.base_format is None else weight_format(types[0].target, layout.base_format)
-    if base is not None and not base.fits(columns):
-        return dense
-    base_bytes = 0 if base is None else base.nbytes(rows, columns)
-    largest = max(option.nbytes for option in dense.options)
-    dropped = np.cumsum(losses[module.order][::-1])[::-1]
+    shared, of = _linear_options(module.shape, len(losses), layout, types), name.removesuffix(".weight")
+    dropped = np.r_[np.cumsum(losses[module.order][::-1])[::-1], 0.0]
     up_rounding = np.cumsum(module.up_sensitivity[module.order], dtype=np.float64)
     down_rounding = np.cumsum(module.down_sensitivity[module.order], dtype=np.float64)
-    options, loss = list(dense.options), list(dense.loss)
-    for rank in _ranks(len(losses), layout.rank_multiple):
+    pairs = shared.up_mse * up_rounding[shared.rank - 1] + shared.down_mse * down_rounding[shared.rank - 1]
+    for (down, up), at in shared.pairs:
+        pairs[at] *= errors.pair_ratios(of, down, up, shared.rank[at] / len(losses))
+    ratios = [errors.residual_ratio(of, base, rank / len(losses)) for _, base, rank in shared.residuals]
+    measured = [ratio is not None for ratio in ratios]
+    residuals = [
+        dense.loss[number] * ratio
+        for (number, _, _), ratio in zip(shared.residuals, ratios, strict=True)
+        if ratio is not None
+    ]
+    table = shared.table
+    if not all(measured):
+        first = len(table.decisions) - len(ratios)
+        table = table.subset((*range(first), *(first + int(i) for i in np.flatnonzero(measured))))
+    return Candidates(name, table, np.r_[dense.loss, dropped[shared.rank] + pairs, residuals], module)
+
+
+@dataclass(frozen=True, eq=False)
+class _LinearOptions:
+    """What the candidates of all linear layers of one shape share.
+
+    Attributes:
+        table: dense matrices, then pairs, then corrected bases.
+        rank, up_mse, down_mse: (pairs,) rank and relative errors of each pair. pairs: by types of (down, up), which
+            pairs have them.
+        residuals: number of the dense candidate, its type and the rank of its correction.
+    """
+
+    table: Options
+    rank: IntArray
+    up_mse: npt.NDArray[np.float64]
+    down_mse: npt.NDArray[np.float64]
+    pairs: tuple[tuple[tuple[str, str], IntArray], ...]
+    residuals: tuple[tuple[int, str, int], ...]
+
+
+@lru_cache(maxsize=256)
+def _linear_options(
+    shape: tuple[int, ...], components: int, layout: Layout, types: tuple[WeightFormat, ...]
+) -> _LinearOptions:
+    rows, columns = shape
+    dense = _dense_options(shape, types)[0].decisions
+    largest = max(option.nbytes for option in dense)
+    base = None if layout.base_format is None else weight_format(types[0].target, layout.base_format)
+    fits = base is None or base.fits(columns)
+    base_bytes = base.nbytes(rows, columns) if base is not None and fits else 0
+    options: list[TensorDecision] = []
+    errors: list[tuple[float, float]] = []
+    for rank in _ranks(components, layout.rank_multiple) if fits else ():
         for down in types:
             if not down.fits(columns):
                 continue
@@ -201,9 +272,9 @@ def _linear(
                     continue
                 options.append(
                     TensorDecision(
-                        name,
-                        module.shape,
-                        layout.low_rank,
+                        "",
+                        shape,
+                        layout.low_rank or "factored",
                         nbytes,
                         format=layout.base_format,
                         rank=rank,
@@ -211,41 +282,49 @@ def _linear(
                         down_format=down.name,
                     )
                 )
-                rounding = up.relative_mse * up_rounding[rank - 1] + down.relative_mse * down_rounding[rank - 1]
-                rounding *= errors.pair_ratio(name.removesuffix(".weight"), down.name, up.name, rank / len(losses))
-                loss.append((dropped[rank] if rank < len(dropped) else 0.0) + rounding)
-    for option, value in _residuals(name, module, layout, types, dense, errors):
-        if option.nbytes < largest:
-            options.append(option)
-            loss.append(value)
-    return Candidates(tuple(options), np.array(loss), module)
+                errors.append((up.relative_mse, down.relative_mse))
+    by_types: dict[tuple[str, str], list[int]] = {}
+    for number, option in enumerate(options):
+        by_types.setdefault((str(option.down_format), str(option.up_format)), []).append(number)
+    corrected = _residuals(shape, components, layout, types, dense) if fits else []
+    corrected = [(number, option) for number, option in corrected if option.nbytes < largest]
+    mse = np.array(errors).reshape(-1, 2)
+    return _LinearOptions(
+        Options((*dense, *options, *(option for _, option in corrected))),
+        np.array([option.rank for option in options], np.int64),
+        mse[:, 0],
+        mse[:, 1],
+        tuple((key, np.array(numbers)) for key, numbers in by_types.items()),
+        tuple((number, str(option.format), option.rank or 0) for number, option in corrected),
+    )
 
 
 def _residuals(
-    name: str,
-    module: ModuleScores,
+    shape: tuple[int, ...],
+    components: int,
     layout: Layout,
     types: tuple[WeightFormat, ...],
-    dense: Candidates,
-    errors: RoundingErrors,
-) -> Iterator[tuple[TensorDecision, float]]:
-    """A quantized base with a low-rank correction, where it was measured what that gains."""
-    rows, columns = module.shape
+    dense: tuple[TensorDecision, ...],
+) -> list[tuple[int, TensorDecision]]:
+    """Number of the base, and the base with a low-rank correction."""
+    rows, columns = shape
     allowed = {f.name: f for f in types}
-    for option, loss in zip(dense.options, dense.loss, strict=True):
-        assert option.format is not None
+    found = []
+    for number, option in enumerate(dense):
         for pair, rank in layout.residual_pairs:
             form = allowed.get(pair)
-            if form is None or not (form.fits(columns) and form.fits(rank)) or 2 * rank > len(module.scores):
-                continue
-            ratio = errors.residual_ratio(name.removesuffix(".weight"), option.format, rank / len(module.scores))
-            if ratio is None:
+            if form is None or not (form.fits(columns) and form.fits(rank)) or 2 * rank > components:
                 continue
             nbytes = option.nbytes + form.nbytes(rows, rank) + form.nbytes(rank, columns)
-            corrected = replace(
-                option, representation="residual", nbytes=nbytes, rank=rank, up_format=pair, down_format=pair
+            found.append(
+                (
+                    number,
+                    replace(
+                        option, representation="residual", nbytes=nbytes, rank=rank, up_format=pair, down_format=pair
+                    ),
+                )
             )
-            yield corrected, float(loss) * ratio
+    return found
 
 
 def _ranks(components: int, multiple: int) -> list[int]:

@@ -144,5 +144,5 @@ def refused_types(problem: Problem, request: PlanRequest) -> tuple[Refusal, ...]
                 reason = f"rows of {columns} weights are no multiple of blocks of {form.block}"
             else:
                 reason = "this target has no such embeddings, heads or tables"
-            reasons.setdefault((form.name, reason), []).append(first.name)
+            reasons.setdefault((form.name, reason), []).append(candidate.name)
     return tuple(Refusal(name, len(tensors), tensors[0], why) for (name, why), tensors in reasons.items())

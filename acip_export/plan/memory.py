@@ -81,13 +81,18 @@ def _encoder_memory(target: str, shape: ModelShape, runtime: Runtime) -> Runtime
     return RuntimeMemory(0, tokens * per_token, 4 * tokens * (shape.hidden + shape.vocabulary))
 
 
-def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tuple[int, int, int]:
+def is_embedding(name: str) -> bool:
+    """Whether rows of the tensor are looked up."""
+    return name.endswith(_EMBEDDING)
+
+
+def repacked_bytes(decision: TensorDecision, target: str, embedding: bool, tied_head: bool) -> tuple[int, int, int]:
     """What the runtime keeps of a tensor beside its stored numbers.
 
     llama.cpp maps them and, with repacking off, keeps nothing else.
 
     Args:
-        tied_head: the tensor is an embedding that the head reads too.
+        embedding: the tensor is one. tied_head: and the head reads it too.
 
     Returns:
         Bytes for as long as the model is loaded; bytes that are held once, for the tensor that needs most of them; and
@@ -108,7 +113,7 @@ def repacked_bytes(decision: TensorDecision, target: str, tied_head: bool) -> tu
     kept = sum(memory_onnx.packed_bytes(*product) for product in products)
     if tied_head:
         kept += memory_onnx.tied_bytes(*products[0])
-    packed = tied_head or not decision.name.endswith(_EMBEDDING)
+    packed = tied_head or not embedding
     loading = max(memory_onnx.loading_bytes(*product) for product in products) if packed else 0
     return kept, max(memory_onnx.leftover_bytes(*product) for product in products), loading
 
@@ -136,7 +141,8 @@ def held_bytes(
 ) -> HeldBytes:
     """:func:`repacked_bytes` of a whole model, in the recommended runtime or in ``process``."""
     tied = checkpoint.shape.tied_embeddings
-    parts = [repacked_bytes(decision, target, tied and decision.name.endswith(_EMBEDDING)) for decision in tensors]
+    looked_up = [is_embedding(decision.name) for decision in tensors]
+    parts = [repacked_bytes(d, target, lookup, tied and lookup) for d, lookup in zip(tensors, looked_up, strict=True)]
     kept, once, loading = zip(*parts, strict=True)
     tokenizer = process_base(target, checkpoint, process).tokenizer
     running = runtime_memory(target, checkpoint.shape, runtime).total + tokenizer

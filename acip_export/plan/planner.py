@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import exp
 
+import numpy as np
+
 from acip_export.checkpoint import Checkpoint
 from acip_export.encoder import encoder_of
 from acip_export.errors import UsageError
-from acip_export.plan.allocate import Allocation, Choices, allocate, pareto
+from acip_export.plan.allocate import Allocation, Knapsack, pareto
 from acip_export.plan.candidates import Candidates, build_candidates
 from acip_export.plan.explain import explain, infeasible
 from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, held_bytes, memory_breakdown, runtime_memory
 from acip_export.plan.predicted_loss import Calibration, FloatArray, calibrate, component_losses
 from acip_export.plan.runtime_base import process_base
+from acip_export.plan.solve import Solution, Table, solve
 from acip_export.plans import BudgetScope, Certificate, Plan, Runtime, TensorDecision
 from acip_export.rounding_errors import RoundingErrors
 from acip_export.scores import ScoreFile
@@ -23,8 +26,6 @@ from acip_export.targets import target as find_target
 
 PredictFiles = Callable[[tuple[TensorDecision, ...], Runtime], Mapping[str, int]]
 
-# Bytes around the numbers depend on the decisions, and the decisions on what the bytes around them leave.
-_OVERHEAD_ROUNDS = 5
 DEFAULT_CONTEXT = 4096
 
 
@@ -58,35 +59,6 @@ class PlanRequest:
     default_context: int = DEFAULT_CONTEXT
     device: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Solution:
-    """One allocation with its exact files.
-
-    Attributes:
-        repacked: what the runtime keeps of the weights beside the files.
-        used: bytes that count against the budget, without the fixed ones.
-    """
-
-    allocation: Allocation
-    decisions: tuple[TensorDecision, ...]
-    files: dict[str, int]
-    repacked: int
-    used: int
-
-    @property
-    def file_bytes(self) -> int:
-        return sum(self.files.values())
-
-    @property
-    def stored(self) -> int:
-        return sum(decision.nbytes for decision in self.decisions)
-
-    @property
-    def overhead(self) -> int:
-        """What the allocation did not foresee."""
-        return self.used - self.allocation.nbytes
 
 
 def make_plan(
@@ -128,7 +100,8 @@ class Problem:
     calibration: Calibration
     dropping: Mapping[str, FloatArray]
     predict_files: PredictFiles
-    _choices: dict[str, list[Choices]] = field(default_factory=dict, repr=False, compare=False)
+    _tables: dict[str, Table] = field(default_factory=dict, repr=False, compare=False)
+    _smallest: dict[tuple[str, Runtime], Solution] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -164,7 +137,7 @@ class Problem:
     def only(self, allowed: Callable[[Candidates, TensorDecision], bool]) -> Problem:
         """With fewer candidates: presets, or quantization alone."""
         candidates = tuple(candidate.only(allowed) for candidate in self.candidates)
-        return replace(self, candidates=candidates, _choices={})
+        return replace(self, candidates=candidates, _tables={}, _smallest={})
 
     def plan(self, request: PlanRequest, exact: bool = True) -> Plan:
         """The best plan; without ``exact``, one within a candidate of it. The certificate has no explanations yet.
@@ -172,11 +145,16 @@ class Problem:
         Raises as :func:`make_plan`.
         """
         runtime, fixed = self.settings(request)
-        solution = self._solve(request, runtime, fixed, exact)
+        room = request.budget_bytes - fixed
+        smallest = self._floor(request, runtime)
+        if smallest.used > room:
+            raise infeasible(self, request)
+        table, running = self._table(request), self._running(runtime)
+        solution = solve(table, smallest, room, running, lambda a: self._exactly(a, request, runtime), exact)
         target, checkpoint, scores, calibration = self.target, self.checkpoint, self.scores, self.calibration
         memory = runtime_memory(target.name, checkpoint.shape, runtime)
         loss = calibration.loss(solution.allocation.loss)
-        certificate = self._certificate(solution, request, request.budget_bytes - fixed, exact)
+        certificate = self._certificate(solution, request, room, exact)
         low_rank = self.layout.low_rank is not None
         return Plan(
             target=target.name,
@@ -214,7 +192,7 @@ class Problem:
     def floor(self, request: PlanRequest) -> tuple[int, dict[str, int]]:
         """The smallest budget with a plan, and what it consists of."""
         runtime, fixed = self.settings(request)
-        smallest = self._exactly(self._smallest(request), request, runtime)
+        smallest = self._floor(request, runtime)
         parts = {"weights": smallest.stored, "tokenizer and metadata": smallest.file_bytes - smallest.stored}
         if request.budget_scope != "file":
             memory = runtime_memory(self.target.name, self.checkpoint.shape, runtime)
@@ -227,72 +205,74 @@ class Problem:
             parts["runtime and its tokenizer"] = process_base(self.target.name, self.checkpoint).total
         return smallest.used + fixed, parts
 
-    def _groups(self, request: PlanRequest) -> list[Choices]:
+    def _table(self, request: PlanRequest) -> Table:
         """The candidates as the budget's scope counts them; asked for often, so kept."""
-        scope = request.budget_scope
-        if scope not in self._choices:
-            self._choices[scope] = [candidate.choices(request.target, scope) for candidate in self.candidates]
-        return self._choices[scope]
+        scope = "file" if request.budget_scope == "file" else "memory"
+        if scope not in self._tables:
+            around_pair = self._around_pair(request)
+            self._tables[scope] = Table.of(self.candidates, self.target.name, scope, around_pair)
+        return self._tables[scope]
 
-    def _smallest(self, request: PlanRequest) -> Allocation:
-        groups = self._groups(request)
-        least = allocate(groups, sum(int(group.nbytes.min()) for group in groups))
-        assert least is not None  # the smallest candidates add up to it
-        return least
+    def _around_pair(self, request: PlanRequest) -> int:
+        """Bytes of files that a low-rank layer has around its numbers beyond those of a dense one: their mean."""
+        dense, pairs, differ = [], [], 0
+        for candidate in self.candidates:
+            order = np.argsort(candidate.table.nbytes, kind="stable")
+            low_rank = candidate.table.low_rank[order]
+            both = low_rank.any() and not low_rank.all()
+            differ += int(both)
+            dense.append(candidate.decision(int(order[np.argmin(low_rank)])))
+            pairs.append(candidate.decision(int(order[np.argmax(low_rank)])))
+        if not differ:
+            return 0  # such as a layout without pairs
+        # At one context for all requests: the answer to one must not depend on which came first.
+        runtime = Runtime(1, next(iter(self.target.cache_types)), 1, request.execution or DEFAULT_EXECUTION)
+        around = [
+            sum(self.predict_files(tuple(tensors), runtime).values()) - sum(tensor.nbytes for tensor in tensors)
+            for tensors in (dense, pairs)
+        ]
+        return max(0, (around[1] - around[0]) // differ)
 
-    def _exactly(self, allocation: Allocation, request: PlanRequest, runtime: Runtime) -> _Solution:
+    def _floor(self, request: PlanRequest, runtime: Runtime) -> Solution:
+        """The smallest plan."""
+        key = ("file" if request.budget_scope == "file" else "memory", runtime)
+        if key not in self._smallest:
+            self._smallest[key] = self._exactly(self._table(request).smallest(), request, runtime)
+        return self._smallest[key]
+
+    def _running(self, runtime: Runtime) -> int:
+        """What comes after loading, in the bytes that loading leaves free."""
+        tokenizer = process_base(self.target.name, self.checkpoint).tokenizer
+        return runtime_memory(self.target.name, self.checkpoint.shape, runtime).total + tokenizer
+
+    def _exactly(self, allocation: Allocation, request: PlanRequest, runtime: Runtime) -> Solution:
         decisions = tuple(c.decision(i) for c, i in zip(self.candidates, allocation.chosen, strict=True))
         files = dict(self.predict_files(decisions, runtime))
         repacked = held_bytes(request.target, self.checkpoint, decisions, runtime).total
         used = sum(files.values()) + (repacked if request.budget_scope != "file" else 0)
-        return _Solution(allocation, decisions, files, repacked, used)
+        return Solution(allocation, decisions, files, repacked, used)
 
-    def _solve(self, request: PlanRequest, runtime: Runtime, fixed: int, exact: bool) -> _Solution:
-        groups = self._groups(request)
-        smallest = self._exactly(self._smallest(request), request, runtime)
-        room = request.budget_bytes - fixed
-        if smallest.used > room:
-            raise infeasible(self, request)
-        best, overhead = smallest, smallest.overhead
-        rounds = 0
-        # Every round that does not fit leaves less room to the next, so one that fits comes in the end.
-        while rounds < _OVERHEAD_ROUNDS or best is smallest:
-            rounds += 1
-            allocation = allocate(groups, room - overhead, exact)
-            if allocation is None or allocation.chosen == best.allocation.chosen:
-                break
-            solution = self._exactly(allocation, request, runtime)
-            if solution.used <= room:
-                if allocation.loss < best.allocation.loss:
-                    best = solution
-                if solution.overhead >= overhead:
-                    break
-                overhead = solution.overhead
-            else:
-                overhead += solution.used - room
-        return best
-
-    def _certificate(self, solution: _Solution, request: PlanRequest, room: int, exact: bool) -> Certificate:
+    def _certificate(self, solution: Solution, request: PlanRequest, room: int, exact: bool) -> Certificate:
         allocation = solution.allocation
         left = room - solution.used
         bound = self.calibration.loss(max(0.0, allocation.lower_bound))
         if not exact:
             return Certificate(left, bound)
+        table = self._table(request)
         best: tuple[float, int, str] | None = None
-        for candidate, choices, chosen in zip(self.candidates, self._groups(request), allocation.chosen, strict=True):
+        for candidate, choices, chosen in zip(self.candidates, table.groups, allocation.chosen, strict=True):
             for other in pareto(choices):
                 gain = float(choices.loss[chosen] - choices.loss[other])
                 extra = int(choices.nbytes[other] - choices.nbytes[chosen])
                 if gain > 0 and extra > left and (best is None or gain / extra > best[0]):
-                    best = (gain / extra, extra, describe(candidate.options[other]))
+                    best = (gain / extra, extra, describe(candidate.decision(int(other))))
         dense_loss: float | None = self.calibration.loss(allocation.loss)
         if self.layout.low_rank is not None:
-            dense_only = [c.dense_only() for c in self.candidates]
-            dense = None
-            if all(candidate.options for candidate in dense_only):
-                alone = [candidate.choices(request.target, request.budget_scope) for candidate in dense_only]
-                dense = allocate(alone, room - solution.overhead, exact=False)
-            dense_loss = None if dense is None else self.calibration.loss(dense.loss)
+            dense = [~candidate.table.low_rank for candidate in self.candidates]
+            alone = None
+            if all(mask.any() for mask in dense):
+                alone = Knapsack(table.groups, dense).solve(room - solution.overhead, exact=False)
+            dense_loss = None if alone is None else self.calibration.loss(alone.loss)
         return Certificate(
             bytes_left=left,
             lower_bound=bound,
@@ -340,7 +320,7 @@ def describe(decision: TensorDecision) -> str:
     return f"{decision.module}: rank {decision.rank}, {decision.down_format} x {decision.up_format}"
 
 
-def _notes(solution: _Solution, certificate: Certificate, loss: float, low_rank: bool, unit: str) -> tuple[str, ...]:
+def _notes(solution: Solution, certificate: Certificate, loss: float, low_rank: bool, unit: str) -> tuple[str, ...]:
     if not low_rank:
         return ("this layout stores dense tensors only: the budget is spent on types",)
     factored = sum(decision.rank is not None for decision in solution.decisions)
