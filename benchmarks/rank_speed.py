@@ -3,10 +3,13 @@
     python benchmarks/rank_speed.py                    writes benchmarks/rank_speed.json
 
 Both rank the same random bfloat16 Llama on the same windows with the paper's settings (plain SVD basis, cross-entropy,
-masks start at one), with the learning rate raised so that a run is short: the masks take as many steps as the adapters
-after them. Each runs in a process of its own, one after the other, with one thread. Memory is the process's peak
-resident size above what it was with the libraries loaded and before the model was. Time is that of the processor, which
-other work on the machine changes little.
+masks start at one), with learning rate and penalty raised so that the run from ratio 1 to 0.4 is short. Then come as
+many steps of the adapters as the masks took. Each runs in a process of its own, one after the other, with one thread.
+Memory is the process's peak resident size above what it was with the libraries loaded and before the model was. Time is
+that of the processor, which other work on the machine changes little.
+
+Ours runs twice: with products in bfloat16, as it does by default where the processor has instructions for them, and in
+float32 as everywhere else.
 
 The straightforward run does what the paper's equations say, with PyTorch's modules: factors U and S V^T in float32
 beside the dense float32 weight that they came from, a mask over all components in every step, adapters as modules of
@@ -16,6 +19,7 @@ their own, AdamW over masks and adapters.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -25,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+from acip_export.rank.model import fast_bfloat16
 
 SHAPE = {
     "vocab_size": 8192,
@@ -44,7 +51,9 @@ SHAPE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-SETTINGS = {"learning_rate": 4e-3, "penalty": 1e-3, "stop_ratio": 0.4, "batch": 4}
+SETTINGS = {"learning_rate": 1e-3, "penalty": 1e-2, "penalty_growth": 1.2, "stop_ratio": 0.4, "batch": 4}
+RUNS = ("plain", "float32", "bfloat16")
+BANDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 CONTEXT = 256
 
 
@@ -69,6 +78,20 @@ class PeakMemory:
         return self.peak - self.start
 
 
+@dataclass
+class Steps:
+    """By step: processor seconds, ratio afterwards, whether the masks were done."""
+
+    seconds: list[float] = field(default_factory=list)
+    ratio: list[float] = field(default_factory=list)
+    tuning: list[bool] = field(default_factory=list)
+
+    def add(self, seconds: float, ratio: float, tuning: bool) -> None:
+        self.seconds.append(seconds)
+        self.ratio.append(round(ratio, 3))
+        self.tuning.append(tuning)
+
+
 class PlainLinear(nn.Module):
     def __init__(self, dense: nn.Linear, scale: float, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
@@ -91,7 +114,17 @@ class PlainLinear(nn.Module):
         return y + self.alpha * self.lora_b(self.lora_a(self.dropout(x)))
 
 
-def run_plain(model_path: Path, windows: Tensor, mask_steps: int, tune_steps: int) -> dict[str, list[float]]:
+def live_ratio(layers: list[PlainLinear]) -> float:
+    """As the run counts it: a pair that would be larger than the dense weight counts as dense."""
+    present = total = 0
+    for layer in layers:
+        size, alive = layer.dense.weight.numel(), int((layer.mask.detach() > 0).sum())
+        present += min(alive * sum(layer.dense.weight.shape), size)
+        total += size
+    return present / total
+
+
+def run_plain(model_path: Path, windows: Tensor, most: int) -> Steps:
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).requires_grad_(False)
     layers = []
     for name, module in list(model.named_modules()):
@@ -103,10 +136,11 @@ def run_plain(model_path: Path, windows: Tensor, mask_steps: int, tune_steps: in
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=SETTINGS["learning_rate"], weight_decay=0.0)
     scores = [layer.mask.detach().clone() for layer in layers]
-    penalty, seconds = SETTINGS["penalty"], {"masks": [], "post-tune": []}
-    for step in range(mask_steps + tune_steps):
+    penalty, steps, mask_steps = SETTINGS["penalty"], Steps(), 0
+    tuning = False
+    while not tuning or len(steps.seconds) < 2 * mask_steps:
+        step = len(steps.seconds)
         begin = time.process_time()
-        tuning = step >= mask_steps
         batch = windows[torch.arange(step * 4, step * 4 + 4) % len(windows)]
         logits = model(input_ids=batch, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
@@ -119,16 +153,18 @@ def run_plain(model_path: Path, windows: Tensor, mask_steps: int, tune_steps: in
         optimizer.step()
         optimizer.zero_grad()
         if not tuning:
-            penalty *= 1.01 if step % 4 == 3 else 1
+            mask_steps += 1
+            penalty *= SETTINGS["penalty_growth"] if mask_steps % 4 == 0 else 1
             for index, layer in enumerate(layers):
                 alive = layer.mask.detach() > 0
                 before = scores[index]
                 scores[index] = torch.where(alive, layer.mask.detach(), torch.where(before > 0, 0.0, before - 1))
-        seconds["post-tune" if tuning else "masks"].append(time.process_time() - begin)
-    return seconds
+        steps.add(time.process_time() - begin, live_ratio(layers), tuning)
+        tuning = tuning or steps.ratio[-1] <= SETTINGS["stop_ratio"] or mask_steps == most
+    return steps
 
 
-def run_ours(model_path: Path, windows: Tensor, mask_steps: int, tune_steps: int) -> dict[str, list[float]]:
+def run_ours(model_path: Path, windows: Tensor, most: int) -> Steps:
     from acip_export.checkpoint import Checkpoint
     from acip_export.factorize import components
     from acip_export.rank import AcipConfig
@@ -138,7 +174,7 @@ def run_ours(model_path: Path, windows: Tensor, mask_steps: int, tune_steps: int
 
     checkpoint = Checkpoint.open(model_path)
     model = load_model(checkpoint, torch.device("cpu"), "model")
-    config = AcipConfig(**SETTINGS, max_steps=mask_steps, post_tune=tune_steps)
+    config = AcipConfig(**SETTINGS, max_steps=most)
     layers, losses = {}, {}
     for name in checkpoint.linear_modules:
         dense = model.get_submodule(name)
@@ -147,23 +183,49 @@ def run_ours(model_path: Path, windows: Tensor, mask_steps: int, tune_steps: int
         losses[name] = 0.5 * parts.singular.double().numpy() ** 2
         replace_linear(model, name, layers[name])
     run = AcipRun(model, layers, losses, windows, config, 0)
-    seconds: dict[str, list[float]] = {"masks": [], "post-tune": [], "ratio": []}
-    for phase, steps in (("masks", mask_steps), ("post-tune", tune_steps)):
-        for _ in range(steps):
-            begin = time.process_time()
-            run.mask_step() if phase == "masks" else run.tune_step()
-            seconds[phase].append(time.process_time() - begin)
-            seconds["ratio"].append(round(run.ratio(), 3))
-    return seconds
+    steps = Steps()
+    while not run.masks_done or run.tune_steps < run.mask_steps:
+        begin = time.process_time()
+        tuning = run.masks_done
+        run.tune_step() if tuning else run.mask_step()
+        steps.add(time.process_time() - begin, run.ratio(), tuning)
+    return steps
 
 
-def measure(which: str, model: Path, mask_steps: int, tune_steps: int) -> None:
+def measure(which: str, model: Path, most: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     windows = torch.randint(SHAPE["vocab_size"], (64, CONTEXT), generator=torch.Generator().manual_seed(0))
+    if which == "float32":
+        from acip_export.rank import model as ranked
+
+        ranked.fast_bfloat16 = lambda: False
     memory = PeakMemory()
-    seconds = (run_plain if which == "plain" else run_ours)(model, windows, mask_steps, tune_steps)
-    print(json.dumps({"seconds": seconds, "peak_bytes": memory.stop()}))
+    steps = (run_plain if which == "plain" else run_ours)(model, windows, most)
+    print(json.dumps({**asdict(steps), "peak_bytes": memory.stop()}))
+
+
+def summary(measured: dict[str, Any]) -> dict[str, Any]:
+    """Seconds per step over the whole run, by ratio band while the masks move, and of the adapters afterwards."""
+    steps = list(zip(measured["seconds"], measured["ratio"], measured["tuning"], strict=True))
+
+    def mean(chosen: list[float]) -> float | None:
+        return round(math.fsum(chosen) / len(chosen), 4) if chosen else None
+
+    bands = {
+        f"{high}-{low}": mean([s for s, ratio, tuning in steps if not tuning and low < ratio <= high])
+        for high, low in itertools.pairwise(BANDS)
+    }
+    return {
+        "peak_bytes": measured["peak_bytes"],
+        "mask_steps": sum(not tuning for tuning in measured["tuning"]),
+        "tune_steps": sum(measured["tuning"]),
+        "last_ratio": measured["ratio"][-1],
+        "seconds_per_step": mean(measured["seconds"]),
+        "seconds_per_mask_step": mean([s for s, _, tuning in steps if not tuning]),
+        "seconds_per_mask_step_by_ratio": bands,
+        "seconds_per_tune_step": mean([s for s, _, tuning in steps if tuning]),
+    }
 
 
 def make_model(path: Path) -> None:
@@ -180,51 +242,52 @@ def make_model(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mask-steps", type=int, default=12)
-    parser.add_argument("--tune-steps", type=int, default=12)
+    parser.add_argument("--mask-steps", type=int, default=100, help="At most; the masks stop at the stop ratio.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "rank_speed.json")
-    parser.add_argument("--measure", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure(args.measure, args.model, args.mask_steps, args.tune_steps)
+        measure(args.measure, args.model, args.mask_steps)
         return
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         make_model(Path(scratch))
-        for which in ("plain", "ours"):
+        for which in RUNS:
             command = [sys.executable, __file__, "--measure", which, "--model", scratch]
-            command += ["--mask-steps", str(args.mask_steps), "--tune-steps", str(args.tune_steps)]
+            command += ["--mask-steps", str(args.mask_steps)]
             # Freed memory goes back, so that the peak is what was in use and not how it was cut up.
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             measured = json.loads(done.stdout)
-            every = [*measured["seconds"]["masks"], *measured["seconds"]["post-tune"]]
-            results[which] = {
-                "peak_bytes": measured["peak_bytes"],
-                "seconds_per_step": round(math.fsum(every) / len(every), 4),
-                "seconds_per_mask_step": round(math.fsum(measured["seconds"]["masks"]) / args.mask_steps, 4),
-                "seconds_per_tune_step": round(math.fsum(measured["seconds"]["post-tune"]) / args.tune_steps, 4),
-            }
-            if "ratio" in measured["seconds"]:
-                results[which]["ratio_after_step"] = measured["seconds"]["ratio"]
+            results[which] = summary(measured)
             print(which, results[which], file=sys.stderr, flush=True)
     document = {
         "benchmark": "rank_speed",
         "model": SHAPE,
-        "settings": {**SETTINGS, "context": CONTEXT, "mask_steps": args.mask_steps, "tune_steps": args.tune_steps},
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
+        "settings": {**SETTINGS, "context": CONTEXT},
+        "machine": {
+            "processor": platform.machine(),
+            "bfloat16": fast_bfloat16(),
+            "cores": os.cpu_count(),
+            "threads": 1,
+        },
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
         "results": results,
-        "time_ratio": round(results["ours"]["seconds_per_step"] / results["plain"]["seconds_per_step"], 3),
-        "memory_ratio": round(results["ours"]["peak_bytes"] / results["plain"]["peak_bytes"], 3),
+        "of_the_straightforward": {
+            which: {
+                "time": round(results[which]["seconds_per_step"] / results["plain"]["seconds_per_step"], 3),
+                "memory": round(results[which]["peak_bytes"] / results["plain"]["peak_bytes"], 3),
+            }
+            for which in RUNS[1:]
+        },
     }
     args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"time {document['time_ratio']}, memory {document['memory_ratio']}", file=sys.stderr)
+    print(document["of_the_straightforward"], file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,45 @@
-"""Losses over a vocabulary that keep one copy of the logits, not five.
+"""Losses over a vocabulary that keep the logits and their gradient, and nothing else.
 
 Written for autograd they would keep, for every token, the logits, their float32 copy, the log-probabilities and the
-gradients of each; over a large vocabulary that outweighs the model. Here the backward pass is written out, chunk by
-chunk of tokens.
+gradients of each; over a large vocabulary that outweighs the model. Here the forward pass, which has the probabilities
+of a few tokens at hand anyway, leaves the gradient behind, in the dtype of the logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Tokens at a time; temporaries are this times the vocabulary.
-_CHUNK = 256
+# Logits at a time: their float32 copies (2 MB each) stay in a processor's cache.
+_AT_ONCE = 2**19
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of ``labels`` (n,) under ``logits`` (n, vocabulary), nats, float32."""
+    """Mean negative log-likelihood of ``labels`` (n,) under ``logits`` (n, vocabulary), nats, float32.
+
+    Negative labels stand for none: their tokens do not count.
+    """
     loss: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
     return loss
 
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean negative log-likelihood of each token after the first."""
-    logits: Tensor = model(input_ids=windows, use_cache=False).logits[:, :-1]
-    return token_cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    logits: Tensor = model(input_ids=windows, use_cache=False).logits
+    # The last token has no label; cutting its logits off would copy all others, and their gradients again.
+    labels = torch.cat([windows[:, 1:], windows.new_full((len(windows), 1), -1)], dim=1)
+    return token_cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def token_divergence(logits: Tensor, dense: Tensor) -> Tensor:
-    """Mean KL divergence of ``logits`` (n, vocabulary) from ``dense`` (n, vocabulary), nats, float32."""
+    """Mean KL divergence of ``logits`` (n, vocabulary) from ``dense`` (n, vocabulary), nats, float32.
+
+    Where ``logits`` wants a gradient, it is left in the storage of ``dense``, whose numbers are gone then.
+    """
     loss: Tensor = _Divergence.apply(logits, dense)  # type: ignore[no-untyped-call]
     return loss
 
@@ -38,47 +47,53 @@ def token_divergence(logits: Tensor, dense: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, labels)
         total = logits.new_zeros((), dtype=torch.float32)
-        for begin in range(0, len(labels), _CHUNK):
-            rows, chosen = logits[begin : begin + _CHUNK].float(), labels[begin : begin + _CHUNK, None]
-            total += (rows.logsumexp(-1) - rows.gather(-1, chosen)[:, 0]).sum()
-        return total / len(labels)
+        labelled = labels >= 0
+        count = labelled.sum()
+        ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        for part in _parts(logits):
+            believed = logits[part].float().log_softmax(-1)
+            chosen, counts = labels[part, None].clamp_min(0), labelled[part, None]
+            total -= (believed.gather(-1, chosen) * counts).sum()
+            if ctx.gradient is not None:
+                probabilities = believed.exp_()
+                probabilities.scatter_add_(-1, chosen, -torch.ones_like(chosen, dtype=torch.float32))
+                ctx.gradient[part] = probabilities.mul_(counts / count)
+        return total / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, labels = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        scale = gradient / len(labels)
-        for begin in range(0, len(labels), _CHUNK):
-            part = slice(begin, begin + _CHUNK)
-            probabilities = logits[part].float().softmax(-1)
-            chosen = labels[part, None]
-            probabilities.scatter_add_(-1, chosen, -torch.ones_like(chosen, dtype=torch.float32))
-            result[part] = probabilities.mul_(scale)
-        return result, None
+        return _scaled(ctx, gradient), None
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, dense: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, dense)
         total = logits.new_zeros((), dtype=torch.float32)
-        for begin in range(0, len(logits), _CHUNK):
-            part = slice(begin, begin + _CHUNK)
-            believed = dense[part].float().log_softmax(-1)
-            total += (believed.exp() * (believed - logits[part].float().log_softmax(-1))).sum()
+        ctx.gradient = dense if ctx.needs_input_grad[0] else None
+        for part in _parts(logits):
+            believed, found = dense[part].float().log_softmax(-1), logits[part].float().log_softmax(-1)
+            probabilities = believed.exp()
+            total += (probabilities * believed.sub_(found)).sum()
+            if ctx.gradient is not None:
+                ctx.gradient[part] = found.exp_().sub_(probabilities).div_(len(logits))
         return total / len(logits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, dense = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        scale = gradient / len(logits)
-        for begin in range(0, len(logits), _CHUNK):
-            part = slice(begin, begin + _CHUNK)
-            difference = logits[part].float().softmax(-1).sub_(dense[part].float().softmax(-1))
-            result[part] = difference.mul_(scale)
-        return result, None
+        return _scaled(ctx, gradient), None
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    step = max(1, _AT_ONCE // logits.shape[1])
+    for begin in range(0, len(logits), step):
+        yield slice(begin, begin + step)
+
+
+def _scaled(ctx: Any, factor: Tensor) -> Tensor:
+    """The gradient, in place; a second backward pass would scale it twice, so it finds none."""
+    gradient: Tensor = ctx.gradient
+    ctx.gradient = None
+    return gradient.mul_(factor)

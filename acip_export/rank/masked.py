@@ -81,11 +81,12 @@ class _MaskedLinear(torch.autograd.Function):
         if a is not None and b is not None:
             if keep < 1:
                 kept = torch.empty(rows.shape, dtype=torch.bool, device=x.device).bernoulli_(keep)
-            low = _dropped(rows, kept, keep) @ a.to(x.dtype).T
+            scale /= keep  # instead of dividing every input that dropout keeps
+            low = _dropped(rows, kept) @ a.to(x.dtype).T
             y.addmm_(low, b.to(x.dtype).T, alpha=scale)
         # The hidden values are kept for the gate's gradient alone, the inputs for the adapter's.
         wants_gate, wants_adapter = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-        ctx.scale, ctx.keep, ctx.shape = scale, keep, x.shape
+        ctx.scale, ctx.shape = scale, x.shape
         ctx.save_for_backward(
             rows if wants_adapter else None,
             hidden if wants_gate else None,
@@ -116,13 +117,14 @@ class _MaskedLinear(torch.autograd.Function):
         if a is not None:
             inner_low = ctx.scale * (gradient @ b.to(gradient.dtype))
             if rows is not None:
-                at_a = (inner_low.T @ _dropped(rows, kept, ctx.keep)).float()
+                at_a = (inner_low.T @ _dropped(rows, kept)).float()
                 at_b = (ctx.scale * (gradient.T @ low)).float()
             if at_x is not None:
-                at_x += _dropped(inner_low @ a.to(gradient.dtype), kept, ctx.keep)
+                at_x += _dropped(inner_low @ a.to(gradient.dtype), kept)
         shaped = None if at_x is None else at_x.view(ctx.shape)
         return shaped, None, None, at_gate, at_a, at_b, None, None
 
 
-def _dropped(rows: Tensor, kept: Tensor | None, keep: float) -> Tensor:
-    return rows if kept is None else (rows * kept).div_(keep)
+def _dropped(rows: Tensor, kept: Tensor | None) -> Tensor:
+    # Several times faster than a product with a bool tensor.
+    return rows if kept is None else torch.where(kept, rows, rows.new_zeros(()))

@@ -37,8 +37,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device, precision: Precisio
 
     Args:
         precision: of the ranked layers' weights, and of the factors made from them: ``float32``, or ``model``: as
-            stored. ``auto``: as stored, except on CPUs, for models of up to 1e8 weights. CPUs compute in float32
-            whatever is stored (few have fast bfloat16); other devices in the stored dtype.
+            stored. ``auto``: as stored, except on CPUs, for models of up to 1e8 weights. Products are made in the
+            stored dtype, but in float32 on CPUs that have no instructions for it, and for encoders on any CPU: a
+            cosine distance is a small difference of large numbers.
 
     Raises:
         UnsupportedError: neither an encoder nor a causal language model, or linear layers that are not ``nn.Linear``.
@@ -65,8 +66,16 @@ def load_model(checkpoint: Checkpoint, device: torch.device, precision: Precisio
         if not module.weight.any():
             raise CheckpointError(f"{name}.weight is all zeros; the model was not saved, or not trained, completely")
     if precision == "model" and device.type == "cpu":
-        _compute_in_float32(model, checkpoint.linear_modules)
+        first = model.get_parameter(f"{next(iter(checkpoint.linear_modules))}.weight")
+        if first.dtype != torch.bfloat16 or not checkpoint.shape.generates or not fast_bfloat16():
+            _compute_in_float32(model, checkpoint.linear_modules)
     return model
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones: others emulate it, far slower."""
+    able = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # older versions of torch cannot tell
+    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "arm_bf16"))
 
 
 def _compute_in_float32(model: nn.Module, stored: Collection[str]) -> None:

@@ -120,7 +120,7 @@ class _HeadMoments:
         self._seen.append(args[0])
 
     def add(self, task: Task, logits: Tensor, windows: Tensor) -> None:
-        probabilities = logits.softmax(-1)
+        probabilities = logits.float().softmax(-1)
         # E[(p - onehot(y))^2] over the model's own labels is p (1 - p): no sampling needed here.
         self.logits += (probabilities * (1 - probabilities)).sum(0).double().cpu()
         self.inputs += task.select(self._seen.pop().detach(), windows).double().square().sum(0).cpu()

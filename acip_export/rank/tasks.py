@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from acip_export.encoder import Encoder
 from acip_export.modules import pooled
-from acip_export.rank.losses import next_token_loss, token_divergence
+from acip_export.rank.losses import next_token_loss, token_cross_entropy, token_divergence
 from acip_export.scores import CAUSAL_UNIT
 
 # Of SimCSE's unsupervised training, section 3.
@@ -44,7 +44,7 @@ class Task(ABC):
 
     @abstractmethod
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
-        """(units, width) float32: logits, or unit embeddings. ``windows`` (n, length) int64."""
+        """(units, width): logits in the model's dtype, or unit embeddings, float32. ``windows`` (n, length) int64."""
 
     @abstractmethod
     def select(self, by_token: Tensor, windows: Tensor) -> Tensor:
@@ -68,18 +68,18 @@ class Task(ABC):
 
     def sampled_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Negative log-likelihood of labels drawn from the model's own distribution, summed over units."""
-        labels = torch.multinomial(outputs.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-        return F.cross_entropy(outputs, labels.to(outputs.device), reduction="sum")
+        labels = torch.multinomial(outputs.detach().float().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
+        return token_cross_entropy(outputs, labels.to(outputs.device)) * len(outputs)
 
     def labelled_loss(self, model: nn.Module, windows: Tensor) -> Tensor:
         """A loss whose gradient at the dense model is not zero, mean over units; for tasks whose texts bring no labels,
         against the dense model's own most likely ones.
         """
         outputs = self.outputs(model, windows)
-        return F.cross_entropy(outputs, outputs.detach().argmax(-1))
+        return token_cross_entropy(outputs, outputs.detach().argmax(-1))
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
-        """From ``dense`` to ``outputs``, summed over units."""
+        """From ``dense`` to ``outputs``, summed over units; for logits, see :func:`.losses.token_divergence`."""
         return token_divergence(outputs, dense) * len(outputs)
 
 
@@ -88,7 +88,7 @@ class CausalTask(Task):
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=windows, use_cache=False).logits
-        return logits.float().flatten(0, 1)
+        return logits.flatten(0, 1)
 
     def labelled_loss(self, model: nn.Module, windows: Tensor) -> Tensor:
         return next_token_loss(model, windows)
@@ -152,7 +152,7 @@ class ClassificationTask(_EncoderTask):
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         logits: Tensor = self.run(model, windows).logits
-        return logits.float()
+        return logits
 
     def select(self, by_token: Tensor, windows: Tensor) -> Tensor:  # noqa: ARG002
         raise AssertionError("a classifier has no head over tokens")
@@ -168,7 +168,7 @@ class MaskedTask(_EncoderTask):
         self.mask_token = mask_token
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
-        return self.select(self.run(model, windows).logits.float(), windows)
+        return self.select(self.run(model, windows).logits, windows)
 
     def select(self, by_token: Tensor, windows: Tensor) -> Tensor:
         return by_token[windows == self.mask_token]
