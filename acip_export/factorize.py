@@ -58,7 +58,8 @@ class Components:
     """``weight = up @ down``, component by component.
 
     Attributes:
-        up: (out, k) float32. down: (k, in) float32. singular: (k,) float32, descending, of the whitened weight.
+        up: (out, k). down: (k, in). singular: (k,) descending, of the whitened weight. All float32, or float64 for a
+            float64 weight.
     """
 
     up: Tensor
@@ -102,9 +103,15 @@ def components(weight: Tensor, input_moment: Tensor | None, gradient_moment: Ten
     return whitened_components(weight, *whitenings_of(input_moment, gradient_moment))
 
 
+def component_dtype(weight: Tensor) -> torch.dtype:
+    """Of the components of ``weight``."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening | None) -> Components:
     """:func:`components` with the roots of the input moment (``right``) and the gradient moment (``left``) at hand."""
     whitened = weight.double()
+    dtype = component_dtype(weight)
     if left is not None:
         whitened = left.root @ whitened
     if right is not None:
@@ -114,9 +121,9 @@ def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening
     up = u * scale
     down = scale[:, None] * vt
     return Components(
-        up=(up if left is None else left.inverse @ up).float(),
-        down=(down if right is None else down @ right.inverse).float(),
-        singular=s.float(),
+        up=(up if left is None else left.inverse @ up).to(dtype),
+        down=(down if right is None else down @ right.inverse).to(dtype),
+        singular=s.to(dtype),
     )
 
 

@@ -65,6 +65,10 @@ class AcipRun:
             n: layer.mask.detach().cpu().numpy().copy() for n, layer in layers.items()
         }
         self.masks = [layer.mask for layer in layers.values()]
+        # By stored mask, which is the mask times its scale.
+        self._mask_losses = [
+            torch.from_numpy(drop_losses[n] / config.mask_scale).to(layer.mask) for n, layer in layers.items()
+        ]
         self.adapters = [p for layer in layers.values() if layer.adapted for p in (layer.adapter_a, layer.adapter_b)]
         for parameter in (*self.masks, *self.adapters):
             parameter.requires_grad_()
@@ -88,7 +92,7 @@ class AcipRun:
         start = 0
         for layer in self.layers.values():
             count = len(layer.mask)
-            grade = torch.from_numpy(ranks[start : start + count]).float().to(self.device)
+            grade = torch.from_numpy(ranks[start : start + count]).to(layer.mask)
             layer.mask.data.copy_(layer.mask_scale * grade)
             start += count
 
@@ -99,9 +103,8 @@ class AcipRun:
             RankingError: the loss is not finite.
         """
         loss = self._loss(next(self.stream))
-        norm = torch.stack([mask.relu().sum() for mask in self.masks]).sum()
         before = [mask.detach() > 0 for mask in self.masks]
-        task = self._update(loss + self.penalty * norm, loss)
+        task = self._update(loss, self._penalize)
         self._stay_at_stop_ratio(before)
         self.mask_steps += 1
         for name, layer in self.layers.items():
@@ -121,7 +124,7 @@ class AcipRun:
             left = 1 - self.tune_steps / self.config.post_tune
             self.optimizer.param_groups[1]["lr"] = left * self._adapter_rate
         loss = self._loss(next(self.stream))
-        task = self._update(loss, loss)
+        task = self._update(loss)
         self.tune_steps += 1
         return task
 
@@ -185,7 +188,8 @@ class AcipRun:
                 layer.gated = False
             self.optimizer.param_groups[0]["params"] = []
         if self.config.post_tune_sizes == "sampled":
-            ranks = self._order.ranks_at(self.sizes.uniform(self.config.stop_ratio, 1.0))
+            smallest = self.config.smallest_sampled or self.config.stop_ratio
+            ranks = self._order.ranks_at(self.sizes.uniform(smallest, self.config.largest_sampled))
             for name, layer in self.layers.items():
                 layer.live = len(layer.mask) if self._order.stays_dense(name, ranks[name]) else ranks[name]
 
@@ -202,7 +206,7 @@ class AcipRun:
         losses = torch.from_numpy(np.concatenate([self.drop_losses[name] for name in self.layers]))
         # From the one that is missed most; each a little above the next, far below any mask that is still moving.
         missed = pruned[losses.to(self.device)[pruned].argsort(descending=True, stable=True)]
-        values = torch.linspace(2, 1, len(missed), device=self.device) * 1e-6 * self.config.mask_scale
+        values = torch.linspace(2, 1, len(missed)).to(self.masks[0]) * 1e-6 * self.config.mask_scale
         stopped = torch.cat([mask.detach().clone() for mask in self.masks])
 
         def restore(count: int) -> float:
@@ -239,11 +243,26 @@ class AcipRun:
         # Means over shares with different numbers of masked tokens: so weighted, their mean is that of the batch.
         return loss * (self.processes.count * self.task.units(windows) / self.task.units(batch))
 
-    def _update(self, objective: Tensor, loss: Tensor) -> float:
-        """One optimizer step on the mean over all processes; returns the mean of ``loss``."""
-        objective.backward()  # type: ignore[no-untyped-call]
+    @torch.no_grad()
+    def _penalize(self) -> None:
+        """From the task's gradients of the masks to the objective's."""
+        for mask, loss in zip(self.masks, self._mask_losses, strict=True):
+            assert mask.grad is not None
+            if self.config.second_order:
+                # Dropping changes the loss by -g + d (g: gradient at one, d: predicted loss), so g - d is what a mask
+                # on its way to zero meets on average. Where that is no gain, g > 0 is no reason to go there.
+                down = mask.grad.clamp_min(0)
+                mask.grad += (down - loss).clamp_min_(0) - down
+            mask.grad += self.penalty * (mask > 0)
+
+    def _update(self, loss: Tensor, adjust: Callable[[], None] = lambda: None) -> float:
+        """One optimizer step on the mean over all processes, whose gradients ``adjust`` may change; returns the mean of
+        ``loss``.
+        """
+        loss.backward()  # type: ignore[no-untyped-call]
         mean, self._stopping = self._average(float(loss.detach()))
         self._require_finite(mean)
+        adjust()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return mean

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.factor_cache import FactorCache
-from acip_export.factorize import Components, Whitening
+from acip_export.factorize import Components, Whitening, component_dtype
 from acip_export.rank.config import Basis, ProgressCallback, silent
 from acip_export.rank.parametrize import AdapterShape, MaskedLinear, replace_linear
+from acip_export.rank.processes import ALONE, Processes
 from acip_export.rank.statistics import ComponentLosses, Statistics, component_losses, dense_sensitivity
 from acip_export.rank.timing import Clock
 from acip_export.scores import FloatArray
@@ -29,7 +30,8 @@ class Factorized:
     """A model whose linear layers became :class:`MaskedLinear`, with everything known about their components.
 
     Attributes:
-        layers, losses, singular, sensitivity, whitenings: by module name; whitenings of (inputs, gradients).
+        layers, losses, singular, sensitivity, whitenings, owners: by module name; whitenings of (inputs, gradients);
+            the owner is the process that does the linear algebra of the module for all.
     """
 
     layers: Mapping[str, MaskedLinear]
@@ -37,6 +39,32 @@ class Factorized:
     singular: Mapping[str, FloatArray]
     sensitivity: Mapping[str, float]
     whitenings: Mapping[str, Whitenings]
+    owners: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What is known about a module once it is factorized."""
+
+    components: Components
+    losses: ComponentLosses
+    sensitivity: Tensor  # float64 scalar
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        parts, losses = self.components, self.losses
+        vectors = (losses.drop, losses.up_sensitivity, losses.down_sensitivity)
+        return (parts.up, parts.down, parts.singular, *vectors, self.sensitivity)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> _Factors:
+        return cls(Components(*tensors[:3]), ComponentLosses(*tensors[3:6]), tensors[6])
+
+    @classmethod
+    def empty(cls, weight: Tensor) -> _Factors:
+        (out, inputs), dtype = weight.shape, component_dtype(weight)
+        count = min(out, inputs)
+        factors = [torch.empty(shape, dtype=dtype) for shape in ((out, count), (count, inputs), (count,))]
+        return cls.of([*factors, *(torch.empty(shape, dtype=torch.float64) for shape in ((count,),) * 3 + ((),))])
 
 
 def factorize_model(
@@ -48,16 +76,18 @@ def factorize_model(
     adapter: AdapterShape,
     progress: ProgressCallback = silent,
     cache: FactorCache | None = None,
+    processes: Processes = ALONE,
 ) -> Factorized:
     """Replace every linear layer of ``model`` in place; the dense weights are released one by one.
 
-    As many layers are factorized side by side as torch has threads, one thread each: an SVD gains little from more.
+    Each process factorizes its share for all. As many layers are factorized side by side as torch has threads, one
+    thread each: an SVD gains little from more.
     """
     cache = cache or FactorCache(None)
     layers, losses, singular, sensitivity, whitenings = {}, {}, {}, {}, {}
     roots: dict[str, Whitening] = {}
 
-    def whitening(moment_key: str, moment: torch.Tensor, wanted: bool) -> Whitening | None:
+    def whitening(moment_key: str, moment: Tensor, wanted: bool) -> Whitening | None:
         if wanted and moment_key not in roots:
             roots[moment_key] = Whitening.of(moment)
         return roots[moment_key] if wanted else None
@@ -69,29 +99,56 @@ def factorize_model(
             whitening(statistics.gradient_keys[name], statistics.gradient_of(name), basis == "kfac"),
         )
 
-    def factorize(name: str) -> Components:
-        return cache.components(model.get_parameter(f"{name}.weight").detach().cpu(), *whitenings[name])
+    def factorize(name: str) -> _Factors:
+        weight = model.get_parameter(f"{name}.weight").detach().cpu()
+        components = cache.components(weight, *whitenings[name])
+        inputs, gradients = statistics.input_of(name), statistics.gradient_of(name)
+        estimate, exact = dense_sensitivity(weight, inputs, gradients), statistics.sensitivity.get(name)
+        losses = component_losses(components, inputs, gradients, 1.0 if exact is None else exact / estimate)
+        return _Factors(components, losses, torch.tensor(estimate if exact is None else exact, dtype=torch.float64))
 
-    for name, components in side_by_side(factorize, list(checkpoint.linear_modules)):
+    owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
+    own = [name for name in checkpoint.linear_modules if owners[name] == processes.rank]
+    factorized = side_by_side(factorize, own, ahead=processes.count > 1)
+    for name in checkpoint.linear_modules:
         dense = model.get_submodule(name)
         assert isinstance(dense, nn.Linear)  # load_model has checked it
-        inputs, gradients = statistics.input_of(name), statistics.gradient_of(name)
-        weight = dense.weight.detach().cpu()
-        exact = statistics.sensitivity.get(name)
-        estimate = dense_sensitivity(weight, inputs, gradients)
-        losses[name] = component_losses(components, inputs, gradients, 1.0 if exact is None else exact / estimate)
-        singular[name] = components.singular.numpy()
-        sensitivity[name] = estimate if exact is None else exact
-        layers[name] = MaskedLinear(components, dense, mask_scale, adapter)
+        mine = next(factorized)[1] if owners[name] == processes.rank else _Factors.empty(dense.weight)
+        found = _Factors.of([processes.from_owner(tensor, owners[name]) for tensor in mine.tensors()])
+        losses[name], sensitivity[name] = found.losses, float(found.sensitivity)
+        singular[name] = found.components.singular.numpy()
+        layers[name] = MaskedLinear(found.components, dense, mask_scale, adapter)
         replace_linear(model, name, layers[name])
         clock.advance()
-    return Factorized(layers, losses, singular, sensitivity, whitenings)
+    return Factorized(layers, losses, singular, sensitivity, whitenings, owners)
 
 
-def side_by_side(work: Callable[[str], _Result], names: Sequence[str]) -> Iterator[tuple[str, _Result]]:
-    """``work`` of every name, in order; no more results wait at any time than torch has threads."""
+def owners_of(shapes: Mapping[str, tuple[int, int]], inputs: Mapping[str, str], count: int) -> dict[str, int]:
+    """The process that factorizes each module: shares of about equal work, in the modules' order, so that no process
+    waits long for another. Modules that read the same input share its whitening, and so an owner.
+    """
+    work: dict[str, int] = {}
+    for name, (out, columns) in shapes.items():
+        # The roots of two moments, one of them shared, and an SVD, up to constants that are alike.
+        work[inputs[name]] = work.get(inputs[name], columns**3) + out**3 + out * columns * min(out, columns)
+    loads = [0] * count
+    chosen = {}
+    for key, amount in work.items():
+        chosen[key] = loads.index(min(loads))
+        loads[chosen[key]] += amount
+    return {name: chosen[inputs[name]] for name in shapes}
+
+
+def side_by_side(
+    work: Callable[[str], _Result], names: Sequence[str], ahead: bool = False
+) -> Iterator[tuple[str, _Result]]:
+    """``work`` of every name, in order; no more results wait at any time than torch has threads.
+
+    Args:
+        ahead: use a thread beside this one even if torch has but one, so that work goes on while this one waits.
+    """
     threads = torch.get_num_threads()
-    if threads == 1:
+    if threads == 1 and not ahead:
         for name in names:
             yield name, work(name)
         return

@@ -40,11 +40,15 @@ class AcipConfig:
         objective: ``ce`` (paper), or ``distill``: KL divergence from the dense model, nats per token.
         start: initial masks all ``ones`` (paper), or graded by ``drop-loss``: of N components, the one with the i-th
             smallest predicted loss starts at i/N, so that the training-free order is what the loss then corrects.
+        second_order: the loss pushes a mask down only as far as dropping its component, to second order, is predicted
+            to lower the loss; to first order (paper), components that all others depend on are pushed down near the
+            end, because a little less of them would help.
         predictor: of the loss of dropping a component: ``kfac`` from the moments, or ``fisher``, measured on the masks.
         stop_ratio: share of the linear layers' parameters at which the masks stop.
         post_tune: steps of the adapters alone after that.
         post_tune_sizes: masks while post-tuning: those of the ``stop`` ratio (paper), or of a ratio ``sampled``
-            uniformly between the stop ratio and 1 for every step, so that one set of adapters serves all sizes.
+            uniformly for every step, so that one set of adapters serves all sizes.
+        smallest_sampled, largest_sampled: bounds of those ratios; 0 for the stop ratio.
         learning_rate: of AdamW, without weight decay. adapter_learning_rate: ``None``: the same (paper).
         post_tune_decay: lower the adapters' learning rate linearly to zero while post-tuning.
         mask_scale: masks are 1 at the start but stored as this, so that they move on the adapters' scale.
@@ -60,9 +64,12 @@ class AcipConfig:
     objective: Objective = "ce"
     start: Start = "ones"
     predictor: Predictor = "kfac"
+    second_order: bool = False
     stop_ratio: float = 0.4
     post_tune: int = 1000
     post_tune_sizes: PostTuneSizes = "stop"
+    smallest_sampled: float = 0.0
+    largest_sampled: float = 1.0
     post_tune_decay: bool = False
     learning_rate: float = 5e-5
     adapter_learning_rate: float | None = None
@@ -80,6 +87,10 @@ class AcipConfig:
     def __post_init__(self) -> None:
         if not 0 < self.stop_ratio < 1:
             raise UsageError(f"stop ratio {self.stop_ratio} must lie between 0 and 1")
+        if not 0 <= self.smallest_sampled < self.largest_sampled <= 1:
+            raise UsageError(
+                f"sizes sampled from {self.smallest_sampled} to {self.largest_sampled} must rise, between 0 and 1"
+            )
         if self.post_tune < 0 or self.adapter_rank < 0:
             raise UsageError(
                 f"post-tune steps {self.post_tune} and adapter rank {self.adapter_rank} cannot be negative"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from acip_export.factorize import Whitening, fold
 from acip_export.global_order import GlobalOrder
+from acip_export.rank.basis import Factorized
 from acip_export.rank.config import CURVE_RATIOS, ProgressCallback, silent
 from acip_export.rank.losses import next_token_loss
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
@@ -22,9 +23,8 @@ from acip_export.similarity import Similarity, compare_similarities
 
 def measure_curve(
     model: nn.Module,
-    layers: Mapping[str, MaskedLinear],
+    parts: Factorized,
     scores: Mapping[str, FloatArray],
-    whitenings: Mapping[str, tuple[Whitening | None, Whitening | None]],
     windows: Tensor,
     batch: int,
     ratios: tuple[float, ...] = CURVE_RATIOS,
@@ -32,19 +32,16 @@ def measure_curve(
     task: Task = CAUSAL,
     processes: Processes = ALONE,
 ) -> tuple[CurvePoint, ...]:
-    """Loss on ``windows`` (n, context) when the layers are cut in the global order, without and with adapters.
+    """Loss on ``windows`` (n, context) when the model's layers are cut in the global order, without and with adapters.
 
     The loss of a causal model is that of the next token, an encoder's the divergence from its dense self.
 
     A module of shape (m, n) and rank r counts min(r*(m+n), m*n) parameters, and where its pair would be larger, it
     stays dense. Adapters are measured the way they are exported: folded into a pair at the same rank, added to a
     dense weight. Ratio 1 is the dense model.
-
-
-    Args:
-        whitenings: of the inputs and the gradients, by module; ``None`` for the identity.
     """
     model.eval()
+    layers = parts.layers
     order = GlobalOrder(scores, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
     for name, layer in layers.items():
         layer.arrange(torch.from_numpy(np.argsort(-scores[name], kind="stable")).to(layer.mask.device), len(layer.mask))
@@ -69,11 +66,7 @@ def measure_curve(
         clock.advance(ratio=ratio, loss=loss)
         with_adapters = None
         if adapted:
-            for name, layer in layers.items():
-                if layer.live == len(layer.mask):
-                    layer.adapted = len(layer.adapter_a) > 0
-                else:
-                    layer.folded = _folded(layer, *whitenings[name])
+            _fold_adapters(parts, processes)
             with_adapters, adapted_similarity = measure()
             if with_adapters < loss:
                 similarity = adapted_similarity
@@ -127,9 +120,22 @@ def adapter_pair(layer: MaskedLinear) -> tuple[Tensor, Tensor]:
     return layer.adapter_scale * layer.adapter_b.detach(), layer.adapter_a.detach()
 
 
+def _fold_adapters(parts: Factorized, processes: Processes) -> None:
+    for name, layer in parts.layers.items():
+        if layer.live == len(layer.mask):
+            layer.adapted = len(layer.adapter_a) > 0
+        elif parts.owners[name] == processes.rank:
+            layer.folded = _folded(layer, *parts.whitenings[name])
+        else:
+            layer.folded = torch.empty_like(layer.up[:, : layer.live]), torch.empty_like(layer.down[: layer.live])
+    for name, layer in parts.layers.items():
+        if layer.folded is not None:
+            up, down = layer.folded
+            layer.folded = processes.from_owner(up, parts.owners[name]), processes.from_owner(down, parts.owners[name])
+
+
 def _folded(layer: MaskedLinear, right: Whitening | None, left: Whitening | None) -> tuple[Tensor, Tensor]:
     b, a = adapter_pair(layer)
     up, down = layer.up[:, : layer.live], layer.down[: layer.live]
-    device, dtype = up.device, up.dtype
     pair = fold(up.cpu(), down.cpu(), b.cpu(), a.cpu(), right, left)
-    return pair[0].to(device, dtype), pair[1].to(device, dtype)
+    return pair[0].to(up), pair[1].to(down)

@@ -19,7 +19,7 @@ _AT_ONCE = 2**19
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of ``labels`` (n,) under ``logits`` (n, vocabulary), nats, float32.
+    """Mean negative log-likelihood of ``labels`` (n,) under ``logits`` (n, vocabulary), nats, in float32 or wider.
 
     Negative labels stand for none: their tokens do not count.
     """
@@ -36,7 +36,7 @@ def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 def token_divergence(logits: Tensor, dense: Tensor) -> Tensor:
-    """Mean KL divergence of ``logits`` (n, vocabulary) from ``dense`` (n, vocabulary), nats, float32.
+    """Mean KL divergence of ``logits`` (n, vocabulary) from ``dense`` (n, vocabulary), nats, in float32 or wider.
 
     Where ``logits`` wants a gradient, it is left in the storage of ``dense``, whose numbers are gone then.
     """
@@ -47,17 +47,17 @@ def token_divergence(logits: Tensor, dense: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        total = logits.new_zeros((), dtype=torch.float32)
+        total = _widened(logits.new_zeros(()))
         labelled = labels >= 0
         count = labelled.sum()
         ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for part in _parts(logits):
-            believed = logits[part].float().log_softmax(-1)
+            believed = _widened(logits[part]).log_softmax(-1)
             chosen, counts = labels[part, None].clamp_min(0), labelled[part, None]
             total -= (believed.gather(-1, chosen) * counts).sum()
             if ctx.gradient is not None:
                 probabilities = believed.exp_()
-                probabilities.scatter_add_(-1, chosen, -torch.ones_like(chosen, dtype=torch.float32))
+                probabilities.scatter_add_(-1, chosen, probabilities.new_full(chosen.shape, -1))
                 ctx.gradient[part] = probabilities.mul_(counts / count)
         return total / count
 
@@ -70,10 +70,10 @@ class _CrossEntropy(torch.autograd.Function):
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, dense: Tensor) -> Tensor:
-        total = logits.new_zeros((), dtype=torch.float32)
+        total = _widened(logits.new_zeros(()))
         ctx.gradient = dense if ctx.needs_input_grad[0] else None
         for part in _parts(logits):
-            believed, found = dense[part].float().log_softmax(-1), logits[part].float().log_softmax(-1)
+            believed, found = _widened(dense[part]).log_softmax(-1), _widened(logits[part]).log_softmax(-1)
             probabilities = believed.exp()
             total += (probabilities * believed.sub_(found)).sum()
             if ctx.gradient is not None:
@@ -90,6 +90,10 @@ def _parts(logits: Tensor) -> Iterator[slice]:
     step = max(1, _AT_ONCE // logits.shape[1])
     for begin in range(0, len(logits), step):
         yield slice(begin, begin + step)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _scaled(ctx: Any, factor: Tensor) -> Tensor:

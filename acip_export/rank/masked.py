@@ -19,7 +19,7 @@ from torch.nn import functional as F
 class Adapter:
     """``scale * b (a dropout(x))``; ``keep``: share of inputs that dropout leaves.
 
-    ``a`` (r, in) and ``b`` (out, r) are float32 and trained.
+    ``a`` (r, in) and ``b`` (out, r) are trained, in float32 or wider.
     """
 
     a: Tensor
@@ -113,12 +113,12 @@ class _MaskedLinear(torch.autograd.Function):
         if hidden is not None:
             # ``hidden`` and ``inner`` were gated already. That is right where the gate is one, and where it is zero the
             # mask's ReLU stops the gradient anyway.
-            at_gate = (inner.mul_(hidden)).float().sum(0)
+            at_gate = (inner.mul_(hidden)).to(gate.dtype).sum(0)
         if a is not None:
             inner_low = ctx.scale * (gradient @ b.to(gradient.dtype))
             if rows is not None:
-                at_a = (inner_low.T @ _dropped(rows, kept)).float()
-                at_b = (ctx.scale * (gradient.T @ low)).float()
+                at_a = (inner_low.T @ _dropped(rows, kept)).to(a.dtype)
+                at_b = (ctx.scale * (gradient.T @ low)).to(b.dtype)
             if at_x is not None:
                 at_x += _dropped(inner_low @ a.to(gradient.dtype), kept)
         shaped = None if at_x is None else at_x.view(ctx.shape)

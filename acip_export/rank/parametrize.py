@@ -39,7 +39,7 @@ class MaskedLinear(nn.Module):
 
     Attributes:
         up: (out, k), down: (k, in): frozen, in the dense weight's dtype. arrangement: (k,) component at each place.
-        mask: (k,) float32, by component. adapter_a: (a, in), adapter_b: (out, a): float32.
+        mask: (k,) by component. adapter_a: (a, in), adapter_b: (out, a). These are float32, or float64 if the model is.
         live: leading places in use. gated: multiply by the mask. adapted: add the adapter.
         folded: a factor pair that replaces components and adapter, for evaluation.
         probe: (windows, 1, k) multiplied into the components, for gradients by window.
@@ -52,6 +52,7 @@ class MaskedLinear(nn.Module):
     def __init__(self, basis: Components, dense: nn.Linear, mask_scale: float, adapter: AdapterShape) -> None:
         super().__init__()
         dtype, device = dense.weight.dtype, dense.weight.device
+        trained = torch.promote_types(dtype, torch.float32)
         self.out_features, self.in_features = dense.weight.shape
         components = len(basis.singular)
         self.register_buffer("up", basis.up.to(device, dtype))
@@ -59,10 +60,10 @@ class MaskedLinear(nn.Module):
         self.register_buffer("arrangement", torch.arange(components, device=device))
         self.bias = dense.bias
         self.mask_scale = mask_scale
-        self.mask = nn.Parameter(torch.full((components,), mask_scale, device=device))
+        self.mask = nn.Parameter(torch.full((components,), mask_scale, dtype=trained, device=device))
         rank = adapter.rank_for(self.out_features, self.in_features)
-        self.adapter_a = nn.Parameter(torch.empty(rank, self.in_features, device=device))
-        self.adapter_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.adapter_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=trained, device=device))
+        self.adapter_b = nn.Parameter(torch.zeros(self.out_features, rank, dtype=trained, device=device))
         if rank:
             nn.init.kaiming_uniform_(self.adapter_a, a=math.sqrt(5))  # LoRA's
         self.adapter_scale = adapter.alpha / rank if rank else 0.0
@@ -79,7 +80,7 @@ class MaskedLinear(nn.Module):
     def gate(self) -> Tensor:
         """(k,) ones and zeros, with the gradient of the stored mask through ReLU and scale."""
         positive = F.relu(self.mask)
-        return (positive > 0).float() + (positive - positive.detach()) / self.mask_scale
+        return (positive > 0).to(positive.dtype) + (positive - positive.detach()) / self.mask_scale
 
     def arrange(self, order: Tensor, live: int) -> None:
         """Put the components into ``order`` (k,) and use the ``live`` first ones."""

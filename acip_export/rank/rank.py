@@ -179,9 +179,8 @@ def _rank(
         ranking = stage.free(algorithm) if config is None else stage.learned(config)
         curve = measure_curve(
             dense,
-            ranking.parts.layers,
+            ranking.parts,
             ranking.scores,
-            ranking.parts.whitenings,
             text.held_out,
             calibration.batch,
             calibration.curve_ratios,
@@ -325,7 +324,15 @@ class _Stage:
 
     def _factorize(self, basis: Basis, mask_scale: float, adapter: AdapterShape) -> Factorized:
         return factorize_model(
-            self.checkpoint, self.model, self.statistics, basis, mask_scale, adapter, self.progress, self.factors
+            self.checkpoint,
+            self.model,
+            self.statistics,
+            basis,
+            mask_scale,
+            adapter,
+            self.progress,
+            self.factors,
+            self.processes,
         )
 
     def _drop_losses(self, parts: Factorized, predictor: Predictor) -> dict[str, npt.NDArray[np.float64]]:

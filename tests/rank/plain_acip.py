@@ -30,7 +30,7 @@ class PlainAcip:
         self.p = {name: torch.full_like(s, scale) for name, (_, s, _) in self.factors.items()}
         self.a = {name: a.clone() for name, a in adapters.items()}
         self.b = {
-            name: torch.zeros(model.get_parameter(f"{name}.weight").shape[0], len(a)) for name, a in adapters.items()
+            name: a.new_zeros(model.get_parameter(f"{name}.weight").shape[0], len(a)) for name, a in adapters.items()
         }
         self.alpha = alpha
         self.score_map = {name: p.clone() for name, p in self.p.items()}
@@ -44,7 +44,7 @@ class PlainAcip:
         weights = {}
         for name, (u, s, vt) in self.factors.items():
             p = torch.relu(self.p[name])
-            m = (p > 0).float() + p / self.scale - (p / self.scale).detach()
+            m = (p > 0).to(p) + p / self.scale - (p / self.scale).detach()
             weights[f"{name}.weight"] = (
                 u @ torch.diag(m * s) @ vt + self.alpha / len(self.a[name]) * self.b[name] @ self.a[name]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from acip_export.errors import DataError, UnsupportedError, UsageError
 from acip_export.rank import AcipConfig, rank_model
+from acip_export.rank.basis import owners_of
 from acip_export.rank.processes import Processes, check_batch, start_processes
 from acip_export.scores import ScoreFile, load_scores
 from tests.rank.support import CALIBRATION
@@ -37,14 +39,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
+from acip_export import factor_cache
 from acip_export.rank import AcipConfig, rank_model
 from acip_export.rank.processes import launched_rank
 from tests.rank.support import CALIBRATION
 from tests.rank.test_processes import SETTINGS
 torch.set_num_threads(1)
 model, text, out = sys.argv[1:]
+factorize, counted = factor_cache.whitened_components, []
+def counting(*arguments):
+    counted.append(arguments)
+    return factorize(*arguments)
+factor_cache.whitened_components = counting
 ranked = rank_model(model, text, acip=AcipConfig(**SETTINGS), calibration=CALIBRATION, out=Path(out) / "scores.acip")
 np.save(Path(out) / f"rank{launched_rank()}.npy", np.concatenate([m.scores for m in ranked.modules.values()]))
+print(f"factorized {len(counted)}\\n", end="", flush=True)
 """
 
 
@@ -77,7 +86,9 @@ def alone(model: Path, text: Path) -> ScoreFile:
 
 def test_two_processes_rank_as_one(model: Path, text: Path, tmp_path: Path, alone: ScoreFile) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch(model, text, tmp_path, script=str(tmp_path / "script.py"))
+    printed = launch(model, text, tmp_path, script=str(tmp_path / "script.py"))
+    shares = [int(line.split()[1]) for line in printed.splitlines() if line.startswith("factorized")]
+    assert len(shares) == 2 and sum(shares) == len(alone.modules) and min(shares) > 0
     by_rank = [np.load(tmp_path / f"rank{rank}.npy") for rank in (0, 1)]
     np.testing.assert_array_equal(*by_rank)  # the same steps from the same sums
     together = load_scores(tmp_path / "scores.acip")
@@ -116,6 +127,32 @@ def test_shares_are_whole_and_disjoint() -> None:
         assert all(shares)
         seen = sorted((start + i, int(row)) for share in shares for start, part in share for i, row in enumerate(part))
         assert seen == [(i, i) for i in range(23)]
+
+
+def test_factorizing_is_shared_out_evenly_and_by_input() -> None:
+    shapes, inputs = {}, {}
+    for layer in range(8):
+        for name, shape, read in (
+            ("q", (64, 64), "qkv"),
+            ("k", (32, 64), "qkv"),
+            ("v", (32, 64), "qkv"),
+            ("o", (64, 64), "o"),
+            ("gate", (176, 64), "mlp"),
+            ("up", (176, 64), "mlp"),
+            ("down", (64, 176), "down"),
+        ):
+            shapes[f"{layer}.{name}"], inputs[f"{layer}.{name}"] = shape, f"{layer}.{read}"
+    for count in (1, 2, 3, 4):
+        owners = owners_of(shapes, inputs, count)
+        loads = [0] * count
+        for name, owner in owners.items():
+            loads[owner] += shapes[name][0] ** 3 + math.prod(shapes[name]) * min(shapes[name])
+        for key in set(inputs.values()):
+            reader = next(name for name in shapes if inputs[name] == key)
+            loads[owners[reader]] += shapes[reader][1] ** 3
+        # Groups are dealt out whole, and the largest one is less than a layer.
+        assert max(loads) - min(loads) < sum(loads) / 8
+        assert all(owners[one] == owners[two] for one in shapes for two in shapes if inputs[one] == inputs[two])
 
 
 def test_sharded_models_are_refused_and_not_ranked_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
