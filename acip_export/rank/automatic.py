@@ -15,7 +15,8 @@ def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
     """The settings that were measured to rank best in minutes (docs/LOG.md).
 
     Masks start graded by the Fisher information of the components, and the divergence from the dense model, whose
-    gradient starts at zero, only corrects that order. The learning rate follows from the number of mask steps: under
+    gradient starts at zero, only corrects that order. Near the end it is not small any more: to second order it cannot
+    push out what all the rest was learned with. The learning rate follows from the number of mask steps: under
     Adam an undefended mask moves by one learning rate per step, and at the usual stop ratio about
     ``_PRUNED_SHARE`` of the graded range has to be crossed. Large models get the paper's number of steps.
     """
@@ -32,6 +33,7 @@ def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
         objective="distill",
         start="drop-loss",
         predictor="fisher",
+        second_order=True,
         post_tune=tune,
         post_tune_sizes="sampled",
         post_tune_decay=True,

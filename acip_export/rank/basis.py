@@ -17,6 +17,7 @@ from acip_export.factorize import Components, Whitening, component_dtype
 from acip_export.rank.config import Basis, ProgressCallback, silent
 from acip_export.rank.parametrize import AdapterShape, MaskedLinear, replace_linear
 from acip_export.rank.processes import ALONE, Processes
+from acip_export.rank.sharding import by_block, shard_block, shard_rest
 from acip_export.rank.statistics import ComponentLosses, Statistics, component_losses, dense_sensitivity
 from acip_export.rank.timing import Clock
 from acip_export.scores import FloatArray
@@ -80,8 +81,8 @@ def factorize_model(
 ) -> Factorized:
     """Replace every linear layer of ``model`` in place; the dense weights are released one by one.
 
-    Each process factorizes its share for all. As many layers are factorized side by side as torch has threads, one
-    thread each: an SVD gains little from more.
+    Each process factorizes its share for all; a model to be sharded is on the host and sharded block by block. As many
+    layers are factorized side by side as torch has threads, one thread each: an SVD gains little from more.
     """
     cache = cache or FactorCache(None)
     layers, losses, singular, sensitivity, whitenings = {}, {}, {}, {}, {}
@@ -110,16 +111,21 @@ def factorize_model(
     owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
     own = [name for name in checkpoint.linear_modules if owners[name] == processes.rank]
     factorized = side_by_side(factorize, own, ahead=processes.count > 1)
-    for name in checkpoint.linear_modules:
-        dense = model.get_submodule(name)
-        assert isinstance(dense, nn.Linear)  # load_model has checked it
-        mine = next(factorized)[1] if owners[name] == processes.rank else _Factors.empty(dense.weight)
-        found = _Factors.of([processes.from_owner(tensor, owners[name]) for tensor in mine.tensors()])
-        losses[name], sensitivity[name] = found.losses, float(found.sensitivity)
-        singular[name] = found.components.singular.numpy()
-        layers[name] = MaskedLinear(found.components, dense, mask_scale, adapter)
-        replace_linear(model, name, layers[name])
-        clock.advance()
+    for block, names in by_block(checkpoint.linear_modules):
+        for name in names:
+            dense = model.get_submodule(name)
+            assert isinstance(dense, nn.Linear)  # load_model has checked it
+            mine = next(factorized)[1] if owners[name] == processes.rank else _Factors.empty(dense.weight)
+            found = _Factors.of([processes.from_owner(tensor, owners[name]) for tensor in mine.tensors()])
+            losses[name], sensitivity[name] = found.losses, float(found.sensitivity)
+            singular[name] = found.components.singular.numpy()
+            layers[name] = MaskedLinear(found.components, dense, mask_scale, adapter)
+            replace_linear(model, name, layers[name])
+            clock.advance()
+        if processes.mesh is not None:
+            shard_block(model.get_submodule(block), processes.mesh, [layers[name].down for name in names])
+    if processes.mesh is not None:
+        shard_rest(model, processes.mesh)
     return Factorized(layers, losses, singular, sensitivity, whitenings, owners)
 
 

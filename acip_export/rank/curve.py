@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from acip_export.factorize import Whitening, fold
+from acip_export.factorize import fold
 from acip_export.global_order import GlobalOrder
 from acip_export.rank.basis import Factorized
 from acip_export.rank.config import CURVE_RATIOS, ProgressCallback, silent
 from acip_export.rank.losses import next_token_loss
 from acip_export.rank.parametrize import MaskedLinear, dense_behaviour
 from acip_export.rank.processes import ALONE, Processes
+from acip_export.rank.sharding import whole
 from acip_export.rank.tasks import CAUSAL, EmbeddingTask, Task
 from acip_export.rank.timing import Clock
 from acip_export.scores import CurvePoint, FloatArray
@@ -61,7 +62,7 @@ def measure_curve(
         ranks = order.ranks_at(ratio)
         for name, layer in layers.items():
             layer.live = len(layer.mask) if order.stays_dense(name, ranks[name]) else ranks[name]
-            layer.adapted, layer.folded = False, None
+            layer.adapted = False
         loss, similarity = measure()
         clock.advance(ratio=ratio, loss=loss)
         with_adapters = None
@@ -70,11 +71,11 @@ def measure_curve(
             with_adapters, adapted_similarity = measure()
             if with_adapters < loss:
                 similarity = adapted_similarity
+            for layer in layers.values():
+                layer.release()
             clock.advance(ratio=ratio, loss=with_adapters)
         kept = (None, None) if similarity is None else (similarity.spearman, similarity.mean_error)
         points.append(CurvePoint(ratio, loss, with_adapters, *kept))
-    for layer in layers.values():
-        layer.folded = None
     return tuple(points)
 
 
@@ -124,18 +125,10 @@ def _fold_adapters(parts: Factorized, processes: Processes) -> None:
     for name, layer in parts.layers.items():
         if layer.live == len(layer.mask):
             layer.adapted = len(layer.adapter_a) > 0
-        elif parts.owners[name] == processes.rank:
-            layer.folded = _folded(layer, *parts.whitenings[name])
-        else:
-            layer.folded = torch.empty_like(layer.up[:, : layer.live]), torch.empty_like(layer.down[: layer.live])
-    for name, layer in parts.layers.items():
-        if layer.folded is not None:
-            up, down = layer.folded
-            layer.folded = processes.from_owner(up, parts.owners[name]), processes.from_owner(down, parts.owners[name])
-
-
-def _folded(layer: MaskedLinear, right: Whitening | None, left: Whitening | None) -> tuple[Tensor, Tensor]:
-    b, a = adapter_pair(layer)
-    up, down = layer.up[:, : layer.live], layer.down[: layer.live]
-    pair = fold(up.cpu(), down.cpu(), b.cpu(), a.cpu(), right, left)
-    return pair[0].to(up), pair[1].to(down)
+            continue
+        pair = whole(layer.up)[:, : layer.live], whole(layer.down)[: layer.live]
+        if parts.owners[name] == processes.rank:
+            b, a = adapter_pair(layer)
+            folded = fold(pair[0].cpu(), pair[1].cpu(), b.cpu(), a.cpu(), *parts.whitenings[name])
+            pair = folded[0].to(pair[0]), folded[1].to(pair[1])
+        layer.hold(*(processes.from_owner(factor, parts.owners[name]) for factor in pair))

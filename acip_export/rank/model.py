@@ -32,10 +32,13 @@ def linear_weights(checkpoint: Checkpoint) -> int:
     return sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, precision: Precision = "float32") -> nn.Module:
+def load_model(
+    checkpoint: Checkpoint, device: torch.device, precision: Precision = "float32", home: torch.device | None = None
+) -> nn.Module:
     """The dense model with frozen weights.
 
     Args:
+        device: where it computes. home: where it is put; ``None``: there.
         precision: of the ranked layers' weights, and of the factors made from them: ``float32``, or ``model``: as
             stored. ``auto``: as stored, except on CPUs, for models of up to 1e8 weights. Products are made in the
             stored dtype, but in float32 on CPUs that have no instructions for it, and for encoders on any CPU: a
@@ -48,7 +51,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, precision: Precisio
     small = linear_weights(checkpoint) <= _FLOAT32_WEIGHTS
     if precision == "auto":
         precision = "float32" if device.type == "cpu" and small else "model"
-    model = load_dense(checkpoint, torch.float32 if precision == "float32" else "auto").to(device)
+    model = load_dense(checkpoint, torch.float32 if precision == "float32" else "auto").to(home or device)
     if not checkpoint.linear_modules:
         raise UnsupportedError(
             f"{checkpoint.path} has no linear layers in numbered blocks, so there is nothing to rank"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from acip_export.factorize import Components
 from acip_export.rank.masked import Adapter, frozen_linear, masked_linear
+from acip_export.rank.sharding import local, part_of
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,9 @@ class MaskedLinear(nn.Module):
         up: (out, k), down: (k, in): frozen, in the dense weight's dtype. arrangement: (k,) component at each place.
         mask: (k,) by component. adapter_a: (a, in), adapter_b: (out, a). These are float32, or float64 if the model is.
         live: leading places in use. gated: multiply by the mask. adapted: add the adapter.
-        folded: a factor pair that replaces components and adapter, for evaluation.
         probe: (windows, 1, k) multiplied into the components, for gradients by window.
     """
 
-    up: Tensor
-    down: Tensor
     arrangement: Tensor
 
     def __init__(self, basis: Components, dense: nn.Linear, mask_scale: float, adapter: AdapterShape) -> None:
@@ -55,8 +53,8 @@ class MaskedLinear(nn.Module):
         trained = torch.promote_types(dtype, torch.float32)
         self.out_features, self.in_features = dense.weight.shape
         components = len(basis.singular)
-        self.register_buffer("up", basis.up.to(device, dtype))
-        self.register_buffer("down", basis.down.to(device, dtype))
+        self.up = nn.Parameter(basis.up.to(device, dtype), requires_grad=False)
+        self.down = nn.Parameter(basis.down.to(device, dtype), requires_grad=False)
         self.register_buffer("arrangement", torch.arange(components, device=device))
         self.bias = dense.bias
         self.mask_scale = mask_scale
@@ -69,7 +67,7 @@ class MaskedLinear(nn.Module):
         self.adapter_scale = adapter.alpha / rank if rank else 0.0
         self.dropout = adapter.dropout
         self.live, self.gated, self.adapted = components, True, rank > 0
-        self.folded: tuple[Tensor, Tensor] | None = None
+        self._held: tuple[Tensor, Tensor] | None = None
         self.probe: Tensor | None = None
 
     @property
@@ -87,8 +85,32 @@ class MaskedLinear(nn.Module):
         place = torch.empty_like(self.arrangement)
         place[self.arrangement] = torch.arange(len(place), device=place.device)
         moves = place[order]
-        self.up, self.down, self.arrangement = self.up[:, moves], self.down[moves], order.clone()
+        # Rows of ``up`` and columns of ``down`` are what may be sharded: every part moves by itself.
+        for factor, dim in ((self.up, 1), (self.down, 0)):
+            moved = local(factor).index_select(dim, moves)
+            if local(factor) is factor:
+                factor.data = moved
+            else:
+                local(factor).copy_(moved)
+        self.arrangement = order.clone()
         self.live = live
+
+    @torch.no_grad()
+    def hold(self, up: Tensor, down: Tensor) -> None:
+        """Have ``up`` (out, live) and ``down`` (live, in) in the first places until :meth:`release`."""
+        ours = local(self.up)[:, : self.live], local(self.down)[: self.live]
+        self._held = ours[0].to("cpu", copy=True), ours[1].to("cpu", copy=True)
+        ours[0].copy_(part_of(up, self.up))
+        ours[1].copy_(part_of(down, self.down))
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Put the components back."""
+        if self._held is not None:
+            up, down = self._held
+            local(self.up)[:, : up.shape[1]].copy_(up)
+            local(self.down)[: down.shape[0]].copy_(down)
+            self._held = None
 
     def drop_pruned(self) -> None:
         """Move components whose mask is zero to the back."""
@@ -99,9 +121,6 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down, up = self.down[: self.live], self.up[:, : self.live]
-        if self.folded is not None:
-            up, down = self.folded
-            return frozen_linear(frozen_linear(x, down), up, self.bias)
         if self.probe is not None:
             return frozen_linear(frozen_linear(x, down) * self.probe.to(x.dtype), up, self.bias)
         gate = self.gate()[self.arrangement[: self.live]] if self.gated else None

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from acip_export.errors import DataError, MissingExtraError, UnsupportedError, UsageError
 
@@ -21,12 +23,18 @@ class Processes:
     """This process among ``count``; ``rank`` 0 is the one that writes and draws.
 
     Attributes:
-        device: where this process computes.
+        device: where this process computes. mesh: the processes that share one model's weights; ``None``: each has all.
     """
 
     rank: int
     count: int
     device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @property
+    def home(self) -> torch.device:
+        """Where a model is loaded to."""
+        return self.device if self.mesh is None else torch.device("cpu")
 
     @property
     def is_main(self) -> bool:
@@ -40,6 +48,12 @@ class Processes:
         """
         if len(windows) < self.count:
             raise DataError(f"{len(windows)} windows of text for {self.count} processes; give more text with  --data")
+        if self.mesh is not None:
+            # To compute is to communicate: all need the same number of batches.
+            rounds = min(-(-len(windows) // (size * self.count)), len(windows) // self.count)
+            ends = [len(windows) * i // (rounds * self.count) for i in range(rounds * self.count + 1)]
+            shares = list(pairwise(ends))[self.rank :: self.count]
+            return [(start, windows[start:end]) for start, end in shares]
         size = min(size, -(-len(windows) // self.count))
         starts = range(0, len(windows), size)[self.rank :: self.count]
         return [(start, windows[start : start + size]) for start in starts]
@@ -66,8 +80,9 @@ class Processes:
             torch.distributed.barrier()
 
 
-# How accelerate's launcher tells its processes to shard the model.
-_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+# How accelerate's launcher tells its processes to shard the model: with FSDP, and what is not supported.
+_FSDP = "ACCELERATE_USE_FSDP"
+_OTHER_SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -88,18 +103,19 @@ def start_processes(device: str) -> Processes:
             sharded model.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sharding = next((name for name in _SHARDING if os.environ.get(name, "").lower() in ("1", "true")), None)
-        if sharding is not None:
+        other = next((name for name in _OTHER_SHARDING if _is_on(name)), None)
+        if other is not None:
             raise UnsupportedError(
-                f"{sharding} asks for a sharded model, but every process that ranks holds the whole one; "
-                "launch with  --multi_gpu, and  --precision model --gradient-checkpointing  where memory is short"
+                f"{other} asks for a way of sharding that ranking does not know; launch with  --use_fsdp, "
+                "or with  --multi_gpu  where the model fits on one device"
             )
         try:
             from accelerate import PartialState
         except ImportError:
             raise MissingExtraError("accelerate", "accelerate", "ranking in several processes") from None
         state: Any = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-        return Processes(state.process_index, state.num_processes, state.device)
+        mesh = init_device_mesh(state.device.type, (state.num_processes,)) if _is_on(_FSDP) else None
+        return Processes(state.process_index, state.num_processes, state.device, mesh)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         chosen = torch.device(name)
@@ -108,6 +124,10 @@ def start_processes(device: str) -> Processes:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"torch has no device {name!r} here: {reason}") from error
     return Processes(0, 1, chosen)
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def check_batch(batch: int, count: int) -> None:

@@ -44,6 +44,7 @@ from acip_export.rank.model import checkpoint_activations, load_model
 from acip_export.rank.parametrize import AdapterShape
 from acip_export.rank.processes import Processes, start_processes
 from acip_export.rank.resume import Checkpoints, interrupts_between_steps, run_file
+from acip_export.rank.sharding import shard_dense
 from acip_export.rank.statistics import Statistics, collect_statistics
 from acip_export.rank.training_free import training_free_scores
 from acip_export.scores import FloatArray, ModuleScores, ScoreFile, save_scores
@@ -111,6 +112,8 @@ def rank_model(
     calibration = calibration or DataConfig()
     processes = start_processes(device)
     checkpoint = Checkpoint.open(model)
+    if processes.mesh is not None and not checkpoint.shape.generates:
+        raise UnsupportedError(f"{checkpoint.path} is an encoder, which fits on one device; launch with  --multi_gpu")
     config = (acip or automatic_config(checkpoint)) if algorithm == "acip" else None
     with out_of_memory_named(_what_to_lower(config, calibration, precision)):
         ranked = _rank(
@@ -165,7 +168,9 @@ def _rank(
         if config is not None and config.objective == "ce":
             raise UsageError("an encoder predicts no next token; its objective is  --objective distill")
         calibration = replace(calibration, batch=calibration.batch * _TEXTS_PER_WINDOW)
-    dense = load_model(checkpoint, processes.device, precision)
+    dense = load_model(checkpoint, processes.device, precision, processes.home)
+    if processes.mesh is not None:
+        shard_dense(dense, checkpoint.linear_modules, processes.mesh)
     if text is None:
         text = sample_data(checkpoint, dense, calibration, evaluation, progress)
     with torch.random.fork_rng():
@@ -173,6 +178,9 @@ def _rank(
         statistics = collect_statistics(
             checkpoint, dense, text.statistics, calibration.batch, calibration.seed, progress, text.task, processes
         )
+        if processes.mesh is not None:
+            del dense  # what is sharded cannot get other layers
+            dense = load_model(checkpoint, processes.device, precision, processes.home)
         stage = _Stage(checkpoint, dense, text, statistics, calibration, progress, store, processes, factors)
         if config is not None:
             checkpoint_activations(dense, checkpoint, gradient_checkpointing)

@@ -23,6 +23,7 @@ from acip_export.factorize import Components
 from acip_export.rank.config import ProgressCallback, silent
 from acip_export.rank.model import embedding_names
 from acip_export.rank.processes import ALONE, Processes
+from acip_export.rank.sharding import whole
 from acip_export.rank.tasks import CAUSAL, Task
 from acip_export.rank.timing import Clock
 
@@ -111,7 +112,7 @@ class _HeadMoments:
     """What rounding the head costs, from its inputs and the variance of the model's own labels."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
-        self.weight = model.get_parameter(f"{name}.weight").detach().double().cpu()
+        self.weight = whole(model.get_parameter(f"{name}.weight").detach()).double().cpu()
         self.inputs = torch.zeros(self.weight.shape[1], dtype=torch.float64)
         self.logits = torch.zeros(self.weight.shape[0], dtype=torch.float64)
         self._seen: list[Tensor] = []

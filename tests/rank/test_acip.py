@@ -121,8 +121,9 @@ def _place(run: AcipRun) -> slice:
         {"basis": "kfac", "start": "drop-loss", "post_tune_sizes": "sampled"},
         {"basis": "input", "objective": "distill"},
         {"adapter_rank": 0},
+        {"adapter_rank": 0, "basis": "kfac", "objective": "distill", "start": "drop-loss", "second_order": True},
     ],
-    ids=["paper", "kfac-order", "distill", "no-adapters"],
+    ids=["paper", "kfac-order", "distill", "no-adapters", "second-order"],
 )
 def test_run_ends_at_the_stop_ratio_with_a_total_order(
     model: Path, text: Path, statistics: Statistics, changes: dict[str, object]
@@ -139,6 +140,24 @@ def test_run_ends_at_the_stop_ratio_with_a_total_order(
     ratios = [report.ratio for report in seen if report.phase == "masks"]
     assert ratios == sorted(ratios, reverse=True)
     assert run.tune_steps == (0 if changes.get("adapter_rank") == 0 else QUICK.post_tune)
+
+
+def test_to_second_order_a_loss_pushes_out_only_what_it_is_better_without(
+    model: Path, text: Path, statistics: Statistics
+) -> None:
+    run = start(model, text, statistics, replace(QUICK, basis="kfac", second_order=True))
+    for layer, predicted in zip(run.layers.values(), run._mask_losses, strict=True):
+        loss = torch.linspace(-2, 2, len(layer.mask))
+        layer.mask.grad = loss * predicted
+    run._penalize()
+    for layer, predicted in zip(run.layers.values(), run._mask_losses, strict=True):
+        loss = torch.linspace(-2, 2, len(layer.mask))
+        # Up as before; down only by what exceeds the predicted loss of going all the way.
+        expected = torch.where(loss < 0, loss, (loss - 1).clamp_min(0)) * predicted + QUICK.penalty
+        torch.testing.assert_close(layer.mask.grad, expected)
+    name, layer = next(iter(run.layers.items()))
+    # The unit of the masks' gradients: a mask of one is stored as its scale.
+    np.testing.assert_allclose(run._mask_losses[0] * layer.mask_scale, run.drop_losses[name], rtol=1e-6)
 
 
 def test_post_tuning_moves_adapters_only(model: Path, text: Path, statistics: Statistics) -> None:

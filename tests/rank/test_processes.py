@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from acip_export.errors import DataError, UnsupportedError, UsageError
 from acip_export.rank import AcipConfig, rank_model
 from acip_export.rank.basis import owners_of
 from acip_export.rank.processes import Processes, check_batch, start_processes
+from acip_export.rank.sharding import shard_block
 from acip_export.scores import ScoreFile, load_scores
 from tests.rank.support import CALIBRATION
 
@@ -35,13 +41,15 @@ SETTINGS = {
     "adapter_dropout": 0.0,
 }
 SCRIPT = """
-import sys
+import gc, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
 from acip_export import factor_cache
 from acip_export.rank import AcipConfig, rank_model
+from acip_export.rank.parametrize import MaskedLinear
 from acip_export.rank.processes import launched_rank
+from acip_export.rank.sharding import local
 from tests.rank.support import CALIBRATION
 from tests.rank.test_processes import SETTINGS
 torch.set_num_threads(1)
@@ -51,15 +59,22 @@ def counting(*arguments):
     counted.append(arguments)
     return factorize(*arguments)
 factor_cache.whitened_components = counting
-ranked = rank_model(model, text, acip=AcipConfig(**SETTINGS), calibration=CALIBRATION, out=Path(out) / "scores.acip")
+def look(progress):
+    if (progress.phase, progress.step) == ("curve", 1):
+        factors = [f for m in gc.get_objects() if isinstance(m, MaskedLinear) for f in (m.up, m.down)]
+        share = sum(local(f).numel() for f in factors) / sum(f.numel() for f in factors)
+        print(f"holds {share}\\n", end="", flush=True)
+ranked = rank_model(
+    model, text, acip=AcipConfig(**SETTINGS), calibration=CALIBRATION, out=Path(out) / "scores.acip", progress=look
+)
 np.save(Path(out) / f"rank{launched_rank()}.npy", np.concatenate([m.scores for m in ranked.modules.values()]))
 print(f"factorized {len(counted)}\\n", end="", flush=True)
 """
 
 
-def launch(*arguments: object, script: str | None = None) -> str:
+def launch(*arguments: object, script: str | None = None, mode: str = "--multi_gpu") -> str:
     # --multi_gpu is accelerate's name for "one process per device through torchrun"; without GPUs they use gloo.
-    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    options = f"{mode} --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
     command += [script] if script else ["-m", "acip_export"]
     done = subprocess.run(
@@ -84,11 +99,16 @@ def alone(model: Path, text: Path) -> ScoreFile:
     return rank_model(model, text, acip=AcipConfig(**SETTINGS), calibration=CALIBRATION)
 
 
-def test_two_processes_rank_as_one(model: Path, text: Path, tmp_path: Path, alone: ScoreFile) -> None:
+@pytest.mark.parametrize(("mode", "share"), [("--multi_gpu", 1.0), ("--use_fsdp --fsdp_version 2", 0.5)])
+def test_two_processes_rank_as_one(
+    model: Path, text: Path, tmp_path: Path, alone: ScoreFile, mode: str, share: float
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    printed = launch(model, text, tmp_path, script=str(tmp_path / "script.py"))
-    shares = [int(line.split()[1]) for line in printed.splitlines() if line.startswith("factorized")]
-    assert len(shares) == 2 and sum(shares) == len(alone.modules) and min(shares) > 0
+    printed = launch(model, text, tmp_path, script=str(tmp_path / "script.py"), mode=mode)
+    told = [line.split() for line in printed.splitlines()]
+    counts = [int(words[1]) for words in told if words[0] == "factorized"]
+    assert len(counts) == 2 and sum(counts) == len(alone.modules) and min(counts) > 0
+    assert [float(words[1]) for words in told if words[0] == "holds"] == [share, share]
     by_rank = [np.load(tmp_path / f"rank{rank}.npy") for rank in (0, 1)]
     np.testing.assert_array_equal(*by_rank)  # the same steps from the same sums
     together = load_scores(tmp_path / "scores.acip")
@@ -155,10 +175,34 @@ def test_factorizing_is_shared_out_evenly_and_by_input() -> None:
         assert all(owners[one] == owners[two] for one in shapes for two in shapes if inputs[one] == inputs[two])
 
 
-def test_sharded_models_are_refused_and_not_ranked_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_share_a_model_take_equally_many_batches() -> None:
+    for count, windows, size in itertools.product((2, 3, 8), (8, 9, 48, 65), (1, 4, 100)):
+        shares = [sharing(rank, count).batches(torch.arange(windows).view(-1, 1), size) for rank in range(count)]
+        assert len({len(share) for share in shares}) == 1
+        seen = sorted((start + i, int(row)) for share in shares for start, part in share for i, row in enumerate(part))
+        assert seen == [(i, i) for i in range(windows)]
+        # A window more than asked for, where there is no other way to give each the same number of batches.
+        assert max(len(part) for share in shares for _, part in share) <= size + 1
+        if windows % (size * count) == 0:
+            assert {len(part) for share in shares for _, part in share} == {size}
+
+
+def sharing(rank: int, count: int) -> Processes:
+    return Processes(rank, count, torch.device("cpu"), cast("DeviceMesh", SimpleNamespace(size=lambda: count)))
+
+
+def test_layers_that_processes_cannot_share() -> None:
+    block = nn.Module()
+    block.down = nn.Parameter(torch.zeros(4, 10), requires_grad=False)
+    with pytest.raises(UnsupportedError, match="3 processes cannot shard a layer of 10 inputs equally"):
+        shard_block(block, sharing(0, 3).mesh, [block.down])
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
+def test_other_ways_of_sharding_are_refused(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UnsupportedError, match="every process that ranks holds the whole one"):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(UnsupportedError, match=rf"{engine} asks for .* --use_fsdp"):
         start_processes("auto")
 
 
