@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import secrets
@@ -232,3 +233,9 @@ def new_file(target: Path, force: bool = False) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what processes that were killed while they wrote ``target`` left of it; no other may be writing it."""
+    for temporary in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):
+        temporary.unlink(missing_ok=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from acip_export import cli, pipeline
 from acip_export.checkpoint import Checkpoint
@@ -114,7 +116,7 @@ def test_stage_by_stage_equals_the_main_job(model: Path, run: Run) -> None:
     assert run("plan", *asked, "-o", "plan.json").code == 0
     assert run("materialize", "plan.json", "-o", "bundle").code == 0
     assert run("convert", "bundle", "-o", "by-hand").code == 0
-    assert run(*asked, "-o", "at-once", "--no-verify").code == 0
+    assert run(*asked, "-o", "at-once", "--no-verify", "--cache", "factors").code == 0
     by_hand, at_once = (
         {f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()}
         for d in (model / "by-hand", model / "at-once")
@@ -265,6 +267,9 @@ def test_rank_then_export_with_defaults(model: Path, run: Run) -> None:
         (("--data", "short.txt", "--algorithm", "kfac", "--basis", "svd"), 2, "--basis is a setting of acip"),
         (("--data", "short.txt", "--stop-ratio", "2"), 2, "between 0 and 1"),
         (("--data", "short.txt", "--algorithm", "astrology"), 2, "astrology"),
+        (("--data", "short.txt", "--units", "channel"), 5, "cannot be ranked yet"),
+        (("--data", "short.txt", "--set", "adapter_rank=-1"), 2, "cannot be negative"),
+        (("--data", "short.txt", "--set", "smallest_sampled=0.9", "--set", "largest_sampled=0.5"), 2, "must rise"),
     ],
 )
 def test_bad_ranking_input(arguments: tuple[str, ...], code: int, says: str, model: Path, run: Run) -> None:
@@ -274,6 +279,47 @@ def test_bad_ranking_input(arguments: tuple[str, ...], code: int, says: str, mod
     (model / "latin1.txt").write_bytes("Größe".encode("latin-1"))
     before = sorted(model.rglob("*"))
     outcome = run("rank", ".", *arguments)
+    assert outcome.code == code, outcome.err
+    assert says in outcome.err
+    assert sorted(model.rglob("*")) == before
+
+
+def _weights(value: float) -> Callable[[Path], None]:
+    def fill(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        name = "model.layers.0.mlp.down_proj.weight"
+        save_file(
+            {**tensors, name: torch.full_like(tensors[name], value)}, model / "model.safetensors", {"format": "pt"}
+        )
+
+    return fill
+
+
+def _unknown_module(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {**tensors, "model.layers.0.experts.weight": torch.ones(4, 4)}, model / "model.safetensors", {"format": "pt"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "says"),
+    [
+        (_weights(0.0), 3, "model.layers.0.mlp.down_proj.weight is all zeros"),
+        (_weights(float("inf")), 3, "model.layers.0.mlp.down_proj.weight holds NaN or infinity"),
+        (_unknown_module, 5, "model.layers.0.experts is missing from the loaded model"),
+        (lambda model: (model / "tokenizer.json").unlink(), 3, "no usable tokenizer"),
+    ],
+    ids=["zero-weights", "infinite-weights", "unknown-module", "no-tokenizer"],
+)
+def test_models_that_cannot_be_ranked(
+    damage: Callable[[Path], None], code: int, says: str, model: Path, run: Run
+) -> None:
+    _no_score_file(model)
+    damage(model)
+    calibration_text(model / "text.txt")
+    before = sorted(model.rglob("*"))
+    outcome = run("rank", ".", "--data", "text.txt", "--context", 32)
     assert outcome.code == code, outcome.err
     assert says in outcome.err
     assert sorted(model.rglob("*")) == before

@@ -10,7 +10,18 @@ import typer
 
 from acip_export import console
 from acip_export.checkpoint import Checkpoint
-from acip_export.commands.options import Force, Json, PlanFlags, Tasks, Text, Timeout, Verbose, names, takes_plan_flags
+from acip_export.commands.options import (
+    Cache,
+    Force,
+    Json,
+    PlanFlags,
+    Tasks,
+    Text,
+    Timeout,
+    Verbose,
+    names,
+    takes_plan_flags,
+)
 from acip_export.errors import UsageError
 from acip_export.files import new_file, refuse_existing
 from acip_export.plans import save_plan
@@ -32,6 +43,7 @@ def export(
     text: Text = None,
     tasks: Tasks = "",
     timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
+    cache: Cache = None,
     verify: Annotated[bool, typer.Option(help="Open the export in its runtime and compare.")] = True,
     ort: Annotated[bool, typer.Option("--ort", help="ONNX: also OUT-ort, for reduced onnxruntime builds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
@@ -93,6 +105,7 @@ def export(
             timeout,
             types=request.types,
             progress=progress,
+            cache=cache,
         )
     ort_files = None
     if ort:

@@ -19,7 +19,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.errors import RankingError, UnsupportedError, UsageError
 from acip_export.factor_cache import FactorCache
 from acip_export.factorize import pack_moment
-from acip_export.files import refuse_existing
+from acip_export.files import refuse_existing, remove_leftovers
 from acip_export.rank.acip import AcipRun, advance
 from acip_export.rank.automatic import automatic_config
 from acip_export.rank.basis import Factorized, factorize_model
@@ -135,6 +135,7 @@ def rank_model(
             save_scores(ranked, out, force)
         if store is not None:
             store.file.unlink(missing_ok=True)
+            remove_leftovers(store.file)
     processes.wait()
     return ranked
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from acip_export.files import read_safetensors_header
 from acip_export.rank import AcipConfig, Progress, rank_model
 from acip_export.rank.acip import AcipRun
 from acip_export.scores import load_scores
+from tests.plan_problems import examples
 from tests.rank.support import CALIBRATION
 
 QUICK = AcipConfig(
@@ -63,40 +65,72 @@ def test_resumed_run_gives_the_same_bytes(
     assert [file.name for file in tmp_path.iterdir()] == ["scores.acip"]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.15])
-def test_killed_run_resumes_to_the_same_ranking(
-    model: Path, text: Path, tmp_path: Path, whole: Path, seconds: float
-) -> None:
-    """SIGKILL, which nothing can catch, twice in one run, wherever it falls after the first checkpoint."""
+SCRIPT = """
+import os, signal, sys, torch
+from pathlib import Path
+import safetensors.torch
+from acip_export.rank import rank_model
+from tests.rank.support import CALIBRATION
+from tests.rank.test_resume import QUICK
+torch.set_num_threads(1)
+model, text, out = map(Path, sys.argv[1:4])
+options, left = sys.argv[4].split(","), int(sys.argv[5])
+save = safetensors.torch.save_file
+def save_or_die(tensors, file, metadata):
+    global left
+    save(tensors, file, metadata)
+    left -= 1
+    if left == 0:
+        os.truncate(file, os.path.getsize(file) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+safetensors.torch.save_file = save_or_die
+rank_model(
+    model, text, acip=QUICK, calibration=CALIBRATION, out=out, checkpoint_every=1, resume="resume" in options
+)
+"""
+
+
+def start(model: Path, text: Path, out: Path, killed_in_save: int = 0) -> subprocess.Popen[bytes]:
+    """A ranking in a process of its own, resumed if there is something to resume; 0: it is not killed while saving."""
+    options = "resume" if (out.parent / "scores.acip.run").exists() else ""
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, model, text, out, options, str(killed_in_save)])
+
+
+def test_killed_while_it_stores_its_state(model: Path, text: Path, tmp_path: Path, whole: Path) -> None:
+    """SIGKILL, which nothing can catch, when half of the third state is on the disk: the second one is whole."""
     out = tmp_path / "scores.acip"
-    script = (
-        "import sys, torch\n"
-        "from pathlib import Path\n"
-        "from acip_export.rank import rank_model\n"
-        "from tests.rank.support import CALIBRATION\n"
-        "from tests.rank.test_resume import QUICK\n"
-        "torch.set_num_threads(1)\n"
-        "model, text, out = map(Path, sys.argv[1:4])\n"
-        "rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, checkpoint_every=2,\n"
-        "           resume=len(sys.argv) > 4)\n"
-    )
-    stored = tmp_path / "scores.acip.run"
-    for resume in ([], ["resume"]):
-        before = stored.stat().st_mtime_ns if resume else None
-        process = subprocess.Popen([sys.executable, "-c", script, model, text, out, *resume])
-        deadline = time.monotonic() + 120
-        while process.poll() is None and (not stored.exists() or stored.stat().st_mtime_ns == before):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(seconds)
-        process.kill()
-        process.wait()
-        if out.exists():  # it was done before the signal came
-            break
-        assert stored.exists()
-    if not out.exists():
-        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, resume=True)
+    assert start(model, text, out, killed_in_save=3).wait(timeout=300) == -signal.SIGKILL
+    left = {file.name for file in tmp_path.iterdir()}
+    assert "scores.acip.run" in left and len(left) == 2  # and half a state under another name
+    _, metadata = read_safetensors_header(tmp_path / "scores.acip.run", RankingError)
+    assert json.loads(metadata["counters"])["mask_steps"] == 2
+    rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, resume=True)
     assert out.read_bytes() == whole.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.acip"]
+
+
+@pytest.mark.parametrize("seed", range(examples(1, 5)))
+def test_killed_at_any_moment_it_resumes_to_the_same_ranking(
+    model: Path, text: Path, tmp_path: Path, whole: Path, seed: int
+) -> None:
+    out = tmp_path / "scores.acip"
+    moments = random.Random(seed)
+    kills = examples(1, 5)
+    while not out.exists():
+        process = start(model, text, out)
+        if kills:
+            kills -= 1
+            deadline = time.monotonic() + 120
+            while process.poll() is None and not any(tmp_path.iterdir()):  # libraries are being loaded
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 3))
+            process.kill()
+            process.wait()
+        else:
+            assert process.wait(timeout=300) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.acip"]
 
 
 def test_only_the_same_run_is_resumed(model: Path, text: Path, tmp_path: Path) -> None:

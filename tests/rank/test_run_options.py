@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import nn
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import MissingExtraError, RankingError, UsageError
+from acip_export.files import read_safetensors_header
 from acip_export.rank import AcipConfig, Progress, parse_settings, rank_model
 from acip_export.rank.curve import held_out_loss
 from acip_export.rank.data import read_data
@@ -121,6 +123,35 @@ def test_out_of_memory_says_what_to_lower(model: Path, text: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, model, text], capture_output=True, text=True, check=False)
     assert "RankingError: out of memory" in done.stderr, done.stderr
     assert "Lower  --batch (now 16384)  or  --context (now 8)" in done.stderr
+
+
+def test_out_of_memory_keeps_the_last_state(model: Path, text: Path, tmp_path: Path) -> None:
+    script = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from dataclasses import replace\n"
+        "from acip_export.rank import rank_model\n"
+        "from tests.rank.support import CALIBRATION\n"
+        "from tests.rank.test_run_options import QUICK\n"
+        "torch.set_num_threads(1)\n"
+        "def limit(progress):\n"
+        "    if (progress.phase, progress.step) == ('masks', 2):\n"
+        "        used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "        resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, used + 2**22))\n"
+        "rank_model(sys.argv[1], sys.argv[2], acip=replace(QUICK, batch=128), calibration=CALIBRATION,\n"
+        "           progress=limit, out=Path(sys.argv[3]), checkpoint_every=1)\n"
+    )
+    if not sys.platform.startswith("linux"):
+        pytest.skip("limits on address space are Linux's")
+    # Freed memory goes back at once, so that the next step has to ask for it again.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", script, model, text, tmp_path / "scores.acip"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert "RankingError: out of memory" in done.stderr, done.stderr
+    assert "Lower  --batch (now 128)" in done.stderr and "Checkpoints stored before are kept" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.acip.run"]
+    _, metadata = read_safetensors_header(tmp_path / "scores.acip.run", RankingError)
+    assert json.loads(metadata["counters"])["mask_steps"] == 1
 
 
 def test_only_memory_errors_are_renamed() -> None:
