@@ -4,9 +4,10 @@
 
 Both rank the same random bfloat16 Llama on the same windows with the paper's settings (plain SVD basis, cross-entropy,
 masks start at one), with learning rate and penalty raised so that the run from ratio 1 to 0.4 is short. Then come as
-many steps of the adapters as the masks took. Each runs in a process of its own, one after the other, with one thread.
-Memory is the process's peak resident size above what it was with the libraries loaded and before the model was. Time is
-that of the processor, which other work on the machine changes little.
+many steps of the adapters as the masks took. Each runs in a process of its own with one thread, and they take turns,
+step by step: other work on the machine, which makes a second of a processor's time worth less, meets all alike. Memory
+is the process's peak resident size above what it was with the libraries loaded and before the model was. Time is that
+of the processor.
 
 Ours runs twice: with products in bfloat16, as it does by default where the processor has instructions for them, and in
 float32 as everywhere else.
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ SHAPE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-SETTINGS = {"learning_rate": 1e-3, "penalty": 1e-2, "penalty_growth": 1.2, "stop_ratio": 0.4, "batch": 4}
+SETTINGS = {"learning_rate": 2e-3, "penalty": 1e-2, "penalty_growth": 1.2, "stop_ratio": 0.4, "batch": 4}
 RUNS = ("plain", "float32", "bfloat16")
 BANDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 CONTEXT = 256
@@ -62,20 +64,16 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self.start = self.peak = self._resident()
-        self._done = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while not self._done.wait(0.01):
+        while True:
             self.peak = max(self.peak, self._resident())
+            time.sleep(0.01)
 
     @staticmethod
     def _resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def stop(self) -> int:
-        self._done.set()
-        return self.peak - self.start
 
 
 @dataclass
@@ -124,7 +122,7 @@ def live_ratio(layers: list[PlainLinear]) -> float:
     return present / total
 
 
-def run_plain(model_path: Path, windows: Tensor, most: int) -> Steps:
+def run_plain(model_path: Path, windows: Tensor, most: int) -> Iterator[Steps]:
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).requires_grad_(False)
     layers = []
     for name, module in list(model.named_modules()):
@@ -139,6 +137,7 @@ def run_plain(model_path: Path, windows: Tensor, most: int) -> Steps:
     penalty, steps, mask_steps = SETTINGS["penalty"], Steps(), 0
     tuning = False
     while not tuning or len(steps.seconds) < 2 * mask_steps:
+        yield steps
         step = len(steps.seconds)
         begin = time.process_time()
         batch = windows[torch.arange(step * 4, step * 4 + 4) % len(windows)]
@@ -161,10 +160,10 @@ def run_plain(model_path: Path, windows: Tensor, most: int) -> Steps:
                 scores[index] = torch.where(alive, layer.mask.detach(), torch.where(before > 0, 0.0, before - 1))
         steps.add(time.process_time() - begin, live_ratio(layers), tuning)
         tuning = tuning or steps.ratio[-1] <= SETTINGS["stop_ratio"] or mask_steps == most
-    return steps
+    yield steps
 
 
-def run_ours(model_path: Path, windows: Tensor, most: int) -> Steps:
+def run_ours(model_path: Path, windows: Tensor, most: int) -> Iterator[Steps]:
     from acip_export.checkpoint import Checkpoint
     from acip_export.factorize import components
     from acip_export.rank import AcipConfig
@@ -185,11 +184,12 @@ def run_ours(model_path: Path, windows: Tensor, most: int) -> Steps:
     run = AcipRun(model, layers, losses, windows, config, 0)
     steps = Steps()
     while not run.masks_done or run.tune_steps < run.mask_steps:
+        yield steps
         begin = time.process_time()
         tuning = run.masks_done
         run.tune_step() if tuning else run.mask_step()
         steps.add(time.process_time() - begin, run.ratio(), tuning)
-    return steps
+    yield steps
 
 
 def measure(which: str, model: Path, most: int) -> None:
@@ -201,8 +201,29 @@ def measure(which: str, model: Path, most: int) -> None:
 
         ranked.fast_bfloat16 = lambda: False
     memory = PeakMemory()
-    steps = (run_plain if which == "plain" else run_ours)(model, windows, most)
-    print(json.dumps({**asdict(steps), "peak_bytes": memory.stop()}))
+    for steps in (run_plain if which == "plain" else run_ours)(model, windows, most):
+        print(json.dumps({**asdict(steps), "peak_bytes": memory.peak - memory.start}), flush=True)
+        sys.stdin.readline()
+
+
+def take_turns(processes: dict[str, subprocess.Popen[str]]) -> dict[str, dict[str, Any]]:
+    """One step of each process after the other until all have ended; returns the last that each said."""
+    said: dict[str, dict[str, Any]] = {}
+    while len(processes) > 0:
+        for which, process in list(processes.items()):
+            assert process.stdin is not None and process.stdout is not None
+            if which in said:
+                process.stdin.write("\n")
+                process.stdin.flush()
+            line = process.stdout.readline()
+            if line:
+                said[which] = json.loads(line)
+                print(which, len(said[which]["seconds"]), said[which]["ratio"][-1:], file=sys.stderr, flush=True)
+            elif process.wait() == 0:
+                del processes[which]
+            else:
+                raise subprocess.CalledProcessError(process.returncode, which)
+    return said
 
 
 def summary(measured: dict[str, Any]) -> dict[str, Any]:
@@ -250,18 +271,24 @@ def main() -> None:
     if args.measure:
         measure(args.measure, args.model, args.mask_steps)
         return
-    results: dict[str, Any] = {}
+    # Freed memory goes back, so that the peak is what was in use and not how it was cut up.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
     with tempfile.TemporaryDirectory() as scratch:
         make_model(Path(scratch))
-        for which in RUNS:
-            command = [sys.executable, __file__, "--measure", which, "--model", scratch]
-            command += ["--mask-steps", str(args.mask_steps)]
-            # Freed memory goes back, so that the peak is what was in use and not how it was cut up.
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            measured = json.loads(done.stdout)
-            results[which] = summary(measured)
-            print(which, results[which], file=sys.stderr, flush=True)
+        shared = ["--model", scratch, "--mask-steps", str(args.mask_steps)]
+        measured = take_turns(
+            {
+                which: subprocess.Popen(
+                    [sys.executable, __file__, "--measure", which, *shared],
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                for which in RUNS
+            }
+        )
+    results = {which: summary(measured[which]) for which in RUNS}
     document = {
         "benchmark": "rank_speed",
         "model": SHAPE,
