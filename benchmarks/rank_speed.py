@@ -53,7 +53,7 @@ SHAPE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-SETTINGS = {"learning_rate": 2e-3, "penalty": 1e-2, "penalty_growth": 1.2, "stop_ratio": 0.4, "batch": 4}
+SETTINGS = {"learning_rate": 4e-3, "penalty": 1e-2, "penalty_growth": 1.2, "stop_ratio": 0.4, "batch": 4}
 RUNS = ("plain", "float32", "bfloat16")
 BANDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 CONTEXT = 256
