@@ -120,7 +120,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_ranking(
         process = start(model, text, out)
         if kills:
             kills -= 1
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while process.poll() is None and not any(tmp_path.iterdir()):  # libraries are being loaded
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
