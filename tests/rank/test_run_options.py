@@ -144,14 +144,15 @@ def test_out_of_memory_keeps_the_last_state(model: Path, text: Path, tmp_path: P
     if not sys.platform.startswith("linux"):
         pytest.skip("limits on address space are Linux's")
     # Freed memory goes back at once, so that the next step has to ask for it again.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     command = [sys.executable, "-c", script, model, text, tmp_path / "scores.acip"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert "RankingError: out of memory" in done.stderr, done.stderr
     assert "Lower  --batch (now 128)" in done.stderr and "Checkpoints stored before are kept" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["scores.acip.run"]
     _, metadata = read_safetensors_header(tmp_path / "scores.acip.run", RankingError)
-    assert json.loads(metadata["counters"])["mask_steps"] == 1
+    # Step 2 is stored only if its check, which needs less memory than a step, still had enough.
+    assert json.loads(metadata["counters"])["mask_steps"] in (1, 2)
 
 
 def test_only_memory_errors_are_renamed() -> None:
