@@ -133,9 +133,10 @@ def rank_model(
     if processes.is_main:
         if out is not None:
             save_scores(ranked, out, force)
-        if store is not None:
+        if out is not None and store is not None:
             store.file.unlink(missing_ok=True)
             remove_leftovers(store.file)
+            remove_leftovers(out)
     processes.wait()
     return ranked
 

@@ -99,7 +99,7 @@ def start(model: Path, text: Path, out: Path, killed_in_save: int = 0) -> subpro
 def test_killed_while_it_stores_its_state(model: Path, text: Path, tmp_path: Path, whole: Path) -> None:
     """SIGKILL, which nothing can catch, when half of the third state is on the disk: the second one is whole."""
     out = tmp_path / "scores.acip"
-    assert start(model, text, out, killed_in_save=3).wait(timeout=300) == -signal.SIGKILL
+    assert start(model, text, out, killed_in_save=3).wait(timeout=1000) == -signal.SIGKILL
     left = {file.name for file in tmp_path.iterdir()}
     assert "scores.acip.run" in left and len(left) == 2  # and half a state under another name
     _, metadata = read_safetensors_header(tmp_path / "scores.acip.run", RankingError)
@@ -120,7 +120,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_ranking(
         process = start(model, text, out)
         if kills:
             kills -= 1
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 1000
             while process.poll() is None and not any(tmp_path.iterdir()):  # libraries are being loaded
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
@@ -128,9 +128,11 @@ def test_killed_at_any_moment_it_resumes_to_the_same_ranking(
             process.kill()
             process.wait()
         else:
-            assert process.wait(timeout=300) == 0
+            assert process.wait(timeout=1000) == 0
     assert out.read_bytes() == whole.read_bytes()
-    assert [file.name for file in tmp_path.iterdir()] == ["scores.acip"]
+    # The signal may have come when all was written and nothing cleaned up.
+    if process.returncode == 0:
+        assert [file.name for file in tmp_path.iterdir()] == ["scores.acip"]
 
 
 def test_only_the_same_run_is_resumed(model: Path, text: Path, tmp_path: Path) -> None:
