@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from acip_export.checkpoint import ModelShape
-from acip_export.errors import UnsupportedError
+from acip_export.errors import PlanFileError, UnsupportedError
 from acip_export.formats import WeightFormat, formats_of, weight_format
 from acip_export.plans import Representation
 
@@ -159,6 +159,23 @@ class Target:
         return tuple(weight_format(self.name, name) for name in (names or self.types))
 
 
+_SPLIT = "split_max_size"
+
+
+def split_max_size(options: Mapping[str, str]) -> int | None:
+    """Bytes that a file of the model may have, of a target's options; ``None``: any number.
+
+    Raises:
+        PlanFileError: it is no number of bytes.
+    """
+    found = options.get(_SPLIT)
+    if found is None:
+        return None
+    if not (found.isascii() and found.isdigit() and int(found) > 0):
+        raise PlanFileError(f"the plan's split_max_size is {found!r}, expected a number of bytes; plan again")
+    return int(found)
+
+
 # The execution that every target's own fields describe.
 DEFAULT_EXECUTION = "cpu"
 
@@ -218,7 +235,7 @@ TARGETS: dict[str, Target] = {
         ),
         runtimes={"llama.cpp": ("stock", "adapter"), "acip-llama.cpp": ("factored", "stock", "adapter")},
         windowed=frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"}),
-        options=("pre_tokenizer", "base_gguf", "imatrix"),
+        options=("pre_tokenizer", "base_gguf", "imatrix", _SPLIT),
     ),
     "onnx": Target(
         name="onnx",

@@ -9,7 +9,33 @@ import os
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
+import signal  # noqa: E402
+import sys  # noqa: E402
+
 import pytest  # noqa: E402
+
+from acip_export import cli  # noqa: E402
+from tests.support import Outcome, Run  # noqa: E402
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run("plan", "--budget", ...)``: the command line, its error boundary included, in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["acip-export", *map(str, arguments)])
+        code = 0
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ SPLITS = {
         r"|\s+(?!\S)|\s+"
     ),
 }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a command that the fixture ``run`` has run."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
 
 
 def make_tokenizer(split: str = "llama-bpe", vocabulary: int = 512) -> PreTrainedTokenizerFast:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,35 +19,7 @@ from acip_export import cli, pipeline
 from acip_export.checkpoint import Checkpoint
 from acip_export.plan import PlanRequest
 from tests.rank.support import calibration_text
-from tests.support import make_model, make_scores
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["acip-export", *map(str, arguments)])
-        code = 0
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
+from tests.support import Run, make_model, make_scores
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,7 @@ from safetensors.torch import load_file, save_file
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import CheckpointError
 from tests.encoders import make_encoder
-from tests.support import make_model, make_scores
-from tests.test_cli import Run, run
-
-__all__ = ["run"]
+from tests.support import Run, make_model, make_scores
 
 EMBEDDINGS = {"lm_head": "model.embed_tokens", "cls.predictions.decoder": "bert.embeddings.word_embeddings"}
 

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 
 from acip_export.anatomy.mapped import map_file
-from acip_export.anatomy.model import TensorPart, checked_name, fact
+from acip_export.anatomy.model import checked_name, fact
 from acip_export.errors import ModelFileError
 
 MAGIC = b"GGUF"
@@ -102,17 +102,6 @@ def read_head(file: Path) -> GgufHead:
     """Raises ModelFileError: damaged, truncated, hostile, or of a version that is not 2 or 3."""
     with map_file(file) as data:
         return _parse(data, file)
-
-
-def read_gguf(file: Path, name: str) -> tuple[tuple[TensorPart, ...], dict[str, str]]:
-    """Tensors and facts of a GGUF file; ``name`` is what its tensors give as their file.
-
-    Raises:
-        ModelFileError: damaged, truncated, hostile, or of a version that is not 2 or 3.
-    """
-    head = read_head(file)
-    parts = tuple(TensorPart(t.name, t.shape, t.type_name, t.nbytes, name) for t in head.tensors)
-    return parts, _facts(head.values, head.version)
 
 
 def _parse(data: mmap.mmap, file: Path) -> GgufHead:
@@ -271,11 +260,12 @@ def _type_name(type_id: int) -> str:
     return GGML_TYPES[type_id][0] if type_id in GGML_TYPES else f"type {type_id}"
 
 
-def _facts(metadata: Mapping[str, object], version: int) -> dict[str, str]:
+def facts_of(head: GgufHead) -> dict[str, str]:
     """Scalars of the model's general keys and hyper-parameters; of arrays their length."""
+    metadata = head.values
     architecture = str(metadata.get("general.architecture", ""))
     wanted = ("general.", "acip.", "adapter.", f"{architecture}.", "tokenizer.ggml.model", "tokenizer.ggml.pre")
-    facts = {"gguf version": str(version)}
+    facts = {"gguf version": str(head.version)}
     for key, value in metadata.items():
         if key == "tokenizer.ggml.tokens":
             facts["vocabulary"] = str(value)

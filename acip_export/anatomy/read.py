@@ -6,10 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from acip_export.anatomy.gguf import MAGIC, read_gguf
+from acip_export.anatomy.gguf import MAGIC
 from acip_export.anatomy.mapped import map_file
 from acip_export.anatomy.model import Anatomy, Kind, TensorPart, checked_name, fact
 from acip_export.anatomy.onnx import read_onnx
+from acip_export.anatomy.parts import PartName, read_gguf
 from acip_export.errors import ModelFileError
 from acip_export.files import read_safetensors_header
 from acip_export.plans import Plan, TensorDecision, load_plan
@@ -25,8 +26,9 @@ _Contents = tuple[tuple[TensorPart, ...], dict[str, str], dict[str, int]]
 def read_anatomy(path: Path) -> Anatomy:
     """Look at a GGUF, ONNX, safetensors or score file, a plan, or a directory with a model, bundle or export.
 
-    Only headers are read. A directory counts all its files: a model directory with weights at its top only those beside
-    them, any other one everything below it. An export does not count its plan and reports.
+    The first part of a GGUF model in several files stands for all of them. Only headers are read. A directory counts
+    all its files: a model directory with weights at its top only those beside them, any other one everything below it.
+    An export does not count its plan and reports.
 
     Raises:
         ModelFileError: missing, none of these, damaged, truncated or hostile.
@@ -50,7 +52,7 @@ def _file(file: Path, name: str) -> tuple[Kind, _Contents]:
     with file.open("rb") as stream:
         start = stream.read(9)
     if start[:4] == MAGIC or file.suffix == ".gguf":
-        return "gguf", (*read_gguf(file, name), {})
+        return "gguf", read_gguf(file, name)
     if file.suffix == ".onnx":
         return "onnx", read_onnx(file, name)
     if start[8:9] == b"{" or file.suffix in (".safetensors", ".acip"):
@@ -110,7 +112,7 @@ def _directory(root: Path) -> Anatomy:
         and not ((name := file.relative_to(root).as_posix()) in PAPERS and is_export)
         and not (at_top and file.suffix == ".acip")
     }
-    models = {name: file for name, file in files.items() if file.suffix in _SUFFIXES}
+    models = {name: file for name, file in files.items() if file.suffix in _SUFFIXES and not _later_part(file)}
     if not models:
         raise ModelFileError(f"{root} holds no model: no {', '.join(f'*{s}' for s in _SUFFIXES)}")
     kind: Kind = "bundle" if (root / _BUNDLE_FILE).is_file() else "export" if is_export else "model"
@@ -122,6 +124,12 @@ def _directory(root: Path) -> Anatomy:
         facts |= file_facts if len(models) == 1 else {f"{name}: {key}": value for key, value in file_facts.items()}
     sizes = {name: file.stat().st_size for name, file in files.items()}
     return Anatomy(str(root), kind, sizes, _unique(tensors), facts)
+
+
+def _later_part(file: Path) -> bool:
+    """Whether the first part, which is there, stands for this one."""
+    part = PartName.parse(file.name)
+    return part is not None and part.number > 1 and file.with_name(str(replace(part, number=1))).is_file()
 
 
 def _holds_plan(root: Path) -> bool:

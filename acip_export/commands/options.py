@@ -96,6 +96,11 @@ class PlanFlags:
         typer.Option(help="GGUF: llama.cpp's importance matrix, to round with in place of the score file's moments."),
     ] = None
 
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(help="GGUF: a model in several files of at most this size (2GB); llama.cpp opens the first."),
+    ] = None
+
     @property
     def asks(self) -> bool:
         """Whether anything was asked for at all."""
@@ -171,6 +176,8 @@ class PlanFlags:
         given = {"pre_tokenizer": self.pre_tokenizer} | {
             name: None if file is None else str(file.resolve()) for name, file in files.items()
         }
+        if self.split_max_size is not None:
+            given["split_max_size"] = str(parse_bytes(self.split_max_size, "--split-max-size"))
         return {name: value for name, value in given.items() if value is not None}
 
     def _device(self) -> Device | None:

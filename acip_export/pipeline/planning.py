@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from acip_export.pipeline.progress import ProgressCallback, StageProgress, quiet
 from acip_export.pipeline.ranking import rounding_scores
 from acip_export.pipeline.rounding import rounding_errors
 from acip_export.plan import PlanRequest, Problem, SweepLine, make_plan, preset_points, sweep
-from acip_export.plans import Plan
+from acip_export.plans import Plan, Runtime, TensorDecision
 from acip_export.scores import ScoreFile
 
 
@@ -47,6 +47,7 @@ def plan_export(
 
     Raises as :func:`acip_export.plan.make_plan`; with ``auto`` only if no layout has a plan.
     """
+    from acip_export.targets import split_max_size
     from acip_export.targets import target as find_target
     from converters.registry import converter
 
@@ -58,13 +59,15 @@ def plan_export(
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
 
     def plan(layout: str) -> Plan:
-        return make_plan(
-            checkpoint,
-            scores,
-            replace(request, layout=layout),
-            lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime),
-            rounding_errors(checkpoint, scores, replace(request, layout=layout), progress),
-        )
+        asked = replace(request, layout=layout)
+
+        def predict(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> Mapping[str, int]:
+            return target.predict_files(checkpoint, layout, tensors, runtime)
+
+        if split_max_size(request.options) is not None:  # one that is too small is refused before anything is measured
+            Problem.of(checkpoint, scores, asked, predict).floor(asked)
+        errors = rounding_errors(checkpoint, scores, asked, progress)
+        return make_plan(checkpoint, scores, asked, predict, errors)
 
     if len(layouts) == 1:
         return plan(layouts[0].name)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from acip_export.errors import AcipError, InfeasibleBudgetError
+from acip_export.plan.splitting import fits_a_file
 from acip_export.plans import Alternative, Certificate, Plan, Refusal
 from acip_export.units import format_bytes
 
@@ -139,9 +140,11 @@ def refused_types(problem: Problem, request: PlanRequest) -> tuple[Refusal, ...]
         for form in problem.target.choose_types(request.types):
             if form.name in offered:
                 continue
-            columns = first.shape[1]
+            rows, columns = first.shape
             if not form.fits(columns):
                 reason = f"rows of {columns} weights are no multiple of blocks of {form.block}"
+            elif not fits_a_file(form.nbytes(rows, columns), request.options):
+                reason = "in this type it is larger than a file of --split-max-size"
             else:
                 reason = "this target has no such embeddings, heads or tables"
             reasons.setdefault((form.name, reason), []).append(candidate.name)

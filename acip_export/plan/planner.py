@@ -18,6 +18,7 @@ from acip_export.plan.memory import PROMPT_BATCHES, choose_prompt_batch, held_by
 from acip_export.plan.predicted_loss import Calibration, FloatArray, calibrate, component_losses
 from acip_export.plan.runtime_base import process_base
 from acip_export.plan.solve import Solution, Table, solve
+from acip_export.plan.splitting import fitting, split_notes
 from acip_export.plans import BudgetScope, Certificate, Plan, Runtime, TensorDecision
 from acip_export.rounding_errors import RoundingErrors
 from acip_export.scores import ScoreFile
@@ -121,7 +122,8 @@ class Problem:
         losses = component_losses(scores)
         types = target.choose_types(request.types)
         errors = errors or RoundingErrors(target.name, "", scores.sha256)
-        candidates = build_candidates(checkpoint, scores, losses, target, layout, types, errors)
+        built = build_candidates(checkpoint, scores, losses, target, layout, types, errors)
+        candidates = fitting(built, target.name, request.options)
         return cls(checkpoint, scores, target, layout, candidates, calibrate(scores, losses), losses, predict_files)
 
     def _adapters(self, decisions: tuple[TensorDecision, ...]) -> bool:
@@ -177,7 +179,8 @@ class Problem:
             certificate=certificate,
             tensors=solution.decisions,
             notes=_notes(solution, certificate, loss, low_rank, scores.loss_unit)
-            + ((self.layout.note,) if self.layout.note else ()),
+            + ((self.layout.note,) if self.layout.note else ())
+            + split_notes(solution.files, request.options),
             loss_unit=scores.loss_unit,
             device=request.device,
         )

@@ -11,14 +11,14 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from acip_export.anatomy.gguf import read_gguf
+from acip_export.anatomy.parts import read_parts
 from acip_export.errors import InputError, MissingExtraError, VerificationError
 from acip_export.plans import Runtime
 from acip_export.verify import llama_capi
 from acip_export.verify.llama_native import BufferSizes, NativeModel
 from acip_export.verify.runtime import Logits, RuntimeSession, Speed, Windows
 from converters.gguf.ggml import TYPE_IDS, library_path, processors
-from converters.gguf.layouts import ADAPTER_FILE, FACTOR_SUFFIXES, MODEL_FILE
+from converters.gguf.layouts import ADAPTER_FILE, FACTOR_SUFFIXES, model_file
 
 # Where our extension comes from, for who has the package only; in a checkout, make llama-cpp does the same.
 BUILD_COMMAND = "python -m converters.gguf.build_llama_cpp"
@@ -27,12 +27,12 @@ _FLASH_OFF, _FLASH_ON = 0, 1
 
 
 def has_factor_pairs(file: Path) -> bool:
-    """Whether a GGUF file has tensors in factored form. A damaged one has not: llama.cpp will say what is wrong."""
+    """Whether a GGUF model has tensors in factored form. A damaged one has not: llama.cpp will say what is wrong."""
     try:
-        tensors, _ = read_gguf(file, file.name)
+        parts = read_parts(file)
     except InputError:
         return False
-    return any(tensor.name.endswith(FACTOR_SUFFIXES) for tensor in tensors)
+    return any(tensor.name.endswith(FACTOR_SUFFIXES) for part in parts for tensor in part.head.tensors)
 
 
 class LlamaCppSession:
@@ -68,7 +68,7 @@ class LlamaCppSession:
         threads = threads or processors()
         self._session: RuntimeSession
         self.buffers: BufferSizes | None = None
-        extended = has_factor_pairs(export / MODEL_FILE) if extended is None else extended
+        extended = has_factor_pairs(model_file(export)) if extended is None else extended
         found = llama_capi.find(extended)
         if found is not None:
             native = _NativeSession(*found, export, runtime, threads, flash_attention, every_logit)
@@ -150,7 +150,7 @@ class _NativeSession(NativeModel):
             # Numbers from one binding, pointers of its own type from the other.
             kind: Any = c_void_p if isinstance(handle, int) else type(handle)
             if api.llama_set_adapters_lora(self._context, (kind * 1)(handle), 1, (c_float * 1)(1.0)):
-                raise VerificationError(f"{adapter} does not fit {MODEL_FILE}")
+                raise VerificationError(f"{adapter} does not fit {model_file(export).name}")
         self._decode([0], 0, every=False)  # with adapters, buffers grow at the first token
 
     def _forget(self) -> None:

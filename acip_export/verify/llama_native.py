@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from acip_export.errors import VerificationError
 from acip_export.verify import llama_capi
-from converters.gguf.layouts import MODEL_FILE
+from converters.gguf.layouts import model_file
 
 _BUFFER_LINE = re.compile(r"(\S+) +(model|LoRA|KV|compute|output) buffer size *= *([\d.]+) MiB")
 
@@ -93,14 +93,15 @@ class NativeModel(ABC):
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
         params.use_extra_bufts = False  # a repacked copy would double the memory of the weights
-        self._model = api.llama_model_load_from_file(str(export / MODEL_FILE).encode(), params)
+        file = model_file(export)
+        self._model = api.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
-            raise VerificationError(f"{export / MODEL_FILE} cannot be loaded")
+            raise VerificationError(f"{file} cannot be loaded")
         context = api.llama_context_default_params()
         self._configure(context)
         self._context = api.llama_init_from_model(self._model, context)
         if not self._context:
-            raise VerificationError(f"{export / MODEL_FILE}: no context of {context.n_ctx} tokens")
+            raise VerificationError(f"{file}: no context of {context.n_ctx} tokens")
         self._vocab = api.llama_model_get_vocab(self._model)
         self._batch = api.llama_batch_init(batch_size, 0, 1)
         self._prepare(export)

@@ -18,7 +18,7 @@ import numpy as np
 from acip_export.errors import VerificationError
 from acip_export.plans import Runtime
 from acip_export.verify.runtime import Logits, Speed, Windows
-from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE
+from converters.gguf.layouts import ADAPTER_FILE, model_file
 
 _PLAIN_LETTER, _BIAS = "a", 1e4
 _TIMEOUT_SECONDS = 60
@@ -34,7 +34,7 @@ class ServerSession:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
-        params.model.path = str(export / MODEL_FILE)
+        params.model.path = str(model_file(export))
         if (export / ADAPTER_FILE).is_file():
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(export / ADAPTER_FILE), 1.0)]
         batch = min(runtime.prompt_batch, runtime.context)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acip_export.anatomy import TensorPart, read_anatomy
+from acip_export.anatomy.parts import files_of
 from acip_export.bundle import Bundle
 from acip_export.errors import ModelFileError
 from acip_export.plans import TensorDecision
@@ -40,7 +41,8 @@ def check_structure(export: Path, bundle: Bundle) -> tuple[Structure | None, lis
 def _gguf(export: Path, bundle: Bundle) -> tuple[int, list[str]]:
     expected, missing = 0, []
     for file, items in arrange(bundle.as_checkpoint(), bundle.plan.layout, bundle.plan.tensors).items():
-        found = {tensor.name: tensor for tensor in read_anatomy(export / file).tensors}
+        opened = next(iter(files_of(file, bundle.plan.files)), file)
+        found = {tensor.name: tensor for tensor in read_anatomy(export / opened).tensors}
         for spec in (item.spec for item in items):
             expected += 1
             there = found.get(spec.name)

@@ -7,7 +7,7 @@ here, so it is found out: of the ways that there are, the one after which the bu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.anatomy.gguf import GgufHead, PlacedTensor, read_head
+from acip_export.anatomy.gguf import GgufHead, PlacedTensor
+from acip_export.anatomy.parts import SPLIT_KEYS, PartName, part_names, read_parts
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import MissingExtraError, ModelFileError, UnsupportedError
 from acip_export.formats import formats_of
@@ -35,10 +36,16 @@ _OWN_KEYS = ("general.alignment", "general.quantization_version", "general.file_
 
 @dataclass(frozen=True)
 class BaseFile:
-    """An opened base GGUF; holds no numbers."""
+    """An opened base GGUF; holds no numbers.
+
+    Attributes:
+        path: of the file, or of the first of its parts. head: of that one, with the tensors of all parts.
+        files: where each tensor is.
+    """
 
     path: Path
     head: GgufHead
+    files: Mapping[str, Path]
 
     @property
     def architecture(self) -> str:
@@ -47,7 +54,7 @@ class BaseFile:
     def keys(self, own: Mapping[str, Value]) -> dict[str, Value]:
         """The base's metadata, ``own`` in place of the keys that describe the file and after the rest."""
         ours = {key for key in own if key.startswith("acip.") or key in _OWN_KEYS}
-        kept = {key: Value(data) for key, data in self.head.encoded.items() if key not in ours}
+        kept = {key: Value(data) for key, data in self.head.encoded.items() if key not in ours | {*SPLIT_KEYS}}
         return {**kept, **{key: value for key, value in own.items() if key not in kept}}
 
     def spec(self, tensor: PlacedTensor) -> TensorSpec:
@@ -55,7 +62,7 @@ class BaseFile:
 
     def read(self, tensor: PlacedTensor) -> Bytes:
         """The tensor's bytes as they are."""
-        data: Bytes = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.begin)
+        data: Bytes = np.fromfile(self.files[tensor.name], np.uint8, tensor.nbytes, offset=tensor.begin)
         return data
 
     def number(self, key: str) -> int:
@@ -67,7 +74,7 @@ def open_base(checkpoint: Checkpoint) -> BaseFile | None:
     """The base that the user named, or ``None``.
 
     Raises:
-        ModelFileError: damaged, one of several parts, or of a model of other sizes.
+        ModelFileError: damaged, without one of its parts, or of a model of other sizes.
         UnsupportedError: it holds types that this tool does not write.
     """
     name = checkpoint.options.get("base_gguf")
@@ -76,8 +83,10 @@ def open_base(checkpoint: Checkpoint) -> BaseFile | None:
     file = Path(name)
     if not file.is_file():
         raise ModelFileError(f"{file} does not exist; it was named by --base-gguf")
-    stat = file.stat()
-    base = _open(file, stat.st_mtime_ns, stat.st_size)
+    part = PartName.parse(file.name)
+    names = (file.name,) if part is None else part_names(f"{part.stem}.gguf", part.count)
+    stats = [each.stat() for each in map(file.with_name, names) if each.is_file()]
+    base = _open(file, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
     shape = checkpoint.shape
     for key, expected in (("block_count", shape.layers), ("embedding_length", shape.hidden)):
         if base.number(key) != expected:
@@ -88,17 +97,16 @@ def open_base(checkpoint: Checkpoint) -> BaseFile | None:
 
 
 @lru_cache(maxsize=2)
-def _open(file: Path, _modified: int, _size: int) -> BaseFile:
-    head = read_head(file)
+def _open(file: Path, _state: tuple[tuple[int, int], ...]) -> BaseFile:
     known = {form.name for form in formats_of("gguf")}
-    if int(str(head.values.get("split.count", 1))) > 1:
-        raise ModelFileError(f"{file} is one of several parts; merge them with  llama-gguf-split --merge")
-    for tensor in head.tensors:
+    parts = read_parts(file)
+    for tensor in (tensor for part in parts for tensor in part.head.tensors):
         if tensor.type_name not in known:
             raise UnsupportedError(
                 f"{file} has {tensor.name} as {tensor.type_name}; convert the base with  --outtype f16"
             )
-    return BaseFile(file, head)
+    head = replace(parts[0].head, tensors=tuple(tensor for part in parts for tensor in part.head.tensors))
+    return BaseFile(file, head, {tensor.name: part.file for part in parts for tensor in part.head.tensors})
 
 
 def planned_names(base: BaseFile, checkpoint: Checkpoint, tensors: Sequence[TensorDecision]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Bundle to GGUF: ``model.gguf``, and ``adapter.gguf`` in the layout that carries factor pairs as a LoRA.
+"""Bundle to GGUF: ``model.gguf`` or its parts, and ``adapter.gguf`` in the layout that carries factor pairs as a LoRA.
 
 The layout of factor pairs inside ``model.gguf`` is written down in docs/format.md.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,14 +29,13 @@ from converters.gguf.base_file import BaseFile, matching_change, open_base
 from converters.gguf.layouts import ADAPTER_FILE, FACTOR_SUFFIXES, Item, arrange
 from converters.gguf.readback import check_structure
 from converters.gguf.run_commands import run_commands
+from converters.gguf.splitting import Contents, split
 from converters.gguf.tokenizer import strips_after_special, tokenizer_metadata
 from converters.gguf.writer import (
     ALIGNMENT,
     Bytes,
     GgufWriter,
     Metadata,
-    TensorSpec,
-    file_bytes,
     float32,
     string,
     uint32,
@@ -88,13 +88,8 @@ def predict_files(
 ) -> dict[str, int]:
     """See :class:`converters.registry.Converter`."""
     del runtime  # the command line carries it; the file does not
-    files = arrange(checkpoint, layout, tensors)
-    return {
-        name: file_bytes(
-            _metadata(name, checkpoint, checkpoint.name, items, _HASH_PLACEHOLDER, _HASH_PLACEHOLDER), _specs(items)
-        )
-        for name, items in files.items()
-    }
+    files = _files(checkpoint, layout, tensors, _Identity(checkpoint.name, _HASH_PLACEHOLDER, _HASH_PLACEHOLDER))
+    return {name: contents.nbytes for name, contents in files.items()}
 
 
 def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
@@ -104,26 +99,27 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
         VerificationError: a file, read back, is not what was written.
     """
     plan, checkpoint = bundle.plan, bundle.as_checkpoint()
-    files = arrange(checkpoint, plan.layout, plan.tensors)
     plan_hash = hashlib.sha256((bundle.path / PLAN_FILE).read_bytes()).hexdigest()
-    for item in (item for items in files.values() for item in items if item.copied is None):
+    identity = _Identity(plan.model, plan_hash, plan.model_fingerprint)
+    files = _files(checkpoint, plan.layout, plan.tensors, identity)
+    every_item = [item for contents in files.values() for item in contents.items]
+    for item in (item for item in every_item if item.copied is None):
         ggml.require(item.spec.format)
         if weight_format("gguf", item.spec.format).needs_importance and not _has_importance(bundle, item):
             raise UnsupportedError(
                 f"{item.spec.name}: {item.spec.format} needs importance weights, and the bundle has none for it; "
                 "choose another type, or rank with statistics"
             )
-    total = sum(item.spec.nbytes for items in files.values() for item in items)
+    total = sum(item.spec.nbytes for item in every_item)
     done = 0
     changes = _Changes(bundle, open_base(checkpoint))
-    for name, items in files.items():
-        metadata = _metadata(name, checkpoint, plan.model, items, plan_hash, plan.model_fingerprint)
-        with GgufWriter(out / name, metadata, _specs(items)) as writer:
-            for item, data in one_ahead(lambda item: _data(bundle, item, changes), items):
+    for name, contents in files.items():
+        with GgufWriter(out / name, contents.metadata, contents.specs) as writer:
+            for item, data in one_ahead(lambda item: _data(bundle, item, changes), contents.items):
                 progress(Progress(done, total, item.spec.name))
                 writer.write(item.spec.name, data)
                 done += item.spec.nbytes
-        check_structure(out / name, metadata, _specs(items))
+        check_structure(out / name, contents.metadata, contents.specs)
     progress(Progress(total, total, ""))
 
 
@@ -139,26 +135,40 @@ def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None)
     return torch.from_numpy(ggml.dequantize(ggml.quantize(weight, name, importance), tuple(weight.shape), name))
 
 
-def _specs(items: Sequence[Item]) -> list[TensorSpec]:
-    return [item.spec for item in items]
+@dataclass(frozen=True)
+class _Identity:
+    """What a file says it was made of: the model's name, and two SHA-256."""
+
+    model: str
+    plan: str
+    fingerprint: str
 
 
-def _metadata(
-    file: str, checkpoint: Checkpoint, model: str, items: Sequence[Item], plan_hash: str, fingerprint: str
-) -> Metadata:
+def _files(
+    checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], identity: _Identity
+) -> dict[str, Contents]:
+    """Every file of the export."""
+    found: dict[str, Contents] = {}
+    for name, items in arrange(checkpoint, layout, tensors).items():
+        contents = Contents(_metadata(name, checkpoint, items, identity), items)
+        found |= {name: contents} if name == ADAPTER_FILE else split(name, contents, checkpoint)
+    return found
+
+
+def _metadata(file: str, checkpoint: Checkpoint, items: Sequence[Item], identity: _Identity) -> Metadata:
     shape, base = checkpoint.shape, open_base(checkpoint)
     architecture = family_of(shape.architecture).name if base is None else base.architecture
     is_adapter = file == ADAPTER_FILE
     head = {
         "general.architecture": string(architecture),
         "general.type": string("adapter" if is_adapter else "model"),
-        "general.name": string(_general_name(model, checkpoint.path)),
+        "general.name": string(_general_name(identity.model, checkpoint.path)),
         "general.alignment": uint32(ALIGNMENT),
         "general.quantization_version": uint32(_QUANTIZATION_VERSION),
         "general.file_type": uint32(_FILE_TYPES[_main_format(items)]),
         "acip.version": string(__version__),
-        "acip.plan_sha256": string(plan_hash),
-        "acip.model_fingerprint": string(fingerprint),
+        "acip.plan_sha256": string(identity.plan),
+        "acip.model_fingerprint": string(identity.fingerprint),
     }
     if is_adapter:
         # alpha 0 is "unscaled": any other value is divided by each pair's rank.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from acip_export.anatomy.gguf import PlacedTensor
+from acip_export.anatomy.parts import files_of
 from acip_export.bundle import stored_tensors
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError
@@ -37,6 +40,17 @@ FACTORED_ARCHITECTURES = (
 )
 # An encoder's: llama.cpp adds their rows to the stream as they are.
 _FLOAT_TABLES = ("position_embd.weight", "token_types.weight")
+
+
+def model_files(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of an export's files that the model is in, in their order: one, or the parts of ``--split-max-size``."""
+    return files_of(MODEL_FILE, names)
+
+
+def model_file(export: Path) -> Path:
+    """What a runtime is told to open: the model's file, or the first of its parts. It may be missing."""
+    names = [file.name for file in export.iterdir()] if export.is_dir() else []
+    return export / next(iter(model_files(names)), MODEL_FILE)
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,9 @@ class Item:
 
 
 def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...]) -> dict[str, tuple[Item, ...]]:
-    """The contents of every file, in the order of ``tensors``. The adapter's file exists only if it has tensors.
+    """The contents of model and adapter, in the order of ``tensors``. The adapter exists only if it has tensors.
+
+    Which tensors of the model are in which part is :mod:`converters.gguf.splitting`'s to say.
 
     Raises:
         UnsupportedError: the layout, the architecture or a decision cannot be expressed.

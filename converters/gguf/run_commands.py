@@ -10,7 +10,7 @@ from pathlib import Path
 
 from acip_export.plans import Plan
 from converters.gguf.ggml import TYPE_IDS
-from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE
+from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE, model_files
 from converters.registry import RunCommand
 
 _STOCK = ("stock", "adapter")
@@ -19,18 +19,27 @@ _EXTENDED = (*_STOCK, "factored")
 
 @dataclass(frozen=True)
 class _Export:
-    """What the programs have to be told. ``adapter`` is ``None`` where the export has none."""
+    """What the programs have to be told.
 
-    model: Path
+    Attributes:
+        parts: the model's files, of which most programs are told the first. adapter: ``None`` if there is none.
+    """
+
+    parts: tuple[Path, ...]
     adapter: Path | None
     context: int
     batch: int
     cache_type: str
 
+    @property
+    def model(self) -> Path:
+        return self.parts[0]
+
 
 @dataclass(frozen=True)
 class _Program:
-    """``note``: one sentence on what the program needs; ``factored_note`` replaces it for factor pairs."""
+    """``note``: one sentence on what the program needs; ``factored_note`` replaces it for factor pairs, ``split_note``
+    is added for a model in several files."""
 
     name: str
     language: str
@@ -38,28 +47,33 @@ class _Program:
     text: Callable[[_Export], str]
     note: str = ""
     factored_note: str = ""
+    split_note: str = ""
 
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
     """For every program that runs the plan's layout; the recommended one first."""
+    parts = tuple(directory / name for name in model_files(plan.files) or (MODEL_FILE,))
     if not plan.generates:
         # The file says how to pool; a text has to fit into one batch.
         tokens = str(plan.runtime.prompt_batch)
-        options = ["-m", str(directory / MODEL_FILE), "-c", tokens, "-b", tokens, "-ub", tokens, "--no-repack"]
+        options = ["-m", str(parts[0]), "-c", tokens, "-b", tokens, "-ub", tokens, "--no-repack"]
         server = shlex.join(["llama-server", "--embedding", *options, "-np", "1"])
         return (RunCommand("llama-server", "console", server, "POST /v1/embeddings"),)
     adapter = directory / ADAPTER_FILE if ADAPTER_FILE in plan.files else None
     runtime = plan.runtime
-    export = _Export(directory / MODEL_FILE, adapter, runtime.context, runtime.prompt_batch, runtime.cache_type)
+    export = _Export(parts, adapter, runtime.context, runtime.prompt_batch, runtime.cache_type)
     return tuple(
-        RunCommand(program.name, program.language, program.text(export), _note(program, plan.layout))
+        RunCommand(program.name, program.language, program.text(export), _note(program, plan.layout, len(parts)))
         for program in _PROGRAMS
         if plan.layout in program.layouts
     )
 
 
-def _note(program: _Program, layout: str) -> str:
-    return program.factored_note if layout == "factored" else program.note
+def _note(program: _Program, layout: str, parts: int) -> str:
+    notes = [program.factored_note if layout == "factored" else program.note]
+    if parts > 1:
+        notes.append(program.split_note)
+    return ". ".join(note for note in notes if note)
 
 
 def _options(export: _Export) -> list[str]:
@@ -121,7 +135,7 @@ def _modelfile(path: Path) -> str:
 
 
 def _ollama(export: _Export) -> str:
-    lines = [f"FROM {_modelfile(export.model)}"]
+    lines = [f"FROM {_modelfile(part)}" for part in export.parts]
     if export.adapter is not None:
         lines.append(f"ADAPTER {_modelfile(export.adapter)}")
     return "\n".join([*lines, f"PARAMETER num_ctx {export.context}", f"PARAMETER num_batch {export.batch}"])
@@ -147,5 +161,6 @@ _PROGRAMS = (
         _ollama,
         note="Save as Modelfile, here: its paths are relative to it. Then  ollama create NAME -f Modelfile.  The type "
         "of the KV cache is the server's: OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE",
+        split_note="A model in several files needs Ollama 0.30 or later",
     ),
 )

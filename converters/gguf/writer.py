@@ -24,7 +24,7 @@ from converters.gguf.ggml import TYPE_IDS
 ALIGNMENT = 32
 _MAGIC = b"GGUF"
 _VERSION = 3
-_INT8, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 1, 4, 5, 6, 7, 8, 9
+_INT8, _UINT16, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 1, 2, 4, 5, 6, 7, 8, 9
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -37,6 +37,14 @@ class Value:
 
 
 Metadata = Mapping[str, Value]
+
+
+def uint16(value: int) -> Value:
+    return Value(struct.pack("<IH", _UINT16, value))
+
+
+def int32(value: int) -> Value:
+    return Value(struct.pack("<Ii", _INT32, value))
 
 
 def uint32(value: int) -> Value:
@@ -111,16 +119,25 @@ def offsets(tensors: Sequence[TensorSpec]) -> list[int]:
     return found
 
 
-def encode_head(metadata: Metadata, tensors: Sequence[TensorSpec]) -> bytes:
-    """Everything before the tensor data, padding included."""
-    parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))]
+def encode_info(tensor: TensorSpec, offset: int) -> bytes:
+    """A tensor's entry in the head. Its length does not depend on ``offset``."""
+    extents = tuple(reversed(tensor.shape))
+    kind = struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_IDS[tensor.format], offset)
+    return _string(tensor.name) + kind
+
+
+def encode_keys(metadata: Metadata, tensor_count: int) -> bytes:
+    """The head up to its first tensor. Its length does not depend on ``tensor_count``."""
+    parts = [_MAGIC, struct.pack("<IQQ", _VERSION, tensor_count, len(metadata))]
     for key, value in metadata.items():
         parts += (_string(key), value.encoded)
-    for tensor, offset in zip(tensors, offsets(tensors), strict=True):
-        extents = tuple(reversed(tensor.shape))
-        parts.append(_string(tensor.name))
-        parts.append(struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_IDS[tensor.format], offset))
-    head = b"".join(parts)
+    return b"".join(parts)
+
+
+def encode_head(metadata: Metadata, tensors: Sequence[TensorSpec]) -> bytes:
+    """Everything before the tensor data, padding included."""
+    infos = (encode_info(tensor, offset) for tensor, offset in zip(tensors, offsets(tensors), strict=True))
+    head = b"".join((encode_keys(metadata, len(tensors)), *infos))
     return head.ljust(padded(len(head)), b"\0")
 
 

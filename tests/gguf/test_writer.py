@@ -30,9 +30,9 @@ KINDS = {
 
 
 @st.composite
-def specs(draw: st.DrawFn) -> list[TensorSpec]:
+def specs(draw: st.DrawFn, names: st.SearchStrategy[str] = NAMES) -> list[TensorSpec]:
     found = []
-    for name in draw(st.lists(NAMES, min_size=1, max_size=5, unique=True)):
+    for name in draw(st.lists(names, min_size=1, max_size=5, unique=True)):
         form = draw(st.sampled_from(formats_of("gguf")))
         columns = form.block * draw(st.integers(1, 3))
         shape = draw(st.sampled_from([(columns,), (1, columns), (7, columns)]))

@@ -9,10 +9,7 @@ import pytest
 from acip_export.report import CARD_FILE, PAGE_FILE
 from acip_export.report.data import embedded
 from tests.report.conftest import TYPES, Exports
-from tests.support import make_model
-from tests.test_cli import Run, run
-
-__all__ = ["run"]
+from tests.support import Run, make_model
 
 
 @pytest.fixture
