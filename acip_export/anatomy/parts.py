@@ -17,7 +17,8 @@ from acip_export.anatomy.model import TensorPart
 from acip_export.errors import ModelFileError
 
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
-# What all parts of one of our exports have in common; gguf-split's parts do not say what they belong to.
+# What all parts of one of our exports have in common. gguf-split's parts do not say what they belong to, and have it in
+# the first only when it has split an export.
 _IDENTITY = "acip.plan_sha256"
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -123,7 +124,7 @@ def _next_part(parts: list[Part], file: Path, count: int) -> Part:
         )
     first = parts[0]
     for key in (SPLIT_TENSORS, _IDENTITY):
-        if part.head.values.get(key) != first.head.values.get(key):
+        if key in part.head.values and part.head.values[key] != first.head.values.get(key):
             raise ModelFileError(f"{file} is a part of another model than {first.file}: they differ in {key}")
     return part
 

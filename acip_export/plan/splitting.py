@@ -27,9 +27,9 @@ def fitting(candidates: Sequence[Candidates], target: str, options: Mapping[str,
     for candidate in candidates:
         left = candidate.only(lambda _, option: fits_a_file(_largest(option, target), options))
         if not left.options:
-            name, least = candidate.options[0].name, min(_largest(option, target) for option in candidate.options)
+            least = min(_largest(option, target) for option in candidate.options)
             raise UsageError(
-                f"--split-max-size {largest}B is too small: {name} takes at least {least} bytes; "
+                f"--split-max-size {largest}B is too small: {candidate.name} takes at least {least} bytes; "
                 f"give at least  {least + PART_HEAD}B"
             )
         found.append(left)

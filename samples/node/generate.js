@@ -19,7 +19,9 @@ const {context: contextSize, prompt_batch: batchSize, cache_type: cacheType} = p
 
 // The plan counts memory of the processor; with gpu: "auto" some of it moves to the graphics card.
 const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});
-const model = await llama.loadModel({modelPath: join(directory, "model.gguf")});
+// Of a model in several files, the first.
+const [file] = Object.keys(plan.files).filter((name) => name !== "adapter.gguf").sort();
+const model = await llama.loadModel({modelPath: join(directory, file)});
 const adapter = join(directory, "adapter.gguf");
 const context = await model.createContext({
   contextSize,

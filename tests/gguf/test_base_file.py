@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from acip_export import pipeline
 from acip_export.bundle import Bundle, load_bundle
 from acip_export.checkpoint import Checkpoint
-from acip_export.errors import AcipError, ModelFileError, UnsupportedError
+from acip_export.errors import AcipError, ImatrixError, ModelFileError, UnsupportedError
 from acip_export.files import new_directory
 from acip_export.plan import PlanRequest
-from converters.gguf import converter
+from acip_export.plans import load_plan
+from converters.gguf import converter, ggml
+from converters.gguf.base_file import open_base, planned_names
+from converters.gguf.imatrix import read_imatrix
 from tests.gguf.conftest import export
 from tests.gguf.test_converter import FLOAT_TOLERANCE, agreement, assert_float_agreement
-from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
+from tests.support import Run, dense, everywhere, make_bundle, make_model, make_plan, make_scores
 
 # ggml takes GELU from a table of float16 values.
 GELU_TOLERANCE = 3e-3
@@ -31,11 +36,12 @@ def starcoder2(directory: Path, **settings: Any) -> Path:
     return make_model(directory, "starcoder2", **{**SIZES, "sliding_window": None, "num_hidden_layers": 2, **settings})
 
 
-def base_of(model: Path, file: Path) -> Path:
-    """A base as llama.cpp's converter writes it, through gguf-py: float16 matrices, float32 vectors."""
+def base_of(model: Path, file: Path, split_max_size: int = 0) -> Path:
+    """A base as llama.cpp's converter writes it, through gguf-py: float16 matrices, float32 vectors. Returns the file
+    to name, which is the first of several with a ``split_max_size``."""
     checkpoint = Checkpoint.open(model)
     shape, config = checkpoint.shape, checkpoint.config
-    writer = gguf.GGUFWriter(file, "starcoder2")
+    writer = gguf.GGUFWriter(file, "starcoder2", split_max_size=split_max_size)
     writer.add_name("the base's own name")
     writer.add_context_length(shape.max_context)
     writer.add_embedding_length(shape.hidden)
@@ -63,7 +69,7 @@ def base_of(model: Path, file: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return file
+    return file if split_max_size == 0 else min(file.parent.glob(f"{file.stem}-00001-of-*.gguf"))
 
 
 def export_on(base: Path, model: Path, layout: str, rule: Any, directory: Path) -> tuple[Bundle, Path]:
@@ -102,6 +108,71 @@ def test_order_of_rows_is_found_out(layout: str, rule: Any, tmp_path: Path) -> N
     _, made = export(model, "stock", dense(format="q8_0"), tmp_path / "base")
     bundle, out = export_on(made / "model.gguf", model, layout, rule, tmp_path)
     assert_float_agreement(agreement(load_bundle(bundle.path), out), FLOAT_TOLERANCE)
+
+
+def contents(directory: Path) -> tuple[set[str], dict[str, bytes]]:
+    """Keys and tensors of the model in ``directory``, by gguf-py."""
+    readers = [gguf.GGUFReader(file) for file in sorted(directory.glob("model*.gguf"))]
+    keys = {key for key in readers[0].fields if not key.startswith("GGUF.")}
+    return keys, {tensor.name: tensor.data.tobytes() for reader in readers for tensor in reader.tensors}
+
+
+@pytest.mark.parametrize(("layout", "rule"), [("stock", dense(format="q8_0")), ("adapter", PAIRS)])
+def test_a_base_in_several_files(layout: str, rule: Any, tmp_path: Path) -> None:
+    """Split by gguf-py, whose later parts have nothing but the numbers of the split."""
+    model = starcoder2(tmp_path / "model")
+    first = base_of(model, tmp_path / "parts.gguf", split_max_size=100_000)
+    assert len(list(tmp_path.glob("parts-*.gguf"))) > 3
+    _, whole = export_on(base_of(model, tmp_path / "base.gguf"), model, layout, rule, tmp_path / "a")
+    _, parts = export_on(first, model, layout, rule, tmp_path / "b")
+    assert contents(whole) == contents(parts)
+
+
+def test_with_an_imatrix_and_in_several_files(tmp_path: Path, run: Run) -> None:
+    """Everything at once, from the command line: base in parts, importance from a file, export in parts."""
+    model = starcoder2(tmp_path / "model")
+    base = base_of(model, tmp_path / "base.gguf", split_max_size=150_000)
+    checkpoint, generator = Checkpoint.open(model), np.random.default_rng(5)
+    made = make_scores(model)
+    weighted = {
+        name: dataclasses.replace(module, input_moment=generator.gamma(0.5, 2, module.shape[1]).astype(np.float32))
+        for name, module in made.modules.items()
+    }
+    imatrix = tmp_path / "imatrix.gguf"
+    with_base = checkpoint.with_options({"base_gguf": str(base)})
+    pipeline.write_imatrix(with_base, dataclasses.replace(made, modules=weighted), imatrix)
+    ask = ("--model", model, "--budget", "260kB", "--budget-scope", "file", "--format", "gguf", "--context", "64",
+           "--types", "q8_0,q4_0", "--base-gguf", base, "--split-max-size", "80kB", "--json")  # fmt: skip
+    done = run(*ask, "--imatrix", imatrix, "-o", tmp_path / "export")
+    assert done.code == 0, done.err
+    answer = json.loads(done.out)
+    assert answer["report"]["passed"]
+    assert len(answer["plan"]["files"]) > 2
+    assert max(answer["plan"]["files"].values()) <= 80_000
+    _, tensors = contents(tmp_path / "export")
+    names = planned_names(open_base(with_base), with_base, load_plan(tmp_path / "export" / "plan.json").tensors)
+    means, told = read_imatrix(imatrix), 0
+    for decision in load_plan(tmp_path / "export" / "plan.json").tensors:
+        if decision.module not in made.modules:
+            continue
+        name, weight = names[decision.name], checkpoint.read(decision.name)
+        importance = torch.from_numpy(means[name])
+        assert tensors[name] == ggml.quantize(weight, decision.format, importance).tobytes()
+        told += tensors[name] != ggml.quantize(weight, decision.format, None).tobytes()
+    assert told > 4  # q8_0 is the same with any weights
+    # Of another model: nothing is written.
+    other = starcoder2(tmp_path / "other", intermediate_size=384)
+    own = imatrix_of(other, tmp_path)
+    refused = run(*ask, "--imatrix", own, "-o", tmp_path / "refused")
+    assert refused.code == ImatrixError.exit_code, refused.err
+    assert not (tmp_path / "refused").exists()
+
+
+def imatrix_of(model: Path, directory: Path) -> Path:
+    """Its imatrix."""
+    checkpoint = Checkpoint.open(model).with_options({"base_gguf": str(base_of(model, directory / "other.gguf"))})
+    pipeline.write_imatrix(checkpoint, make_scores(model), directory / "other-imatrix.gguf")
+    return directory / "other-imatrix.gguf"
 
 
 def test_planned_within_a_budget_and_verified(tmp_path: Path) -> None:

@@ -303,9 +303,9 @@ def test_structure_check_notices_a_changed_file(models: dict[str, Path], tmp_pat
     file.write_bytes(data.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight"))
     checkpoint = Checkpoint.open(models["llama"])
     plan = make_plan(models["llama"], "gguf", "stock", dense(format="q8_0"))
-    items = converter.arrange(checkpoint, "stock", plan.tensors)["model.gguf"]
-    metadata = converter._metadata("model.gguf", checkpoint, plan.model, items, "0" * 64, "0" * 64)
-    specs = [item.spec for item in items]
+    identity = converter._Identity(plan.model, "0" * 64, "0" * 64)
+    contents = converter._files(checkpoint, "stock", plan.tensors, identity)["model.gguf"]
+    metadata, specs = contents.metadata, contents.specs
     with pytest.raises(VerificationError, match="reads back differently"):
         readback.check_structure(file, metadata, specs)
     file.write_bytes(data)

@@ -30,6 +30,8 @@ RULES: dict[str, Rule] = {
     "adapter": everywhere(representation="adapter", format="q1_0", **PAIR),
     "factored": everywhere(representation="factored", **PAIR),
 }
+# A model in several files is one more export.
+PARTS = "stock, in parts"
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,18 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("samples")
     model = Path(shutil.copytree(ROOT / "samples" / "llama", place / "llama"))
     found, scores = {}, make_scores(model)
-    for layout, rule in RULES.items():
-        plan = make_plan(model, "gguf", layout, rule, context=128)
-        files = converter.predict_files(Checkpoint.open(model), layout, plan.tensors, plan.runtime)
+    for name, (layout, options) in {
+        **{layout: (layout, {}) for layout in RULES},
+        PARTS: ("stock", {"split_max_size": "1500000"}),
+    }.items():
+        plan = dataclasses.replace(make_plan(model, "gguf", layout, RULES[layout], context=128), options=options)
+        checkpoint = Checkpoint.open(model).with_options(options)
+        files = converter.predict_files(checkpoint, layout, plan.tensors, plan.runtime)
         plan = dataclasses.replace(plan, files=files, planned_bytes=sum(files.values()))
-        bundle = make_bundle(model, plan, place / layout / "bundle", scores)
-        found[layout] = place / layout / "my export"
-        convert_bundle(bundle.path, found[layout])
+        bundle = make_bundle(model, plan, place / name / "bundle", scores)
+        found[name] = place / name / "my export"
+        convert_bundle(bundle.path, found[name])
+    assert len(load_plan(found[PARTS] / "plan.json").files) > 2
     return found
 
 
@@ -61,7 +68,7 @@ def generate(export: Path, place: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
-@pytest.mark.parametrize("layout", ["stock", "adapter"])
+@pytest.mark.parametrize("layout", ["stock", "adapter", PARTS])
 def test_node_chooses_the_tokens_of_llama_cpp(layout: str, exports: dict[str, Path], tmp_path: Path) -> None:
     done = generate(exports[layout], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
