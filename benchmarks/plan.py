@@ -1,10 +1,12 @@
 """How long ``acip-export plan`` takes for a model of 7 billion parameters: a new process each time, start-up included.
+And how much of a budget plans use, at 135 million, 1 billion and 7 billion parameters.
 
-    python benchmarks/plan.py [--repeat 3]
+    python benchmarks/plan.py [--repeat 3] [--part time use]
 
-Makes a model directory of the shape of Llama 2 7B (32 layers, 224 linear layers) and a score file with full second
-moments. The matrices and the moments are holes in sparse files: planning reads neither, once it has the rounding errors
-that the first plan of a model measures and keeps (here made up beforehand). Writes benchmarks/plan.json.
+Makes a model directory of the shape of Llama 2 7B (32 layers, 224 linear layers; also those of SmolLM 135M and
+TinyLlama 1.1B) and a score file with full second moments. The matrices and the moments are holes in sparse files:
+planning reads neither, once it has the rounding errors that the first plan of a model measures and keeps (here made up
+beforehand). Writes benchmarks/plan.json.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,11 @@ from typing import Any
 import numpy as np
 
 from acip_export.checkpoint import Checkpoint
+from acip_export.errors import InfeasibleBudgetError
 from acip_export.files import DTYPE_BYTES
 from acip_export.formats import formats_of
+from acip_export.pipeline import planning_problem
+from acip_export.plan import PlanRequest
 from acip_export.plan.candidates import pair_types, residual_bases
 from acip_export.rounding_errors import RoundingErrors, cache_file, pair_key, residual_key, save_rounding_errors
 from acip_export.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
@@ -34,24 +40,49 @@ from acip_export.targets import TARGETS
 from converters.registry import converter
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS, HIDDEN, FFN, VOCABULARY = 32, 4096, 11008, 32000
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": FFN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
+
+
+@dataclass(frozen=True)
+class Size:
+    """The shape of a Llama."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    tied: bool = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
+
+
+SIZES = {
+    "7B": Size(32, 4096, 11008, 32000, 32, 32),
+    "1.1B": Size(22, 2048, 5632, 32000, 32, 4),
+    "135M": Size(30, 576, 1536, 49152, 9, 3, tied=True),
 }
+# Of the bf16 bytes; for files, at the types that the layouts have by default.
+SHARES = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+LAYOUTS = {"gguf, stock": ("gguf", "stock"), "gguf, adapter": ("gguf", "adapter"), "onnx": ("onnx", "factored")}
 CASES = {
     "gguf, stock": ("--budget", "5GB", "--format", "gguf"),
     "gguf, adapter": ("--budget", "5GB", "--format", "gguf", "--layout", "adapter", "--types", "q8_0,q4_k"),
@@ -73,29 +104,31 @@ def sparse_safetensors(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]
         stream.truncate(8 + len(encoded) + position)
 
 
-def make_model(directory: Path) -> Path:
+def make_model(directory: Path, size: Size = SIZES["7B"]) -> Path:
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "config.json").write_text(json.dumps(size.config))
     tokenizer = json.loads((ROOT / "samples" / "llama" / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
-    for token in range(len(vocabulary), VOCABULARY):
+    for token in range(len(vocabulary), size.vocabulary):
         vocabulary[f"token{token}"] = token
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     for name in ("tokenizer_config.json", "generation_config.json"):
         (directory / name).write_bytes((ROOT / "samples" / "llama" / name).read_bytes())
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
-        "model.embed_tokens.weight": ("BF16", (VOCABULARY, HIDDEN)),
-        "lm_head.weight": ("BF16", (VOCABULARY, HIDDEN)),
-        "model.norm.weight": ("BF16", (HIDDEN,)),
-    }
-    for layer in range(LAYERS):
+    table, keys = ("BF16", (size.vocabulary, size.hidden)), size.hidden // size.heads * size.kv_heads
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {"model.embed_tokens.weight": table}
+    if not size.tied:
+        tensors["lm_head.weight"] = table
+    tensors["model.norm.weight"] = ("BF16", (size.hidden,))
+    for layer in range(size.layers):
         stem = f"model.layers.{layer}"
         for name in ("q", "k", "v", "o"):
-            tensors[f"{stem}.self_attn.{name}_proj.weight"] = ("BF16", (HIDDEN, HIDDEN))
-        for name, shape in (("gate", (FFN, HIDDEN)), ("up", (FFN, HIDDEN)), ("down", (HIDDEN, FFN))):
+            rows = keys if name in "kv" else size.hidden
+            tensors[f"{stem}.self_attn.{name}_proj.weight"] = ("BF16", (rows, size.hidden))
+        wide, narrow = (size.ffn, size.hidden), (size.hidden, size.ffn)
+        for name, shape in (("gate", wide), ("up", wide), ("down", narrow)):
             tensors[f"{stem}.mlp.{name}_proj.weight"] = ("BF16", shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{stem}.{name}.weight"] = ("BF16", (HIDDEN,))
+            tensors[f"{stem}.{name}.weight"] = ("BF16", (size.hidden,))
     sparse_safetensors(directory / "model.safetensors", tensors)
     return directory
 
@@ -130,7 +163,11 @@ def make_scores(model: Path) -> Path:
         versions={"acip-export": "benchmark"},
         curve=tuple(CurvePoint(r / 10, 2 + total * (1 - r / 10) ** 2) for r in range(10, 1, -1)),
         modules=modules,
-        embedding_sensitivity={"model.embed_tokens.weight": 0.05, "lm_head.weight": 0.1},
+        embedding_sensitivity={
+            name: value
+            for name, value in (("model.embed_tokens.weight", 0.05), ("lm_head.weight", 0.1))
+            if name in checkpoint.tensors
+        },
         second_moments={},
     )
     file = model / f"{model.name}.acip"
@@ -180,10 +217,14 @@ def make_rounding_errors(file: Path) -> None:
 def measure(model: Path, arguments: tuple[str, ...], repeat: int) -> dict[str, Any]:
     """Wall seconds (fastest and median), processor seconds (what other work slows little), peak bytes, and the plan."""
     command = [sys.executable, "-m", "acip_export", "plan", "--model", str(model), *arguments, "--json"]
+    # As installed, where modules are compiled once.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(model.parent / "compiled")
+    subprocess.run(command, capture_output=True, check=False, env=environment)
     seconds, busy = [], []
     for _ in range(repeat):
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         seconds.append(time.perf_counter() - started)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         busy.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -203,25 +244,66 @@ def measure(model: Path, arguments: tuple[str, ...], repeat: int) -> dict[str, A
     }
 
 
+def budget_use(model: Path) -> dict[str, Any]:
+    """Used bytes over the budget, at every share of the bf16 bytes that has a plan which could still be improved."""
+    checkpoint, scores = Checkpoint.open(model), load_scores(model / f"{model.name}.acip")
+    found: dict[str, Any] = {}
+    for name, (target, layout) in LAYOUTS.items():
+        request = PlanRequest(target, 1, "file", layout=layout, context=512)
+        problem = planning_problem(checkpoint, scores, request)
+        used: dict[str, float] = {}
+        for share in SHARES:
+            budget = round(share * checkpoint.weight_bytes)
+            try:
+                plan = problem.plan(replace(request, budget_bytes=budget))
+            except InfeasibleBudgetError:
+                continue
+            if plan.certificate.next_upgrade is not None:
+                used[f"{share:.0%}"] = round(plan.used_bytes / budget, 6)
+        found[name] = {"least": min(used.values()), "by_share": used}
+    return found
+
+
+def table(document: dict[str, Any]) -> str:
+    """For docs/plan.md."""
+    rows = ["| least use of a budget | " + " | ".join(LAYOUTS) + " |", "| --- |" + " ---: |" * len(LAYOUTS)]
+    for name, use in document["budget_use"].items():
+        cells = (f"{use[layout]['least']:.3%} of {len(use[layout]['by_share'])}" for layout in LAYOUTS)
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of cases; default: all")
+    parser.add_argument("--part", nargs="*", choices=("time", "use"), default=("time", "use"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "plan.json")
     args = parser.parse_args()
+    old = json.loads(args.out.read_text()) if args.out.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
+        uses: dict[str, Any] = {}
+        for name, size in reversed(SIZES.items()) if "use" in args.part else ():
+            model = make_model(Path(scratch) / name, size)
+            make_rounding_errors(make_scores(model))
+            uses[name] = budget_use(model)
+            print(f"{name:20}", json.dumps(uses[name]), flush=True)
         model = make_model(Path(scratch) / "seven")
         scores = make_scores(model)
         make_rounding_errors(scores)
         results = {}
         for name, arguments in CASES.items():
-            if args.only and name not in args.only:
+            if (args.only and name not in args.only) or "time" not in args.part:
                 continue
             results[name] = measure(model, arguments, args.repeat)
             print(f"{name:20}", json.dumps(results[name]), flush=True)
         document = {
             "benchmark": "plan",
-            "model": {"layers": LAYERS, "linear_layers": 7 * LAYERS, "bytes": Checkpoint.open(model).weight_bytes},
+            "model": {
+                "layers": SIZES["7B"].layers,
+                "linear_layers": 7 * SIZES["7B"].layers,
+                "bytes": Checkpoint.open(model).weight_bytes,
+            },
             "score_file_bytes": scores.stat().st_size,
             "machine": {
                 "processor": platform.machine(),
@@ -230,10 +312,12 @@ def main() -> None:
                 "load": os.getloadavg()[0],
             },
             "versions": {name: version(name) for name in ("numpy", "scipy", "typer", "rich")},
-            "results": results,
+            "results": results or old.get("results", {}),
+            "budget_use": uses or old.get("budget_use", {}),
         }
     if not args.only:
         args.out.write_text(json.dumps(document, indent=1) + "\n")
+        print(table(document))
 
 
 if __name__ == "__main__":

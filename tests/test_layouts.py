@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError
 from acip_export.pipeline import plan_export
+from acip_export.pipeline.planning import other_floors
 from acip_export.plan import PlanRequest
 from acip_export.plans import Plan
 from acip_export.scores import ScoreFile
@@ -72,3 +75,19 @@ def test_auto_fails_only_when_no_layout_fits(ranked: tuple[Checkpoint, ScoreFile
     smallest = nothing.value.smallest_feasible_bytes
     # One of the two layouts does not fit into this; the other one is planned.
     assert planned(ranked, smallest, AUTO).planned_bytes <= smallest
+
+
+def test_a_budget_that_only_another_format_fits(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    """ONNX has factor pairs by default, so it goes further down than dense q8_0."""
+    request = PlanRequest("gguf", 1, "file", types=("q8_0",))
+    ((flags, floor),) = other_floors(*ranked, request)
+    assert flags == "--format onnx  without --types"
+    with pytest.raises(InfeasibleBudgetError, match=f"These settings fit:(.|\n)*{flags}"):
+        plan_export(*ranked, replace(request, budget_bytes=floor))
+    with pytest.raises(InfeasibleBudgetError) as neither:
+        plan_export(*ranked, replace(request, budget_bytes=floor - 1))
+    assert "--format onnx" not in str(neither.value)
+    # The other format has a plan of exactly that size.
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        plan_export(*ranked, PlanRequest("onnx", floor - 1, "file"))
+    assert refused.value.smallest_feasible_bytes == floor

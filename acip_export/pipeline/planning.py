@@ -67,7 +67,9 @@ def plan_export(
         if split_max_size(request.options) is not None:  # one that is too small is refused before anything is measured
             Problem.of(checkpoint, scores, asked, predict).floor(asked)
         errors = rounding_errors(checkpoint, scores, asked, progress)
-        return make_plan(checkpoint, scores, asked, predict, errors)
+        return make_plan(
+            checkpoint, scores, asked, predict, errors, lambda: other_floors(checkpoint, scores, request)
+        )
 
     if len(layouts) == 1:
         return plan(layouts[0].name)
@@ -88,6 +90,50 @@ def plan_export(
     best = min(plans, key=lambda made: made.predicted_loss)
     compared = ", ".join(f"{made.layout} {made.predicted_loss:.4f}" for made in plans)
     return replace(best, notes=(*best.notes, f"predicted loss by layout: {compared} {best.loss_unit}"))
+
+
+def other_floors(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> list[tuple[str, int]]:
+    """Flags for every other format, and its smallest budget in the same scope and for the same context.
+
+    Formats that the model or the installation does not support are left out. What only the requested format knows of
+    (types, layout and the like) falls to the other's defaults, and the flags say so.
+    """
+    from acip_export.targets import TARGETS
+
+    own = {
+        "types": request.types,
+        "layout": request.layout,
+        "cache-type": request.cache_type,
+        "runtime": request.runtime,
+        "target": request.execution,
+        **{name.replace("_", "-"): value for name, value in request.options.items()},
+    }
+    without = ", ".join(f"--{name}" for name, value in own.items() if value)
+    found: list[tuple[str, int]] = []
+    for name in TARGETS:
+        if name != request.target:
+            changed = replace(
+                request, target=name, types=(), layout=None, cache_type=None, runtime=None, execution=None, options={}
+            )
+            try:
+                floor = _floor(checkpoint.with_options({}), scores, changed)
+            except AcipError:
+                continue
+            found.append((f"--format {name}" + (f"  without {without}" if without else ""), floor))
+    return found
+
+
+def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> int:
+    """The smallest budget, which needs no rounding errors. Raises as :func:`plan_export`, but for the budget."""
+    from acip_export.targets import target as find_target
+    from converters.registry import converter
+
+    target, layout = converter(request.target), find_target(request.target).layouts[0].name
+
+    def files(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> Mapping[str, int]:
+        return target.predict_files(checkpoint, layout, tensors, runtime)
+
+    return Problem.of(checkpoint, scores, replace(request, layout=layout), files).floor(request)[0]
 
 
 def sweep_sizes(

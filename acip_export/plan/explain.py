@@ -31,7 +31,7 @@ def explain(problem: Problem, request: PlanRequest, plan: Plan) -> Certificate:
 
 
 def infeasible(problem: Problem, request: PlanRequest) -> InfeasibleBudgetError:
-    """The floor, its breakdown, and settings of the same target for which a plan was found to fit."""
+    """The floor, its breakdown, and settings and other formats for which a plan was found to fit."""
     needed, parts = problem.floor(request)
     largest = max(parts, key=lambda part: parts[part])
     lines = "\n".join(f"  {name:<28}{format_bytes(size):>10}" for name, size in parts.items() if size)
@@ -44,10 +44,13 @@ def infeasible(problem: Problem, request: PlanRequest) -> InfeasibleBudgetError:
         if floor is not None and floor <= request.budget_bytes:
             kinds.add(kind)
             fitting.append(f"  {change:<50}{format_bytes(floor):>10} and more")
+    for change, floor in problem.other_floors():
+        if floor <= request.budget_bytes:
+            fitting.append(f"  {change:<50}{format_bytes(floor):>10} and more")
     found = (
         "These settings fit:\n" + "\n".join(fitting)
         if fitting
-        else f"No context, cache type, prompt batch or type of {problem.target.name} makes it fit."
+        else f"No context, cache type, prompt batch or type of {problem.target.name} makes it fit, and no other format."
     )
     return InfeasibleBudgetError(
         f"no plan fits {format_bytes(request.budget_bytes)} ({request.budget_bytes} bytes).\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp
 
@@ -26,6 +26,8 @@ from acip_export.targets import DEFAULT_EXECUTION, Layout, Target, longest_conte
 from acip_export.targets import target as find_target
 
 PredictFiles = Callable[[tuple[TensorDecision, ...], Runtime], Mapping[str, int]]
+# Flags and floors of the other formats, for a request that does not fit.
+OtherFloors = Callable[[], Sequence[tuple[str, int]]]
 
 DEFAULT_CONTEXT = 4096
 
@@ -68,18 +70,20 @@ def make_plan(
     request: PlanRequest,
     predict_files: PredictFiles,
     errors: RoundingErrors | None = None,
+    other_floors: OtherFloors = lambda: (),
 ) -> Plan:
     """The plan of least predicted loss whose exact bytes are within the budget.
 
     ``predict_files(decisions, runtime)`` is the target converter's exact prediction. ``errors``: what rounding costs,
     measured on this model (:func:`acip_export.pipeline.rounding_errors`); ``None``: as on Gaussian weights.
+    ``other_floors()``: what the refusal of a budget says about other formats.
 
     Raises:
         InfeasibleBudgetError: no plan fits; names the smallest budget that does, what dominates it, and what would fit.
         ScoreFileError: the score file is of another model.
         UsageError, UnsupportedError: the request contradicts itself, the model or the target.
     """
-    problem = Problem.of(checkpoint, scores, request, predict_files, errors)
+    problem = replace(Problem.of(checkpoint, scores, request, predict_files, errors), other_floors=other_floors)
     plan = problem.plan(request)
     return replace(plan, certificate=explain(problem, request, plan))
 
@@ -101,6 +105,7 @@ class Problem:
     calibration: Calibration
     dropping: Mapping[str, FloatArray]
     predict_files: PredictFiles
+    other_floors: OtherFloors = lambda: ()
     _tables: dict[str, Table] = field(default_factory=dict, repr=False, compare=False)
     _smallest: dict[tuple[str, Runtime], Solution] = field(default_factory=dict, repr=False, compare=False)
 
