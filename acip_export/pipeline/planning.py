@@ -67,9 +67,7 @@ def plan_export(
         if split_max_size(request.options) is not None:  # one that is too small is refused before anything is measured
             Problem.of(checkpoint, scores, asked, predict).floor(asked)
         errors = rounding_errors(checkpoint, scores, asked, progress)
-        return make_plan(
-            checkpoint, scores, asked, predict, errors, lambda: other_floors(checkpoint, scores, request)
-        )
+        return make_plan(checkpoint, scores, asked, predict, errors, lambda: other_floors(checkpoint, scores, request))
 
     if len(layouts) == 1:
         return plan(layouts[0].name)
