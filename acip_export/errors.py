@@ -2,6 +2,7 @@
 
     AcipError                      exit code
     ├── UsageError                 2   flags that contradict each other, a bare-number budget, existing output
+    │   └── OutputError                what was asked for cannot be written where it was asked for: a full disk
     ├── InputError                 3   a file that is missing, damaged, hostile or of another model
     │   ├── CheckpointError            the model directory
     │   ├── ScoreFileError             *.acip
@@ -37,6 +38,10 @@ class AcipError(Exception):
 
 class UsageError(AcipError):
     exit_code = 2
+
+
+class OutputError(UsageError):
+    """The place for the output cannot be written to, or has no room. Nothing is left there."""
 
 
 class InputError(AcipError):

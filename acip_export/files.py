@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from acip_export.errors import InputError, UsageError
+from acip_export.errors import InputError, OutputError, UsageError
 
 DTYPE_BYTES = {
     "BOOL": 1,
@@ -183,18 +184,47 @@ class SafetensorsWriter:
             )
 
 
+# What only writing can meet: no such error is about a file that is read.
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
+
+
+@contextmanager
+def _room(target: Path) -> Iterator[None]:
+    """Raises OutputError where the system has no room for ``target``, at any depth below the block."""
+    try:
+        yield
+    except OSError as reason:
+        if reason.errno not in _NO_ROOM:
+            raise
+        raise _no_output(target, reason) from reason
+
+
+def _no_output(target: Path, reason: OSError) -> OutputError:
+    return OutputError(
+        f"{target} cannot be written: {reason.strerror}; nothing was left there. "
+        "Make room, or choose another place with -o"
+    )
+
+
 @contextmanager
 def scratch_directory(target: Path, suffix: str) -> Iterator[Path]:
     """Yield a new hidden directory beside ``target`` that is gone when the block ends, however it ends.
 
     The name is chosen before the directory is made: an interruption right after that finds it removed too, which
     ``tempfile.TemporaryDirectory`` cannot promise.
+
+    Raises:
+        OutputError: it cannot be made, or the disk is full.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     directory = target.parent / f".{target.name}.{secrets.token_hex(4)}{suffix}"
     try:
-        directory.mkdir(mode=0o700)
-        yield directory
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700)
+        except OSError as reason:
+            raise _no_output(target, reason) from reason
+        with _room(target):
+            yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -204,6 +234,9 @@ def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside ``target`` that becomes ``target`` when the block ends without an exception.
 
     On any exception, Ctrl-C included, the temporary directory is removed and an existing ``target`` is untouched.
+
+    Raises:
+        UsageError: ``target`` exists and ``force`` is false. OutputError: it cannot be made, or the disk is full.
     """
     refuse_existing(target, force)
     with scratch_directory(target, ".tmp") as temporary:
@@ -223,15 +256,20 @@ def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
 def new_file(target: Path, force: bool = False) -> Iterator[Path]:
     """Like :func:`new_directory`, for one file."""
     refuse_existing(target, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
-        temporary.touch(mode=0o600, exist_ok=False)
-        yield temporary
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch(mode=0o600, exist_ok=False)
+        except OSError as reason:
+            raise _no_output(target, reason) from reason
+        with _room(target):
+            yield temporary
         temporary.chmod(0o644)
         temporary.replace(target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
