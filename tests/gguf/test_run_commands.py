@@ -12,6 +12,7 @@ import pytest
 
 from acip_export.plans import Plan
 from converters.gguf.run_commands import run_commands
+from tests.gguf import modelfile
 from tests.support import dense, make_plan
 
 DIRECTORY = Path("my export")
@@ -28,8 +29,8 @@ def with_layout(plan: Plan, layout: str) -> Plan:
     return dataclasses.replace(plan, layout=layout, files=files)
 
 
-def texts(plan: Plan) -> dict[str, str]:
-    return {command.program: command.text for command in run_commands(plan, DIRECTORY)}
+def texts(plan: Plan, directory: Path = DIRECTORY) -> dict[str, str]:
+    return {command.program: command.text for command in run_commands(plan, directory)}
 
 
 def test_every_program_runs_the_stock_layouts_and_only_extended_ones_run_pairs(plan: Plan) -> None:
@@ -66,3 +67,31 @@ def test_code_survives_any_path(plan: Plan) -> None:
     literal = re.search(r"modelPath: (.*)}\)", found["node-llama-cpp"])
     assert literal is not None
     assert json.loads(literal[1]) == 'it\'s "here"/model.gguf'
+
+
+@pytest.mark.parametrize("directory", ["my export", "/srv/models", 'it\'s "here"', '"quoted"', "# no comment", "~me"])
+def test_ollama_reads_its_modelfile(plan: Plan, directory: str) -> None:
+    for layout in ("stock", "adapter"):
+        text = texts(with_layout(plan, layout), Path(directory))["Ollama"]
+        instructions = modelfile.parse(text)
+        names = [name for name, _ in instructions]
+        assert names == ["from"] + ["adapter"] * (layout == "adapter") + ["parameter"] * 2
+        for name, value in instructions:
+            if name != "parameter":
+                # Absolute, or relative to the Modelfile: anything else is the name of a model.
+                assert value.startswith(("/", "./"))
+                assert Path(value).parent == Path(directory)
+        assert modelfile.parameters(text) == {"num_ctx": 128, "num_batch": 16}
+        template = f'{text}\nTEMPLATE """{{{{ .System }}}}\nUSER: {{{{ .Prompt }}}}\n# kept\n"""\n# a comment\n'
+        assert modelfile.parse(template) == [
+            *instructions,
+            ("template", "{{ .System }}\nUSER: {{ .Prompt }}\n# kept\n"),
+        ]
+
+
+@pytest.mark.parametrize(
+    "text", ["PARAMETER num_ctx 1", "FROM", "FORM ./x.gguf", 'FROM x\nTEMPLATE """open', 'FROM "open', "./x.gguf"]
+)
+def test_what_is_no_modelfile(text: str) -> None:
+    with pytest.raises(ValueError, match=r"no |not closed"):
+        modelfile.parse(text)

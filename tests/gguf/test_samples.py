@@ -19,6 +19,7 @@ from acip_export.plans import load_plan
 from acip_export.verify.llama_cpp import LlamaCppSession
 from converters.gguf import converter
 from tests.gguf.conftest import Rule
+from tests.gguf.modelfile import parameters, parse
 from tests.support import dense, everywhere, make_bundle, make_plan, make_scores
 
 ROOT = Path(__file__).parent.parent.parent
@@ -101,6 +102,9 @@ def test_the_modelfile_names_files_and_settings(exports: dict[str, Path]) -> Non
         "PARAMETER num_batch 32",
     ]
     assert f"ADAPTER {exports['adapter'] / 'adapter.gguf'}" in modelfile(exports["adapter"]).stdout.splitlines()
+    parts = [Path(value) for name, value in parse(modelfile(exports[PARTS]).stdout) if name == "from"]
+    assert parts == sorted(exports[PARTS].glob("model-*.gguf"))
+    assert parameters(modelfile(exports[PARTS]).stdout) == {"num_ctx": 128, "num_batch": 32}
     refused = modelfile(exports["factored"])
     assert refused.returncode == UnsupportedError.exit_code
     assert "Ollama runs gguf, stock or adapter" in refused.stderr
