@@ -25,7 +25,8 @@ DEVICES_VARIABLE = "ACIP_EXPORT_DEVICES"
 BUILT_IN = "built in"
 
 _SOURCES = ("memory", "usable", "types")
-_FIELDS = {"name", "title", "class", "memory", "usable", "runtimes", "types", "context", "source"}
+_OPTIONAL = {"types", "context", "largest_file", "whole_prompts"}
+_FIELDS = {"name", "title", "class", "memory", "usable", "runtimes", "source"} | _OPTIONAL
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Device:
         types: weight types that are fast there, by format, most precise first.
         context: tokens that a plan is made for unless told otherwise.
         sources: where ``memory``, ``usable`` and ``types`` come from.
+        largest_file: bytes of the largest file that can be loaded there; ``None``: any.
+        whole_prompts: formats whose runtime there computes a prompt in one piece, however long it is.
         defined_in: the file, or ``built in``.
     """
 
@@ -51,6 +54,8 @@ class Device:
     types: dict[str, tuple[str, ...]]
     context: int
     sources: dict[str, str]
+    largest_file: int | None = None
+    whole_prompts: tuple[str, ...] = ()
     defined_in: str = BUILT_IN
 
     @property
@@ -73,6 +78,8 @@ class Device:
             "runtimes": self.runtimes,
             "types": {target: list(types) for target, types in self.types.items()},
             "context": self.context,
+            "largest_file": self.largest_file,
+            "whole_prompts": list(self.whole_prompts),
             "source": self.sources,
             "defined_in": self.defined_in,
         }
@@ -140,7 +147,7 @@ def _device(entry: dict[str, Any], number: int, where: str) -> Device:
     def fail(message: str) -> DeviceFileError:
         return DeviceFileError(f"{label}: {message}")
 
-    unknown, missing = set(entry) - _FIELDS, _FIELDS - {"types", "context"} - set(entry)
+    unknown, missing = set(entry) - _FIELDS, _FIELDS - _OPTIONAL - set(entry)
     if unknown:
         raise fail(f"unknown field {sorted(unknown)[0]!r}; known: {', '.join(sorted(_FIELDS))}")
     if missing:
@@ -148,8 +155,12 @@ def _device(entry: dict[str, Any], number: int, where: str) -> Device:
     for field in ("name", "title", "class", "memory"):
         if not isinstance(entry[field], str) or not entry[field].strip():
             raise fail(f"{field} must be text, found {entry[field]!r}")
+    largest = entry.get("largest_file")
+    if largest is not None and not isinstance(largest, str):
+        raise fail(f"largest_file must be text, found {largest!r}")
     try:
         memory = parse_bytes(entry["memory"], "memory")
+        largest_file = None if largest is None else parse_bytes(largest, "largest_file")
     except AcipError as reason:
         raise fail(str(reason)) from reason
     usable = entry["usable"]
@@ -167,6 +178,9 @@ def _device(entry: dict[str, Any], number: int, where: str) -> Device:
         if runtimes[target] not in TARGETS[target].runtimes:
             known = ", ".join(TARGETS[target].runtimes)
             raise fail(f"unknown runtime {runtimes[target]!r} of {target}; known: {known}")
+    whole = entry.get("whole_prompts", [])
+    if not isinstance(whole, list) or not set(map(str, whole)) <= set(runtimes):
+        raise fail(f"whole_prompts must list formats of runtimes ({', '.join(runtimes)}), found {whole!r}")
     if not isinstance(sources, dict) or sorted(sources) != sorted(_SOURCES) or not all(sources.values()):
         raise fail(f"source must say where {', '.join(_SOURCES)} come from, each in words or as an address")
     return Device(
@@ -179,6 +193,8 @@ def _device(entry: dict[str, Any], number: int, where: str) -> Device:
         types=_types(entry.get("types", {}), runtimes, fail),
         context=context,
         sources={name: str(sources[name]) for name in _SOURCES},
+        largest_file=largest_file,
+        whole_prompts=tuple(whole),
         defined_in=where,
     )
 

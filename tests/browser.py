@@ -39,6 +39,8 @@ def open_page(width: int = 1280, height: int = 800, **settings: object) -> Itera
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=chromium, args=list(_FLAGS))
         page: Page = browser.new_page(viewport={"width": width, "height": height}, **settings)
+        # The processor is the page's graphics card too; on a busy machine a click waits for it.
+        page.set_default_timeout(180_000)
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("requestfailed", lambda request: complaints.append(f"request failed: {request.url}"))

@@ -444,7 +444,7 @@ def test_device_plan(model: Path, run: Run) -> None:
 
 def test_devices(run: Run) -> None:
     listed = {device["name"]: device for device in json.loads(run("devices", "--json").out)}
-    assert "browser-wasm32" in run("devices").out
+    assert "browser" in run("devices").out
     shown = run("devices", "iphone-15-pro-8gb")
     assert "rtabmap" in shown.out
     assert json.loads(run("devices", "iphone-15-pro-8gb", "--json").out) == listed["iphone-15-pro-8gb"]

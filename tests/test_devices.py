@@ -82,6 +82,9 @@ def test_later_files_win(camera: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
         ('["q8_0", "q4_0"]', "[]", "list of type names"),
         ("types.gguf", "types.onnx", "formats of runtimes"),
         ("context = 512", "context = 0", "number of tokens"),
+        ("context = 512", "largest_file = 2", "largest_file must be text"),
+        ("context = 512", 'largest_file = "2"', "largest_file"),
+        ("context = 512", 'whole_prompts = ["onnx"]', "formats of runtimes (gguf)"),
         ("context = 512", "colour = 1", "unknown field 'colour'"),
         (', types = "benchmark"', "", "source must say"),
         ('"benchmark"', '""', "source must say"),
@@ -109,7 +112,7 @@ def test_missing_and_binary_files(camera: Path) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "close"),
-    [("raspberry-pi-5", "raspberry-pi-5-8gb"), ("iPhone 15", "iphone-15-pro-8gb"), ("browser", "browser-wasm32")],
+    [("raspberry-pi-5", "raspberry-pi-5-8gb"), ("iPhone 15", "iphone-15-pro-8gb"), ("browser-wasm32", "browser")],
 )
 def test_unknown_devices_name_the_closest(asked: str, close: str) -> None:
     with pytest.raises(UsageError, match=close):
@@ -126,6 +129,15 @@ def test_a_device_completes_the_request(camera: Path) -> None:
     assert request.context is None
     assert request.device == "camera"
     assert request.runtime == "llama.cpp"
+
+
+def test_limits_of_a_browser_reach_the_request() -> None:
+    onnx = PlanFlags(device="browser").request()
+    assert (onnx.target, onnx.whole_prompts, onnx.largest_file) == ("onnx", True, 2 * 10**9)
+    gguf = PlanFlags(device="browser", format_="gguf").request()
+    assert (gguf.whole_prompts, gguf.largest_file) == (False, 2 * 10**9)
+    without = PlanFlags(budget="1GB", format_="onnx").request()
+    assert (without.whole_prompts, without.largest_file) == (False, None)
 
 
 def test_flags_override_the_device(camera: Path) -> None:

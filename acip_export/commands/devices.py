@@ -70,6 +70,8 @@ def _show_one(device: Device) -> None:
         table.add_row(f"{target}{' (default)' if index == 0 else ''}", escape(runtime), f"fast types: {escape(types)}")
     table.add_row("types", "", escape(device.sources["types"]))
     table.add_row("context", str(device.context), "tokens, unless --context says otherwise or the model takes fewer")
+    if device.largest_file is not None:
+        table.add_row("largest file", format_bytes(device.largest_file), "that can be loaded there")
     table.add_row("defined in", escape(device.defined_in), "")
     console.out.print(table)
     console.out.print(f"next:  acip-export plan --device {device.name}", markup=False)

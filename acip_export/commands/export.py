@@ -85,6 +85,10 @@ def export(
     opened = pipeline.open_scores(checkpoint, flags.scores)
     with console.stage_bars() as progress:
         plan = pipeline.plan_export(checkpoint, opened, request, progress)
+    if ort:
+        from converters.onnx.ort_format import check_size
+
+        check_size(plan.files)
     measured_on = None if text is None else pipeline.evaluation_text(checkpoint.path, text, plan.runtime.context)
     if not json:
         console.show_plan(plan, verbose)

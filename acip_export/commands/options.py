@@ -167,6 +167,8 @@ class PlanFlags:
             prompt_batch=self.prompt_batch,
             default_context=DEFAULT_CONTEXT if device is None else device.context,
             device=None if device is None else device.name,
+            whole_prompts=device is not None and target in device.whole_prompts,
+            largest_file=None if device is None else device.largest_file,
             options=self._options(),
         )
 

@@ -14,6 +14,7 @@ from acip_export.pipeline.rounding import rounding_errors
 from acip_export.plan import PlanRequest, Problem, SweepLine, make_plan, preset_points, sweep
 from acip_export.plans import Plan, Runtime, TensorDecision
 from acip_export.scores import ScoreFile
+from acip_export.units import format_bytes
 
 
 def planning_problem(
@@ -45,7 +46,8 @@ def plan_export(
     """Plan with measured rounding errors and the exact file sizes of the target's converter; with the layout ``auto``,
     the best predicted of all.
 
-    Raises as :func:`acip_export.plan.make_plan`; with ``auto`` only if no layout has a plan.
+    Raises as :func:`acip_export.plan.make_plan`; with ``auto`` only if no layout has a plan. And
+        UnsupportedError: a file would be larger than ``request.largest_file``.
     """
     from acip_export.targets import split_max_size
     from acip_export.targets import target as find_target
@@ -70,7 +72,7 @@ def plan_export(
         return make_plan(checkpoint, scores, asked, predict, errors, lambda: other_floors(checkpoint, scores, request))
 
     if len(layouts) == 1:
-        return plan(layouts[0].name)
+        return _loadable(plan(layouts[0].name), request)
     plans: list[Plan] = []
     refusals: list[InfeasibleBudgetError] = []
     unsupported: list[UnsupportedError] = []
@@ -87,7 +89,20 @@ def plan_export(
         raise unsupported[0]
     best = min(plans, key=lambda made: made.predicted_loss)
     compared = ", ".join(f"{made.layout} {made.predicted_loss:.4f}" for made in plans)
-    return replace(best, notes=(*best.notes, f"predicted loss by layout: {compared} {best.loss_unit}"))
+    best = replace(best, notes=(*best.notes, f"predicted loss by layout: {compared} {best.loss_unit}"))
+    return _loadable(best, request)
+
+
+def _loadable(plan: Plan, request: PlanRequest) -> Plan:
+    """``plan``, if the device loads files as large as its own."""
+    name, size = max(plan.files.items(), key=lambda item: item[1])
+    if request.largest_file is not None and size > request.largest_file:
+        raise UnsupportedError(
+            f"{name} would have {format_bytes(size)}, and {request.device or 'the device'} loads files of at most "
+            f"{format_bytes(request.largest_file)}.\nPlan for smaller files, for example with  "
+            f"--budget-scope file --budget {request.largest_file / 1e9:g}GB"
+        )
+    return plan
 
 
 def other_floors(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> list[tuple[str, int]]:

@@ -46,6 +46,8 @@ class PlanRequest:
         layout: a layout of the target; ``None``: the runtime's default. Planning for several (``auto``) is the
             caller's, who has each one's prediction of files.
         device: name of the device that the budget is of, if it is of one.
+        whole_prompts: prompts are computed in one piece, whatever their length; then the prompt batch is the context.
+        largest_file: bytes of the largest file that can be loaded; ``None``: any. Checking it is the caller's.
         options: for the target's converter; :attr:`acip_export.targets.Target.options` names them.
     """
 
@@ -61,6 +63,8 @@ class PlanRequest:
     prompt_batch: int | None = None
     default_context: int = DEFAULT_CONTEXT
     device: str | None = None
+    whole_prompts: bool = False
+    largest_file: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -306,7 +310,7 @@ def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken
     execution = request.execution or DEFAULT_EXECUTION
     if cache_type not in target.cache_types:
         raise UsageError(f"{target.name} has no KV cache type {cache_type!r}; it has: {', '.join(target.cache_types)}")
-    batch = request.prompt_batch
+    batch = context if request.whole_prompts and request.prompt_batch is None else request.prompt_batch
     if batch is None:
         room = request.budget_bytes - taken
         longest_batch = Runtime(context, cache_type, context, execution)

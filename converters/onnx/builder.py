@@ -15,7 +15,6 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +24,12 @@ from numpy.typing import NDArray
 from acip_export.errors import UnsupportedError
 from converters.onnx.families import FAMILIES
 from converters.onnx.matrices import BESIDE, Form, Matrix, MatrixPart
+from converters.onnx.release import SUPPORTED_VERSION, check_release
 
 if TYPE_CHECKING:
     from converters.onnx.skeleton import Projection, Skeleton
 
 logger = logging.getLogger(__name__)
-
-SUPPORTED_VERSION = "0.18."
 
 # Methods of the builder's base class that are overridden or called, with the parameters that are passed by name or
 # position. A release that renames one of them would otherwise fail late, or silently take its stock path.
@@ -310,7 +308,7 @@ def _configure(model: Any, skeleton: Skeleton, accuracy_level: int) -> None:
 @functools.cache
 def _builders() -> Any:
     """The builder's package of model classes, checked."""
-    check_version(version("onnxruntime-genai"))
+    check_release()
     package = Path(importlib.import_module("onnxruntime_genai.models").__file__ or "").parent
     try:
         builders = importlib.import_module("builders")
@@ -323,15 +321,6 @@ def _builders() -> Any:
             sys.path.remove(str(package))
     check_internals(base)
     return builders
-
-
-def check_version(found: str) -> None:
-    """Raises UnsupportedError unless this is the release that the adapter was written against."""
-    if not found.startswith(SUPPORTED_VERSION):
-        raise UnsupportedError(
-            f"onnxruntime-genai {found} is installed, the ONNX converter needs {SUPPORTED_VERSION}*: its model builder "
-            f"has no stable interface.\nInstall it with:  pip install 'onnxruntime-genai=={SUPPORTED_VERSION}*'"
-        )
 
 
 def check_internals(base: type) -> None:

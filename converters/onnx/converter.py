@@ -22,7 +22,9 @@ from acip_export.targets import DEFAULT_EXECUTION, STATIC_CACHE
 from acip_export.targets import target as find_target
 from acip_export.version import __version__
 from converters.onnx.consumers import DATA_FILE, MODEL_FILE, small_files
+from converters.onnx.families import FAMILIES
 from converters.onnx.outline import GraphBytes, outline
+from converters.onnx.release import check_release
 from converters.registry import Progress, ProgressCallback, RunCommand
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ def predict_files(
     """Exact bytes of every file; see :class:`converters.registry.Converter`."""
     _check(layout, runtime)
     _check_types(tensors, runtime)
+    if checkpoint.config.get("model_type") in FAMILIES:
+        check_release()
     known = None
     if runtime.execution != STATIC_CACHE:
         known = outline(checkpoint.config, checkpoint.shape, tensors, runtime.context)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from acip_export.errors import UnsupportedError
@@ -35,17 +36,23 @@ def write_ort(export: Path, out: Path, force: bool = False) -> dict[str, int]:
     parts = [export / MODEL_FILE, export / DATA_FILE]
     if not all(part.is_file() for part in parts):
         raise UnsupportedError(f"{export} is no ONNX export: the ORT format is made from {MODEL_FILE} and {DATA_FILE}")
-    total = sum(part.stat().st_size for part in parts)
-    if total > _LARGEST:
-        raise UnsupportedError(
-            f"{export} has {total} bytes; the ORT format holds at most {_LARGEST}. Plan for a smaller --budget"
-        )
+    check_size({MODEL_FILE: parts[0].stat().st_size, DATA_FILE: parts[1].stat().st_size})
     with new_directory(out, force) as directory:
         _convert(parts[0], directory)
         for file in sorted(export.glob("*")):
             if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("report.json", "plan.json"):
                 shutil.copyfile(file, directory / file.name)
     return {file.name: file.stat().st_size for file in sorted(out.iterdir())}
+
+
+def check_size(files: Mapping[str, int]) -> None:
+    """Raises UnsupportedError when an export of these bytes by file is larger than the ORT format can address."""
+    total = files[MODEL_FILE] + files[DATA_FILE]
+    if total > _LARGEST:
+        raise UnsupportedError(
+            f"the graph and its numbers have {total} bytes; the ORT format holds at most {_LARGEST}. "
+            "Plan for a smaller --budget, or leave --ort out"
+        )
 
 
 def _convert(model: Path, directory: Path) -> None:
