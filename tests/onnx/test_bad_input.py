@@ -14,10 +14,7 @@ from acip_export.errors import UnsupportedError
 from acip_export.pipeline.planning import _loadable
 from converters.onnx import converter, ort_format, release
 from converters.onnx.consumers import DATA_FILE, MODEL_FILE
-from tests.support import dense, make_model, make_plan, make_scores
-from tests.test_cli import Run, run
-
-__all__ = ["run"]
+from tests.support import Run, dense, make_model, make_plan, make_scores
 
 DEVICE = """
 [[device]]
