@@ -7,12 +7,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from acip_export.conventions import fuses_attention, stored_names, with_common_keys
 from acip_export.encoder import is_encoder, kind_of
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.files import read_json_object, safetensors_header
@@ -56,10 +57,11 @@ class TensorInfo:
     """Where a tensor lies.
 
     Attributes:
-        shape: as stored, ``(out, in)`` for a linear weight.
+        shape: ``(out, in)`` for a linear weight.
         dtype: the safetensors name, for example ``BF16``.
         shard: file name below the model directory.
         offset, nbytes: position of the data in the shard.
+        stored: its name there, if it is another one. transposed: it lies there as ``(in, out)``.
     """
 
     shape: tuple[int, ...]
@@ -67,6 +69,8 @@ class TensorInfo:
     shard: str
     offset: int
     nbytes: int
+    stored: str | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class ModelShape:
         sliding_window: tokens that windowed layers attend to, the current one included; ``None``: no such layer.
         sliding_layers: for every layer whether it is windowed; empty without a window.
         tied_embeddings: the head reads the embedding. generates: token by token, with a KV cache; encoders do not.
+        fused_attention: an ONNX graph attends in place on one cache, and keeps no scores.
     """
 
     architecture: str
@@ -92,6 +97,7 @@ class ModelShape:
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
     generates: bool = True
+    fused_attention: bool = True
 
 
 class Checkpoint:
@@ -129,6 +135,8 @@ class Checkpoint:
             path = _download(str(model))
         config = _read_config(path)
         tensors = {name: info for name, info in _read_index(path).items() if not _unused(config, name)}
+        if not is_encoder(config):
+            tensors = _by_todays_names(config, tensors)
         return cls(path, config, without_repeated_head(path, tensors) if _ties_head(config) else tensors)
 
     def with_options(self, options: Mapping[str, str]) -> Checkpoint:
@@ -154,7 +162,7 @@ class Checkpoint:
     @cached_property
     def shape(self) -> ModelShape:
         config = self.config.get("text_config") or self.config
-        config = {**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config}
+        config = with_common_keys({**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config})
         try:
             heads = int(config["num_attention_heads"])
             hidden = int(config["hidden_size"])
@@ -174,6 +182,7 @@ class Checkpoint:
                 sliding_layers=windowed,
                 tied_embeddings=_ties_head(config),
                 generates=not is_encoder(config),
+                fused_attention=fuses_attention(config),
             )
         except KeyError as missing:
             raise UnsupportedError(
@@ -214,8 +223,19 @@ class Checkpoint:
         if info is None:
             raise CheckpointError(f"{self.path} has no tensor {name!r}")
         with safe_open(self.path / info.shard, framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(name)
-        return tensor
+            tensor: torch.Tensor = shard.get_tensor(info.stored or name)
+        return tensor.T.contiguous() if info.transposed else tensor
+
+
+def _by_todays_names(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    found = {}
+    for name, stored in stored_names(config, {name: info.shape for name, info in tensors.items()}).items():
+        info = tensors[stored.name]
+        shape = info.shape[::-1] if stored.transposed else info.shape
+        found[name] = replace(
+            info, shape=shape, stored=None if stored.name == name else stored.name, transposed=stored.transposed
+        )
+    return found
 
 
 def _ties_head(config: Mapping[str, Any]) -> bool:
@@ -224,7 +244,8 @@ def _ties_head(config: Mapping[str, Any]) -> bool:
         # Tied unless they say otherwise, and only one with a head over tokens has what to tie.
         return kind_of(config) == "masked-lm" and bool(config.get("tie_word_embeddings", True))
     config = config.get("text_config") or config
-    return bool({**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config}.get("tie_word_embeddings", False))
+    known = with_common_keys({**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config})
+    return bool(known.get("tie_word_embeddings", False))
 
 
 def _sliding_window(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.checkpoint import Checkpoint
+from acip_export.conventions import HEADS
 from acip_export.encoder import Pooling, is_encoder, kind_of
 from acip_export.errors import CheckpointError, UnsupportedError
 
@@ -49,7 +50,23 @@ def causal_lm(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.
     fields = dict(config)
     parsed = AutoConfig.for_model(fields.pop("model_type"), **fields)
     model: nn.Module = AutoModelForCausalLM.from_config(parsed, dtype=dtype)  # type: ignore[no-untyped-call]
-    return model.eval()
+    return _with_linear_layers(model).eval()
+
+
+def _with_linear_layers(model: nn.Module) -> nn.Module:
+    """GPT-2's Conv1D is a linear layer whose weight is stored as (in, out); here it is one like all others."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
+            with torch.device("meta"):
+                layer = nn.Linear(inputs, outputs)
+            layer.weight = nn.Parameter(module.weight.detach().T.contiguous(), module.weight.requires_grad)
+            layer.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+    return model
 
 
 def untrained_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -116,8 +133,8 @@ def pooled(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
 
 def tied_names(checkpoint: Checkpoint) -> set[str]:
     """Parameters that a checkpoint may leave out because another one holds their numbers."""
-    head = "lm_head" if checkpoint.shape.generates else "cls.predictions.decoder"
-    return ({f"{head}.weight"} if checkpoint.shape.tied_embeddings else set()) | {"cls.predictions.decoder.bias"}
+    heads = HEADS if checkpoint.shape.generates else ("cls.predictions.decoder.weight",)
+    return {*(heads if checkpoint.shape.tied_embeddings else ()), "cls.predictions.decoder.bias"}
 
 
 def with_fixed_positions(config: dict[str, Any], context: int) -> dict[str, Any]:
@@ -152,4 +169,4 @@ def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | Literal["auto"])
     finally:
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    return model.requires_grad_(False).eval()
+    return _with_linear_layers(model).requires_grad_(False).eval()

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from acip_export.conventions import EMBEDDINGS, HEADS
 from acip_export.errors import CheckpointError
 
 if TYPE_CHECKING:
     from acip_export.checkpoint import TensorInfo
 
-_HEADS = ("lm_head.weight", "cls.predictions.decoder.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight")
+_HEADS = (*HEADS, "cls.predictions.decoder.weight")
 # A head that was trained on differs everywhere; a gigabyte need not be read to see it.
 _STRETCHES, _STRETCH = 256, 4096
 
@@ -30,7 +30,7 @@ def without_repeated_head(path: Path, tensors: Mapping[str, Info]) -> dict[str, 
         CheckpointError: the stored head has other numbers than the embedding.
     """
     head = next((name for name in _HEADS if name in tensors), None)
-    embedding = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
+    embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
     if head is None or embedding is None:
         return dict(tensors)
     if not _same(path, tensors[head], tensors[embedding]):

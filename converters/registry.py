@@ -52,9 +52,22 @@ ProgressCallback = Callable[[Progress], None]
 class Converter(Protocol):
     """What a target's module ``converter.py`` offers, as module-level functions.
 
-    Both functions go through the same code for names, metadata and order, so that the prediction cannot drift from
-    what is written.
+    Prediction and conversion go through the same code for names, metadata and order, so that the prediction cannot
+    drift from what is written.
     """
+
+    def prepare(
+        self, checkpoint: Checkpoint, execution: str, context: int, progress: ProgressCallback
+    ) -> tuple[str, ...]:
+        """What takes long and is the same for all plans of a model is done, and kept for the next time.
+
+        Returns:
+            What a user has to know about exports of this model, a sentence each.
+
+        Raises:
+            UnsupportedError, MissingExtraError: as :meth:`predict_files`.
+        """
+        ...
 
     def predict_files(
         self, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], runtime: Runtime

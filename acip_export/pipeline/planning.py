@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import AcipError, InfeasibleBudgetError, MissingExtraError, UnsupportedError
@@ -14,7 +14,11 @@ from acip_export.pipeline.rounding import rounding_errors
 from acip_export.plan import PlanRequest, Problem, SweepLine, make_plan, preset_points, sweep
 from acip_export.plans import Plan, Runtime, TensorDecision
 from acip_export.scores import ScoreFile
+from acip_export.targets import DEFAULT_EXECUTION
 from acip_export.units import format_bytes
+
+if TYPE_CHECKING:
+    from converters.registry import Converter
 
 
 def planning_problem(
@@ -31,6 +35,7 @@ def planning_problem(
     layout = find_target(request.target, request.execution).layouts_for(request.layout, request.runtime)[0].name
     request = replace(request, layout=layout)
     checkpoint = checkpoint.with_options(request.options)
+    _prepare(target, checkpoint, request, progress)
     return Problem.of(
         checkpoint,
         scores,
@@ -59,6 +64,7 @@ def plan_export(
     target = converter(request.target)
     checkpoint = checkpoint.with_options(request.options)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
+    notes = _prepare(target, checkpoint, request, progress)
 
     def plan(layout: str) -> Plan:
         asked = replace(request, layout=layout)
@@ -69,7 +75,8 @@ def plan_export(
         if split_max_size(request.options) is not None:  # one that is too small is refused before anything is measured
             Problem.of(checkpoint, scores, asked, predict).floor(asked)
         errors = rounding_errors(checkpoint, scores, asked, progress)
-        return make_plan(checkpoint, scores, asked, predict, errors, lambda: other_floors(checkpoint, scores, request))
+        made = make_plan(checkpoint, scores, asked, predict, errors, lambda: other_floors(checkpoint, scores, request))
+        return replace(made, notes=(*made.notes, *notes))
 
     if len(layouts) == 1:
         return _loadable(plan(layouts[0].name), request)
@@ -147,6 +154,17 @@ def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> i
         return target.predict_files(checkpoint, layout, tensors, runtime)
 
     return Problem.of(checkpoint, scores, replace(request, layout=layout), files).floor(request)[0]
+
+
+def _prepare(
+    target: Converter, checkpoint: Checkpoint, request: PlanRequest, progress: ProgressCallback
+) -> tuple[str, ...]:
+    return target.prepare(
+        checkpoint,
+        request.execution or DEFAULT_EXECUTION,
+        request.context or min(request.default_context, checkpoint.shape.max_context),
+        lambda p: progress(StageProgress("graph", p.done, p.total, p.item)),
+    )
 
 
 def sweep_sizes(

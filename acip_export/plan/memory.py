@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from acip_export.checkpoint import Checkpoint, ModelShape
+from acip_export.conventions import EMBEDDINGS
 from acip_export.formats import weight_format
 from acip_export.plan import memory_onnx
 from acip_export.plan.runtime_base import process_base
@@ -21,7 +22,6 @@ from acip_export.targets import target as find_target
 _LLAMA_CACHE_CELLS = 256
 # Positions, token ids, output ids and the like, per token of a prompt batch; at most 184 were seen.
 _LLAMA_SMALL_TENSORS = 192
-_EMBEDDING = "embed_tokens.weight"
 PROMPT_BATCHES = (512, 256, 128, 64, 32, 16, 8)
 
 
@@ -60,11 +60,12 @@ def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeM
         compute += 4 * (shape.vocabulary + shape.hidden)
         all_cells = full_layers * cells + (shape.layers - full_layers) * windowed
         return RuntimeMemory(per_cell * all_cells // denominator, compute, 4 * shape.vocabulary)
-    return RuntimeMemory(
-        per_cell * shape.layers * runtime.context // denominator,
-        memory_onnx.activation_bytes(shape, runtime),
-        memory_onnx.logit_bytes(shape, runtime),
-    )
+    kv_cache = per_cell * shape.layers * runtime.context // denominator
+    compute = memory_onnx.activation_bytes(shape, runtime)
+    if not shape.fused_attention:
+        # A longer cache is made while the old one is there.
+        compute += memory_onnx.plain_attention_bytes(shape, runtime) + kv_cache
+    return RuntimeMemory(kv_cache, compute, memory_onnx.logit_bytes(shape, runtime))
 
 
 def _encoder_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeMemory:
@@ -83,7 +84,7 @@ def _encoder_memory(target: str, shape: ModelShape, runtime: Runtime) -> Runtime
 
 def is_embedding(name: str) -> bool:
     """Whether rows of the tensor are looked up."""
-    return name.endswith(_EMBEDDING)
+    return name.endswith(EMBEDDINGS)
 
 
 def repacked_bytes(decision: TensorDecision, target: str, embedding: bool, tied_head: bool) -> tuple[int, int, int]:

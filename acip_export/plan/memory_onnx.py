@@ -53,6 +53,17 @@ def activation_bytes(shape: ModelShape, runtime: Runtime) -> int:
     return _item_bytes(runtime) * batch * (4 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
 
 
+def plain_attention_bytes(shape: ModelShape, runtime: Runtime) -> int:
+    """What attention that is no node of its own costs beside :func:`activation_bytes`.
+
+    Scores of one layer, masked scores and their softmax; keys and values repeated for every query head; and the
+    mask, as truth values and as floats.
+    """
+    batch, width = min(runtime.prompt_batch, runtime.context), shape.heads * shape.head_dim
+    per_token = 3 * shape.heads * batch + 2 * width + 4 * batch
+    return _item_bytes(runtime) * runtime.context * per_token
+
+
 def logit_bytes(shape: ModelShape, runtime: Runtime) -> int:
     """Logits of one prompt batch."""
     return _item_bytes(runtime) * min(runtime.prompt_batch, runtime.context) * shape.vocabulary

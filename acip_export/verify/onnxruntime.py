@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,22 @@ import numpy as np
 from acip_export.errors import MissingExtraError, VerificationError
 from acip_export.plans import Runtime
 from acip_export.verify.runtime import Logits, Speed, Windows
-from converters.onnx.consumers import MODEL_FILE
+from converters.onnx.consumers import GENAI_CONFIG, MODEL_FILE
 
 Cache = dict[str, Any]
+
+
+def _in_place(export: Path) -> bool:
+    """As genai is told."""
+    file = export / GENAI_CONFIG
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8"))["search"]["past_present_share_buffer"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VerificationError(f"{file} does not say how the cache is kept: {error!r}") from error
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values.", "present.")
 
 
 def open_graph(export: Path, threads: int) -> tuple[Any, str]:
@@ -54,20 +68,25 @@ class OnnxRuntimeSession:
 
         self._batch, self._context = runtime.prompt_batch, runtime.context
         # One cache for the whole context, read and written in place, as applications do: passing arrays in and out
-        # would hold it twice.
+        # would hold it twice. Graphs whose attention is not fused cannot do better.
+        self._in_place = _in_place(export)
+        inputs = self._session.get_inputs()
+        self._with_positions = any(node.name == "position_ids" for node in inputs)
         self._caches: Cache = {
             node.name: OrtValue.ortvalue_from_shape_and_type(
-                [1, node.shape[1], runtime.context, node.shape[3]],
+                [1, node.shape[1], runtime.context if self._in_place else 0, node.shape[3]],
                 np.float16 if node.type == "tensor(float16)" else np.float32,
             )
-            for node in self._session.get_inputs()
+            for node in inputs
             if node.name.startswith("past_key_values.")
         }
+        self._empty = dict(self._caches)
         self._binding: Any = self._session.io_binding()
         self._binding.bind_output("logits", "cpu")  # first, so that it is the first of the outputs
         for name, cache in self._caches.items():
             self._binding.bind_ortvalue_input(name, cache)
-            self._binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), cache)
+            if self._in_place:
+                self._binding.bind_ortvalue_output(_present(name), cache)
 
     def logits(self, windows: Windows) -> Iterator[Logits]:
         """See :class:`acip_export.verify.runtime.RuntimeSession`."""
@@ -115,9 +134,16 @@ class OnnxRuntimeSession:
             raise VerificationError(f"{end} tokens do not fit the export's context of {self._context}")
         self._binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         self._binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
-        self._binding.bind_cpu_input("position_ids", np.arange(position, end, dtype=np.int64)[None])
+        if self._with_positions:
+            self._binding.bind_cpu_input("position_ids", np.arange(position, end, dtype=np.int64)[None])
         self._binding.bind_output("logits", "cpu")  # bound anew: its shape changes
+        if not self._in_place:
+            for name, cache in (self._caches if position else self._empty).items():
+                self._binding.bind_ortvalue_input(name, cache)
+                self._binding.bind_output(_present(name), "cpu")
         self._session.run_with_iobinding(self._binding)
+        if not self._in_place:
+            self._caches = dict(zip(self._caches, self._binding.get_outputs()[1:], strict=True))
 
     def _scores(self) -> Logits:
         """Of the last step: float32 (tokens, vocabulary), copied."""

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from acip_export.conventions import EMBEDDINGS
 from acip_export.errors import AcipError, MissingExtraError
 from acip_export.plans import Plan, Runtime, load_plan
 from acip_export.verify.runtime import ProbedSession, Speed
@@ -51,7 +52,7 @@ def spread_tokens(vocabulary: int, count: int) -> list[int]:
 def measure(session_class: Callable[[Path, Runtime], ProbedSession], export: Path, plan: Plan) -> dict[str, Any]:
     """The figures, as :class:`acip_export.verify.process.ProcessFigures` reads them."""
     runtime = plan.runtime
-    vocabulary = max(decision.shape[0] for decision in plan.tensors if "embed" in decision.name)
+    vocabulary = max(decision.shape[0] for decision in plan.tensors if decision.name.endswith(EMBEDDINGS))
     new_tokens = min(_NEW_TOKENS, runtime.context // 2) if plan.generates else 0
     prompt = spread_tokens(vocabulary, runtime.context - new_tokens if plan.generates else runtime.prompt_batch)
     gc.collect()

@@ -15,7 +15,7 @@ from acip_export.plans import TensorDecision
 from converters.gguf.layouts import arrange
 from converters.onnx.matrices import Form, MatrixPart, matrices_of
 
-_LAYER = re.compile(r"(?<![A-Za-z0-9])layers?[./](\d+)[./]")
+_LAYER = re.compile(r"(?<![A-Za-z0-9])(?:layers?|h|blocks?)[./](\d+)[./]")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import torch
 
 # With run_commands imported from its own file, what converters.registry.Converter asks for.
-__all__ = ["convert", "predict_files", "quantizer", "round_trip", "run_commands"]
+__all__ = ["convert", "predict_files", "prepare", "quantizer", "round_trip", "run_commands"]
 
 # A SHA-256 in hexadecimal: predictions need only its length.
 _HASH_PLACEHOLDER = "0" * 64
@@ -81,6 +81,11 @@ _FILE_TYPES = {
     "mxfp4": 38,
     "q1_0": 40,
 }
+
+
+def prepare(checkpoint: Checkpoint, execution: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:  # noqa: ARG001
+    """See :class:`converters.registry.Converter`. Nothing takes long here."""
+    return ()
 
 
 def predict_files(

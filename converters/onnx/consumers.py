@@ -18,11 +18,12 @@ from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.files import read_json_object
 from acip_export.plans import Runtime
 from acip_export.targets import TARGETS
-from converters.onnx.families import FAMILIES
+from converters.onnx.families import genai_type
 
 MODEL_FILE = "onnx/model.onnx"
 # transformers.js looks for exactly this suffix.
 DATA_FILE = "onnx/model.onnx_data"
+GENAI_CONFIG = "genai_config.json"
 
 _TRANSFORMERS_JS = {"dtype": "fp32", "use_external_data_format": {Path(MODEL_FILE).name: 1}}
 _GENERATION_CONFIG = "generation_config.json"
@@ -57,7 +58,7 @@ def small_files(source: Checkpoint, runtime: Runtime) -> dict[str, bytes | Path]
         name: source.path / name for name in TOKENIZER_FILES if (source.path / name).is_file()
     }
     files["config.json"] = _json(_config(source.config, runtime))
-    files["genai_config.json"] = _json(_genai_config(source, generation, special, runtime))
+    files[GENAI_CONFIG] = _json(_genai_config(source, generation, special, runtime))
     files[_TOKENIZER_CONFIG] = _json(tokens)
     if _GENERATION_CONFIG not in files:
         files[_GENERATION_CONFIG] = _json({"_from_model_config": True, **special})
@@ -160,7 +161,7 @@ def _genai_config(
                 "num_key_value_heads": shape.kv_heads,
             },
             # A name that makes it run the graph as a plain decoder.
-            "type": FAMILIES[str(source.config["model_type"])].genai_type,
+            "type": genai_type(source.config),
             "vocab_size": shape.vocabulary,
         },
         "search": {
@@ -172,8 +173,8 @@ def _genai_config(
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            # One KV cache of max_length, allocated once and written in place.
-            "past_present_share_buffer": True,
+            # One KV cache of max_length, allocated once and written in place; plain attention returns a longer one.
+            "past_present_share_buffer": shape.fused_attention,
             "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
             "temperature": float(generation.get("temperature") or 1.0),
             "top_k": int(generation.get("top_k") or 50),

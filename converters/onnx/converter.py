@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from converters.onnx.writer import Contents, Packed
 
 LAYOUT = "factored"
-_ENCODER_EXECUTIONS = (DEFAULT_EXECUTION, "mobile")
+# What runs the graphs that the model builder does not make.
+_PROCESSORS = (DEFAULT_EXECUTION, "mobile")
 _PACKAGES = {
     "onnx": "onnx",
     "onnx_ir": "onnx-ir",
@@ -53,6 +54,24 @@ class Options:
     """
 
     accuracy_level: int = 4
+
+
+def prepare(checkpoint: Checkpoint, execution: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:
+    """See :class:`converters.registry.Converter`. Tracing takes from ten seconds to minutes, once."""
+    _check_execution(checkpoint, execution)
+    if not checkpoint.shape.generates or has_builder(checkpoint):
+        return ()
+    _check_packages()
+    from converters.onnx.traced import is_traced, traced
+
+    progress(Progress(0, 1, checkpoint.shape.architecture))
+    if not is_traced(checkpoint.config, context):
+        traced(checkpoint.config, context)
+    progress(Progress(1, 1, checkpoint.shape.architecture))
+    return (
+        f"through torch.onnx.export, as onnxruntime-genai's builder does not know a {checkpoint.shape.architecture}: "
+        "slower, because less of it is fused",
+    )
 
 
 def predict_files(
@@ -117,9 +136,24 @@ def _check(layout: str, runtime: Runtime) -> None:
             f"ONNX exports for {runtime.execution} keep the KV cache in {', '.join(caches)}, not {runtime.cache_type}; "
             f"use --cache-type {next(iter(caches))}"
         )
+    _check_packages()
+
+
+def _check_packages() -> None:
     for module, package in _PACKAGES.items():
         if find_spec(module) is None:
             raise MissingExtraError(package, "onnx", "the ONNX converter")
+
+
+def _check_execution(checkpoint: Checkpoint, execution: str) -> None:
+    if execution in _PROCESSORS or (checkpoint.shape.generates and has_builder(checkpoint)):
+        return
+    kind = (
+        f"a {checkpoint.shape.architecture}, which the model builder does not know, is"
+        if checkpoint.shape.generates
+        else "encoders are"
+    )
+    raise UnsupportedError(f"{kind} exported for --target {' or '.join(_PROCESSORS)}, not {execution}")
 
 
 def _check_types(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> None:
@@ -147,15 +181,20 @@ def _graph(
 ) -> tuple[Packed, Contents]:
     from converters.onnx.writer import pack
 
+    _check_execution(checkpoint, runtime.execution)
     encoder = encoder_of(checkpoint)
     if encoder is not None:
-        if runtime.execution not in _ENCODER_EXECUTIONS:
-            raise UnsupportedError(
-                f"encoders are exported for --target {' or '.join(_ENCODER_EXECUTIONS)}, not {runtime.execution}"
-            )
         from converters.onnx.encoder import build_encoder
 
         model, parts = build_encoder(checkpoint.config, encoder, tensors, options.accuracy_level)
+        return pack(model, parts, Path(DATA_FILE).name), parts
+
+    if not has_builder(checkpoint):
+        from converters.onnx.traced import build_traced
+
+        model, parts = build_traced(
+            checkpoint.config, checkpoint.shape, tensors, runtime.context, options.accuracy_level
+        )
         return pack(model, parts, Path(DATA_FILE).name), parts
 
     from converters.onnx.builder import build_graph
@@ -170,6 +209,11 @@ def _graph(
 
         with_static_cache(graph, runtime.context)
     return pack(graph, contents, Path(DATA_FILE).name), contents
+
+
+def has_builder(checkpoint: Checkpoint) -> bool:
+    """Whether the model builder knows the architecture; any other is traced."""
+    return checkpoint.config.get("model_type") in FAMILIES
 
 
 def quantizer() -> str:

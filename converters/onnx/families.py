@@ -6,7 +6,7 @@ with the expected parameters is checked in :mod:`converters.onnx.builder`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,3 +180,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3Model", "qwen3"),
     "smollm3": Family("LlamaModel", "smollm3", _LayersWithoutPositions),
 }
+
+
+def genai_type(config: Mapping[str, Any]) -> str:
+    """The name of a model for onnxruntime-genai; of those that are traced, its name for any decoder."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return "decoder" if family is None else family.genai_type

@@ -19,8 +19,14 @@ from converters.onnx.matrices import Form, Matrix, MatrixPart, Vector, matrices_
 
 OPSET, IR_VERSION = 20, 10
 MICROSOFT = "com.microsoft"
+# What stands in a traced graph for everything that has weights, until a plan decides about it.
+MARKS = "acip.mark"
+LINEAR, EMBEDDING, PARAMETER = "Linear", "Embedding", "Parameter"
 
-Contents = dict[str, MatrixPart | Vector]
+Contents = dict[str, MatrixPart | Vector | NDArray[Any]]
+
+# Numbers of a traced graph up to this size stay in it, where shape inference sees them.
+_INLINE_BYTES = 1024
 
 
 class DecidedGraph:
@@ -65,6 +71,17 @@ class DecidedGraph:
             value.const_value = ir.LazyTensor(_no_numbers, dtype=dtype, shape=shape, name=name)
             self.initializers[name], self.contents[name] = value, content
         return self.initializers[name]
+
+    def take(self, value: ir.Value) -> None:
+        """An initializer of another graph, with its numbers."""
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        if array.nbytes <= _INLINE_BYTES:
+            made = self.node("Constant", [], f"/constants/{value.name}", value=ir.tensor(array))
+            ir.convenience.replace_all_uses_with(value, made)
+        else:
+            assert value.name is not None
+            self.initializers[value.name], self.contents[value.name] = value, array
 
     def constant(self, array: NDArray[Any]) -> ir.Value:
         """In the graph itself: shape inference does not look into external data."""
@@ -135,13 +152,18 @@ class DecidedGraph:
         return self.node("Slice", [found, *bounds], f"{name}/Slice")
 
     def linear(self, module: str, x: ir.Value) -> ir.Value:
-        """A linear layer: one product, or two for a factor pair, and the bias."""
+        """A linear layer: its products and the bias."""
         stem = f"/{module.replace('.', '/')}"
-        for label, matrix in matrices_of(self.decision(f"{module}.weight")):
-            x = self.product(matrix, x, f"{stem}/{label}/MatMul" if label else f"{stem}/MatMul")
+        x = self.chain(f"{module}.weight", x, stem)
         if f"{module}.bias" not in self.decisions:
             return x
         return self.node("Add", [x, self.vector(f"{module}.bias")], f"{stem}/Add")
+
+    def chain(self, tensor: str, x: ir.Value, stem: str) -> ir.Value:
+        """One product, or two for a factor pair."""
+        for label, matrix in matrices_of(self.decision(tensor)):
+            x = self.product(matrix, x, f"{stem}/{label}/MatMul" if label else f"{stem}/MatMul")
+        return x
 
     def product(self, matrix: Matrix, x: ir.Value, name: str) -> ir.Value:
         if matrix.format.is_float:

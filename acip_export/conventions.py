@@ -1,0 +1,122 @@
+"""Where architectures call the same thing by other names: keys of ``config.json``, tensors of old checkpoints.
+
+Everything above the checkpoint sees one convention: the keys below, the names that transformers' modules have today,
+and linear weights of shape (out, in).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Our key: the others' keys. Where none is there or its value is null, the key has no entry.
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("n_embd", "d_model", "dim"),
+    "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
+    "num_attention_heads": ("n_head", "num_heads", "n_heads", "attention_heads"),
+    "num_key_value_heads": ("num_kv_heads",),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim"),
+    "max_position_embeddings": ("n_positions", "seq_length"),
+}
+# Models whose feed-forward layer is four times as wide unless something else is written.
+_FOUR_TIMES = frozenset({"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt"})
+# Causal models whose head is the embedding unless config.json denies it; a test compares this with transformers.
+TIED_BY_DEFAULT = frozenset(
+    {
+        "biogpt",
+        "bloom",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "falcon",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "openai-gpt",
+        "opt",
+    }
+    | {"starcoder2", "xglm"}
+)
+# Models whose attention transformers computes by an exchangeable function, which a traced graph makes one node of.
+_FUSED_ATTENTION = frozenset(
+    {"gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
+    | {"cohere", "gpt2", "gpt_neox", "opt", "stablelm"}
+)
+# Checkpoints that were saved from the model without its head lack the first part of each name.
+_BASE = {"bloom": "transformer.", "gpt2": "transformer.", "openai-gpt": "transformer.", "opt": "model."}
+# Names of parts that transformers' modules gave up.
+_RENAMED = {"gpt_neox": ("embed_out.", "lm_head.")}
+# Their linear layers are transformers' Conv1D, which stores (in, out).
+_TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
+# Masks and frequencies that older versions of transformers saved with the weights: computed today. Vectors with the
+# masks' names would be biases.
+_COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
+_MASKS = re.compile(r"\.(attn|attention|self_attention)\.(masked_)?bias$")
+
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tokens_embed.weight",
+)
+"""How names of input embeddings end."""
+
+HEADS = ("lm_head.weight",)
+"""How names of the head over the vocabulary end."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a tensor lies in a checkpoint: under which name, and whether as (in, out)."""
+
+    name: str
+    transposed: bool
+
+
+def with_common_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the common keys beside the architecture's own."""
+    found = dict(config)
+    for key, others in _KEYS.items():
+        value = next((config[name] for name in (key, *others) if config.get(name) is not None), None)
+        if value is not None:
+            found[key] = value
+    kind = config.get("model_type")
+    if kind in _FOUR_TIMES and found.get("intermediate_size") is None and "hidden_size" in found:
+        found["intermediate_size"] = 4 * int(found["hidden_size"])
+    if kind in TIED_BY_DEFAULT:
+        found.setdefault("tie_word_embeddings", True)
+    one_head = kind == "gpt_bigcode" or (kind == "falcon" and not config.get("new_decoder_architecture", False))
+    if one_head:
+        # Without it the number of heads that is written means nothing.
+        shared = bool(config.get("multi_query", True))
+        found["num_key_value_heads"] = 1 if shared else found.get("num_attention_heads")
+    return found
+
+
+def fuses_attention(config: Mapping[str, Any]) -> bool:
+    """Whether an ONNX graph of this model attends in place on one cache; of unknown models the worse is assumed."""
+    return config.get("model_type") in _FUSED_ATTENTION
+
+
+def stored_names(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """The tensors of a causal language model by the names of transformers' modules, without those that are computed.
+
+    Args:
+        shapes: of all stored tensors.
+    """
+    kind = str(config.get("model_type"))
+    base = _BASE.get(kind, "")
+    renamed = _RENAMED.get(kind, ("", ""))
+    whole = any(name.startswith(base) for name in shapes)
+    found = {}
+    for name, shape in shapes.items():
+        if _COMPUTED.search(name) or (_MASKS.search(name) and len(shape) != 1):
+            continue
+        prefix = "" if whole or name.startswith("lm_head.") else base
+        transposed = kind in _TRANSPOSED and len(shape) == 2 and _NUMBERED.search(name) is not None
+        found[prefix + name.replace(*renamed)] = Stored(name, transposed)
+    return found
