@@ -32,8 +32,9 @@ picture: $(STAMP) ## Take the picture of a report again, after  make demo
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -q
 
-test-exhaustive: $(STAMP) ## Hundreds of random plans and exports, every type that llama.cpp has, rankings killed at random (15 minutes)
-	ACIP_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/test_plan_properties.py tests/test_written_bytes.py tests/rank/test_resume.py
+test-exhaustive: $(STAMP) ## Hundreds of random plans and exports, every type that llama.cpp has, traced families, rankings killed at random (15 minutes)
+	ACIP_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/test_plan_properties.py tests/test_written_bytes.py tests/rank/test_resume.py \
+	  tests/onnx/test_traced.py
 
 llama-cpp: $(STAMP) ## Build llama.cpp with factor pairs (10 minutes, once) and install it beside the tests
 	$(BIN)/python -m converters.gguf.build_llama_cpp -c constraints.txt

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from acip_export.conventions import fuses_attention, stored_names, with_common_keys
+from acip_export.conventions import fuses_attention, refuse_experts, stored_names, with_common_keys
 from acip_export.encoder import is_encoder, kind_of
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.files import read_json_object, safetensors_header
@@ -161,6 +161,7 @@ class Checkpoint:
 
     @cached_property
     def shape(self) -> ModelShape:
+        refuse_experts(self.config, self.path)
         config = self.config.get("text_config") or self.config
         config = with_common_keys({**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config})
         try:

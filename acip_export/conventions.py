@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from acip_export.errors import UnsupportedError
+
 # Our key: the others' keys. Where none is there or its value is null, the key has no entry.
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model", "dim"),
@@ -22,28 +24,25 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 }
 # Models whose feed-forward layer is four times as wide unless something else is written.
 _FOUR_TIMES = frozenset({"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt"})
-# Causal models whose head is the embedding unless config.json denies it; a test compares this with transformers.
+# Models with a causal head that is the embedding unless config.json denies it; a test compares this with transformers.
 TIED_BY_DEFAULT = frozenset(
-    {
-        "biogpt",
-        "bloom",
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "falcon",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "openai-gpt",
-        "opt",
-    }
-    | {"starcoder2", "xglm"}
+    """
+    bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert cohere
+    cohere2 cohere2_moe cohere_compass_text cpmant ctrl data2vec-text electra ernie ernie4_5 ernie4_5_moe falcon
+    falcon_mamba gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified
+    gemma4_unified_assistant gemma4_unified_text got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese
+    granite_swa jetmoe lfm2 lfm2_moe lfm3 mamba marian mbart megatron-bert minicpm3 modernbert-decoder
+    moss_transcribe_diarize mpt mvp openai-gpt opt pegasus plbart prophetnet recurrent_gemma roberta
+    roberta-prelayernorm roc_bert roformer smollm3 starcoder2 trocr vaultgemma whisper xglm xlm xlm-roberta
+    xlm-roberta-xl xlnet xmod youtu zamba zamba2 zaya
+    """.split()  # noqa: SIM905
 )
 # Models whose attention transformers computes by an exchangeable function, which a traced graph makes one node of.
 _FUSED_ATTENTION = frozenset(
     {"gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
     | {"cohere", "gpt2", "gpt_neox", "opt", "stablelm"}
 )
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Checkpoints that were saved from the model without its head lack the first part of each name.
 _BASE = {"bloom": "transformer.", "gpt2": "transformer.", "openai-gpt": "transformer.", "opt": "model."}
 # Names of parts that transformers' modules gave up.
@@ -95,6 +94,17 @@ def with_common_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         shared = bool(config.get("multi_query", True))
         found["num_key_value_heads"] = 1 if shared else found.get("num_attention_heads")
     return found
+
+
+def refuse_experts(config: Mapping[str, Any], path: object) -> None:
+    """Raises UnsupportedError for a mixture of experts, whose matrices are no linear layers and not all used."""
+    text = config.get("text_config") or config
+    key = next((key for key in _EXPERTS if isinstance(text.get(key), int) and text[key] > 1), None)
+    if key is not None:
+        raise UnsupportedError(
+            f"{path} is a mixture of {text[key]} experts ({key} in its config.json); neither ranking nor any export "
+            "knows those. Dense models are supported"
+        )
 
 
 def fuses_attention(config: Mapping[str, Any]) -> bool:

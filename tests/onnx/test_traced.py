@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from acip_export.bundle import load_bundle
 from acip_export.checkpoint import Checkpoint
-from acip_export.conventions import EMBEDDINGS, HEADS, TIED_BY_DEFAULT
+from acip_export.conventions import EMBEDDINGS, HEADS
 from acip_export.errors import UnsupportedError
-from acip_export.modules import load_causal_lm
+from acip_export.pipeline import export_model, plan_export
+from acip_export.pipeline.progress import StageProgress
+from acip_export.plan import PlanRequest
 from acip_export.verify.genai import GenaiSession
 from acip_export.verify.measure import compare_logits
 from acip_export.verify.onnxruntime import OnnxRuntimeSession
 from acip_export.verify.runtime import Windows
 from converters.onnx import converter
+from converters.onnx.traced import traced
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH
-from tests.support import make_bundle, make_plan, make_tokenizer
+from tests.plan_problems import EXHAUSTIVE
+from tests.support import make_bundle, make_plan, make_scores, make_tokenizer
 
 WINDOWS: Windows = np.random.default_rng(0).integers(0, 512, (2, CONTEXT))
 PROMPT = [int(token) for token in WINDOWS[0][: PROMPT_BATCH + 5]]
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
-# Learned positions and Conv1D; part of each head rotated, parallel blocks, an untied head; one key head for all queries,
-# attention that cannot be exchanged; no positions but slopes of the attention.
 CASES: dict[str, dict[str, Any]] = {
+    # Learned positions, Conv1D, a tied head.
     "gpt2": {"max_position_embeddings": 64},
-    "gpt_neox": {"max_position_embeddings": 64, "intermediate_size": 96, "rotary_pct": 0.25},
-    "falcon": {"max_position_embeddings": 64, "multi_query": True, "alibi": False},
+    # No positions but slopes of the attention, which is no exchangeable function.
     "bloom": {},
+    # A part of each head is rotated, parallel blocks, an untied head.
+    "gpt_neox": {"max_position_embeddings": 64, "intermediate_size": 96, "rotary_pct": 0.25},
+    # One key head for all queries, plain attention.
+    "falcon": {"max_position_embeddings": 64, "multi_query": True, "alibi": False},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 64},
+    # Logits are scaled, norms have no bias.
+    "cohere": {"intermediate_size": 96, "num_key_value_heads": 2, "logit_scale": 1.0},
+    "stablelm": {"intermediate_size": 96, "num_key_value_heads": 2},
 }
-FUSED = ("gpt2", "gpt_neox")
+# Two that differ in everything; tracing takes ten seconds of a processor for each.
+RUN = tuple(CASES) if EXHAUSTIVE else ("gpt2", "bloom")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is kept from earlier runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def make_other(directory: Path, kind: str, **overrides: Any) -> Path:
@@ -54,13 +78,13 @@ def make_other(directory: Path, kind: str, **overrides: Any) -> Path:
     return directory
 
 
-def float_pairs(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+def float_pairs(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
     if not in_layer(name) or "dense_h_to_4h" in name:
         return {"representation": "dense", "format": "f32"}
     return {"representation": "factored", "rank": 32, "up_format": "f32", "down_format": "f32"}
 
 
-def mixed(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+def mixed(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
     if name.endswith((*EMBEDDINGS, *HEADS)):
         return {"representation": "dense", "format": "int8"}
     if not in_layer(name):
@@ -74,10 +98,10 @@ def in_layer(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-@pytest.mark.parametrize("kind", CASES)
-@pytest.mark.filterwarnings("ignore:.*rope.*")
+@pytest.mark.parametrize("kind", RUN)
 def test_runtimes_agree_with_the_bundle(tmp_path: Path, kind: str) -> None:
     model = make_other(tmp_path / "m", kind)
+    checkpoint = Checkpoint.open(model)
     for rule in (float_pairs, mixed):
         place = tmp_path / rule.__name__
         plan = make_plan(model, "onnx", "factored", rule, CONTEXT, PROMPT_BATCH)
@@ -101,4 +125,59 @@ def test_runtimes_agree_with_the_bundle(tmp_path: Path, kind: str) -> None:
             for file in (place / "e").rglob("*")
             if file.is_file()
         }
-        assert written == converter.predict_files(Checkpoint.open(model), plan.layout, plan.tensors, plan.runtime)
+        assert written == converter.predict_files(checkpoint, plan.layout, plan.tensors, plan.runtime)
+    nodes = onnx.ModelProto.FromString(traced(checkpoint.config, CONTEXT)).graph.node
+    attends = sum(node.op_type == "GroupQueryAttention" for node in nodes)
+    assert attends == (checkpoint.shape.layers if checkpoint.shape.fused_attention else 0)
+
+
+def test_another_process_traces_the_same_bytes(tmp_path: Path) -> None:
+    """A plan's bytes are those of the graph that another process writes."""
+    checkpoint = Checkpoint.open(make_other(tmp_path / "m", "gpt2"))
+    script = (
+        "import sys; from acip_export.checkpoint import Checkpoint; from converters.onnx.traced import traced\n"
+        f"sys.stdout.buffer.write(traced(Checkpoint.open(sys.argv[1]).config, {CONTEXT}))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", script, checkpoint.path],
+        env={**os.environ, "PYTHONHASHSEED": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        check=True,
+    )
+    assert list((tmp_path / "cache").rglob("*.onnx"))
+    assert other.stdout == traced(checkpoint.config, CONTEXT)
+
+
+def test_from_a_budget_to_a_verified_export(tmp_path: Path) -> None:
+    model = make_other(tmp_path / "m", "gpt2")
+    checkpoint, scores = Checkpoint.open(model), make_scores(model)
+    seen: list[StageProgress] = []
+    request = PlanRequest("onnx", 200_000, "file", types=("int8", "int4"), context=CONTEXT)
+    plan = plan_export(checkpoint, scores, request, seen.append)
+    assert [p.item for p in seen if p.stage == "graph"] == ["GPT2LMHeadModel"] * 2
+    assert any(note.startswith("through torch.onnx.export") for note in plan.notes)
+    report = export_model(checkpoint, scores, plan, tmp_path / "e", sizes=(plan,))
+    assert report is not None and report.passed and report.structure is not None
+    assert report.structure.found == report.structure.tensors > 0
+    assert report.written_bytes == plan.planned_bytes <= 200_000
+    assert [runtime.memory is None or runtime.memory.peak_bytes > 0 for runtime in report.runtimes] == [True, True]
+    assert "through torch.onnx.export" in (tmp_path / "e" / "report.html").read_text(encoding="utf-8").replace(
+        "Through", "through"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "reason"),
+    [
+        # A recurrent model: there are no keys and values to keep.
+        ("mamba", {"intermediate_size": 128, "num_attention_heads": 4}, "cannot be traced"),
+        ("gpt2", {"execution": "cuda"}, "for --target cpu or mobile, not cuda"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(tmp_path: Path, kind: str, sizes: dict[str, Any], reason: str) -> None:
+    execution = sizes.pop("execution", "cpu")
+    config = {**SMALL, "model_type": kind, "tie_word_embeddings": True, "intermediate_size": 128, **sizes}
+    checkpoint = Checkpoint(tmp_path, config, {})
+    with pytest.raises(UnsupportedError, match=reason) as raised:
+        converter.prepare(checkpoint, execution, CONTEXT, lambda _: None)
+    assert raised.value.exit_code == 5
