@@ -80,7 +80,7 @@ def predict_files(
     """Exact bytes of every file; see :class:`converters.registry.Converter`."""
     _check(layout, runtime)
     _check_types(tensors, runtime)
-    if checkpoint.config.get("model_type") in FAMILIES:
+    if has_builder(checkpoint):
         check_release()
     known = None
     if runtime.execution != STATIC_CACHE:
