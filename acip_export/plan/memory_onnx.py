@@ -8,7 +8,8 @@ formats, block sizes, tied and untied heads, contexts and prompt batches); a tes
 - MatMulNBits (accuracy level 4) packs codes, scales and block sums, and keeps the original scales: 8 bytes a block more
   than the file has. The largest one's scales are held once more.
 - The tied, quantized embedding reads a reshaped copy of the head's codes.
-- Attention works in place on the shared KV cache and keeps no matrix of probabilities.
+- Attention works in place on the shared KV cache and keeps no matrix of probabilities. Where a traced graph has no node
+  for it, :func:`plain_attention_bytes` is added.
 - The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
   batch are an output of the graph.
 - While a matrix is packed, the file's pages of it are resident too. Packed in any order, so the largest one decides;

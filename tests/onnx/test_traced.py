@@ -169,8 +169,8 @@ def test_from_a_budget_to_a_verified_export(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "sizes", "reason"),
     [
-        # A recurrent model: there are no keys and values to keep.
-        ("mamba", {"intermediate_size": 128, "num_attention_heads": 4}, "cannot be traced"),
+        # Its convolutions and states are nothing that a plan decides about.
+        ("mamba", {}, "is the weight of no linear layer"),
         ("gpt2", {"execution": "cuda"}, "for --target cpu or mobile, not cuda"),
     ],
 )
