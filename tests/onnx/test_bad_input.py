@@ -10,7 +10,7 @@ import pytest
 from acip_export import pipeline
 from acip_export.checkpoint import Checkpoint
 from acip_export.commands.options import PlanFlags
-from acip_export.errors import UnsupportedError
+from acip_export.errors import OutputError, UnsupportedError
 from acip_export.pipeline.planning import _loadable
 from converters.onnx import converter, ort_format, release
 from converters.onnx.consumers import DATA_FILE, MODEL_FILE
@@ -102,6 +102,6 @@ def test_what_fails_while_writing_leaves_nothing(model: Path, tmp_path: Path, mo
     request = PlanFlags(model=str(model), budget="50MB", format_="onnx", types="f32").request()
     plan = pipeline.plan_export(checkpoint, scores, request)
     monkeypatch.setattr(writer, "write_data", stops)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         pipeline.export_model(checkpoint, scores, plan, tmp_path / "out", verify=False)
     assert written and not list(tmp_path.iterdir())
