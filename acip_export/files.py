@@ -6,6 +6,8 @@ import errno
 import glob
 import hashlib
 import json
+import logging
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from acip_export.errors import InputError, OutputError, UsageError
+
+logger = logging.getLogger(__name__)
 
 DTYPE_BYTES = {
     "BOOL": 1,
@@ -271,6 +275,22 @@ def new_file(target: Path, force: bool = False) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def keep(file: Path, data: bytes, otherwise: str) -> None:
+    """Write an entry of a cache, whole or not at all. A place that cannot be written to is no error; ``otherwise`` says
+    what is done again then.
+    """
+    try:
+        with new_file(file, force=True) as temporary:
+            temporary.write_bytes(data)
+    except (OSError, OutputError) as reason:
+        logger.warning("%s is not kept (%s); %s again next time", file, reason, otherwise)
+
+
+def user_cache() -> Path:
+    """Where this tool keeps what is expensive to make and depends on no model of the user's; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acip-export"
 
 
 def remove_leftovers(target: Path) -> None:

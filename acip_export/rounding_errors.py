@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.files import new_file
+from acip_export.files import keep
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +144,4 @@ def _loss(value: float) -> float:
 def save_rounding_errors(errors: RoundingErrors, file: Path) -> None:
     """Write atomically, replacing what is there; a directory that cannot be written to is no error."""
     document = {"format": "acip-rounding-errors", "version": ROUNDING_ERRORS_VERSION, **asdict(errors)}
-    try:
-        with new_file(file, force=True) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        logger.warning("%s cannot be written (%s); rounding errors are measured again next time", file, error)
+    keep(file, (json.dumps(document, indent=1) + "\n").encode(), "rounding errors are measured")

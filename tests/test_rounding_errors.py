@@ -115,7 +115,7 @@ def test_a_directory_that_cannot_be_written_to(
     def full(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     errors = pipeline.rounding_errors(Checkpoint.open(copy), load_scores(copy / "tiny.acip"), REQUESTS["onnx"])
     assert errors.dense
     assert "measured again next time" in caplog.text
@@ -166,6 +166,13 @@ def test_a_cache_that_does_not_hold_is_no_cache(
     harm(file)
     assert load_rounding_errors(file, "onnx", "test 1", "abc") == RoundingErrors("onnx", "test 1", "abc")
     assert ("damaged" in caplog.text) == warns
+
+
+def test_no_room_for_the_cache_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a file").touch()
+    save_rounding_errors(EXAMPLE, tmp_path / "a file" / "cache.json")
+    assert "measured again next time" in caplog.text
+    assert [file.name for file in tmp_path.iterdir()] == ["a file"]
 
 
 def test_the_plan_follows_what_was_measured(model: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,17 @@ from acip_export.errors import AcipError, InfeasibleBudgetError, MissingExtraErr
 from acip_export.pipeline.progress import ProgressCallback, StageProgress, quiet
 from acip_export.pipeline.ranking import rounding_scores
 from acip_export.pipeline.rounding import rounding_errors
-from acip_export.plan import PlanRequest, Problem, SweepLine, make_plan, preset_points, sweep
-from acip_export.plans import Plan, Runtime, TensorDecision
+from acip_export.plan import (
+    PlanRequest,
+    PredictFiles,
+    Problem,
+    SweepLine,
+    choose_context,
+    make_plan,
+    preset_points,
+    sweep,
+)
+from acip_export.plans import Plan
 from acip_export.scores import ScoreFile
 from acip_export.targets import DEFAULT_EXECUTION
 from acip_export.units import format_bytes
@@ -40,7 +49,7 @@ def planning_problem(
         checkpoint,
         scores,
         request,
-        lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime),
+        _prediction(target, checkpoint, layout),
         rounding_errors(checkpoint, scores, request, progress),
     )
 
@@ -67,11 +76,7 @@ def plan_export(
     notes = _prepare(target, checkpoint, request, progress)
 
     def plan(layout: str) -> Plan:
-        asked = replace(request, layout=layout)
-
-        def predict(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> Mapping[str, int]:
-            return target.predict_files(checkpoint, layout, tensors, runtime)
-
+        asked, predict = replace(request, layout=layout), _prediction(target, checkpoint, layout)
         if split_max_size(request.options) is not None:  # one that is too small is refused before anything is measured
             Problem.of(checkpoint, scores, asked, predict).floor(asked)
         errors = rounding_errors(checkpoint, scores, asked, progress)
@@ -149,11 +154,12 @@ def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> i
     from converters.registry import converter
 
     target, layout = converter(request.target), find_target(request.target).layouts[0].name
+    asked = replace(request, layout=layout)
+    return Problem.of(checkpoint, scores, asked, _prediction(target, checkpoint, layout)).floor(asked)[0]
 
-    def files(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> Mapping[str, int]:
-        return target.predict_files(checkpoint, layout, tensors, runtime)
 
-    return Problem.of(checkpoint, scores, replace(request, layout=layout), files).floor(request)[0]
+def _prediction(target: Converter, checkpoint: Checkpoint, layout: str) -> PredictFiles:
+    return lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime)
 
 
 def _prepare(
@@ -162,7 +168,7 @@ def _prepare(
     return target.prepare(
         checkpoint,
         request.execution or DEFAULT_EXECUTION,
-        request.context or min(request.default_context, checkpoint.shape.max_context),
+        choose_context(checkpoint, request),
         lambda p: progress(StageProgress("graph", p.done, p.total, p.item)),
     )
 

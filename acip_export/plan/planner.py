@@ -110,8 +110,8 @@ class Problem:
     dropping: Mapping[str, FloatArray]
     predict_files: PredictFiles
     other_floors: OtherFloors = lambda: ()
-    _tables: dict[str, Table] = field(default_factory=dict, repr=False, compare=False)
-    _smallest: dict[tuple[str, Runtime], Solution] = field(default_factory=dict, repr=False, compare=False)
+    _tables: dict[BudgetScope, Table] = field(default_factory=dict, repr=False, compare=False)
+    _smallest: dict[tuple[BudgetScope, Runtime], Solution] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -219,7 +219,7 @@ class Problem:
 
     def _table(self, request: PlanRequest) -> Table:
         """The candidates as the budget's scope counts them; asked for often, so kept."""
-        scope = "file" if request.budget_scope == "file" else "memory"
+        scope = _counted(request)
         if scope not in self._tables:
             around_pair = self._around_pair(request)
             self._tables[scope] = Table.of(self.candidates, self.target.name, scope, around_pair)
@@ -247,7 +247,7 @@ class Problem:
 
     def _floor(self, request: PlanRequest, runtime: Runtime) -> Solution:
         """The smallest plan."""
-        key = ("file" if request.budget_scope == "file" else "memory", runtime)
+        key = (_counted(request), runtime)
         if key not in self._smallest:
             self._smallest[key] = self._exactly(self._table(request).smallest(), request, runtime)
         return self._smallest[key]
@@ -294,18 +294,34 @@ class Problem:
         )
 
 
-def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken: int) -> Runtime:
-    """``taken``: bytes of the budget that no choice changes."""
+def _counted(request: PlanRequest) -> BudgetScope:
+    """The scope by which candidates differ: what a process holds beside ``memory`` is the same for all of them."""
+    return "file" if request.budget_scope == "file" else "memory"
+
+
+def choose_context(checkpoint: Checkpoint, request: PlanRequest) -> int:
+    """Tokens of context: the requested ones, or the default, as far as model and target go.
+
+    Raises:
+        UsageError: more than the model was made for, or none.
+    """
     encoder = encoder_of(checkpoint)
-    longest = longest_context(target.name, checkpoint.shape) if encoder is None else encoder.max_length
+    longest = longest_context(request.target, checkpoint.shape) if encoder is None else encoder.max_length
     context = min(longest, request.default_context) if request.context is None else request.context
     if not 0 < context <= longest:
         why = (
             ""
             if encoder is not None or longest == checkpoint.shape.max_context
-            else f"; {target.name} has no sliding window for it"
+            else f"; {request.target} has no sliding window for it"
         )
         raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")
+    return context
+
+
+def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken: int) -> Runtime:
+    """``taken``: bytes of the budget that no choice changes."""
+    encoder = encoder_of(checkpoint)
+    context = choose_context(checkpoint, request)
     cache_type = request.cache_type or next(iter(target.cache_types))
     execution = request.execution or DEFAULT_EXECUTION
     if cache_type not in target.cache_types:

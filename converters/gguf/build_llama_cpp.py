@@ -8,7 +8,6 @@ two cores; after that, installing takes seconds. Needs a C++ compiler; CMake and
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Annotated
 import typer
 
 from acip_export.errors import AcipError, ExtensionError
-from acip_export.files import new_directory
+from acip_export.files import new_directory, user_cache
 from converters.gguf.extension import apply_extension, extension_hash
 
 # The version whose places the extension's tests know; constraints.txt names the same.
@@ -41,8 +40,7 @@ Log = Callable[[str], None]
 
 def cache_directory() -> Path:
     """Where the wheel for this machine is kept; it need not exist."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "acip-export" / "llama-cpp" / f"{VERSION}-{extension_hash()}-{_machine()}"
+    return user_cache() / "llama-cpp" / f"{VERSION}-{extension_hash()}-{_machine()}"
 
 
 def wheel(log: Log) -> Path:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from acip_export.checkpoint import ModelShape
 from acip_export.errors import UnsupportedError
-from acip_export.files import new_file
+from acip_export.files import keep, user_cache
 from acip_export.plans import TensorDecision
 from acip_export.version import __version__
 from converters.onnx.graph import EMBEDDING, IR_VERSION, LINEAR, MARKS, MICROSOFT, OPSET, Contents, DecidedGraph
@@ -31,8 +29,6 @@ from converters.onnx.graph import EMBEDDING, IR_VERSION, LINEAR, MARKS, MICROSOF
 # What a trace depends on beside the configuration and the file that marks.
 _TRACERS = ("torch", "transformers", "onnxscript", "onnx-ir")
 _HEAD = "lm_head.weight"
-
-logger = logging.getLogger(__name__)
 
 
 def build_traced(
@@ -82,8 +78,7 @@ def _file(config: str) -> Path:
             versions.append("")
     source = Path(__file__).with_name("marked.py").read_bytes()
     key = hashlib.sha256(source + json.dumps([__version__, *versions, config]).encode()).hexdigest()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "acip-export" / "traces" / f"{key}.onnx"
+    return user_cache() / "traces" / f"{key}.onnx"
 
 
 @lru_cache(maxsize=2)
@@ -94,12 +89,7 @@ def _traced(config: str) -> bytes:
         if onnx.ModelProto.FromString(kept).graph.node:
             return kept
     made = _trace(config)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(file, force=True) as new:
-            new.write_bytes(made)
-    except OSError as reason:
-        logger.info("the trace is not kept: %s", reason)
+    keep(file, made, "the graph is traced")
     return made
 
 

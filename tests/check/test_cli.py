@@ -8,23 +8,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from acip_export import cli
 from tests.check.models import SMALL, write_gguf, write_onnx, write_safetensors
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
+from tests.support import Run
 
 LARGER = {**SMALL, "blk.1.attn_q.weight": (4, 256, "Q8_0")}
 SMALLER = {**SMALL, "output.weight": (8, 256, "Q4_0")}
@@ -32,22 +21,11 @@ CONFIG = '[[check]]\nname = "phone"\npath = "m.gguf"\nmax_bytes = "1MB"\nmax_gro
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """On nobody's runner, and on a wide terminal."""
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     monkeypatch.setenv("COLUMNS", "160")
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["acip-export", *map(str, arguments)])
-        monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
+    return run
 
 
 @pytest.fixture

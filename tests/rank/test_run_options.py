@@ -135,10 +135,11 @@ def test_out_of_memory_keeps_the_last_state(model: Path, text: Path, tmp_path: P
         "from tests.rank.test_run_options import QUICK\n"
         "torch.set_num_threads(1)\n"
         "def limit(progress):\n"
+        "    print(progress.phase, progress.step, flush=True)\n"
         "    if (progress.phase, progress.step) == ('masks', 2):\n"
         "        used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "        resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, used + 2**22))\n"
-        "rank_model(sys.argv[1], sys.argv[2], acip=replace(QUICK, batch=128), calibration=CALIBRATION,\n"
+        "rank_model(sys.argv[1], sys.argv[2], acip=replace(QUICK, batch=256), calibration=CALIBRATION,\n"
         "           progress=limit, out=Path(sys.argv[3]), checkpoint_every=1)\n"
     )
     if not sys.platform.startswith("linux"):
@@ -148,11 +149,13 @@ def test_out_of_memory_keeps_the_last_state(model: Path, text: Path, tmp_path: P
     command = [sys.executable, "-c", script, model, text, tmp_path / "scores.acip"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert "RankingError: out of memory" in done.stderr, done.stderr
-    assert "Lower  --batch (now 128)" in done.stderr and "Checkpoints stored before are kept" in done.stderr
+    assert "Lower  --batch (now 256)" in done.stderr and "Checkpoints stored before are kept" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["scores.acip.run"]
     _, metadata = read_safetensors_header(tmp_path / "scores.acip.run", RankingError)
-    # Step 2 is stored only if its check, which needs less memory than a step, still had enough.
-    assert json.loads(metadata["counters"])["mask_steps"] in (1, 2)
+    # Which step no longer fits is the allocator's to say. It is stored only if its check, after it, still had enough.
+    steps = sum(line.startswith(("masks", "post-tune")) for line in done.stdout.splitlines())
+    counters = json.loads(metadata["counters"])
+    assert counters["mask_steps"] + counters["tune_steps"] in (steps - 1, steps)
 
 
 def test_only_memory_errors_are_renamed() -> None:
