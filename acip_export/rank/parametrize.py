@@ -15,6 +15,10 @@ from acip_export.factorize import Components
 from acip_export.rank.masked import Adapter, frozen_linear, masked_linear
 from acip_export.rank.sharding import local, part_of
 
+# Components are multiplied in multiples of these, the last ones by zero: oneDNN compiles a kernel for every new shape
+# and keeps it, which took a third of a step of 56 layers of 640, and 240 MB.
+_PLACES = 32
+
 
 @dataclass(frozen=True)
 class AdapterShape:
@@ -87,11 +91,7 @@ class MaskedLinear(nn.Module):
         moves = place[order]
         # Rows of ``up`` and columns of ``down`` are what may be sharded: every part moves by itself.
         for factor, dim in ((self.up, 1), (self.down, 0)):
-            moved = local(factor).index_select(dim, moves)
-            if local(factor) is factor:
-                factor.data = moved
-            else:
-                local(factor).copy_(moved)
+            local(factor).copy_(local(factor).index_select(dim, moves))
         self.arrangement = order.clone()
         self.live = live
 
@@ -120,10 +120,16 @@ class MaskedLinear(nn.Module):
             self.arrange(torch.cat([alive.nonzero().flatten(), (~alive).nonzero().flatten()]), count)
 
     def forward(self, x: Tensor) -> Tensor:
-        down, up = self.down[: self.live], self.up[:, : self.live]
         if self.probe is not None:
+            down, up = self.down[: self.live], self.up[:, : self.live]
             return frozen_linear(frozen_linear(x, down) * self.probe.to(x.dtype), up, self.bias)
-        gate = self.gate()[self.arrangement[: self.live]] if self.gated else None
+        places = min(-(-self.live // _PLACES) * _PLACES, len(self.mask))
+        down, up = self.down[:places], self.up[:, :places]
+        gate = None
+        if self.gated:
+            gate = self.gate()[self.arrangement[:places]]
+        elif places > self.live:
+            gate = (torch.arange(places, device=x.device) < self.live).to(self.mask.dtype)
         adapter = None
         if self.adapted:
             keep = 1 - self.dropout if self.training else 1.0
