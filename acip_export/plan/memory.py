@@ -126,7 +126,7 @@ class HeldBytes:
     Attributes:
         kept: as long as the model is loaded.
         loading: what loading takes beyond what running takes: a matrix is there twice while it is repacked, before
-            caches, buffers and tokenizer are.
+            caches, buffers and tokenizer are; then the tokenizer is built, before caches and buffers are.
     """
 
     kept: int
@@ -145,9 +145,9 @@ def held_bytes(
     looked_up = [is_embedding(decision.name) for decision in tensors]
     parts = [repacked_bytes(d, target, lookup, tied and lookup) for d, lookup in zip(tensors, looked_up, strict=True)]
     kept, once, loading = zip(*parts, strict=True)
-    tokenizer = process_base(target, checkpoint, process).tokenizer
-    running = runtime_memory(target, checkpoint.shape, runtime).total + tokenizer
-    return HeldBytes(sum(kept) + max(once), max(0, max(loading) - running))
+    base = process_base(target, checkpoint, process)
+    running = runtime_memory(target, checkpoint.shape, runtime).total + base.tokenizer
+    return HeldBytes(sum(kept) + max(once), max(0, max(*loading, base.building) - running))
 
 
 def uncounted_bytes(plan: Plan, checkpoint: Checkpoint, process: str) -> int:

@@ -222,7 +222,11 @@ class Problem:
         scope = _counted(request)
         if scope not in self._tables:
             around_pair = self._around_pair(request)
-            self._tables[scope] = Table.of(self.candidates, self.target.name, scope, around_pair)
+            table = Table.of(self.candidates, self.target.name, scope, around_pair)
+            if scope != "file":  # the tokenizer is built whatever is chosen
+                building = process_base(self.target.name, self.checkpoint).building
+                table = replace(table, loading=np.maximum(table.loading, building))
+            self._tables[scope] = table
         return self._tables[scope]
 
     def _around_pair(self, request: PlanRequest) -> int:

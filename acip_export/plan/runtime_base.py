@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +24,14 @@ class RuntimeBase:
         measured_with: packages and platform.
         library: bytes of code, sessions and allocators: everything that no model changes.
         token, merge: bytes that the tokenizer keeps for each token and each merge.
+        building: share of that which building the tokenizer takes besides, and frees.
     """
 
     measured_with: str
     library: int
     token: int
     merge: int
+    building: float = 0.0
 
     def tokenizer(self, tokens: int, merges: int) -> int:
         return self.token * tokens + self.merge * merges
@@ -37,8 +40,10 @@ class RuntimeBase:
 # llama.cpp with two threads; each further one adds 0.4 MB. Tokens and merges are strings in hash tables; what they take
 # is beside the tokenizer's bytes in the files, which plans count as well and which no runtime keeps in memory.
 RUNTIME_BASES = {
-    "llama.cpp": RuntimeBase("xllamacpp 2026.10.11549, Linux x86_64", 19_600_000, 280, 110),
-    "onnxruntime-genai": RuntimeBase("0.18.0 with onnxruntime 1.31.1, Linux x86_64", 38_900_000, 220, 220),
+    "llama.cpp": RuntimeBase("xllamacpp 2026.10.11549, Linux x86_64", 16_300_000, 280, 110),
+    "onnxruntime-genai": RuntimeBase(
+        "0.18.0 with onnxruntime 1.31.1, Linux x86_64", 38_600_000, 135, 135, building=0.6
+    ),
     "onnxruntime": RuntimeBase("onnxruntime 1.31.1, Linux x86_64", 32_500_000, 0, 0),
 }
 # target -> the runtime that plans are made for: of models that generate, and of encoders.
@@ -47,10 +52,11 @@ _RECOMMENDED = {"gguf": ("llama.cpp", "llama.cpp"), "onnx": ("onnxruntime-genai"
 
 @dataclass(frozen=True)
 class ProcessBase:
-    """Bytes beside the model's own."""
+    """Bytes beside the model's own. ``building``: what the tokenizer takes while it is built, itself included."""
 
     library: int
     tokenizer: int
+    building: int
 
     @property
     def total(self) -> int:
@@ -62,7 +68,8 @@ def process_base(target: str, checkpoint: Checkpoint, runtime: str | None = None
     generator, encoder = _RECOMMENDED[target]
     base = RUNTIME_BASES[runtime or (generator if checkpoint.shape.generates else encoder)]
     tokens, merges = _tokenizer_size(checkpoint.path / "tokenizer.json")
-    return ProcessBase(base.library, base.tokenizer(max(tokens, checkpoint.shape.vocabulary), merges))
+    tokenizer = base.tokenizer(max(tokens, checkpoint.shape.vocabulary), merges)
+    return ProcessBase(base.library, tokenizer, tokenizer + math.ceil(base.building * tokenizer))
 
 
 def _tokenizer_size(file: Path) -> tuple[int, int]:

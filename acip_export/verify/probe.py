@@ -62,9 +62,10 @@ def measure(session_class: Callable[[Path, Runtime], ProbedSession], export: Pat
     with session_class(export, runtime) as session:
         load_seconds = time.perf_counter() - start
         speeds = [session.speed(prompt, new_tokens)]
+        # Before the repetitions: how many there are, and so what the allocator keeps, depends on the machine's speed.
+        after = resident("VmHWM", "RssAnon", "RssFile", "RssShmem")
         while len(speeds) < _REPETITIONS and time.perf_counter() - start < _CHEAP_SECONDS:
             speeds.append(session.speed(prompt, new_tokens))
-        after = resident("VmHWM", "RssAnon", "RssFile", "RssShmem")
         decode = max((s.decode for s in speeds if s.decode is not None), default=None)
         best = Speed(max(s.prefill for s in speeds), decode, len(prompt), new_tokens)
         memory = None
