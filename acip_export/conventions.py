@@ -64,8 +64,8 @@ EMBEDDINGS = (
 )
 """How names of input embeddings end."""
 
-HEADS = ("lm_head.weight",)
-"""How names of the head over the vocabulary end."""
+HEAD = "lm_head.weight"
+"""The head over the vocabulary of models that generate, whatever else they call by other names."""
 
 
 @dataclass(frozen=True)

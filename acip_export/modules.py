@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.checkpoint import Checkpoint
-from acip_export.conventions import HEADS
+from acip_export.conventions import HEAD
 from acip_export.encoder import Pooling, is_encoder, kind_of
 from acip_export.errors import CheckpointError, UnsupportedError
 
@@ -133,7 +133,7 @@ def pooled(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
 
 def tied_names(checkpoint: Checkpoint) -> set[str]:
     """Parameters that a checkpoint may leave out because another one holds their numbers."""
-    heads = HEADS if checkpoint.shape.generates else ("cls.predictions.decoder.weight",)
+    heads = (HEAD,) if checkpoint.shape.generates else ("cls.predictions.decoder.weight",)
     return {*(heads if checkpoint.shape.tied_embeddings else ()), "cls.predictions.decoder.bias"}
 
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from acip_export.conventions import EMBEDDINGS, HEADS
+from acip_export.conventions import EMBEDDINGS, HEAD
 from acip_export.errors import CheckpointError
 
 if TYPE_CHECKING:
     from acip_export.checkpoint import TensorInfo
 
-_HEADS = (*HEADS, "cls.predictions.decoder.weight")
+_HEADS = (HEAD, "cls.predictions.decoder.weight")
 # A head that was trained on differs everywhere; a gigabyte need not be read to see it.
 _STRETCHES, _STRETCH = 256, 4096
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from acip_export.bundle import Bundle
 from acip_export.checkpoint import Checkpoint
-from acip_export.conventions import EMBEDDINGS, HEADS
+from acip_export.conventions import EMBEDDINGS, HEAD
 from acip_export.factorize import components
 from acip_export.materialize import materialize_bundle
 from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes
@@ -162,7 +162,7 @@ def make_scores(model: Path, file: Path | None = None, adapters: bool = False, s
         curve=tuple(CurvePoint(r, 3 + total * (1 - r) ** 2) for r in (1.0, 0.8, 0.6, 0.4, 0.2)),
         modules=modules,
         embedding_sensitivity={
-            name: 0.05 for name, info in checkpoint.tensors.items() if name.endswith((*EMBEDDINGS, *HEADS))
+            name: 0.05 for name, info in checkpoint.tensors.items() if name.endswith((*EMBEDDINGS, HEAD))
         },
         second_moments={},
     )

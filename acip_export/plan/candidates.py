@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.checkpoint import Checkpoint
-from acip_export.conventions import EMBEDDINGS, HEADS
+from acip_export.conventions import EMBEDDINGS, HEAD
 from acip_export.errors import UnsupportedError
 from acip_export.formats import WeightFormat, weight_format
 from acip_export.plan.memory import is_embedding, repacked_bytes
@@ -135,7 +135,7 @@ def build_candidates(
     # Tables of positions, and an encoder's heads, whose rounding no ranking measures; runtimes add some as they are.
     tables = set(checkpoint.tensors) - set(scores.embedding_sensitivity)
     if checkpoint.shape.generates:
-        tables = {name for name in tables if not name.endswith((*EMBEDDINGS, *HEADS))}
+        tables = {name for name in tables if not name.endswith((*EMBEDDINGS, HEAD))}
     built = []
     for name, info in checkpoint.tensors.items():
         module = scores.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None

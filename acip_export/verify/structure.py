@@ -10,6 +10,7 @@ from pathlib import Path
 from acip_export.anatomy import TensorPart, read_anatomy
 from acip_export.anatomy.parts import files_of
 from acip_export.bundle import Bundle
+from acip_export.conventions import HEAD
 from acip_export.errors import ModelFileError
 from acip_export.plans import TensorDecision
 from converters.gguf.layouts import arrange
@@ -66,7 +67,7 @@ def _onnx(export: Path, bundle: Bundle) -> tuple[int, list[str]]:
     there = Counter((_layer(t.name, layers), t.type, t.shape) for t in read_anatomy(export / graph).tensors)
     expected, missing = 0, []
     for decision in bundle.plan.tensors:
-        if bundle.as_checkpoint().shape.tied_embeddings and decision.name == "lm_head.weight":
+        if bundle.as_checkpoint().shape.tied_embeddings and decision.name == HEAD:
             continue
         for alternatives in _initializers(decision):
             expected += 1

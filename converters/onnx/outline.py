@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.checkpoint import ModelShape
+from acip_export.conventions import HEAD
 from acip_export.plans import TensorDecision
 from acip_export.version import __version__
 from converters.onnx.consumers import DATA_FILE
@@ -30,7 +31,7 @@ _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _QK_NORM = ("qwen3",)
 # Scaled positions change the numbers in the tables, never their sizes.
 _ROPE_TYPES = ("default", "linear", "llama3")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 _LOCATION = Path(DATA_FILE).name
 
 _FLOAT, _UINT8, _INT32, _INT64 = 1, 2, 6, 7
@@ -419,9 +420,9 @@ class _Outline:
         return self._linear(f"{module}.down_proj", f"{stem}/down_proj", f"{product}/output_0")
 
     def _head(self, source: str, tied: bool) -> None:
-        decision = self._decisions.get(_EMBEDDING) if tied else self._take(_HEAD)
-        if tied and _HEAD in self._decisions:
-            self._used.add(_HEAD)  # a checkpoint may store the tied head too; the graph does not
+        decision = self._decisions.get(_EMBEDDING) if tied else self._take(HEAD)
+        if tied and HEAD in self._decisions:
+            self._used.add(HEAD)  # a checkpoint may store the tied head too; the graph does not
         matrix = self._lookup(decision)
         if matrix is None:
             return

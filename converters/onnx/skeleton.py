@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from acip_export.conventions import HEAD
 from acip_export.errors import UnsupportedError
 from acip_export.plans import TensorDecision
 from converters.onnx.matrices import Matrix, matrices_of
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 
 ReadVector = Callable[[str], Tensor]
 
@@ -88,11 +89,11 @@ def make_skeleton(
         raise UnsupportedError(f"transformers cannot build a {kind} model of this config.json: {reason}") from reason
     tied = bool(model.config.tie_word_embeddings)
     if tied:
-        decisions.pop(_HEAD, None)
+        decisions.pop(HEAD, None)
     _check_names(set(decisions), {name for name, _ in model.named_parameters()}, type(model).__name__)
     embedding = _embedding(decisions[_EMBEDDING])
     if tied:
-        decisions[_HEAD] = decisions[_EMBEDDING]
+        decisions[HEAD] = decisions[_EMBEDDING]
     half = embedding.format.item_bytes == 2
     form = "f16" if half else "f32"
     vectors = {name: _vector(d, form, read_vector) for name, d in decisions.items() if len(d.shape) == 1}

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from acip_export.checkpoint import ModelShape
+from acip_export.conventions import HEAD
 from acip_export.errors import UnsupportedError
 from acip_export.files import keep, user_cache
 from acip_export.plans import TensorDecision
@@ -28,7 +29,6 @@ from converters.onnx.graph import EMBEDDING, IR_VERSION, LINEAR, MARKS, MICROSOF
 
 # What a trace depends on beside the configuration and the file that marks.
 _TRACERS = ("torch", "transformers", "onnxscript", "onnx-ir")
-_HEAD = "lm_head.weight"
 
 
 def build_traced(
@@ -130,7 +130,7 @@ def _decided(
     graph = DecidedGraph(tensors, accuracy_level)
     embedding = _embedding_of(old) if tied else None
     if tied:
-        graph.unused.discard(_HEAD)
+        graph.unused.discard(HEAD)
     nodes = list(old)
     old.remove(nodes, safe=False)
     computed = list(old.initializers.values())
@@ -166,7 +166,7 @@ def _unmarked(graph: DecidedGraph, node: ir.Node, embedding: str | None) -> ir.V
     if node.op_type == EMBEDDING:
         return graph.lookup(tensor, inputs[0], stem)
     if node.op_type == LINEAR:
-        if embedding is not None and tensor == _HEAD:
+        if embedding is not None and tensor == HEAD:
             return graph.head(embedding, inputs[0], f"{stem}/MatMul")
         return graph.chain(tensor, inputs[0], stem)
     return graph.vector(tensor)

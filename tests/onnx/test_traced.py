@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from acip_export.bundle import load_bundle
 from acip_export.checkpoint import Checkpoint
-from acip_export.conventions import EMBEDDINGS, HEADS
+from acip_export.conventions import EMBEDDINGS, HEAD
 from acip_export.errors import UnsupportedError
 from acip_export.pipeline import export_model, plan_export
 from acip_export.pipeline.progress import StageProgress
@@ -85,7 +85,7 @@ def float_pairs(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def mixed(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
-    if name.endswith((*EMBEDDINGS, *HEADS)):
+    if name.endswith((*EMBEDDINGS, HEAD)):
         return {"representation": "dense", "format": "int8"}
     if not in_layer(name):
         return {"representation": "dense", "format": "f32"}
