@@ -42,7 +42,7 @@ class RuntimeBase:
 RUNTIME_BASES = {
     "llama.cpp": RuntimeBase("xllamacpp 2026.10.11549, Linux x86_64", 16_300_000, 280, 110),
     "onnxruntime-genai": RuntimeBase(
-        "0.18.0 with onnxruntime 1.31.1, Linux x86_64", 38_600_000, 135, 135, building=0.6
+        "0.18.0 with onnxruntime 1.31.1, Linux x86_64", 38_400_000, 135, 135, building=0.6
     ),
     "onnxruntime": RuntimeBase("onnxruntime 1.31.1, Linux x86_64", 32_500_000, 0, 0),
 }
