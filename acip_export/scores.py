@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,16 @@ SCORE_FILE_SUFFIX = ".acip"
 CAUSAL_UNIT = "nats per token"
 
 FloatArray = npt.NDArray[np.float32]
+AdapterScaling = Literal["constant", "dropped"]
+
+
+def adapter_share(scaling: AdapterScaling, kept: int, components: int) -> float:
+    """What an adapter is multiplied with where ``kept`` of the ``components`` are left.
+
+    ``constant``: 1 (ACIP, section 3.1). ``dropped``: twice the share that is dropped, so that an adapter, which stands
+    in for what is missing, leaves a whole layer alone, and is LoRA's where half is gone.
+    """
+    return 1.0 if scaling == "constant" else 2 * (1 - kept / components)
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class ModuleScores:
         input_moment: (in,) E[x^2] of the inputs. gradient_moment: (out,) E[g^2] of the loss gradients at the outputs.
         input_key, gradient_key: names of the full second moments that the basis was made from; empty: identity.
         adapter_a, adapter_b: (a, in) and (out, a) with the LoRA scale folded into ``adapter_b``; ``None`` when the
-            algorithm learns no adapters.
+            algorithm learns no adapters. adapter_scaling: what they are multiplied with at a size.
     """
 
     shape: tuple[int, int]
@@ -59,6 +69,14 @@ class ModuleScores:
     gradient_key: str = ""
     adapter_a: FloatArray | None = None
     adapter_b: FloatArray | None = None
+    adapter_scaling: AdapterScaling = "constant"
+
+    def adapter(self, kept: int) -> tuple[FloatArray, FloatArray] | None:
+        """``(b, a)`` where ``kept`` components are left; ``None`` if they add nothing."""
+        share = adapter_share(self.adapter_scaling, kept, len(self.scores))
+        if self.adapter_a is None or self.adapter_b is None or share == 0:
+            return None
+        return np.float32(share) * self.adapter_b, self.adapter_a
 
     @cached_property
     def order(self) -> npt.NDArray[np.int64]:
@@ -182,6 +200,7 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
         if module.adapter_a is not None and module.adapter_b is not None:
             tensors[f"{name}/adapter/a"] = module.adapter_a
             tensors[f"{name}/adapter/b"] = module.adapter_b
+            layout[name]["adapter_scaling"] = module.adapter_scaling
     for name, sensitivity in scores.embedding_sensitivity.items():
         tensors[f"{name}/embedding_sensitivity"] = np.array([sensitivity], np.float32)
     for key, triangle in scores.second_moments.items():
@@ -304,6 +323,9 @@ def _module(
     units = min(out, inputs)
     adapter_a = tensors.get(f"{name}/adapter/a")
     rank = 0 if adapter_a is None else adapter_a.shape[0]
+    scaling = entry.get("adapter_scaling", "constant")
+    if scaling not in get_args(AdapterScaling):
+        raise ScoreFileError(f"{file}: the adapters of {name!r} are scaled by {scaling!r}, which this tool cannot")
     for key in (entry["input"], entry["gradient"]):
         if key and key not in moments:
             raise ScoreFileError(f"{file}: the second moment {key!r} of {name!r} is missing")
@@ -318,6 +340,7 @@ def _module(
         gradient_key=entry["gradient"],
         adapter_a=None if adapter_a is None else get("adapter/a", (rank, inputs)),
         adapter_b=None if adapter_a is None else get("adapter/b", (out, rank)),
+        adapter_scaling=scaling,
     )
 
 

@@ -49,9 +49,11 @@ def basis_moments(scores: ScoreFile, module: ModuleScores) -> Moments:
 
 def dense_weight(weight: Tensor, module: ModuleScores | None, adapters: bool) -> Tensor:
     """The weight itself, or with the adapters added: then float32."""
-    if module is None or not adapters or module.adapter_a is None or module.adapter_b is None:
+    adapter = module.adapter(min(weight.shape)) if module is not None and adapters else None
+    if adapter is None:
         return weight
-    return weight.float() + torch.from_numpy(module.adapter_b) @ torch.from_numpy(module.adapter_a)
+    b, a = map(torch.from_numpy, adapter)
+    return weight.float() + b @ a
 
 
 def factor_pair(
@@ -71,10 +73,11 @@ def factor_pair(
     basis = (cache or FactorCache(None)).components(weight, right, left)
     units = torch.cat([torch.arange(start, stop) for start, stop in kept])
     pair = Pair(basis.up[:, units], basis.down[units])
-    if not adapters or module.adapter_a is None or module.adapter_b is None:
+    adapter = module.adapter(len(units)) if adapters else None
+    if adapter is None:
         return pair
-    adapter = torch.from_numpy(module.adapter_b), torch.from_numpy(module.adapter_a)
-    return Pair(*fold(pair.up, pair.down, *adapter, right, left))
+    b, a = map(torch.from_numpy, adapter)
+    return Pair(*fold(pair.up, pair.down, b, a, right, left))
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,9 @@ def source_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _has_adapter(scores: ScoreFile, plan: Plan, decision: TensorDecision) -> bool:
+    """Whether a dense weight is changed by one."""
     module = scores.modules.get(decision.module)
-    return plan.adapters and module is not None and module.adapter_a is not None
+    return plan.adapters and module is not None and module.adapter(len(module.scores)) is not None
 
 
 def _stored_dtype(checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, decision: TensorDecision) -> str:

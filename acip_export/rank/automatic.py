@@ -37,6 +37,7 @@ def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
         post_tune=tune,
         post_tune_sizes="sampled",
         post_tune_decay=True,
+        adapter_scaling="dropped",
         learning_rate=_PRUNED_SHARE * scale / steps,
         adapter_learning_rate=1e-3,
         penalty=penalty,

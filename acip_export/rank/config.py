@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from acip_export.errors import UsageError
+from acip_export.scores import AdapterScaling
 from acip_export.text import MOST_TOKENS
 
 Algorithm = Literal["acip", "magnitude", "energy", "kfac", "fisher", "first-order"]
@@ -54,7 +55,8 @@ class AcipConfig:
         mask_scale: masks are 1 at the start but stored as this, so that they move on the adapters' scale.
         penalty: weight of the masks' one-sided L1 norm, multiplied by penalty_growth every penalty_every steps.
         adapter_rank: 0 for none; capped at a quarter of a layer's smaller side.
-        adapter_alpha, adapter_dropout: as in LoRA.
+        adapter_alpha, adapter_dropout: as in LoRA. adapter_scaling: ``constant`` (paper), or by the share of a layer
+            that is ``dropped``: see :func:`acip_export.scores.adapter_share`. While masks move it is constant.
         batch: windows per step.
         tie_break: order of components that were pruned in the same step.
         max_steps: the masks stop here at the latest.
@@ -80,6 +82,7 @@ class AcipConfig:
     adapter_rank: int = 32
     adapter_alpha: float = 16.0
     adapter_dropout: float = 0.05
+    adapter_scaling: AdapterScaling = "constant"
     batch: int = 4
     tie_break: TieBreak = "drop-loss"
     max_steps: int = 50_000

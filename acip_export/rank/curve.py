@@ -117,7 +117,7 @@ def _outputs(task: Task, model: nn.Module, windows: Tensor, batch: int) -> Itera
 
 
 def adapter_pair(layer: MaskedLinear) -> tuple[Tensor, Tensor]:
-    """``(b, a)`` of a layer's adapter, float32, with the scale folded into ``b``."""
+    """``(b, a)`` of a layer's whole adapter, float32, with LoRA's scale folded into ``b``."""
     return layer.adapter_scale * layer.adapter_b.detach(), layer.adapter_a.detach()
 
 
@@ -129,6 +129,7 @@ def _fold_adapters(parts: Factorized, processes: Processes) -> None:
         pair = whole(layer.up)[:, : layer.live], whole(layer.down)[: layer.live]
         if parts.owners[name] == processes.rank:
             b, a = adapter_pair(layer)
-            folded = fold(pair[0].cpu(), pair[1].cpu(), b.cpu(), a.cpu(), *parts.whitenings[name])
+            b = layer.adapter_share() * b.cpu()
+            folded = fold(pair[0].cpu(), pair[1].cpu(), b, a.cpu(), *parts.whitenings[name])
             pair = folded[0].to(pair[0]), folded[1].to(pair[1])
         layer.hold(*(processes.from_owner(factor, parts.owners[name]) for factor in pair))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from acip_export.factorize import Components
 from acip_export.rank.masked import Adapter, frozen_linear, masked_linear
 from acip_export.rank.sharding import local, part_of
+from acip_export.scores import AdapterScaling, adapter_share
 
 # Components are multiplied in multiples of these, the last ones by zero: oneDNN compiles a kernel for every new shape
 # and keeps it, which took a third of a step of 56 layers of 640, and 240 MB.
@@ -22,11 +23,12 @@ _PLACES = 32
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Low-rank adapter of every layer; ``rank`` 0 for none."""
+    """Low-rank adapter of every layer; ``rank`` 0: none. ``scaling``: see :func:`acip_export.scores.adapter_share`."""
 
     rank: int
     alpha: float = 16.0
     dropout: float = 0.0
+    scaling: AdapterScaling = "constant"
 
     def rank_for(self, out: int, inputs: int) -> int:
         """Capped at a quarter of the smaller side: beyond that an adapter is no longer low-rank."""
@@ -69,7 +71,7 @@ class MaskedLinear(nn.Module):
         if rank:
             nn.init.kaiming_uniform_(self.adapter_a, a=math.sqrt(5))  # LoRA's
         self.adapter_scale = adapter.alpha / rank if rank else 0.0
-        self.dropout = adapter.dropout
+        self.dropout, self.adapter_scaling = adapter.dropout, adapter.scaling
         self.live, self.gated, self.adapted = components, True, rank > 0
         self._held: tuple[Tensor, Tensor] | None = None
         self.probe: Tensor | None = None
@@ -112,6 +114,10 @@ class MaskedLinear(nn.Module):
             local(self.down)[: down.shape[0]].copy_(down)
             self._held = None
 
+    def adapter_share(self) -> float:
+        """Of the adapter that takes part at this size; all of it while masks move, which have no size yet."""
+        return 1.0 if self.gated else adapter_share(self.adapter_scaling, self.live, len(self.mask))
+
     def drop_pruned(self) -> None:
         """Move components whose mask is zero to the back."""
         alive = self.mask.detach() > 0
@@ -133,7 +139,7 @@ class MaskedLinear(nn.Module):
         adapter = None
         if self.adapted:
             keep = 1 - self.dropout if self.training else 1.0
-            adapter = Adapter(self.adapter_a, self.adapter_b, self.adapter_scale, keep)
+            adapter = Adapter(self.adapter_a, self.adapter_b, self.adapter_scale * self.adapter_share(), keep)
         y = masked_linear(x, down, up, gate, adapter)
         return y if self.bias is None else y + self.bias
 

@@ -260,7 +260,9 @@ class _Stage:
     factors: FactorCache
 
     def learned(self, config: AcipConfig) -> _Ranking:
-        adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
+        adapter = AdapterShape(
+            config.adapter_rank, config.adapter_alpha, config.adapter_dropout, config.adapter_scaling
+        )
         parts = self._factorize(config.basis, config.mask_scale, adapter)
         drop_losses = self._drop_losses(parts, config.predictor)
         run = AcipRun(
@@ -382,5 +384,6 @@ def _module_scores(checkpoint: Checkpoint, ranking: _Ranking, statistics: Statis
             gradient_key=statistics.gradient_keys[name],
             adapter_a=a if adapted else None,
             adapter_b=b if adapted else None,
+            adapter_scaling=layer.adapter_scaling,
         )
     return modules
