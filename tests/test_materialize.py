@@ -15,6 +15,7 @@ from acip_export.checkpoint import Checkpoint
 from acip_export.errors import BundleError, CheckpointError, PlanFileError, ScoreFileError, UsageError
 from acip_export.factorize import components, pack_moment, unpack_moment
 from acip_export.materialize import materialize_bundle, stream
+from acip_export.materialize.factors import basis_moments, dense_weight, factor_pair
 from acip_export.scores import ScoreFile
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
 
@@ -73,6 +74,23 @@ def test_adapters_are_folded_into_the_pair(model: Path, tmp_path: Path) -> None:
     dense_bundle = make_bundle(model, dense_plan, tmp_path / "d", scores)
     torch.testing.assert_close(_bundle_logits(bundle.path), _bundle_logits(dense_bundle.path), **FLOAT)
     assert not torch.allclose(_bundle_logits(bundle.path), _dense_logits(model), atol=1e-2)
+
+
+def test_adapters_scaled_by_what_is_dropped(model: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    weight = Checkpoint.open(model).read(f"{name}.weight")
+    scores = make_scores(model, tmp_path / "s.acip", adapters=True)
+    module = replace(scores.modules[name], adapter_scaling="dropped")
+    assert module.adapter_b is not None and module.adapter_a is not None
+    assert torch.equal(dense_weight(weight, module, adapters=True), weight)
+    moments, count = basis_moments(scores, module), min(module.shape)
+    everything = factor_pair(weight, module, moments, ((0, count),), adapters=True)
+    torch.testing.assert_close(everything.up @ everything.down, weight, atol=1e-5, rtol=1e-4)
+    for kept in (count * 3 // 4, count // 4):
+        share = np.float32(2 * (1 - kept / count))
+        constant = replace(module, adapter_b=share * module.adapter_b, adapter_scaling="constant")
+        scaled, same = (factor_pair(weight, m, moments, ((0, kept),), adapters=True) for m in (module, constant))
+        torch.testing.assert_close(scaled.up @ scaled.down, same.up @ same.down, atol=0, rtol=0)
 
 
 def test_whitened_components_are_optimal_in_their_norm() -> None:

@@ -91,6 +91,12 @@ def _without_adapter(tensors: Tensors, _metadata: Metadata) -> None:
     del tensors[_first(tensors, "/adapter/b")]
 
 
+def _with_other_scaling(_tensors: Tensors, metadata: Metadata) -> None:
+    modules = json.loads(metadata["modules"])
+    next(iter(modules.values()))["adapter_scaling"] = "twice"
+    metadata["modules"] = json.dumps(modules)
+
+
 def _with_version(_tensors: Tensors, metadata: Metadata) -> None:
     metadata["version"] = "99"
 
@@ -113,6 +119,7 @@ BAD: dict[Callable[[Tensors, Metadata], None], str] = {
     _with_short: "has shape",
     _without_scores: "no singular/drop_loss",
     _without_adapter: "no adapter/b",
+    _with_other_scaling: "scaled by 'twice', which this tool cannot",
     _with_version: "version 99",
     _with_format: "no score file",
     _with_bad_json: "damaged",

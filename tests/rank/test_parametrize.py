@@ -30,6 +30,19 @@ def test_is_the_dense_layer_while_nothing_is_pruned(dense: nn.Linear) -> None:
     torch.testing.assert_close(layer(x), dense(x))
 
 
+def test_an_adapter_takes_part_by_the_share_that_is_dropped(dense: nn.Linear) -> None:
+    adapter = AdapterShape(3, alpha=6, scaling="dropped")
+    layer = MaskedLinear(components(dense.weight, None, None), dense, SCALE, adapter)
+    nn.init.normal_(layer.adapter_b)
+    x, whole = torch.randn(5, 12), 6 / 3 * layer.adapter_b @ layer.adapter_a
+    torch.testing.assert_close(layer(x), dense(x) + x @ whole.T)  # masks that move have no size yet
+    layer.gated = False
+    for live, share in ((12, 0), (9, 0.5), (6, 1), (3, 1.5)):
+        layer.live = live
+        expected = x @ (layer.up[:, :live] @ layer.down[:live] + share * whole).T + dense.bias
+        torch.testing.assert_close(layer(x), expected)
+
+
 def test_masks_select_components_and_pass_gradients_straight_through(dense: nn.Linear) -> None:
     layer = masked(dense)
     layer.mask.data[[2, 5]] = torch.tensor([-0.001, 0.0])

@@ -34,10 +34,13 @@ QUICK = AcipConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def ranked(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
+@pytest.fixture(scope="module", params=["constant", "dropped"])
+def ranked(
+    request: pytest.FixtureRequest, model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ScoreFile:
     file = tmp_path_factory.mktemp("scores") / "scores.acip"
-    rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=file)
+    config = replace(QUICK, adapter_scaling=request.param)
+    rank_model(model, text, acip=config, calibration=CALIBRATION, out=file)
     return load_scores(file)
 
 
@@ -74,6 +77,13 @@ def test_curve_is_measured_on_what_is_materialized(ranked: ScoreFile, model: Pat
         measured = point.loss_with_adapters if adapters else point.loss
         # The same float32 numbers multiplied in another order.
         assert held_out_loss(rebuilt, windows, 8) == pytest.approx(measured, abs=2e-4)
+
+
+def test_adapters_scaled_by_what_is_dropped_leave_the_whole_model_alone(ranked: ScoreFile) -> None:
+    whole, cut = ranked.curve[0], ranked.curve[6]
+    dropped = ranked.algorithm["adapter_scaling"] == "dropped"
+    assert (whole.loss_with_adapters == whole.loss) == dropped
+    assert cut.loss_with_adapters != cut.loss
 
 
 def test_same_seed_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
