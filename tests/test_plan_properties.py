@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import get_args
 
@@ -179,6 +180,6 @@ def test_devices(directory: Path, case: Case, memory: int, usable: float) -> Non
     except InfeasibleBudgetError as refused:
         assert refused.smallest_feasible_bytes > request.budget_bytes
         return
-    assert plan.process_bytes <= request.budget_bytes == int(memory * 10**6 * usable)
+    assert plan.process_bytes <= request.budget_bytes == int(memory * 10**6 * Fraction(repr(usable)))
     assert plan.runtime.context <= case.request.context  # type: ignore[operator]
     check(Problem.of(checkpoint, scores, request, predict), request, plan)
