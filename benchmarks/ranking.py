@@ -52,6 +52,7 @@ def variants(automatic: AcipConfig) -> dict[str, AcipConfig]:
         "acip, cross-entropy, masks start at one": replace(ones, objective="ce"),
         "acip, cross-entropy, masks start at one, ties by index": replace(ones, objective="ce", tie_break="index"),
         "acip, post-tuned at the stop ratio": replace(automatic, post_tune_sizes="stop"),
+        "acip, adapters at a constant scale": replace(automatic, adapter_scaling="constant"),
         "acip, no adapters": replace(automatic, adapter_rank=0),
         "acip, weaker penalty": replace(automatic, penalty=automatic.penalty / 5),
     }
