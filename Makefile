@@ -32,7 +32,7 @@ picture: $(STAMP) ## Take the picture of a report again, after  make demo
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-test-exhaustive: $(STAMP) ## Hundreds of random plans and exports, every type that llama.cpp has, traced families, rankings killed at random (15 minutes)
+test-exhaustive: $(STAMP) ## Hundreds of random plans and exports, every type that llama.cpp has, traced families, rankings killed at random (5 minutes)
 	ACIP_EXHAUSTIVE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests/test_plan_properties.py tests/test_written_bytes.py tests/rank/test_resume.py \
 	  tests/onnx/test_traced.py
 
