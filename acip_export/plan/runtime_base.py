@@ -40,7 +40,7 @@ class RuntimeBase:
 # llama.cpp with two threads; each further one adds 0.4 MB. Tokens and merges are strings in hash tables; what they take
 # is beside the tokenizer's bytes in the files, which plans count as well and which no runtime keeps in memory.
 RUNTIME_BASES = {
-    "llama.cpp": RuntimeBase("xllamacpp 2026.10.11549, Linux x86_64", 16_300_000, 280, 110),
+    "llama.cpp": RuntimeBase("xllamacpp 2026.10.11549, Linux x86_64", 17_500_000, 280, 110),
     "onnxruntime-genai": RuntimeBase(
         "0.18.0 with onnxruntime 1.31.1, Linux x86_64", 38_400_000, 135, 135, building=0.6
     ),
