@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-BUNDLE_VERSION = 1
+BUNDLE_VERSION = 2
 WEIGHTS_FILE = "model.safetensors"
 IMPORTANCE_FILE = "importance.safetensors"
 PLAN_FILE = "plan.json"
@@ -48,7 +48,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path, verify_hash: bool = False) -> Bundle:
-        """Open and check a bundle; ``verify_hash`` also reads all weights and compares their SHA-256.
+        """Open and check a bundle; ``verify_hash`` also reads all its numbers and compares their SHA-256.
 
         Raises:
             BundleError: not a bundle, damaged, of another version, or its weights do not fit its plan.
@@ -58,7 +58,8 @@ class Bundle:
         try:
             manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
             version = manifest["version"]
-            expected_hash = manifest["weights_sha256"]
+            if version == BUNDLE_VERSION:
+                hashes = {WEIGHTS_FILE: manifest["weights_sha256"], IMPORTANCE_FILE: manifest["importance_sha256"]}
         except FileNotFoundError:
             raise BundleError(f"{path} is no bundle: it has no {MANIFEST_FILE}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -66,12 +67,16 @@ class Bundle:
         if version != BUNDLE_VERSION:
             raise BundleError(f"{path} is a bundle of version {version}, this tool reads {BUNDLE_VERSION}")
         plan = load_plan(path / PLAN_FILE)
-        weights = path / WEIGHTS_FILE
-        tensors, _ = read_safetensors_header(weights, BundleError)
+        tensors, _ = read_safetensors_header(path / WEIGHTS_FILE, BundleError)
         bundle = cls(path, plan, manifest, tensors)
         bundle._check_shapes()
-        if verify_hash and sha256_of(weights) != expected_hash:
-            raise BundleError(f"{weights} has changed since it was written (SHA-256 differs); materialize again")
+        for name, expected in hashes.items() if verify_hash else ():
+            if not (path / name).is_file():
+                raise BundleError(f"{path} has no {name}; materialize again")
+            if sha256_of(path / name) != expected:
+                raise BundleError(
+                    f"{path / name} has changed since it was written (SHA-256 differs); materialize again"
+                )
         return bundle
 
     def _check_shapes(self) -> None:

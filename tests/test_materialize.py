@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from acip_export.bundle import MANIFEST_FILE, WEIGHTS_FILE, Bundle, load_bundle
+from acip_export.bundle import IMPORTANCE_FILE, MANIFEST_FILE, WEIGHTS_FILE, Bundle, load_bundle
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import BundleError, CheckpointError, PlanFileError, ScoreFileError, UsageError
 from acip_export.factorize import components, pack_moment, unpack_moment
 from acip_export.materialize import materialize_bundle, stream
 from acip_export.materialize.factors import basis_moments, dense_weight, factor_pair
+from acip_export.pipeline import convert_bundle
 from acip_export.scores import ScoreFile
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
 
@@ -136,11 +137,22 @@ def _truncated(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
-def _flipped(path: Path) -> None:
-    file = path / WEIGHTS_FILE
-    data = bytearray(file.read_bytes())
+def _flipped(path: Path, name: str = WEIGHTS_FILE) -> None:
+    data = bytearray((path / name).read_bytes())
     data[-3] ^= 255
-    file.write_bytes(data)
+    (path / name).write_bytes(data)
+
+
+def _flipped_importance(path: Path) -> None:
+    _flipped(path, IMPORTANCE_FILE)
+
+
+def _no_importance(path: Path) -> None:
+    (path / IMPORTANCE_FILE).unlink()
+
+
+def _older(path: Path) -> None:
+    (path / MANIFEST_FILE).write_text('{"format": "acip-bundle", "version": 1, "weights_sha256": ""}')
 
 
 def _other_shape(path: Path) -> None:
@@ -155,7 +167,7 @@ def _no_manifest(path: Path) -> None:
 
 def _newer(path: Path) -> None:
     file = path / MANIFEST_FILE
-    file.write_text(file.read_text().replace('"version": 1', '"version": 7'))
+    file.write_text(file.read_text().replace('"version": 2', '"version": 7'))
 
 
 def _not_json(path: Path) -> None:
@@ -167,6 +179,9 @@ def _not_json(path: Path) -> None:
     [
         (_truncated, "truncated"),
         (_flipped, "SHA-256 differs"),
+        (_flipped_importance, "importance.safetensors has changed"),
+        (_no_importance, "has no importance.safetensors"),
+        (_older, "of version 1, this tool reads 2"),
         (_other_shape, "the plan expects"),
         (_no_manifest, "no bundle"),
         (_newer, "version 7"),
@@ -180,6 +195,10 @@ def test_damaged_bundles(harm: object, says: str, bundle: Path, tmp_path: Path) 
     harm(copy)
     with pytest.raises(BundleError, match=says):
         Bundle.open(copy, verify_hash=True)
+    out = tmp_path / "export"
+    with pytest.raises(BundleError, match=says):
+        convert_bundle(copy, out)
+    assert not out.exists()
 
 
 def test_refusals_leave_nothing_behind(model: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from acip_export.encoder import sentence_files
 from acip_export.errors import CheckpointError, PlanFileError
 from acip_export.factor_cache import FactorCache
 from acip_export.factorize import Whitening, whitened_components
-from acip_export.files import SafetensorsWriter, new_directory, refuse_existing
+from acip_export.files import SafetensorsWriter, new_directory, refuse_existing, sha256_of
 from acip_export.formats import weight_format
 from acip_export.materialize.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
 from acip_export.materialize.refit import balanced, refit
@@ -104,6 +104,7 @@ def materialize_bundle(
             "scores_sha256": scores.sha256,
             "source_dtype": source_dtype(checkpoint),
             "weights_sha256": writer.sha256,
+            "importance_sha256": sha256_of(directory / IMPORTANCE_FILE),
         }
         (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return out

@@ -62,7 +62,7 @@ def convert_bundle(
         UsageError: ``out`` exists and ``force`` is false.
     """
     refuse_existing(out, force)
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, verify_hash=True)
     with new_directory(out, force) as directory:
         _convert(opened, directory, progress, check)
     return opened.plan

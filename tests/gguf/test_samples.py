@@ -14,6 +14,7 @@ import pytest
 
 from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError
+from acip_export.files import user_cache
 from acip_export.pipeline import convert_bundle
 from acip_export.plans import load_plan
 from acip_export.verify.llama_cpp import LlamaCppSession
@@ -23,7 +24,7 @@ from tests.gguf.modelfile import parameters, parse
 from tests.support import dense, everywhere, make_bundle, make_plan, make_scores
 
 ROOT = Path(__file__).parent.parent.parent
-CONSUMER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acip-export" / "consumers" / "llama"
+CONSUMER = user_cache() / "consumers" / "llama"
 PROMPT, TOKENS = "def main(", 24
 PAIR = {"rank": 96, "up_format": "f16", "down_format": "f16", "embedding_format": "q8_0"}
 RULES: dict[str, Rule] = {

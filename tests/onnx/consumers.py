@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acip-export" / "consumers"
+from acip_export.files import user_cache
+
+HOME = user_cache() / "consumers"
 SCRIPTS = Path(__file__).parent.parent / "consumers"
 
 
