@@ -24,20 +24,20 @@ demo: $(STAMP) ## Rank the sample model, export it at three budgets in both form
 	$(BIN)/python samples/demo.py
 
 docs: $(STAMP) ## Write docs/cli.md again, from the commands themselves
-	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python tools/generate_cli.py
 
 picture: $(STAMP) ## Take the picture of a report again, after  make demo
-	$(BIN)/python docs/take_picture.py
+	$(BIN)/python tools/take_picture.py
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-exhaustive: $(STAMP) ## Hundreds of random plans and exports, every type that llama.cpp has, traced families, rankings killed at random (5 minutes)
-	ACIP_EXHAUSTIVE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests/test_plan_properties.py tests/test_written_bytes.py tests/rank/test_resume.py \
-	  tests/onnx/test_traced.py
+	ACIP_EXHAUSTIVE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests/planning/test_properties.py tests/test_written_bytes.py tests/ranking/test_run_state.py \
+	  tests/onnx/test_substitute.py
 
 llama-cpp: $(STAMP) ## Build llama.cpp with factor pairs (10 minutes, once) and install it beside the tests
-	$(BIN)/python -m converters.gguf.build_llama_cpp -c constraints.txt
+	$(BIN)/python -m converters.gguf.llama_cpp.build -c constraints.txt
 
 lint: $(STAMP) ## Style, format, and the direction of imports
 	$(BIN)/ruff check .

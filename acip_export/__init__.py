@@ -11,33 +11,33 @@ from typing import TYPE_CHECKING, Any
 from acip_export.version import __version__
 
 if TYPE_CHECKING:
-    from acip_export.bundle import Bundle, load_bundle
-    from acip_export.checkpoint import Checkpoint
-    from acip_export.pipeline import convert_bundle, export_model, materialize_bundle, plan_export
-    from acip_export.plan import PlanRequest, make_plan
-    from acip_export.plans import Plan, load_plan, save_plan
-    from acip_export.rank import rank_model
-    from acip_export.scores import ScoreFile, load_scores, save_scores
-    from acip_export.verify.verify import verify_export
+    from acip_export.api import convert_bundle, export_model, materialize_bundle, plan_export
+    from acip_export.artifacts.bundle import Bundle, load_bundle
+    from acip_export.artifacts.plan import Plan, load_plan, save_plan
+    from acip_export.artifacts.scores import ScoreFile, load_scores, save_scores
+    from acip_export.model.checkpoint import Checkpoint
+    from acip_export.planning import PlanRequest, make_plan
+    from acip_export.ranking import rank_model
+    from acip_export.verification.export import verify_export
 
 _HOME = {
-    "Bundle": "acip_export.bundle",
-    "Checkpoint": "acip_export.checkpoint",
-    "Plan": "acip_export.plans",
-    "PlanRequest": "acip_export.plan",
-    "ScoreFile": "acip_export.scores",
-    "convert_bundle": "acip_export.pipeline",
-    "export_model": "acip_export.pipeline",
-    "load_bundle": "acip_export.bundle",
-    "load_plan": "acip_export.plans",
-    "load_scores": "acip_export.scores",
-    "make_plan": "acip_export.plan",
-    "materialize_bundle": "acip_export.pipeline",
-    "plan_export": "acip_export.pipeline",
-    "rank_model": "acip_export.rank",
-    "save_plan": "acip_export.plans",
-    "save_scores": "acip_export.scores",
-    "verify_export": "acip_export.verify.verify",
+    "Bundle": "acip_export.artifacts.bundle",
+    "Checkpoint": "acip_export.model.checkpoint",
+    "Plan": "acip_export.artifacts.plan",
+    "PlanRequest": "acip_export.planning",
+    "ScoreFile": "acip_export.artifacts.scores",
+    "convert_bundle": "acip_export.api",
+    "export_model": "acip_export.api",
+    "load_bundle": "acip_export.artifacts.bundle",
+    "load_plan": "acip_export.artifacts.plan",
+    "load_scores": "acip_export.artifacts.scores",
+    "make_plan": "acip_export.planning",
+    "materialize_bundle": "acip_export.api",
+    "plan_export": "acip_export.api",
+    "rank_model": "acip_export.ranking",
+    "save_plan": "acip_export.artifacts.plan",
+    "save_scores": "acip_export.artifacts.scores",
+    "verify_export": "acip_export.verification.export",
 }
 
 __all__ = [  # noqa: RUF022  (the API first, in the order of the stages)

@@ -1,5 +1,5 @@
 """``python -m acip_export`` is ``acip-export``."""
 
-from acip_export.cli import main
+from acip_export.cli.main import main
 
 main()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.errors import AcipError, DeviceFileError, UsageError
-from acip_export.targets import TARGETS
+from acip_export.formats.targets import TARGETS
 from acip_export.units import parse_bytes
 
 DEVICES_VARIABLE = "ACIP_EXPORT_DEVICES"

@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
-from acip_export import pipeline
-from acip_export.checkpoint import Checkpoint
+from acip_export import api as pipeline
+from acip_export.artifacts.scores import ScoreFile, load_scores
 from acip_export.errors import InfeasibleBudgetError
-from acip_export.plan import PlanRequest
-from acip_export.rank import DataConfig, rank_model
-from acip_export.rank.config import Algorithm
-from acip_export.scores import ScoreFile, load_scores
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
+from acip_export.ranking import DataConfig, rank_model
+from acip_export.ranking.config import Algorithm
 from benchmarks.ranking import linear_ratios, linear_share, quality, table
 
 # acip twice, for the spread.

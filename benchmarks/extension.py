@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from acip_export.bundle import stored_tensors
-from acip_export.checkpoint import Checkpoint, TensorInfo
-from acip_export.plans import Certificate, Plan, Runtime, TensorDecision, decision_bytes, save_plan
-from acip_export.verify import llama_capi
-from acip_export.verify.llama_cpp import LlamaCppSession
+from acip_export.artifacts.bundle import stored_tensors
+from acip_export.artifacts.plan import Certificate, Plan, Runtime, TensorDecision, decision_bytes, save_plan
+from acip_export.model.checkpoint import Checkpoint, TensorInfo
 from converters.gguf import converter
+from converters.gguf.runtimes import c_api as llama_capi
+from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 
 ROOT = Path(__file__).parent.parent
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS = 2048, 5632, 4, 16, 4

@@ -1,4 +1,4 @@
-"""Rounding error of every weight format on Gaussian weights: the figures of ``relative_mse`` in acip_export/formats.py.
+"""Measure every type's rounding error on Gaussian weights: ``relative_mse`` in acip_export/weight_types.py.
 
     python benchmarks/format_errors.py [--target gguf] [--types q4_k,q8_0] > errors.json
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from acip_export.formats import WeightFormat, formats_of
+from acip_export.weight_types import WeightFormat, formats_of
 
 ROWS, COLUMNS, SEED = 64, 2048, 0
 
@@ -33,7 +33,7 @@ def gaussian(rows: int = ROWS, columns: int = COLUMNS) -> Floats:
 
 def gguf_round_trip(form: WeightFormat, weights: Floats) -> Floats:
     """Through ggml and back with uniform importance, as ranked layers are quantized with importance."""
-    from converters.gguf import ggml
+    from converters.gguf import ggml_library as ggml
 
     data = ggml.quantize(torch.from_numpy(weights), form.name, torch.ones(weights.shape[1]))
     return ggml.dequantize(data, weights.shape, form.name)

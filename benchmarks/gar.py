@@ -25,12 +25,12 @@ import scipy.linalg
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from acip_export.checkpoint import Checkpoint
-from acip_export.factorize import Whitening, whitened_components
-from acip_export.formats import WeightFormat, weight_format
-from acip_export.materialize.factors import Norm, Pair, inner_importance
-from acip_export.materialize.refit import refit
-from acip_export.scores import load_scores
+from acip_export.artifacts.scores import load_scores
+from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.materialization.factors import Norm, Pair, inner_importance
+from acip_export.materialization.refit import refit
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.weight_types import WeightFormat, weight_format
 from converters.onnx.converter import round_trip
 from converters.onnx.quantize import quantize
 

@@ -29,8 +29,8 @@ from our_steps import FORMAT
 from random_model import SHAPES, write_random_model
 from ruled_plan import uniform_scores
 
-from converters.gguf import build_llama_cpp
-from converters.gguf.ggml import processors
+from converters.gguf.ggml_library import processors
+from converters.gguf.llama_cpp import build as build_llama_cpp
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "gguf_export.json"
@@ -94,7 +94,7 @@ def differing(mine: Path, other: Path) -> list[str]:
 
 
 def measure(shape: str, sources: Path | None, scratch: Path) -> dict[str, Any]:
-    from acip_export.pipeline import write_imatrix
+    from acip_export.api import write_imatrix
 
     model = scratch / "model"
     checkpoint = write_random_model(model, MODELS[shape])

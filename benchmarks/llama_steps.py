@@ -30,7 +30,7 @@ def quantize(source: Path, out: Path, imatrix: Path | None = None) -> None:
     """llama.cpp's second step."""
     import llama_cpp
 
-    from converters.gguf.ggml import processors
+    from converters.gguf.ggml_library import processors
     from converters.gguf.imatrix import read_imatrix
 
     known = {} if imatrix is None else read_imatrix(imatrix)

@@ -26,16 +26,16 @@ import numpy as np
 from random_model import SHAPES, write_random_model
 from ruled_plan import ruled_plan
 
-from acip_export.checkpoint import Checkpoint
-from acip_export.materialize import materialize_bundle
-from acip_export.pipeline import convert_bundle
-from acip_export.plan.memory import memory_breakdown, uncounted_bytes
-from acip_export.plans import RUNTIME_PARTS, Plan, Runtime, TensorDecision, decision_bytes, save_plan
-from acip_export.scores import ModuleScores, ScoreFile, load_scores, save_scores
+from acip_export.api import convert_bundle
+from acip_export.artifacts.plan import RUNTIME_PARTS, Plan, Runtime, TensorDecision, decision_bytes, save_plan
+from acip_export.artifacts.scores import ModuleScores, ScoreFile, load_scores, save_scores
+from acip_export.formats.registry import converter
+from acip_export.materialization import materialize_bundle
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning.memory import memory_breakdown, uncounted_bytes
 from acip_export.units import format_bytes
-from acip_export.verify.process import ProcessFigures, measure_process
-from acip_export.verify.verify import SESSIONS
-from converters.registry import converter
+from acip_export.verification.export import SESSIONS
+from acip_export.verification.process import ProcessFigures, measure_process
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_START, TABLE_END = "<!-- memory table -->", "<!-- end of memory table -->"

@@ -29,11 +29,11 @@ import numpy as np
 from random_model import SHAPES, write_random_model
 from ruled_plan import ruled_plan, uniform_scores
 
-from acip_export.bundle import Bundle
-from acip_export.checkpoint import Checkpoint
-from acip_export.materialize import materialize_bundle
-from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes
-from acip_export.scores import ScoreFile
+from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.plan import Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.artifacts.scores import ScoreFile
+from acip_export.materialization import materialize_bundle
+from acip_export.model.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "onnx_export.json"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ruled_plan import ruled_plan, uniform_scores
 
-from acip_export.checkpoint import Checkpoint
-from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.artifacts.plan import Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.model.checkpoint import Checkpoint
 
 FORMAT = "q4_k"
 
@@ -33,8 +33,8 @@ def export(model: Path, out: Path, weighted: bool) -> None:
     """The bundle lies beside the export and is removed. Not ``weighted``: as llama.cpp rounds without an imatrix."""
     from safetensors.torch import save_file
 
-    from acip_export.bundle import IMPORTANCE_FILE, Bundle
-    from acip_export.materialize import materialize_bundle
+    from acip_export.artifacts.bundle import IMPORTANCE_FILE, Bundle
+    from acip_export.materialization import materialize_bundle
     from converters.gguf import converter
 
     checkpoint, bundle = Checkpoint.open(model), out.with_suffix(".bundle")

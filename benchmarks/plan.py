@@ -27,17 +27,23 @@ from typing import Any
 
 import numpy as np
 
-from acip_export.checkpoint import Checkpoint
+from acip_export.api import planning_problem
+from acip_export.artifacts.rounding_errors import (
+    RoundingErrors,
+    cache_file,
+    pair_key,
+    residual_key,
+    save_rounding_errors,
+)
+from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
 from acip_export.errors import InfeasibleBudgetError
-from acip_export.files import DTYPE_BYTES
-from acip_export.formats import formats_of
-from acip_export.pipeline import planning_problem
-from acip_export.plan import PlanRequest
-from acip_export.plan.candidates import pair_types, residual_bases
-from acip_export.rounding_errors import RoundingErrors, cache_file, pair_key, residual_key, save_rounding_errors
-from acip_export.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
-from acip_export.targets import TARGETS
-from converters.registry import converter
+from acip_export.formats.registry import converter
+from acip_export.formats.targets import TARGETS
+from acip_export.io.atomic import DTYPE_BYTES
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
+from acip_export.planning.candidates import pair_types, residual_bases
+from acip_export.weight_types import formats_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

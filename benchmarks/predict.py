@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from acip_export.bundle import load_bundle
-from acip_export.checkpoint import Checkpoint
-from acip_export.modules import load_causal_lm
-from acip_export.pipeline import evaluation_text, materialize_bundle, plan_export
-from acip_export.plan import PlanRequest
-from acip_export.scores import load_scores
-from converters.registry import converter
+from acip_export.api import evaluation_text, materialize_bundle, plan_export
+from acip_export.artifacts.bundle import load_bundle
+from acip_export.artifacts.scores import load_scores
+from acip_export.formats.registry import converter
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.torch_model import load_causal_lm
+from acip_export.planning import PlanRequest
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = 256

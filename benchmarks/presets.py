@@ -35,13 +35,13 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import numpy as np
 
-from acip_export.checkpoint import Checkpoint
+from acip_export.api import evaluation_text, export_model, planning_problem, rank_to_file
+from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.scores import ScoreFile, load_scores
 from acip_export.errors import InfeasibleBudgetError
-from acip_export.pipeline import evaluation_text, export_model, planning_problem, rank_to_file
-from acip_export.plan import PlanRequest, Problem, preset
-from acip_export.plans import Plan
-from acip_export.scores import ScoreFile, load_scores
-from acip_export.verify.measure import log_softmax
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest, Problem, preset
+from acip_export.verification.metrics import log_softmax
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".bench"
@@ -50,8 +50,8 @@ CONTEXT = 256
 SHARES = (0.15, 0.175, 0.2, 0.225, 0.25, 0.275, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)
 QUICK_SHARES = (0.15, 0.25, 0.4, 1.0)
 SESSIONS = {
-    "gguf": ("acip_export.verify.llama_cpp", "LlamaCppSession"),
-    "onnx": ("acip_export.verify.onnxruntime", "OnnxRuntimeSession"),
+    "gguf": ("converters.gguf.runtimes.llama_cpp", "LlamaCppSession"),
+    "onnx": ("converters.onnx.runtimes.onnxruntime", "OnnxRuntimeSession"),
 }
 EXTENDED = "plan for extended llama.cpp"
 # target -> layouts of our plans by series, presets, and the layout and type of ACIP ranks alone.

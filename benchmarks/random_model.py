@@ -18,8 +18,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from acip_export.checkpoint import Checkpoint
-from acip_export.files import SafetensorsWriter
+from acip_export.io.atomic import SafetensorsWriter
+from acip_export.model.checkpoint import Checkpoint
 
 # Llama 3's, without its special cases for contractions: llama.cpp knows it as "llama-bpe".
 _SPLIT = (

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from acip_export.rank.model import fast_bfloat16
+from acip_export.ranking.load import fast_bfloat16
 
 SHAPE = {
     "vocab_size": 8192,
@@ -164,12 +164,12 @@ def run_plain(model_path: Path, windows: Tensor, most: int) -> Iterator[Steps]:
 
 
 def run_ours(model_path: Path, windows: Tensor, most: int) -> Iterator[Steps]:
-    from acip_export.checkpoint import Checkpoint
-    from acip_export.factorize import components
-    from acip_export.rank import AcipConfig
-    from acip_export.rank.acip import AcipRun
-    from acip_export.rank.model import load_model
-    from acip_export.rank.parametrize import AdapterShape, MaskedLinear, replace_linear
+    from acip_export.lowrank.components import components
+    from acip_export.model.checkpoint import Checkpoint
+    from acip_export.ranking import AcipConfig
+    from acip_export.ranking.acip_run import AcipRun
+    from acip_export.ranking.load import load_model
+    from acip_export.ranking.masked_linear import AdapterShape, MaskedLinear, replace_linear
 
     checkpoint = Checkpoint.open(model_path)
     model = load_model(checkpoint, torch.device("cpu"), "model")
@@ -197,7 +197,7 @@ def measure(which: str, model: Path, most: int) -> None:
     torch.manual_seed(0)
     windows = torch.randint(SHAPE["vocab_size"], (64, CONTEXT), generator=torch.Generator().manual_seed(0))
     if which == "float32":
-        from acip_export.rank import model as ranked
+        from acip_export.ranking import load as ranked
 
         ranked.fast_bfloat16 = lambda: False
     memory = PeakMemory()

@@ -30,10 +30,10 @@ from typing import Any
 import torch
 import transformers
 
-from acip_export.checkpoint import Checkpoint
-from acip_export.rank import AcipConfig, DataConfig, automatic_config, rank_model
-from acip_export.rank.model import linear_weights
-from acip_export.scores import CAUSAL_UNIT, ScoreFile
+from acip_export.artifacts.scores import CAUSAL_UNIT, ScoreFile
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.ranking import AcipConfig, DataConfig, automatic_config, rank_model
+from acip_export.ranking.load import linear_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING_FREE = ("magnitude", "energy", "first-order", "kfac", "fisher")

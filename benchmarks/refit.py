@@ -1,5 +1,6 @@
-"""What fitting factors to their quantizer gains, step by step, in predicted loss (acip_export/materialize/refit.py),
-and what low-rank corrections of a quantized base gain (acip_export/materialize/residual.py).
+"""What fitting factors to their quantizer gains, step by step, in predicted loss
+(acip_export/materialization/refit.py),
+and what low-rank corrections of a quantized base gain (acip_export/materialization/residual.py).
 
     python benchmarks/refit.py --model samples/llama --scores llama.acip
 
@@ -19,15 +20,15 @@ from typing import Any
 
 import torch
 
-from acip_export.checkpoint import Checkpoint
-from acip_export.factorize import Whitening, whitened_components
-from acip_export.formats import weight_format
-from acip_export.materialize import residual
-from acip_export.materialize.factors import Norm, Pair
-from acip_export.materialize.refit import refit
-from acip_export.materialize.residual import correct
-from acip_export.scores import load_scores
-from converters.registry import converter
+from acip_export.artifacts.scores import load_scores
+from acip_export.formats.registry import converter
+from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.materialization import residual
+from acip_export.materialization.factors import Norm, Pair
+from acip_export.materialization.refit import refit
+from acip_export.materialization.residual import correct
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.weight_types import weight_format
 
 # target, type of down, type of up, rank
 PAIRS = (

@@ -9,9 +9,9 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from acip_export.checkpoint import Checkpoint
-from acip_export.plans import Certificate, Plan, Runtime, TensorDecision
-from acip_export.scores import CurvePoint, ModuleScores, ScoreFile
+from acip_export.artifacts.plan import Certificate, Plan, Runtime, TensorDecision
+from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile
+from acip_export.model.checkpoint import Checkpoint
 
 
 def ruled_plan(

@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from acip_export.formats import WeightFormat, weight_format
+from acip_export.weight_types import WeightFormat, weight_format
 from converters.onnx.quantize import quantize
 
 RESULT = Path(__file__).parent / "stacked.json"

@@ -17,8 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from acip_export.verify.onnxruntime import OnnxRuntimeSession
-from converters.onnx import consumers, converter, marked
+from converters.onnx import companion_files as consumers
+from converters.onnx import converter
+from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
+from converters.onnx.tracing import trace as marked
 from tests.support import dense, make_bundle, make_model, make_plan
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -56,7 +58,7 @@ def main() -> None:
         for kind in ("builder", "traced", "traced, plain attention"):
             # No trace of an earlier run: that costs seconds, and the third case would read the second's.
             os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / kind.replace(" ", "-"))
-            from converters.onnx.traced import _traced
+            from converters.onnx.graph.substitute import _traced
 
             _traced.cache_clear()
             place = Path(scratch) / f"made-{kind.replace(' ', '-')}"

@@ -14,7 +14,7 @@ import sys  # noqa: E402
 
 import pytest  # noqa: E402
 
-from acip_export import cli  # noqa: E402
+from acip_export.cli import main as cli  # noqa: E402
 from tests.support import Outcome, Run  # noqa: E402
 
 

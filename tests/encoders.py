@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, BertTokenizer
 
-from acip_export.rank import DataConfig
+from acip_export.ranking import DataConfig
 from tests.support import CORPUS
 
 CLASSES = {"embedding": BertModel, "masked-lm": BertForMaskedLM, "classification": BertForSequenceClassification}

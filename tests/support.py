@@ -14,15 +14,15 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from acip_export.bundle import Bundle
-from acip_export.checkpoint import Checkpoint
-from acip_export.conventions import EMBEDDINGS, HEAD
-from acip_export.factorize import components
-from acip_export.materialize import materialize_bundle
-from acip_export.plans import Plan, Runtime, TensorDecision, decision_bytes
-from acip_export.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
-from acip_export.verify import llama_capi
+from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.plan import Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
+from acip_export.lowrank.components import components
+from acip_export.materialization import materialize_bundle
+from acip_export.model.architectures import EMBEDDINGS, HEAD
+from acip_export.model.checkpoint import Checkpoint
 from benchmarks.ruled_plan import ruled_plan
+from converters.gguf.runtimes import c_api as llama_capi
 
 # Text with code, several scripts, emoji and runs of blanks; tokenizers are trained on it and compared on it.
 CORPUS = (

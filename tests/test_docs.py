@@ -59,7 +59,7 @@ def test_commands_in_the_documentation_exist() -> None:
     """Every ``acip-export COMMAND --flag`` in a code block names a command and flags that there are."""
     import typer
 
-    from acip_export.cli import app
+    from acip_export.cli.main import app
 
     group = typer.main.get_command(app)
     commands = {"": group, **group.commands}  # type: ignore[attr-defined]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from acip_export.checkpoint import Checkpoint
-from acip_export.text import pack_text
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.text.packing import pack_text
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 MODELS = sorted(file.parent for file in SAMPLES.glob("*/training.json"))

@@ -46,7 +46,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_works_in_an_empty_environment(environment: Path, tmp_path: Path) -> None:
     assert _run(environment.parent / "acip-export", "--version", cwd=tmp_path).strip() == acip_export.__version__
-    check = "import acip_export, converters.registry as r; print(r.converter('gguf').__name__, acip_export.__file__)"
+    check = (
+        "import acip_export, acip_export.formats.registry as r\n"
+        "print(r.converter('gguf').__name__, acip_export.__file__)"
+    )
     printed = _run(environment, "-c", check, cwd=tmp_path)
     assert printed.startswith("converters.gguf.converter")
     assert str(ROOT) not in printed

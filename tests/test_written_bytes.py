@@ -10,20 +10,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from acip_export.checkpoint import Checkpoint
-from acip_export.formats import formats_of, weight_format
-from acip_export.pipeline import convert_bundle
-from acip_export.plan import PlanRequest, Problem
-from acip_export.plan.candidates import Candidates, residual_bases
-from acip_export.plans import Plan, TensorDecision, decision_bytes
-from acip_export.rounding_errors import RoundingErrors, residual_key
-from acip_export.scores import ScoreFile
-from acip_export.targets import TARGETS
-from acip_export.verify.verify import EXPORT_PLAN_FILE
-from converters.registry import converter
-from tests.plan_problems import EXHAUSTIVE, Shape, examples, shapes
+from acip_export.api import convert_bundle
+from acip_export.artifacts.plan import Plan, TensorDecision, decision_bytes
+from acip_export.artifacts.rounding_errors import RoundingErrors, residual_key
+from acip_export.artifacts.scores import ScoreFile
+from acip_export.formats.registry import converter
+from acip_export.formats.targets import TARGETS
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest, Problem
+from acip_export.planning.candidates import Candidates, residual_bases
+from acip_export.verification.export import EXPORT_PLAN_FILE
+from acip_export.weight_types import formats_of, weight_format
+from tests.planning.problems import EXHAUSTIVE, Shape, examples, shapes
+from tests.planning.test_properties import WAYS
 from tests.support import make_bundle, make_model, make_scores
-from tests.test_plan_properties import WAYS
 
 # Representation, types of the matrix and of its pair, and which of the ranks.
 Kind = tuple[str, str | None, str | None, str | None, object]

@@ -7,9 +7,9 @@ from fractions import Fraction
 from math import ceil
 from typing import Literal
 
-from acip_export.anatomy.diff import REST, Stored, TensorChange, diff_tensors
 from acip_export.check.config import Entry, Growth
 from acip_export.check.snapshot import Snapshot
+from acip_export.inspection.diff import REST, Stored, TensorChange, diff_tensors
 from acip_export.units import format_bytes
 
 Status = Literal["ok", "failed", "skipped"]

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from acip_export.anatomy.diff import Stored
 from acip_export.check.quality import Quality
 from acip_export.check.snapshot import FileRecord, Snapshot
 from acip_export.errors import BaselineError, BaselineVersionError
-from acip_export.files import new_file
+from acip_export.inspection.diff import Stored
+from acip_export.io.atomic import new_file
 
 LOCK_FORMAT = "acip-check-lock"
 LOCK_VERSION = 1

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import html
 
-from acip_export.anatomy.diff import TensorChange
 from acip_export.check.compare import Result, signed
 from acip_export.check.run import Outcome
+from acip_export.inspection.diff import TensorChange
 from acip_export.markdown import code, plain
 from acip_export.units import format_bytes
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from acip_export.anatomy import read_anatomy
-from acip_export.anatomy.diff import Stored, stored_tensors
 from acip_export.check.quality import Quality
 from acip_export.errors import ModelFileError
-from acip_export.files import sha256_of
+from acip_export.inspection import read_anatomy
+from acip_export.inspection.diff import Stored, stored_tensors
+from acip_export.io.atomic import sha256_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Snapshot:
     """A model file or directory.
 
     Attributes:
-        path: as in the configuration. kind: see :class:`acip_export.anatomy.model.Anatomy`.
+        path: as in the configuration. kind: see :class:`acip_export.inspection.anatomy.Anatomy`.
         architecture: as GGUF and Hugging Face configurations name it; empty where nothing does.
         files: by path below the model. tensors: by name; empty where only sizes are known.
         quality: from the report, where there is one.

@@ -4,7 +4,7 @@ Neither has a figure of its own: all come from ``plan.json``, ``report.json`` an
 ``report.html`` where the score file is out of reach.
 """
 
-from acip_export.report.data import Exported, Page, Ranking, build_page, read_export
+from acip_export.report.page import Exported, Page, Ranking, build_page, read_export
 from acip_export.report.write import CARD_FILE, PAGE_FILE, write_papers
 
 __all__ = [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from acip_export.formats.registry import RunCommand
 from acip_export.markdown import plain
-from acip_export.report.data import Page
-from acip_export.report.facts import Row, file_rows, provenance, runtime_rows
+from acip_export.report.page import Page
+from acip_export.report.rows import Row, file_rows, provenance, runtime_rows
 from acip_export.units import format_bytes
 from acip_export.version import __version__
-from converters.registry import RunCommand
 
 
 def render(page: Page, commands: Iterable[RunCommand]) -> str:

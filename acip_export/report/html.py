@@ -15,11 +15,11 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from acip_export.report.data import Page
-from acip_export.report.facts import Row, file_rows, provenance, runtime_rows
+from acip_export.formats.registry import RunCommand
+from acip_export.report.page import Page
+from acip_export.report.rows import Row, file_rows, provenance, runtime_rows
 from acip_export.units import format_bytes
 from acip_export.version import __version__
-from converters.registry import RunCommand
 
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 

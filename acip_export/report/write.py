@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from acip_export.files import new_file
+from acip_export.formats.registry import converter
+from acip_export.io.atomic import new_file
 from acip_export.report import card, html
-from acip_export.report.data import Page
-from converters.registry import converter
+from acip_export.report.page import Page
 
 PAGE_FILE, CARD_FILE = "report.html", "README.md"
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.anatomy.gguf import GgufHead, PlacedTensor
-from acip_export.anatomy.parts import SPLIT_KEYS, PartName, part_names, read_parts
-from acip_export.checkpoint import Checkpoint
+from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import MissingExtraError, ModelFileError, UnsupportedError
-from acip_export.formats import formats_of
-from acip_export.plans import TensorDecision
-from converters.gguf import ggml
+from acip_export.inspection.gguf import GgufHead, PlacedTensor
+from acip_export.inspection.gguf_split import SPLIT_KEYS, PartName, part_names, read_parts
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.weight_types import formats_of
+from converters.gguf import ggml_library as ggml
 from converters.gguf.architectures.base import Change, interleaved_rows, some
 from converters.gguf.writer import Bytes, TensorSpec, Value
 

@@ -15,21 +15,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from acip_export.ahead import one_ahead
-from acip_export.bundle import PLAN_FILE, Bundle
-from acip_export.checkpoint import Checkpoint
-from acip_export.encoder import encoder_of
+from acip_export.artifacts.bundle import PLAN_FILE, Bundle
+from acip_export.artifacts.plan import Runtime, TensorDecision
 from acip_export.errors import UnsupportedError
-from acip_export.formats import weight_format
-from acip_export.plans import Runtime, TensorDecision
+from acip_export.formats.registry import Progress, ProgressCallback
+from acip_export.io.prefetch import one_ahead
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import encoder_of
 from acip_export.version import __version__
-from converters.gguf import ggml
+from acip_export.weight_types import weight_format
+from converters.gguf import ggml_library as ggml
 from converters.gguf.architectures import Change, family_of
+from converters.gguf.arrange import ADAPTER_FILE, FACTOR_SUFFIXES, Item, arrange
 from converters.gguf.base_file import BaseFile, matching_change, open_base
-from converters.gguf.layouts import ADAPTER_FILE, FACTOR_SUFFIXES, Item, arrange
 from converters.gguf.readback import check_structure
 from converters.gguf.run_commands import run_commands
-from converters.gguf.splitting import Contents, split
+from converters.gguf.split import Contents, split
 from converters.gguf.tokenizer import strips_after_special, tokenizer_metadata
 from converters.gguf.writer import (
     ALIGNMENT,
@@ -40,12 +41,11 @@ from converters.gguf.writer import (
     string,
     uint32,
 )
-from converters.registry import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     import torch
 
-# With run_commands imported from its own file, what converters.registry.Converter asks for.
+# With run_commands imported from its own file, what acip_export.formats.registry.Converter asks for.
 __all__ = ["convert", "predict_files", "prepare", "quantizer", "round_trip", "run_commands"]
 
 # A SHA-256 in hexadecimal: predictions need only its length.
@@ -84,21 +84,21 @@ _FILE_TYPES = {
 
 
 def prepare(checkpoint: Checkpoint, execution: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:  # noqa: ARG001
-    """See :class:`converters.registry.Converter`. Nothing takes long here."""
+    """See :class:`acip_export.formats.registry.Converter`. Nothing takes long here."""
     return ()
 
 
 def predict_files(
     checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], runtime: Runtime
 ) -> dict[str, int]:
-    """See :class:`converters.registry.Converter`."""
+    """See :class:`acip_export.formats.registry.Converter`."""
     del runtime  # the command line carries it; the file does not
     files = _files(checkpoint, layout, tensors, _Identity(checkpoint.name, _HASH_PLACEHOLDER, _HASH_PLACEHOLDER))
     return {name: contents.nbytes for name, contents in files.items()}
 
 
 def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
-    """See :class:`converters.registry.Converter`.
+    """See :class:`acip_export.formats.registry.Converter`.
 
     Raises:
         VerificationError: a file, read back, is not what was written.
@@ -129,12 +129,12 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
 
 
 def quantizer() -> str:
-    """See :class:`converters.registry.Converter`."""
+    """See :class:`acip_export.formats.registry.Converter`."""
     return f"xllamacpp {version('xllamacpp')}" if ggml.library_path() is not None else "gguf"
 
 
 def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
-    """See :class:`converters.registry.Converter`."""
+    """See :class:`acip_export.formats.registry.Converter`."""
     import torch
 
     return torch.from_numpy(ggml.dequantize(ggml.quantize(weight, name, importance), tuple(weight.shape), name))

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from acip_export.anatomy.gguf import MAGIC, PlacedTensor, read_head
-from acip_export.checkpoint import Checkpoint
+from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import ImatrixError, ModelFileError
-from acip_export.files import new_file
-from acip_export.plans import TensorDecision
+from acip_export.inspection.gguf import MAGIC, PlacedTensor, read_head
+from acip_export.io.atomic import new_file
+from acip_export.model.checkpoint import Checkpoint
 from converters.gguf.architectures import family_of
 from converters.gguf.architectures.base import some
 from converters.gguf.base_file import open_base, planned_names
-from converters.gguf.ggml import Floats
+from converters.gguf.ggml_library import Floats
 from converters.gguf.readback import check_structure
 from converters.gguf.writer import GgufWriter, Metadata, TensorSpec, string, strings, uint32
 

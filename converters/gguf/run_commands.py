@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from acip_export.plans import Plan
-from converters.gguf.ggml import TYPE_IDS
-from converters.gguf.layouts import ADAPTER_FILE, MODEL_FILE, model_files
-from converters.registry import RunCommand
+from acip_export.artifacts.plan import Plan
+from acip_export.formats.registry import RunCommand
+from converters.gguf.arrange import ADAPTER_FILE, MODEL_FILE, model_files
+from converters.gguf.ggml_library import TYPE_IDS
 
 _STOCK = ("stock", "adapter")
 _EXTENDED = (*_STOCK, "factored")
@@ -141,7 +141,7 @@ def _ollama(export: _Export) -> str:
     return "\n".join([*lines, f"PARAMETER num_ctx {export.context}", f"PARAMETER num_batch {export.batch}"])
 
 
-_BUILD = "Needs a llama.cpp that was built after  python -m converters.gguf.extension PATH"
+_BUILD = "Needs a llama.cpp that was built after  python -m converters.gguf.llama_cpp.extension PATH"
 _PROGRAMS = (
     _Program("llama-server", "console", _EXTENDED, _llama_server, factored_note=_BUILD),
     _Program("llama-cli", "console", _EXTENDED, _llama_cli, factored_note=_BUILD),

@@ -18,8 +18,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.formats import weight_format
-from converters.gguf.ggml import TYPE_IDS
+from acip_export.weight_types import weight_format
+from converters.gguf.ggml_library import TYPE_IDS
 
 ALIGNMENT = 32
 _MAGIC = b"GGUF"
@@ -93,7 +93,7 @@ class TensorSpec:
     """A tensor of a GGUF file.
 
     Attributes:
-        name: GGUF name. shape: rows first, as in PyTorch. format: a name of :mod:`acip_export.formats`.
+        name: GGUF name. shape: rows first, as in PyTorch. format: a name of :mod:`acip_export.weight_types`.
     """
 
     name: str

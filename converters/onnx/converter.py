@@ -1,7 +1,7 @@
 """Bundle to ONNX: a directory for onnxruntime, onnxruntime-genai, transformers.js and optimum.
 
-The prediction adds up the graph that is written (:mod:`converters.onnx.outline`); where it cannot, that very graph is
-built from shapes alone and serialized.
+The prediction adds up the graph that is written (:mod:`converters.onnx.graph.size`); where it cannot, that very graph
+is built from shapes alone and serialized.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acip_export.bundle import Bundle
-from acip_export.checkpoint import Checkpoint
-from acip_export.encoder import encoder_of
+from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.plan import Plan, Runtime, TensorDecision
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
-from acip_export.formats import formats_of, weight_format
-from acip_export.plans import Plan, Runtime, TensorDecision
-from acip_export.targets import DEFAULT_EXECUTION, STATIC_CACHE
-from acip_export.targets import target as find_target
+from acip_export.formats.registry import Progress, ProgressCallback, RunCommand
+from acip_export.formats.targets import DEFAULT_EXECUTION, STATIC_CACHE
+from acip_export.formats.targets import target as find_target
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import encoder_of
 from acip_export.version import __version__
-from converters.onnx.consumers import DATA_FILE, MODEL_FILE, small_files
-from converters.onnx.families import FAMILIES
-from converters.onnx.outline import GraphBytes, outline
-from converters.onnx.release import check_release
-from converters.registry import Progress, ProgressCallback, RunCommand
+from acip_export.weight_types import formats_of, weight_format
+from converters.onnx.companion_files import DATA_FILE, MODEL_FILE, small_files
+from converters.onnx.genai_builder.families import FAMILIES
+from converters.onnx.genai_builder.release import check_release
+from converters.onnx.graph.size import GraphBytes, outline
 
 if TYPE_CHECKING:
     import torch
 
-    from converters.onnx.skeleton import ReadVector
+    from converters.onnx.genai_builder.module_tree import ReadVector
     from converters.onnx.writer import Contents, Packed
 
 LAYOUT = "factored"
@@ -57,12 +57,12 @@ class Options:
 
 
 def prepare(checkpoint: Checkpoint, execution: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:
-    """See :class:`converters.registry.Converter`. Tracing takes from ten seconds to minutes, once."""
+    """See :class:`acip_export.formats.registry.Converter`. Tracing takes from ten seconds to minutes, once."""
     _check_execution(checkpoint, execution)
     if not checkpoint.shape.generates or has_builder(checkpoint):
         return ()
     _check_packages()
-    from converters.onnx.traced import is_traced, traced
+    from converters.onnx.graph.substitute import is_traced, traced
 
     progress(Progress(0, 1, checkpoint.shape.architecture))
     if not is_traced(checkpoint.config, context):
@@ -77,7 +77,7 @@ def prepare(checkpoint: Checkpoint, execution: str, context: int, progress: Prog
 def predict_files(
     checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], runtime: Runtime
 ) -> dict[str, int]:
-    """Exact bytes of every file; see :class:`converters.registry.Converter`."""
+    """Exact bytes of every file; see :class:`acip_export.formats.registry.Converter`."""
     _check(layout, runtime)
     _check_types(tensors, runtime)
     if has_builder(checkpoint):
@@ -96,7 +96,7 @@ def predict_files(
 
 
 def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Options | None = None) -> None:
-    """Write the export; see :class:`converters.registry.Converter`."""
+    """Write the export; see :class:`acip_export.formats.registry.Converter`."""
     plan = bundle.plan
     _check(plan.layout, plan.runtime)
     _check_types(plan.tensors, plan.runtime)
@@ -184,28 +184,28 @@ def _graph(
     _check_execution(checkpoint, runtime.execution)
     encoder = encoder_of(checkpoint)
     if encoder is not None:
-        from converters.onnx.encoder import build_encoder
+        from converters.onnx.graph.encoder import build_encoder
 
         model, parts = build_encoder(checkpoint.config, encoder, tensors, options.accuracy_level)
         return pack(model, parts, Path(DATA_FILE).name), parts
 
     if not has_builder(checkpoint):
-        from converters.onnx.traced import build_traced
+        from converters.onnx.graph.substitute import build_traced
 
         model, parts = build_traced(
             checkpoint.config, checkpoint.shape, tensors, runtime.context, options.accuracy_level
         )
         return pack(model, parts, Path(DATA_FILE).name), parts
 
-    from converters.onnx.builder import build_graph
-    from converters.onnx.skeleton import make_skeleton
+    from converters.onnx.genai_builder.builder import build_graph
+    from converters.onnx.genai_builder.module_tree import make_skeleton
 
     skeleton = make_skeleton(checkpoint.config, tensors, runtime.context, read_vector)
     # The builder knows float16 with fused attention for graphics cards only, and phones as any processor.
     provider = {STATIC_CACHE: "webgpu", "mobile": DEFAULT_EXECUTION}.get(runtime.execution, runtime.execution)
     graph, contents = build_graph(skeleton, provider, options.accuracy_level)
     if runtime.execution == STATIC_CACHE:
-        from converters.onnx.static_cache import with_static_cache
+        from converters.onnx.graph.static_cache import with_static_cache
 
         with_static_cache(graph, runtime.context)
     return pack(graph, contents, Path(DATA_FILE).name), contents
@@ -217,19 +217,19 @@ def has_builder(checkpoint: Checkpoint) -> bool:
 
 
 def quantizer() -> str:
-    """See :class:`converters.registry.Converter`."""
+    """See :class:`acip_export.formats.registry.Converter`."""
     return f"acip-export {__version__}"
 
 
 def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
-    """See :class:`converters.registry.Converter`."""
+    """See :class:`acip_export.formats.registry.Converter`."""
     from converters.onnx.matrices import rounded
 
     return rounded(weight, weight_format("onnx", name), importance)
 
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
-    """See :class:`converters.registry.Converter`. Context and prompt batch are in ``genai_config.json``."""
+    """See :class:`acip_export.formats.registry.Converter`. Context and prompt batch are in ``genai_config.json``."""
     lines: tuple[str, ...]
     if not plan.generates:
         lines = (

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from acip_export.bundle import stored_tensors
+from acip_export.artifacts.bundle import stored_tensors
+from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
-from acip_export.formats import WeightFormat, weight_format
-from acip_export.plans import TensorDecision
+from acip_export.weight_types import WeightFormat, weight_format
 from converters.onnx.quantize import dequantize, quantize, scale_type
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from acip_export.bundle import Bundle
+    from acip_export.artifacts.bundle import Bundle
 
 # Weights that a thread converts at once: large enough for vectorised work, small enough to stay in a core's cache.
 _CHUNK = 1 << 17

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from acip_export.errors import UnsupportedError
-from acip_export.files import new_directory
-from converters.onnx.consumers import DATA_FILE, MODEL_FILE
+from acip_export.io.atomic import new_directory
+from converters.onnx.companion_files import DATA_FILE, MODEL_FILE
 
 ORT_FILE = "model.ort"
 OPERATORS_FILE = "required_operators_and_types.config"

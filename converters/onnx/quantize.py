@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from acip_export.formats import WeightFormat
+from acip_export.weight_types import WeightFormat
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]

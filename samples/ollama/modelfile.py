@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from acip_export.artifacts.plan import load_plan
 from acip_export.errors import AcipError, UnsupportedError
-from acip_export.plans import load_plan
-from converters.registry import converter
+from acip_export.formats.registry import converter
 
 
 def modelfile(export: Path) -> str:

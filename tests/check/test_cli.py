@@ -263,7 +263,7 @@ def test_starts_lean(place: Path, run: Run) -> None:
     assert run("check", "--update").code == 0
     code = (
         "import sys; sys.argv = ['acip-export', 'check']\n"
-        "from acip_export.cli import main\n"
+        "from acip_export.cli.main import main\n"
         "main()\n"
         "heavy = {'torch', 'numpy', 'transformers', 'onnx', 'gguf', 'scipy', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

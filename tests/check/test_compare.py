@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acip_export.anatomy.diff import REST, Stored, diff_tensors
 from acip_export.check.compare import evaluate, missing
 from acip_export.check.config import Entry, Growth
 from acip_export.check.quality import Quality
 from acip_export.check.snapshot import FileRecord, Snapshot
+from acip_export.inspection.diff import REST, Stored, diff_tensors
 
 ONE_PERCENT = Growth(Fraction(1, 100), None)
 GOOD = Quality(0.95, "perplexity", 1.0, 1000)

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from acip_export import cli
+from acip_export.cli import main as cli
 from tests.support import CORPUS, make_model, make_scores
 
 CI = Path(__file__).parents[2] / "samples" / "ci"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from acip_export.bundle import Bundle
-from acip_export.files import new_directory
+from acip_export.artifacts.bundle import Bundle
+from acip_export.io.atomic import new_directory
 from converters.gguf import converter
 from tests.support import make_bundle, make_model, make_plan
 

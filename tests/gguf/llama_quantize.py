@@ -22,13 +22,13 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from acip_export.bundle import Bundle
-from acip_export.checkpoint import Checkpoint
-from acip_export.formats import formats_of
-from acip_export.pipeline import materialize_bundle, write_imatrix
-from acip_export.scores import ScoreFile
+from acip_export.api import materialize_bundle, write_imatrix
+from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.scores import ScoreFile
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.weight_types import formats_of
 from converters.gguf import converter
-from converters.gguf.ggml import TYPE_IDS
+from converters.gguf.ggml_library import TYPE_IDS
 from converters.gguf.imatrix import read_imatrix
 from tests.support import make_model, make_plan, make_scores
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from acip_export.checkpoint import Checkpoint
 from acip_export.errors import UnsupportedError
+from acip_export.model.checkpoint import Checkpoint
 from converters.gguf.architectures import family_of
 from converters.gguf.writer import uint32
 from tests.gguf.conftest import ARCHITECTURES

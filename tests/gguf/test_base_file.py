@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from acip_export import pipeline
-from acip_export.bundle import Bundle, load_bundle
-from acip_export.checkpoint import Checkpoint
+from acip_export import api as pipeline
+from acip_export.artifacts.bundle import Bundle, load_bundle
+from acip_export.artifacts.plan import load_plan
 from acip_export.errors import AcipError, ImatrixError, ModelFileError, UnsupportedError
-from acip_export.files import new_directory
-from acip_export.plan import PlanRequest
-from acip_export.plans import load_plan
-from converters.gguf import converter, ggml
+from acip_export.io.atomic import new_directory
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
+from converters.gguf import converter
+from converters.gguf import ggml_library as ggml
 from converters.gguf.base_file import open_base, planned_names
 from converters.gguf.imatrix import read_imatrix
 from tests.gguf.conftest import export

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from acip_export import pipeline
-from acip_export.checkpoint import Checkpoint
-from acip_export.plan import PlanRequest
-from acip_export.rank import DataConfig, rank_model
+from acip_export import api as pipeline
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
+from acip_export.ranking import DataConfig, rank_model
 from tests.gguf.test_families import CASES, family_model
 from tests.gguf.tokenizers import training_text
 

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from acip_export.bundle import Bundle, load_bundle
-from acip_export.checkpoint import Checkpoint
+from acip_export.artifacts.bundle import Bundle, load_bundle
+from acip_export.artifacts.plan import Runtime
 from acip_export.errors import UnsupportedError, VerificationError
-from acip_export.files import new_directory
-from acip_export.materialize import materialize_bundle
-from acip_export.plans import Runtime
-from acip_export.verify.llama_cpp import LlamaCppSession
-from acip_export.verify.measure import Agreement, compare_logits
-from converters.gguf import converter, ggml, readback
+from acip_export.io.atomic import new_directory
+from acip_export.materialization import materialize_bundle
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.verification.metrics import Agreement, compare_logits
+from converters.gguf import converter, readback
+from converters.gguf import ggml_library as ggml
+from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from tests.gguf.conftest import ARCHITECTURES, export
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from acip_export import pipeline
-from acip_export.bundle import load_bundle
-from acip_export.checkpoint import Checkpoint
-from acip_export.encoder import encoder_of
+from acip_export import api as pipeline
+from acip_export.artifacts.bundle import load_bundle
+from acip_export.artifacts.plan import Runtime
 from acip_export.errors import UnsupportedError
-from acip_export.modules import pooled
-from acip_export.plan import PlanRequest
-from acip_export.plan.memory import runtime_memory
-from acip_export.plans import Runtime
-from acip_export.rank import rank_model
-from acip_export.verify.llama_encoder import LlamaEncoderSession
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import encoder_of
+from acip_export.model.torch_model import pooled
+from acip_export.planning import PlanRequest
+from acip_export.planning.memory import runtime_memory
+from acip_export.ranking import rank_model
 from converters.gguf import converter
+from converters.gguf.runtimes.llama_encoder import LlamaEncoderSession
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
 from tests.support import CORPUS, dense, make_bundle, make_plan
 
@@ -117,7 +117,7 @@ def test_memory(tmp_path: Path, hidden: int, ffn: int, tokens: int) -> None:
     # llama.cpp logs hundredths of a MiB. An upper bound, and no more than half as much again.
     rounding = 0.005 * 2**20
     assert found.compute - rounding <= expected.compute <= 1.5 * found.compute + rounding
-    # It logs room for one token, and makes more when it encodes: tests/verify/test_encoders.py measures that.
+    # It logs room for one token, and makes more when it encodes: tests/verification/test_encoders.py measures that.
     assert found.output - rounding <= expected.output / tokens <= 1.5 * found.output + rounding
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from acip_export.errors import ExtensionError
-from converters.gguf import build_llama_cpp
-from converters.gguf.extension import ADDITIONS, Change, apply_extension, extension_hash
+from converters.gguf.llama_cpp import build as build_llama_cpp
+from converters.gguf.llama_cpp.extension import ADDITIONS, Change, apply_extension, extension_hash
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -104,7 +104,7 @@ def test_something_else_than_a_checkout_is_refused(tmp_path: Path) -> None:
 
 def test_the_command(checkout: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "converters.gguf.extension", *arguments]
+        command = [sys.executable, "-m", "converters.gguf.llama_cpp.extension", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
     assert run(str(checkout), "--check").stdout.startswith("added      src/llama-model.h")

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from acip_export.bundle import load_bundle
-from acip_export.checkpoint import Checkpoint
+from acip_export.artifacts.bundle import load_bundle
+from acip_export.artifacts.plan import Runtime
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
-from acip_export.plan.memory import runtime_memory
-from acip_export.plans import Runtime
-from acip_export.verify import llama_capi, llama_cpp
-from acip_export.verify.llama_cpp import LlamaCppSession
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning.memory import runtime_memory
 from converters.gguf import converter
-from converters.gguf.layouts import ADAPTER_FILE, FACTORED_ARCHITECTURES, MODEL_FILE
+from converters.gguf.arrange import ADAPTER_FILE, FACTORED_ARCHITECTURES, MODEL_FILE
 from converters.gguf.run_commands import run_commands
+from converters.gguf.runtimes import c_api as llama_capi
+from converters.gguf.runtimes import llama_cpp
+from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from converters.gguf.writer import GgufWriter, TensorSpec, float32, string
 from tests.gguf.conftest import Rule, export
 from tests.gguf.test_converter import FLOAT_TOLERANCE, agreement, assert_float_agreement
@@ -245,7 +246,7 @@ def test_pairs_that_cannot_be_written_are_refused(
 
 
 def test_other_architectures_are_refused_by_name(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converters.gguf.layouts.FACTORED_ARCHITECTURES", ("qwen3",))
+    monkeypatch.setattr("converters.gguf.arrange.FACTORED_ARCHITECTURES", ("qwen3",))
     plan = make_plan(models["llama"], "gguf", "factored", dense(format="q8_0"))
     with pytest.raises(UnsupportedError, match=r"'llama' has not been seen to run factor pairs.*Tested: qwen3"):
         converter.predict_files(Checkpoint.open(models["llama"]), "factored", plan.tensors, RUNTIME)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from acip_export.bundle import load_bundle
-from acip_export.checkpoint import CONFIG_DEFAULTS, Checkpoint
-from acip_export.verify.llama_cpp import LlamaCppSession
+from acip_export.artifacts.bundle import load_bundle
+from acip_export.model.checkpoint import CONFIG_DEFAULTS, Checkpoint
 from converters.gguf import converter
 from converters.gguf.architectures import _BY_CLASS
+from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from tests.gguf.conftest import export
 from tests.gguf.test_converter import FLOAT_TOLERANCE, SERVED_TOLERANCE, agreement, assert_float_agreement
 from tests.gguf.tokenizers import byte_level_tokenizer, sentencepiece_tokenizer

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from acip_export.bundle import Bundle
-from acip_export.checkpoint import Checkpoint
-from acip_export.cli import app
+from acip_export.api import materialize_bundle, plan_export, write_imatrix
+from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.scores import ScoreFile, save_scores
+from acip_export.cli.main import app
 from acip_export.errors import ImatrixError, UnsupportedError
-from acip_export.pipeline import materialize_bundle, plan_export, write_imatrix
-from acip_export.plan import PlanRequest
-from acip_export.scores import ScoreFile, save_scores
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
 from converters.gguf.imatrix import importance_of, read_imatrix
 from tests.support import dense, make_model, make_plan, make_scores
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from acip_export.artifacts.plan import Runtime
 from acip_export.errors import MissingExtraError, VerificationError
-from acip_export.plans import Runtime
-from acip_export.verify import llama_capi, llama_cpp
-from acip_export.verify.llama_cpp import LlamaCppSession
-from acip_export.verify.llama_native import BufferSizes
-from acip_export.verify.llama_server import ServerSession
-from acip_export.verify.measure import compare_logits, log_softmax
+from acip_export.verification.metrics import compare_logits, log_softmax
+from converters.gguf.runtimes import c_api as llama_capi
+from converters.gguf.runtimes import llama_cpp
+from converters.gguf.runtimes.llama_cpp import LlamaCppSession
+from converters.gguf.runtimes.llama_native import BufferSizes
+from converters.gguf.runtimes.llama_server import ServerSession
 from tests.gguf.conftest import export
 from tests.support import CORPUS, dense, everywhere
 

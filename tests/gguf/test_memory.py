@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from acip_export.checkpoint import Checkpoint
-from acip_export.pipeline import convert_bundle
-from acip_export.plan.memory import runtime_memory
-from acip_export.plans import Runtime
-from acip_export.verify.llama_cpp import LlamaCppSession
+from acip_export.api import convert_bundle
+from acip_export.artifacts.plan import Runtime
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning.memory import runtime_memory
+from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from tests.support import dense, make_bundle, make_model, make_plan
 
 # llama.cpp logs hundredths of a MiB.

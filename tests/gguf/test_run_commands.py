@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from acip_export.plans import Plan
+from acip_export.artifacts.plan import Plan
 from converters.gguf.run_commands import run_commands
 from tests.gguf import modelfile
 from tests.support import dense, make_plan

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from acip_export.checkpoint import Checkpoint
+from acip_export.api import convert_bundle
+from acip_export.artifacts.plan import load_plan
 from acip_export.errors import UnsupportedError
-from acip_export.files import user_cache
-from acip_export.pipeline import convert_bundle
-from acip_export.plans import load_plan
-from acip_export.verify.llama_cpp import LlamaCppSession
+from acip_export.io.atomic import user_cache
+from acip_export.model.checkpoint import Checkpoint
 from converters.gguf import converter
+from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from tests.gguf.conftest import Rule
 from tests.gguf.modelfile import parameters, parse
 from tests.support import dense, everywhere, make_bundle, make_plan, make_scores

@@ -11,9 +11,9 @@ import gguf
 import pytest
 from transformers import AutoTokenizer
 
+from acip_export.artifacts.plan import Runtime
 from acip_export.errors import CheckpointError, UnsupportedError
-from acip_export.plans import Runtime
-from acip_export.verify.llama_cpp import LlamaCppSession
+from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from converters.gguf.tokenizer import tokenizer_metadata
 from converters.gguf.writer import GgufWriter, string
 from tests.gguf.conftest import ARCHITECTURES, export

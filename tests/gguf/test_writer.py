@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acip_export.formats import formats_of
+from acip_export.weight_types import formats_of
 from converters.gguf import writer
-from converters.gguf.ggml import TYPE_IDS
+from converters.gguf.ggml_library import TYPE_IDS
 from converters.gguf.writer import GgufWriter, TensorSpec
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)

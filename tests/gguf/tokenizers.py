@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from acip_export.verify import llama_capi
+from converters.gguf.runtimes import c_api as llama_capi
 from converters.gguf.writer import GgufWriter, Metadata, float32, string, uint32
 from tests.support import CORPUS, SPLITS
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import pytest
 
-from acip_export.bundle import Bundle
-from acip_export.checkpoint import Checkpoint
+from acip_export.artifacts.bundle import Bundle
+from acip_export.model.checkpoint import Checkpoint
 from converters.onnx import converter
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
 

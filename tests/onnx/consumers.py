@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from acip_export.files import user_cache
+from acip_export.io.atomic import user_cache
 
 HOME = user_cache() / "consumers"
 SCRIPTS = Path(__file__).parent.parent / "consumers"

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from acip_export import pipeline
-from acip_export.checkpoint import Checkpoint
-from acip_export.commands.options import PlanFlags
+from acip_export import api as pipeline
+from acip_export.api.plan import _loadable
+from acip_export.cli.options import PlanFlags
 from acip_export.errors import OutputError, UnsupportedError
-from acip_export.pipeline.planning import _loadable
-from converters.onnx import converter, ort_format, release
-from converters.onnx.consumers import DATA_FILE, MODEL_FILE
+from acip_export.model.checkpoint import Checkpoint
+from converters.onnx import converter, ort_format
+from converters.onnx.companion_files import DATA_FILE, MODEL_FILE
+from converters.onnx.genai_builder import release
 from tests.support import Run, dense, make_model, make_plan, make_scores
 
 DEVICE = """

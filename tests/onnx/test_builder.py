@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from acip_export.errors import UnsupportedError
-from converters.onnx import builder, converter, release
+from converters.onnx import converter
+from converters.onnx.genai_builder import builder, release
 from tests.onnx.conftest import MakeExport
 
 
@@ -55,7 +56,7 @@ def test_prints_become_log_lines(
 ) -> None:
     export = make_export("llama", True, "int4")
     capsys.readouterr()
-    with caplog.at_level(logging.DEBUG, "converters.onnx.builder"):
+    with caplog.at_level(logging.DEBUG, "converters.onnx.genai_builder.builder"):
         converter.convert(export.bundle, tmp_path, lambda _: None)
     assert capsys.readouterr().out == ""
     assert "Reading LM head" in caplog.text

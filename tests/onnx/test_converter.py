@@ -14,17 +14,17 @@ import onnx
 import pytest
 import torch
 
-from acip_export.bundle import Bundle, load_bundle, stored_tensors
-from acip_export.checkpoint import Checkpoint
+from acip_export.artifacts.bundle import Bundle, load_bundle, stored_tensors
+from acip_export.artifacts.plan import Runtime
 from acip_export.errors import UnsupportedError
-from acip_export.formats import weight_format
-from acip_export.plans import Runtime
-from acip_export.verify.onnxruntime import OnnxRuntimeSession
-from acip_export.verify.runtime import Logits, Windows
+from acip_export.formats.registry import Progress
+from acip_export.formats.session import Logits, Windows
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.weight_types import weight_format
 from converters.onnx import converter
-from converters.onnx.consumers import DATA_FILE, MODEL_FILE
+from converters.onnx.companion_files import DATA_FILE, MODEL_FILE
 from converters.onnx.quantize import dequantize, quantize
-from converters.registry import Progress
+from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, RULES, Export, MakeExport
 from tests.support import dense, make_bundle, make_model, make_plan
 

@@ -12,7 +12,7 @@ import pytest
 from scipy.special import softmax
 from transformers import AutoTokenizer
 
-from acip_export.checkpoint import Checkpoint
+from acip_export.model.checkpoint import Checkpoint
 from tests.encoders import make_encoder
 from tests.onnx.consumers import optimum_onnx, transformers_js
 from tests.onnx.test_encoders import TEXTS, batch, expected, export, unranked

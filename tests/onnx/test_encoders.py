@@ -14,17 +14,17 @@ import onnxruntime
 import pytest
 import torch
 
-from acip_export import pipeline
-from acip_export.bundle import Bundle, load_bundle
-from acip_export.checkpoint import Checkpoint
-from acip_export.encoder import encoder_of
+from acip_export import api as pipeline
+from acip_export.artifacts.bundle import Bundle, load_bundle
+from acip_export.artifacts.plan import TensorDecision
+from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError, UsageError
-from acip_export.materialize import materialize_bundle
-from acip_export.modules import load_dense, pooled
-from acip_export.plan import PlanRequest
-from acip_export.plans import TensorDecision
-from acip_export.rank import rank_model
-from acip_export.scores import ModuleScores, ScoreFile
+from acip_export.materialization import materialize_bundle
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import encoder_of
+from acip_export.model.torch_model import load_dense, pooled
+from acip_export.planning import PlanRequest
+from acip_export.ranking import rank_model
 from converters.onnx import converter
 from converters.onnx.converter import MODEL_FILE, Options
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
@@ -165,8 +165,8 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
     # Measured on the weights once, then read from beside the score file.
     pipeline.rounding_errors(checkpoint, pipeline.open_scores(checkpoint, None), PlanRequest("onnx", 1))
     code = (
-        "import sys; from acip_export import pipeline; from acip_export.checkpoint import Checkpoint\n"
-        "from acip_export.plan import PlanRequest\n"
+        "import sys; from acip_export import pipeline; from acip_export.model.checkpoint import Checkpoint\n"
+        "from acip_export.planning import PlanRequest\n"
         f"c = Checkpoint.open({str(model)!r})\n"
         "pipeline.plan_export(c, pipeline.open_scores(c, None), PlanRequest('onnx', 10**6))\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

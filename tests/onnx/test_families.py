@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from acip_export.bundle import load_bundle
-from acip_export.verify.genai import GenaiSession
-from acip_export.verify.measure import compare_logits
-from acip_export.verify.onnxruntime import OnnxRuntimeSession
-from acip_export.verify.reference import TorchReference
-from acip_export.verify.runtime import Windows
+from acip_export.artifacts.bundle import load_bundle
+from acip_export.formats.session import Windows
+from acip_export.verification.metrics import compare_logits
+from acip_export.verification.reference import TorchReference
 from converters.onnx import converter
-from converters.onnx.families import FAMILIES
+from converters.onnx.genai_builder.families import FAMILIES
+from converters.onnx.runtimes.genai import GenaiSession
+from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, RULES, SIZES, Export
 from tests.onnx.test_converter import dequantized
 from tests.support import make_bundle, make_model, make_plan

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from acip_export.checkpoint import Checkpoint
+from acip_export.api import export_model, plan_export
+from acip_export.artifacts.plan import Runtime
 from acip_export.errors import UnsupportedError
-from acip_export.pipeline import export_model, plan_export
-from acip_export.plan import PlanRequest
-from acip_export.plans import Runtime
-from acip_export.targets import TARGETS
-from acip_export.verify.genai import GenaiSession
-from acip_export.verify.measure import compare_logits
-from acip_export.verify.onnxruntime import OnnxRuntimeSession
+from acip_export.formats.targets import TARGETS
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
+from acip_export.verification.metrics import compare_logits
 from converters.onnx import converter
+from converters.onnx.runtimes.genai import GenaiSession
+from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, SIZES, Export
 from tests.onnx.consumers import transformers_js
 from tests.onnx.test_converter import dequantized

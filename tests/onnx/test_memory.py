@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from acip_export.bundle import Bundle
-from acip_export.formats import weight_format
-from acip_export.plan.memory_onnx import activation_bytes, leftover_bytes, logit_bytes, packed_bytes, tied_bytes
+from acip_export.artifacts.bundle import Bundle
+from acip_export.planning.memory_onnx import activation_bytes, leftover_bytes, logit_bytes, packed_bytes, tied_bytes
+from acip_export.weight_types import weight_format
 from converters.onnx import converter
 from tests.support import dense, make_bundle, make_model, make_plan
 

@@ -12,7 +12,7 @@ import pytest
 
 from acip_export.errors import UnsupportedError, UsageError
 from converters.onnx import ort_format
-from converters.onnx.consumers import DATA_FILE, MODEL_FILE
+from converters.onnx.companion_files import DATA_FILE, MODEL_FILE
 from converters.onnx.ort_format import OPERATORS_FILE, ORT_FILE, write_ort
 from tests.onnx.conftest import MakeExport
 

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from acip_export.formats import WeightFormat, formats_of, weight_format
+from acip_export.weight_types import WeightFormat, formats_of, weight_format
 from converters.onnx.quantize import Floats, Quantized, dequantize, quantize
 
 QUANTIZED = [fmt for fmt in formats_of("onnx") if not fmt.is_float]

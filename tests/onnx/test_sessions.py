@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from acip_export.errors import VerificationError
-from acip_export.verify.genai import GenaiSession
-from acip_export.verify.measure import compare_logits
-from acip_export.verify.onnxruntime import OnnxRuntimeSession
-from acip_export.verify.reference import TorchReference
+from acip_export.verification.metrics import compare_logits
+from acip_export.verification.reference import TorchReference
 from converters.onnx import converter
+from converters.onnx.runtimes.genai import GenaiSession
+from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, PROMPT_BATCH, MakeExport
 
 SESSIONS = [OnnxRuntimeSession, GenaiSession]

@@ -13,16 +13,16 @@ import onnxruntime
 import pytest
 import torch
 
-from acip_export.checkpoint import Checkpoint
+from acip_export.api import export_model, plan_export
+from acip_export.artifacts.plan import Runtime
 from acip_export.errors import UnsupportedError
-from acip_export.pipeline import export_model, plan_export
-from acip_export.plan import PlanRequest
-from acip_export.plans import Runtime
-from acip_export.targets import STATIC_CACHE
-from acip_export.verify.genai import GenaiSession
-from acip_export.verify.onnxruntime import OnnxRuntimeSession
+from acip_export.formats.targets import STATIC_CACHE
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
 from converters.onnx import converter
-from converters.onnx.consumers import MODEL_FILE
+from converters.onnx.companion_files import MODEL_FILE
+from converters.onnx.runtimes.genai import GenaiSession
+from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, SIZES, Export
 from tests.onnx.test_converter import dequantized
 from tests.onnx.test_families import CASES, PROMPT, WINDOWS

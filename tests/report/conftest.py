@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from acip_export import pipeline
-from acip_export.checkpoint import Checkpoint
-from acip_export.plan import PlanRequest
-from acip_export.plans import Plan
-from acip_export.scores import ScoreFile
+from acip_export import api as pipeline
+from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.scores import ScoreFile
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
 from tests.support import CORPUS, make_model, make_scores
 
 CONTEXT = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from acip_export.report import CARD_FILE, PAGE_FILE
-from acip_export.report.data import embedded
+from acip_export.report.page import embedded
 from tests.report.conftest import TYPES, Exports
 from tests.support import Run, make_model
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from acip_export import pipeline
-from acip_export.anatomy.read import PAPERS
+from acip_export import api as pipeline
+from acip_export.api import report as reporting
+from acip_export.artifacts.plan import Plan
 from acip_export.errors import InputError, PlanFileError
-from acip_export.pipeline import reporting
-from acip_export.plans import Plan
+from acip_export.inspection.read import PAPERS
 from acip_export.report import CARD_FILE, PAGE_FILE, Exported, Ranking, build_page, card, read_export
-from acip_export.report.data import embedded, size_of
-from acip_export.report.source import hub_id, license_of
+from acip_export.report.origin import hub_id, license_of
+from acip_export.report.page import embedded, size_of
 from tests.report.conftest import BUDGETS, TYPES, Exports
 
 RANKING = Ranking({"name": "kfac", "basis": "kfac"}, {"source": "a/b.txt"}, {"torch": "2"}, ((1.0, 2.0, None),))

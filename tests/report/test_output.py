@@ -14,9 +14,9 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from acip_export.pipeline import reporting
+from acip_export.api import report as reporting
 from acip_export.report import CARD_FILE, PAGE_FILE, Exported, Page, Ranking, build_page, read_export, write_papers
-from acip_export.report.data import embedded
+from acip_export.report.page import embedded
 from tests.browser import open_page
 from tests.report.conftest import Exports
 

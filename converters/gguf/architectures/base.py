@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.checkpoint import ModelShape
 from acip_export.errors import MissingExtraError, UnsupportedError
-from acip_export.targets import longest_context
+from acip_export.formats.targets import longest_context
+from acip_export.model.checkpoint import ModelShape
 from converters.gguf.architectures.rope import Floats, Rope, read_rope, rope_keys, rope_tensors
 from converters.gguf.writer import Metadata, Value, booleans, float32, uint32
 
 if TYPE_CHECKING:
     import torch
 
-    from acip_export.encoder import Encoder
+    from acip_export.model.encoder import Encoder
 
 Rows = npt.NDArray[np.int64]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from acip_export.checkpoint import ModelShape
-from acip_export.encoder import Encoder
 from acip_export.errors import UnsupportedError
+from acip_export.model.checkpoint import ModelShape
+from acip_export.model.encoder import Encoder
 from converters.gguf.architectures.base import ATTENTION, ATTENTION_BIASES, Family
 from converters.gguf.architectures.rope import Floats
 from converters.gguf.writer import Metadata, boolean, float32, strings, uint32

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from acip_export.checkpoint import ModelShape
 from acip_export.errors import UnsupportedError
+from acip_export.model.checkpoint import ModelShape
 from converters.gguf.architectures.base import (
     ATTENTION,
     FFN,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from acip_export.checkpoint import ModelShape
+from acip_export.model.checkpoint import ModelShape
 from converters.gguf.architectures.base import ATTENTION_BIASES, FFN_BIASES, Family
 from converters.gguf.writer import Value, float32
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.checkpoint import ModelShape
 from acip_export.errors import UnsupportedError
+from acip_export.model.checkpoint import ModelShape
 from converters.gguf.writer import Value, float32, string, uint32
 
 Floats = npt.NDArray[np.float32]

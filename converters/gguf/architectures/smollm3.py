@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from acip_export.checkpoint import ModelShape
 from acip_export.errors import UnsupportedError
+from acip_export.model.checkpoint import ModelShape
 from converters.gguf.architectures.base import Family
 
 # llama.cpp compiles the step in (models/smollm3.cpp).

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.errors import CheckpointError, ModelFileError, UnsupportedError
-from acip_export.files import read_json_object
+from acip_export.io.atomic import read_json_object
 from converters.gguf.tokenizer.bpe import bpe_metadata, is_byte_level
 from converters.gguf.tokenizer.common import Source
 from converters.gguf.tokenizer.sentencepiece import model_file_metadata, sentencepiece_metadata

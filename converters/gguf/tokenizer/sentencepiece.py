@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from acip_export.anatomy.protobuf import BYTES, Field, Message
 from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.inspection.protobuf import BYTES, Field, Message
 from converters.gguf.tokenizer.common import (
     Source,
     TokenType,

@@ -34,7 +34,7 @@ class AcipExportCommand(BaseOptimumCLICommand):
         """Every option of the main job, read from its own definition."""
         from typer.main import get_command
 
-        from acip_export.cli import app
+        from acip_export.cli.main import app
 
         for option in get_command(app).params:
             names: Sequence[str] = [*option.opts, *option.secondary_opts]
@@ -45,7 +45,7 @@ class AcipExportCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Exits as ``acip-export`` does."""
-        from acip_export.cli import main
+        from acip_export.cli.main import main
 
         sys.argv = ["acip-export", *getattr(self.args, "acip", ())]
         main()

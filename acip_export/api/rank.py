@@ -1,0 +1,80 @@
+"""From a model to its score file, and what is read from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from acip_export.artifacts.scores import ScoreFile, find_scores, load_scores
+from acip_export.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from acip_export.ranking import Algorithm
+
+
+def rank_to_file(
+    checkpoint: Checkpoint,
+    data: str | Path,
+    out: Path,
+    algorithm: Algorithm = "acip",
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> ScoreFile:
+    """Rank ``checkpoint`` and write the score file; ``settings`` replace those that suit the model.
+
+    Takes the other ``options`` of, and raises as, :func:`acip_export.ranking.rank_model`.
+    """
+    from acip_export.ranking import automatic_config, rank_model
+
+    acip = replace(automatic_config(checkpoint), **settings) if algorithm == "acip" else None
+    return rank_model(checkpoint.path, data, algorithm=algorithm, acip=acip, out=out, **options)
+
+
+def ranking_summary(scores: ScoreFile) -> dict[str, Any]:
+    """What a score file says about itself, ready for JSON."""
+    return {
+        "model": dict(scores.model),
+        "algorithm": dict(scores.algorithm),
+        "data": dict(scores.data),
+        "curve": [asdict(point) for point in scores.curve],
+    }
+
+
+def open_scores(checkpoint: Checkpoint, scores: Path | None) -> ScoreFile:
+    """The score file given, or the only one beside the model."""
+    return load_scores(scores or find_scores(checkpoint.path))
+
+
+def write_imatrix(checkpoint: Checkpoint, scores: ScoreFile, out: Path, force: bool = False) -> int:
+    """Write the input moments of ``scores`` as llama.cpp's importance matrix; returns how many matrices it has.
+
+    Raises:
+        UsageError: ``out`` exists and ``force`` is false.
+        ScoreFileError: of another model.
+        UnsupportedError: an architecture whose tensors have no known names in llama.cpp.
+    """
+    from converters.gguf import imatrix
+
+    scores.check_model(checkpoint)
+    moments = {name: module.input_moment for name, module in scores.modules.items()}
+    # What the moments were measured on; rankings that do not say used all of their text.
+    tokens = int(scores.algorithm.get("statistics_tokens") or scores.data.get("tokens") or 0) or 1
+    chunk = min(int(scores.algorithm.get("context") or tokens), tokens)
+    measured = imatrix.Measured(str(scores.data.get("source", "unknown")), tokens, chunk)
+    return imatrix.write_imatrix(checkpoint, moments, measured, out, force)
+
+
+def rounding_scores(checkpoint: Checkpoint, scores: ScoreFile) -> ScoreFile:
+    """``scores`` with the importance of the inputs that the user named in place of its own; the same file otherwise."""
+    file = checkpoint.options.get("imatrix")
+    if file is None:
+        return scores
+    from converters.gguf.imatrix import importance_of
+
+    scores.check_model(checkpoint)
+    given = importance_of(checkpoint, Path(file))
+    weighted = {name: replace(scores.modules[name], input_moment=moment) for name, moment in given.items()}
+    return replace(scores, modules={**scores.modules, **weighted})

@@ -1,0 +1,103 @@
+"""What the targets' quantizers cost on a model, measured once and kept beside its score file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from acip_export.api.progress import ProgressCallback, StageProgress, quiet
+from acip_export.artifacts.rounding_errors import (
+    RoundingErrors,
+    cache_file,
+    load_rounding_errors,
+    pair_key,
+    residual_key,
+    save_rounding_errors,
+)
+from acip_export.artifacts.scores import ScoreFile, load_scores
+from acip_export.errors import MissingExtraError, UnsupportedError
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
+
+logger = logging.getLogger(__name__)
+
+# The last scores that are in no file, and what was measured for them: every budget asks again.
+_measured_last: tuple[ScoreFile, RoundingErrors] | None = None
+
+
+def rounding_errors(
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+) -> RoundingErrors:
+    """What the target's quantizer costs on this model, for everything that ``request`` may choose.
+
+    Read from the cache beside the score file; what it lacks is measured once and added to it. Without the quantizer
+    the answer is what the cache has.
+    """
+    global _measured_last
+    from acip_export.formats.registry import converter
+    from acip_export.formats.targets import target as find_target
+    from acip_export.planning.candidates import choose_embedding_types, pair_types, residual_bases
+
+    scores.check_model(checkpoint)
+    target = find_target(request.target, request.execution)
+    types, layout = target.choose_types(request.types), target.layout(request.layout)
+    quantizer = converter(target.name).quantizer()
+    cache = None if scores.file is None else cache_file(scores.file, target.name)
+    known = RoundingErrors(target.name, quantizer, scores.sha256)
+    if cache is not None:
+        known = load_rounding_errors(cache, target.name, quantizer, scores.sha256)
+    elif _measured_last is not None and _measured_last[0] is scores and _measured_last[1].target == target.name:
+        known = _measured_last[1]
+    embedding_types = choose_embedding_types(target, types)
+    dense = {
+        name: tuple(
+            f.name
+            for f in (embedding_types if name in scores.embedding_sensitivity else types)
+            if f.fits(info.shape[1]) and not (f.needs_importance and name in scores.embedding_sensitivity)
+        )
+        for name, info in checkpoint.tensors.items()
+        if name in scores.embedding_sensitivity or name.removesuffix(".weight") in scores.modules
+    }
+    pairs = () if layout.low_rank is None else pair_types(types)
+    bases = residual_bases(layout, types)
+    keys = [*(pair_key(*pair) for pair in pairs), *map(residual_key, bases)]
+    if known.covers(dense, keys, scores.modules):
+        return known
+
+    from acip_export.materialization.rounding import measure_rounding
+
+    try:
+        measured = measure_rounding(
+            checkpoint,
+            scores,
+            known,
+            dense,
+            pairs,
+            bases,
+            layout.residual_pairs,
+            converter(target.name).round_trip,
+            lambda p: progress(StageProgress("measure rounding", p.done, p.total, p.item)),
+        )
+    except MissingExtraError as missing:
+        logger.warning("rounding errors are those of Gaussian weights: %s", missing)
+        return known
+    if cache is not None:
+        save_rounding_errors(measured, cache)
+    else:
+        _measured_last = (scores, measured)
+    return measured
+
+
+def measure_rounding_errors(checkpoint: Checkpoint, scores: Path, progress: ProgressCallback = quiet) -> None:
+    """Fill the caches beside a score file for the default layout and types of every target whose quantizer is here.
+
+    Plans measure what is missing themselves; having it from the start makes the first one take seconds.
+    """
+    from acip_export.formats.targets import TARGETS
+
+    opened = load_scores(scores)
+    for name in TARGETS:
+        try:
+            rounding_errors(checkpoint, opened, PlanRequest(name, 1), progress)
+        except (MissingExtraError, UnsupportedError) as reason:
+            logger.info("rounding errors of %s are not measured: %s", name, reason)

@@ -1,0 +1,92 @@
+"""Verify exports made earlier, and the text to verify on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from acip_export.api.export import materialize_bundle
+from acip_export.api.progress import ProgressCallback, StageProgress, quiet
+from acip_export.api.rank import open_scores
+from acip_export.artifacts.plan import Plan, load_plan
+from acip_export.errors import CheckpointError
+from acip_export.formats.session import Windows
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.verification import export as verification
+from acip_export.verification.export import EvaluationText, Report
+from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
+
+_LONGEST_WINDOW = 1024
+
+
+def evaluation_text(model: Path, text: Path, context: int, most_tokens: int = 32_768) -> EvaluationText:
+    """Token windows of a text, at most ``context`` or 1,024 tokens each, and ``most_tokens`` together.
+
+    Longer windows would say little more about an export, and their logits take gigabytes.
+    An encoder's are padded texts of up to ``context`` tokens.
+
+    Args:
+        model: a model directory or a bundle: its tokenizer is used.
+
+    Raises:
+        DataError: missing, not text, or shorter than one window.
+    """
+    from acip_export.text.packing import pack_text, pad_texts
+
+    if not Checkpoint.open(model).shape.generates:
+        padded = pad_texts(model, text, context, least=3)
+        return EvaluationText(padded.windows.numpy(), text.name, padded.sha256)
+    window = min(context, _LONGEST_WINDOW)
+    packed = pack_text(model, text, window)
+    windows: Windows = packed.windows[: max(1, most_tokens // window)].numpy()
+    return EvaluationText(windows, text.name, packed.sha256)
+
+
+def verify_directory(
+    export: Path,
+    model: str,
+    scores: Path | None,
+    bundle: Path | None,
+    text: Path | None,
+    tasks: Sequence[str] = (),
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
+    progress: ProgressCallback = quiet,
+) -> Report:
+    """Verify an export made earlier, and write its ``report.json``.
+
+    Without a bundle it is materialized again, in a temporary directory. With one, the model may be absent: then nothing
+    is compared with the dense model.
+
+    Raises:
+        PlanFileError: ``export`` has no plan. ScoreFileError, CheckpointError: the bundle cannot be made again.
+        Others as :func:`acip_export.verification.export.verify_export`.
+    """
+    plan = load_plan(export / verification.EXPORT_PLAN_FILE)
+    checkpoint = _base_model(model, plan, required=bundle is None)
+    with tempfile.TemporaryDirectory() as scratch:
+        if bundle is None:
+            assert checkpoint is not None
+            bundle = materialize_bundle(checkpoint, open_scores(checkpoint, scores), plan, Path(scratch) / "bundle")
+        report = verification.verify_export(
+            export,
+            bundle,
+            text=None if text is None else evaluation_text(bundle, text, plan.runtime.context),
+            dense=None if checkpoint is None else checkpoint.path,
+            tasks=tasks,
+            timeout=timeout,
+            progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
+        )
+    verification.save_report(report, export)
+    return report
+
+
+def _base_model(model: str, plan: Plan, required: bool) -> Checkpoint | None:
+    """The model that was planned for, or ``None`` if something else is there."""
+    try:
+        checkpoint = Checkpoint.open(model)
+    except CheckpointError:
+        if required:
+            raise
+        return None
+    return checkpoint if required or checkpoint.fingerprint == plan.model_fingerprint else None

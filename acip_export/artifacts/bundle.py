@@ -1,0 +1,183 @@
+"""The bundle: a materialized model, and the numeric reference for every export. See docs/bundle.md.
+
+A directory with ``config.json``, the tokenizer's files, ``plan.json``, ``bundle.json`` (provenance and hashes),
+``model.safetensors`` and ``importance.safetensors``. A dense weight keeps its name (``M.weight``); a factor pair is
+``M.up.weight`` (out, rank) and ``M.down.weight`` (rank, in), and stands for ``up @ down`` (plus ``M.weight``, where an
+adapter has a base that is not zero).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
+from acip_export.errors import BundleError
+from acip_export.io.atomic import HeaderEntry, read_safetensors_header, sha256_of
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.rounding import RoundTrip
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BUNDLE_VERSION = 2
+WEIGHTS_FILE = "model.safetensors"
+IMPORTANCE_FILE = "importance.safetensors"
+PLAN_FILE = "plan.json"
+MANIFEST_FILE = "bundle.json"
+
+
+class Bundle:
+    """An opened bundle. Holds no weights; :meth:`read` gets one tensor.
+
+    Attributes:
+        path, plan, manifest: the directory, its plan, the parsed ``bundle.json``.
+        checkpoint: the same directory seen as a model directory (config, tokenizer).
+        tensors: header entries of the weights, by name.
+    """
+
+    def __init__(self, path: Path, plan: Plan, manifest: Mapping[str, Any], tensors: Mapping[str, HeaderEntry]) -> None:
+        self.path = path
+        self.plan = plan
+        self.manifest = manifest
+        self.tensors = tensors
+        self.config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+
+    @classmethod
+    def open(cls, path: Path, verify_hash: bool = False) -> Bundle:
+        """Open and check a bundle; ``verify_hash`` also reads all its numbers and compares their SHA-256.
+
+        Raises:
+            BundleError: not a bundle, damaged, of another version, or its weights do not fit its plan.
+            PlanFileError: its plan is damaged.
+        """
+        manifest_file = path / MANIFEST_FILE
+        try:
+            manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+            version = manifest["version"]
+            if version == BUNDLE_VERSION:
+                hashes = {WEIGHTS_FILE: manifest["weights_sha256"], IMPORTANCE_FILE: manifest["importance_sha256"]}
+        except FileNotFoundError:
+            raise BundleError(f"{path} is no bundle: it has no {MANIFEST_FILE}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{manifest_file} is damaged: {error!r}") from error
+        if version != BUNDLE_VERSION:
+            raise BundleError(f"{path} is a bundle of version {version}, this tool reads {BUNDLE_VERSION}")
+        plan = load_plan(path / PLAN_FILE)
+        tensors, _ = read_safetensors_header(path / WEIGHTS_FILE, BundleError)
+        bundle = cls(path, plan, manifest, tensors)
+        bundle._check_shapes()
+        for name, expected in hashes.items() if verify_hash else ():
+            if not (path / name).is_file():
+                raise BundleError(f"{path} has no {name}; materialize again")
+            if sha256_of(path / name) != expected:
+                raise BundleError(
+                    f"{path / name} has changed since it was written (SHA-256 differs); materialize again"
+                )
+        return bundle
+
+    def _check_shapes(self) -> None:
+        for decision in self.plan.tensors:
+            for name, shape in stored_of(decision).items():
+                entry = self.tensors.get(name)
+                if entry is None or entry.shape != shape:
+                    found = "missing" if entry is None else f"of shape {entry.shape}"
+                    raise BundleError(f"{self.path}: {name} is {found}, the plan expects {shape}")
+
+    @property
+    def source_dtype(self) -> str:
+        """safetensors dtype of the base model's weights, for example ``BF16``."""
+        return str(self.manifest["source_dtype"])
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in its stored dtype."""
+        from safetensors import safe_open
+
+        with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def importance(self, name: str) -> torch.Tensor | None:
+        """Second moments of the inputs that meet this weight's columns, (in,) float32; ``None`` when not known."""
+        from safetensors import safe_open
+
+        with safe_open(self.path / IMPORTANCE_FILE, framework="pt") as file:
+            return file.get_tensor(name) if name in set(file.keys()) else None
+
+    def as_checkpoint(self) -> Checkpoint:
+        """Config and tokenizer, through the interface that predictions use."""
+        return Checkpoint(self.path, self.config, {}, self.plan.options)
+
+
+def stored_tensors(name: str, shape: tuple[int, ...], rank: int | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes under which a weight, or the factor pair in its place, is stored."""
+    if rank is None:
+        return {name: shape}
+    module = name.removesuffix(".weight")
+    return {f"{module}.up.weight": (shape[0], rank), f"{module}.down.weight": (rank, shape[1])}
+
+
+def stored_of(decision: TensorDecision) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of everything that is stored of a decision."""
+    base = {decision.name: decision.shape} if decision.representation == "residual" else {}
+    return {**stored_tensors(decision.name, decision.shape, decision.rank), **base}
+
+
+def stored_formats(decision: TensorDecision) -> dict[str, str]:
+    """The weight format of each of :func:`stored_of`."""
+    if decision.rank is None:
+        return {decision.name: decision.format or ""}
+    base = {decision.name: decision.format or ""} if decision.representation == "residual" else {}
+    return base | {
+        f"{decision.module}.up.weight": decision.up_format or "",
+        f"{decision.module}.down.weight": decision.down_format or "",
+    }
+
+
+def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Module:
+    """The bundle as a float32 ``torch.nn.Module`` in evaluation mode: the reference for every export.
+
+    Args:
+        round_trip: the quantizer of the plan's target, ``acip_export.formats.registry.converter(TARGET).round_trip``:
+            matrices then have the numbers that the export has. ``None``: as stored, before rounding.
+
+    Raises:
+        BundleError: see :meth:`Bundle.open`.
+    """
+    from safetensors.torch import load_file
+
+    from acip_export.model.torch_model import FactoredLinear, tied_names, untrained_model, with_fixed_positions
+
+    bundle = Bundle.open(Path(path))
+    model = untrained_model(with_fixed_positions(bundle.config, bundle.plan.runtime.context))
+    for decision in bundle.plan.tensors:
+        if decision.rank is None:
+            continue
+        parent, _, child = decision.module.rpartition(".")
+        outputs, inputs = decision.shape
+        dense = model.get_submodule(decision.module)
+        factored = FactoredLinear(
+            inputs,
+            decision.rank,
+            outputs,
+            base=decision.name in bundle.tensors,
+            bias=getattr(dense, "bias", None) is not None,
+        )
+        setattr(model.get_submodule(parent), child, factored)
+    state = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS_FILE).items()}
+    if round_trip is not None:
+        for decision in bundle.plan.tensors:
+            for name, form in stored_formats(decision).items():
+                if state[name].ndim == 2:
+                    state[name] = round_trip(state[name], form, bundle.importance(name))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = tied_names(bundle.as_checkpoint())
+    if set(missing) - tied or unexpected:
+        raise BundleError(
+            f"{bundle.path} does not fit its architecture: missing {sorted(set(missing) - tied)[:3]}, "
+            f"unexpected {sorted(unexpected)[:3]}"
+        )
+    return model.eval()

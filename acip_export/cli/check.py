@@ -1,0 +1,71 @@
+"""``acip-export check``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from acip_export.check.config import find_config, load_config
+from acip_export.check.markdown import markdown, summary
+from acip_export.check.outputs import check_json, github_annotations, junit
+from acip_export.check.run import run_check, update_lock
+from acip_export.cli import output as console
+from acip_export.cli import tables
+from acip_export.errors import UsageError, VerificationError
+from acip_export.io.atomic import new_file
+
+
+def check(
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Default: ./acip-check.toml, or ./pyproject.toml.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Baseline instead of the lock file: lock file, report, directory or model."),
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Write the lock file from what is there.")] = False,
+    markdown_to: Annotated[
+        str | None, typer.Option("--markdown", metavar="FILE", help="Comment for a pull request; - is stdout.")
+    ] = None,
+    junit_to: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="JUnit XML.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every tensor that changed.")] = False,
+) -> None:
+    """Fail when a model has grown or become worse than agreed, and say which tensors did it.
+
+    acip-export check --update
+
+    acip-export check --markdown comment.md --junit check.xml
+    """
+    if update and against is not None:
+        raise UsageError("--update writes the lock file from what is there; it cannot be used with --against")
+    if json and markdown_to == "-":
+        raise UsageError("--json and --markdown - would both write to stdout; give --markdown a file")
+    loaded = load_config(config or find_config(Path()))
+    outcome = update_lock(loaded) if update else run_check(loaded, against)
+    if markdown_to is not None and markdown_to != "-":
+        _write(Path(markdown_to), markdown(outcome))
+    if junit_to is not None:
+        _write(junit_to, junit(outcome))
+    if json:
+        console.print_json(check_json(outcome))
+    elif markdown_to == "-":
+        console.out.out(markdown(outcome), end="", highlight=False)
+    else:
+        tables.show_check(outcome, summary(outcome), verbose)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in github_annotations(outcome):
+            console.err.out(line, highlight=False)
+    if update:
+        console.note(f"baseline written to {loaded.lock}; commit it")
+    if not outcome.passed:
+        raise VerificationError(f"{summary(outcome)}: {', '.join(result.name for result in outcome.failed)}")
+
+
+def _write(file: Path, text: str) -> None:
+    """Reports are made anew by every run, so an older one is replaced."""
+    with new_file(file, force=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")

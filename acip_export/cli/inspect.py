@@ -1,0 +1,63 @@
+"""``acip-export inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from acip_export.cli import output as console
+from acip_export.cli import tables
+from acip_export.inspection import Anatomy, diff_tensors, read_anatomy
+from acip_export.inspection.diff import stored_tensors
+
+
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A .gguf, .onnx, .safetensors, score file, plan or directory.")
+    ],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[PATH]", help="A second one: what differs, tensor by tensor.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Largest tensors, or changes, to list.", min=0)] = 10,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Show where the bytes of any model are, or what differs between two.
+
+    acip-export inspect export/gguf
+
+    acip-export inspect old.gguf new.gguf
+    """
+    first = read_anatomy(path)
+    if other is None:
+        if json:
+            console.print_json(first.to_json())
+        else:
+            tables.show_anatomy(first, top)
+        return
+    second = read_anatomy(other)
+    changes = diff_tensors(stored_tensors(first), stored_tensors(second))
+    if json:
+        console.print_json(
+            {
+                "format": "acip-anatomy-diff",
+                "version": 1,
+                "before": _totals(first),
+                "after": _totals(second),
+                "delta": second.total_bytes - first.total_bytes,
+                "changes": [tables.change_json(change) for change in changes],
+            }
+        )
+    else:
+        tables.show_difference(first, second, changes, top)
+
+
+def _totals(anatomy: Anatomy) -> dict[str, Any]:
+    return {
+        "path": anatomy.path,
+        "kind": anatomy.kind,
+        "total_bytes": anatomy.total_bytes,
+        "tensor_bytes": anatomy.tensor_bytes,
+        "overhead_bytes": anatomy.overhead_bytes,
+    }

@@ -1,0 +1,81 @@
+"""The entry point: the commands, and the one error boundary around them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from io import TextIOWrapper
+from types import FrameType
+
+import typer
+
+from acip_export.cli import check, devices, export, inspect, rank, report, stages
+from acip_export.cli import output as console
+from acip_export.errors import AcipError
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="acip-export",
+    no_args_is_help=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.callback(invoke_without_command=True)(export.export)
+for command in (
+    rank.rank,
+    export.plan,
+    stages.materialize,
+    stages.convert,
+    stages.verify,
+    stages.imatrix,
+    report.report,
+    inspect.inspect,
+    check.check,
+    devices.devices,
+    stages.formats,
+):
+    app.command()(command)
+
+
+class _Interruption:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, and remembers: C code between here and there may replace it."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        self.happened = True
+        raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point with the one error boundary."""
+    debug = "--debug" in sys.argv
+    interruption = _Interruption()
+    # Unwinding removes half-written output; the default action of SIGTERM would leave it.
+    signal.signal(signal.SIGTERM, interruption)
+    signal.signal(signal.SIGINT, interruption)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A console without UTF-8 shows question marks; it is no reason to fail.
+            stream.reconfigure(errors="replace")
+    try:
+        app()
+    except BaseException as error:
+        if interruption.happened or isinstance(error, KeyboardInterrupt):
+            console.note("interrupted; nothing was left half-written")
+            sys.exit(EXIT_INTERRUPTED)
+        if debug or not isinstance(error, Exception):
+            raise
+        if not isinstance(error, AcipError):
+            error = AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback")
+        console.print_error(error)
+        sys.exit(error.exit_code)

@@ -1,0 +1,140 @@
+"""``acip-export rank``."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from acip_export.cli import output as console
+from acip_export.cli.options import Cache, Force, Json
+from acip_export.errors import UsageError
+from acip_export.model.checkpoint import Checkpoint
+
+
+def rank(
+    model: Annotated[str, typer.Argument(help="Model directory or Hugging Face id.")] = ".",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR|ID|self",
+            help="Calibration text: plain, .jsonl or .parquet, a directory of them, a Hugging Face data set "
+            "(owner/name[/config][:split]), or self: sampled from the model.",
+        ),
+    ] = None,
+    field: Annotated[str | None, typer.Option(help="Field of JSONL, Parquet and data sets: text, or a chat.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL/NAME.acip.")] = None,
+    algorithm: Annotated[
+        Literal["acip", "fisher", "kfac", "first-order", "energy", "magnitude"],
+        typer.Option(help="acip learns the order; the others need no training."),
+    ] = "acip",
+    units: Annotated[Literal["singular", "channel", "kv_group"], typer.Option(help="What is ranked.")] = "singular",
+    basis: Annotated[
+        Literal["svd", "input", "kfac"] | None, typer.Option(help="Basis of the components, for acip.")
+    ] = None,
+    objective: Annotated[Literal["ce", "distill"] | None, typer.Option(help="Loss that acip trains on.")] = None,
+    stop_ratio: Annotated[float | None, typer.Option(help="Masks stop at this share of the parameters.")] = None,
+    post_tune: Annotated[int | None, typer.Option(help="Steps of the adapters alone, after the masks.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of masks and adapters.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows per step, of all processes together.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other hyper-parameter of acip; may be repeated."),
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per window. Default: 512, or the model's limit.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    torch_device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1.")] = "auto",
+    precision: Annotated[
+        Literal["auto", "float32", "model"],
+        typer.Option(help="Of the frozen weights and factors; auto: as stored, float32 for small models on CPUs."),
+    ] = "auto",
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Compute activations twice instead of keeping them. Default: from 1e9 weights.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between stored states of acip.")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of acip.")] = False,
+    log_json: Annotated[Path | None, typer.Option(help="Append progress as JSON lines to this file.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Write progress for TensorBoard to this directory.")] = None,
+    cache: Cache = None,
+    measure_rounding: Annotated[
+        bool, typer.Option(help="Measure what the installed quantizers cost: the first plan then takes seconds.")
+    ] = True,
+    json: Json = False,
+    force: Force = False,
+) -> None:
+    """Learn which components matter: one run, one score file, any size afterwards.
+
+    acip-export rank . --data text.txt
+
+    acip-export rank . --data chats.jsonl --field messages --algorithm kfac
+
+    accelerate launch --num_processes 2 -m acip_export rank . --data text.txt
+    """
+    from acip_export import api as pipeline
+    from acip_export.ranking import DataConfig, parse_settings
+    from acip_export.ranking.logs import json_log, tensorboard_log, to_all
+    from acip_export.ranking.processes import launched_rank
+
+    if data is None:
+        raise UsageError("no calibration text; give a file, a directory, a data set or  self  with  --data")
+    chosen = {
+        "basis": basis,
+        "objective": objective,
+        "stop_ratio": stop_ratio,
+        "post_tune": post_tune,
+        "learning_rate": learning_rate,
+        "batch": batch,
+    }
+    settings = {name: value for name, value in chosen.items() if value is not None} | parse_settings(set_ or [])
+    if settings and algorithm != "acip":
+        name = next(iter(settings))
+        flag = name.replace("_", "-") if name in chosen else f"set {name}"
+        raise UsageError(f"--{flag} is a setting of acip; --algorithm {algorithm} has none")
+    calibration = DataConfig(context=context, seed=seed, field=field)
+    checkpoint = Checkpoint.open(model)
+    target = out or checkpoint.path / f"{checkpoint.name}.acip"
+    # Of several processes one draws and logs, as one writes.
+    is_main = launched_rank() == 0
+    try:
+        with ExitStack() as stack:
+            callbacks = []
+            if is_main:
+                callbacks.append(stack.enter_context(console.ranking_bars()))
+                if log_json is not None:
+                    callbacks.append(stack.enter_context(json_log(log_json)))
+                if tensorboard is not None:
+                    callbacks.append(stack.enter_context(tensorboard_log(tensorboard)))
+            scores = pipeline.rank_to_file(
+                checkpoint,
+                data,
+                target,
+                algorithm,
+                settings,
+                units=units,
+                calibration=calibration,
+                device=torch_device,
+                precision=precision,
+                gradient_checkpointing=gradient_checkpointing,
+                checkpoint_every=checkpoint_every,
+                cache=cache,
+                force=force,
+                resume=resume,
+                progress=to_all(callbacks),
+            )
+    except KeyboardInterrupt:
+        from acip_export.ranking.run_state import run_file
+
+        if is_main and run_file(target).exists():
+            console.note(f"the run is kept in {run_file(target)}; go on with the same command and  --resume")
+        raise
+    if not is_main:
+        return
+    if measure_rounding:
+        with console.stage_bars() as progress:
+            pipeline.measure_rounding_errors(checkpoint, target, progress)
+    if json:
+        console.print_json({"out": str(target), **pipeline.ranking_summary(scores)})
+    else:
+        console.show_ranking(scores, target)

@@ -1,0 +1,49 @@
+"""``acip-export report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from acip_export.cli import output as console
+from acip_export.cli.options import Json, Model, Scores
+
+
+def report(
+    export_dir: Annotated[Path, typer.Argument(metavar="EXPORT", help="Its directory, or the report.json in it.")],
+    others: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[EXPORT]...", help="Exports of the same model and layout: their measured figures too."),
+    ] = None,
+    model: Model = ".",
+    scores: Scores = None,
+    sizes: Annotated[int, typer.Option(help="Sizes to plan for the slider, from the score file.", min=2)] = 16,
+    types: Annotated[
+        str, typer.Option("--types", help="Types that these sizes may take, by comma. Default: the target's.")
+    ] = "",
+    json: Json = False,
+) -> None:
+    """Write report.html and the model card README.md of an export again.
+
+    acip-export report export/gguf --model . --scores model.acip
+
+    acip-export report export/small export/large
+    """
+    from acip_export import api as pipeline
+    from acip_export.report.page import read_export
+
+    plan = read_export(export_dir).plan
+    names = tuple(name.strip().lower() for name in types.split(",") if name.strip())
+    checkpoint, opened = pipeline.ranked_model_of(plan, model, scores)
+    planned = (
+        () if checkpoint is None or opened is None else pipeline.planned_sizes(checkpoint, opened, plan, names, sizes)
+    )
+    if not planned:
+        console.note("no model with a score file here: other sizes are those of the report that was there, if any")
+    written = pipeline.write_report(export_dir, checkpoint, opened, others or (), planned)
+    if json:
+        console.print_json({"written": [str(file) for file in written], "planned_sizes": len(planned)})
+    else:
+        console.out.print(f"written: {', '.join(map(str, written))}", markup=False)

@@ -1,0 +1,138 @@
+"""The drawing of a sweep. The only module that imports matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from acip_export.errors import MissingExtraError, UsageError
+from acip_export.io.atomic import new_file
+from acip_export.planning.sweep import SweepLine, SweepPoint
+from acip_export.units import format_bytes
+
+SUFFIXES = (".png", ".svg")
+# Readable next to each other, in grey, and with the common colour blindnesses (Okabe and Ito).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# A curve that runs off to the top says nothing; the interesting part is within this factor of the best.
+_PERPLEXITY_SPAN = 4.0
+
+# Left, bottom, right and top of a name, in points.
+Box = tuple[float, float, float, float]
+
+
+def require_matplotlib() -> Any:
+    """Raises MissingExtraError without matplotlib; asked before anything is computed."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise MissingExtraError("matplotlib", "plot", "drawing a sweep") from None
+    return mpl
+
+
+def check_suffix(file: Path) -> None:
+    """Raises UsageError for a file that is neither PNG nor SVG."""
+    if file.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{file} is no drawing: end its name in {' or '.join(SUFFIXES)}")
+
+
+def draw(lines: Sequence[SweepLine], title: str, scope: str, unit: str, file: Path, force: bool) -> None:
+    """Write the curves as PNG or SVG, whole or not at all.
+
+    Args:
+        scope: what the bytes count. unit: of the losses, for models without a perplexity.
+    """
+    mpl = require_matplotlib()
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    perplexities = all(point.predicted_perplexity is not None for line in lines for point in line.points)
+
+    def height(point: SweepPoint) -> float:
+        return float(point.predicted_perplexity or 0.0) if perplexities else point.predicted_loss
+
+    largest = max(point.used_bytes for line in lines for point in (*line.points, *line.presets.values()))
+    scale, name = next((s, n) for s, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if largest >= s)
+    with plt.rc_context({"font.size": 10, "svg.hashsalt": "acip-export", "axes.edgecolor": "#495057"}):
+        figure, axis = plt.subplots(figsize=(8.4, 5.0), layout="constrained", facecolor="white")
+        axis.set_xscale("log")
+        if perplexities:
+            axis.set_yscale("log")
+        for number, line in enumerate(lines):
+            x, y = [p.used_bytes / scale for p in line.points], [height(p) for p in line.points]
+            # Layouts often agree over a stretch; dashes let the line below show.
+            style = "-" if number == 0 else (0, (5, 1 + number))
+            axis.plot(x, y, color=_COLOURS[number % len(_COLOURS)], linewidth=2, linestyle=style, label=line.label)
+        heights = [height(point) for line in lines for point in line.points]
+        best = min(heights)
+        if perplexities:
+            axis.set_ylim(best * 0.97, min(max(heights), best * _PERPLEXITY_SPAN) * 1.03)
+        taken: list[Box] = []
+        for number, line in enumerate(lines):
+            _draw_presets(axis, line, scale, height, _COLOURS[number % len(_COLOURS)], taken)
+        for ticks, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            if ticks.get_scale() == "log":
+                ticks.set_major_locator(mpl.ticker.FixedLocator(_round_numbers(low, high)))
+                ticks.set_minor_locator(mpl.ticker.NullLocator())
+                ticks.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.tick_params(labelsize=9)
+        axis.set_xlabel(f"{'file size' if scope == 'file' else scope}, {name}")
+        axis.set_ylabel("predicted perplexity" if perplexities else f"predicted loss, {unit}")
+        axis.set_title(title, loc="left", fontsize=12, color="#212529")
+        axis.grid(color="#e9ecef", linewidth=0.8)
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        axis.plot(
+            [], [], "o", markersize=4.5, color="white", markeredgecolor="#495057", label="one type for everything"
+        )
+        axis.legend(frameon=False, loc="upper right")
+        with new_file(file, force) as temporary:
+            kind = file.suffix.lower().removeprefix(".")
+            figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        plt.close(figure)
+
+
+def _draw_presets(
+    axis: Any,
+    line: SweepLine,
+    scale: float,
+    height: Callable[[SweepPoint], float],
+    colour: str,
+    taken: list[Box],
+) -> None:
+    """Rings with names; a name that would lie on another one goes to another side of its ring, or is left out."""
+    low, high = axis.get_ylim()
+    for name, point in sorted(line.presets.items(), key=lambda item: item[1].used_bytes):
+        place = (point.used_bytes / scale, height(point))
+        if not low <= place[1] <= high:
+            continue
+        axis.plot(*place, marker="o", markersize=4.5, color="white", markeredgecolor=colour, zorder=4)
+        x, y = axis.transData.transform(place) * 72 / axis.figure.dpi
+        width, tall = 4.4 * len(name), 8.0
+        for dx, dy in ((5, 4), (5, -11), (-5 - width, 4), (-5 - width, -11), (5, 14), (5, -21)):
+            box = (x + dx, y + dy, x + dx + width, y + dy + tall)
+            if all(box[0] > b[2] or box[2] < b[0] or box[1] > b[3] or box[3] < b[1] for b in taken):
+                taken.append(box)
+                axis.annotate(name, place, xytext=(dx, dy), textcoords="offset points", fontsize=7.5, color=colour)
+                break
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Ticks for a logarithmic axis, at most a dozen."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for leading in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)):
+        found = [digit * 10.0**decade for decade in decades for digit in leading if low <= digit * 10.0**decade <= high]
+        if len(found) <= 12:
+            break
+    return found
+
+
+def summary(lines: Sequence[SweepLine]) -> list[str]:
+    """One sentence a line."""
+    return [
+        f"{line.label}: {format_bytes(line.points[0].used_bytes)} to {format_bytes(line.points[-1].used_bytes)}, "
+        f"{len(line.points)} sizes"
+        for line in lines
+    ]

@@ -1,0 +1,216 @@
+"""Writes the bundle, one tensor at a time: peak memory is a small multiple of the largest layer, not of the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from acip_export.artifacts.bundle import (
+    BUNDLE_VERSION,
+    IMPORTANCE_FILE,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    WEIGHTS_FILE,
+    stored_of,
+    stored_tensors,
+)
+from acip_export.artifacts.plan import Plan, TensorDecision, dumps_plan
+from acip_export.artifacts.scores import ModuleScores, ScoreFile
+from acip_export.errors import CheckpointError, PlanFileError
+from acip_export.io.atomic import SafetensorsWriter, new_directory, refuse_existing, sha256_of
+from acip_export.io.prefetch import one_ahead
+from acip_export.lowrank.cache import FactorCache
+from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.materialization.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
+from acip_export.materialization.refit import balanced, refit
+from acip_export.materialization.residual import correct
+from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
+from acip_export.model.encoder import sentence_files
+from acip_export.rounding import RoundTrip
+from acip_export.version import __version__
+from acip_export.weight_types import weight_format
+
+
+@dataclass(frozen=True)
+class MaterializeProgress:
+    """Tensor ``done`` of ``total`` was written."""
+
+    done: int
+    total: int
+    tensor: str
+
+
+def materialize_bundle(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    plan: Plan,
+    out: Path,
+    force: bool = False,
+    progress: Callable[[MaterializeProgress], None] = lambda _: None,
+    round_trip: RoundTrip | None = None,
+    cache: Path | None = None,
+) -> Path:
+    """Write the bundle of ``plan`` into the directory ``out``, whole or not at all.
+
+    Args:
+        round_trip: the quantizer of the plan's target; factor pairs are then fitted to what it makes of them. ``None``
+            leaves them as the ranking has them.
+        cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
+
+    Raises:
+        UsageError: ``out`` exists and ``force`` is false.
+        ScoreFileError, PlanFileError: they do not belong to this model.
+        CheckpointError: a weight is damaged or not finite.
+    """
+    refuse_existing(out, force)
+    scores.check_model(checkpoint)
+    check_plan(checkpoint, plan)
+    importance: dict[str, Tensor] = {}
+    factors = FactorCache(cache)
+    with new_directory(out, force) as directory:
+        declared = {
+            name: (_stored_dtype(checkpoint, scores, plan, decision), shape)
+            for decision in plan.tensors
+            for name, shape in stored_of(decision).items()
+        }
+        with SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer:
+            made = one_ahead(
+                lambda decision: _numbers(checkpoint, scores, plan, decision, round_trip, importance, factors),
+                plan.tensors,
+            )
+            for index, (decision, numbers) in enumerate(made):
+                for name, tensor in numbers.items():
+                    writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
+                progress(MaterializeProgress(index + 1, len(plan.tensors), decision.name))
+        _save_importance(importance, directory / IMPORTANCE_FILE)
+        (directory / "config.json").write_text(json.dumps(checkpoint.config, indent=2), encoding="utf-8")
+        for name in (*TOKENIZER_FILES, *sentence_files(checkpoint.path)):
+            if (checkpoint.path / name).is_file():
+                (directory / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(checkpoint.path / name, directory / name)
+        (directory / PLAN_FILE).write_text(dumps_plan(plan), encoding="utf-8")
+        manifest = {
+            "format": "acip-bundle",
+            "version": BUNDLE_VERSION,
+            "tool": __version__,
+            "model": plan.model,
+            "model_fingerprint": checkpoint.fingerprint,
+            "scores_sha256": scores.sha256,
+            "source_dtype": source_dtype(checkpoint),
+            "weights_sha256": writer.sha256,
+            "importance_sha256": sha256_of(directory / IMPORTANCE_FILE),
+        }
+        (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return out
+
+
+def check_plan(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raises PlanFileError unless the plan decides every tensor of this model, in its shape."""
+    if plan.model_fingerprint != checkpoint.fingerprint:
+        raise PlanFileError(f"the plan was made for {plan.model!r}, not for {checkpoint.path}; plan again")
+    decided = {decision.name: decision.shape for decision in plan.tensors}
+    expected = {name: info.shape for name, info in checkpoint.tensors.items()}
+    if decided != expected:
+        different = sorted(n for n in decided.keys() | expected.keys() if decided.get(n) != expected.get(n))
+        raise PlanFileError(f"the plan does not fit {checkpoint.path}: {different[0]} differs; plan again")
+
+
+def source_dtype(checkpoint: Checkpoint) -> str:
+    """The safetensors dtype that most bytes of the model have."""
+    totals: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
+    return max(totals, key=lambda dtype: totals[dtype])
+
+
+def _has_adapter(scores: ScoreFile, plan: Plan, decision: TensorDecision) -> bool:
+    """Whether a dense weight is changed by one."""
+    module = scores.modules.get(decision.module)
+    return plan.adapters and module is not None and module.adapter(len(module.scores)) is not None
+
+
+def _stored_dtype(checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, decision: TensorDecision) -> str:
+    exact = decision.rank is None and not _has_adapter(scores, plan, decision)
+    return checkpoint.tensors[decision.name].dtype if exact else "F32"
+
+
+def _numbers(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    plan: Plan,
+    decision: TensorDecision,
+    round_trip: RoundTrip | None,
+    importance: dict[str, Tensor],
+    factors: FactorCache,
+) -> dict[str, Tensor]:
+    weight = checkpoint.read(decision.name)
+    if not _finite(weight):
+        raise CheckpointError(f"{checkpoint.path}: {decision.name} holds NaN or infinity")
+    module = scores.modules.get(decision.module) if decision.name.endswith(".weight") else None
+    if decision.representation == "residual" and decision.rank is not None and module is not None:
+        return _residual(
+            dense_weight(weight, module, plan.adapters).float(), module, scores, decision, round_trip, importance
+        )
+    if decision.rank is None or module is None or decision.kept is None:
+        if decision.rank is not None:
+            raise PlanFileError(f"{decision.name} is to be factored, but was never ranked; plan again")
+        if module is not None:
+            importance[decision.name] = torch.from_numpy(module.input_moment)
+        return {decision.name: dense_weight(weight, module, plan.adapters)}
+    pair = factor_pair(weight, module, basis_moments(scores, module), decision.kept, plan.adapters, factors)
+    up, down = stored_tensors(decision.name, decision.shape, decision.rank)
+    importance[down] = torch.from_numpy(module.input_moment)
+    norm = Norm.of(module, scores.second_moments)
+    formats = [weight_format(plan.target, name or "") for name in (decision.up_format, decision.down_format)]
+    if round_trip is None or all(form.is_float for form in formats):
+        importance[up] = inner_importance(pair.down, norm.inputs)
+        return {up: pair.up, down: pair.down}
+    fitted = refit(balanced(pair, norm), norm, importance[down], formats[0], formats[1], round_trip)
+    importance[up] = fitted.up_importance
+    return {up: fitted.pair.up, down: fitted.pair.down}
+
+
+def _finite(weight: Tensor) -> bool:
+    # NaN and infinity are extremes. torch.isfinite takes ten times as long, and makes copies 2.5 times as large.
+    return weight.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight))
+
+
+def _residual(
+    weight: Tensor,
+    module: ModuleScores,
+    scores: ScoreFile,
+    decision: TensorDecision,
+    round_trip: RoundTrip | None,
+    importance: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    assert decision.rank is not None
+    up, down = stored_tensors(decision.name, decision.shape, decision.rank)
+    importance[decision.name] = importance[down] = torch.from_numpy(module.input_moment)
+    norm = Norm.of(module, scores.second_moments)
+    whitenings = Whitening.of(norm.inputs), Whitening.of(norm.gradients)
+    if round_trip is None:
+        basis = whitened_components(weight, *whitenings)
+        pair = Pair(basis.up[:, : decision.rank], basis.down[: decision.rank])
+        importance[up] = inner_importance(pair.down, norm.inputs)
+        return {up: pair.up, down: pair.down, decision.name: weight - pair.up @ pair.down}
+    base, *formats = (
+        weight_format("gguf", name or "") for name in (decision.format, decision.up_format, decision.down_format)
+    )
+    found = correct(
+        weight, norm, whitenings, importance[down], base, decision.rank, (formats[0], formats[1]), round_trip
+    )
+    importance[up] = found.up_importance
+    return {up: found.pair.up, down: found.pair.down, decision.name: found.base}
+
+
+def _save_importance(importance: dict[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    # Modules that share an input share its moments; safetensors refuses shared memory.
+    save_file({name: tensor.clone() for name, tensor in importance.items()}, file)

@@ -1,0 +1,117 @@
+"""From one weight, its scores and a decision to the numbers that the bundle stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acip_export.artifacts.scores import FloatArray, ModuleScores, ScoreFile
+from acip_export.lowrank.cache import FactorCache
+from acip_export.lowrank.components import DAMPING, fold, unpack_moment, whitenings_of
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A factor pair, float32: ``up`` (out, rank), ``down`` (rank, in)."""
+
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Full second moments of one module, float64; ``None`` is the identity."""
+
+    inputs: Tensor | None
+    gradients: Tensor | None
+
+    @classmethod
+    def of(cls, module: ModuleScores, triangles: Mapping[str, FloatArray]) -> Moments:
+        out, inputs = module.shape
+        return cls(
+            unpack_moment(triangles[module.input_key], inputs) if module.input_key else None,
+            unpack_moment(triangles[module.gradient_key], out) if module.gradient_key else None,
+        )
+
+
+def basis_moments(scores: ScoreFile, module: ModuleScores) -> Moments:
+    """The moments that the score file's basis is made of (a plain SVD has none, whatever was measured)."""
+    moments = Moments.of(module, scores.second_moments)
+    return Moments(
+        moments.inputs if scores.basis in ("input", "kfac") else None,
+        moments.gradients if scores.basis == "kfac" else None,
+    )
+
+
+def dense_weight(weight: Tensor, module: ModuleScores | None, adapters: bool) -> Tensor:
+    """The weight itself, or with the adapters added: then float32."""
+    adapter = module.adapter(min(weight.shape)) if module is not None and adapters else None
+    if adapter is None:
+        return weight
+    b, a = map(torch.from_numpy, adapter)
+    return weight.float() + b @ a
+
+
+def factor_pair(
+    weight: Tensor,
+    module: ModuleScores,
+    moments: Moments,
+    kept: tuple[tuple[int, int], ...],
+    adapters: bool,
+    cache: FactorCache | None = None,
+) -> Pair:
+    """The kept singular components of ``weight``, adapters folded in at the same rank.
+
+    Args:
+        weight: (out, in). kept: ``[start, stop)`` ranges of components. cache: of factors made before.
+    """
+    right, left = whitenings_of(moments.inputs, moments.gradients)
+    basis = (cache or FactorCache(None)).components(weight, right, left)
+    units = torch.cat([torch.arange(start, stop) for start, stop in kept])
+    pair = Pair(basis.up[:, units], basis.down[units])
+    adapter = module.adapter(len(units)) if adapters else None
+    if adapter is None:
+        return pair
+    b, a = map(torch.from_numpy, adapter)
+    return Pair(*fold(pair.up, pair.down, b, a, right, left))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a change of a weight costs: 1/2 tr(G dW H dW^T), nats per token.
+
+    Attributes:
+        inputs: H (in, in), gradients: G (out, out), float64, damped as in
+            :mod:`acip_export.lowrank.components`; diagonal where the score file holds no more.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+
+    @classmethod
+    def of(cls, module: ModuleScores, triangles: Mapping[str, FloatArray]) -> Norm:
+        moments = Moments.of(module, triangles)
+        return cls(_damped(moments.inputs, module.input_moment), _damped(moments.gradients, module.gradient_moment))
+
+    def loss(self, change: Tensor) -> float:
+        """Of a change (out, in)."""
+        wide = change.double()
+        return 0.5 * float(((self.gradients @ wide) * (wide @ self.inputs)).sum())
+
+
+def _damped(moment: Tensor | None, diagonal: FloatArray) -> Tensor:
+    full = torch.diag(torch.from_numpy(diagonal.astype(np.float64))) if moment is None else moment
+    return full + DAMPING * full.diagonal().mean() * torch.eye(len(full), dtype=torch.float64)
+
+
+def inner_importance(down: Tensor, inputs: Tensor) -> Tensor:
+    """Second moments of ``down(x)``, (rank,) float32: what the columns of ``up`` are multiplied with.
+
+    Args:
+        inputs: (in, in) E[x x^T], float64.
+    """
+    return ((down.double() @ inputs) * down.double()).sum(1).clamp_min(0).float()

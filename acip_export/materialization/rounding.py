@@ -1,0 +1,219 @@
+"""Measures what the target's quantizer costs on the weights and factors of this very model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from acip_export.artifacts.rounding_errors import Ratios, RoundingErrors, pair_key, residual_key
+from acip_export.artifacts.scores import ModuleScores, ScoreFile
+from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.lowrank.losses import component_losses
+from acip_export.materialization.factors import Norm, Pair
+from acip_export.materialization.refit import refit
+from acip_export.materialization.residual import correct
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.rounding import RoundTrip
+from acip_export.weight_types import WeightFormat, weight_format
+
+# Weights of a tensor that are rounded to each type, in whole rows and at least so many of them.
+_SAMPLED_WEIGHTS, _LEAST_ROWS = 1 << 15, 16
+# Pairs are measured on at most so many rows and columns of a layer: a singular value decomposition of all of a large
+# one takes minutes, and the ratio that is measured hardly depends on the size.
+_LARGEST_SIDE = 512
+# Layers of each kind (q_proj, up_proj, ...) whose pairs are measured, spread over the depth; the others take the
+# nearest one's ratios.
+_LAYERS_OF_A_KIND = 2
+_RANK_SHARES = (0.25, 0.75)
+
+
+@dataclass(frozen=True)
+class RoundingProgress:
+    """``done`` of ``total`` measurements were made, now at ``item``."""
+
+    done: int
+    total: int
+    item: str
+
+
+def measure_rounding(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    wanted: RoundingErrors,
+    dense: dict[str, tuple[str, ...]],
+    pairs: tuple[tuple[str, str], ...],
+    bases: tuple[str, ...],
+    corrections: tuple[tuple[str, int], ...],
+    round_trip: RoundTrip,
+    progress: Callable[[RoundingProgress], None] = lambda _: None,
+) -> RoundingErrors:
+    """Measure and return everything that ``wanted`` lacks.
+
+    Args:
+        dense: types by tensor. pairs: types of (down, up). bases: types of bases with a low-rank correction, which
+            ``corrections`` has the types and ranks of.
+    """
+    missing = {
+        name: types
+        for name, allowed in dense.items()
+        if (types := tuple(t for t in allowed if t not in wanted.dense.get(name, {})))
+    }
+    keys = {pair_key(*pair) for pair in pairs} | {residual_key(base) for base in bases}
+    modules = [name for name in scores.modules if not keys <= wanted.pairs.get(name, {}).keys()]
+    measured = _spread(modules)
+    total = len(missing) + len(measured)
+    done = 0
+    found: dict[str, dict[str, float]] = {}
+    for name, types in missing.items():
+        progress(RoundingProgress(done, total, name))
+        found[name] = dict(_dense(checkpoint, scores, name, types, round_trip))
+        done += 1
+    ratios: dict[str, dict[str, Ratios]] = {}
+    for name in measured:
+        progress(RoundingProgress(done, total, name))
+        new = [p for p in pairs if pair_key(*p) not in wanted.pairs.get(name, {})]
+        new_bases = [base for base in bases if residual_key(base) not in wanted.pairs.get(name, {})]
+        formats = [(weight_format(wanted.target, d), weight_format(wanted.target, u)) for d, u in new]
+        problem = _Sample.of(checkpoint, scores, name)
+        ratios[name] = dict(_pairs(problem, formats, round_trip))
+        for base in new_bases:
+            form = weight_format(wanted.target, base)
+            ratios[name][residual_key(base)] = _residual(problem, form, corrections, round_trip)
+        done += 1
+    progress(RoundingProgress(total, total, ""))
+    everywhere = {name: ratios[_nearest(name, measured)] for name in modules}
+    return wanted.merged(
+        RoundingErrors(wanted.target, wanted.quantizer, wanted.scores_sha256, dense=found, pairs=everywhere)
+    )
+
+
+def _kind(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _spread(modules: list[str]) -> list[str]:
+    """At most ``_LAYERS_OF_A_KIND`` modules of each kind, evenly over the depth."""
+    kinds: dict[str, list[str]] = {}
+    for name in modules:
+        kinds.setdefault(_kind(name), []).append(name)
+    chosen = []
+    for names in kinds.values():
+        count = min(_LAYERS_OF_A_KIND, len(names))
+        chosen += [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
+    return [name for name in modules if name in set(chosen)]
+
+
+def _nearest(module: str, measured: list[str]) -> str:
+    """The measured module of the same kind that is closest in depth; ``measured`` is in the order of depth."""
+    same = [name for name in measured if _kind(name) == _kind(module)]
+    depth = _depth(module)
+    return min(same, key=lambda name: abs(_depth(name) - depth))
+
+
+def _depth(module: str) -> int:
+    return next((int(part) for part in module.split(".") if part.isdigit()), 0)
+
+
+def _rows(total: int, columns: int) -> Tensor:
+    """Evenly spaced row numbers: enough for ``_SAMPLED_WEIGHTS``."""
+    count = min(total, max(_LEAST_ROWS, _SAMPLED_WEIGHTS // columns))
+    return (torch.arange(count, dtype=torch.float64) + 0.5).mul(total / count).long()
+
+
+def _dense(
+    checkpoint: Checkpoint, scores: ScoreFile, tensor: str, types: Iterable[str], round_trip: RoundTrip
+) -> Iterator[tuple[str, float]]:
+    """Predicted loss of each type: the sampled rows' share of the exact sensitivity."""
+    weight = checkpoint.read(tensor)
+    rows = _rows(*weight.shape)
+    sample = weight[rows].float()
+    module = scores.modules.get(tensor.removesuffix(".weight"))
+    if module is None:
+        # The embedding, or an untied head: every row counts alike, and nothing is known about its columns.
+        scale = scores.embedding_sensitivity.get(tensor, 0.0) / max(float(sample.double().square().sum()), 1e-300)
+        for name in types:
+            change = (round_trip(sample, name, None) - sample).double()
+            yield name, scale * float(change.square().sum())
+        return
+    importance = torch.from_numpy(module.input_moment)
+    norm = Norm.of(module, scores.second_moments)
+    gradients = norm.gradients.diagonal()[rows]
+    energy = float(gradients @ sample.double().square() @ norm.inputs.diagonal())
+    for name in types:
+        change = (round_trip(sample, name, importance) - sample).double()
+        loss = float(((gradients[:, None] * change) * (change @ norm.inputs)).sum())
+        yield name, module.sensitivity * loss / max(energy, 1e-300)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A layer, or evenly spaced rows and columns of a large one."""
+
+    weight: Tensor
+    norm: Norm
+    whitenings: tuple[Whitening, Whitening]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, scores: ScoreFile, name: str) -> _Sample:
+        weight, norm = _cropped(checkpoint.read(f"{name}.weight").float(), scores.modules[name], scores)
+        return cls(weight, norm, (Whitening.of(norm.inputs), Whitening.of(norm.gradients)))
+
+
+def _pairs(
+    sample: _Sample, formats: list[tuple[WeightFormat, WeightFormat]], round_trip: RoundTrip
+) -> Iterator[tuple[str, Ratios]]:
+    weight, norm = sample.weight, sample.norm
+    if not formats:
+        return
+    basis = whitened_components(weight, *sample.whitenings)
+    losses = component_losses(basis, norm.inputs, norm.gradients)
+    importance = norm.inputs.diagonal().float()
+    full = len(basis.singular)
+    for down, up in formats:
+        points = []
+        for rank in _measured_ranks(full, up) if down.fits(weight.shape[1]) else []:
+            fitted = refit(Pair(basis.up[:, :rank], basis.down[:rank]), norm, importance, up, down, round_trip)
+            expected = up.relative_mse * float(losses.up_sensitivity[:rank].sum())
+            expected += down.relative_mse * float(losses.down_sensitivity[:rank].sum())
+            points.append((rank / full, fitted.loss / max(expected, 1e-300)))
+        # Noted even when nothing fits, so that it is not tried again.
+        yield pair_key(down.name, up.name), tuple(points)
+
+
+def _residual(
+    sample: _Sample, base: WeightFormat, corrections: tuple[tuple[str, int], ...], round_trip: RoundTrip
+) -> Ratios:
+    weight, norm = sample.weight, sample.norm
+    importance = norm.inputs.diagonal().float()
+    columns, full = weight.shape[1], min(weight.shape)
+    if not base.fits(columns):
+        return ()
+    alone = norm.loss(weight - round_trip(weight, base.name, importance))
+    # Without a correction nothing is gained: smaller ranks than the measured ones lie in between.
+    points = [(0.0, 1.0)]
+    for name, rank in corrections[1::2]:
+        form = weight_format(base.target, name)
+        if form.fits(columns) and form.fits(rank) and 2 * rank <= full:
+            found = correct(weight, norm, sample.whitenings, importance, base, rank, (form, form), round_trip)
+            points.append((rank / full, min(1.0, found.loss / max(alone, 1e-300))))
+    return tuple(points)
+
+
+def _measured_ranks(full: int, up: WeightFormat) -> list[int]:
+    multiple = max(32, 1 if up.pads_rows else up.block)
+    ranks = {max(multiple, round(share * full / multiple) * multiple) for share in _RANK_SHARES}
+    return sorted(rank for rank in ranks if rank <= full)
+
+
+def _cropped(weight: Tensor, module: ModuleScores, scores: ScoreFile) -> tuple[Tensor, Norm]:
+    """Evenly spaced rows and columns of a large layer, with their moments."""
+    norm = Norm.of(module, scores.second_moments)
+    if max(weight.shape) <= 2 * _LARGEST_SIDE:
+        return weight, norm
+    rows, columns = ((torch.arange(min(n, _LARGEST_SIDE)) * n) // min(n, _LARGEST_SIDE) for n in weight.shape)
+    return weight[rows][:, columns], Norm(
+        norm.inputs[columns][:, columns].contiguous(), norm.gradients[rows][:, rows].contiguous()
+    )

@@ -1,0 +1,319 @@
+"""A Hugging Face model directory, read lazily: shapes without torch, weights one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.io.atomic import read_json_object, safetensors_header
+from acip_export.model.architectures import fuses_attention, refuse_experts, stored_names, with_common_keys
+from acip_export.model.encoder import is_encoder, kind_of
+from acip_export.model.tied_head import without_repeated_head
+
+if TYPE_CHECKING:
+    import torch
+
+# Config keys that say who wrote the file, not what the model is.
+_VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "_commit_hash")
+_NUMBERED_LAYER = re.compile(r"(^|\.)\d+\.")
+_FINGERPRINT_SAMPLE = 4096
+
+# What transformers assumes where config.json is silent, by ``model_type``; a test compares it with transformers.
+CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True, "head_dim": 256},
+    "gemma2": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
+    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
+    "mistral": {"sliding_window": 4096},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False},
+    "smollm3": {"use_sliding_window": False, "tie_word_embeddings": True},
+}
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+        shape: ``(out, in)`` for a linear weight.
+        dtype: the safetensors name, for example ``BF16``.
+        shard: file name below the model directory.
+        offset, nbytes: position of the data in the shard.
+        stored: its name there, if it is another one. transposed: it lies there as ``(in, out)``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+    offset: int
+    nbytes: int
+    stored: str | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that memory and file formulas need, under the config's names made uniform.
+
+    Attributes:
+        sliding_window: tokens that windowed layers attend to, the current one included; ``None``: no such layer.
+        sliding_layers: for every layer whether it is windowed; empty without a window.
+        tied_embeddings: the head reads the embedding. generates: token by token, with a KV cache; encoders do not.
+        fused_attention: an ONNX graph attends in place on one cache, and keeps no scores.
+    """
+
+    architecture: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    max_context: int
+    tied_embeddings: bool
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    generates: bool = True
+    fused_attention: bool = True
+
+
+class Checkpoint:
+    """An opened model directory. Holds no weights.
+
+    Attributes:
+        path: the directory.
+        config: ``config.json`` as read.
+        tensors: every tensor of every shard, by Hugging Face name.
+        options: what the user told the converter of a target that the directory does not say; see the converter.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        options: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.tensors: Mapping[str, TensorInfo] = tensors
+        self.options = options
+
+    @classmethod
+    def open(cls, model: str | os.PathLike[str]) -> Checkpoint:
+        """Open a local directory, or a Hugging Face id (downloaded through ``huggingface_hub``).
+
+        Raises:
+            CheckpointError: not a model directory, damaged shards, an id that cannot be fetched, or a stored head with
+                other numbers than the embedding that the config ties it to.
+        """
+        path = Path(model)
+        if not path.is_dir():
+            path = _download(str(model))
+        config = _read_config(path)
+        tensors = {name: info for name, info in _read_index(path).items() if not _unused(config, name)}
+        if not is_encoder(config):
+            tensors = _by_todays_names(config, tensors)
+        return cls(path, config, without_repeated_head(path, tensors) if _ties_head(config) else tensors)
+
+    def with_options(self, options: Mapping[str, str]) -> Checkpoint:
+        return Checkpoint(self.path, self.config, dict(self.tensors), options)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @cached_property
+    def linear_modules(self) -> dict[str, tuple[int, int]]:
+        """``{module name: (out, in)}`` of every linear layer inside a numbered block, in checkpoint order of depth.
+
+        Embeddings, the head and everything outside the repeated blocks are not compressed (ACIP, section 4).
+        """
+        found = {
+            name.removesuffix(".weight"): (info.shape[0], info.shape[1])
+            for name, info in self.tensors.items()
+            if name.endswith(".weight") and len(info.shape) == 2 and _NUMBERED_LAYER.search(name)
+        }
+        return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        refuse_experts(self.config, self.path)
+        config = self.config.get("text_config") or self.config
+        config = with_common_keys({**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config})
+        try:
+            heads = int(config["num_attention_heads"])
+            hidden = int(config["hidden_size"])
+            layers = int(config["num_hidden_layers"])
+            window, windowed = _sliding_window(config, layers)
+            return ModelShape(
+                architecture=(self.config.get("architectures") or [config.get("model_type", "unknown")])[0],
+                layers=layers,
+                hidden=hidden,
+                ffn=int(config["intermediate_size"]),
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                vocabulary=int(config["vocab_size"]),
+                max_context=int(config.get("max_position_embeddings") or 2048),
+                sliding_window=window,
+                sliding_layers=windowed,
+                tied_embeddings=_ties_head(config),
+                generates=not is_encoder(config),
+                fused_attention=fuses_attention(config),
+            )
+        except KeyError as missing:
+            raise UnsupportedError(
+                f"{self.path / 'config.json'} has no {missing}; only transformer configurations that name their "
+                "layers, heads, hidden and intermediate sizes are supported"
+            ) from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config, the weight index, and the first 4 KiB of every tensor.
+
+        The sample makes a retrained model with the same shapes a different model, without reading all of it.
+        """
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self.config.items() if k not in _VOLATILE_CONFIG_KEYS}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(f"{name}|{info.dtype}|{info.shape}|".encode())
+            with (self.path / info.shard).open("rb") as shard:
+                shard.seek(info.offset)
+                digest.update(shard.read(min(info.nbytes, _FINGERPRINT_SAMPLE)))
+        return digest.hexdigest()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in its stored dtype.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        from safetensors import safe_open
+
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        with safe_open(self.path / info.shard, framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(info.stored or name)
+        return tensor.T.contiguous() if info.transposed else tensor
+
+
+def _by_todays_names(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    found = {}
+    for name, stored in stored_names(config, {name: info.shape for name, info in tensors.items()}).items():
+        info = tensors[stored.name]
+        shape = info.shape[::-1] if stored.transposed else info.shape
+        found[name] = replace(
+            info, shape=shape, stored=None if stored.name == name else stored.name, transposed=stored.transposed
+        )
+    return found
+
+
+def _ties_head(config: Mapping[str, Any]) -> bool:
+    """Whether the head reads the embedding."""
+    if is_encoder(config):
+        # Tied unless they say otherwise, and only one with a head over tokens has what to tie.
+        return kind_of(config) == "masked-lm" and bool(config.get("tie_word_embeddings", True))
+    config = config.get("text_config") or config
+    known = with_common_keys({**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config})
+    return bool(known.get("tie_word_embeddings", False))
+
+
+def _sliding_window(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Window and windowed layers, by the rules that transformers applies where the config does not list them."""
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return None, ()
+    kinds = config.get("layer_types")
+    if kinds:
+        windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    elif config.get("model_type") in ("gemma2", "gemma3_text"):
+        period = 2 if config["model_type"] == "gemma2" else int(config.get("sliding_window_pattern") or 6)
+        windowed = tuple((layer + 1) % period != 0 for layer in range(layers))
+    else:
+        first = int(config.get("max_window_layers") or 0)
+        windowed = tuple(layer >= first for layer in range(layers))
+    return (int(window), windowed) if any(windowed) else (None, ())
+
+
+def _unused(config: Mapping[str, Any], name: str) -> bool:
+    """Tensors of encoders that nothing computes with: a stored range, and the pooler where token vectors are pooled."""
+    if name.endswith("embeddings.position_ids"):
+        return True
+    return is_encoder(config) and kind_of(config) == "embedding" and name.startswith("pooler.")
+
+
+def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts layer 10 after layer 9."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.exists():
+        raise CheckpointError(
+            f"{path} has no config.json: it is not a Hugging Face model directory.\n"
+            "Give one with  --model DIR  or change into it"
+        )
+    return read_json_object(file, CheckpointError)
+
+
+def _read_index(path: Path) -> dict[str, TensorInfo]:
+    shards = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            # A name with a separator could point outside the directory.
+            shards = [path / Path(str(name)).name for name in named]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
+    if not shards:
+        raise CheckpointError(f"{path} has no *.safetensors; convert the weights with transformers' save_pretrained")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in safetensors_header(shard, CheckpointError).items():
+            tensors[name] = TensorInfo(info.shape, info.dtype, shard.name, info.offset, info.nbytes)
+    return tensors
+
+
+def _download(model: str) -> Path:
+    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(".")
+    if not looks_like_id:
+        raise CheckpointError(f"{model} is no directory, and no Hugging Face id of the form owner/name either")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub client raises many kinds; all of them mean that the model is not here
+        raise CheckpointError(f"{model} is no local directory and cannot be downloaded: {error}") from error

@@ -1,0 +1,144 @@
+"""Encoders: what kind a model directory holds, and how its sentence embedding is made. No torch here.
+
+A sentence embedding is read the way sentence-transformers describes it: ``modules.json`` names the steps after the
+transformer (pooling, normalisation), ``1_Pooling/config.json`` how tokens become one vector.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.io.atomic import read_json_object
+
+if TYPE_CHECKING:
+    from acip_export.model.checkpoint import Checkpoint
+
+EncoderKind = Literal["embedding", "masked-lm", "classification"]
+PoolingMode = Literal["mean", "cls", "max"]
+
+# Hugging Face class -> what it is for, and the prefix of its transformer's tensor names.
+_CLASSES: dict[str, tuple[EncoderKind, str]] = {
+    "BertModel": ("embedding", ""),
+    "BertForMaskedLM": ("masked-lm", "bert."),
+    "BertForSequenceClassification": ("classification", "bert."),
+}
+_POOLING_KEYS: dict[str, PoolingMode] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+}
+_MODULES_FILE, _LENGTH_FILE = "modules.json", "sentence_bert_config.json"
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How token vectors become one vector; ``normalize``: to unit length."""
+
+    mode: PoolingMode
+    normalize: bool
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model that reads whole texts and generates none.
+
+    Attributes:
+        kind: ``embedding``: one vector a text. ``masked-lm``: logits a token. ``classification``: logits a text.
+        prefix: of the transformer's tensor names, ``bert.`` or nothing.
+        pooling: of an ``embedding``; ``None`` for the others.
+        max_length: tokens of the longest text, special tokens included.
+    """
+
+    kind: EncoderKind
+    prefix: str
+    pooling: Pooling | None
+    max_length: int
+
+    @property
+    def word_embeddings(self) -> str:
+        return f"{self.prefix}embeddings.word_embeddings.weight"
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is that of an encoder that this tool knows."""
+    return _class_of(config) in _CLASSES
+
+
+def kind_of(config: Mapping[str, Any]) -> EncoderKind:
+    """The kind of an encoder's ``config.json``."""
+    return _CLASSES[_class_of(config)][0]
+
+
+def encoder_of(checkpoint: Checkpoint) -> Encoder | None:
+    """What ``checkpoint`` is if it is an encoder, ``None`` for every other model.
+
+    Without ``modules.json`` an embedding is the mean of the token vectors, normalised.
+
+    Raises:
+        CheckpointError: damaged pooling files. UnsupportedError: a step that this tool does not know.
+    """
+    found = _CLASSES.get(_class_of(checkpoint.config))
+    if found is None:
+        return None
+    kind, prefix = found
+    positions = int(checkpoint.config.get("max_position_embeddings", 512))
+    length = positions
+    if (checkpoint.path / _LENGTH_FILE).is_file():
+        length = int(read_json_object(checkpoint.path / _LENGTH_FILE, CheckpointError).get("max_seq_length") or length)
+    pooling = _pooling(checkpoint.path) if kind == "embedding" else None
+    return Encoder(kind, prefix, pooling, min(length, positions))
+
+
+def sentence_files(model: Path) -> list[str]:
+    """The files below ``model`` that sentence-transformers reads beside the transformer and its tokenizer."""
+    names = (_MODULES_FILE, _LENGTH_FILE, "config_sentence_transformers.json")
+    pooling = sorted(file.relative_to(model).as_posix() for file in model.glob("*_Pooling/config.json"))
+    return [name for name in names if (model / name).is_file()] + pooling
+
+
+def _class_of(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or [""])[0])
+
+
+def _pooling(model: Path) -> Pooling:
+    file = model / _MODULES_FILE
+    if not file.is_file():
+        return Pooling("mean", True)
+    mode: PoolingMode = "mean"
+    normalize = False
+    try:
+        modules = json.loads(file.read_text(encoding="utf-8"))
+        steps = [(str(step["type"]).rpartition(".")[2], str(step["path"])) for step in modules]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is no list of modules: {error!r}") from error
+    for step, path in steps:
+        if step == "Pooling":
+            mode = _mode(model / path / "config.json")
+        elif step == "Normalize":
+            normalize = True
+        elif step != "Transformer":
+            raise UnsupportedError(
+                f"{file} has a step {step!r}; this tool knows Transformer, Pooling and Normalize.\n"
+                "Remove the step to compress the model below it"
+            )
+    return Pooling(mode, normalize)
+
+
+def _mode(file: Path) -> PoolingMode:
+    config = read_json_object(file, CheckpointError)
+    # Newer versions of sentence-transformers write one key, older ones a flag for each mode.
+    named = config.get("pooling_mode")
+    chosen = (
+        [named] if isinstance(named, str) else [key for key, on in config.items() if on is True and "_mode_" in key]
+    )
+    modes = [_POOLING_KEYS.get(key, key) for key in chosen]
+    if len(modes) != 1 or modes[0] not in ("mean", "cls", "max"):
+        raise UnsupportedError(
+            f"{file} pools by {', '.join(modes) or 'nothing'}; this tool knows mean, cls or max alone"
+        )
+    return modes[0]  # type: ignore[return-value]

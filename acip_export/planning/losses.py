@@ -1,0 +1,137 @@
+"""Predicted loss, in one unit for everything: nats per token above the dense model, to second order.
+
+With H = E[x x^T] and G = E[g g^T], a change dW costs 1/2 tr(G dW H dW^T). The score file holds that number for each
+dropped component, scaled here to the curve that was measured when the model was ranked, and for rounding each weight
+or factor with a relative mean square error of one; what the formats' errors are was measured on the model
+(:mod:`acip_export.artifacts.rounding_errors`). A plan's predicted loss is the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from acip_export.artifacts.scores import CurvePoint, ScoreFile
+
+# Bounds on measured over estimated loss: near the dense model both are small, and their quotient is noise.
+_FACTORS = (0.25, 8.0)
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def component_losses(scores: ScoreFile) -> dict[str, FloatArray]:
+    """Loss of dropping each component, made consistent with the global order and scaled to the measured curve.
+
+    The second-order estimate knows the size of things, the learned order knows their sequence: the least-squares
+    non-decreasing fit of the estimates along the order has both. Where the order came from the estimates it changes
+    nothing. Then the components that one step of the curve drops are scaled to add up to what that step was measured to
+    cost: dropping is systematic and costs up to twice its estimate, rounding is noise and costs just about its own
+    (benchmarks/predict.json), so only the losses of dropping are scaled.
+    """
+    order = scores.global_order
+    estimates = np.concatenate([scores.modules[name].drop_loss for name in order.names]).astype(np.float64)
+    losses = np.empty_like(estimates)
+    losses[order.positions] = isotonic(estimates[order.positions])
+    return _scaled(scores, dict(zip(order.names, np.split(losses, np.cumsum(order.counts)[:-1]), strict=True)))
+
+
+def isotonic(values: FloatArray) -> FloatArray:
+    """The least-squares non-decreasing fit: neighbouring blocks that fall are pooled until none does (Ayer 1955).
+
+    Whole runs are pooled at a time, as most of a million components are in order already.
+    """
+    mean, weight = values, np.ones(len(values))
+    while True:
+        # A block joins the one before it where it is not above it.
+        starts = np.flatnonzero(np.r_[True, mean[1:] > mean[:-1]])
+        if len(starts) == len(mean):
+            return np.repeat(mean, weight.astype(np.int64))
+        total = np.add.reduceat(weight, starts)
+        mean, weight = np.add.reduceat(mean * weight, starts) / total, total
+
+
+def _scaled(scores: ScoreFile, losses: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    """Each component's loss times (measured / estimated) of the step of the curve that drops it first."""
+    scaled = {name: values.copy() for name, values in losses.items()}
+    dropped = {name: np.zeros(len(values), bool) for name, values in losses.items()}
+    before, factor = 0.0, 1.0
+    for point in scores.curve[1:]:
+        new: dict[str, npt.NDArray[np.int64]] = {}
+        for name, units in _dropped_at(scores, point.ratio):
+            new[name] = units[~dropped[name][units]]
+            dropped[name][units] = True
+        estimate = sum(float(losses[name][units].sum()) for name, units in new.items())
+        measured = max(before, _measured(point) - scores.curve[0].loss)
+        if estimate > 0:
+            factor = float(np.clip((measured - before) / estimate, *_FACTORS))
+        for name, units in new.items():
+            scaled[name][units] *= factor
+        before = measured
+    for name, done in dropped.items():
+        scaled[name][~done] *= factor
+    return scaled
+
+
+def _dropped_at(scores: ScoreFile, ratio: float) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """The components that a cut of the curve drops: none of a module whose pair would be larger than its weight."""
+    for name, rank in scores.ranks_at(ratio).items():
+        module = scores.modules[name]
+        if rank * sum(module.shape) < module.shape[0] * module.shape[1]:
+            yield name, module.order[rank:]
+
+
+def _measured(point: CurvePoint) -> float:
+    """With adapters where they help: the plan takes them there."""
+    return point.loss if point.loss_with_adapters is None else min(point.loss, point.loss_with_adapters)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Monotone map from summed losses to measured loss, from the score file's curve.
+
+    Nearly the identity: :func:`component_losses` has scaled each component already. What is left is what its bounds
+    on the scale did not allow.
+
+    Attributes:
+        estimated, measured: (n,) both start at 0 and never fall. adapters_help: (n,) whether the adapters lowered the
+            loss at that point.
+        dense_loss: nats per token of the dense model, on the curve's text.
+    """
+
+    estimated: FloatArray
+    measured: FloatArray
+    adapters_help: tuple[bool, ...]
+    dense_loss: float
+
+    def loss(self, estimate: float) -> float:
+        """Between points linear; beyond the last, on along the last segment."""
+        if len(self.estimated) < 2:
+            return estimate
+        if estimate <= self.estimated[-1]:
+            return float(np.interp(estimate, self.estimated, self.measured))
+        rise = self.measured[-1] - self.measured[-2]
+        run = self.estimated[-1] - self.estimated[-2]
+        return float(self.measured[-1] + (estimate - self.estimated[-1]) * rise / run)
+
+    def adapters(self, estimate: float) -> bool:
+        """Whether the adapters helped at the measured point closest to ``estimate``."""
+        return self.adapters_help[int(np.argmin(np.abs(self.estimated - estimate)))]
+
+
+def calibrate(scores: ScoreFile, losses: dict[str, FloatArray]) -> Calibration:
+    """Estimate every cut of the measured curve and pair it with what was measured."""
+    dense = scores.curve[0].loss
+    points: list[tuple[float, float, bool]] = [(0.0, 0.0, False)]
+    for point in scores.curve[1:]:
+        estimate = sum(float(losses[name][units].sum()) for name, units in _dropped_at(scores, point.ratio))
+        with_adapters = point.loss if point.loss_with_adapters is None else point.loss_with_adapters
+        points.append((estimate, _measured(point) - dense, with_adapters < point.loss))
+    points.sort()
+    kept: list[tuple[float, float, bool]] = []
+    for estimate, measured, helps in points:
+        if not kept or estimate > kept[-1][0]:
+            kept.append((estimate, max(measured, kept[-1][1] if kept else 0.0), helps))
+    return Calibration(np.array([k[0] for k in kept]), np.array([k[1] for k in kept]), tuple(k[2] for k in kept), dense)

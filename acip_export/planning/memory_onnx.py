@@ -1,0 +1,85 @@
+"""What onnxruntime's CPU provider holds for an export beside its files. Pure formulas, upper bounds.
+
+Measured with onnxruntime 1.31 and onnxruntime-genai 0.18 (anonymous and file-backed resident memory of a process, over
+formats, block sizes, tied and untied heads, contexts and prompt batches); a test measures again:
+
+- Weights are mapped from the data file. Every MatMul packs its float weight into a copy and lets go of the original;
+  the tied head cannot, because the embedding still reads it.
+- MatMulNBits (accuracy level 4) packs codes, scales and block sums, and keeps the original scales: 8 bytes a block more
+  than the file has. The largest one's scales are held once more.
+- The tied, quantized embedding reads a reshaped copy of the head's codes.
+- Attention works in place on the shared KV cache and keeps no matrix of probabilities. Where a traced graph has no node
+  for it, :func:`plain_attention_bytes` is added.
+- The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
+  batch are an output of the graph.
+- While a matrix is packed, the file's pages of it are resident too. Packed in any order, so the largest one decides;
+  it is over before caches, activations and logits exist, and what it took is used for them.
+
+Measured on the processor. Graphs in float16, for graphics cards, are taken to hold the same things at half the size.
+"""
+
+from __future__ import annotations
+
+from acip_export.artifacts.plan import Runtime
+from acip_export.model.checkpoint import ModelShape
+from acip_export.weight_types import WeightFormat
+
+_PACKED_BLOCK_BYTES = 8
+
+
+def packed_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+    """Bytes beside the stored ones that a matrix product keeps."""
+    return 0 if form.is_float else _blocks(rows, columns, form) * _PACKED_BLOCK_BYTES
+
+
+def leftover_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+    """Held once, for the largest matrix: its scales again."""
+    return 0 if form.is_float else _blocks(rows, columns, form) * form.item_bytes
+
+
+def loading_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+    """Held once, while the largest matrix is packed: its codes or floats as the file has them."""
+    return form.nbytes(rows, columns) - (0 if form.is_float else _blocks(rows, columns, form) * form.item_bytes)
+
+
+def tied_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+    """What a head that is tied to an embedding of ``form`` costs beside :func:`packed_bytes`."""
+    stored = form.nbytes(rows, columns)
+    return stored if form.is_float else stored - _blocks(rows, columns, form) * form.item_bytes
+
+
+def activation_bytes(shape: ModelShape, runtime: Runtime) -> int:
+    """Float32 activations of one prompt batch, without the logits."""
+    batch = min(runtime.prompt_batch, runtime.context)
+    return _item_bytes(runtime) * batch * (4 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
+
+
+def plain_attention_bytes(shape: ModelShape, runtime: Runtime) -> int:
+    """What attention that is no node of its own costs beside :func:`activation_bytes`.
+
+    Scores of one layer, masked scores and their softmax; keys and values repeated for every query head; and the
+    mask, as truth values and as floats.
+    """
+    batch, width = min(runtime.prompt_batch, runtime.context), shape.heads * shape.head_dim
+    per_token = 3 * shape.heads * batch + 2 * width + 4 * batch
+    return _item_bytes(runtime) * runtime.context * per_token
+
+
+def logit_bytes(shape: ModelShape, runtime: Runtime) -> int:
+    """Logits of one prompt batch."""
+    return _item_bytes(runtime) * min(runtime.prompt_batch, runtime.context) * shape.vocabulary
+
+
+def _item_bytes(runtime: Runtime) -> int:
+    """A graph computes in the precision of its cache."""
+    return 2 if runtime.cache_type == "f16" else 4
+
+
+def encoder_bytes(shape: ModelShape, runtime: Runtime) -> int:
+    """Float32 activations of a batch of padded texts: attention scores and their softmax, or the wide FFN twice."""
+    wide = max(2 * shape.heads * runtime.context + 4 * shape.hidden, 2 * shape.ffn)
+    return 4 * runtime.prompt_batch * (wide + 4 * shape.hidden)
+
+
+def _blocks(rows: int, columns: int, form: WeightFormat) -> int:
+    return rows * -(-columns // form.block)

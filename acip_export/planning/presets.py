@@ -1,0 +1,32 @@
+"""What quantization tools do by default: one type for everything. Problems with a single candidate per tensor."""
+
+from __future__ import annotations
+
+from acip_export.artifacts.plan import TensorDecision
+from acip_export.planning.candidates import Candidates
+from acip_export.planning.planner import Problem
+from acip_export.weight_types import weight_format
+
+
+def preset(problem: Problem, name: str) -> Problem:
+    """Every matrix dense in the type ``name``.
+
+    A tensor that cannot take it gets the smallest type that is at least as precise, or else the most precise one that
+    it can, as with the tools that this stands for. ``problem`` must have been made with ``name`` among its types.
+    """
+    bits = weight_format(problem.target.name, name).bits_per_weight
+
+    def chosen(candidates: Candidates) -> TensorDecision:
+        dense = [option for option in candidates.options if option.rank is None]
+        same = next((option for option in dense if option.format == name), None)
+        if same is not None:
+            return same
+
+        def width(option: TensorDecision) -> float:
+            return weight_format(problem.target.name, str(option.format)).bits_per_weight
+
+        enough = [option for option in dense if width(option) >= bits]
+        return min(enough, key=width) if enough else max(dense, key=width)
+
+    picks = {id(candidates): chosen(candidates) for candidates in problem.candidates}
+    return problem.only(lambda candidates, option: option is picks[id(candidates)])

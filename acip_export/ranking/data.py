@@ -1,0 +1,177 @@
+"""Calibration text, split into what the ranking learns from and what its curve is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acip_export.errors import DataError, UnsupportedError
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import Encoder, encoder_of
+from acip_export.ranking.config import DataConfig, ProgressCallback, silent
+from acip_export.ranking.self_text import SELF, sample_text
+from acip_export.ranking.tasks import CAUSAL, MaskedTask, Task, task_of
+from acip_export.text.packing import PackedText, load_tokenizer, pack_text, pad_texts
+
+_DEFAULT_CONTEXT = 512
+_LEAST_WINDOWS = 8
+_LARGEST_HELD_OUT_SHARE = 5
+# Pairs of held-out texts need texts: a fifth of these is four.
+_LEAST_TEXTS = 20
+_MASKED_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Token windows (n, context) int64. ``training`` and ``held_out`` are disjoint stretches of one text.
+
+    Attributes:
+        statistics: the first windows of ``training``. task: what the model is for.
+    """
+
+    text: PackedText
+    training: Tensor
+    held_out: Tensor
+    statistics: Tensor
+    task: Task = CAUSAL
+
+
+def read_data(
+    checkpoint: Checkpoint, source: str | Path, config: DataConfig, evaluation: str | Path | None = None
+) -> CalibrationData:
+    """Tokenize and split; with an ``evaluation`` text, that is held out and ``source`` is used whole.
+
+    Raises:
+        DataError: unreadable text, or less than eight windows of it. MissingExtraError: a package that reads it.
+        UnsupportedError: chats for a model without a chat template.
+    """
+    encoder = encoder_of(checkpoint)
+    if encoder is not None:
+        return _texts(checkpoint.path, encoder, source, config, evaluation)
+    context = window_length(checkpoint, config)
+    text = pack_text(checkpoint.path, source, context, _LEAST_WINDOWS, config.field, config.most_tokens)
+    return _split(checkpoint, text, config, evaluation)
+
+
+def sample_data(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    config: DataConfig,
+    evaluation: str | Path | None = None,
+    progress: ProgressCallback = silent,
+) -> CalibrationData:
+    """:func:`read_data` for text that the model itself samples (``--data self``).
+
+    Raises:
+        DataError: ``config.self_tokens`` are less than eight windows. UnsupportedError: an encoder, which samples none.
+    """
+    if encoder_of(checkpoint) is not None:
+        raise UnsupportedError("an encoder generates no text; give it some with  --data FILE, one text a line")
+    context = window_length(checkpoint, config)
+    if config.self_tokens < _LEAST_WINDOWS * context:
+        raise DataError(
+            f"{config.self_tokens:,} tokens of the model's own are asked for, "
+            f"at least {_LEAST_WINDOWS * context:,} are needed ({_LEAST_WINDOWS} windows of {context})"
+        )
+    first = checkpoint.config.get("bos_token_id")
+    first = first[0] if isinstance(first, list) else first
+    vocabulary = checkpoint.shape.vocabulary
+    text = sample_text(model, first, vocabulary, context, config.self_tokens, config.seed, progress)
+    return _split(checkpoint, text, config, evaluation)
+
+
+def is_self(source: str | Path) -> bool:
+    """Whether ``source`` asks for the model's own text; a file of that name is ``./self``."""
+    return str(source) == SELF and not isinstance(source, Path)
+
+
+def window_length(checkpoint: Checkpoint, config: DataConfig) -> int:
+    """Tokens per window."""
+    return min(config.context or _DEFAULT_CONTEXT, checkpoint.shape.max_context)
+
+
+def _split(
+    checkpoint: Checkpoint, text: PackedText, config: DataConfig, evaluation: str | Path | None
+) -> CalibrationData:
+    context = text.windows.shape[1]
+    if evaluation is not None:
+        held_out = pack_text(checkpoint.path, evaluation, context).windows[: max(1, config.curve_tokens // context)]
+        return _calibration(text, text.windows, held_out, config)
+    count = len(text.windows)
+    tail = max(1, min(config.curve_tokens // context, count // _LARGEST_HELD_OUT_SHARE))
+    return _calibration(text, text.windows[: count - tail], text.windows[count - tail :], config)
+
+
+def _calibration(text: PackedText, training: Tensor, held_out: Tensor, config: DataConfig) -> CalibrationData:
+    windows = max(1, config.statistics_tokens // training.shape[1])
+    return CalibrationData(text, training, held_out, training[:windows])
+
+
+def _texts(
+    model: Path, encoder: Encoder, source: str | Path, config: DataConfig, evaluation: str | Path | None
+) -> CalibrationData:
+    """The same split for an encoder, whose windows are padded texts."""
+    tokenizer = load_tokenizer(model)
+    if encoder.kind == "masked-lm" and tokenizer.mask_token_id is None:
+        raise DataError(f"the tokenizer of {model} has no mask token, so its masked language model cannot be ranked")
+    task = task_of(encoder, {"pad": tokenizer.pad_token_id, "mask": tokenizer.mask_token_id})
+    length = min(config.context or encoder.max_length, encoder.max_length)
+
+    def windows(file: str | Path, least: int) -> PackedText:
+        text = pad_texts(model, file, length, least, config.field, config.most_tokens)
+        if isinstance(task, MaskedTask):
+            text = replace(text, windows=_masked(text.windows, tokenizer, config.seed))
+        return text
+
+    text = windows(source, _LEAST_TEXTS)
+    if evaluation is not None:
+        training, held_out = text.windows, windows(evaluation, _LEAST_TEXTS).windows
+        held_out = held_out[: _texts_of(task, held_out, config.curve_tokens)]
+    else:
+        count = len(text.windows)
+        reversed_ = text.windows.flip(0)
+        tail = min(_texts_of(task, reversed_, config.curve_tokens), count // _LARGEST_HELD_OUT_SHARE)
+        training, held_out = text.windows[: count - tail], text.windows[count - tail :]
+    statistics = training[: _texts_of(task, training, config.statistics_tokens)]
+    return CalibrationData(text, training, held_out, statistics, task)
+
+
+def _texts_of(task: Task, windows: Tensor, tokens: int) -> int:
+    """How many texts from the front have ``tokens`` tokens together, at least four."""
+    counts = torch.tensor([task.tokens(window) for window in windows])
+    return max(_LEAST_TEXTS // _LARGEST_HELD_OUT_SHARE, int((counts.cumsum(0) <= tokens).sum()))
+
+
+def _masked(windows: Tensor, tokenizer: Any, seed: int) -> Tensor:
+    """15 % of the tokens that are not special replaced by the mask token (BERT's share), at least one a text."""
+    special = torch.isin(windows, torch.tensor(tokenizer.all_special_ids))
+    draws = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed)).masked_fill(special, 2.0)
+    chosen = draws < _MASKED_SHARE
+    chosen[torch.arange(len(windows)), draws.argmin(1)] = True
+    return torch.where(chosen & ~special, tokenizer.mask_token_id, windows)
+
+
+class WindowStream:
+    """Batches of windows without end: each pass over the text in a new seeded order.
+
+    ``position`` alone says where the stream stands, so a resumed run sees the same batches.
+    """
+
+    def __init__(self, windows: Tensor, batch: int, seed: int, position: int = 0) -> None:
+        self.windows, self.batch, self.seed, self.position = windows, min(batch, len(windows)), seed, position
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        per_pass = len(self.windows) // self.batch
+        round_, place = divmod(self.position, per_pass)
+        generator = torch.Generator().manual_seed(self.seed + round_)
+        order = torch.randperm(len(self.windows), generator=generator)
+        self.position += 1
+        return self.windows[order[place * self.batch : (place + 1) * self.batch]]

@@ -1,0 +1,174 @@
+"""From statistics and a basis to the factorized model and its predicted losses."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from acip_export.artifacts.scores import FloatArray
+from acip_export.lowrank.cache import FactorCache
+from acip_export.lowrank.components import Components, Whitening, component_dtype
+from acip_export.lowrank.losses import ComponentLosses, component_losses, dense_sensitivity
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.ranking.config import Basis, ProgressCallback, silent
+from acip_export.ranking.masked_linear import AdapterShape, MaskedLinear, replace_linear
+from acip_export.ranking.processes import ALONE, Processes
+from acip_export.ranking.sharding import by_block, shard_block, shard_rest
+from acip_export.ranking.statistics import Statistics
+from acip_export.ranking.timing import Clock
+
+_Result = TypeVar("_Result")
+Whitenings = tuple[Whitening | None, Whitening | None]
+
+
+@dataclass(frozen=True)
+class Factorized:
+    """A model whose linear layers became :class:`MaskedLinear`, with everything known about their components.
+
+    Attributes:
+        layers, losses, singular, sensitivity, whitenings, owners: by module name; whitenings of (inputs, gradients);
+            the owner is the process that does the linear algebra of the module for all.
+    """
+
+    layers: Mapping[str, MaskedLinear]
+    losses: Mapping[str, ComponentLosses]
+    singular: Mapping[str, FloatArray]
+    sensitivity: Mapping[str, float]
+    whitenings: Mapping[str, Whitenings]
+    owners: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What is known about a module once it is factorized."""
+
+    components: Components
+    losses: ComponentLosses
+    sensitivity: Tensor  # float64 scalar
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        parts, losses = self.components, self.losses
+        vectors = (losses.drop, losses.up_sensitivity, losses.down_sensitivity)
+        return (parts.up, parts.down, parts.singular, *vectors, self.sensitivity)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> _Factors:
+        return cls(Components(*tensors[:3]), ComponentLosses(*tensors[3:6]), tensors[6])
+
+    @classmethod
+    def empty(cls, weight: Tensor) -> _Factors:
+        (out, inputs), dtype = weight.shape, component_dtype(weight)
+        count = min(out, inputs)
+        factors = [torch.empty(shape, dtype=dtype) for shape in ((out, count), (count, inputs), (count,))]
+        return cls.of([*factors, *(torch.empty(shape, dtype=torch.float64) for shape in ((count,),) * 3 + ((),))])
+
+
+def factorize_model(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    statistics: Statistics,
+    basis: Basis,
+    mask_scale: float,
+    adapter: AdapterShape,
+    progress: ProgressCallback = silent,
+    cache: FactorCache | None = None,
+    processes: Processes = ALONE,
+) -> Factorized:
+    """Replace every linear layer of ``model`` in place; the dense weights are released one by one.
+
+    Each process factorizes its share for all; a model to be sharded is on the host and sharded block by block. As many
+    layers are factorized side by side as torch has threads, one thread each: an SVD gains little from more.
+    """
+    cache = cache or FactorCache(None)
+    layers, losses, singular, sensitivity, whitenings = {}, {}, {}, {}, {}
+    roots: dict[str, Whitening] = {}
+
+    def whitening(moment_key: str, moment: Tensor, wanted: bool) -> Whitening | None:
+        if wanted and moment_key not in roots:
+            roots[moment_key] = Whitening.of(moment)
+        return roots[moment_key] if wanted else None
+
+    clock = Clock("components", len(checkpoint.linear_modules), 0, progress)
+    for name in checkpoint.linear_modules:
+        whitenings[name] = (
+            whitening(statistics.input_keys[name], statistics.input_of(name), basis in ("input", "kfac")),
+            whitening(statistics.gradient_keys[name], statistics.gradient_of(name), basis == "kfac"),
+        )
+
+    def factorize(name: str) -> _Factors:
+        weight = model.get_parameter(f"{name}.weight").detach().cpu()
+        components = cache.components(weight, *whitenings[name])
+        inputs, gradients = statistics.input_of(name), statistics.gradient_of(name)
+        estimate, exact = dense_sensitivity(weight, inputs, gradients), statistics.sensitivity.get(name)
+        losses = component_losses(components, inputs, gradients, 1.0 if exact is None else exact / estimate)
+        return _Factors(components, losses, torch.tensor(estimate if exact is None else exact, dtype=torch.float64))
+
+    owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
+    own = [name for name in checkpoint.linear_modules if owners[name] == processes.rank]
+    factorized = side_by_side(factorize, own, ahead=processes.count > 1)
+    for block, names in by_block(checkpoint.linear_modules):
+        for name in names:
+            dense = model.get_submodule(name)
+            assert isinstance(dense, nn.Linear)  # load_model has checked it
+            mine = next(factorized)[1] if owners[name] == processes.rank else _Factors.empty(dense.weight)
+            found = _Factors.of([processes.from_owner(tensor, owners[name]) for tensor in mine.tensors()])
+            losses[name], sensitivity[name] = found.losses, float(found.sensitivity)
+            singular[name] = found.components.singular.numpy()
+            layers[name] = MaskedLinear(found.components, dense, mask_scale, adapter)
+            replace_linear(model, name, layers[name])
+            clock.advance()
+        if processes.mesh is not None:
+            shard_block(model.get_submodule(block), processes.mesh, [layers[name].down for name in names])
+    if processes.mesh is not None:
+        shard_rest(model, processes.mesh)
+    return Factorized(layers, losses, singular, sensitivity, whitenings, owners)
+
+
+def owners_of(shapes: Mapping[str, tuple[int, int]], inputs: Mapping[str, str], count: int) -> dict[str, int]:
+    """The process that factorizes each module: shares of about equal work, in the modules' order, so that no process
+    waits long for another. Modules that read the same input share its whitening, and so an owner.
+    """
+    work: dict[str, int] = {}
+    for name, (out, columns) in shapes.items():
+        # The roots of two moments, one of them shared, and an SVD, up to constants that are alike.
+        work[inputs[name]] = work.get(inputs[name], columns**3) + out**3 + out * columns * min(out, columns)
+    loads = [0] * count
+    chosen = {}
+    for key, amount in work.items():
+        chosen[key] = loads.index(min(loads))
+        loads[chosen[key]] += amount
+    return {name: chosen[inputs[name]] for name in shapes}
+
+
+def side_by_side(
+    work: Callable[[str], _Result], names: Sequence[str], ahead: bool = False
+) -> Iterator[tuple[str, _Result]]:
+    """``work`` of every name, in order; no more results wait at any time than torch has threads.
+
+    Args:
+        ahead: use a thread beside this one even if torch has but one, so that work goes on while this one waits.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 and not ahead:
+        for name in names:
+            yield name, work(name)
+        return
+    waiting: deque[tuple[str, Future[_Result]]] = deque()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for name in names:
+                waiting.append((name, pool.submit(work, name)))
+                if len(waiting) > threads:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+    finally:
+        torch.set_num_threads(threads)  # what one thread sets, parts of torch take for all

@@ -1,0 +1,123 @@
+"""The model that is ranked: loaded, checked, and asked for the names of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.torch_model import load_dense
+from acip_export.ranking.config import Precision
+from acip_export.ranking.masked_ops import frozen_linear
+
+# Up to here a float32 copy is no matter, and the measured curve starts exactly at the dense model.
+_FLOAT32_WEIGHTS = 100_000_000
+# From here on activations are computed twice rather than kept, unless told otherwise.
+_CHECKPOINTED_WEIGHTS = 1_000_000_000
+
+
+class StoredLinear(nn.Linear):
+    """A linear layer whose frozen weight keeps its stored dtype; it is widened to the input's for each product."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return frozen_linear(input, self.weight, self.bias)
+
+
+def linear_weights(checkpoint: Checkpoint) -> int:
+    """Weights of all linear layers together."""
+    return sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
+
+
+def load_model(
+    checkpoint: Checkpoint, device: torch.device, precision: Precision = "float32", home: torch.device | None = None
+) -> nn.Module:
+    """The dense model with frozen weights.
+
+    Args:
+        device: where it computes. home: where it is put; ``None``: there.
+        precision: of the ranked layers' weights, and of the factors made from them: ``float32``, or ``model``: as
+            stored. ``auto``: as stored, except on CPUs, for models of up to 1e8 weights. Products are made in the
+            stored dtype, but in float32 on CPUs that have no instructions for it, and for encoders on any CPU: a
+            cosine distance is a small difference of large numbers.
+
+    Raises:
+        UnsupportedError: neither an encoder nor a causal language model, or linear layers that are not ``nn.Linear``.
+        CheckpointError: a linear weight that is zero or not finite.
+    """
+    small = linear_weights(checkpoint) <= _FLOAT32_WEIGHTS
+    if precision == "auto":
+        precision = "float32" if device.type == "cpu" and small else "model"
+    model = load_dense(checkpoint, torch.float32 if precision == "float32" else "auto").to(home or device)
+    if not checkpoint.linear_modules:
+        raise UnsupportedError(
+            f"{checkpoint.path} has no linear layers in numbered blocks, so there is nothing to rank"
+        )
+    for name, shape in checkpoint.linear_modules.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != shape:
+            found = "missing from the loaded model" if module is None else f"a {type(module).__name__}"
+            raise UnsupportedError(f"{name} is {found}, expected an nn.Linear of shape {shape}; it cannot be ranked")
+        if not torch.isfinite(module.weight).all():
+            raise CheckpointError(f"{name}.weight holds NaN or infinity; the model cannot be ranked")
+        if not module.weight.any():
+            raise CheckpointError(f"{name}.weight is all zeros; the model was not saved, or not trained, completely")
+    if precision == "model" and device.type == "cpu":
+        first = model.get_parameter(f"{next(iter(checkpoint.linear_modules))}.weight")
+        if first.dtype != torch.bfloat16 or not checkpoint.shape.generates or not fast_bfloat16():
+            _compute_in_float32(model, checkpoint.linear_modules)
+    return model
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones: others emulate it, far slower."""
+    able = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # older versions of torch cannot tell
+    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "arm_bf16"))
+
+
+def _compute_in_float32(model: nn.Module, stored: Collection[str]) -> None:
+    for name, module in model.named_modules():
+        if name in stored:
+            module.__class__ = StoredLinear
+            if module.bias is not None:
+                module.bias.data = module.bias.data.float()
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+
+
+def checkpoint_activations(model: nn.Module, checkpoint: Checkpoint, wanted: bool | None) -> None:
+    """Let the blocks compute their activations twice in training instead of keeping them (gradient checkpointing).
+
+    Args:
+        wanted: ``None``: for models of 1e9 weights and more that can.
+
+    Raises:
+        UnsupportedError: wanted, but transformers cannot do it for this model.
+    """
+    able = bool(getattr(model, "supports_gradient_checkpointing", False))
+    if wanted and not able:
+        raise UnsupportedError(
+            f"{checkpoint.path}: transformers cannot checkpoint the activations of a {type(model).__name__}; "
+            "go without  --gradient-checkpointing"
+        )
+    if wanted or (wanted is None and able and linear_weights(checkpoint) >= _CHECKPOINTED_WEIGHTS):
+        # The older name, which transformers 6 drops, warns where the newer exists.
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        enable: Any = newer or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def embedding_names(model: nn.Module) -> tuple[str, str | None]:
+    """Module names of the input embedding and the head over the vocabulary, if there is one."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return names[id(embedding)], names.get(id(head))

@@ -1,0 +1,70 @@
+"""Where the progress of a ranking goes beside the screen: JSON lines, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from acip_export.errors import MissingExtraError, UsageError
+from acip_export.ranking.config import Progress, ProgressCallback
+
+
+@contextmanager
+def json_log(file: Path) -> Iterator[ProgressCallback]:
+    """Appends one JSON object per report to ``file``: the fields of :class:`Progress`, and ``time`` (Unix seconds).
+
+    Appends, so that a resumed run goes on in the same file; each line is written at once, so that it can be followed.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise UsageError(f"the log {file} cannot be written: {error}; choose another file with  --log-json") from error
+    with stream:
+
+        def log(progress: Progress) -> None:
+            stream.write(json.dumps({"time": round(time.time(), 3), **asdict(progress)}) + "\n")
+
+        yield log
+
+
+@contextmanager
+def tensorboard_log(directory: Path) -> Iterator[ProgressCallback]:
+    """Writes ``PHASE/loss``, ``PHASE/ratio`` and ``PHASE/tokens_per_second`` over the steps for TensorBoard.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtraError("tensorboard", "tensorboard", "--tensorboard") from None
+    writer: SummaryWriter = SummaryWriter(str(directory))
+
+    def log(progress: Progress) -> None:
+        for name in ("loss", "ratio", "tokens_per_second"):
+            value = getattr(progress, name)
+            if value is not None:
+                writer.add_scalar(f"{progress.phase}/{name}", value, progress.step)
+
+    try:
+        yield log
+    finally:
+        writer.close()
+
+
+def to_all(callbacks: list[Callable[[Progress], None]]) -> ProgressCallback:
+    """One callback that passes every report on."""
+
+    def report(progress: Progress) -> None:
+        for callback in callbacks:
+            callback(progress)
+
+    return report

@@ -1,0 +1,397 @@
+"""The figures of a report page. Pure, but for :func:`read_export`.
+
+Everything that moves with the size slider is a list of :class:`Size`: plans at other budgets, and exports that were
+made and measured. It is embedded in the page as JSON, from which a later run can read it back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import exp, isfinite
+from pathlib import Path
+from typing import Any
+
+from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
+from acip_export.errors import InputError
+from acip_export.inspection.anatomy import fact, layer_group
+from acip_export.io.atomic import read_json_object
+from acip_export.weight_types import weight_format
+
+DATA_FORMAT, DATA_VERSION = "acip-report-data", 1
+REPORT_FILE, PLAN_FILE = "report.json", "plan.json"
+_REPORT_VERSION = 1
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+
+
+# Ratios of the ranked layers' parameters -> for each, the share of components that the ranking keeps, by module.
+ScoreMap = Callable[[Sequence[float]], Sequence[Mapping[str, float]]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export as its own files describe it.
+
+    Attributes:
+        plan: its ``plan.json``. report: its ``report.json``, empty where it was never verified.
+    """
+
+    plan: Plan
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a score file says about itself: see :class:`acip_export.artifacts.scores.ScoreFile`.
+
+    Attributes:
+        curve: ``(ratio, loss, loss with adapters or None)``, nats per token.
+        license: of the base model, as its card names it, or empty. hub: its Hugging Face id, or empty.
+    """
+
+    algorithm: Mapping[str, Any]
+    data: Mapping[str, Any]
+    versions: Mapping[str, Any]
+    curve: tuple[tuple[float, float, float | None], ...]
+    license: str = ""
+    hub: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One matrix at one size: bytes, its stored types in words, its rank (0: dense)."""
+
+    nbytes: int
+    types: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """One planned size, all figures in bytes unless said otherwise.
+
+    Attributes:
+        files, memory: as planned; the runtime itself is part of the memory if the budget covers it. used: what counts
+            against the budget. budget: as asked. loss: predicted, nats per token above the dense model.
+        perplexity: predicted on the planner's own text; ``None`` for models without one.
+        ratio: files over the dense model's weights. breakdown: ``(purpose, bytes, whether the budget counts it)``.
+        vectors: norms and biases. overhead: bytes of the files that are no numbers. cells: one per matrix.
+        ranking_ratio: bytes of the ranked layers over those of their 16-bit weights, at most 1. ranking: the share of
+            each matrix's components that the ranking alone keeps at this ratio, ``None`` for matrices without scores;
+            both ``None`` where there is no score file.
+    """
+
+    files: int
+    memory: int
+    used: int
+    budget: int
+    loss: float
+    perplexity: float | None
+    ratio: float
+    note: str
+    breakdown: tuple[tuple[str, int, bool], ...]
+    vectors: int
+    overhead: int
+    cells: tuple[Cell, ...]
+    ranking_ratio: float | None = None
+    ranking: tuple[float | None, ...] | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Two plans of one model and layout with the same bytes count as one size."""
+        return self.files, self.used
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Quality of an export in its runtime; ``low`` and ``high`` are one standard error away, ``None`` without one."""
+
+    point: int
+    runtime: str
+    perplexity: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that a page shows.
+
+    Attributes:
+        own: the export that the page is about. sizes: smallest first; ``own_size`` is its position.
+        matrices: ``(name, layer or -1, kind, rows, columns)``. bits: of each type that occurs.
+        dense_perplexity: measured on the text of the measured figures.
+    """
+
+    own: Exported
+    sizes: tuple[Size, ...]
+    own_size: int
+    matrices: tuple[tuple[str, int, str, int, int], ...]
+    bits: Mapping[str, float]
+    measured: tuple[Measured, ...]
+    dense_perplexity: float | None
+    ranking: Ranking | None
+
+    def predicted(self, size: Size) -> float | None:
+        """Perplexity on the text of the measured figures where there is one, else on the planner's."""
+        if size.perplexity is None:
+            return None
+        return size.perplexity if self.dense_perplexity is None else self.dense_perplexity * exp(min(size.loss, 300.0))
+
+    def to_json(self) -> dict[str, Any]:
+        """What the page embeds; types are written as positions in a list, or a 7B model's page would be large."""
+        types = sorted(self.bits, key=lambda name: (-self.bits[name], name))
+        position = {name: index for index, name in enumerate(types)}
+        plan = self.own.plan
+        return {
+            "format": DATA_FORMAT,
+            "version": DATA_VERSION,
+            "model": plan.model,
+            "fingerprint": plan.model_fingerprint,
+            "target": plan.target,
+            "layout": plan.layout,
+            "scope": plan.budget_scope,
+            "unit": plan.loss_unit,
+            "own": self.own_size,
+            "tensors": self.matrices,
+            "types": [[name, self.bits[name]] for name in types],
+            "points": [
+                {
+                    **asdict(size),
+                    "shown": self.predicted(size),
+                    "cells": [[cell.nbytes, position[cell.types], cell.rank] for cell in size.cells],
+                    "ranking": size.ranking and [None if r is None else round(r, 3) for r in size.ranking],
+                }
+                for size in self.sizes
+            ],
+            "measured": [asdict(measured) for measured in self.measured],
+            "dense": self.dense_perplexity,
+            "ranking": None if self.ranking is None else asdict(self.ranking),
+        }
+
+
+def read_export(path: Path) -> Exported:
+    """An export directory, or the ``report.json`` (or ``plan.json``) in it.
+
+    Raises:
+        PlanFileError: no readable plan. InputError: a damaged report, one of another version or another export.
+    """
+    root = path if path.is_dir() else path.parent
+    plan = load_plan(root / PLAN_FILE)
+    file = root / REPORT_FILE
+    if not file.exists():
+        return Exported(plan, {})
+    report = read_json_object(file, InputError)
+    found = report.get("format"), report.get("version")
+    if found != ("acip-report", _REPORT_VERSION):
+        raise InputError(
+            f"{file} is {found[0]!r} of version {found[1]}, expected 'acip-report' of version {_REPORT_VERSION}; "
+            "run  acip-export verify"
+        )
+    if report.get("planned_bytes") != plan.planned_bytes:
+        raise InputError(f"{file} is not of the plan beside it; run  acip-export verify  again")
+    return Exported(plan, report)
+
+
+def build_page(
+    own: Exported,
+    others: Sequence[Exported] = (),
+    sizes: Sequence[Plan] = (),
+    ranking: Ranking | None = None,
+    score_map: ScoreMap | None = None,
+    before: Mapping[str, Any] | None = None,
+) -> Page:
+    """Everything for one page.
+
+    Args:
+        others: measured exports of the same model, target and layout. sizes: plans of it that were not exported.
+        score_map: see :data:`ScoreMap`. before: what an earlier page embedded; used for what is not given.
+
+    Raises:
+        InputError: an export or plan is of another model, target or layout.
+    """
+    for plan in (*(other.plan for other in others), *sizes):
+        _same_page(own.plan, plan)
+    usable = before if before is not None and _fits(before, own.plan) else None
+    found: dict[tuple[int, int], Size] = {}
+    if usable is not None and not sizes:
+        found |= {size.key: size for size in _sizes_before(usable)}
+    plans = (*sizes, *(other.plan for other in others), own.plan)
+    for plan in plans:
+        old = found.get(_key(plan))
+        size = size_of(plan)
+        found[_key(plan)] = size if old is None else replace(size, ranking_ratio=old.ranking_ratio, ranking=old.ranking)
+    ordered = tuple(sorted(found.values(), key=lambda size: (size.used, size.files, -size.loss)))
+    matrices = tuple(_matrix(d) for d in own.plan.tensors if len(d.shape) == 2)
+    if score_map is not None:
+        ordered = _with_ranking(ordered, matrices, score_map)
+    where = {size.key: index for index, size in enumerate(ordered)}
+    measured = {where[_key(e.plan)]: m for e in (*others, own) if (m := _measured(e, where[_key(e.plan)])) is not None}
+    dense = next((d for e in (own, *others) if (d := positive(e.report.get("dense_perplexity"))) is not None), None)
+    if usable is not None and usable.get("dense") == dense:  # the same text
+        measured = {m.point: m for m in _measured_before(usable, where)} | measured
+    bits = {cell.types: _bits(own.plan.target, cell.types) for size in ordered for cell in size.cells}
+    if ranking is None and usable is not None:
+        ranking = _ranking_before(usable)
+    return Page(
+        own,
+        ordered,
+        where[_key(own.plan)],
+        matrices,
+        bits,
+        tuple(measured[index] for index in sorted(measured)),
+        dense,
+        ranking,
+    )
+
+
+def _with_ranking(
+    sizes: tuple[Size, ...], matrices: Sequence[tuple[str, int, str, int, int]], score_map: ScoreMap
+) -> tuple[Size, ...]:
+    ranked = set(score_map([1.0])[0])
+    inside = [index for index, matrix in enumerate(matrices) if matrix[0] in ranked]
+    dense = sum(2 * matrices[index][3] * matrices[index][4] for index in inside)
+    ratios = [min(1.0, sum(size.cells[index].nbytes for index in inside) / dense) for size in sizes]
+    return tuple(
+        replace(size, ranking_ratio=ratio, ranking=tuple(kept.get(matrix[0]) for matrix in matrices))
+        for size, ratio, kept in zip(sizes, ratios, score_map(ratios), strict=True)
+    )
+
+
+def size_of(plan: Plan) -> Size:
+    """A plan's figures, without what no page shows."""
+    matrices = [d for d in plan.tensors if len(d.shape) == 2]
+    vectors = sum(d.nbytes for d in plan.tensors if len(d.shape) != 2)
+    return Size(
+        files=plan.planned_bytes,
+        memory=plan.process_bytes if plan.budget_scope == "process" else plan.memory_bytes,
+        used=plan.used_bytes,
+        budget=plan.budget_bytes,
+        loss=plan.predicted_loss,
+        perplexity=plan.predicted_perplexity,
+        ratio=plan.size_ratio,
+        note=" ".join(f"{note[0].upper()}{note[1:]}." for note in plan.notes if note),
+        breakdown=tuple((name.replace("_", " "), size, plan.counts(name)) for name, size in plan.breakdown.items()),
+        vectors=vectors,
+        overhead=plan.planned_bytes - vectors - sum(d.nbytes for d in matrices),
+        cells=tuple(Cell(d.nbytes, _types(d), d.rank or 0) for d in matrices),
+    )
+
+
+def positive(value: Any) -> float | None:
+    """The perplexity of a perplexity object of ``report.json``, ``None`` where there is none that makes sense."""
+    number = value.get("perplexity") if isinstance(value, Mapping) else None
+    usable = isinstance(number, int | float) and not isinstance(number, bool) and isfinite(number) and number > 0
+    return float(number) if usable and number is not None else None
+
+
+def _key(plan: Plan) -> tuple[int, int]:
+    return plan.planned_bytes, plan.used_bytes
+
+
+def _measured(export: Exported, point: int) -> Measured | None:
+    for runtime in export.report.get("runtimes", ()):
+        value = positive(runtime.get("perplexity"))
+        if value is None:
+            continue
+        error = runtime["perplexity"].get("standard_error")
+        # Beside the dense model, what counts is the error of the difference: both were measured on the same tokens.
+        error = (runtime.get("divergence") or {}).get("loss_difference_standard_error") or error
+        known = isinstance(error, int | float) and isfinite(error)
+        low, high = (value * exp(-error), value * exp(error)) if known else (None, None)
+        return Measured(point, fact(runtime.get("runtime", "")), value, low, high)
+    return None
+
+
+def _matrix(decision: TensorDecision) -> tuple[str, int, str, int, int]:
+    """Experts and the like are further numbers in a name; they share a column of the heat map."""
+    match = _LAYER.search(decision.module)
+    rows, columns = decision.shape
+    if match is None:
+        return fact(decision.module), -1, fact(decision.module.rpartition(".")[2]), rows, columns
+    return fact(decision.module), int(match[1]), fact(layer_group(match[2])), rows, columns
+
+
+def _types(decision: TensorDecision) -> str:
+    if decision.rank is None:
+        return str(decision.format)
+    down, up = str(decision.down_format), str(decision.up_format)
+    return down if down == up else f"{down}·{up}"
+
+
+def _bits(target: str, types: str) -> float:
+    """Per stored number; of a pair the mean."""
+    names = types.split("·")
+    return sum(weight_format(target, name).bits_per_weight for name in names) / len(names)
+
+
+def _same_page(own: Plan, other: Plan) -> None:
+    mine, theirs = (
+        (p.model, p.model_fingerprint[:12], f"{p.target} {p.layout}", f"budget of {p.budget_scope}")
+        for p in (own, other)
+    )
+    if mine != theirs:
+        raise InputError(
+            f"one report shows one model, layout and kind of budget: {', '.join(mine)}.\n"
+            f"Here is also {', '.join(theirs)}; make a report of its own for it"
+        )
+
+
+_ISLAND = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+
+
+def embedded(html: str) -> dict[str, Any] | None:
+    """What a page made by this version embeds; ``None`` for any other text."""
+    match = _ISLAND.search(html)
+    try:
+        data = json.loads(match[1]) if match else None
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(data, dict) and (data.get("format"), data.get("version")) == (DATA_FORMAT, DATA_VERSION)
+    return data if known else None
+
+
+def _fits(before: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether an earlier page is of the same thing, and whole."""
+    expected = (plan.model_fingerprint, plan.target, plan.layout, plan.budget_scope)
+    if tuple(before.get(key) for key in ("fingerprint", "target", "layout", "scope")) != expected:
+        return False
+    try:
+        matrices = sum(len(d.shape) == 2 for d in plan.tensors)
+        _measured_before(before, {})
+        return all(len(size.cells) == matrices for size in _sizes_before(before))
+    except (KeyError, TypeError, ValueError, IndexError):
+        return False
+
+
+def _sizes_before(data: Mapping[str, Any]) -> list[Size]:
+    names = [str(name) for name, _ in data["types"]]
+    keys = tuple(Size.__dataclass_fields__)
+    return [
+        Size(
+            **{
+                **{key: point[key] for key in keys},
+                "breakdown": tuple((str(name), int(size), bool(inside)) for name, size, inside in point["breakdown"]),
+                "cells": tuple(Cell(int(size), names[kind], int(rank)) for size, kind, rank in point["cells"]),
+                "ranking": point["ranking"] and tuple(point["ranking"]),
+            }
+        )
+        for point in data["points"]
+    ]
+
+
+def _measured_before(data: Mapping[str, Any], where: Mapping[tuple[int, int], int]) -> list[Measured]:
+    places = [where.get((point["files"], point["used"])) for point in data["points"]]
+    kept = [(places[stored["point"]], stored) for stored in data["measured"]]
+    return [Measured(**{**stored, "point": place}) for place, stored in kept if place is not None]
+
+
+def _ranking_before(data: Mapping[str, Any]) -> Ranking | None:
+    stored = data.get("ranking")
+    try:
+        return None if stored is None else Ranking(**{**stored, "curve": tuple(tuple(p) for p in stored["curve"])})
+    except (KeyError, TypeError):
+        return None

@@ -1,0 +1,164 @@
+"""Encoders in their runtimes: vectors of texts against the bundle's, and similarities against the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from acip_export.artifacts.plan import Plan, Runtime
+from acip_export.formats.session import EncoderSession, Vectors, Windows
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.embedding_similarity import Similarity, compare_similarities
+from acip_export.model.encoder import Encoder
+from acip_export.rounding import RoundTrip
+from acip_export.text.packing import load_tokenizer
+from acip_export.verification.metrics import Agreement, log_softmax
+
+# Texts that every export is checked on, when the user gives none: several lengths, scripts and signs.
+_TEXTS = (
+    "A text encoder turns sentences into vectors.",
+    "The weather is nice today, isn't it?",
+    "def main(argv): return sum(int(a) for a in argv[1:])",
+    "Prices rose by 3.5 % in 2024; wages didn't.",
+    "Größe, naïve, ça va? Привет, мир!",
+    "word",
+    "Where can I buy a bicycle near the old railway station, and what would a good one with three gears cost?",
+    "Bicycles are sold at the shop beside the station.",
+)
+# Of unit vectors or logits: float32 in another order for ONNX, llama.cpp's tanh form of GELU from a float16 table.
+_FLOAT_TOLERANCE = {"onnx": 1e-4, "gguf": 2e-2}
+# The bundle is rounded as the export is; what is left is the rounding of activations to eight bits. Ten times what was
+# measured on a trained encoder; a tensor in the wrong place costs some tenths.
+_ROUNDED_DISTANCE = 0.02
+_MOST_TEXTS = 256
+
+# target -> runtime: name, module and class.
+ENCODER_SESSIONS = {
+    "gguf": ("llama.cpp", "converters.gguf.runtimes.llama_encoder", "LlamaEncoderSession"),
+    "onnx": ("onnxruntime", "converters.onnx.runtimes.onnx_encoder", "OnnxEncoderSession"),
+}
+
+
+@dataclass(frozen=True)
+class EncoderFigures:
+    """What one runtime's export of an encoder is like.
+
+    Attributes:
+        runtime: name and version. agreement: with the bundle, ``positions`` texts; ``mean_kl`` is the mean cosine
+            distance for embeddings, and nothing is generated.
+        similarity: against the dense model, for embeddings with enough texts; else ``None``.
+        failures: one sentence for each check that did not hold.
+    """
+
+    runtime: str
+    agreement: Agreement
+    similarity: Similarity | None
+    failures: tuple[str, ...]
+
+
+def verify_encoder(
+    export: Path,
+    plan: Plan,
+    encoder: Encoder,
+    bundle: Path,
+    round_trip: RoundTrip,
+    dense: Path | None,
+    text: Windows | None,
+) -> EncoderFigures:
+    """Open the export in its runtime and compare.
+
+    Args:
+        dense: the base model, for similarities.
+        text: held-out texts, (n, length) padded token ids; ``None``: a few sentences of our own.
+
+    Raises:
+        MissingExtraError: the runtime is not installed. VerificationError: it refuses the export.
+    """
+    texts = _tokens(bundle, encoder, plan.runtime, text)
+    _, module, name = ENCODER_SESSIONS[plan.target]
+    session: EncoderSession
+    with getattr(import_module(module), name)(export, plan.runtime) as session:
+        found, runtime = session.outputs(texts), session.name
+    reference = TorchEncoder(bundle, encoder, round_trip).outputs(texts)
+    agreement = _agreement(encoder, reference, found)
+    similarity = None
+    if encoder.kind == "embedding" and dense is not None:
+        similarity = compare_similarities(found, TorchEncoder(dense, encoder, None).outputs(texts))
+    return EncoderFigures(runtime, agreement, similarity, _failures(plan, runtime, agreement))
+
+
+class TorchEncoder:
+    """A bundle with the numbers of its export, or a dense model, in PyTorch, float32."""
+
+    def __init__(self, path: Path, encoder: Encoder, round_trip: RoundTrip | None) -> None:
+        import torch
+
+        from acip_export.artifacts.bundle import MANIFEST_FILE, load_bundle
+        from acip_export.model.torch_model import load_dense
+
+        bundle = (path / MANIFEST_FILE).is_file()
+        self.model = load_bundle(path, round_trip) if bundle else load_dense(Checkpoint.open(path), torch.float32)
+        self.encoder = encoder
+
+    def outputs(self, texts: Sequence[list[int]]) -> Vectors:
+        """As :meth:`EncoderSession.outputs`."""
+        import torch
+
+        from acip_export.model.torch_model import pooled
+
+        rows = []
+        with torch.no_grad():
+            for tokens in texts:
+                ids = torch.tensor([tokens])
+                output: Any = self.model(input_ids=ids)
+                if self.encoder.pooling is not None:
+                    real = torch.ones_like(ids, dtype=torch.bool)
+                    row = pooled(output.last_hidden_state, real, self.encoder.pooling)[0]
+                elif self.encoder.kind == "classification":
+                    row = output.logits[0]
+                else:
+                    row = output.logits[0].mean(0)
+                rows.append(row.float())
+            vectors: Vectors = torch.stack(rows).numpy()
+        return vectors
+
+
+def _tokens(model: Path, encoder: Encoder, runtime: Runtime, text: Windows | None) -> list[list[int]]:
+    tokenizer = load_tokenizer(model)
+    if text is None:
+        length = min(encoder.max_length, runtime.context)
+        ids: list[list[int]] = tokenizer(list(_TEXTS), truncation=True, max_length=length)["input_ids"]
+        return ids
+    return [[int(token) for token in row[row != tokenizer.pad_token_id]] for row in text[:_MOST_TEXTS]]
+
+
+def _agreement(encoder: Encoder, reference: Vectors, found: Vectors) -> Agreement:
+    """See :class:`EncoderFigures`; embeddings are compared at unit length, which is all that a runtime promises."""
+    if encoder.kind == "embedding":
+        reference, found = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (reference, found))
+        distance = float(1 - (reference * found).sum(1).mean())
+        same = np.ones(1)
+    else:
+        log_a, log_b = log_softmax(reference), log_softmax(found)
+        distance = float((np.exp(log_a) * (log_a - log_b)).sum(1).mean())
+        same = reference.argmax(1) == found.argmax(1)
+    difference = float(np.abs(reference - found).max())
+    return Agreement(len(reference), difference, max(0.0, distance), float(same.mean()), 0, 0)
+
+
+def _failures(plan: Plan, runtime: str, agreement: Agreement) -> tuple[str, ...]:
+    used = {name for d in plan.tensors for name in (d.format, d.up_format, d.down_format) if name}
+    if used <= {"f32"}:
+        tolerance = _FLOAT_TOLERANCE[plan.target]
+        if not agreement.max_logit_difference <= tolerance:
+            found = f"{agreement.max_logit_difference:.2e}, at most {tolerance} allowed"
+            return (f"{runtime}: outputs differ by {found}",)
+    elif not agreement.mean_kl <= _ROUNDED_DISTANCE:
+        found = f"{agreement.mean_kl:.4f}, at most {_ROUNDED_DISTANCE} allowed"
+        return (f"{runtime}: the mean distance of outputs from the bundle's is {found}",)
+    return ()

@@ -1,0 +1,525 @@
+"""Proof that an export is what its plan promised: bytes, then numbers, in the real runtimes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.plan import Plan, load_plan
+from acip_export.errors import BundleError, VerificationError
+from acip_export.formats.session import Logits, RuntimeSession, Speed, Windows
+from acip_export.inspection.read import PAPERS
+from acip_export.io.atomic import new_file, sha256_of
+from acip_export.model.embedding_similarity import Similarity
+from acip_export.model.encoder import Encoder, encoder_of
+from acip_export.planning.memory import uncounted_bytes
+from acip_export.units import format_bytes
+from acip_export.verification import harness as evaluation
+from acip_export.verification.encoders import ENCODER_SESSIONS, verify_encoder
+from acip_export.verification.harness import TaskMetric
+from acip_export.verification.metrics import (
+    Agreement,
+    Divergence,
+    Perplexity,
+    compare_logits,
+    compare_with_dense,
+    perplexity,
+)
+from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, Memory, ProcessFigures, measure_process
+from acip_export.verification.structure import Structure, check_structure
+from acip_export.version import __version__
+
+REPORT_VERSION = 1
+REPORT_FILE = "report.json"
+EXPORT_PLAN_FILE = "plan.json"
+
+# Sampled by the reference itself: real text for the model, with no need for the user's.
+_SAMPLED_WINDOWS, _SAMPLED_TOKENS, _GREEDY_TOKENS = 2, 48, 16
+_FLOAT_TOLERANCE = {"onnx": 1e-4, "gguf": 2e-2}
+# Sixty times what the rounding costs on a trained model, a thousandth of what four-bit weights do.
+_ROUNDED_CACHE_KL = 1e-5
+# Thirty times what was measured on trained models in both formats; a tensor in the wrong place costs whole nats.
+_ROUNDED_ACTIVATIONS_KL = 0.03
+
+# Whose versions a report names, where they are installed.
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "xllamacpp",
+    "llama-cpp-python",
+    "gguf",
+    "lm_eval",
+)
+
+# target -> runtimes: name, module and class; the first one measures quality.
+SESSIONS = {
+    "gguf": (("llama.cpp", "converters.gguf.runtimes.llama_cpp", "LlamaCppSession"),),
+    "onnx": (
+        ("onnxruntime", "converters.onnx.runtimes.onnxruntime", "OnnxRuntimeSession"),
+        ("onnxruntime-genai", "converters.onnx.runtimes.genai", "GenaiSession"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Text that quality is measured on.
+
+    Attributes:
+        windows: (n, tokens). source: its file name. sha256: of the text.
+    """
+
+    windows: Windows
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class MemoryReport(Memory):
+    """A process against the plan.
+
+    Attributes:
+        predicted_bytes: the plan's, this runtime itself included.
+        within_budget: the peak without what the budget does not cover; ``None`` for budgets of files, and for graphs
+            that are meant for another processor than the one that was measured.
+    """
+
+    predicted_bytes: int
+    within_budget: bool | None
+
+
+@dataclass(frozen=True)
+class RuntimeReport:
+    """One runtime's figures. ``perplexity`` and ``divergence`` only where text was given, of the first runtime."""
+
+    runtime: str
+    load_seconds: float | None
+    agreement: Agreement
+    perplexity: Perplexity | None
+    divergence: Divergence | None
+    memory: MemoryReport | None
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """A file of the export; ``sha256`` and ``bytes`` are ``None`` when it is missing."""
+
+    name: str
+    bytes: int | None
+    planned_bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """See :class:`EvaluationText`; ``tokens``: in all windows together."""
+
+    source: str
+    sha256: str
+    windows: int
+    window_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the export was made of and by."""
+
+    tool: str
+    model_fingerprint: str
+    scores_sha256: str
+    bundle_weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``report.json`` holds; docs/report.md says what each figure is.
+
+    Attributes:
+        passed: every check held. failures: one sentence for each that did not. notes: what could not be measured.
+        written_bytes, planned_bytes: of all files of the export.
+        bundle_perplexity, dense_perplexity: in PyTorch, on the same text.
+        similarity: encoders: mean cosine similarity of the export's embeddings to the dense model's.
+        similarity_spearman, similarity_error: of the similarities between texts, against the dense model's.
+        tasks: task -> metric -> value and standard error.
+    """
+
+    export: str
+    model: str
+    target: str
+    layout: str
+    budget_bytes: int
+    budget_scope: str
+    planned_bytes: int
+    written_bytes: int
+    memory_bytes: int
+    process_bytes: int
+    breakdown: Mapping[str, int]
+    predicted_loss: float
+    predicted_perplexity: float | None
+    passed: bool
+    failures: tuple[str, ...]
+    notes: tuple[str, ...]
+    files: tuple[FileReport, ...]
+    structure: Structure | None
+    provenance: Provenance
+    machine: Mapping[str, str | int | None]
+    versions: Mapping[str, str]
+    text: TextReport | None
+    runtimes: tuple[RuntimeReport, ...]
+    bundle_perplexity: Perplexity | None
+    dense_perplexity: Perplexity | None
+    similarity: float | None = None
+    similarity_spearman: float | None = None
+    similarity_error: float | None = None
+    tasks: Mapping[str, Mapping[str, TaskMetric]] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "acip-report", "version": REPORT_VERSION, **dataclasses.asdict(self)}
+
+
+def written_files(export: Path, plan: Plan) -> dict[str, int]:
+    """Bytes on disk of the plan's files; a missing one is absent."""
+    return {name: (export / name).stat().st_size for name in plan.files if (export / name).is_file()}
+
+
+def check_bytes(export: Path, plan: Plan) -> list[str]:
+    """One sentence per file that is not as planned."""
+    written = written_files(export, plan)
+    failures = [
+        f"{name}: {written.get(name, 'no')} bytes written, {planned} planned"
+        for name, planned in plan.files.items()
+        if written.get(name) != planned
+    ]
+    unplanned = {str(f.relative_to(export)) for f in export.rglob("*") if f.is_file()} - set(plan.files) - PAPERS
+    return failures + [f"{name}: written, but not planned" for name in sorted(unplanned)]
+
+
+def verify_export(
+    export: Path,
+    bundle: Path,
+    text: EvaluationText | None = None,
+    dense: Path | None = None,
+    tasks: Sequence[str] = (),
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Check the files, run the export in every runtime of its target, and compare with the bundle and the dense model.
+
+    Each runtime first runs in a fresh process, which is measured, and which alone dies if the runtime crashes. At most
+    two models are in memory: a reference and the export.
+
+    Args:
+        text: to measure quality on. dense: the base model's directory, for perplexity and divergence on that text, and
+            for the similarities that an encoder keeps.
+        tasks: of lm-evaluation-harness, run on the bundle.
+        timeout: seconds for each of the fresh processes.
+
+    Raises:
+        PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged or of another plan.
+        RuntimeCrashError, RuntimeHangError: a runtime died or did not answer; VerificationError: it refuses the export.
+        MissingExtraError: a runtime, or lm-evaluation-harness for ``tasks``, is not installed.
+    """
+    if tasks:
+        evaluation.require()
+    plan = load_plan(export / EXPORT_PLAN_FILE)
+    made_of = Bundle.open(bundle, verify_hash=True)
+    _check_same_plan(export, plan, made_of)
+    failures = check_bytes(export, plan)
+    encoder = encoder_of(made_of.as_checkpoint())
+    structure, differences = (None, []) if failures else check_structure(export, made_of)
+    failures += differences
+    found = _Found()
+    if not failures and encoder is not None:
+        found = _run_encoder(export, made_of, encoder, text, dense, timeout, progress)
+    elif not failures:
+        found = _run(export, made_of, text, dense, timeout, progress)
+    failures += found.failures
+    return Report(
+        export=export.name,
+        model=plan.model,
+        target=plan.target,
+        layout=plan.layout,
+        budget_bytes=plan.budget_bytes,
+        budget_scope=plan.budget_scope,
+        planned_bytes=plan.planned_bytes,
+        written_bytes=sum(written_files(export, plan).values()),
+        memory_bytes=plan.memory_bytes,
+        process_bytes=plan.process_bytes,
+        breakdown=plan.breakdown,
+        predicted_loss=plan.predicted_loss,
+        predicted_perplexity=plan.predicted_perplexity,
+        passed=not failures,
+        failures=tuple(failures),
+        notes=found.notes,
+        files=_files(export, plan),
+        structure=structure,
+        provenance=Provenance(
+            f"acip-export {__version__}",
+            plan.model_fingerprint,
+            plan.scores_sha256,
+            str(made_of.manifest["weights_sha256"]),
+        ),
+        machine={"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+        versions=_versions(),
+        text=None if text is None else _text_report(text),
+        runtimes=found.runtimes,
+        bundle_perplexity=found.bundle_perplexity,
+        dense_perplexity=found.dense_perplexity,
+        similarity=None if found.similarity is None else 1 - found.similarity.mean_distance,
+        similarity_spearman=None if found.similarity is None else found.similarity.spearman,
+        similarity_error=None if found.similarity is None else found.similarity.mean_error,
+        tasks=evaluation.run_tasks(bundle, tasks, progress) if tasks and not failures else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What running an export gave."""
+
+    failures: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    runtimes: tuple[RuntimeReport, ...] = ()
+    bundle_perplexity: Perplexity | None = None
+    dense_perplexity: Perplexity | None = None
+    similarity: Similarity | None = None
+
+
+def _run(
+    export: Path,
+    bundle: Bundle,
+    text: EvaluationText | None,
+    dense: Path | None,
+    timeout: float,
+    progress: Callable[[str], None],
+) -> _Found:
+    plan = bundle.plan
+    progress("bundle")
+    sampled, bundle_perplexity = _sample(bundle.path, plan, text)
+    figures = []
+    for name, module, class_name in SESSIONS[plan.target]:
+        progress(f"{name}, in a process of its own")
+        figures.append(measure_process(module, class_name, export, timeout))
+    runtimes, dense_perplexity = _compare(export, bundle, sampled, figures, text, dense, progress)
+    failures = list[str]()
+    for report in runtimes:
+        failures += _check_agreement(plan, report) + _check_memory(plan, report)
+    notes = _notes(runtimes[0].memory, text, dense)
+    return _Found(tuple(failures), notes, runtimes, bundle_perplexity, dense_perplexity)
+
+
+def _notes(memory: Memory | None, text: EvaluationText | None, dense: Path | None) -> tuple[str, ...]:
+    """What could not be measured."""
+    notes = []
+    if memory is None:
+        notes.append(f"memory was not measured: {platform.system()} has no /proc")
+    if text is not None and dense is None:
+        notes.append("the dense model is not here: nothing was compared with it")
+    return tuple(notes)
+
+
+def _run_encoder(
+    export: Path,
+    bundle: Bundle,
+    encoder: Encoder,
+    text: EvaluationText | None,
+    dense: Path | None,
+    timeout: float,
+    progress: Callable[[str], None],
+) -> _Found:
+    from acip_export.formats.registry import converter
+
+    plan = bundle.plan
+    name, module, class_name = ENCODER_SESSIONS[plan.target]
+    progress(f"{name}, in a process of its own")
+    measured = measure_process(module, class_name, export, timeout)
+    progress(name)
+    windows = None if text is None else text.windows
+    figures = verify_encoder(export, plan, encoder, bundle.path, converter(plan.target).round_trip, dense, windows)
+    memory = _memory_report(plan, measured.memory, uncounted_bytes(plan, bundle.as_checkpoint(), name))
+    report = RuntimeReport(
+        figures.runtime, measured.load_seconds, figures.agreement, None, None, memory, measured.speed
+    )
+    failures = (*figures.failures, *_check_memory(plan, report))
+    return _Found(failures, _notes(report.memory, text, dense), (report,), similarity=figures.similarity)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Text drawn from the bundle, and what the bundle says about it."""
+
+    windows: Windows
+    logits: list[Logits]
+    prompt: list[int]
+    continuation: list[int]
+
+
+def _sample(bundle: Path, plan: Plan, text: EvaluationText | None) -> tuple[_Sample, Perplexity | None]:
+    from acip_export.formats.registry import converter
+    from acip_export.verification.reference import TorchReference
+
+    reference = TorchReference(bundle, converter(plan.target).round_trip)
+    context = plan.runtime.context
+    windows = reference.sample(_SAMPLED_WINDOWS, min(_SAMPLED_TOKENS, context), seed=0)
+    prompt = [int(token) for token in windows[0][: max(1, windows.shape[1] // 3)]]
+    continuation = reference.greedy(prompt, min(_GREEDY_TOKENS, context - len(prompt)))
+    sample = _Sample(windows, list(reference.logits(windows)), prompt, continuation)
+    return sample, None if text is None else perplexity(reference.logits(text.windows), text.windows)
+
+
+def _compare(
+    export: Path,
+    bundle: Bundle,
+    sample: _Sample,
+    figures: Sequence[ProcessFigures],
+    text: EvaluationText | None,
+    dense: Path | None,
+    progress: Callable[[str], None],
+) -> tuple[tuple[RuntimeReport, ...], Perplexity | None]:
+    """Every runtime's report, and the dense model's perplexity."""
+    plan = bundle.plan
+    reports: list[RuntimeReport] = []
+    dense_perplexity: Perplexity | None = None
+    for (name, module, class_name), measured in zip(SESSIONS[plan.target], figures, strict=True):
+        session: RuntimeSession
+        own: Perplexity | None = None
+        divergence: Divergence | None = None
+        with getattr(import_module(module), class_name)(export, plan.runtime) as session:
+            progress(session.name)
+            agreement = compare_logits(
+                sample.logits,
+                session.logits(sample.windows),
+                (sample.continuation, session.greedy(sample.prompt, len(sample.continuation))),
+            )
+            if text is not None and not reports:
+                own, dense_perplexity, divergence = _quality(session, text.windows, dense)
+        reports.append(
+            RuntimeReport(
+                session.name,
+                measured.load_seconds,
+                agreement,
+                own,
+                divergence,
+                _memory_report(plan, measured.memory, uncounted_bytes(plan, bundle.as_checkpoint(), name)),
+                measured.speed,
+            )
+        )
+    return tuple(reports), dense_perplexity
+
+
+def _quality(
+    session: RuntimeSession, windows: Windows, dense: Path | None
+) -> tuple[Perplexity, Perplexity | None, Divergence | None]:
+    if dense is None:
+        return perplexity(session.logits(windows), windows), None, None
+    from acip_export.verification.reference import TorchReference
+
+    of_dense, own, divergence = compare_with_dense(
+        TorchReference(dense).logits(windows), session.logits(windows), windows
+    )
+    return own, of_dense, divergence
+
+
+def _memory_report(plan: Plan, memory: Memory | None, uncounted: int) -> MemoryReport | None:
+    """``uncounted``: bytes beside the plan's ``memory_bytes``."""
+    if memory is None:
+        return None
+    if plan.budget_scope == "file" or plan.runtime.execution != "cpu":
+        within = None
+    else:
+        uncovered = uncounted if plan.budget_scope == "memory" else 0
+        within = memory.peak_bytes - uncovered <= plan.budget_bytes
+    return MemoryReport(
+        **dataclasses.asdict(memory), predicted_bytes=plan.memory_bytes + uncounted, within_budget=within
+    )
+
+
+def _check_same_plan(export: Path, plan: Plan, bundle: Bundle) -> None:
+    if plan != bundle.plan:
+        raise BundleError(f"{bundle.path} is the bundle of another plan than {export / EXPORT_PLAN_FILE}")
+
+
+def _files(export: Path, plan: Plan) -> tuple[FileReport, ...]:
+    written = written_files(export, plan)
+    return tuple(
+        FileReport(name, written.get(name), planned, sha256_of(export / name) if name in written else None)
+        for name, planned in plan.files.items()
+    )
+
+
+def _text_report(text: EvaluationText) -> TextReport:
+    count, tokens = text.windows.shape
+    return TextReport(text.source, text.sha256, count, tokens, text.windows.size)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _is_float(plan: Plan) -> bool:
+    used = {name for d in plan.tensors for name in (d.format, d.up_format, d.down_format) if name}
+    return used <= {"f32", "q1_0"} if plan.layout == "adapter" else used <= {"f32"}
+
+
+def _check_agreement(plan: Plan, report: RuntimeReport) -> list[str]:
+    """Float exports must equal the bundle; rounded ones must not be further off than rounding can take them."""
+    agreement = report.agreement
+    failures = []
+    if _is_float(plan):
+        tolerance = _FLOAT_TOLERANCE[plan.target]
+        # llama.cpp's attention rounds K and V to float16: large logits move further, and mean as little as small ones.
+        rounded_cache = plan.target == "gguf" and agreement.mean_kl <= _ROUNDED_CACHE_KL
+        if not (agreement.max_logit_difference <= tolerance or rounded_cache):
+            failures.append(
+                f"{report.runtime}: logits differ by {agreement.max_logit_difference:.2e}, at most {tolerance} allowed"
+            )
+        if agreement.greedy_equal != agreement.greedy_tokens:
+            failures.append(f"{report.runtime}: greedy tokens differ after {agreement.greedy_equal}")
+    else:
+        # The bundle is rounded alike, so what is left is the runtime's rounding of activations to eight bits.
+        if not agreement.mean_kl <= _ROUNDED_ACTIVATIONS_KL:
+            failures.append(
+                f"{report.runtime}: KL from the bundle is {agreement.mean_kl:.3f} nats per token, at most "
+                f"{_ROUNDED_ACTIVATIONS_KL}"
+            )
+    return failures
+
+
+def _check_memory(plan: Plan, report: RuntimeReport) -> list[str]:
+    memory = report.memory
+    if memory is None or memory.within_budget is not False:
+        return []
+    return [
+        f"{report.runtime}: its process took {format_bytes(memory.peak_bytes)}, {format_bytes(memory.predicted_bytes)} "
+        f"were planned; the budget of {format_bytes(plan.budget_bytes)} ({plan.budget_scope}) does not hold"
+    ]
+
+
+def save_report(report: Report, export: Path) -> None:
+    """Write ``report.json`` into the export, in place of an earlier one."""
+    with new_file(export / REPORT_FILE, force=True) as file:
+        file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def require_passed(report: Report) -> None:
+    """Raises VerificationError with every failure."""
+    if not report.passed:
+        lines = "\n".join(f"  {failure}" for failure in report.failures)
+        raise VerificationError(f"{report.export} is not what was planned:\n{lines}")

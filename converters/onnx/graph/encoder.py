@@ -1,0 +1,186 @@
+"""The graph of a BERT-style encoder, from names and shapes alone: no torch, no weights, no model builder.
+
+Inputs ``input_ids``, ``attention_mask`` and ``token_type_ids``, each (batch, sequence) int64 of any size. Outputs by
+kind: ``last_hidden_state`` and ``sentence_embedding`` (pooled and normalised as the model's own files say), or
+``logits``.
+Every matrix is a node of its own, a factor pair two of them; attention is one fused node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from acip_export.artifacts.plan import TensorDecision
+from acip_export.errors import UnsupportedError
+from acip_export.model.encoder import Encoder
+from converters.onnx.graph.decided import IR_VERSION, MICROSOFT, OPSET, Contents, DecidedGraph
+
+_ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gelu": ("Gelu", {}),
+    "gelu_new": ("Gelu", {"approximate": "tanh"}),
+    "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
+    "relu": ("Relu", {}),
+}
+_BATCH, _SEQUENCE = "batch_size", "sequence_length"
+
+
+def build_encoder(
+    config: Mapping[str, Any], encoder: Encoder, tensors: Sequence[TensorDecision], accuracy_level: int
+) -> tuple[ir.Model, Contents]:
+    """The graph, and the contents of its initializers in the order in which they are stored.
+
+    Args:
+        accuracy_level: of quantized products: 0 computes in float32, 4 rounds activations to int8 (faster).
+
+    Raises:
+        UnsupportedError: an activation, position encoding or decision that has no place in the graph.
+    """
+    _check_config(config)
+    graph = _Graph(tensors, accuracy_level)
+    hidden, mask = _transformer(graph, config, encoder)
+    width = int(config["hidden_size"])
+    if encoder.kind == "embedding":
+        outputs = [
+            graph.output("last_hidden_state", hidden, (_BATCH, _SEQUENCE, width)),
+            graph.output("sentence_embedding", _pooled(graph, hidden, mask, encoder), (_BATCH, width)),
+        ]
+    elif encoder.kind == "classification":
+        logits = _classified(graph, hidden)
+        outputs = [graph.output("logits", logits, (_BATCH, graph.rows("classifier.weight")))]
+    else:
+        logits = _predicted(graph, hidden, config, encoder)
+        outputs = [graph.output("logits", logits, (_BATCH, _SEQUENCE, int(config["vocab_size"])))]
+    return graph.model(outputs), graph.contents
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    activation = config.get("hidden_act", "gelu")
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedError(f"no ONNX export for activation {activation!r}; supported: {', '.join(_ACTIVATIONS)}")
+    positions = config.get("position_embedding_type", "absolute")
+    if positions != "absolute" or config.get("is_decoder"):
+        raise UnsupportedError(
+            f"no ONNX export for a BERT with {positions} positions (is_decoder={bool(config.get('is_decoder'))})"
+        )
+
+
+class _Graph(DecidedGraph):
+    """With the inputs, activations and outputs of encoders."""
+
+    def __init__(self, tensors: Sequence[TensorDecision], accuracy_level: int) -> None:
+        super().__init__(tensors, accuracy_level)
+        self.inputs = {
+            name: ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([_BATCH, _SEQUENCE]))
+            for name in ("input_ids", "attention_mask", "token_type_ids")
+        }
+
+    def activation(self, config: Mapping[str, Any], x: ir.Value, name: str) -> ir.Value:
+        kind, attributes = _ACTIVATIONS[config.get("hidden_act", "gelu")]
+        return self.node(kind, [x], f"{name}/{kind}", **attributes)
+
+    def output(self, name: str, value: ir.Value, shape: Sequence[int | str]) -> ir.Value:
+        found = self.node("Identity", [value], f"/{name}")
+        found.name, found.type, found.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        return found
+
+    def model(self, outputs: Sequence[ir.Value]) -> ir.Model:
+        if self.unused:
+            raise UnsupportedError(
+                f"ONNX has no place for {min(self.unused)} in this encoder; the config says otherwise"
+            )
+        graph = ir.Graph(
+            list(self.inputs.values()),
+            outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name="encoder",
+        )
+        return ir.Model(graph, ir_version=IR_VERSION)
+
+
+def _transformer(graph: _Graph, config: Mapping[str, Any], encoder: Encoder) -> tuple[ir.Value, ir.Value]:
+    """Token vectors, and the mask of keys for attention, (batch, sequence) int32."""
+    ids, epsilon = graph.inputs["input_ids"], float(config.get("layer_norm_eps", 1e-12))
+    prefix = f"{encoder.prefix}embeddings"
+    words = graph.lookup(encoder.word_embeddings, ids, f"/{prefix}/word_embeddings")
+    length = graph.node("Shape", [ids], f"/{prefix}/Shape", start=1, end=2)
+    positions = graph.node(
+        "Slice",
+        [graph.table(f"{prefix}.position_embeddings.weight"), graph.integers(0), length, graph.integers(0)],
+        f"/{prefix}/position_embeddings/Slice",
+    )
+    types = graph.node(
+        "Gather",
+        [graph.table(f"{prefix}.token_type_embeddings.weight"), graph.inputs["token_type_ids"]],
+        f"/{prefix}/token_type_embeddings/Gather",
+    )
+    sum_ = graph.node("Add", [words, types], f"/{prefix}/Add")
+    hidden = graph.node("Add", [sum_, positions], f"/{prefix}/Add_1")
+    hidden = graph.norm(f"{prefix}.LayerNorm", hidden, epsilon)
+    mask = graph.node("Cast", [graph.inputs["attention_mask"]], "/attention_mask/Cast", to=int(ir.DataType.INT32))
+    for index in range(int(config["num_hidden_layers"])):
+        layer = f"{encoder.prefix}encoder.layer.{index}"
+        stem = f"/{layer.replace('.', '/')}"
+        query, key, value = (
+            graph.linear(f"{layer}.attention.self.{kind}", hidden) for kind in ("query", "key", "value")
+        )
+        attended = graph.node(
+            "MultiHeadAttention",
+            [query, key, value, None, mask],
+            f"{stem}/attention/MultiHeadAttention",
+            MICROSOFT,
+            num_heads=int(config["num_attention_heads"]),
+        )
+        attended = graph.linear(f"{layer}.attention.output.dense", attended)
+        hidden = graph.node("Add", [attended, hidden], f"{stem}/attention/output/residual")
+        hidden = graph.norm(f"{layer}.attention.output.LayerNorm", hidden, epsilon)
+        wide = graph.activation(config, graph.linear(f"{layer}.intermediate.dense", hidden), f"{stem}/intermediate")
+        narrow = graph.linear(f"{layer}.output.dense", wide)
+        hidden = graph.node("Add", [narrow, hidden], f"{stem}/output/residual")
+        hidden = graph.norm(f"{layer}.output.LayerNorm", hidden, epsilon)
+    return hidden, mask
+
+
+def _pooled(graph: _Graph, hidden: ir.Value, mask: ir.Value, encoder: Encoder) -> ir.Value:
+    assert encoder.pooling is not None
+    if encoder.pooling.mode == "cls":
+        vector = graph.node("Gather", [hidden, graph.integer(0)], "/pooling/Gather", axis=1)
+    else:
+        column = graph.node("Unsqueeze", [mask, graph.integers(-1)], "/pooling/Unsqueeze")
+        if encoder.pooling.mode == "max":
+            real = graph.node("Cast", [column], "/pooling/Cast", to=int(ir.DataType.BOOL))
+            kept = graph.node("Where", [real, hidden, graph.number(float("-inf"))], "/pooling/Where")
+            vector = graph.node("ReduceMax", [kept, graph.integers(1)], "/pooling/ReduceMax", keepdims=0)
+        else:
+            weight = graph.node("Cast", [column], "/pooling/Cast", to=int(ir.DataType.FLOAT))
+            kept = graph.node("Mul", [hidden, weight], "/pooling/Mul")
+            total = graph.node("ReduceSum", [kept, graph.integers(1)], "/pooling/ReduceSum", keepdims=0)
+            count = graph.node("ReduceSum", [weight, graph.integers(1)], "/pooling/ReduceSum_1", keepdims=0)
+            count = graph.node("Max", [count, graph.number(1e-9)], "/pooling/Max")
+            vector = graph.node("Div", [total, count], "/pooling/Div")
+    if not encoder.pooling.normalize:
+        return vector
+    norm = graph.node("ReduceL2", [vector, graph.integers(-1)], "/normalize/ReduceL2", keepdims=1)
+    norm = graph.node("Max", [norm, graph.number(1e-12)], "/normalize/Max")
+    return graph.node("Div", [vector, norm], "/normalize/Div")
+
+
+def _classified(graph: _Graph, hidden: ir.Value) -> ir.Value:
+    first = graph.node("Gather", [hidden, graph.integer(0)], "/pooler/Gather", axis=1)
+    pooled = graph.node("Tanh", [graph.linear("bert.pooler.dense", first)], "/pooler/Tanh")
+    return graph.linear("classifier", pooled)
+
+
+def _predicted(graph: _Graph, hidden: ir.Value, config: Mapping[str, Any], encoder: Encoder) -> ir.Value:
+    head = "cls.predictions"
+    hidden = graph.linear(f"{head}.transform.dense", hidden)
+    hidden = graph.activation(config, hidden, "/cls/predictions/transform")
+    hidden = graph.norm(f"{head}.transform.LayerNorm", hidden, float(config.get("layer_norm_eps", 1e-12)))
+    name = "/cls/predictions/decoder/MatMul"
+    untied = f"{head}.decoder.weight"
+    logits = graph.head(untied if untied in graph.decisions else encoder.word_embeddings, hidden, name)
+    return graph.node("Add", [logits, graph.vector(f"{head}.bias")], "/cls/predictions/Add")

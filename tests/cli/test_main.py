@@ -1,0 +1,468 @@
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from acip_export import api as pipeline
+from acip_export.cli import main as cli
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
+from tests.ranking.support import calibration_text
+from tests.support import Run, make_model, make_scores
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = make_model(tmp_path_factory.mktemp("models") / "tiny")
+    scores = make_scores(model)
+    for target in ("gguf", "onnx"):  # measured once, not in every copy; a plan from the cache needs no torch
+        pipeline.rounding_errors(Checkpoint.open(model), scores, PlanRequest(target, 1))
+    return model
+
+
+@pytest.fixture
+def model(ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh copy, which is also the working directory: as a user would have it."""
+    copy = tmp_path / "tiny"
+    shutil.copytree(ranked, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_main_job_with_defaults(target: str, model: Path, run: Run) -> None:
+    done = run("--budget", "3MB", "--format", target, "--context", 64, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    plan, report = result["plan"], result["report"]
+    assert plan["memory_bytes"] <= plan["budget_bytes"] == 3_000_000
+    runtime = plan["breakdown"].pop("runtime_library") + plan["breakdown"].pop("runtime_tokenizer")
+    assert runtime > 10_000_000  # the library alone is more
+    assert sum(plan["breakdown"].values()) == plan["memory_bytes"]
+    for name, size in plan["files"].items():
+        assert (model / "export" / target / name).stat().st_size == size
+    assert report["passed"]
+    assert report["written_bytes"] == plan["planned_bytes"]
+    assert len(report["runtimes"]) == (2 if target == "onnx" else 1)
+    assert json.loads((model / "export" / target / "report.json").read_text()) == report
+    # Nothing but the export was left.
+    assert [f.name for f in (model / "export").iterdir()] == [target]
+
+
+def test_dry_run_writes_nothing(model: Path, run: Run) -> None:
+    before = sorted(model.rglob("*"))
+    done = run("--budget", "3MB", "--format", "gguf", "--dry-run")
+    assert done.code == 0, done.err
+    assert "3.00 MB" in done.out
+    assert "of the budget" in done.out
+    as_json = run("--budget", "3MB", "--format", "gguf", "--dry-run", "--json")
+    assert json.loads(as_json.out)["budget_bytes"] == 3_000_000
+    assert sorted(model.rglob("*")) == before
+
+
+def test_the_ort_format_is_a_directory_of_its_own(model: Path, run: Run) -> None:
+    asked = ("--budget", "3MB", "--format", "onnx", "--context", 64, "--no-verify", "--ort", "--json")
+    done = run(*asked)
+    assert done.code == 0, done.err
+    made = json.loads(done.out)["ort"]
+    written = {file.name: file.stat().st_size for file in (model / made["out"]).iterdir()}
+    assert made["files"] == written
+    assert written.keys() >= {"model.ort", "required_operators_and_types.config", "tokenizer.json"}
+    assert run(*asked).code == 2  # both outputs are there
+
+
+def test_stage_by_stage_equals_the_main_job(model: Path, run: Run) -> None:
+    asked = ("--budget", "2500kB", "--format", "onnx", "--context", 64)
+    assert run("plan", *asked, "-o", "plan.json").code == 0
+    assert run("materialize", "plan.json", "-o", "bundle").code == 0
+    assert run("convert", "bundle", "-o", "by-hand").code == 0
+    assert run(*asked, "-o", "at-once", "--no-verify", "--cache", "factors").code == 0
+    by_hand, at_once = (
+        {f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()}
+        for d in (model / "by-hand", model / "at-once")
+    )
+    assert by_hand == at_once
+    verified = run("verify", "by-hand", "--bundle", "bundle", "--json")
+    assert verified.code == 0, verified.err
+    assert json.loads(verified.out)["passed"]
+
+
+def test_existing_output_is_refused_then_replaced(model: Path, run: Run) -> None:
+    asked = ("--budget", "3MB", "--format", "gguf", "--context", 64, "--no-verify", "-o", "out")
+    (model / "out").mkdir()
+    (model / "out" / "precious").write_text("data")
+    refused = run(*asked)
+    assert refused.code == 2
+    assert "--force" in refused.err
+    assert (model / "out" / "precious").read_text() == "data"
+    assert run(*asked, "--force").code == 0
+    assert not (model / "out" / "precious").exists()
+
+
+def _two_score_files(model: Path) -> None:
+    shutil.copy(next(model.glob("*.acip")), model / "other.acip")
+
+
+def _no_score_file(model: Path) -> None:
+    next(model.glob("*.acip")).unlink()
+
+
+def _truncated_scores(model: Path) -> None:
+    file = next(model.glob("*.acip"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _truncated_weights(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _other_model(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+
+
+def _no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def _config_is_no_json(model: Path) -> None:
+    (model / "config.json").write_text("{")
+
+
+def _no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def _unsupported(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["RwkvForCausalLM"]}))
+    _no_score_file(model)
+    make_scores(model)
+
+
+def _nothing(_model: Path) -> None:
+    pass
+
+
+FIT = ("--budget", "3MB", "--format", "gguf", "--context", "64")
+
+BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
+    (_no_score_file, FIT, 3, "acip-export rank"),
+    (_two_score_files, FIT, 3, "--scores"),
+    (_truncated_scores, FIT, 3, "truncated"),
+    (_truncated_weights, FIT, 3, "truncated"),
+    (_other_model, FIT, 3, "was made for"),
+    (_no_config, FIT, 3, "no config.json"),
+    (_config_is_no_json, FIT, 3, "JSON"),
+    (_no_weights, FIT, 3, "safetensors"),
+    (_unsupported, FIT, 5, "RwkvForCausalLM"),
+    (_nothing, ("--budget", "3000000", "--format", "gguf"), 2, "no unit"),
+    (_nothing, ("--budget", "-3MB", "--format", "gguf"), 2, "more than zero"),
+    (_nothing, ("--budget", "100kB", "--format", "gguf"), 4, "smallest feasible budget is"),
+    (_nothing, ("--budget", "100kB", "--format", "onnx"), 4, "smallest feasible budget is"),
+    (_nothing, ("--budget", "3MB"), 2, "--format"),
+    (_nothing, ("--format", "gguf"), 2, "--budget"),
+    (_nothing, ("--budget", "3MB", "--format", "tflite"), 5, "unknown format"),
+    (_nothing, (*FIT, "--ort"), 2, "--format onnx"),
+    (_nothing, (*FIT, "--types", "int4"), 5, "no type"),
+    (_nothing, (*FIT, "--layout", "x"), 5, "no layout"),
+    (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "9999"), 2, "--context 9999"),
+    (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "0"), 2, "--context 0"),
+    (_nothing, (*FIT, "--budget-scope", "disk"), 2, "disk"),
+    (_nothing, (*FIT, "--types", "q8_0;q4_k"), 2, "several sets"),
+    (_nothing, (*FIT, "--cache-type", "q1"), 2, "q1"),
+    (_nothing, (*FIT, "--prompt-batch", "0"), 2, "--prompt-batch 0"),
+    (_nothing, ("--device", "toaster"), 2, "unknown device 'toaster'"),
+    (_nothing, ("--device", "raspberry-pi-5-8gb", "--budget", "9GiB"), 2, "more than raspberry-pi-5-8gb has"),
+    (_nothing, (*FIT, "--devices", "mine.toml"), 2, "--device NAME"),
+    (_nothing, ("--device", "pixel-9-12gb", "--devices", "nowhere.toml"), 3, "nowhere.toml cannot be read"),
+    (_nothing, (*FIT, "--model", "nowhere"), 3, "nowhere"),
+    (_nothing, (*FIT, "--scores", "nowhere.acip"), 3, "does not exist"),
+    (_nothing, (*FIT, "--text", "nowhere.txt"), 3, "does not exist"),
+    (_nothing, (*FIT, "--colour"), 2, "--colour"),
+    (_nothing, ("materialize", "plan.json"), 3, "plan.json does not exist"),
+    (_nothing, ("convert", "."), 3, "no bundle"),
+    (_nothing, ("verify", "."), 3, "does not exist"),
+]
+
+
+@pytest.mark.parametrize(("harm", "arguments", "code", "says"), BAD)
+def test_bad_input(
+    harm: Callable[[Path], None], arguments: tuple[str, ...], code: int, says: str, model: Path, run: Run
+) -> None:
+    harm(model)
+    before = sorted(model.rglob("*"))
+    outcome = run(*arguments)
+    assert outcome.code == code, outcome.err
+    assert says in outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    assert sorted(model.rglob("*")) == before, "something was left behind"
+
+
+def test_rank_then_export_with_defaults(model: Path, run: Run) -> None:
+    """What the README shows: rank writes the one score file that the main job then finds."""
+    _no_score_file(model)
+    calibration_text(model / "text.txt")
+    ranked = run("rank", ".", "--data", "text.txt", "--algorithm", "kfac", "--context", 32)
+    assert ranked.code == 0, ranked.err
+    assert "100%" in ranked.out
+    assert (model / "tiny.acip").is_file()
+    planned = run("--budget", "3MB", "--format", "gguf", "--dry-run")
+    assert planned.code == 0, planned.err
+    refused = run("rank", ".", "--data", "text.txt", "--algorithm", "kfac", "--context", 32)
+    assert refused.code == 2
+    assert "--force" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ((), 2, "--data"),
+        (("--data", "nowhere.txt"), 3, "does not exist"),
+        (("--data", "empty.txt"), 3, "is empty"),
+        (("--data", "short.txt"), 3, "are needed"),
+        (("--data", "latin1.txt"), 3, "not UTF-8"),
+        (("--data", "short.txt", "--algorithm", "kfac", "--basis", "svd"), 2, "--basis is a setting of acip"),
+        (("--data", "short.txt", "--stop-ratio", "2"), 2, "between 0 and 1"),
+        (("--data", "short.txt", "--algorithm", "astrology"), 2, "astrology"),
+        (("--data", "short.txt", "--units", "channel"), 5, "cannot be ranked yet"),
+        (("--data", "short.txt", "--set", "adapter_rank=-1"), 2, "cannot be negative"),
+        (("--data", "short.txt", "--set", "smallest_sampled=0.9", "--set", "largest_sampled=0.5"), 2, "must rise"),
+    ],
+)
+def test_bad_ranking_input(arguments: tuple[str, ...], code: int, says: str, model: Path, run: Run) -> None:
+    _no_score_file(model)
+    (model / "empty.txt").write_text(" \n")
+    (model / "short.txt").write_text("too short")
+    (model / "latin1.txt").write_bytes("Größe".encode("latin-1"))
+    before = sorted(model.rglob("*"))
+    outcome = run("rank", ".", *arguments)
+    assert outcome.code == code, outcome.err
+    assert says in outcome.err
+    assert sorted(model.rglob("*")) == before
+
+
+def _weights(value: float) -> Callable[[Path], None]:
+    def fill(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        name = "model.layers.0.mlp.down_proj.weight"
+        save_file(
+            {**tensors, name: torch.full_like(tensors[name], value)}, model / "model.safetensors", {"format": "pt"}
+        )
+
+    return fill
+
+
+def _unknown_module(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {**tensors, "model.layers.0.experts.weight": torch.ones(4, 4)}, model / "model.safetensors", {"format": "pt"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "says"),
+    [
+        (_weights(0.0), 3, "model.layers.0.mlp.down_proj.weight is all zeros"),
+        (_weights(float("inf")), 3, "model.layers.0.mlp.down_proj.weight holds NaN or infinity"),
+        (_unknown_module, 5, "model.layers.0.experts is missing from the loaded model"),
+        (lambda model: (model / "tokenizer.json").unlink(), 3, "no usable tokenizer"),
+    ],
+    ids=["zero-weights", "infinite-weights", "unknown-module", "no-tokenizer"],
+)
+def test_models_that_cannot_be_ranked(
+    damage: Callable[[Path], None], code: int, says: str, model: Path, run: Run
+) -> None:
+    _no_score_file(model)
+    damage(model)
+    calibration_text(model / "text.txt")
+    before = sorted(model.rglob("*"))
+    outcome = run("rank", ".", "--data", "text.txt", "--context", 32)
+    assert outcome.code == code, outcome.err
+    assert says in outcome.err
+    assert sorted(model.rglob("*")) == before
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_no_partial_export(signal_: signal.Signals, model: Path) -> None:
+    """Interrupted once files have begun to appear, at an arbitrary moment before the export is whole."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "acip_export", "--budget", "3MB", "--format", "gguf", "--context", "64"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    export = model / "export"
+    deadline = time.monotonic() + 120
+    while not (export.exists() and any(export.iterdir())):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.005)
+    process.send_signal(signal_)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == cli.EXIT_INTERRUPTED, err
+    assert list(export.iterdir()) == []
+
+
+def test_interrupted_ranking_is_resumed(model: Path, run: Run) -> None:
+    _no_score_file(model)
+    calibration_text(model / "text.txt")
+    ask = ("rank", ".", "--data", "text.txt", "--context", "32")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "acip_export", *ask, "--learning-rate", "1e-5"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 200
+    while not (model / "tiny.acip.run").exists():  # stored every so many steps
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == cli.EXIT_INTERRUPTED, err
+    assert b"--resume" in err
+    assert not (model / "tiny.acip").exists()
+    other = run(*ask, "--resume")  # another learning rate
+    assert other.code == 3
+    assert "another model, text or settings" in other.err
+    assert (model / "tiny.acip.run").exists()
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['acip-export', '--help']\n"
+        "from acip_export.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'gguf', 'onnxruntime'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "acip-export --budget 4GB --format gguf" in done.stdout
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_plan_needs_no_torch(target: str, model: Path) -> None:
+    code = (
+        f"import sys; sys.argv = ['acip-export', 'plan', '--budget', '3MB', '--format', '{target}']\n"
+        "from acip_export.cli.main import main\n"
+        "main()\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxruntime'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=model)
+    assert done.returncode == 0, done.stderr
+    assert "budget" in done.stdout
+
+
+def test_sweep(model: Path, run: Run) -> None:
+    """Curves fall, start at a budget that is feasible, and presets lie on or above them."""
+    asked = ("plan", "--sweep", "--format", "gguf", "--layout", "stock", "--types", "q8_0,q4_k,q2_k;q8_0")
+    done = run(*asked, "-o", "curve.svg")
+    assert done.code == 0, done.err
+    assert (model / "curve.svg").read_text(encoding="utf-8").lstrip().startswith("<?xml")
+    document = json.loads((model / "curve.json").read_text())
+    assert [line["types"] for line in document["lines"]] == [["q8_0", "q4_k", "q2_k"], ["q8_0"]]
+    mixed, single = (line["points"] for line in document["lines"])
+    for points in (mixed, single):
+        assert all(a["used_bytes"] < b["used_bytes"] for a, b in itertools.pairwise(points))
+        assert all(a["predicted_loss"] > b["predicted_loss"] for a, b in itertools.pairwise(points))
+    smallest = mixed[0]["used_bytes"]
+    named = ("plan", "--format", "gguf", "--types", "q8_0,q4_k,q2_k", "--prompt-batch", "32", "--json")
+    planned = run(*named, "--budget", f"{smallest}B")
+    assert json.loads(planned.out)["certificate"]["bytes_left"] == 0
+    assert run(*named, "--budget", f"{smallest - 1}B").code == 4
+    presets = document["lines"][0]["presets"]
+    assert set(presets) == {"q8_0", "q4_k", "q2_k"}
+    for point in presets.values():
+        within = [p["predicted_loss"] for p in mixed if p["used_bytes"] <= point["used_bytes"]]
+        reached = json.loads(run(*named, "--budget", f"{point['used_bytes']}B").out)["predicted_loss"]
+        assert reached <= point["predicted_loss"] + 1e-12
+        assert min(within) >= reached - 1e-12
+    assert run(*asked, "-o", "curve.svg").code == 2
+    printed = run(*asked, "--json")
+    assert json.loads(printed.out) == document
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--budget", "3MB"), 2, "leave --budget out"),
+        (("-o", "curve.pdf"), 2, ".png or .svg"),
+        (("--format", "tflite"), 5, "unknown format"),
+        (("--format", "gguf", "--layout", "spiral"), 5, "no layout"),
+        (("--format", "gguf", "--types", "q4_5"), 5, "no type"),
+        (("--format", "gguf", "--context", "0"), 2, "--context 0"),
+    ],
+)
+def test_bad_sweeps(arguments: tuple[str, ...], code: int, says: str, model: Path, run: Run) -> None:
+    before = sorted(model.rglob("*"))
+    outcome = run("plan", "--sweep", *arguments)
+    assert outcome.code == code, outcome.err
+    assert says in outcome.err
+    assert sorted(model.rglob("*")) == before
+
+
+def test_a_sweep_without_matplotlib_says_what_to_install(
+    model: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = run("plan", "--sweep", "--format", "gguf")
+    assert outcome.code == 7
+    assert "pip install 'acip-export[plot]'" in outcome.err
+    assert not list(model.glob("sweep.*"))
+
+
+def test_device_plan(model: Path, run: Run) -> None:
+    """A device's budget covers the whole process, and the model's own context bounds the device's."""
+    done = run("plan", "--device", "raspberry-pi-5-8gb", "--json")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    assert plan["device"] == "raspberry-pi-5-8gb"
+    assert plan["budget_scope"] == "process"
+    assert plan["budget_bytes"] == 2**33 * 85 // 100
+    assert plan["runtime"]["context"] == 256
+    assert not {t.get("format") for t in plan["tensors"]} & {"iq4_xs", "iq2_xxs"}
+    assert (model / "tiny.acip").is_file()
+
+
+def test_devices(run: Run) -> None:
+    listed = {device["name"]: device for device in json.loads(run("devices", "--json").out)}
+    assert "browser" in run("devices").out
+    shown = run("devices", "iphone-15-pro-8gb")
+    assert "rtabmap" in shown.out
+    assert json.loads(run("devices", "iphone-15-pro-8gb", "--json").out) == listed["iphone-15-pro-8gb"]
+    assert run("devices", "toaster").code == 2
+
+
+def test_formats(run: Run) -> None:
+    assert "q4_k" in run("formats").out
+    assert {t["name"] for t in json.loads(run("formats", "--json").out)["onnx"]["types"]} >= {"f32", "int8", "int4"}
+
+
+def test_every_command_has_help_with_an_example(run: Run) -> None:
+    commands = [
+        command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
+    ]
+    for command in commands:
+        shown = run(command, "--help")
+        assert shown.code == 0
+        if command != "formats":
+            assert f"acip-export {command} " in shown.out

@@ -1,0 +1,33 @@
+"""Computing one step ahead keeps the order, the number of results that exist, and the place of an error."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from acip_export.io.prefetch import one_ahead
+
+
+def test_order_and_overlap() -> None:
+    """The second item is computed while the caller has the first: without that, the wait would never end."""
+    computed = [threading.Event() for _ in range(4)]
+
+    def compute(item: int) -> int:
+        computed[item].set()
+        return item * item
+
+    seen = []
+    for item, result in one_ahead(compute, range(4)):
+        assert computed[min(item + 1, 3)].wait(10)
+        assert not any(event.is_set() for event in computed[item + 2 :])
+        seen.append(result)
+    assert seen == [0, 1, 4, 9]
+    assert list(one_ahead(compute, [])) == []
+
+
+def test_an_error_is_raised_where_its_item_is_due() -> None:
+    made = one_ahead(lambda item: 1 // item, [1, 0, 1])
+    assert next(made) == (1, 1)
+    with pytest.raises(ZeroDivisionError):
+        next(made)

@@ -1,0 +1,34 @@
+"""Small models whose predictions are sharp enough to be hurt, and text for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from acip_export.ranking import DataConfig
+from tests.support import CORPUS, make_model
+
+CALIBRATION = DataConfig(context=32, statistics_tokens=4096, curve_tokens=1024, batch=8)
+
+
+def sharp_model(directory: Path, **overrides: Any) -> Path:
+    """A random model with weights large enough that its output distribution is far from uniform."""
+    settings = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 64, **overrides}
+    make_model(directory, **settings)
+    file = directory / "model.safetensors"
+    tensors = {
+        n: t * (12 if t.ndim == 2 and "layers" in n else 4 if t.ndim == 2 else 1) for n, t in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    return directory
+
+
+def calibration_text(file: Path, repeats: int = 60) -> Path:
+    """Text whose pieces repeat, but not in step with the windows."""
+    lines = "".join(CORPUS).splitlines(keepends=True)
+    order = torch.randint(len(lines), (repeats * len(lines),), generator=torch.Generator().manual_seed(0)).tolist()
+    file.write_text("".join(lines[i] for i in order), encoding="utf-8")
+    return file

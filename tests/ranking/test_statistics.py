@@ -1,0 +1,193 @@
+"""The second moments are what they claim to be, and what is predicted from them is what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from acip_export.lowrank.components import components
+from acip_export.lowrank.losses import component_losses, dense_sensitivity
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.ranking.algorithms.fisher import component_fisher
+from acip_export.ranking.data import read_data
+from acip_export.ranking.factorized_model import factorize_model
+from acip_export.ranking.load import load_model
+from acip_export.ranking.masked_linear import AdapterShape
+from acip_export.ranking.statistics import Statistics, collect_statistics
+from tests.ranking.support import CALIBRATION, sharp_model
+
+CPU = torch.device("cpu")
+
+
+class Ranked:
+    """A loaded model with its statistics, and the measured KL divergence per token of anything done to it."""
+
+    def __init__(self, path: Path, text: Path) -> None:
+        self.checkpoint = Checkpoint.open(path)
+        self.model = load_model(self.checkpoint, CPU)
+        self.windows = read_data(self.checkpoint, text, CALIBRATION).statistics
+        self.probe = self.windows[:32]
+        self.statistics: Statistics = collect_statistics(self.checkpoint, self.model, self.windows, 8, seed=1)
+        self.dense = self.logits()
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        return self.model(input_ids=self.probe).logits.double().log_softmax(-1).flatten(0, 1)
+
+    def divergence(self) -> float:
+        return float(F.kl_div(self.logits(), self.dense, reduction="batchmean", log_target=True))
+
+    @contextmanager
+    def changed(self, tensor: str, change: Tensor) -> Iterator[None]:
+        parameter = self.model.get_parameter(tensor)
+        before = parameter.data.clone()
+        parameter.data += change
+        yield
+        parameter.data.copy_(before)
+
+
+@pytest.fixture(scope="module")
+def ranked(model: Path, text: Path) -> Ranked:
+    return Ranked(model, text)
+
+
+def test_moments_are_token_averages(ranked: Ranked) -> None:
+    seen: list[Tensor] = []
+    layer = ranked.model.get_submodule("model.layers.1.mlp.down_proj")
+    handle = layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        ranked.model(input_ids=ranked.windows)
+    handle.remove()
+    rows = seen[0].double()
+    torch.testing.assert_close(
+        ranked.statistics.input_of("model.layers.1.mlp.down_proj"), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_modules_that_read_the_same_tensor_share_its_moment(ranked: Ranked) -> None:
+    keys = ranked.statistics.input_keys
+    for first, *others in (
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+    ):
+        assert {keys[f"model.layers.0.{name}"] for name in others} == {keys[f"model.layers.0.{first}"]}
+    assert len(set(keys.values())) == 2 * 4
+    assert set(ranked.statistics.inputs) == set(keys.values())
+
+
+def test_gradient_moment_is_that_of_each_tokens_own_loss(ranked: Ranked) -> None:
+    """For the last layer before the head the Fisher moment of the logits is known without sampling: diag(p) - p p^T."""
+    name = "model.layers.1.mlp.down_proj"
+    norm, head = ranked.model.get_submodule("model.norm"), ranked.model.get_submodule("lm_head")
+    states: list[Tensor] = []
+    handle = norm.register_forward_pre_hook(lambda _m, args: states.append(args[0].flatten(0, 1)))
+    ranked.logits()
+    handle.remove()
+    rows = states[0]
+    jacobians = torch.func.vmap(torch.func.jacrev(lambda h: head(norm(h))))(rows[::8]).double()
+    p = torch.softmax(head(norm(rows[::8])), -1).double()
+    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    expected = (jacobians.mT @ fisher @ jacobians).mean(0)
+    measured = ranked.statistics.gradient_of(name)
+    # 4,096 sampled labels: the trace's standard error is a few per cent; gradients of the batch's mean loss instead of
+    # each token's own would be off by orders of magnitude.
+    assert float(measured.trace()) == pytest.approx(float(expected.trace()), rel=0.15)
+
+
+@pytest.mark.parametrize("basis", ["svd", "input", "kfac"])
+def test_predicted_loss_of_dropped_components_is_measured(ranked: Ranked, basis: str) -> None:
+    predicted, measured = [], []
+    for name in ranked.checkpoint.linear_modules:
+        h, g = ranked.statistics.input_of(name), ranked.statistics.gradient_of(name)
+        weight = ranked.model.get_parameter(f"{name}.weight").data
+        parts = components(weight, None if basis == "svd" else h, g if basis == "kfac" else None)
+        losses = component_losses(parts, h, g).drop
+        for start in range(0, len(losses), 30):
+            chosen = torch.arange(start, min(start + 4, len(losses)))
+            with ranked.changed(f"{name}.weight", -parts.up[:, chosen] @ parts.down[chosen]):
+                measured.append(ranked.divergence())
+            predicted.append(float(losses[chosen].sum()))
+    small = np.array(measured) < 0.3  # beyond that a second-order estimate is no longer local
+    ratio = np.log(np.array(measured)[small] / np.array(predicted)[small])
+    assert small.sum() > 15
+    # K-FAC neglects how inputs and gradients depend on each other, and tokens on each other.
+    assert abs(np.median(ratio)) < np.log(2)
+    assert np.corrcoef(np.log(np.array(measured)[small]), np.log(np.array(predicted)[small]))[0, 1] > 0.9
+
+
+def test_drop_loss_is_half_the_squared_singular_value_in_the_kfac_basis(ranked: Ranked) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    h, g = ranked.statistics.input_of(name), ranked.statistics.gradient_of(name)
+    parts = components(ranked.model.get_parameter(f"{name}.weight").data, h, g)
+    # The basis is damped by 1e-4 of the mean eigenvalue, which matters to the smallest components only.
+    torch.testing.assert_close(
+        component_losses(parts, h, g).drop[:24], 0.5 * parts.singular.double()[:24] ** 2, rtol=0.02, atol=0
+    )
+
+
+def test_sensitivity_predicts_rounding_noise(ranked: Ranked) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name in ("model.layers.0.mlp.gate_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
+        h, g = ranked.statistics.input_of(name), ranked.statistics.gradient_of(name)
+        weight = ranked.model.get_parameter(f"{name}.weight").data
+        parts = components(weight, h, g)
+        losses = component_losses(parts, h, g)
+        relative_mse = 1e-3
+        noise = [
+            torch.randn(s, generator=generator) * relative_mse**0.5
+            for s in (weight.shape, parts.up.shape, parts.down.shape)
+        ]
+        cases = [
+            (weight * noise[0], dense_sensitivity(weight, h, g)),
+            ((parts.up * noise[1]) @ parts.down, float(losses.up_sensitivity.sum())),
+            (parts.up @ (parts.down * noise[2]), float(losses.down_sensitivity.sum())),
+        ]
+        for change, sensitivity in cases:
+            with ranked.changed(f"{name}.weight", change):
+                # One draw of the noise, and K-FAC's assumptions: see above.
+                assert 0.5 < ranked.divergence() / (relative_mse * sensitivity) < 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_sensitivity_covers_both_uses(tmp_path: Path, text: Path, tied: bool) -> None:
+    ranked = Ranked(sharp_model(tmp_path / "model", tie_word_embeddings=tied), text)
+    sensitivity = ranked.statistics.embedding_sensitivity
+    names = ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
+    assert sorted(sensitivity) == sorted(names)
+    for name in names:
+        weight = ranked.model.get_parameter(name)
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 1e-2
+        with ranked.changed(name, weight.data * noise):
+            assert 0.5 < ranked.divergence() / (1e-4 * sensitivity[name]) < 2
+
+
+def test_statistics_leave_no_hooks_and_no_gradients(ranked: Ranked) -> None:
+    assert all(parameter.grad is None for parameter in ranked.model.parameters())
+    assert not any(isinstance(m, nn.Linear) and m._forward_hooks for m in ranked.model.modules())
+
+
+def test_fisher_of_the_masks_is_the_mean_square_of_their_gradients(model: Path, text: Path) -> None:
+    ranked = Ranked(model, text)
+    windows = ranked.windows[:16]
+    parts = factorize_model(ranked.checkpoint, ranked.model, ranked.statistics, "kfac", 1.0, AdapterShape(0))
+    name, layer = "model.layers.0.mlp.up_proj", parts.layers["model.layers.0.mlp.up_proj"]
+    layer.arrange(torch.randperm(len(layer.mask), generator=torch.Generator().manual_seed(0)), len(layer.mask))
+    measured = component_fisher(ranked.model, parts.layers, windows, batch_tokens=4 * 32, seed=5)[name]
+    plain = torch.zeros(len(layer.mask))
+    for first, part in zip(range(0, 16, 4), windows.split(4), strict=True):
+        # Each batch draws from a generator of its own: see collect_statistics.
+        generator = torch.Generator().manual_seed((5 << 32) + first)
+        logits = ranked.model(input_ids=part).logits
+        labels = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(4, 32)
+        losses = F.cross_entropy(logits.mT, labels, reduction="none").sum(1)
+        for loss in losses:
+            (gradient,) = torch.autograd.grad(loss, layer.mask, retain_graph=True)
+            plain += 0.5 * gradient**2 / windows.numel()
+    torch.testing.assert_close(torch.from_numpy(measured).float(), plain, rtol=1e-3, atol=1e-9)

@@ -1,0 +1,236 @@
+"""The proof of an export: what it says of a good one, and that each way to be bad is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from math import log
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from acip_export import api as pipeline
+from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.plan import Plan, save_plan
+from acip_export.check.config import load_config
+from acip_export.check.quality import read_quality
+from acip_export.errors import BundleError
+from acip_export.verification import metrics as measure
+from acip_export.verification.export import Report, verify_export
+from acip_export.verification.structure import check_structure
+from tests.support import CORPUS
+from tests.verification.conftest import CONTEXT, Made, MakeExport
+
+DOCS = Path(__file__).parents[2] / "docs" / "report.md"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(CORPUS) * 6, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module", params=["gguf", "onnx"])
+def verified(request: pytest.FixtureRequest, exported: MakeExport, text: Path) -> tuple[Made, Report]:
+    made = exported(request.param)
+    return made, pipeline.verify_directory(made.export, str(made.model), None, made.bundle, text)
+
+
+def test_a_good_export_passes(verified: tuple[Made, Report]) -> None:
+    made, report = verified
+    assert report.passed, report.failures
+    assert report.structure is not None
+    assert report.structure.found == report.structure.tensors > len(made.plan.tensors) - 1
+    for file in report.files:
+        content = (made.export / file.name).read_bytes()
+        assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+        assert file.bytes == file.planned_bytes
+    assert report.text is not None
+    assert report.text.tokens == report.text.windows * report.text.window_tokens
+    assert report.text.window_tokens == CONTEXT
+    for runtime in report.runtimes:
+        assert runtime.load_seconds > 0
+        assert runtime.memory is None or runtime.memory.within_budget
+    # What was returned is what was written, and what check reads.
+    written = json.loads((made.export / "report.json").read_text())
+    assert written == json.loads(json.dumps(report.to_json()))
+    quality = read_quality(made.export / "report.json")
+    assert quality.load_seconds == report.runtimes[0].load_seconds
+    assert quality.measure == "perplexity"
+
+
+def test_every_key_is_documented_and_every_documented_key_is_there(verified: tuple[Made, Report]) -> None:
+    report = verified[1].to_json()
+    first = re.split(r"^## ", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    keys = [set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in first[0].splitlines() if row.startswith("| `")]
+    assert set().union(*keys) == set(report)
+    keys = [set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in first[1].splitlines() if row.startswith("| `")]
+    assert set().union(*keys) == set(report["runtimes"][0])
+    for part in ("agreement", "divergence", "memory", "speed"):
+        described = next(row for row in first[1].splitlines() if row.startswith(f"| `{part}`"))
+        assert set(report["runtimes"][0][part]) <= set(re.findall(r"`(\w+)`", described))
+
+
+def test_quality_is_what_torch_says(verified: tuple[Made, Report], text: Path) -> None:
+    """Every figure again, the plain way: all logits at once, in float64."""
+    made, report = verified
+    windows = pipeline.evaluation_text(made.model, text, CONTEXT).windows
+    from acip_export.verification.reference import TorchReference
+
+    dense = np.stack(list(TorchReference(made.model).logits(windows))).astype(np.float64)
+    logs = torch.log_softmax(torch.from_numpy(dense[:, :-1]), -1)
+    losses = -logs.gather(-1, torch.from_numpy(windows[:, 1:, None]))[..., 0].flatten()
+    assert report.dense_perplexity is not None
+    assert report.dense_perplexity.mean_loss == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert report.dense_perplexity.standard_error == pytest.approx(float(losses.std()) / len(losses) ** 0.5, rel=1e-6)
+    assert report.dense_perplexity.tokens == len(losses) == windows.shape[0] * (CONTEXT - 1)
+    found = report.runtimes[0].divergence
+    own = report.runtimes[0].perplexity
+    assert found is not None
+    assert own is not None
+    assert found.loss_difference == pytest.approx(own.mean_loss - report.dense_perplexity.mean_loss, abs=1e-12)
+    assert own.mean_loss == pytest.approx(log(own.perplexity))
+    # Rounded to eight bits: not the dense model, and close to it.
+    assert 0 < found.mean_kl < 0.05
+    assert 0 < found.kl_standard_error < found.mean_kl
+    # Paired: far smaller than the error of either loss.
+    assert found.loss_difference_standard_error < 0.5 * own.standard_error
+    assert found.same_top > 0.7
+
+
+def test_divergence_against_a_direct_calculation(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    a, b = (generator.normal(0, 2, (3, 20, 11)).astype(np.float32) for _ in range(2))
+    windows = generator.integers(0, 11, (3, 20))
+    p, q = (torch.from_numpy(x[:, :-1]).double() for x in (a, b))
+    kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).flatten()
+    for piece in (1, 50, 1 << 22):  # whatever the pieces
+        monkeypatch.setattr(measure, "_PIECE", piece)
+        dense, own, found = measure.compare_with_dense(a, b, windows)
+        assert found.mean_kl == pytest.approx(float(kl.mean()))
+        assert found.kl_standard_error == pytest.approx(float(kl.std()) / len(kl) ** 0.5)
+        assert found.same_top == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+        assert own == measure.perplexity(b, windows)
+        assert dense == measure.perplexity(a, windows)
+
+
+def test_a_model_does_not_diverge_from_itself() -> None:
+    logits = np.random.default_rng(1).normal(0, 2, (2, 9, 7)).astype(np.float32)
+    found = measure.compare_with_dense(logits, logits, np.zeros((2, 9), np.int64))[2]
+    assert (found.mean_kl, found.loss_difference, found.same_top, found.tokens) == (0, 0, 1, 16)
+
+
+def _rename_gguf(export: Path) -> None:
+    file = export / "model.gguf"
+    file.write_bytes(file.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"))
+
+
+def _retype_gguf(export: Path) -> None:
+    """q8_0 to a type of another size of block: the file keeps its length."""
+    file = export / "model.gguf"
+    data = bytearray(file.read_bytes())
+    name = b"blk.1.attn_q.weight"
+    at = data.index(name) + len(name) + 4 + 16
+    data[at : at + 4] = (9).to_bytes(4, "little") if data[at] == 8 else (30).to_bytes(4, "little")
+    file.write_bytes(data)
+
+
+def _reshape_onnx(export: Path) -> None:
+    import onnx
+
+    file = export / "onnx" / "model.onnx"
+    model = onnx.load(file, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if "layers.1.attn.q_proj" in t.name and len(t.dims) > 1)
+    tensor.dims[0], tensor.dims[1] = tensor.dims[1], tensor.dims[0]
+    file.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("target", "damage", "message"),
+    [
+        ("gguf", _rename_gguf, "blk.1.attn_q.weight is missing"),
+        ("gguf", _retype_gguf, "blk.1.attn_q.weight|damaged"),
+        ("onnx", _reshape_onnx, "is there for model.layers.1.self_attn.q_proj"),
+    ],
+)
+def test_structure_finds_what_size_does_not(
+    exported: MakeExport, tmp_path: Path, target: str, damage: object, message: str
+) -> None:
+    made = exported(target)
+    copy = tmp_path / target
+    shutil.copytree(made.export, copy)
+    assert callable(damage)
+    damage(copy)
+    (structure, failures) = check_structure(copy, Bundle.open(made.bundle))
+    assert failures
+    assert re.search(message, failures[0])
+    assert structure is not None
+    assert structure.found < max(structure.tensors, 1)
+
+
+def test_a_bundle_that_changed_is_refused(exported: MakeExport, tmp_path: Path) -> None:
+    made = exported("gguf")
+    shutil.copytree(made.bundle, tmp_path / "b")
+    file = tmp_path / "b" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match="SHA-256 differs"):
+        verify_export(made.export, tmp_path / "b")
+
+
+def test_the_bundle_of_another_plan_is_refused(exported: MakeExport) -> None:
+    with pytest.raises(BundleError, match="another plan"):
+        verify_export(exported("gguf").export, exported("onnx").bundle)
+
+
+def test_a_process_above_its_budget_fails(exported: MakeExport, tmp_path: Path) -> None:
+    """A plan that claims that the runtime takes nothing, and sets its budget by that."""
+    made = exported("gguf")
+    breakdown = {**made.plan.breakdown, "runtime_library": 0, "runtime_tokenizer": 0}
+    lying: Plan = dataclasses.replace(made.plan, breakdown=breakdown, budget_scope="process")
+    for name in ("b", "e"):
+        shutil.copytree(made.bundle if name == "b" else made.export, tmp_path / name)
+        save_plan(lying, tmp_path / name / "plan.json", force=True)
+    report = verify_export(tmp_path / "e", tmp_path / "b")
+    assert not report.passed
+    assert report.runtimes[0].memory is not None
+    assert report.runtimes[0].memory.within_budget is False
+    assert "its process took" in report.failures[0]
+    assert "the budget of 3.00 MB (process) does not hold" in report.failures[0]
+
+
+def test_without_the_dense_model_there_is_no_divergence(exported: MakeExport, text: Path, tmp_path: Path) -> None:
+    made = exported("gguf")
+    report = pipeline.verify_directory(made.export, str(tmp_path), None, made.bundle, text)
+    assert report.passed
+    assert report.dense_perplexity is None
+    assert report.runtimes[0].divergence is None
+    assert report.runtimes[0].perplexity is not None
+    assert any("dense model" in note for note in report.notes)
+
+
+def test_load_time_is_checked_end_to_end(
+    verified: tuple[Made, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``max_load_time_ratio`` on a report that verify wrote, and on one in which loading takes longer."""
+    from acip_export.check.run import run_check, update_lock
+
+    made, _ = verified
+    shutil.copytree(made.export, tmp_path / "e")
+    (tmp_path / "acip-check.toml").write_text('[[check]]\nname = "e"\npath = "e"\nmax_load_time_ratio = 2.0\n')
+    monkeypatch.chdir(tmp_path)
+    config = load_config(tmp_path / "acip-check.toml")
+    assert update_lock(config).passed
+    assert run_check(config).passed
+    data = json.loads((tmp_path / "e" / "report.json").read_text())
+    data["runtimes"][0]["load_seconds"] *= 2.5
+    (tmp_path / "e" / "report.json").write_text(json.dumps(data))
+    outcome = run_check(config)
+    assert [problem.rule for problem in outcome.results[0].problems] == ["max_load_time_ratio"]
