@@ -19,7 +19,7 @@ Target = Literal["gguf", "onnx"]
 
 
 @dataclass(frozen=True)
-class WeightFormat:
+class WeightType:
     """How the rows of a weight matrix are stored.
 
     Attributes:
@@ -36,7 +36,7 @@ class WeightFormat:
     """
 
     name: str
-    target: Target
+    format: Target
     block: int
     block_bytes: int
     relative_mse: float
@@ -74,8 +74,8 @@ class WeightFormat:
         return rows * (blocks * self.block_bytes + -(-blocks * self.zero_point_bits // 8))
 
 
-def _ggml(name: str, block: int, block_bytes: int, relative_mse: float, needs_importance: bool = False) -> WeightFormat:
-    return WeightFormat(name, "gguf", block, block_bytes, relative_mse, needs_importance=needs_importance)
+def _ggml(name: str, block: int, block_bytes: int, relative_mse: float, needs_importance: bool = False) -> WeightType:
+    return WeightType(name, "gguf", block, block_bytes, relative_mse, needs_importance=needs_importance)
 
 
 # Relative error of symmetric and asymmetric blocks of 16, 32, 64, 128 and 256 weights, by bits.
@@ -90,7 +90,7 @@ _NBITS_ERRORS = {
 }
 
 
-def _nbits(item_bytes: int) -> tuple[WeightFormat, ...]:
+def _nbits(item_bytes: int) -> tuple[WeightType, ...]:
     """MatMulNBits with a scale a block, float32 or float16: kb * (block * bits / 8 + item_bytes) bytes a row.
 
     ``int4`` is symmetric; ``uint4`` has zero points, another ceil(kb * bits / 8) bytes a row. Blocks are of 32 weights
@@ -101,7 +101,7 @@ def _nbits(item_bytes: int) -> tuple[WeightFormat, ...]:
         for block, relative_mse in zip(_NBITS_BLOCKS, errors, strict=True):
             name = f"{'u' * asymmetric}int{bits}" + (f"-b{block}" if block != 32 else "") + "-f16" * (item_bytes == 2)
             made.append(
-                WeightFormat(
+                WeightType(
                     name,
                     "onnx",
                     block,
@@ -115,7 +115,7 @@ def _nbits(item_bytes: int) -> tuple[WeightFormat, ...]:
     return tuple(made)
 
 
-_TABLE: tuple[WeightFormat, ...] = (
+_TABLE: tuple[WeightType, ...] = (
     _ggml("f32", 1, 4, 0.0),
     _ggml("f16", 1, 2, 4.32e-8),
     _ggml("bf16", 1, 2, 2.77e-6),
@@ -140,16 +140,16 @@ _TABLE: tuple[WeightFormat, ...] = (
     _ggml("tq1_0", 256, 54, 0.647),
     _ggml("q1_0", 128, 18, 0.360),
     _ggml("mxfp4", 32, 17, 1.32e-2),
-    WeightFormat("f32", "onnx", 1, 4, 0.0),
+    WeightType("f32", "onnx", 1, 4, 0.0),
     *_nbits(4),
-    WeightFormat("f16", "onnx", 1, 2, 4.32e-8, item_bytes=2),
+    WeightType("f16", "onnx", 1, 2, 4.32e-8, item_bytes=2),
     *_nbits(2),
 )
 
-_BY_NAME: dict[tuple[str, str], WeightFormat] = {(f.target, f.name): f for f in _TABLE}
+_BY_NAME: dict[tuple[str, str], WeightType] = {(f.format, f.name): f for f in _TABLE}
 
 
-def weight_format(target: str, name: str) -> WeightFormat:
+def weight_type(target: str, name: str) -> WeightType:
     """Look a format up.
 
     Raises:
@@ -158,6 +158,6 @@ def weight_format(target: str, name: str) -> WeightFormat:
     return _BY_NAME[target, name]
 
 
-def formats_of(target: str) -> tuple[WeightFormat, ...]:
+def types_of(target: str) -> tuple[WeightType, ...]:
     """All formats of a target, most precise first."""
-    return tuple(f for f in _TABLE if f.target == target)
+    return tuple(f for f in _TABLE if f.format == target)

@@ -82,7 +82,7 @@ def export(checkpoint: Checkpoint, scores: ScoreFile, target: str, ratio: float,
         plan = pipeline.plan_export(checkpoint, scores, request)
     except InfeasibleBudgetError as error:
         return {"smallest_feasible_bytes": error.smallest_feasible_bytes}
-    windows = pipeline.evaluation_text(checkpoint.path, text, plan.runtime.context)
+    windows = pipeline.evaluation_text(checkpoint.path, text, plan.serving.context)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "export"
         report = pipeline.export_model(checkpoint, scores, plan, out, text=windows, sizes=[plan])
@@ -91,7 +91,7 @@ def export(checkpoint: Checkpoint, scores: ScoreFile, target: str, ratio: float,
     return {
         "planned_bytes": plan.planned_bytes,
         "written_bytes": report.written_bytes,
-        "types": dict(Counter(name for d in plan.tensors for name in (d.format, d.up_format, d.down_format) if name)),
+        "types": dict(Counter(name for d in plan.tensors for name in (d.type, d.up_type, d.down_type) if name)),
         "factored_layers": sum(d.rank is not None for d in plan.tensors),
         "predicted_distance": plan.predicted_loss,
         "runtime": runtime.runtime,

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from acip_export.artifacts.bundle import stored_tensors
-from acip_export.artifacts.plan import Certificate, Plan, Runtime, TensorDecision, decision_bytes, save_plan
+from acip_export.artifacts.plan import Certificate, Plan, Serving, TensorDecision, decision_bytes, save_plan
 from acip_export.model.checkpoint import Checkpoint, TensorInfo
 from converters.gguf import converter
 from converters.gguf.runtimes import c_api as llama_capi
@@ -95,11 +95,11 @@ def checkpoint() -> Checkpoint:
 
 
 def decide(name: str, shape: tuple[int, ...], form: str, ranks: tuple[int, int] | None, layout: str) -> TensorDecision:
-    fields: dict[str, Any] = {"representation": "dense", "format": "f32" if len(shape) == 1 else form}
+    fields: dict[str, Any] = {"representation": "dense", "type": "f32" if len(shape) == 1 else form}
     if ranks is not None and len(shape) == 2 and "embed" not in name and min(shape) >= HIDDEN:
         rank = ranks[0] if shape == (HIDDEN, HIDDEN) else ranks[1]
-        base = "q1_0" if layout == "adapter" else None
-        fields = {"representation": layout, "format": base, "rank": rank, "up_format": form, "down_format": form}
+        base = "q1_0" if layout == "lora" else None
+        fields = {"representation": layout, "type": base, "rank": rank, "up_type": form, "down_type": form}
     draft = TensorDecision(name, shape, nbytes=0, **fields)
     return TensorDecision(name, shape, nbytes=decision_bytes(draft, "gguf"), **fields)
 
@@ -107,11 +107,11 @@ def decide(name: str, shape: tuple[int, ...], form: str, ranks: tuple[int, int] 
 def write(model: Checkpoint, form: str, ranks: tuple[int, int] | None, layout: str, out: Path) -> int:
     """Bytes of the export's files."""
     tensors = tuple(decide(name, info.shape, form, ranks, layout) for name, info in model.tensors.items())
-    runtime = Runtime(512, "f16", 256)
+    runtime = Serving(512, "f16", 256)
     files = converter.predict_files(model, layout, tensors, runtime)
     total = sum(files.values())
     plan = Plan(
-        target="gguf",
+        format="gguf",
         layout=layout,
         model="random",
         model_fingerprint="0" * 64,
@@ -126,7 +126,7 @@ def write(model: Checkpoint, form: str, ranks: tuple[int, int] | None, layout: s
         predicted_perplexity=None,
         size_ratio=1.0,
         adapters=False,
-        runtime=runtime,
+        serving=runtime,
         certificate=Certificate(0, 0.0),
         tensors=tensors,
     )
@@ -142,7 +142,7 @@ def exports() -> Iterator[tuple[str, str, tuple[int, int] | None, str]]:
         yield f"dense {form}", form, None, "stock"
         for name, ranks in RANKS.items():
             yield f"pairs {form}, {name}", form, ranks, "factored"
-    yield "base and adapter q4_k, half", "q4_k", RANKS["half"], "adapter"
+    yield "base and adapter q4_k, half", "q4_k", RANKS["half"], "lora"
 
 
 def seconds(session: LlamaCppSession, new: int) -> float:
@@ -165,7 +165,7 @@ def main() -> None:
         for index, (name, form, ranks, layout) in enumerate(exports()):
             place = Path(scratch) / str(index)
             results[name] = {"bytes": write(model, form, ranks, layout, place)}
-            session = LlamaCppSession(place, Runtime(512, "f16", 256), threads=1, extended=True)
+            session = LlamaCppSession(place, Serving(512, "f16", 256), threads=1, extended=True)
             sessions[name] = stack.enter_context(session)
             print(f"written: {name}, {results[name]['bytes']:,} bytes", flush=True)
         best = {name: (float("inf"), float("inf")) for name in sessions}

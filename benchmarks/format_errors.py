@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from acip_export.weight_types import WeightFormat, formats_of
+from acip_export.weight_types import WeightType, types_of
 
 ROWS, COLUMNS, SEED = 64, 2048, 0
 
@@ -31,7 +31,7 @@ def gaussian(rows: int = ROWS, columns: int = COLUMNS) -> Floats:
     return np.random.default_rng(SEED).standard_normal((rows, columns), np.float32)
 
 
-def gguf_round_trip(form: WeightFormat, weights: Floats) -> Floats:
+def gguf_round_trip(form: WeightType, weights: Floats) -> Floats:
     """Through ggml and back with uniform importance, as ranked layers are quantized with importance."""
     from converters.gguf import ggml_library as ggml
 
@@ -39,19 +39,19 @@ def gguf_round_trip(form: WeightFormat, weights: Floats) -> Floats:
     return ggml.dequantize(data, weights.shape, form.name)
 
 
-def onnx_round_trip(form: WeightFormat, weights: Floats) -> Floats:
+def onnx_round_trip(form: WeightType, weights: Floats) -> Floats:
     """Through our quantizer for MatMulNBits and back."""
     from converters.onnx.quantize import dequantize, quantize
 
     return weights if form.is_float else dequantize(quantize(weights, form), form, weights.shape[1])
 
 
-MEASURES: dict[str, Callable[[WeightFormat, Floats], Floats]] = {"gguf": gguf_round_trip, "onnx": onnx_round_trip}
+MEASURES: dict[str, Callable[[WeightType, Floats], Floats]] = {"gguf": gguf_round_trip, "onnx": onnx_round_trip}
 
 
-def relative_mse(form: WeightFormat, weights: Floats) -> float:
+def relative_mse(form: WeightType, weights: Floats) -> float:
     """Mean square rounding error over mean square weight."""
-    back = MEASURES[form.target](form, weights).astype(np.float64)
+    back = MEASURES[form.format](form, weights).astype(np.float64)
     return float(((back - weights) ** 2).sum() / (weights.astype(np.float64) ** 2).sum())
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     wanted = set(filter(None, options.types.split(",")))
     weights = gaussian()
     results = []
-    for form in formats_of(options.target):
+    for form in types_of(options.format):
         if wanted and form.name not in wanted:
             continue
         begin = time.perf_counter()
@@ -75,10 +75,10 @@ def main() -> None:
             f"{seconds:6.2f} s",
             file=sys.stderr,
         )
-    packages = {"gguf": ("gguf", "xllamacpp", "numpy"), "onnx": ("onnxruntime", "numpy")}[options.target]
+    packages = {"gguf": ("gguf", "xllamacpp", "numpy"), "onnx": ("onnxruntime", "numpy")}[options.format]
     document = {
         "benchmark": "format_errors",
-        "target": options.target,
+        "format": options.format,
         "weights": {"rows": ROWS, "columns": COLUMNS, "seed": SEED, "distribution": "standard normal"},
         "machine": {"platform": platform.platform(), "processor": platform.machine()},
         "versions": {name: version(name) for name in packages},

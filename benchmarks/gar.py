@@ -30,7 +30,7 @@ from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.materialization.factors import Norm, Pair, inner_importance
 from acip_export.materialization.refit import refit
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.weight_types import WeightFormat, weight_format
+from acip_export.weight_types import WeightType, weight_type
 from converters.onnx.converter import round_trip
 from converters.onnx.quantize import quantize
 
@@ -64,7 +64,7 @@ def errors(args: argparse.Namespace) -> list[dict[str, Any]]:
             pair = Pair(basis.up[:, :rank], basis.down[:rank])
             tall, down, order = gauge(pair)
             for kind in TYPES:
-                form = weight_format("onnx", kind)
+                form = weight_type("onnx", kind)
                 rounded = round_trip(down, kind, importance)
                 low = round_trip(tall, kind, inner_importance(rounded, norm.inputs))
                 product = torch.empty(rows, columns)
@@ -82,9 +82,7 @@ def errors(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"rank": rank, "type": kind, **found} for (rank, kind), found in sums.items()]
 
 
-def _matrix(
-    name: str, rows: int, columns: int, form: WeightFormat, source: str, out: str
-) -> tuple[list[Any], list[Any]]:
+def _matrix(name: str, rows: int, columns: int, form: WeightType, source: str, out: str) -> tuple[list[Any], list[Any]]:
     weight = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
     if form.is_float:
         return [helper.make_node("MatMul", [source, name], [out])], [numpy_helper.from_array(weight.T.copy(), name)]
@@ -106,7 +104,7 @@ def _matrix(
     ]
 
 
-def _session(shape: tuple[int, int, int], form: WeightFormat, gar: bool) -> ort.InferenceSession:
+def _session(shape: tuple[int, int, int], form: WeightType, gar: bool) -> ort.InferenceSession:
     rows, columns, rank = shape
     nodes, values = _matrix("down", rank, columns, form, "x", "h")
     more, numbers = _matrix("up", rows - rank if gar else rows, rank, form, "h", "t" if gar else "y")
@@ -140,7 +138,7 @@ def speed() -> list[dict[str, Any]]:
     found = []
     for shape in SPEED_SHAPES:
         for kind in TYPES:
-            sessions = [_session(shape, weight_format("onnx", kind), gar) for gar in (False, True)]
+            sessions = [_session(shape, weight_type("onnx", kind), gar) for gar in (False, True)]
             for tokens in TOKENS:
                 x = np.random.default_rng(2).standard_normal((tokens, shape[1])).astype(np.float32)
                 best = [float("inf")] * 2

@@ -112,7 +112,7 @@ def measure(shape: str, sources: Path | None, scratch: Path) -> dict[str, Any]:
         modes[mode] = compared(ours, converting, quantizing, mine, quantized)
         mine.unlink()
         quantized.unlink()
-    return {"shape": MODELS[shape], "format": FORMAT, "threads": processors(), **modes}
+    return {"shape": MODELS[shape], "type": FORMAT, "threads": processors(), **modes}
 
 
 def compared(

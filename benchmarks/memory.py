@@ -27,7 +27,7 @@ from random_model import SHAPES, write_random_model
 from ruled_plan import ruled_plan
 
 from acip_export.api import convert_bundle
-from acip_export.artifacts.plan import RUNTIME_PARTS, Plan, Runtime, TensorDecision, decision_bytes, save_plan
+from acip_export.artifacts.plan import RUNTIME_PARTS, Plan, Serving, TensorDecision, decision_bytes, save_plan
 from acip_export.artifacts.scores import ModuleScores, ScoreFile, load_scores, save_scores
 from acip_export.formats.registry import converter
 from acip_export.materialization import materialize_bundle
@@ -46,31 +46,31 @@ PACKAGES = ("xllamacpp", "onnxruntime", "onnxruntime-genai")
 class Case:
     """One export: formats of the layers and of the embedding, rank of the layers (0: dense), and how it is run."""
 
-    target: str
+    format: str
     layout: str
     layers: str
     embedding: str
     rank: int = 0
-    runs: tuple[Runtime, ...] = ()
+    runs: tuple[Serving, ...] = ()
 
 
 CASES: dict[str, tuple[Case, ...]] = {
     "sample": (
-        Case("gguf", "stock", "q8_0", "q8_0", runs=(Runtime(256, "f16", 64), Runtime(512, "q8_0", 32))),
-        Case("gguf", "adapter", "q8_0", "q8_0", rank=64, runs=(Runtime(256, "f16", 64),)),
-        Case("onnx", "factored", "int8", "int8", rank=64, runs=(Runtime(256, "f32", 32),)),
-        Case("onnx", "factored", "int4", "int4-b128", runs=(Runtime(512, "f32", 64),)),
-        Case("onnx", "factored", "f32", "f32", runs=(Runtime(256, "f32", 32),)),
+        Case("gguf", "stock", "q8_0", "q8_0", runs=(Serving(256, "f16", 64), Serving(512, "q8_0", 32))),
+        Case("gguf", "lora", "q8_0", "q8_0", rank=64, runs=(Serving(256, "f16", 64),)),
+        Case("onnx", "factored", "int8", "int8", rank=64, runs=(Serving(256, "f32", 32),)),
+        Case("onnx", "factored", "int4", "int4-b128", runs=(Serving(512, "f32", 64),)),
+        Case("onnx", "factored", "f32", "f32", runs=(Serving(256, "f32", 32),)),
     ),
     "100m": (
-        Case("gguf", "stock", "q4_0", "q8_0", runs=(Runtime(1024, "f16", 256), Runtime(2048, "q8_0", 64))),
-        Case("gguf", "adapter", "q8_0", "q8_0", rank=96, runs=(Runtime(512, "f16", 128),)),
-        Case("onnx", "factored", "int4-b64", "int8", runs=(Runtime(512, "f32", 128),)),
-        Case("onnx", "factored", "int8", "int8", rank=128, runs=(Runtime(1024, "f32", 64),)),
+        Case("gguf", "stock", "q4_0", "q8_0", runs=(Serving(1024, "f16", 256), Serving(2048, "q8_0", 64))),
+        Case("gguf", "lora", "q8_0", "q8_0", rank=96, runs=(Serving(512, "f16", 128),)),
+        Case("onnx", "factored", "int4-b64", "int8", runs=(Serving(512, "f32", 128),)),
+        Case("onnx", "factored", "int8", "int8", rank=128, runs=(Serving(1024, "f32", 64),)),
     ),
     "1b": (
-        Case("gguf", "stock", "q4_0", "q8_0", runs=(Runtime(1024, "f16", 256), Runtime(2048, "q8_0", 128))),
-        Case("onnx", "factored", "int4", "int8", runs=(Runtime(512, "f32", 64),)),
+        Case("gguf", "stock", "q4_0", "q8_0", runs=(Serving(1024, "f16", 256), Serving(2048, "q8_0", 128))),
+        Case("onnx", "factored", "int4", "int8", runs=(Serving(512, "f32", 64),)),
     ),
 }
 
@@ -115,36 +115,36 @@ def made_up_scores(checkpoint: Checkpoint, file: Path) -> ScoreFile:
     return load_scores(file)
 
 
-def make_plan(checkpoint: Checkpoint, case: Case, runtime: Runtime) -> Plan:
+def make_plan(checkpoint: Checkpoint, case: Case, serving: Serving) -> Plan:
     """Every layer alike; files and memory as the planner predicts them."""
     decisions = []
     for name, info in checkpoint.tensors.items():
-        fields: dict[str, Any] = {"representation": "dense", "format": "f32"}
+        fields: dict[str, Any] = {"representation": "dense", "type": "f32"}
         if len(info.shape) == 2:
             embedding = "embed_tokens" in name or "lm_head" in name
-            fields["format"] = case.embedding if embedding else case.layers
+            fields["artifact"] = case.embedding if embedding else case.layers
             rank = min(case.rank, *info.shape)
             if rank and not embedding:
                 fields = {
-                    "representation": "adapter" if case.layout == "adapter" else "factored",
-                    "format": "q1_0" if case.layout == "adapter" else None,
+                    "representation": "lora" if case.layout == "lora" else "factored",
+                    "type": "q1_0" if case.layout == "lora" else None,
                     "rank": rank,
-                    "up_format": case.layers,
-                    "down_format": case.layers,
+                    "up_type": case.layers,
+                    "down_type": case.layers,
                     "kept": ((0, rank),),
                 }
         draft = TensorDecision(name, info.shape, nbytes=0, **fields)
-        decisions.append(replace(draft, nbytes=decision_bytes(draft, case.target)))
+        decisions.append(replace(draft, nbytes=decision_bytes(draft, case.format)))
     tensors = tuple(decisions)
-    files = converter(case.target).predict_files(checkpoint, case.layout, tensors, runtime)
-    plan = ruled_plan(checkpoint, case.target, case.layout, runtime, tensors, files)
-    return with_memory(plan, checkpoint, runtime)
+    files = converter(case.format).predict_files(checkpoint, case.layout, tensors, serving)
+    plan = ruled_plan(checkpoint, case.format, case.layout, serving, tensors, files)
+    return with_memory(plan, checkpoint, serving)
 
 
-def with_memory(plan: Plan, checkpoint: Checkpoint, runtime: Runtime) -> Plan:
-    breakdown = memory_breakdown(plan.target, checkpoint, plan.tensors, plan.planned_bytes, runtime)
+def with_memory(plan: Plan, checkpoint: Checkpoint, serving: Serving) -> Plan:
+    breakdown = memory_breakdown(plan.format, checkpoint, plan.tensors, plan.planned_bytes, serving)
     own = sum(breakdown[part] for part in RUNTIME_PARTS)
-    return replace(plan, runtime=runtime, breakdown=breakdown, memory_bytes=sum(breakdown.values()) - own)
+    return replace(plan, serving=serving, breakdown=breakdown, memory_bytes=sum(breakdown.values()) - own)
 
 
 def measure(name: str, checkpoint: Checkpoint, scratch: Path) -> Iterator[dict[str, Any]]:
@@ -154,14 +154,14 @@ def measure(name: str, checkpoint: Checkpoint, scratch: Path) -> Iterator[dict[s
         bundle, export = scratch / "bundle", scratch / "export"
         converted: Plan | None = None
         for runtime in case.runs:
-            if converted is None or case.target == "onnx":  # an ONNX export knows its context
+            if converted is None or case.format == "onnx":  # an ONNX export knows its context
                 converted = make_plan(checkpoint, case, runtime)
                 materialize_bundle(checkpoint, scores, converted, bundle, force=True)
                 convert_bundle(bundle, export, force=True)
                 shutil.rmtree(bundle)
             plan = with_memory(converted, checkpoint, runtime)
             save_plan(plan, export / "plan.json", force=True)
-            for runtime_name, module, class_name in SESSIONS[case.target]:
+            for runtime_name, module, class_name in SESSIONS[case.format]:
                 predicted = plan.memory_bytes + uncounted_bytes(plan, checkpoint, runtime_name)
                 yield row(name, case, plan, predicted, measure_process(module, class_name, export))
         shutil.rmtree(export)
@@ -172,12 +172,12 @@ def row(name: str, case: Case, plan: Plan, predicted: int, figures: ProcessFigur
     assert memory is not None
     found = {
         "shape": name,
-        "target": case.target,
+        "format": case.format,
         "layout": case.layout,
         "formats": f"{case.layers}, {case.embedding}" + (f", rank {case.rank}" if case.rank else ""),
-        "context": plan.runtime.context,
-        "cache_type": plan.runtime.cache_type,
-        "prompt_batch": plan.runtime.prompt_batch,
+        "context": plan.serving.context,
+        "cache_type": plan.serving.cache_type,
+        "prompt_batch": plan.serving.prompt_batch,
         "runtime": figures.runtime,
         "breakdown": dict(plan.breakdown),
         "predicted": predicted,
@@ -187,7 +187,7 @@ def row(name: str, case: Case, plan: Plan, predicted: int, figures: ProcessFigur
         "interpreter": memory.interpreter_bytes,
     }
     print(
-        f"{name:7} {case.target} {case.layout:9}{found['formats']:26}{plan.runtime.context:5} {figures.runtime:28}"
+        f"{name:7} {case.format} {case.layout:9}{found['formats']:26}{plan.serving.context:5} {figures.runtime:28}"
         f"{format_bytes(predicted):>10} predicted {format_bytes(memory.peak_bytes):>10} measured "
         f"{predicted / memory.peak_bytes - 1:+.1%}",
         flush=True,

@@ -30,7 +30,7 @@ from random_model import SHAPES, write_random_model
 from ruled_plan import ruled_plan, uniform_scores
 
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision, decision_bytes
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
@@ -46,19 +46,19 @@ def decisions(checkpoint: Checkpoint, ratio: float | None) -> tuple[TensorDecisi
     """All matrices dense in int4, or the layers' as pairs that have ``ratio`` of those bytes."""
     made = []
     for name, info in checkpoint.tensors.items():
-        fields: dict[str, Any] = {"representation": "dense", "format": FORMAT if len(info.shape) == 2 else "f32"}
+        fields: dict[str, Any] = {"representation": "dense", "type": FORMAT if len(info.shape) == 2 else "f32"}
         if ratio is not None and name.removesuffix(".weight") in checkpoint.linear_modules:
             rows, columns = info.shape
             rank = max(BLOCK, round(ratio * rows * columns / (rows + columns) / BLOCK) * BLOCK)
             fields = {"representation": "factored", "rank": rank, "kept": ((0, rank),)}
-            fields |= {"up_format": FORMAT, "down_format": FORMAT}
+            fields |= {"up_type": FORMAT, "down_type": FORMAT}
         draft = TensorDecision(name, info.shape, nbytes=0, **fields)
         made.append(TensorDecision(name, info.shape, nbytes=decision_bytes(draft, "onnx"), **fields))
     return tuple(made)
 
 
 def make_plan(checkpoint: Checkpoint, ratio: float | None) -> Plan:
-    return ruled_plan(checkpoint, "onnx", "factored", Runtime(CONTEXT, "f32", 256), decisions(checkpoint, ratio))
+    return ruled_plan(checkpoint, "onnx", "factored", Serving(CONTEXT, "f32", 256), decisions(checkpoint, ratio))
 
 
 def make_scores(checkpoint: Checkpoint) -> ScoreFile:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ruled_plan import ruled_plan, uniform_scores
 
-from acip_export.artifacts.plan import Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision, decision_bytes
 from acip_export.model.checkpoint import Checkpoint
 
 FORMAT = "q4_k"
@@ -26,7 +26,7 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
         form = FORMAT if len(info.shape) == 2 else "f32"
         draft = TensorDecision(name, info.shape, "dense", 0, form)
         decisions.append(TensorDecision(name, info.shape, "dense", decision_bytes(draft, "gguf"), form))
-    return ruled_plan(checkpoint, "gguf", "stock", Runtime(512, "f16", 256), tuple(decisions))
+    return ruled_plan(checkpoint, "gguf", "stock", Serving(512, "f16", 256), tuple(decisions))
 
 
 def export(model: Path, out: Path, weighted: bool) -> None:

@@ -43,7 +43,7 @@ from acip_export.io.atomic import DTYPE_BYTES
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from acip_export.planning.candidates import pair_types, residual_bases
-from acip_export.weight_types import formats_of
+from acip_export.weight_types import types_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,10 +88,10 @@ SIZES = {
 }
 # Of the bf16 bytes; for files, at the types that the layouts have by default.
 SHARES = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-LAYOUTS = {"gguf, stock": ("gguf", "stock"), "gguf, adapter": ("gguf", "adapter"), "onnx": ("onnx", "factored")}
+LAYOUTS = {"gguf, stock": ("gguf", "stock"), "gguf, lora": ("gguf", "lora"), "onnx": ("onnx", "factored")}
 CASES = {
     "gguf, stock": ("--budget", "5GB", "--format", "gguf"),
-    "gguf, adapter": ("--budget", "5GB", "--format", "gguf", "--layout", "adapter", "--types", "q8_0,q4_k"),
+    "gguf, lora": ("--budget", "5GB", "--format", "gguf", "--layout", "lora", "--types", "q8_0,q4_k"),
     "onnx, factored": ("--budget", "6GB", "--format", "onnx"),
     "gguf, on a device": ("--device", "raspberry-pi-5-8gb"),
 }
@@ -203,7 +203,7 @@ def make_rounding_errors(file: Path) -> None:
     """The caches that a first plan measures and leaves beside the score file; here with the table's errors."""
     scores = load_scores(file)
     for name, target in TARGETS.items():
-        forms = formats_of(name)
+        forms = types_of(name)
         dense = {f"{module}.weight": s.sensitivity for module, s in scores.modules.items()} | dict(
             scores.embedding_sensitivity
         )

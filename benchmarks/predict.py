@@ -41,10 +41,10 @@ PLANS: tuple[tuple[str, str, tuple[str, ...], tuple[float, ...]], ...] = (
     ("gguf", "stock", ("q3_k",), (0.3,)),
     ("gguf", "stock", ("q2_k",), (0.3,)),
     ("gguf", "stock", ("iq3_xxs", "q4_k"), (0.25,)),
-    ("gguf", "adapter", ("q8_0",), (0.5, 0.42, 0.36, 0.3)),
-    ("gguf", "adapter", ("q8_0", "q4_0"), (0.34, 0.28, 0.24)),
-    ("gguf", "adapter", ("f16", "q8_0", "q3_k", "q2_k"), (0.34, 0.28, 0.24)),
-    ("gguf", "adapter", ("q4_0", "q2_k"), (0.22,)),
+    ("gguf", "lora", ("q8_0",), (0.5, 0.42, 0.36, 0.3)),
+    ("gguf", "lora", ("q8_0", "q4_0"), (0.34, 0.28, 0.24)),
+    ("gguf", "lora", ("f16", "q8_0", "q3_k", "q2_k"), (0.34, 0.28, 0.24)),
+    ("gguf", "lora", ("q4_0", "q2_k"), (0.22,)),
     ("onnx", "factored", (), (0.6, 0.45, 0.38, 0.32, 0.27, 0.23)),
     ("onnx", "factored", ("int8",), (0.5, 0.42, 0.36)),
     ("onnx", "factored", ("f32",), (1.3, 1.0)),
@@ -138,7 +138,7 @@ def main() -> None:
     entry["algorithm"], entry["tokens"] = scores.algorithm["name"], int(windows.numel())
     entry["dense_perplexity"] = math.exp(float(dense.mean()))
     before = (
-        {} if args.again else {(r["target"], r["layout"], tuple(r["types"]), r["share"]): r for r in entry["results"]}
+        {} if args.again else {(r["format"], r["layout"], tuple(r["types"]), r["share"]): r for r in entry["results"]}
     )
     entry["results"] = []
     for target, layout, types, shares in PLANS:
@@ -149,12 +149,12 @@ def main() -> None:
             tensors = plan.to_json()["tensors"]
             known = before.get((target, layout, types, share))
             result = {
-                "target": target,
+                "format": target,
                 "layout": layout,
                 "types": list(types),
                 "share": share,
                 "bytes": plan.planned_bytes,
-                "low_rank": sum(t.representation in ("adapter", "factored") for t in plan.tensors),
+                "low_rank": sum(t.representation in ("lora", "factored") for t in plan.tensors),
                 "corrected": sum(t.representation == "residual" for t in plan.tensors),
                 "predicted_loss": plan.predicted_loss,
                 "adapters": plan.adapters,

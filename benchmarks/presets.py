@@ -63,7 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
             "iq2_xxs",
         ),
         "quick": ("q8_0", "q4_k", "q3_k", "iq3_xxs", "q2_k", "iq2_xxs"),
-        "ranks": ("adapter", "q8_0"),
+        "ranks": ("lora", "q8_0"),
     },
     "onnx": {
         "plans": {"plan": "factored"},
@@ -119,11 +119,11 @@ def at_budgets(
 
 def measure(checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, windows: Any) -> list[float]:
     """Mean loss of each window, in the runtime."""
-    module, name = SESSIONS[plan.target]
+    module, name = SESSIONS[plan.format]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "export"
         export_model(checkpoint, scores, plan, out, verify=False)
-        with getattr(import_module(module), name)(out, plan.runtime) as session:
+        with getattr(import_module(module), name)(out, plan.serving) as session:
             return [
                 round(float(-log_softmax(logits[:-1])[np.arange(len(window) - 1), window[1:]].mean()), 6)
                 for logits, window in zip(session.logits(windows), windows, strict=True)
@@ -132,7 +132,7 @@ def measure(checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, windows: Any)
 
 def identity(plan: Plan, scores: ScoreFile, tokens: int) -> str:
     """Of what is measured: the same decisions need no second export."""
-    parts = [plan.target, plan.layout, plan.adapters, scores.sha256, tokens, [repr(t) for t in plan.tensors]]
+    parts = [plan.format, plan.layout, plan.adapters, scores.sha256, tokens, [repr(t) for t in plan.tensors]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -171,7 +171,7 @@ def plot(document: dict[str, Any], file: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = sorted({(point["model"], point["target"]) for point in document["points"]}, key=lambda g: (g[1], g[0]))
+    groups = sorted({(point["model"], point["format"]) for point in document["points"]}, key=lambda g: (g[1], g[0]))
     models = sorted({model for model, _ in groups})
     targets = sorted({target for _, target in groups})
     figure, axes = plt.subplots(
@@ -180,7 +180,7 @@ def plot(document: dict[str, Any], file: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "presets"  # equal data, equal file
     for model, target in groups:
         axis = axes[models.index(model)][targets.index(target)]
-        points = [p for p in document["points"] if (p["model"], p["target"]) == (model, target)]
+        points = [p for p in document["points"] if (p["model"], p["format"]) == (model, target)]
         ranks = next(p["series"] for p in points if p["series"].startswith("ranks"))
         for name, style in (
             ("plan", {"color": "#0b6e4f", "marker": "o", "markersize": 3.5, "linewidth": 1.8, "zorder": 3}),
@@ -228,10 +228,10 @@ def plot(document: dict[str, Any], file: Path) -> None:
 
 def save(document: dict[str, Any], out: Path) -> None:
     """One line a point, so that a difference shows what changed."""
-    groups = sorted({(point["model"], point["target"]) for point in document["points"]})
+    groups = sorted({(point["model"], point["format"]) for point in document["points"]})
     document["comparison"] = {
         f"{model}, {target}": comparison(
-            [p for p in document["points"] if (p["model"], p["target"]) == (model, target)]
+            [p for p in document["points"] if (p["model"], p["format"]) == (model, target)]
         )
         for model, target in groups
     }
@@ -273,7 +273,7 @@ def main() -> None:
             if args.only and target != args.only:
                 continue
             group, measured = (checkpoint.name, target), {p["identity"]: p for p in document["points"]}
-            before = [p for p in document["points"] if (p["model"], p["target"]) != group]
+            before = [p for p in document["points"] if (p["model"], p["format"]) != group]
             points: list[dict[str, Any]] = []
             shares, presets = (QUICK_SHARES, case["quick"]) if args.quick else (SHARES, case["presets"])
             for name, label, plan in series(checkpoint, scores, target, shares, presets):
@@ -282,7 +282,7 @@ def main() -> None:
                 points.append(
                     {
                         "model": checkpoint.name,
-                        "target": target,
+                        "format": target,
                         "series": name,
                         "label": label,
                         "bytes": plan.planned_bytes,
@@ -296,7 +296,7 @@ def main() -> None:
                     }
                 )
                 measured[key] = points[-1]
-                pending = [p for p in old["points"] if (p["model"], p["target"]) == group]
+                pending = [p for p in old["points"] if (p["model"], p["format"]) == group]
                 done = {(p["series"], p["label"]) for p in points}
                 document["points"] = [
                     *before, *points, *(p for p in pending if (p["series"], p["label"]) not in done)

@@ -1,4 +1,4 @@
-"""Whether onnxruntime-qnn takes a ``--target qnn-friendly`` graph as a whole: its HTP backend, emulated here.
+"""Whether onnxruntime-qnn takes a ``--backend qnn-friendly`` graph as a whole: its HTP backend, emulated here.
 
     pip install 'acip-export[qnn]' && python benchmarks/qnn.py
 

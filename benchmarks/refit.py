@@ -28,7 +28,7 @@ from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 
 # target, type of down, type of up, rank
 PAIRS = (
@@ -79,17 +79,17 @@ def main() -> None:
             target, down, up, rank = case
             pair = Pair(basis.up[:, :rank], basis.down[:rank])
             sums = pairs.setdefault(case, dict.fromkeys(STEPS, 0.0))
-            forms = weight_format(target, up), weight_format(target, down)
+            forms = weight_type(target, up), weight_type(target, down)
             for step, (rounds, rotate) in STEPS.items():
                 sums[step] += refit(pair, norm, importance, *forms, converter(target).round_trip, rounds, rotate).loss
         round_trip = converter("gguf").round_trip
         for base in BASES:
-            form = weight_format("gguf", base)
+            form = weight_type("gguf", base)
             found = bases.setdefault(base, {})
             alone = norm.loss(weight - round_trip(weight, base, importance))
             found["alone"] = found.get("alone", 0.0) + alone
             for kind, rank in CORRECTIONS:
-                each = weight_format("gguf", kind)
+                each = weight_type("gguf", kind)
                 for rounds in (1, 2, 3):
                     residual._ROUNDS = rounds
                     loss = correct(weight, norm, whitenings, importance, form, rank, (each, each), round_trip).loss
@@ -104,7 +104,7 @@ def main() -> None:
         "versions": {package: version(package) for package in ("torch", "xllamacpp", "numpy")},
         "pairs": [
             {
-                "target": target,
+                "format": target,
                 "down": down,
                 "up": up,
                 "rank": rank,

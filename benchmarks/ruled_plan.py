@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from acip_export.artifacts.plan import Certificate, Plan, Runtime, TensorDecision
+from acip_export.artifacts.plan import Certificate, Plan, Serving, TensorDecision
 from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile
 from acip_export.model.checkpoint import Checkpoint
 
@@ -18,7 +18,7 @@ def ruled_plan(
     checkpoint: Checkpoint,
     target: str,
     layout: str,
-    runtime: Runtime,
+    serving: Serving,
     tensors: tuple[TensorDecision, ...],
     files: Mapping[str, int] = MappingProxyType({}),
     adapters: bool = False,
@@ -26,7 +26,7 @@ def ruled_plan(
     """A plan with these decisions, whose budget is the bytes of ``files`` if they are known."""
     total = sum(files.values())
     return Plan(
-        target=target,
+        format=target,
         layout=layout,
         model=checkpoint.name,
         model_fingerprint=checkpoint.fingerprint,
@@ -41,7 +41,7 @@ def ruled_plan(
         predicted_perplexity=None,
         size_ratio=1.0,
         adapters=adapters,
-        runtime=runtime,
+        serving=serving,
         certificate=Certificate(0, 0.0),
         tensors=tensors,
     )

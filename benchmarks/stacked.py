@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from acip_export.weight_types import WeightFormat, weight_format
+from acip_export.weight_types import WeightType, weight_type
 from converters.onnx.quantize import quantize
 
 RESULT = Path(__file__).parent / "stacked.json"
@@ -46,7 +46,7 @@ def ranks_of(rows: tuple[int, ...], columns: int, ratio: float, block: int) -> t
 
 
 class _Graph:
-    def __init__(self, form: WeightFormat) -> None:
+    def __init__(self, form: WeightType) -> None:
         self.form = form
         self.nodes: list[Any] = []
         self.values: list[Any] = []
@@ -75,7 +75,7 @@ class _Graph:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def build(kind: str, rows: tuple[int, ...], columns: int, ranks: tuple[int, ...], form: WeightFormat) -> Any:
+def build(kind: str, rows: tuple[int, ...], columns: int, ranks: tuple[int, ...], form: WeightType) -> Any:
     graph = _Graph(form)
     if kind == "stacked":
         graph.product("down", sum(ranks), columns, "x", "all")
@@ -91,7 +91,7 @@ def build(kind: str, rows: tuple[int, ...], columns: int, ranks: tuple[int, ...]
     return graph.session(columns, len(rows))
 
 
-def measure(rows: tuple[int, ...], columns: int, ratio: float, form: WeightFormat) -> list[dict[str, Any]]:
+def measure(rows: tuple[int, ...], columns: int, ratio: float, form: WeightType) -> list[dict[str, Any]]:
     ranks = ranks_of(rows, columns, ratio, form.block)
     sessions = {kind: build(kind, rows, columns, ranks, form) for kind in FORMS}
     dense = sum(form.nbytes(n, columns) for n in rows)
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--type", default="int4")
     args = parser.parse_args()
-    form = weight_format("onnx", args.type)
+    form = weight_type("onnx", args.type)
     rows = []
     for name, (layers, columns) in GROUPS.items():
         for ratio in RATIOS:

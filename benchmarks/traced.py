@@ -35,7 +35,7 @@ def export(kind: str, model: Path, place: Path) -> tuple[Path, float]:
         converter.has_builder = lambda _: False  # type: ignore[assignment]
     if kind == "traced, plain attention":
         marked._is_fusible = lambda *_: False  # type: ignore[assignment]
-    plan = make_plan(model, "onnx", "factored", dense(format="int4"), CONTEXT, PROMPT)
+    plan = make_plan(model, "onnx", "factored", dense(type="int4"), CONTEXT, PROMPT)
     bundle = make_bundle(model, plan, place / "bundle")
     out = place / "export"
     out.mkdir()
@@ -64,8 +64,8 @@ def main() -> None:
             place = Path(scratch) / f"made-{kind.replace(' ', '-')}"
             place.mkdir()
             out, seconds = export(kind, model, place)
-            plan = make_plan(model, "onnx", "factored", dense(format="int4"), CONTEXT, PROMPT)
-            sessions[kind] = OnnxRuntimeSession(out, plan.runtime, threads=1)
+            plan = make_plan(model, "onnx", "factored", dense(type="int4"), CONTEXT, PROMPT)
+            sessions[kind] = OnnxRuntimeSession(out, plan.serving, threads=1)
             graph = (out / consumers.MODEL_FILE).stat().st_size
             rows.append({"graph": kind, "writing_s": seconds, "graph_bytes": graph, "prefill": 0.0, "decode": 0.0})
         prompt = [index % 4096 for index in range(PROMPT)]

@@ -61,7 +61,7 @@ def ranked(checkpoint: Checkpoint) -> ScoreFile:
 def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
     text = evaluation_text(checkpoint.path, SAMPLES / "text" / "evaluation.txt", CONTEXT, MEASURED_TOKENS)
     reports = []
-    for target, layout, types in (("gguf", "stock", ()), ("gguf", "adapter", ("q8_0",)), ("onnx", "factored", ())):
+    for target, layout, types in (("gguf", "stock", ()), ("gguf", "lora", ("q8_0",)), ("onnx", "factored", ())):
         for budget in BUDGETS:
             request = PlanRequest(target, parse_bytes(budget), layout=layout, types=types, context=CONTEXT)
             plan = plan_export(checkpoint, scores, request)
@@ -104,7 +104,7 @@ def figures(report: Report) -> dict[str, Any]:
     assert first.perplexity is not None
     assert report.dense_perplexity is not None
     return {
-        "export": f"{report.target}, {report.layout}",
+        "export": f"{report.format}, {report.layout}",
         "runtime": first.runtime,
         "budget_bytes": report.budget_bytes,
         "memory_bytes": report.memory_bytes,

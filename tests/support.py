@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision, decision_bytes
 from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
 from acip_export.lowrank.components import components
 from acip_export.materialization import materialize_bundle
@@ -187,13 +187,13 @@ def make_plan(
     checkpoint = Checkpoint.open(model)
     decisions = []
     for name, info in checkpoint.tensors.items():
-        fields = decide(name, info.shape) if len(info.shape) == 2 else {"representation": "dense", "format": "f32"}
+        fields = decide(name, info.shape) if len(info.shape) == 2 else {"representation": "dense", "type": "f32"}
         fields = {"nbytes": 0, **fields}
         if fields.get("rank") is not None:
             fields["kept"] = ((0, fields["rank"]),)
         draft = TensorDecision(name, info.shape, **fields)
         decisions.append(TensorDecision(name, info.shape, **{**fields, "nbytes": decision_bytes(draft, target)}))
-    runtime = Runtime(context, "f32" if target == "onnx" else "f16", prompt_batch)
+    runtime = Serving(context, "f32" if target == "onnx" else "f16", prompt_batch)
     return ruled_plan(checkpoint, target, layout, runtime, tuple(decisions), adapters=adapters)
 
 
@@ -205,12 +205,12 @@ def make_bundle(model: Path, plan: Plan, out: Path, scores: ScoreFile | None = N
 
 
 def everywhere(**fields: Any) -> Callable[[str, tuple[int, ...]], dict[str, Any]]:
-    """The rule that decides all linear layers alike, and keeps embeddings and head dense in ``embedding_format``."""
-    embedding_format = fields.pop("embedding_format", fields.get("format", "f32"))
+    """The rule that decides all linear layers alike, and keeps embeddings and head dense in ``embedding_type``."""
+    embedding_type = fields.pop("embedding_type", fields.get("format", "f32"))
 
     def decide(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
         if "embed" in name or "lm_head" in name:
-            return {"representation": "dense", "format": embedding_format}
+            return {"representation": "dense", "type": embedding_type}
         return dict(fields)
 
     return decide

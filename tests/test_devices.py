@@ -121,7 +121,7 @@ def test_unknown_devices_name_the_closest(asked: str, close: str) -> None:
 
 def test_a_device_completes_the_request(camera: Path) -> None:
     request = PlanFlags(device="camera", devices=camera).request()
-    assert request.target == "gguf"
+    assert request.format == "gguf"
     assert request.budget_bytes == 429_496_729
     assert request.budget_scope == "process"
     assert request.types == ("q8_0", "q4_0")
@@ -133,7 +133,7 @@ def test_a_device_completes_the_request(camera: Path) -> None:
 
 def test_limits_of_a_browser_reach_the_request() -> None:
     onnx = PlanFlags(device="browser").request()
-    assert (onnx.target, onnx.whole_prompts, onnx.largest_file) == ("onnx", True, 2 * 10**9)
+    assert (onnx.format, onnx.whole_prompts, onnx.largest_file) == ("onnx", True, 2 * 10**9)
     gguf = PlanFlags(device="browser", format_="gguf").request()
     assert (gguf.whole_prompts, gguf.largest_file) == (False, 2 * 10**9)
     without = PlanFlags(budget="1GB", format_="onnx").request()

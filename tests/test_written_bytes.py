@@ -20,7 +20,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, Problem
 from acip_export.planning.candidates import Candidates, residual_bases
 from acip_export.verification.export import EXPORT_PLAN_FILE
-from acip_export.weight_types import formats_of, weight_format
+from acip_export.weight_types import types_of, weight_type
 from tests.planning.problems import EXHAUSTIVE, Shape, examples, shapes
 from tests.planning.test_properties import WAYS
 from tests.support import make_bundle, make_model, make_scores
@@ -33,7 +33,7 @@ def kinds_of(candidates: Candidates) -> dict[Kind, TensorDecision]:
     """Of every combination of types the smallest and the largest rank; of corrections, every rank."""
     found: dict[Kind, TensorDecision] = {}
     for option in candidates.options:
-        types = (option.representation, option.format, option.up_format, option.down_format)
+        types = (option.representation, option.type, option.up_type, option.down_type)
         if option.representation == "residual":
             found[*types, option.rank] = option
         else:
@@ -48,11 +48,11 @@ def sizes(directory: Path) -> dict[str, int]:
     return {str(file.relative_to(directory)): file.stat().st_size for file in files}
 
 
-def types_of(target: str, execution: str | None) -> tuple[str, ...]:
+def tried_types(target: str, backend: str | None) -> tuple[str, ...]:
     """The default types; or every type that plans may choose, some of which take llama.cpp most of a minute."""
-    known = TARGETS[target].on(execution)
-    items = {weight_format(target, name).item_bytes for name in known.types}
-    every = (form.name for form in formats_of(target) if form.item_bytes in items and form.name not in known.refused)
+    known = TARGETS[target].on(backend)
+    items = {weight_type(target, name).item_bytes for name in known.types}
+    every = (form.name for form in types_of(target) if form.item_bytes in items and form.name not in known.refused)
     return tuple(every) if EXHAUSTIVE else known.types
 
 
@@ -74,20 +74,20 @@ def plans_with_every_kind(problem: Problem, request: PlanRequest) -> Iterator[Pl
 
 
 def tied_and_untied() -> Iterator[tuple[str, str, str | None, bool]]:
-    """Embeddings and heads are the same in all layouts and executions of a target: both ways in the first alone."""
-    for number, (target, layout, execution) in enumerate(WAYS):
-        first = execution is None and layout == TARGETS[target].layouts[0].name
+    """Embeddings and heads are the same in all layouts and backends of a target: both ways in the first alone."""
+    for number, (target, layout, backend) in enumerate(WAYS):
+        first = backend is None and layout == TARGETS[target].layouts[0].name
         for tied in (True, False) if EXHAUSTIVE or first else (number % 2 == 0,):
-            yield target, layout, execution, tied
+            yield target, layout, backend, tied
 
 
-@pytest.mark.parametrize(("target", "layout", "execution", "tied"), list(tied_and_untied()))
-def test_every_candidate_kind(target: str, layout: str, execution: str | None, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "layout", "backend", "tied"), list(tied_and_untied()))
+def test_every_candidate_kind(target: str, layout: str, backend: str | None, tied: bool, tmp_path: Path) -> None:
     # Rows of one block of 256.
     model = make_model(tmp_path / "model", tie_word_embeddings=tied, num_hidden_layers=3, intermediate_size=256)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
-    types = types_of(target, execution)
-    request = PlanRequest(target, 2**40, "file", execution=execution, layout=layout, types=types, context=64)
+    types = tried_types(target, backend)
+    request = PlanRequest(target, 2**40, "file", backend=backend, layout=layout, types=types, context=64)
     problem = Problem.of(
         checkpoint,
         scores,
@@ -101,13 +101,13 @@ def test_every_candidate_kind(target: str, layout: str, execution: str | None, t
         convert_bundle(bundle.path, tmp_path / f"export{number}", check=False)
         assert sizes(tmp_path / f"export{number}") == plan.files
         assert all(d.nbytes == decision_bytes(d, target) for d in plan.tensors)
-        written |= {name for d in plan.tensors for name in (d.format, d.up_format, d.down_format)}
+        written |= {name for d in plan.tensors for name in (d.type, d.up_type, d.down_type)}
     assert written >= set(types)
 
 
 def every_correction(target: str, layout: str, types: tuple[str, ...], scores: ScoreFile) -> RoundingErrors:
     """Corrections of bases are candidates where they were measured; here everywhere."""
-    bases = residual_bases(TARGETS[target].layout(layout), tuple(weight_format(target, name) for name in types))
+    bases = residual_bases(TARGETS[target].layout(layout), tuple(weight_type(target, name) for name in types))
     pairs = {residual_key(base): ((0.5, 0.5),) for base in bases}
     return RoundingErrors(target, "none", scores.sha256, pairs=dict.fromkeys(scores.modules, pairs))
 
@@ -118,11 +118,11 @@ def test_planned_exports(
     tmp_path_factory: pytest.TempPathFactory, shape: Shape, way: tuple[str, str, str | None], share: float, seed: int
 ) -> None:
     """Random models and budgets, exported as planned: every file is as large as the plan has it."""
-    target, layout, execution = way
+    target, layout, backend = way
     directory = tmp_path_factory.mktemp("planned")
     model = make_model(directory / "model", shape.arch, seed=seed, **shape.settings)
     checkpoint, scores = Checkpoint.open(model), make_scores(model, adapters=seed % 2 == 0, seed=seed)
-    request = PlanRequest(target, 2**40, "file", execution=execution, layout=layout, context=64)
+    request = PlanRequest(target, 2**40, "file", backend=backend, layout=layout, context=64)
     problem = Problem.of(
         checkpoint,
         scores,

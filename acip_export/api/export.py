@@ -46,7 +46,7 @@ def materialize_bundle(
         out,
         force,
         lambda p: progress(StageProgress("materialize", p.done, p.total, p.tensor)),
-        converter(plan.target).round_trip,
+        converter(plan.format).round_trip,
         cache,
     )
 
@@ -71,7 +71,7 @@ def convert_bundle(
 def _convert(bundle: Bundle, directory: Path, progress: ProgressCallback, check: bool) -> None:
     from acip_export.formats.registry import converter
 
-    converter(bundle.plan.target).convert(
+    converter(bundle.plan.format).convert(
         bundle, directory, lambda p: progress(StageProgress("convert", p.done, p.total, p.item))
     )
     shutil.copyfile(bundle.path / PLAN_FILE, directory / verification.EXPORT_PLAN_FILE)

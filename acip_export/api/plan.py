@@ -12,7 +12,7 @@ from acip_export.api.rounding import rounding_errors
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import AcipError, InfeasibleBudgetError, MissingExtraError, UnsupportedError
-from acip_export.formats.targets import DEFAULT_EXECUTION
+from acip_export.formats.targets import DEFAULT_BACKEND
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import (
     PlanRequest,
@@ -40,8 +40,8 @@ def planning_problem(
     from acip_export.formats.registry import converter
     from acip_export.formats.targets import target as find_target
 
-    target = converter(request.target)
-    layout = find_target(request.target, request.execution).layouts_for(request.layout, request.runtime)[0].name
+    target = converter(request.format)
+    layout = find_target(request.format, request.backend).layouts_for(request.layout, request.runtime)[0].name
     request = replace(request, layout=layout)
     checkpoint = checkpoint.with_options(request.options)
     _prepare(target, checkpoint, request, progress)
@@ -67,10 +67,10 @@ def plan_export(
     from acip_export.formats.targets import split_max_size
     from acip_export.formats.targets import target as find_target
 
-    known = find_target(request.target, request.execution)
+    known = find_target(request.format, request.backend)
     known.check_options(request.options)
     layouts = known.layouts_for(request.layout, request.runtime)
-    target = converter(request.target)
+    target = converter(request.format)
     checkpoint = checkpoint.with_options(request.options)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
     notes = _prepare(target, checkpoint, request, progress)
@@ -130,15 +130,15 @@ def other_floors(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest
         "layout": request.layout,
         "cache-type": request.cache_type,
         "runtime": request.runtime,
-        "target": request.execution,
+        "format": request.backend,
         **{name.replace("_", "-"): value for name, value in request.options.items()},
     }
     without = ", ".join(f"--{name}" for name, value in own.items() if value)
     found: list[tuple[str, int]] = []
     for name in TARGETS:
-        if name != request.target:
+        if name != request.format:
             changed = replace(
-                request, target=name, types=(), layout=None, cache_type=None, runtime=None, execution=None, options={}
+                request, format=name, types=(), layout=None, cache_type=None, runtime=None, backend=None, options={}
             )
             try:
                 floor = _floor(checkpoint.with_options({}), scores, changed)
@@ -153,7 +153,7 @@ def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> i
     from acip_export.formats.registry import converter
     from acip_export.formats.targets import target as find_target
 
-    target, layout = converter(request.target), find_target(request.target).layouts[0].name
+    target, layout = converter(request.format), find_target(request.format).layouts[0].name
     asked = replace(request, layout=layout)
     return Problem.of(checkpoint, scores, asked, _prediction(target, checkpoint, layout)).floor(asked)[0]
 
@@ -167,7 +167,7 @@ def _prepare(
 ) -> tuple[str, ...]:
     return target.prepare(
         checkpoint,
-        request.execution or DEFAULT_EXECUTION,
+        request.backend or DEFAULT_BACKEND,
         choose_context(checkpoint, request),
         lambda p: progress(StageProgress("graph", p.done, p.total, p.item)),
     )
@@ -195,7 +195,7 @@ def sweep_sizes(
         except (UnsupportedError, MissingExtraError) as error:
             refusals.append(error)
             continue
-        first = all(line.target != other.target for other in lines)
+        first = all(line.format != other.format for other in lines)
         lines.append(replace(line, presets=preset_points(problem, request)) if first else line)
     if not lines:
         raise refusals[0]
@@ -215,7 +215,7 @@ def sweep_document(
     """What a sweep is written as; docs/plan.md describes it."""
     request = requests[0][1]
     return {
-        "format": "acip-sweep",
+        "artifact": "acip-sweep",
         "version": 1,
         "model": checkpoint.name,
         "model_fingerprint": checkpoint.fingerprint,
@@ -236,15 +236,15 @@ def planned_sizes(
         types: that ``plan`` chose from, if not the target's own.
     """
     base = PlanRequest(
-        target=plan.target,
+        format=plan.format,
         budget_bytes=1,
         budget_scope=plan.budget_scope,
         layout=plan.layout,
         types=types,
-        context=plan.runtime.context,
-        cache_type=plan.runtime.cache_type,
-        execution=plan.runtime.execution,
-        prompt_batch=plan.runtime.prompt_batch,
+        context=plan.serving.context,
+        cache_type=plan.serving.cache_type,
+        backend=plan.serving.backend,
+        prompt_batch=plan.serving.prompt_batch,
         options=plan.options,
     )
     problem = planning_problem(checkpoint, scores, base)

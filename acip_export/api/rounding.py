@@ -39,14 +39,14 @@ def rounding_errors(
     from acip_export.planning.candidates import choose_embedding_types, pair_types, residual_bases
 
     scores.check_model(checkpoint)
-    target = find_target(request.target, request.execution)
+    target = find_target(request.format, request.backend)
     types, layout = target.choose_types(request.types), target.layout(request.layout)
     quantizer = converter(target.name).quantizer()
     cache = None if scores.file is None else cache_file(scores.file, target.name)
     known = RoundingErrors(target.name, quantizer, scores.sha256)
     if cache is not None:
         known = load_rounding_errors(cache, target.name, quantizer, scores.sha256)
-    elif _measured_last is not None and _measured_last[0] is scores and _measured_last[1].target == target.name:
+    elif _measured_last is not None and _measured_last[0] is scores and _measured_last[1].format == target.name:
         known = _measured_last[1]
     embedding_types = choose_embedding_types(target, types)
     dense = {

@@ -71,7 +71,7 @@ def verify_directory(
         report = verification.verify_export(
             export,
             bundle,
-            text=None if text is None else evaluation_text(bundle, text, plan.runtime.context),
+            text=None if text is None else evaluation_text(bundle, text, plan.serving.context),
             dense=None if checkpoint is None else checkpoint.path,
             tasks=tasks,
             timeout=timeout,

@@ -129,11 +129,11 @@ def stored_of(decision: TensorDecision) -> dict[str, tuple[int, ...]]:
 def stored_formats(decision: TensorDecision) -> dict[str, str]:
     """The weight format of each of :func:`stored_of`."""
     if decision.rank is None:
-        return {decision.name: decision.format or ""}
-    base = {decision.name: decision.format or ""} if decision.representation == "residual" else {}
+        return {decision.name: decision.type or ""}
+    base = {decision.name: decision.type or ""} if decision.representation == "residual" else {}
     return base | {
-        f"{decision.module}.up.weight": decision.up_format or "",
-        f"{decision.module}.down.weight": decision.down_format or "",
+        f"{decision.module}.up.weight": decision.up_type or "",
+        f"{decision.module}.down.weight": decision.down_type or "",
     }
 
 
@@ -152,7 +152,7 @@ def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Mod
     from acip_export.model.torch_model import FactoredLinear, tied_names, untrained_model, with_fixed_positions
 
     bundle = Bundle.open(Path(path))
-    model = untrained_model(with_fixed_positions(bundle.config, bundle.plan.runtime.context))
+    model = untrained_model(with_fixed_positions(bundle.config, bundle.plan.serving.context))
     for decision in bundle.plan.tensors:
         if decision.rank is None:
             continue

@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args
 
 from acip_export.errors import PlanFileError
 from acip_export.io.atomic import new_file
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 _CAUSAL_UNIT = "nats per token"
 
-Representation = Literal["dense", "factored", "adapter", "residual"]
+Representation = Literal["dense", "factored", "lora", "residual"]
 # What a budget covers: the files; files, caches and buffers; or all of the process, the runtime's own parts included.
 BudgetScope = Literal["process", "memory", "file"]
 # Keys of the breakdown that no plan changes: they count in the scope "process" only.
@@ -36,7 +36,7 @@ class TensorDecision:
             format ``format`` that holds the weight without its LoRA pair, which corrects the base's rounding.
         format: weight format of the dense or base matrix; ``None`` for ``factored``.
         rank: columns of ``up`` (out, rank) and rows of ``down`` (rank, in).
-        up_format, down_format: weight formats of the pair.
+        up_type, down_type: weight formats of the pair.
         kept: ``[start, stop)`` ranges of the singular components kept, in the score file's order of components;
             ``None`` where the pair is not made of them (``residual``).
         nbytes: exact bytes of the stored numbers.
@@ -46,10 +46,10 @@ class TensorDecision:
     shape: tuple[int, ...]
     representation: Representation
     nbytes: int
-    format: str | None = None
+    type: str | None = None
     rank: int | None = None
-    up_format: str | None = None
-    down_format: str | None = None
+    up_type: str | None = None
+    down_type: str | None = None
     kept: tuple[tuple[int, int], ...] | None = None
 
     @property
@@ -58,20 +58,20 @@ class TensorDecision:
 
 
 @dataclass(frozen=True)
-class Runtime:
+class Serving:
     """The settings that the memory promise holds for; converters write them into the export where they can.
 
     Attributes:
         context: tokens of KV cache.
         cache_type: ``f32``, ``f16`` or ``q8_0``.
         prompt_batch: tokens of a prompt that are processed together (llama.cpp ``n_ubatch``, genai ``chunk_size``).
-        execution: what runs it, where the target has a choice; see :mod:`acip_export.formats.targets`.
+        backend: what runs it, where the target has a choice; see :mod:`acip_export.formats.targets`.
     """
 
     context: int
     cache_type: str
     prompt_batch: int
-    execution: str = "cpu"
+    backend: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Plan:
         options: what the user told the target's converter beyond the model directory (:attr:`Checkpoint.options`).
     """
 
-    target: str
+    format: str
     layout: str
     model: str
     model_fingerprint: str
@@ -153,7 +153,7 @@ class Plan:
     predicted_perplexity: float | None
     size_ratio: float
     adapters: bool
-    runtime: Runtime
+    serving: Serving
     certificate: Certificate
     tensors: tuple[TensorDecision, ...]
     notes: tuple[str, ...] = field(default=())
@@ -186,7 +186,7 @@ class Plan:
         return self.budget_scope == "process" or part not in RUNTIME_PARTS
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": "acip-plan", "version": PLAN_VERSION, **dataclasses.asdict(self)}
+        return {"artifact": "acip-plan", "version": PLAN_VERSION, **dataclasses.asdict(self)}
 
 
 def save_plan(plan: Plan, file: Path, force: bool = False) -> None:
@@ -221,14 +221,14 @@ def load_plan(file: Path) -> Plan:
 
 def plan_from_json(data: Any, where: str) -> Plan:
     """Build a plan from parsed JSON; ``where`` names its origin in messages."""
-    if not isinstance(data, dict) or data.get("format") != "acip-plan":
+    if not isinstance(data, dict) or data.get("artifact") != "acip-plan":
         raise PlanFileError(f"{where} is not a plan: its format is not acip-plan")
     if data.get("version") != PLAN_VERSION:
         raise PlanFileError(f"{where} is a plan of version {data.get('version')}, expected {PLAN_VERSION}; plan again")
-    data = {k: v for k, v in data.items() if k not in ("format", "version")}
+    data = {k: v for k, v in data.items() if k not in ("artifact", "version")}
     try:
         data["tensors"] = tuple(_decision_from_json(t) for t in data["tensors"])
-        data["runtime"] = Runtime(**data["runtime"])
+        data["serving"] = Serving(**data["serving"])
         data["certificate"] = _certificate_from_json(data["certificate"])
         data["notes"] = tuple(data.get("notes", ()))
         plan = Plan(**data)
@@ -271,20 +271,20 @@ def decision_bytes(decision: TensorDecision, target: str) -> int:
     rows, columns = decision.shape if len(decision.shape) == 2 else (1, decision.shape[0])
     total = 0
     if decision.representation != "factored":
-        if decision.format is None:
+        if decision.type is None:
             raise ValueError(f"{decision.name}: {decision.representation} without a format")
-        total += weight_format(target, decision.format).nbytes(rows, columns)
+        total += weight_type(target, decision.type).nbytes(rows, columns)
     if decision.representation != "dense":
-        if not decision.rank or decision.up_format is None or decision.down_format is None:
+        if not decision.rank or decision.up_type is None or decision.down_type is None:
             raise ValueError(f"{decision.name}: {decision.representation} without rank and formats")
-        total += weight_format(target, decision.up_format).nbytes(rows, decision.rank)
-        total += weight_format(target, decision.down_format).nbytes(decision.rank, columns)
+        total += weight_type(target, decision.up_type).nbytes(rows, decision.rank)
+        total += weight_type(target, decision.down_type).nbytes(decision.rank, columns)
     return total
 
 
 def _check(plan: Plan) -> None:
     for decision in plan.tensors:
-        expected = decision_bytes(decision, plan.target)
+        expected = decision_bytes(decision, plan.format)
         if decision.nbytes != expected:
             raise ValueError(f"{decision.name} has nbytes {decision.nbytes}, its decision takes {expected}")
     memory = {name: size for name, size in plan.breakdown.items() if name not in RUNTIME_PARTS}

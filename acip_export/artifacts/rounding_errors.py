@@ -19,7 +19,7 @@ from acip_export.io.atomic import keep
 
 logger = logging.getLogger(__name__)
 
-ROUNDING_ERRORS_VERSION = 1
+ROUNDING_ERRORS_VERSION = 2
 # Ratios are interpolated in their logarithm; a pair that rounds without any error has this one.
 _LEAST_RATIO = 1e-6
 
@@ -38,7 +38,7 @@ class RoundingErrors:
             correction loses, over what the base loses alone.
     """
 
-    target: str
+    format: str
     quantizer: str
     scores_sha256: str
     dense: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class RoundingErrors:
     def merged(self, other: RoundingErrors) -> RoundingErrors:
         """Both measurements in one; ``other`` wins."""
         return RoundingErrors(
-            self.target,
+            self.format,
             self.quantizer,
             self.scores_sha256,
             {n: {**self.dense.get(n, {}), **other.dense.get(n, {})} for n in {**self.dense, **other.dense}},
@@ -111,9 +111,9 @@ def load_rounding_errors(file: Path, target: str, quantizer: str, scores_sha256:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         same = (
-            data["format"] == "acip-rounding-errors"
+            data["artifact"] == "acip-rounding-errors"
             and data["version"] == ROUNDING_ERRORS_VERSION
-            and (data["target"], data["quantizer"], data["scores_sha256"]) == (target, quantizer, scores_sha256)
+            and (data["format"], data["quantizer"], data["scores_sha256"]) == (target, quantizer, scores_sha256)
         )
         if not same:
             return nothing
@@ -143,5 +143,5 @@ def _loss(value: float) -> float:
 
 def save_rounding_errors(errors: RoundingErrors, file: Path) -> None:
     """Write atomically, replacing what is there; a directory that cannot be written to is no error."""
-    document = {"format": "acip-rounding-errors", "version": ROUNDING_ERRORS_VERSION, **asdict(errors)}
+    document = {"artifact": "acip-rounding-errors", "version": ROUNDING_ERRORS_VERSION, **asdict(errors)}
     keep(file, (json.dumps(document, indent=1) + "\n").encode(), "rounding errors are measured")

@@ -22,7 +22,7 @@ from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, new_file, read
 from acip_export.lowrank.order import GlobalOrder
 from acip_export.model.checkpoint import Checkpoint
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 SCORE_FILE_SUFFIX = ".acip"
 CAUSAL_UNIT = "nats per token"
 
@@ -206,7 +206,7 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
     for key, triangle in scores.second_moments.items():
         tensors[f"{_MOMENT}{key}"] = triangle
     metadata = {
-        "format": "acip-scores",
+        "artifact": "acip-scores",
         "version": str(SCORES_VERSION),
         "model": json.dumps(dict(scores.model)),
         "algorithm": json.dumps(dict(scores.algorithm)),
@@ -230,8 +230,8 @@ def load_scores(file: Path) -> ScoreFile:
         ScoreFileError: truncated, not a score file, unknown version, wrong shapes, non-finite numbers.
     """
     entries, metadata = read_safetensors_header(file, ScoreFileError)
-    if metadata.get("format") != "acip-scores":
-        raise ScoreFileError(f"{file} is a safetensors file, but no score file (format {metadata.get('format')!r})")
+    if metadata.get("artifact") != "acip-scores":
+        raise ScoreFileError(f"{file} is a safetensors file, but no score file (format {metadata.get('artifact')!r})")
     if metadata.get("version") != str(SCORES_VERSION):
         raise ScoreFileError(
             f"{file} is a score file of version {metadata.get('version')}, this tool reads {SCORES_VERSION}; rank again"

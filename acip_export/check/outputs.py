@@ -16,7 +16,7 @@ _SUITE = "acip-export check"
 def check_json(outcome: Outcome) -> dict[str, Any]:
     """The document of ``check --json``; see docs/check.md."""
     return {
-        "format": "acip-check",
+        "artifact": "acip-check",
         "version": CHECK_VERSION,
         "config": outcome.config,
         "baseline": outcome.source,

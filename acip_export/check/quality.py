@@ -11,7 +11,7 @@ from typing import Any
 from acip_export.errors import InputError
 
 REPORT_FILE = "report.json"
-_REPORT_VERSION = 1
+_REPORT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ def read_quality(file: Path) -> Quality:
     """
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-        if report["format"] != "acip-report" or report["version"] != _REPORT_VERSION:
+        if report["artifact"] != "acip-report" or report["version"] != _REPORT_VERSION:
             raise InputError(
-                f"{file} is {report['format']!r} of version {report['version']}, expected 'acip-report' of version "
+                f"{file} is {report['artifact']!r} of version {report['version']}, expected 'acip-report' of version "
                 f"{_REPORT_VERSION}; run  acip-export verify"
             )
         if report["passed"] is not True:

@@ -14,7 +14,7 @@ from acip_export.check.quality import find_report, read_quality
 from acip_export.check.snapshot import FileRecord, Snapshot, take_snapshot, with_hashes
 from acip_export.errors import BaselineError, BaselineVersionError, InputError, VerificationError
 
-CHECK_VERSION = 1
+CHECK_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _from_json(path: Path, config: Config) -> dict[str, Snapshot] | None:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BaselineError(f"{path} cannot be read as JSON: {error}") from error
-    found = data.get("format") if isinstance(data, dict) else None
+    found = data.get("artifact") if isinstance(data, dict) else None
     if found == LOCK_FORMAT:
         return parse_lock(data, path)
     if found == "acip-report":

@@ -73,10 +73,10 @@ def export(
     from acip_export import api as pipeline
 
     request = flags.request()
-    target = out or Path("export") / request.target
+    target = out or Path("export") / request.format
     ort_target = target.with_name(f"{target.name}-ort")
-    if ort and request.target != "onnx":
-        raise UsageError(f"--ort goes with  --format onnx, not {request.target}")
+    if ort and request.format != "onnx":
+        raise UsageError(f"--ort goes with  --format onnx, not {request.format}")
     if not dry_run:
         refuse_existing(target, force)
         if ort:
@@ -89,7 +89,7 @@ def export(
         from converters.onnx.ort_format import check_size
 
         check_size(plan.files)
-    measured_on = None if text is None else pipeline.evaluation_text(checkpoint.path, text, plan.runtime.context)
+    measured_on = None if text is None else pipeline.evaluation_text(checkpoint.path, text, plan.serving.context)
     if not json:
         console.show_plan(plan, verbose)
     if dry_run:

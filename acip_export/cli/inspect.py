@@ -41,7 +41,7 @@ def inspect(
     if json:
         console.print_json(
             {
-                "format": "acip-anatomy-diff",
+                "artifact": "acip-anatomy-diff",
                 "version": 1,
                 "before": _totals(first),
                 "after": _totals(second),

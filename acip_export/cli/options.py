@@ -66,8 +66,8 @@ class PlanFlags:
     ] = None
     format_: Annotated[str | None, typer.Option("--format", "-f", help="Target: gguf or onnx.")] = None
     runtime: Annotated[str | None, typer.Option("--runtime", help="What will run it; see  acip-export formats.")] = None
-    target: Annotated[
-        str | None, typer.Option("--target", help="ONNX: cpu (the default), mobile, webgpu, cuda, dml, qnn-friendly.")
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="ONNX: cpu (the default), mobile, webgpu, cuda, dml, qnn-friendly.")
     ] = None
     layout: Annotated[
         str | None,
@@ -155,11 +155,11 @@ class PlanFlags:
         if device is not None and not types:
             types = device.types.get(target, ())
         return PlanRequest(
-            target=target,
+            format=target,
             budget_bytes=budget,
             budget_scope=self.budget_scope or ("memory" if device is None else "process"),
             runtime=self.runtime if self.runtime or device is None else device.runtimes.get(target),
-            execution=self.target,
+            backend=self.backend,
             layout=layout,
             types=types,
             context=self.context,

@@ -19,7 +19,7 @@ from rich.table import Table
 from acip_export.errors import AcipError
 from acip_export.formats.targets import TARGETS
 from acip_export.units import format_bytes
-from acip_export.weight_types import formats_of
+from acip_export.weight_types import types_of
 
 if TYPE_CHECKING:
     from acip_export.api import StageProgress
@@ -121,7 +121,7 @@ def show_ranking(scores: ScoreFile, file: Path) -> None:
 
 def show_plan(plan: Plan, verbose: bool) -> None:
     """The budget, where its bytes go, and what was chosen, folded by kind of layer."""
-    title = f"{plan.model} → {plan.target} ({plan.layout})"
+    title = f"{plan.model} → {plan.format} ({plan.layout})"
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -144,13 +144,13 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     else:
         bound = f"(lower bound {plan.certificate.lower_bound:.2e})"
         table.add_row("predicted loss", f"{plan.predicted_loss:.2e}", f"{plan.loss_unit} {bound}")
-    runtime = plan.runtime
+    serving = plan.serving
     table.add_row(
         "runtime",
-        f"{runtime.context} tokens",
-        f"KV cache {runtime.cache_type}, prompts in batches of {runtime.prompt_batch}"
+        f"{serving.context} tokens",
+        f"KV cache {serving.cache_type}, prompts in batches of {serving.prompt_batch}"
         if plan.generates
-        else f"a text, {runtime.prompt_batch} in a batch of texts",
+        else f"a text, {serving.prompt_batch} in a batch of texts",
     )
     out.print(table)
     out.print()
@@ -189,11 +189,9 @@ def _upgrade(plan: Plan) -> str:
 
 def _choice(decision: TensorDecision) -> str:
     if decision.rank is None:
-        return str(decision.format)
+        return str(decision.type)
     formats = (
-        decision.down_format
-        if decision.down_format == decision.up_format
-        else (f"{decision.down_format}·{decision.up_format}")
+        decision.down_type if decision.down_type == decision.up_type else (f"{decision.down_type}·{decision.up_type}")
     )
     return f"r{decision.rank} {formats}"
 
@@ -233,7 +231,7 @@ def show_reports(reports: list[Report]) -> None:
         dense = "" if report.dense_perplexity is None else f"{report.dense_perplexity.perplexity:.2f}"
         for runtime in report.runtimes:
             table.add_row(
-                f"{report.target} {report.layout}",
+                f"{report.format} {report.layout}",
                 format_bytes(report.budget_bytes),
                 f"{report.planned_bytes:,}",
                 f"{report.written_bytes:,}",
@@ -249,7 +247,7 @@ def show_reports(reports: list[Report]) -> None:
         if report.similarity is not None and report.similarity_spearman is not None:
             error = report.similarity_error or 0.0
             out.print(
-                f"{report.target} {report.layout}: embeddings {report.similarity:.5f} similar to the dense model's; "
+                f"{report.format} {report.layout}: embeddings {report.similarity:.5f} similar to the dense model's; "
                 f"similarities of texts kept: Spearman {report.similarity_spearman:.5f}, mean error {error:.5f}"
             )
 
@@ -259,7 +257,7 @@ def show_export(plan: Plan, directory: Path) -> None:
     from acip_export.formats.registry import converter
 
     out.print(f"\n[bold]{format_bytes(plan.planned_bytes)}[/] in {directory}, as planned. Run it with:")
-    commands = converter(plan.target).run_commands(plan, directory)
+    commands = converter(plan.format).run_commands(plan, directory)
     for command in [c for c in commands if c.language == "console"] or commands[:1]:
         out.print(command.text, markup=False, soft_wrap=True)
         if command.note:
@@ -277,7 +275,7 @@ def show_formats() -> None:
         table = Table(
             "type", "bits/weight", "block", "rounding error", "", box=None, padding=(0, 2), header_style="dim"
         )
-        for f in formats_of(name):
+        for f in types_of(name):
             default = "default" if f.name in target.types else "refused" if f.name in target.refused else ""
             table.add_row(f.name, f"{f.bits_per_weight:.3f}", str(f.block), f"{f.relative_mse**0.5:.4f}", default)
         out.print(table)

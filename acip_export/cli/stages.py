@@ -14,7 +14,7 @@ from acip_export.formats.targets import TARGETS
 from acip_export.io.atomic import refuse_existing
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
-from acip_export.weight_types import formats_of
+from acip_export.weight_types import types_of
 
 
 def materialize(
@@ -54,7 +54,7 @@ def convert(
     from acip_export import api as pipeline
     from acip_export.artifacts.bundle import Bundle
 
-    target = out or Path("export") / Bundle.open(bundle).plan.target
+    target = out or Path("export") / Bundle.open(bundle).plan.format
     with console.stage_bars() as progress:
         made = pipeline.convert_bundle(bundle, target, force, progress)
     data = {"out": str(target), "files": dict(made.files)}
@@ -125,7 +125,7 @@ def formats(json: Json = False) -> None:
                 "runtimes": {runtime: list(layouts) for runtime, layouts in target.runtimes.items()},
                 "cache_types": list(target.cache_types),
                 "types": [
-                    {"name": f.name, "bits_per_weight": f.bits_per_weight, "block": f.block} for f in formats_of(name)
+                    {"name": f.name, "bits_per_weight": f.bits_per_weight, "block": f.block} for f in types_of(name)
                 ],
             }
             for name, target in TARGETS.items()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import Plan, Runtime, TensorDecision
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 
@@ -57,7 +57,7 @@ class Converter(Protocol):
     """
 
     def prepare(
-        self, checkpoint: Checkpoint, execution: str, context: int, progress: ProgressCallback
+        self, checkpoint: Checkpoint, backend: str, context: int, progress: ProgressCallback
     ) -> tuple[str, ...]:
         """What takes long and is the same for all plans of a model is done, and kept for the next time.
 
@@ -70,7 +70,7 @@ class Converter(Protocol):
         ...
 
     def predict_files(
-        self, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], runtime: Runtime
+        self, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
     ) -> dict[str, int]:
         """Exact bytes of every file that :meth:`convert` will write, by path below the export directory.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from acip_export.artifacts.plan import Representation
 from acip_export.errors import PlanFileError, UnsupportedError
 from acip_export.model.checkpoint import ModelShape
-from acip_export.weight_types import WeightFormat, formats_of, weight_format
+from acip_export.weight_types import WeightType, types_of, weight_type
 
 # The name that stands for "the best predicted of all layouts that the runtime runs".
 AUTO = "auto"
@@ -23,7 +23,7 @@ class Layout:
 
     Attributes:
         low_rank: the representation that carries factor pairs; ``None`` when the layout has none.
-        base_format: format of the all-zero base below an adapter.
+        base_type: format of the all-zero base below an adapter.
         rank_multiple: ranks are multiples of this (the largest block that the pair's formats need is taken if larger).
         residual_pairs: types and ranks of low-rank corrections over a quantized base (both factors of one type).
         note: what a user has to know before choosing it.
@@ -32,19 +32,19 @@ class Layout:
     name: str
     description: str
     low_rank: Representation | None
-    base_format: str | None = None
+    base_type: str | None = None
     rank_multiple: int = 32
     residual_pairs: tuple[tuple[str, int], ...] = ()
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Execution:
+class Backend:
     """What runs an export, where that decides what the file may hold.
 
     Attributes:
         provider: onnxruntime-genai's name of it; ``None``: the default, the processor.
-        types, embedding_types, vector_format, cache_types, refused: as those of :class:`Target`.
+        types, embedding_types, vector_type, cache_types, refused: as those of :class:`Target`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Execution:
     provider: str | None
     types: tuple[str, ...]
     embedding_types: tuple[str, ...]
-    vector_format: str
+    vector_type: str
     cache_types: dict[str, tuple[int, int]]
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Target:
     Attributes:
         types: formats that a plan chooses from when the user names none, most precise first.
         embedding_types: formats that the embedding (and a head tied to it) may take.
-        vector_format: format of norms and biases.
+        vector_type: format of norms and biases.
         cache_types: bytes of a KV cache entry as ``(numerator, denominator)``; the first is the default.
         layouts: the first is the default.
         runtimes: the layouts that each runtime runs, its default first; the first runtime is the default.
@@ -76,35 +76,35 @@ class Target:
     name: str
     types: tuple[str, ...]
     embedding_types: tuple[str, ...]
-    vector_format: str
+    vector_type: str
     cache_types: dict[str, tuple[int, int]]
     layouts: tuple[Layout, ...]
     runtimes: dict[str, tuple[str, ...]]
     windowed: frozenset[str] | None = None
-    executions: tuple[Execution, ...] = ()
+    backends: tuple[Backend, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
 
-    def on(self, execution: str | None) -> Target:
-        """The target as one execution has it; ``None``: the first, if there are any.
+    def on(self, backend: str | None) -> Target:
+        """The target as one backend has it; ``None``: the first, if there are any.
 
         Raises:
-            UnsupportedError: no such execution.
+            UnsupportedError: no such backend.
         """
-        if execution is None or execution == DEFAULT_EXECUTION:
+        if backend is None or backend == DEFAULT_BACKEND:
             return self
-        for known in self.executions:
-            if known.name == execution:
+        for known in self.backends:
+            if known.name == backend:
                 return replace(
                     self,
                     types=known.types,
                     embedding_types=known.embedding_types,
-                    vector_format=known.vector_format,
+                    vector_type=known.vector_type,
                     cache_types=known.cache_types,
                     refused=known.refused,
                 )
-        names = ", ".join((DEFAULT_EXECUTION, *(known.name for known in self.executions)))
-        raise UnsupportedError(f"{self.name} has no target {execution!r}; it has: {names}")
+        names = ", ".join((DEFAULT_BACKEND, *(known.name for known in self.backends)))
+        raise UnsupportedError(f"{self.name} has no target {backend!r}; it has: {names}")
 
     def layout(self, name: str | None) -> Layout:
         """Raises UnsupportedError for a layout that the target does not have."""
@@ -143,20 +143,20 @@ class Target:
             if name not in self.options:
                 raise UnsupportedError(f"{self.name} exports have no --{name.replace('_', '-')}")
 
-    def choose_types(self, names: tuple[str, ...]) -> tuple[WeightFormat, ...]:
+    def choose_types(self, names: tuple[str, ...]) -> tuple[WeightType, ...]:
         """The formats that the user named, or the default ones.
 
         Raises UnsupportedError for unknown names and for formats without a kernel.
         """
         # A graph computes in one precision, so formats of the other one are not to be had.
-        items = {weight_format(self.name, name).item_bytes for name in self.types}
-        known = [f.name for f in formats_of(self.name) if f.item_bytes in items and f.name not in self.refused]
+        items = {weight_type(self.name, name).item_bytes for name in self.types}
+        known = [f.name for f in types_of(self.name) if f.item_bytes in items and f.name not in self.refused]
         for name in names:
             if name in self.refused:
                 raise UnsupportedError(f"{name} is not exported: {self.refused[name]}. Use: {', '.join(known)}")
             if name not in known:
                 raise UnsupportedError(f"{self.name} has no type {name!r} here; it has: {', '.join(known)}")
-        return tuple(weight_format(self.name, name) for name in (names or self.types))
+        return tuple(weight_type(self.name, name) for name in (names or self.types))
 
 
 _SPLIT = "split_max_size"
@@ -176,8 +176,8 @@ def split_max_size(options: Mapping[str, str]) -> int | None:
     return int(found)
 
 
-# The execution that every target's own fields describe.
-DEFAULT_EXECUTION = "cpu"
+# The backend that every target's own fields describe.
+DEFAULT_BACKEND = "cpu"
 
 
 # The name whose graphs have a cache of fixed length: neural processors know no other shapes.
@@ -188,7 +188,7 @@ _MOBILE = ("f32", "int8", "int8-b128", "int4", "int4-b64", "int4-b128")
 _HALF_8_BITS = ("int8-f16", "int8-b128-f16")
 _HALF_4_BITS = ("int4-f16", "int4-b64-f16", "int4-b128-f16")
 
-Rule = tuple[Callable[[WeightFormat], bool], str]
+Rule = tuple[Callable[[WeightType], bool], str]
 # Measured, benchmarks/onnx_types.json.
 _NO_KERNEL: Rule = (
     lambda form: form.code_bits == 2 and form.block in (16, 256),
@@ -198,14 +198,14 @@ _NO_KERNEL: Rule = (
 
 
 def _refused(*rules: Rule) -> dict[str, str]:
-    quantized = [form for form in formats_of("onnx") if not form.is_float]
+    quantized = [form for form in types_of("onnx") if not form.is_float]
     return {form.name: reason for form in quantized for applies, reason in reversed(rules) if applies(form)}
 
 
-def _half(name: str, description: str, provider: str, quantized: tuple[str, ...], *rules: Rule) -> Execution:
+def _half(name: str, description: str, provider: str, quantized: tuple[str, ...], *rules: Rule) -> Backend:
     """Graphics cards compute in float16: weights, scales, activations and the KV cache."""
     types = ("f16", *quantized)
-    return Execution(name, description, provider, types, types, "f16", {"f16": (2, 1)}, _refused(*rules))
+    return Backend(name, description, provider, types, types, "f16", {"f16": (2, 1)}, _refused(*rules))
 
 
 TARGETS: dict[str, Target] = {
@@ -213,16 +213,16 @@ TARGETS: dict[str, Target] = {
         name="gguf",
         types=("f16", "q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q4_0", "q3_k", "iq3_xxs", "q2_k", "iq2_xxs"),
         embedding_types=("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k"),
-        vector_format="f32",
+        vector_type="f32",
         cache_types={"f16": (2, 1), "q8_0": (34, 32), "f32": (4, 1)},
         layouts=(
             Layout("stock", "one file of dense tensors, a type per tensor; every llama.cpp loads it", None),
             Layout(
-                "adapter",
+                "lora",
                 "a LoRA file with factor pairs, over an all-zero one-bit base or as corrections of a quantized one; "
                 "stock llama.cpp runs both",
-                "adapter",
-                base_format="q1_0",
+                "lora",
+                base_type="q1_0",
                 # q8_0 needs ranks that are multiples of its block. More than rank 128 is better spent on the base.
                 residual_pairs=(("f16", 8), ("f16", 16), ("q8_0", 32), ("q8_0", 64), ("q8_0", 128)),
             ),
@@ -233,7 +233,7 @@ TARGETS: dict[str, Target] = {
                 note="only a llama.cpp with our extension runs this layout: make llama-cpp, or docs/upstream.md",
             ),
         ),
-        runtimes={"llama.cpp": ("stock", "adapter"), "acip-llama.cpp": ("factored", "stock", "adapter")},
+        runtimes={"llama.cpp": ("stock", "lora"), "acip-llama.cpp": ("factored", "stock", "lora")},
         windowed=frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"}),
         options=("pre_tokenizer", "base_gguf", "imatrix", _SPLIT),
     ),
@@ -242,13 +242,13 @@ TARGETS: dict[str, Target] = {
         # docs/onnx.md has what each type buys on the trained samples, and why 2 bits have to be named.
         types=_EMBEDDING,
         embedding_types=_EMBEDDING,
-        vector_format="f32",
+        vector_type="f32",
         cache_types={"f32": (4, 1)},
         layouts=(
             Layout("factored", "factor pairs as two MatMul or MatMulNBits nodes, dense weights as one", "factored"),
         ),
         runtimes={"onnxruntime": ("factored",)},
-        executions=(
+        backends=(
             _half(
                 "webgpu",
                 "graphics cards through WebGPU, in browsers and natively",
@@ -269,7 +269,7 @@ TARGETS: dict[str, Target] = {
                 _HALF_4_BITS,
                 (lambda form: form.code_bits != 4, "DirectML multiplies 4 bits only"),
             ),
-            Execution(
+            Backend(
                 "mobile",
                 "onnxruntime on ARM processors: Android, iOS, boards",
                 None,
@@ -285,7 +285,7 @@ TARGETS: dict[str, Target] = {
                     ),
                 ),
             ),
-            Execution(
+            Backend(
                 STATIC_CACHE,
                 "Qualcomm's neural processors through onnxruntime-qnn: a cache of fixed length, standard attention",
                 None,
@@ -307,11 +307,11 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def target(name: str, execution: str | None = None) -> Target:
-    """Raises UnsupportedError for an unknown target, or one without this execution."""
+def target(name: str, backend: str | None = None) -> Target:
+    """Raises UnsupportedError for an unknown target, or one without this backend."""
     if name not in TARGETS:
         raise UnsupportedError(f"unknown format {name!r}; known: {', '.join(sorted(TARGETS))}")
-    return TARGETS[name].on(execution)
+    return TARGETS[name].on(backend)
 
 
 def applies_window(name: str, shape: ModelShape) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from acip_export.errors import ModelFileError
 
-ANATOMY_VERSION = 1
+ANATOMY_VERSION = 2
 
 Kind = Literal["gguf", "onnx", "safetensors", "model", "bundle", "export", "scores", "plan"]
 
@@ -97,7 +97,7 @@ class Anatomy:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": "acip-anatomy",
+            "artifact": "acip-anatomy",
             "version": ANATOMY_VERSION,
             "total_bytes": self.total_bytes,
             "tensor_bytes": self.tensor_bytes,

@@ -57,7 +57,7 @@ def _file(file: Path, name: str) -> tuple[Kind, _Contents]:
         return "onnx", read_onnx(file, name)
     if start[8:9] == b"{" or file.suffix in (".safetensors", ".acip"):
         tensors, facts = _safetensors(file, name)
-        return "scores" if facts.get("format") == "acip-scores" else "safetensors", (tensors, facts, {})
+        return "scores" if facts.get("artifact") == "acip-scores" else "safetensors", (tensors, facts, {})
     raise ModelFileError(f"{file} is no GGUF, ONNX, safetensors or score file, and no plan (*.json) either")
 
 
@@ -85,15 +85,15 @@ def _plan(file: Path) -> Anatomy:
 def choice(decision: TensorDecision) -> str:
     """What a tensor becomes, in a few characters: ``q4_k``, ``r128 int8``, ``r128 int4·int8``."""
     if decision.rank is None:
-        return str(decision.format)
-    down, up = decision.down_format, decision.up_format
+        return str(decision.type)
+    down, up = decision.down_type, decision.up_type
     return f"r{decision.rank} {down}" if down == up else f"r{decision.rank} {down}·{up}"
 
 
 def _plan_facts(plan: Plan) -> dict[str, str]:
     return {
         "model": fact(plan.model),
-        "target": f"{plan.target} ({plan.layout})",
+        "format": f"{plan.format} ({plan.layout})",
         "budget": f"{plan.budget_bytes} bytes of {plan.budget_scope}",
         "memory": f"{plan.memory_bytes} bytes, {plan.process_bytes} with the runtime itself",
         "predicted loss": f"{plan.predicted_loss:.4f} nats per token above the dense model",
@@ -137,7 +137,7 @@ def _holds_plan(root: Path) -> bool:
         data = json.loads((root / _PLAN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(data, dict) and data.get("format") == "acip-plan"
+    return isinstance(data, dict) and data.get("artifact") == "acip-plan"
 
 
 def _config_facts(root: Path) -> dict[str, str]:

@@ -34,7 +34,7 @@ from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
 from acip_export.rounding import RoundTrip
 from acip_export.version import __version__
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def materialize_bundle(
                 shutil.copyfile(checkpoint.path / name, directory / name)
         (directory / PLAN_FILE).write_text(dumps_plan(plan), encoding="utf-8")
         manifest = {
-            "format": "acip-bundle",
+            "artifact": "acip-bundle",
             "version": BUNDLE_VERSION,
             "tool": __version__,
             "model": plan.model,
@@ -167,7 +167,7 @@ def _numbers(
     up, down = stored_tensors(decision.name, decision.shape, decision.rank)
     importance[down] = torch.from_numpy(module.input_moment)
     norm = Norm.of(module, scores.second_moments)
-    formats = [weight_format(plan.target, name or "") for name in (decision.up_format, decision.down_format)]
+    formats = [weight_type(plan.format, name or "") for name in (decision.up_type, decision.down_type)]
     if round_trip is None or all(form.is_float for form in formats):
         importance[up] = inner_importance(pair.down, norm.inputs)
         return {up: pair.up, down: pair.down}
@@ -199,9 +199,7 @@ def _residual(
         pair = Pair(basis.up[:, : decision.rank], basis.down[: decision.rank])
         importance[up] = inner_importance(pair.down, norm.inputs)
         return {up: pair.up, down: pair.down, decision.name: weight - pair.up @ pair.down}
-    base, *formats = (
-        weight_format("gguf", name or "") for name in (decision.format, decision.up_format, decision.down_format)
-    )
+    base, *formats = (weight_type("gguf", name or "") for name in (decision.type, decision.up_type, decision.down_type))
     found = correct(
         weight, norm, whitenings, importance[down], base, decision.rank, (formats[0], formats[1]), round_trip
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from acip_export.lowrank.components import Whitening, balance
 from acip_export.materialization.factors import Norm, Pair, inner_importance
 from acip_export.rounding import RoundTrip
-from acip_export.weight_types import WeightFormat
+from acip_export.weight_types import WeightType
 
 # The first refit brings most of the gain; after the third the loss changes by a few percent, in either direction.
 ROUNDS = 3
@@ -53,8 +53,8 @@ def refit(
     pair: Pair,
     norm: Norm,
     importance: Tensor,
-    up_format: WeightFormat,
-    down_format: WeightFormat,
+    up_type: WeightType,
+    down_type: WeightType,
     round_trip: RoundTrip,
     rounds: int = ROUNDS,
     rotate: bool = True,
@@ -78,11 +78,11 @@ def refit(
         up, down = up @ rotation.T, rotation @ down
     best: Refitted | None = None
     for index in range(max(1, rounds)):
-        rounded_down = round_trip(down, down_format.name, importance)
+        rounded_down = round_trip(down, down_type.name, importance)
         up_importance = inner_importance(rounded_down, norm.inputs)
         if rounds:
             up = _fit_up(pair, rounded_down, norm.inputs)
-        rounded_up = round_trip(up, up_format.name, up_importance)
+        rounded_up = round_trip(up, up_type.name, up_importance)
         loss = _difference(pair, Pair(rounded_up, rounded_down), norm)
         if best is None or loss < best.loss:
             best = Refitted(Pair(up, down), loss, up_importance)

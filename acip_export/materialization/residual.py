@@ -15,7 +15,7 @@ from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit
 from acip_export.rounding import RoundTrip
-from acip_export.weight_types import WeightFormat
+from acip_export.weight_types import WeightType
 
 # benchmarks/refit.json: the second round gains a few percent on low-bit bases, further ones next to nothing.
 _ROUNDS = 2
@@ -41,9 +41,9 @@ def correct(
     norm: Norm,
     whitenings: tuple[Whitening, Whitening],
     importance: Tensor,
-    base_format: WeightFormat,
+    base_type: WeightType,
     rank: int,
-    pair_formats: tuple[WeightFormat, WeightFormat],
+    pair_formats: tuple[WeightType, WeightType],
     round_trip: RoundTrip,
 ) -> Corrected:
     """Fit base and pair.
@@ -58,7 +58,7 @@ def correct(
     base = weight
     best: Corrected | None = None
     for _ in range(_ROUNDS):
-        rounded = round_trip(base, base_format.name, importance)
+        rounded = round_trip(base, base_type.name, importance)
         missing = whitened_components(weight - rounded, *whitenings)
         pair = Pair(missing.up[:, :rank].contiguous(), missing.down[:rank].contiguous())
         fitted = refit(pair, norm, importance, *pair_formats, round_trip)

@@ -17,7 +17,7 @@ from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import RoundTrip
-from acip_export.weight_types import WeightFormat, weight_format
+from acip_export.weight_types import WeightType, weight_type
 
 # Weights of a tensor that are rounded to each type, in whole rows and at least so many of them.
 _SAMPLED_WEIGHTS, _LEAST_ROWS = 1 << 15, 16
@@ -76,17 +76,17 @@ def measure_rounding(
         progress(RoundingProgress(done, total, name))
         new = [p for p in pairs if pair_key(*p) not in wanted.pairs.get(name, {})]
         new_bases = [base for base in bases if residual_key(base) not in wanted.pairs.get(name, {})]
-        formats = [(weight_format(wanted.target, d), weight_format(wanted.target, u)) for d, u in new]
+        formats = [(weight_type(wanted.format, d), weight_type(wanted.format, u)) for d, u in new]
         problem = _Sample.of(checkpoint, scores, name)
         ratios[name] = dict(_pairs(problem, formats, round_trip))
         for base in new_bases:
-            form = weight_format(wanted.target, base)
+            form = weight_type(wanted.format, base)
             ratios[name][residual_key(base)] = _residual(problem, form, corrections, round_trip)
         done += 1
     progress(RoundingProgress(total, total, ""))
     everywhere = {name: ratios[_nearest(name, measured)] for name in modules}
     return wanted.merged(
-        RoundingErrors(wanted.target, wanted.quantizer, wanted.scores_sha256, dense=found, pairs=everywhere)
+        RoundingErrors(wanted.format, wanted.quantizer, wanted.scores_sha256, dense=found, pairs=everywhere)
     )
 
 
@@ -163,7 +163,7 @@ class _Sample:
 
 
 def _pairs(
-    sample: _Sample, formats: list[tuple[WeightFormat, WeightFormat]], round_trip: RoundTrip
+    sample: _Sample, formats: list[tuple[WeightType, WeightType]], round_trip: RoundTrip
 ) -> Iterator[tuple[str, Ratios]]:
     weight, norm = sample.weight, sample.norm
     if not formats:
@@ -184,7 +184,7 @@ def _pairs(
 
 
 def _residual(
-    sample: _Sample, base: WeightFormat, corrections: tuple[tuple[str, int], ...], round_trip: RoundTrip
+    sample: _Sample, base: WeightType, corrections: tuple[tuple[str, int], ...], round_trip: RoundTrip
 ) -> Ratios:
     weight, norm = sample.weight, sample.norm
     importance = norm.inputs.diagonal().float()
@@ -195,14 +195,14 @@ def _residual(
     # Without a correction nothing is gained: smaller ranks than the measured ones lie in between.
     points = [(0.0, 1.0)]
     for name, rank in corrections[1::2]:
-        form = weight_format(base.target, name)
+        form = weight_type(base.format, name)
         if form.fits(columns) and form.fits(rank) and 2 * rank <= full:
             found = correct(weight, norm, sample.whitenings, importance, base, rank, (form, form), round_trip)
             points.append((rank / full, min(1.0, found.loss / max(alone, 1e-300))))
     return tuple(points)
 
 
-def _measured_ranks(full: int, up: WeightFormat) -> list[int]:
+def _measured_ranks(full: int, up: WeightType) -> list[int]:
     multiple = max(32, 1 if up.pads_rows else up.block)
     ranks = {max(multiple, round(share * full / multiple) * multiple) for share in _RANK_SHARES}
     return sorted(rank for rank in ranks if rank <= full)

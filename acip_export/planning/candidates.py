@@ -17,7 +17,7 @@ from acip_export.formats.targets import Layout, Target
 from acip_export.model.architectures import EMBEDDINGS, HEAD
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.memory import is_embedding, repacked_bytes
-from acip_export.weight_types import WeightFormat, weight_format
+from acip_export.weight_types import WeightType, weight_type
 
 IntArray = npt.NDArray[np.int64]
 
@@ -119,7 +119,7 @@ def build_candidates(
     losses: dict[str, npt.NDArray[np.float64]],
     target: Target,
     layout: Layout,
-    types: tuple[WeightFormat, ...],
+    types: tuple[WeightType, ...],
     errors: RoundingErrors,
 ) -> tuple[Candidates, ...]:
     """One entry per tensor of the checkpoint, in its order.
@@ -147,19 +147,19 @@ def build_candidates(
             tied = checkpoint.shape.tied_embeddings and is_embedding(name)
             built.append(replace(embedding, tied_head=tied))
         else:
-            vector = weight_format(target.name, target.vector_format)
+            vector = weight_type(target.name, target.vector_type)
             built.append(_dense(name, info.shape, 0.0, (vector,), None, errors))
     return tuple(built)
 
 
-def choose_embedding_types(target: Target, types: tuple[WeightFormat, ...]) -> tuple[WeightFormat, ...]:
+def choose_embedding_types(target: Target, types: tuple[WeightType, ...]) -> tuple[WeightType, ...]:
     """What the embedding may take: of the allowed types those that it can, or else all that it can."""
     return tuple(f for f in types if f.name in target.embedding_types) or tuple(
-        weight_format(target.name, name) for name in target.embedding_types
+        weight_type(target.name, name) for name in target.embedding_types
     )
 
 
-def pair_types(types: tuple[WeightFormat, ...]) -> tuple[tuple[str, str], ...]:
+def pair_types(types: tuple[WeightType, ...]) -> tuple[tuple[str, str], ...]:
     """Every combination of types of (down, up) that a candidate may have; floats, which do not round, left out."""
     ranks = range(32, 257, 32)  # every remainder that a block size can leave
     found = {(down.name, up.name): None for down in types for rank in ranks for up in _partners(down, types, rank)}
@@ -167,7 +167,7 @@ def pair_types(types: tuple[WeightFormat, ...]) -> tuple[tuple[str, str], ...]:
     return tuple(pair for pair in found if not set(pair) <= floats)
 
 
-def residual_bases(layout: Layout, types: tuple[WeightFormat, ...]) -> tuple[str, ...]:
+def residual_bases(layout: Layout, types: tuple[WeightType, ...]) -> tuple[str, ...]:
     """Types of the bases whose low-rank correction is a candidate."""
     if not {f.name for f in types} & {name for name, _ in layout.residual_pairs}:
         return ()
@@ -178,7 +178,7 @@ def _dense(
     name: str,
     shape: tuple[int, ...],
     sensitivity: float,
-    types: tuple[WeightFormat, ...],
+    types: tuple[WeightType, ...],
     module: ModuleScores | None,
     errors: RoundingErrors,
 ) -> Candidates:
@@ -193,11 +193,11 @@ def _dense(
 
 
 @lru_cache(maxsize=256)
-def _dense_options(shape: tuple[int, ...], types: tuple[WeightFormat, ...]) -> tuple[Options, tuple[WeightFormat, ...]]:
+def _dense_options(shape: tuple[int, ...], types: tuple[WeightType, ...]) -> tuple[Options, tuple[WeightType, ...]]:
     rows, columns = shape if len(shape) == 2 else (1, shape[0])
     fitting = tuple(f for f in types if f.fits(columns))
     return (
-        Options(tuple(TensorDecision("", shape, "dense", f.nbytes(rows, columns), format=f.name) for f in fitting)),
+        Options(tuple(TensorDecision("", shape, "dense", f.nbytes(rows, columns), type=f.name) for f in fitting)),
         fitting,
     )
 
@@ -207,7 +207,7 @@ def _linear(
     module: ModuleScores,
     losses: npt.NDArray[np.float64],
     layout: Layout,
-    types: tuple[WeightFormat, ...],
+    types: tuple[WeightType, ...],
     errors: RoundingErrors,
 ) -> Candidates:
     dense = _dense(name, module.shape, module.sensitivity, types, module, errors)
@@ -255,12 +255,12 @@ class _LinearOptions:
 
 @lru_cache(maxsize=256)
 def _linear_options(
-    shape: tuple[int, ...], components: int, layout: Layout, types: tuple[WeightFormat, ...]
+    shape: tuple[int, ...], components: int, layout: Layout, types: tuple[WeightType, ...]
 ) -> _LinearOptions:
     rows, columns = shape
     dense = _dense_options(shape, types)[0].decisions
     largest = max(option.nbytes for option in dense)
-    base = None if layout.base_format is None else weight_format(types[0].target, layout.base_format)
+    base = None if layout.base_type is None else weight_type(types[0].format, layout.base_type)
     fits = base is None or base.fits(columns)
     base_bytes = base.nbytes(rows, columns) if base is not None and fits else 0
     options: list[TensorDecision] = []
@@ -279,16 +279,16 @@ def _linear_options(
                         shape,
                         layout.low_rank or "factored",
                         nbytes,
-                        format=layout.base_format,
+                        type=layout.base_type,
                         rank=rank,
-                        up_format=up.name,
-                        down_format=down.name,
+                        up_type=up.name,
+                        down_type=down.name,
                     )
                 )
                 errors.append((up.relative_mse, down.relative_mse))
     by_types: dict[tuple[str, str], list[int]] = {}
     for number, option in enumerate(options):
-        by_types.setdefault((str(option.down_format), str(option.up_format)), []).append(number)
+        by_types.setdefault((str(option.down_type), str(option.up_type)), []).append(number)
     corrected = _residuals(shape, components, layout, types, dense) if fits else []
     corrected = [(number, option) for number, option in corrected if option.nbytes < largest]
     mse = np.array(errors).reshape(-1, 2)
@@ -298,7 +298,7 @@ def _linear_options(
         mse[:, 0],
         mse[:, 1],
         tuple((key, np.array(numbers)) for key, numbers in by_types.items()),
-        tuple((number, str(option.format), option.rank or 0) for number, option in corrected),
+        tuple((number, str(option.type), option.rank or 0) for number, option in corrected),
     )
 
 
@@ -306,7 +306,7 @@ def _residuals(
     shape: tuple[int, ...],
     components: int,
     layout: Layout,
-    types: tuple[WeightFormat, ...],
+    types: tuple[WeightType, ...],
     dense: tuple[TensorDecision, ...],
 ) -> list[tuple[int, TensorDecision]]:
     """Number of the base, and the base with a low-rank correction."""
@@ -322,9 +322,7 @@ def _residuals(
             found.append(
                 (
                     number,
-                    replace(
-                        option, representation="residual", nbytes=nbytes, rank=rank, up_format=pair, down_format=pair
-                    ),
+                    replace(option, representation="residual", nbytes=nbytes, rank=rank, up_type=pair, down_type=pair),
                 )
             )
     return found
@@ -336,7 +334,7 @@ def _ranks(components: int, multiple: int) -> list[int]:
     return list(range(step, components, step))
 
 
-def _partners(down: WeightFormat, types: tuple[WeightFormat, ...], rank: int) -> list[WeightFormat]:
+def _partners(down: WeightType, types: tuple[WeightType, ...], rank: int) -> list[WeightType]:
     """Formats for ``up`` worth pairing with ``down``: its own where the rank fits its block, else the two closest."""
     if down.fits(rank):
         return [down]

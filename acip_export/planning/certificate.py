@@ -50,7 +50,7 @@ def infeasible(problem: Problem, request: PlanRequest) -> InfeasibleBudgetError:
     found = (
         "These settings fit:\n" + "\n".join(fitting)
         if fitting
-        else f"No context, cache type, prompt batch or type of {problem.target.name} makes it fit, and no other format."
+        else f"No context, cache type, prompt batch or type of {problem.format.name} makes it fit, and no other format."
     )
     return InfeasibleBudgetError(
         f"no plan fits {format_bytes(request.budget_bytes)} ({request.budget_bytes} bytes).\n"
@@ -73,22 +73,22 @@ def _floor(problem: Problem, request: PlanRequest, other_types: bool) -> int | N
 
 def _changes(problem: Problem, request: PlanRequest) -> Iterator[tuple[str, str, PlanRequest]]:
     """Kind of change, flags, and the request with them, the least intrusive first."""
-    runtime, _ = problem.settings(request)
+    serving, _ = problem.settings(request)
     if request.types:
-        names = ",".join(problem.target.types)
-        yield "types", f"--types {names}", replace(request, types=problem.target.types)
+        names = ",".join(problem.format.types)
+        yield "types", f"--types {names}", replace(request, types=problem.format.types)
     if request.budget_scope == "file":
         return
-    cache = _smaller_cache(problem, runtime.cache_type)
+    cache = _smaller_cache(problem, serving.cache_type)
     if cache is not None:
         yield "cache", f"--cache-type {cache}", replace(request, cache_type=cache)
     if problem.checkpoint.shape.generates:
-        if runtime.prompt_batch > 8:
+        if serving.prompt_batch > 8:
             yield "batch", "--prompt-batch 8", replace(request, prompt_batch=8)
-        for context in _shorter(runtime.context):
+        for context in _shorter(serving.context):
             yield "context", f"--context {context}", replace(request, context=context)
         if cache is not None:
-            for context in _shorter(runtime.context):
+            for context in _shorter(serving.context):
                 both = replace(request, context=context, cache_type=cache, prompt_batch=8)
                 yield "all", f"--context {context} --cache-type {cache} --prompt-batch 8", both
 
@@ -100,7 +100,7 @@ def _shorter(context: int) -> Iterator[int]:
 
 
 def _smaller_cache(problem: Problem, cache_type: str) -> str | None:
-    sizes = {name: numerator / bits for name, (numerator, bits) in problem.target.cache_types.items()}
+    sizes = {name: numerator / bits for name, (numerator, bits) in problem.format.cache_types.items()}
     smallest = min(sizes, key=lambda name: sizes[name])
     return smallest if sizes[smallest] < sizes[cache_type] else None
 
@@ -110,19 +110,19 @@ def _alternatives(problem: Problem, request: PlanRequest, plan: Plan) -> tuple[A
     if plan.certificate.next_upgrade is None or request.budget_scope == "file":
         return ()
     changes: list[tuple[str, PlanRequest]] = []
-    runtime, least = plan.runtime, _NOTEWORTHY * request.budget_bytes
-    same = replace(request, context=runtime.context, prompt_batch=runtime.prompt_batch)
+    serving, least = plan.serving, _NOTEWORTHY * request.budget_bytes
+    same = replace(request, context=serving.context, prompt_batch=serving.prompt_batch)
     if plan.breakdown["kv_cache"] > least and problem.checkpoint.shape.generates:
-        cache = _smaller_cache(problem, runtime.cache_type)
+        cache = _smaller_cache(problem, serving.cache_type)
         if cache is not None:
             changes.append((f"--cache-type {cache}", replace(same, cache_type=cache)))
-        if runtime.context > _LEAST_CONTEXT:
-            half = runtime.context // 2
+        if serving.context > _LEAST_CONTEXT:
+            half = serving.context // 2
             changes.append(
-                (f"--context {half}", replace(same, context=half, prompt_batch=min(half, runtime.prompt_batch)))
+                (f"--context {half}", replace(same, context=half, prompt_batch=min(half, serving.prompt_batch)))
             )
     buffers = plan.breakdown["compute"] + plan.breakdown["output"]
-    if buffers > least and runtime.prompt_batch > 8 and problem.checkpoint.shape.generates:
+    if buffers > least and serving.prompt_batch > 8 and problem.checkpoint.shape.generates:
         changes.append(("--prompt-batch 8", replace(same, prompt_batch=8)))
     found = []
     for change, changed in changes:
@@ -139,8 +139,8 @@ def refused_types(problem: Problem, request: PlanRequest) -> tuple[Refusal, ...]
         first = candidate.options[0]
         if len(first.shape) != 2:
             continue
-        offered = {option.format for option in candidate.options if option.rank is None}
-        for form in problem.target.choose_types(request.types):
+        offered = {option.type for option in candidate.options if option.rank is None}
+        for form in problem.format.choose_types(request.types):
             if form.name in offered:
                 continue
             rows, columns = first.shape

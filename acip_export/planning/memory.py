@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from acip_export.artifacts.plan import Plan, Runtime, TensorDecision
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision
 from acip_export.formats.targets import applies_window
 from acip_export.formats.targets import target as find_target
 from acip_export.model.architectures import EMBEDDINGS
 from acip_export.model.checkpoint import Checkpoint, ModelShape
 from acip_export.planning import memory_onnx
 from acip_export.planning.runtime_base import process_base
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 
 # llama.cpp rounds the cells of its KV cache up to this.
 _LLAMA_CACHE_CELLS = 256
@@ -38,15 +38,15 @@ class RuntimeMemory:
         return self.kv_cache + self.compute + self.output
 
 
-def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeMemory:
-    """KV cache, compute and output buffers for one sequence of ``runtime.context`` tokens."""
-    numerator, denominator = find_target(target, runtime.execution).cache_types[runtime.cache_type]
+def runtime_memory(target: str, shape: ModelShape, serving: Serving) -> RuntimeMemory:
+    """KV cache, compute and output buffers for one sequence of ``serving.context`` tokens."""
+    numerator, denominator = find_target(target, serving.backend).cache_types[serving.cache_type]
     per_cell = 2 * shape.kv_heads * shape.head_dim * numerator
     if not shape.generates:
-        return _encoder_memory(target, shape, runtime)
-    batch = min(runtime.prompt_batch, runtime.context)
+        return _encoder_memory(target, shape, serving)
+    batch = min(serving.prompt_batch, serving.context)
     if target == "gguf":
-        cells = -(-runtime.context // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
+        cells = -(-serving.context // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
         # The widest moment of the graph, in float32: the gated FFN or the attention (queries, their rotated copy and
         # output, keys and values), beside six streams of the hidden size. Then the mask. Holds for 168 random shapes,
         # LoRA adapters included. Logits are computed for the last token only: llama.cpp reserves address space for
@@ -56,23 +56,23 @@ def runtime_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeM
         full_layers = shape.layers - (sum(shape.sliding_layers) if windowed else 0)
         widest = max(3 * shape.ffn, attention) + 6 * shape.hidden
         per_prompt_token = 4 * widest + 2 * (cells + windowed) + _LLAMA_SMALL_TENSORS
-        compute = batch * per_prompt_token + _llama_cache_buffers(shape, runtime.cache_type, cells, windowed)
+        compute = batch * per_prompt_token + _llama_cache_buffers(shape, serving.cache_type, cells, windowed)
         compute += 4 * (shape.vocabulary + shape.hidden)
         all_cells = full_layers * cells + (shape.layers - full_layers) * windowed
         return RuntimeMemory(per_cell * all_cells // denominator, compute, 4 * shape.vocabulary)
-    kv_cache = per_cell * shape.layers * runtime.context // denominator
-    compute = memory_onnx.activation_bytes(shape, runtime)
+    kv_cache = per_cell * shape.layers * serving.context // denominator
+    compute = memory_onnx.activation_bytes(shape, serving)
     if not shape.fused_attention:
         # A longer cache is made while the old one is there.
-        compute += memory_onnx.plain_attention_bytes(shape, runtime) + kv_cache
-    return RuntimeMemory(kv_cache, compute, memory_onnx.logit_bytes(shape, runtime))
+        compute += memory_onnx.plain_attention_bytes(shape, serving) + kv_cache
+    return RuntimeMemory(kv_cache, compute, memory_onnx.logit_bytes(shape, serving))
 
 
-def _encoder_memory(target: str, shape: ModelShape, runtime: Runtime) -> RuntimeMemory:
-    """No cache; ``runtime.prompt_batch`` tokens, of texts of at most ``runtime.context``, are computed together."""
-    tokens = runtime.prompt_batch
+def _encoder_memory(target: str, shape: ModelShape, serving: Serving) -> RuntimeMemory:
+    """No cache; ``serving.prompt_batch`` tokens, of texts of at most ``serving.context``, are computed together."""
+    tokens = serving.prompt_batch
     if target == "onnx":
-        return RuntimeMemory(0, memory_onnx.encoder_bytes(shape, runtime), 4 * tokens * shape.hidden)
+        return RuntimeMemory(0, memory_onnx.encoder_bytes(shape, serving), 4 * tokens * shape.hidden)
     # Attention, or the FFN's wide vector, beside five streams of the hidden size; the mask. Flash attention keeps no
     # scores.
     cells = -(-tokens // _LLAMA_CACHE_CELLS) * _LLAMA_CACHE_CELLS
@@ -103,14 +103,14 @@ def repacked_bytes(decision: TensorDecision, target: str, embedding: bool, tied_
         return 0, 0, 0
     rows, columns = decision.shape
     parts = (
-        [(rows, columns, decision.format)]
+        [(rows, columns, decision.type)]
         if decision.rank is None
         else [
-            (decision.rank, columns, decision.down_format),
-            (rows, decision.rank, decision.up_format),
+            (decision.rank, columns, decision.down_type),
+            (rows, decision.rank, decision.up_type),
         ]
     )
-    products = [(m, n, weight_format(target, name or "")) for m, n, name in parts]
+    products = [(m, n, weight_type(target, name or "")) for m, n, name in parts]
     kept = sum(memory_onnx.packed_bytes(*product) for product in products)
     if tied_head:
         kept += memory_onnx.tied_bytes(*products[0])
@@ -138,7 +138,7 @@ class HeldBytes:
 
 
 def held_bytes(
-    target: str, checkpoint: Checkpoint, tensors: Sequence[TensorDecision], runtime: Runtime, process: str | None = None
+    target: str, checkpoint: Checkpoint, tensors: Sequence[TensorDecision], serving: Serving, process: str | None = None
 ) -> HeldBytes:
     """:func:`repacked_bytes` of a whole model, in the recommended runtime or in ``process``."""
     tied = checkpoint.shape.tied_embeddings
@@ -146,7 +146,7 @@ def held_bytes(
     parts = [repacked_bytes(d, target, lookup, tied and lookup) for d, lookup in zip(tensors, looked_up, strict=True)]
     kept, once, loading = zip(*parts, strict=True)
     base = process_base(target, checkpoint, process)
-    running = runtime_memory(target, checkpoint.shape, runtime).total + base.tokenizer
+    running = runtime_memory(target, checkpoint.shape, serving).total + base.tokenizer
     return HeldBytes(sum(kept) + max(once), max(0, max(*loading, base.building) - running))
 
 
@@ -156,17 +156,17 @@ def uncounted_bytes(plan: Plan, checkpoint: Checkpoint, process: str) -> int:
     Its library and tokenizer. One that has a smaller tokenizer than the runtime that was planned for has less to build
     in what loading freed, so that more of that stays on top.
     """
-    planned = held_bytes(plan.target, checkpoint, plan.tensors, plan.runtime).loading
-    loading = held_bytes(plan.target, checkpoint, plan.tensors, plan.runtime, process).loading
-    return process_base(plan.target, checkpoint, process).total + loading - planned
+    planned = held_bytes(plan.format, checkpoint, plan.tensors, plan.serving).loading
+    loading = held_bytes(plan.format, checkpoint, plan.tensors, plan.serving, process).loading
+    return process_base(plan.format, checkpoint, process).total + loading - planned
 
 
 def memory_breakdown(
-    target: str, checkpoint: Checkpoint, tensors: Sequence[TensorDecision], file_bytes: int, runtime: Runtime
+    target: str, checkpoint: Checkpoint, tensors: Sequence[TensorDecision], file_bytes: int, serving: Serving
 ) -> dict[str, int]:
     """Everything that a process serving the export holds, in bytes by purpose; docs/memory.md says how."""
-    memory, base = runtime_memory(target, checkpoint.shape, runtime), process_base(target, checkpoint)
-    held = held_bytes(target, checkpoint, tensors, runtime)
+    memory, base = runtime_memory(target, checkpoint.shape, serving), process_base(target, checkpoint)
+    held = held_bytes(target, checkpoint, tensors, serving)
     stored = sum(decision.nbytes for decision in tensors)
     return {
         "weights": stored,
@@ -199,16 +199,16 @@ def _llama_cache_buffers(shape: ModelShape, cache_type: str, cells: int, windowe
     return 0
 
 
-def choose_prompt_batch(target: str, shape: ModelShape, runtime: Runtime, room: int) -> int:
+def choose_prompt_batch(target: str, shape: ModelShape, serving: Serving, room: int) -> int:
     """The largest prompt batch whose buffers take at most an eighth of ``room`` bytes.
 
     Large batches make prompts fast; beyond an eighth of the memory they cost more quality than they save time.
     """
-    context = runtime.context
+    context = serving.context
     if not shape.generates:
         return context  # a text is computed in one piece
     for batch in PROMPT_BATCHES:
-        memory = runtime_memory(target, shape, replace(runtime, prompt_batch=min(batch, context)))
+        memory = runtime_memory(target, shape, replace(serving, prompt_batch=min(batch, context)))
         if memory.compute + memory.output <= room // 8:
             return min(batch, context)
     return min(PROMPT_BATCHES[-1], context)

@@ -20,66 +20,66 @@ Measured on the processor. Graphs in float16, for graphics cards, are taken to h
 
 from __future__ import annotations
 
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.model.checkpoint import ModelShape
-from acip_export.weight_types import WeightFormat
+from acip_export.weight_types import WeightType
 
 _PACKED_BLOCK_BYTES = 8
 
 
-def packed_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+def packed_bytes(rows: int, columns: int, form: WeightType) -> int:
     """Bytes beside the stored ones that a matrix product keeps."""
     return 0 if form.is_float else _blocks(rows, columns, form) * _PACKED_BLOCK_BYTES
 
 
-def leftover_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+def leftover_bytes(rows: int, columns: int, form: WeightType) -> int:
     """Held once, for the largest matrix: its scales again."""
     return 0 if form.is_float else _blocks(rows, columns, form) * form.item_bytes
 
 
-def loading_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+def loading_bytes(rows: int, columns: int, form: WeightType) -> int:
     """Held once, while the largest matrix is packed: its codes or floats as the file has them."""
     return form.nbytes(rows, columns) - (0 if form.is_float else _blocks(rows, columns, form) * form.item_bytes)
 
 
-def tied_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+def tied_bytes(rows: int, columns: int, form: WeightType) -> int:
     """What a head that is tied to an embedding of ``form`` costs beside :func:`packed_bytes`."""
     stored = form.nbytes(rows, columns)
     return stored if form.is_float else stored - _blocks(rows, columns, form) * form.item_bytes
 
 
-def activation_bytes(shape: ModelShape, runtime: Runtime) -> int:
+def activation_bytes(shape: ModelShape, serving: Serving) -> int:
     """Float32 activations of one prompt batch, without the logits."""
-    batch = min(runtime.prompt_batch, runtime.context)
-    return _item_bytes(runtime) * batch * (4 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
+    batch = min(serving.prompt_batch, serving.context)
+    return _item_bytes(serving) * batch * (4 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
 
 
-def plain_attention_bytes(shape: ModelShape, runtime: Runtime) -> int:
+def plain_attention_bytes(shape: ModelShape, serving: Serving) -> int:
     """What attention that is no node of its own costs beside :func:`activation_bytes`.
 
     Scores of one layer, masked scores and their softmax; keys and values repeated for every query head; and the
     mask, as truth values and as floats.
     """
-    batch, width = min(runtime.prompt_batch, runtime.context), shape.heads * shape.head_dim
+    batch, width = min(serving.prompt_batch, serving.context), shape.heads * shape.head_dim
     per_token = 3 * shape.heads * batch + 2 * width + 4 * batch
-    return _item_bytes(runtime) * runtime.context * per_token
+    return _item_bytes(serving) * serving.context * per_token
 
 
-def logit_bytes(shape: ModelShape, runtime: Runtime) -> int:
+def logit_bytes(shape: ModelShape, serving: Serving) -> int:
     """Logits of one prompt batch."""
-    return _item_bytes(runtime) * min(runtime.prompt_batch, runtime.context) * shape.vocabulary
+    return _item_bytes(serving) * min(serving.prompt_batch, serving.context) * shape.vocabulary
 
 
-def _item_bytes(runtime: Runtime) -> int:
+def _item_bytes(serving: Serving) -> int:
     """A graph computes in the precision of its cache."""
-    return 2 if runtime.cache_type == "f16" else 4
+    return 2 if serving.cache_type == "f16" else 4
 
 
-def encoder_bytes(shape: ModelShape, runtime: Runtime) -> int:
+def encoder_bytes(shape: ModelShape, serving: Serving) -> int:
     """Float32 activations of a batch of padded texts: attention scores and their softmax, or the wide FFN twice."""
-    wide = max(2 * shape.heads * runtime.context + 4 * shape.hidden, 2 * shape.ffn)
-    return 4 * runtime.prompt_batch * (wide + 4 * shape.hidden)
+    wide = max(2 * shape.heads * serving.context + 4 * shape.hidden, 2 * shape.ffn)
+    return 4 * serving.prompt_batch * (wide + 4 * shape.hidden)
 
 
-def _blocks(rows: int, columns: int, form: WeightFormat) -> int:
+def _blocks(rows: int, columns: int, form: WeightType) -> int:
     return rows * -(-columns // form.block)

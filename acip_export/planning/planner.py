@@ -8,11 +8,11 @@ from math import exp
 
 import numpy as np
 
-from acip_export.artifacts.plan import BudgetScope, Certificate, Plan, Runtime, TensorDecision
+from acip_export.artifacts.plan import BudgetScope, Certificate, Plan, Serving, TensorDecision
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import UsageError
-from acip_export.formats.targets import DEFAULT_EXECUTION, Layout, Target, longest_context
+from acip_export.formats.targets import DEFAULT_BACKEND, Layout, Target, longest_context
 from acip_export.formats.targets import target as find_target
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
@@ -31,7 +31,7 @@ from acip_export.planning.memory import (
 from acip_export.planning.runtime_base import process_base
 from acip_export.planning.splitting import fitting, split_notes
 
-PredictFiles = Callable[[tuple[TensorDecision, ...], Runtime], Mapping[str, int]]
+PredictFiles = Callable[[tuple[TensorDecision, ...], Serving], Mapping[str, int]]
 # Flags and floors of the other formats, for a request that does not fit.
 OtherFloors = Callable[[], Sequence[tuple[str, int]]]
 
@@ -48,7 +48,7 @@ class PlanRequest:
         context: tokens; ``None``: the model's, at most ``default_context``.
         cache_type: ``None``: the target's default. prompt_batch: ``None``: chosen to suit the budget.
         runtime: of the target; ``None``: its default.
-        execution: what runs the export (``cpu``, ``webgpu``, ...); ``None``: the target's default.
+        backend: what runs the export (``cpu``, ``webgpu``, ...); ``None``: the target's default.
         layout: a layout of the target; ``None``: the runtime's default. Planning for several (``auto``) is the
             caller's, who has each one's prediction of files.
         device: name of the device that the budget is of, if it is of one.
@@ -57,11 +57,11 @@ class PlanRequest:
         options: for the target's converter; :attr:`acip_export.formats.targets.Target.options` names them.
     """
 
-    target: str
+    format: str
     budget_bytes: int
     budget_scope: BudgetScope = "memory"
     runtime: str | None = None
-    execution: str | None = None
+    backend: str | None = None
     layout: str | None = None
     types: tuple[str, ...] = ()
     context: int | None = None
@@ -109,7 +109,7 @@ class Problem:
 
     checkpoint: Checkpoint
     scores: ScoreFile
-    target: Target
+    format: Target
     layout: Layout
     candidates: tuple[Candidates, ...]
     calibration: Calibration
@@ -117,7 +117,7 @@ class Problem:
     predict_files: PredictFiles
     other_floors: OtherFloors = lambda: ()
     _tables: dict[BudgetScope, Table] = field(default_factory=dict, repr=False, compare=False)
-    _smallest: dict[tuple[BudgetScope, Runtime], Solution] = field(default_factory=dict, repr=False, compare=False)
+    _smallest: dict[tuple[BudgetScope, Serving], Solution] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -130,7 +130,7 @@ class Problem:
     ) -> Problem:
         """Raises as :func:`make_plan`, but for the budget."""
         scores.check_model(checkpoint)
-        target = find_target(request.target, request.execution)
+        target = find_target(request.format, request.backend)
         layout, *others = target.layouts_for(request.layout, request.runtime)
         if others:
             raise UsageError(f"one plan is for one layout: {', '.join(each.name for each in (layout, *others))}")
@@ -168,13 +168,13 @@ class Problem:
             raise infeasible(self, request)
         table, running = self._table(request), self._running(runtime)
         solution = solve(table, smallest, room, running, lambda a: self._exactly(a, request, runtime), exact)
-        target, checkpoint, scores, calibration = self.target, self.checkpoint, self.scores, self.calibration
+        target, checkpoint, scores, calibration = self.format, self.checkpoint, self.scores, self.calibration
         memory = runtime_memory(target.name, checkpoint.shape, runtime)
         loss = calibration.loss(solution.allocation.loss)
         certificate = self._certificate(solution, request, room, exact)
         low_rank = self.layout.low_rank is not None
         return Plan(
-            target=target.name,
+            format=target.name,
             layout=self.layout.name,
             model=checkpoint.name,
             model_fingerprint=checkpoint.fingerprint,
@@ -184,12 +184,12 @@ class Problem:
             planned_bytes=solution.file_bytes,
             memory_bytes=solution.file_bytes + solution.repacked + memory.total,
             files=solution.files,
-            breakdown=memory_breakdown(self.target.name, checkpoint, solution.decisions, solution.file_bytes, runtime),
+            breakdown=memory_breakdown(self.format.name, checkpoint, solution.decisions, solution.file_bytes, runtime),
             predicted_loss=loss,
             predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)) if scores.is_causal else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
             adapters=self._adapters(solution.decisions),
-            runtime=runtime,
+            serving=runtime,
             options=dict(request.options),
             certificate=certificate,
             tensors=solution.decisions,
@@ -200,11 +200,11 @@ class Problem:
             device=request.device,
         )
 
-    def settings(self, request: PlanRequest) -> tuple[Runtime, int]:
+    def settings(self, request: PlanRequest) -> tuple[Serving, int]:
         """The runtime's settings, and the bytes of the budget that no choice of tensors changes."""
-        base = process_base(self.target.name, self.checkpoint).total
-        runtime = _runtime(self.checkpoint, self.target, request, base if request.budget_scope == "process" else 0)
-        memory = runtime_memory(self.target.name, self.checkpoint.shape, runtime).total
+        base = process_base(self.format.name, self.checkpoint).total
+        runtime = _runtime(self.checkpoint, self.format, request, base if request.budget_scope == "process" else 0)
+        memory = runtime_memory(self.format.name, self.checkpoint.shape, runtime).total
         return runtime, {"file": 0, "memory": memory, "process": memory + base}[request.budget_scope]
 
     def floor(self, request: PlanRequest) -> tuple[int, dict[str, int]]:
@@ -213,14 +213,14 @@ class Problem:
         smallest = self._floor(request, runtime)
         parts = {"weights": smallest.stored, "tokenizer and metadata": smallest.file_bytes - smallest.stored}
         if request.budget_scope != "file":
-            memory = runtime_memory(self.target.name, self.checkpoint.shape, runtime)
+            memory = runtime_memory(self.format.name, self.checkpoint.shape, runtime)
             parts |= {
                 "repacked weights": smallest.repacked,
                 "KV cache": memory.kv_cache,
                 "compute and output buffers": memory.compute + memory.output,
             }
         if request.budget_scope == "process":
-            parts["runtime and its tokenizer"] = process_base(self.target.name, self.checkpoint).total
+            parts["runtime and its tokenizer"] = process_base(self.format.name, self.checkpoint).total
         return smallest.used + fixed, parts
 
     def _table(self, request: PlanRequest) -> Table:
@@ -228,9 +228,9 @@ class Problem:
         scope = _counted(request)
         if scope not in self._tables:
             around_pair = self._around_pair(request)
-            table = Table.of(self.candidates, self.target.name, scope, around_pair)
+            table = Table.of(self.candidates, self.format.name, scope, around_pair)
             if scope != "file":  # the tokenizer is built whatever is chosen
-                building = process_base(self.target.name, self.checkpoint).building
+                building = process_base(self.format.name, self.checkpoint).building
                 table = replace(table, loading=np.maximum(table.loading, building))
             self._tables[scope] = table
         return self._tables[scope]
@@ -248,29 +248,29 @@ class Problem:
         if not differ:
             return 0  # such as a layout without pairs
         # At one context for all requests: the answer to one must not depend on which came first.
-        runtime = Runtime(1, next(iter(self.target.cache_types)), 1, request.execution or DEFAULT_EXECUTION)
+        runtime = Serving(1, next(iter(self.format.cache_types)), 1, request.backend or DEFAULT_BACKEND)
         around = [
             sum(self.predict_files(tuple(tensors), runtime).values()) - sum(tensor.nbytes for tensor in tensors)
             for tensors in (dense, pairs)
         ]
         return max(0, (around[1] - around[0]) // differ)
 
-    def _floor(self, request: PlanRequest, runtime: Runtime) -> Solution:
+    def _floor(self, request: PlanRequest, serving: Serving) -> Solution:
         """The smallest plan."""
-        key = (_counted(request), runtime)
+        key = (_counted(request), serving)
         if key not in self._smallest:
-            self._smallest[key] = self._exactly(self._table(request).smallest(), request, runtime)
+            self._smallest[key] = self._exactly(self._table(request).smallest(), request, serving)
         return self._smallest[key]
 
-    def _running(self, runtime: Runtime) -> int:
+    def _running(self, serving: Serving) -> int:
         """What comes after loading, in the bytes that loading leaves free."""
-        tokenizer = process_base(self.target.name, self.checkpoint).tokenizer
-        return runtime_memory(self.target.name, self.checkpoint.shape, runtime).total + tokenizer
+        tokenizer = process_base(self.format.name, self.checkpoint).tokenizer
+        return runtime_memory(self.format.name, self.checkpoint.shape, serving).total + tokenizer
 
-    def _exactly(self, allocation: Allocation, request: PlanRequest, runtime: Runtime) -> Solution:
+    def _exactly(self, allocation: Allocation, request: PlanRequest, serving: Serving) -> Solution:
         decisions = tuple(c.decision(i) for c, i in zip(self.candidates, allocation.chosen, strict=True))
-        files = dict(self.predict_files(decisions, runtime))
-        repacked = held_bytes(request.target, self.checkpoint, decisions, runtime).total
+        files = dict(self.predict_files(decisions, serving))
+        repacked = held_bytes(request.format, self.checkpoint, decisions, serving).total
         used = sum(files.values()) + (repacked if request.budget_scope != "file" else 0)
         return Solution(allocation, decisions, files, repacked, used)
 
@@ -316,30 +316,30 @@ def choose_context(checkpoint: Checkpoint, request: PlanRequest) -> int:
         UsageError: more than the model was made for, or none.
     """
     encoder = encoder_of(checkpoint)
-    longest = longest_context(request.target, checkpoint.shape) if encoder is None else encoder.max_length
+    longest = longest_context(request.format, checkpoint.shape) if encoder is None else encoder.max_length
     context = min(longest, request.default_context) if request.context is None else request.context
     if not 0 < context <= longest:
         why = (
             ""
             if encoder is not None or longest == checkpoint.shape.max_context
-            else f"; {request.target} has no sliding window for it"
+            else f"; {request.format} has no sliding window for it"
         )
         raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")
     return context
 
 
-def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken: int) -> Runtime:
+def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken: int) -> Serving:
     """``taken``: bytes of the budget that no choice changes."""
     encoder = encoder_of(checkpoint)
     context = choose_context(checkpoint, request)
     cache_type = request.cache_type or next(iter(target.cache_types))
-    execution = request.execution or DEFAULT_EXECUTION
+    backend = request.backend or DEFAULT_BACKEND
     if cache_type not in target.cache_types:
         raise UsageError(f"{target.name} has no KV cache type {cache_type!r}; it has: {', '.join(target.cache_types)}")
     batch = context if request.whole_prompts and request.prompt_batch is None else request.prompt_batch
     if batch is None:
         room = request.budget_bytes - taken
-        longest_batch = Runtime(context, cache_type, context, execution)
+        longest_batch = Serving(context, cache_type, context, backend)
         batch = choose_prompt_batch(target.name, checkpoint.shape, longest_batch, room)
         if request.budget_scope == "file" and encoder is None:
             batch = min(PROMPT_BATCHES[0], context)
@@ -348,14 +348,14 @@ def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken
             f"--prompt-batch {batch} is less than a text of --context {context} tokens, which an encoder reads in one "
             "piece; give more, or a shorter --context"
         )
-    return Runtime(context, cache_type, batch, execution)
+    return Serving(context, cache_type, batch, backend)
 
 
 def describe(decision: TensorDecision) -> str:
     """``layers.0.mlp.up_proj: rank 128, q8_0``"""
     if decision.rank is None:
-        return f"{decision.module}: dense {decision.format}"
-    return f"{decision.module}: rank {decision.rank}, {decision.down_format} x {decision.up_format}"
+        return f"{decision.module}: dense {decision.type}"
+    return f"{decision.module}: rank {decision.rank}, {decision.down_type} x {decision.up_type}"
 
 
 def _notes(solution: Solution, certificate: Certificate, loss: float, low_rank: bool, unit: str) -> tuple[str, ...]:

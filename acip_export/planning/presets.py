@@ -5,7 +5,7 @@ from __future__ import annotations
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.planning.candidates import Candidates
 from acip_export.planning.planner import Problem
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 
 
 def preset(problem: Problem, name: str) -> Problem:
@@ -14,16 +14,16 @@ def preset(problem: Problem, name: str) -> Problem:
     A tensor that cannot take it gets the smallest type that is at least as precise, or else the most precise one that
     it can, as with the tools that this stands for. ``problem`` must have been made with ``name`` among its types.
     """
-    bits = weight_format(problem.target.name, name).bits_per_weight
+    bits = weight_type(problem.format.name, name).bits_per_weight
 
     def chosen(candidates: Candidates) -> TensorDecision:
         dense = [option for option in candidates.options if option.rank is None]
-        same = next((option for option in dense if option.format == name), None)
+        same = next((option for option in dense if option.type == name), None)
         if same is not None:
             return same
 
         def width(option: TensorDecision) -> float:
-            return weight_format(problem.target.name, str(option.format)).bits_per_weight
+            return weight_type(problem.format.name, str(option.type)).bits_per_weight
 
         enough = [option for option in dense if width(option) >= bits]
         return min(enough, key=width) if enough else max(dense, key=width)

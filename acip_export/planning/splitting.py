@@ -8,7 +8,7 @@ from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UsageError
 from acip_export.formats.targets import split_max_size
 from acip_export.planning.candidates import Candidates
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 
 # Of a part with one tensor: keys, provenance, the tensor's entry and padding. A test compares with the writer's.
 PART_HEAD = 576
@@ -45,10 +45,10 @@ def fits_a_file(nbytes: int, options: Mapping[str, str]) -> bool:
 def _largest(option: TensorDecision, target: str) -> int:
     """Bytes of the largest tensor that an option puts into the model's files: an adapter has a file of its own."""
     rows, columns = option.shape if len(option.shape) == 2 else (1, option.shape[0])
-    parts = [(rows, columns, option.format)]
+    parts = [(rows, columns, option.type)]
     if option.representation == "factored":
-        parts = [(option.rank or 0, columns, option.down_format), (rows, option.rank or 0, option.up_format)]
-    return max(weight_format(target, form or "").nbytes(*size) for *size, form in parts)
+        parts = [(option.rank or 0, columns, option.down_type), (rows, option.rank or 0, option.up_type)]
+    return max(weight_type(target, form or "").nbytes(*size) for *size, form in parts)
 
 
 def split_notes(files: Mapping[str, int], options: Mapping[str, str]) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ class SweepLine:
     """``points`` by growing bytes and falling loss. ``presets``: one type for everything, by name."""
 
     label: str
-    target: str
+    format: str
     layout: str
     types: tuple[str, ...]
     points: tuple[SweepPoint, ...]
@@ -67,19 +67,19 @@ def sweep(
         if not points or point.predicted_loss < points[-1].predicted_loss:
             points.append(point)
         progress(step + 1, steps)
-    return SweepLine(label, problem.target.name, problem.layout.name, request.types, tuple(points), {})
+    return SweepLine(label, problem.format.name, problem.layout.name, request.types, tuple(points), {})
 
 
 def preset_points(problem: Problem, request: PlanRequest) -> dict[str, SweepPoint]:
     """The target's types one by one, evaluated by the same predictor; types that no matrix can take are left out."""
     request = _same_batch(problem, request)
     found: dict[str, SweepPoint] = {}
-    for form in problem.target.choose_types(request.types):
+    for form in problem.format.choose_types(request.types):
         try:
             plan = preset(problem, form.name).plan(replace(request, budget_bytes=_NO_LIMIT), exact=False)
         except AcipError:
             continue
-        if any(decision.format == form.name and len(decision.shape) == 2 for decision in plan.tensors):
+        if any(decision.type == form.name and len(decision.shape) == 2 for decision in plan.tensors):
             found[form.name] = _point(plan)
     return found
 
@@ -87,8 +87,8 @@ def preset_points(problem: Problem, request: PlanRequest) -> dict[str, SweepPoin
 def _same_batch(problem: Problem, request: PlanRequest) -> PlanRequest:
     if request.prompt_batch is not None or not problem.checkpoint.shape.generates:
         return request
-    runtime, _ = problem.settings(replace(request, budget_bytes=_NO_LIMIT))
-    return replace(request, prompt_batch=min(_PROMPT_BATCH, runtime.context))
+    serving, _ = problem.settings(replace(request, budget_bytes=_NO_LIMIT))
+    return replace(request, prompt_batch=min(_PROMPT_BATCH, serving.context))
 
 
 def _budgets(smallest: int, largest: int, steps: int) -> Iterator[int]:

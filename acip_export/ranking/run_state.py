@@ -55,7 +55,7 @@ class Checkpoints:
             return
         from safetensors.torch import save_file
 
-        metadata = {"format": _FORMAT, "identity": self.identity, "counters": json.dumps(run.counters())}
+        metadata = {"artifact": _FORMAT, "identity": self.identity, "counters": json.dumps(run.counters())}
         tensors = {**_optimizer_tensors(run), **run.tensors()}
         with new_file(self.file, force=True) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -71,7 +71,7 @@ class Checkpoints:
         if not self.file.exists():
             raise RankingError(f"there is no stored run {self.file} to resume; start one without  --resume")
         _, metadata = read_safetensors_header(self.file, RankingError)
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("artifact") != _FORMAT:
             raise RankingError(f"{self.file} is no stored ranking run; remove it and start without  --resume")
         if metadata.get("identity") != self.identity:
             raise RankingError(

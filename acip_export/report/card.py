@@ -18,13 +18,13 @@ def render(page: Page, commands: Iterable[RunCommand]) -> str:
     plan, report = page.own.plan, page.own.report
     lines = [*_front_matter(page), "", f"# {plain(plan.model)}, {format_bytes(plan.planned_bytes)}", ""]
     low_rank = sum(d.rank is not None for d in plan.tensors)
-    kinds = sorted({t for d in plan.tensors for t in (d.format, d.down_format, d.up_format) if t})
+    kinds = sorted({t for d in plan.tensors for t in (d.type, d.down_type, d.up_type) if t})
     matrices = sum(len(d.shape) == 2 for d in plan.tensors)
     made = "quantized" if not low_rank else f"{low_rank} of {matrices} matrices cut to lower rank, and quantized"
     lines += [
-        f"An export of {plain(plan.model)} to {plan.target.upper()}, made by acip-export {__version__} "
+        f"An export of {plain(plan.model)} to {plan.format.upper()}, made by acip-export {__version__} "
         f"([ACIP](https://arxiv.org/abs/2502.01717)): {made} ({', '.join(kinds)}), so that it fits a budget of "
-        f"{format_bytes(plan.budget_bytes)} of {plan.budget_scope} at {plan.runtime.context} tokens of context. "
+        f"{format_bytes(plan.budget_bytes)} of {plan.budget_scope} at {plan.serving.context} tokens of context. "
         "The figures below were measured on these files; `report.html` shows where the bytes are.",
         "",
         "## Size and quality",
@@ -38,8 +38,8 @@ def render(page: Page, commands: Iterable[RunCommand]) -> str:
         *(line for command in commands for line in _command(command)),
         "## Limits",
         "",
-        f"- The memory figure holds for {plan.runtime.context} tokens of context, a KV cache of type "
-        f"{plan.runtime.cache_type} and prompts in batches of {plan.runtime.prompt_batch}; longer contexts need more.",
+        f"- The memory figure holds for {plan.serving.context} tokens of context, a KV cache of type "
+        f"{plan.serving.cache_type} and prompts in batches of {plan.serving.prompt_batch}; longer contexts need more.",
         *(f"- {plain(str(note))}" for note in report.get("notes") or ()),
         "- Compression changes what a model says. Quality was measured as given above and nowhere else; what the base "
         "model cannot or must not do holds for this one too.",
@@ -61,11 +61,11 @@ def _front_matter(page: Page) -> list[str]:
     fields: list[tuple[str, object]] = [
         ("base_model", hub or plan.model),
         ("base_model_relation", "quantized"),
-        ("library_name", {"gguf": "gguf", "onnx": "onnx"}.get(plan.target, plan.target)),
+        ("library_name", {"gguf": "gguf", "onnx": "onnx"}.get(plan.format, plan.format)),
         ("pipeline_tag", task),
         ("license", license_),
         ("quantized_by", "acip-export"),
-        ("tags", [plan.target, *{"gguf": ["llama.cpp"], "onnx": ["onnxruntime"]}.get(plan.target, []), "acip"]),
+        ("tags", [plan.format, *{"gguf": ["llama.cpp"], "onnx": ["onnxruntime"]}.get(plan.format, []), "acip"]),
     ]
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields if value), "---"]
 

@@ -39,8 +39,8 @@ def render(page: Page, commands: Iterable[RunCommand]) -> str:
         "script": script,
         "model": escape(_clean(plan.model)),
         "subtitle": escape(
-            f"{plan.target}, {plan.layout} layout, for {format_bytes(plan.budget_bytes)} of {scope} "
-            f"at {plan.runtime.context} tokens"
+            f"{plan.format}, {plan.layout} layout, for {format_bytes(plan.budget_bytes)} of {scope} "
+            f"at {plan.serving.context} tokens"
         ),
         "verdict": _verdict(report),
         "measured": _measured(page),

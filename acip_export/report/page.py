@@ -18,11 +18,11 @@ from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
 from acip_export.errors import InputError
 from acip_export.inspection.anatomy import fact, layer_group
 from acip_export.io.atomic import read_json_object
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 
-DATA_FORMAT, DATA_VERSION = "acip-report-data", 1
+DATA_FORMAT, DATA_VERSION = "acip-report-data", 2
 REPORT_FILE, PLAN_FILE = "report.json", "plan.json"
-_REPORT_VERSION = 1
+_REPORT_VERSION = 2
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
@@ -147,11 +147,11 @@ class Page:
         position = {name: index for index, name in enumerate(types)}
         plan = self.own.plan
         return {
-            "format": DATA_FORMAT,
+            "artifact": DATA_FORMAT,
             "version": DATA_VERSION,
             "model": plan.model,
             "fingerprint": plan.model_fingerprint,
-            "target": plan.target,
+            "format": plan.format,
             "layout": plan.layout,
             "scope": plan.budget_scope,
             "unit": plan.loss_unit,
@@ -185,7 +185,7 @@ def read_export(path: Path) -> Exported:
     if not file.exists():
         return Exported(plan, {})
     report = read_json_object(file, InputError)
-    found = report.get("format"), report.get("version")
+    found = report.get("artifact"), report.get("version")
     if found != ("acip-report", _REPORT_VERSION):
         raise InputError(
             f"{file} is {found[0]!r} of version {found[1]}, expected 'acip-report' of version {_REPORT_VERSION}; "
@@ -233,7 +233,7 @@ def build_page(
     dense = next((d for e in (own, *others) if (d := positive(e.report.get("dense_perplexity"))) is not None), None)
     if usable is not None and usable.get("dense") == dense:  # the same text
         measured = {m.point: m for m in _measured_before(usable, where)} | measured
-    bits = {cell.types: _bits(own.plan.target, cell.types) for size in ordered for cell in size.cells}
+    bits = {cell.types: _bits(own.plan.format, cell.types) for size in ordered for cell in size.cells}
     if ranking is None and usable is not None:
         ranking = _ranking_before(usable)
     return Page(
@@ -317,20 +317,20 @@ def _matrix(decision: TensorDecision) -> tuple[str, int, str, int, int]:
 
 def _types(decision: TensorDecision) -> str:
     if decision.rank is None:
-        return str(decision.format)
-    down, up = str(decision.down_format), str(decision.up_format)
+        return str(decision.type)
+    down, up = str(decision.down_type), str(decision.up_type)
     return down if down == up else f"{down}·{up}"
 
 
 def _bits(target: str, types: str) -> float:
     """Per stored number; of a pair the mean."""
     names = types.split("·")
-    return sum(weight_format(target, name).bits_per_weight for name in names) / len(names)
+    return sum(weight_type(target, name).bits_per_weight for name in names) / len(names)
 
 
 def _same_page(own: Plan, other: Plan) -> None:
     mine, theirs = (
-        (p.model, p.model_fingerprint[:12], f"{p.target} {p.layout}", f"budget of {p.budget_scope}")
+        (p.model, p.model_fingerprint[:12], f"{p.format} {p.layout}", f"budget of {p.budget_scope}")
         for p in (own, other)
     )
     if mine != theirs:
@@ -350,14 +350,14 @@ def embedded(html: str) -> dict[str, Any] | None:
         data = json.loads(match[1]) if match else None
     except (ValueError, RecursionError):
         return None
-    known = isinstance(data, dict) and (data.get("format"), data.get("version")) == (DATA_FORMAT, DATA_VERSION)
+    known = isinstance(data, dict) and (data.get("artifact"), data.get("version")) == (DATA_FORMAT, DATA_VERSION)
     return data if known else None
 
 
 def _fits(before: Mapping[str, Any], plan: Plan) -> bool:
     """Whether an earlier page is of the same thing, and whole."""
-    expected = (plan.model_fingerprint, plan.target, plan.layout, plan.budget_scope)
-    if tuple(before.get(key) for key in ("fingerprint", "target", "layout", "scope")) != expected:
+    expected = (plan.model_fingerprint, plan.format, plan.layout, plan.budget_scope)
+    if tuple(before.get(key) for key in ("fingerprint", "format", "layout", "scope")) != expected:
         return False
     try:
         matrices = sum(len(d.shape) == 2 for d in plan.tensors)

@@ -114,7 +114,7 @@ def provenance(page: Page) -> dict[str, str]:
     """Where it all came from, as words by name; hashes in full, for a machine to compare."""
     plan, report, ranking = page.own.plan, page.own.report, page.ranking
     made = report.get("provenance") or {}
-    runtime = plan.runtime
+    serving = plan.serving
     pairs: dict[str, object] = {
         "Base model": plan.model,
         "Model fingerprint": plan.model_fingerprint,
@@ -131,8 +131,8 @@ def provenance(page: Page) -> dict[str, str]:
     pairs |= {
         "Budget": f"{format_bytes(plan.budget_bytes)} ({plan.budget_bytes:,} bytes) of {plan.budget_scope}",
         "Settings the budget holds for": (
-            f"{runtime.context} tokens of context, KV cache {runtime.cache_type}, "
-            f"prompts in batches of {runtime.prompt_batch}"
+            f"{serving.context} tokens of context, KV cache {serving.cache_type}, "
+            f"prompts in batches of {serving.prompt_batch}"
         ),
         "Bundle, SHA-256": made.get("bundle_weights_sha256"),
         "Made with": made.get("tool"),

@@ -15,7 +15,7 @@ PAGE_FILE, CARD_FILE = "report.html", "README.md"
 def write_papers(page: Page, directory: Path) -> tuple[Path, Path]:
     """Write ``report.html`` and ``README.md``, each whole or not at all; earlier ones are replaced."""
     plan = page.own.plan
-    commands = converter(plan.target).run_commands(plan, Path())
+    commands = converter(plan.format).run_commands(plan, Path())
     written = directory / PAGE_FILE, directory / CARD_FILE
     for file, text in zip(written, (html.render(page, commands), card.render(page, commands)), strict=True):
         with new_file(file, force=True) as temporary:

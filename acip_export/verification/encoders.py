@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from acip_export.artifacts.plan import Plan, Runtime
+from acip_export.artifacts.plan import Plan, Serving
 from acip_export.formats.session import EncoderSession, Vectors, Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.embedding_similarity import Similarity, compare_similarities
@@ -79,10 +79,10 @@ def verify_encoder(
     Raises:
         MissingExtraError: the runtime is not installed. VerificationError: it refuses the export.
     """
-    texts = _tokens(bundle, encoder, plan.runtime, text)
-    _, module, name = ENCODER_SESSIONS[plan.target]
+    texts = _tokens(bundle, encoder, plan.serving, text)
+    _, module, name = ENCODER_SESSIONS[plan.format]
     session: EncoderSession
-    with getattr(import_module(module), name)(export, plan.runtime) as session:
+    with getattr(import_module(module), name)(export, plan.serving) as session:
         found, runtime = session.outputs(texts), session.name
     reference = TorchEncoder(bundle, encoder, round_trip).outputs(texts)
     agreement = _agreement(encoder, reference, found)
@@ -128,10 +128,10 @@ class TorchEncoder:
         return vectors
 
 
-def _tokens(model: Path, encoder: Encoder, runtime: Runtime, text: Windows | None) -> list[list[int]]:
+def _tokens(model: Path, encoder: Encoder, serving: Serving, text: Windows | None) -> list[list[int]]:
     tokenizer = load_tokenizer(model)
     if text is None:
-        length = min(encoder.max_length, runtime.context)
+        length = min(encoder.max_length, serving.context)
         ids: list[list[int]] = tokenizer(list(_TEXTS), truncation=True, max_length=length)["input_ids"]
         return ids
     return [[int(token) for token in row[row != tokenizer.pad_token_id]] for row in text[:_MOST_TEXTS]]
@@ -152,9 +152,9 @@ def _agreement(encoder: Encoder, reference: Vectors, found: Vectors) -> Agreemen
 
 
 def _failures(plan: Plan, runtime: str, agreement: Agreement) -> tuple[str, ...]:
-    used = {name for d in plan.tensors for name in (d.format, d.up_format, d.down_format) if name}
+    used = {name for d in plan.tensors for name in (d.type, d.up_type, d.down_type) if name}
     if used <= {"f32"}:
-        tolerance = _FLOAT_TOLERANCE[plan.target]
+        tolerance = _FLOAT_TOLERANCE[plan.format]
         if not agreement.max_logit_difference <= tolerance:
             found = f"{agreement.max_logit_difference:.2e}, at most {tolerance} allowed"
             return (f"{runtime}: outputs differ by {found}",)

@@ -39,7 +39,7 @@ from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, Memory, Pr
 from acip_export.verification.structure import Structure, check_structure
 from acip_export.version import __version__
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 REPORT_FILE = "report.json"
 EXPORT_PLAN_FILE = "plan.json"
 
@@ -159,7 +159,7 @@ class Report:
 
     export: str
     model: str
-    target: str
+    format: str
     layout: str
     budget_bytes: int
     budget_scope: str
@@ -188,7 +188,7 @@ class Report:
     tasks: Mapping[str, Mapping[str, TaskMetric]] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": "acip-report", "version": REPORT_VERSION, **dataclasses.asdict(self)}
+        return {"artifact": "acip-report", "version": REPORT_VERSION, **dataclasses.asdict(self)}
 
 
 def written_files(export: Path, plan: Plan) -> dict[str, int]:
@@ -251,7 +251,7 @@ def verify_export(
     return Report(
         export=export.name,
         model=plan.model,
-        target=plan.target,
+        format=plan.format,
         layout=plan.layout,
         budget_bytes=plan.budget_bytes,
         budget_scope=plan.budget_scope,
@@ -310,7 +310,7 @@ def _run(
     progress("bundle")
     sampled, bundle_perplexity = _sample(bundle.path, plan, text)
     figures = []
-    for name, module, class_name in SESSIONS[plan.target]:
+    for name, module, class_name in SESSIONS[plan.format]:
         progress(f"{name}, in a process of its own")
         figures.append(measure_process(module, class_name, export, timeout))
     runtimes, dense_perplexity = _compare(export, bundle, sampled, figures, text, dense, progress)
@@ -343,12 +343,12 @@ def _run_encoder(
     from acip_export.formats.registry import converter
 
     plan = bundle.plan
-    name, module, class_name = ENCODER_SESSIONS[plan.target]
+    name, module, class_name = ENCODER_SESSIONS[plan.format]
     progress(f"{name}, in a process of its own")
     measured = measure_process(module, class_name, export, timeout)
     progress(name)
     windows = None if text is None else text.windows
-    figures = verify_encoder(export, plan, encoder, bundle.path, converter(plan.target).round_trip, dense, windows)
+    figures = verify_encoder(export, plan, encoder, bundle.path, converter(plan.format).round_trip, dense, windows)
     memory = _memory_report(plan, measured.memory, uncounted_bytes(plan, bundle.as_checkpoint(), name))
     report = RuntimeReport(
         figures.runtime, measured.load_seconds, figures.agreement, None, None, memory, measured.speed
@@ -371,8 +371,8 @@ def _sample(bundle: Path, plan: Plan, text: EvaluationText | None) -> tuple[_Sam
     from acip_export.formats.registry import converter
     from acip_export.verification.reference import TorchReference
 
-    reference = TorchReference(bundle, converter(plan.target).round_trip)
-    context = plan.runtime.context
+    reference = TorchReference(bundle, converter(plan.format).round_trip)
+    context = plan.serving.context
     windows = reference.sample(_SAMPLED_WINDOWS, min(_SAMPLED_TOKENS, context), seed=0)
     prompt = [int(token) for token in windows[0][: max(1, windows.shape[1] // 3)]]
     continuation = reference.greedy(prompt, min(_GREEDY_TOKENS, context - len(prompt)))
@@ -393,11 +393,11 @@ def _compare(
     plan = bundle.plan
     reports: list[RuntimeReport] = []
     dense_perplexity: Perplexity | None = None
-    for (name, module, class_name), measured in zip(SESSIONS[plan.target], figures, strict=True):
+    for (name, module, class_name), measured in zip(SESSIONS[plan.format], figures, strict=True):
         session: RuntimeSession
         own: Perplexity | None = None
         divergence: Divergence | None = None
-        with getattr(import_module(module), class_name)(export, plan.runtime) as session:
+        with getattr(import_module(module), class_name)(export, plan.serving) as session:
             progress(session.name)
             agreement = compare_logits(
                 sample.logits,
@@ -437,7 +437,7 @@ def _memory_report(plan: Plan, memory: Memory | None, uncounted: int) -> MemoryR
     """``uncounted``: bytes beside the plan's ``memory_bytes``."""
     if memory is None:
         return None
-    if plan.budget_scope == "file" or plan.runtime.execution != "cpu":
+    if plan.budget_scope == "file" or plan.serving.backend != "cpu":
         within = None
     else:
         uncovered = uncounted if plan.budget_scope == "memory" else 0
@@ -474,8 +474,8 @@ def _versions() -> dict[str, str]:
 
 
 def _is_float(plan: Plan) -> bool:
-    used = {name for d in plan.tensors for name in (d.format, d.up_format, d.down_format) if name}
-    return used <= {"f32", "q1_0"} if plan.layout == "adapter" else used <= {"f32"}
+    used = {name for d in plan.tensors for name in (d.type, d.up_type, d.down_type) if name}
+    return used <= {"f32", "q1_0"} if plan.layout == "lora" else used <= {"f32"}
 
 
 def _check_agreement(plan: Plan, report: RuntimeReport) -> list[str]:
@@ -483,9 +483,9 @@ def _check_agreement(plan: Plan, report: RuntimeReport) -> list[str]:
     agreement = report.agreement
     failures = []
     if _is_float(plan):
-        tolerance = _FLOAT_TOLERANCE[plan.target]
+        tolerance = _FLOAT_TOLERANCE[plan.format]
         # llama.cpp's attention rounds K and V to float16: large logits move further, and mean as little as small ones.
-        rounded_cache = plan.target == "gguf" and agreement.mean_kl <= _ROUNDED_CACHE_KL
+        rounded_cache = plan.format == "gguf" and agreement.mean_kl <= _ROUNDED_CACHE_KL
         if not (agreement.max_logit_difference <= tolerance or rounded_cache):
             failures.append(
                 f"{report.runtime}: logits differ by {agreement.max_logit_difference:.2e}, at most {tolerance} allowed"

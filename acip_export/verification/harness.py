@@ -63,7 +63,7 @@ def run_tasks(
             "path of a task file, whose name is the task's"
         )
     progress(f"lm-evaluation-harness: {', '.join(wanted)}")
-    model = load_bundle(bundle, converter(Bundle.open(bundle).plan.target).round_trip)
+    model = load_bundle(bundle, converter(Bundle.open(bundle).plan.format).round_trip)
     harness = HFLM(pretrained=model, tokenizer=load_tokenizer(bundle), device="cpu", batch_size=1)
     found = simple_evaluate(model=harness, tasks=wanted, task_manager=manager, verbosity="ERROR")
     return {task: _metrics(results) for task, results in found["results"].items()}

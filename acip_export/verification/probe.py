@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from acip_export.artifacts.plan import Plan, Runtime, load_plan
+from acip_export.artifacts.plan import Plan, Serving, load_plan
 from acip_export.errors import AcipError, MissingExtraError
 from acip_export.formats.session import ProbedSession, Speed
 from acip_export.model.architectures import EMBEDDINGS
@@ -49,17 +49,17 @@ def spread_tokens(vocabulary: int, count: int) -> list[int]:
     return [index * vocabulary // count for index in range(count)]
 
 
-def measure(session_class: Callable[[Path, Runtime], ProbedSession], export: Path, plan: Plan) -> dict[str, Any]:
+def measure(session_class: Callable[[Path, Serving], ProbedSession], export: Path, plan: Plan) -> dict[str, Any]:
     """The figures, as :class:`acip_export.verification.process.ProcessFigures` reads them."""
-    runtime = plan.runtime
+    serving = plan.serving
     vocabulary = max(decision.shape[0] for decision in plan.tensors if decision.name.endswith(EMBEDDINGS))
-    new_tokens = min(_NEW_TOKENS, runtime.context // 2) if plan.generates else 0
-    prompt = spread_tokens(vocabulary, runtime.context - new_tokens if plan.generates else runtime.prompt_batch)
+    new_tokens = min(_NEW_TOKENS, serving.context // 2) if plan.generates else 0
+    prompt = spread_tokens(vocabulary, serving.context - new_tokens if plan.generates else serving.prompt_batch)
     gc.collect()
     _forget_peak()
     before = resident("VmRSS")
     start = time.perf_counter()
-    with session_class(export, runtime) as session:
+    with session_class(export, serving) as session:
         load_seconds = time.perf_counter() - start
         speeds = [session.speed(prompt, new_tokens)]
         # Before the repetitions: how many there are, and so what the allocator keeps, depends on the machine's speed.

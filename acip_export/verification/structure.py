@@ -29,7 +29,7 @@ class Structure:
 
 def check_structure(export: Path, bundle: Bundle) -> tuple[Structure | None, list[str]]:
     """The count, and one sentence for each tensor that is not as planned; ``None`` for a target without a rule."""
-    rule = {"gguf": _gguf, "onnx": _onnx}.get(bundle.plan.target)
+    rule = {"gguf": _gguf, "onnx": _onnx}.get(bundle.plan.format)
     if rule is None:
         return None, []
     try:
@@ -47,8 +47,8 @@ def _gguf(export: Path, bundle: Bundle) -> tuple[int, list[str]]:
         for spec in (item.spec for item in items):
             expected += 1
             there = found.get(spec.name)
-            if there is None or (there.type, there.shape) != (spec.format, spec.shape):
-                missing.append(_sentence(file, spec.name, spec.format, spec.shape, there))
+            if there is None or (there.type, there.shape) != (spec.type, spec.shape):
+                missing.append(_sentence(file, spec.name, spec.type, spec.shape, there))
     return expected, missing
 
 
@@ -94,7 +94,7 @@ def _initializers(decision: TensorDecision) -> list[list[tuple[str, tuple[int, .
     wanted: list[list[tuple[str, tuple[int, ...]]]] = []
     for _, matrix in matrices_of(decision):
         groups: tuple[tuple[Form, ...], ...] = (
-            (("columns", "rows"),) if matrix.format.is_float else (("codes", "flat_codes"), ("scales",))
+            (("columns", "rows"),) if matrix.type.is_float else (("codes", "flat_codes"), ("scales",))
         )
         for forms in groups:
             parts = [MatrixPart(matrix, form) for form in forms]

@@ -16,7 +16,7 @@ from acip_export.formats.targets import TARGETS
 from acip_export.inspection.gguf import PlacedTensor
 from acip_export.inspection.gguf_split import files_of
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 from converters.gguf.architectures import Change, family_of
 from converters.gguf.base_file import BaseFile, open_base, planned_names
 from converters.gguf.writer import TensorSpec
@@ -113,7 +113,7 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
         change = family.change(names[decision.name], checkpoint.config, checkpoint.shape)
         whole, pair = _items(decision, names[decision.name], change, None)
         model += whole
-        (adapter if low_rank == "adapter" else model).extend(pair)
+        (adapter if low_rank == "lora" else model).extend(pair)
     for name, numbers in family.constants(checkpoint.config, checkpoint.shape).items():
         model.append(Item(TensorSpec(name, numbers.shape, "f32"), None, numbers))
     return _files(model, adapter)
@@ -153,56 +153,56 @@ def _items(
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """What stands for the whole matrix (nothing, if its factors do), and its factor pair."""
     whole: tuple[Item, ...] = ()
-    if decision.format is not None:
-        spec = TensorSpec(name, decision.shape, decision.format)
-        zero = decision.representation == "adapter"
+    if decision.type is not None:
+        spec = TensorSpec(name, decision.shape, decision.type)
+        zero = decision.representation == "lora"
         whole = (Item(spec, decision.name, change=change, zero_if_missing=zero, resembles=like),)
     if decision.rank is None:
         return whole, ()
     (up, up_shape), (down, down_shape) = stored_tensors(decision.name, decision.shape, decision.rank).items()
-    assert decision.up_format is not None and decision.down_format is not None
+    assert decision.up_type is not None and decision.down_type is not None
     pair = (
-        Item(TensorSpec(name + FACTOR_SUFFIXES[0], down_shape, decision.down_format), down),
-        Item(TensorSpec(name + FACTOR_SUFFIXES[1], up_shape, decision.up_format), up, change=change, resembles=like),
+        Item(TensorSpec(name + FACTOR_SUFFIXES[0], down_shape, decision.down_type), down),
+        Item(TensorSpec(name + FACTOR_SUFFIXES[1], up_shape, decision.up_type), up, change=change, resembles=like),
     )
     return whole, pair
 
 
 def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint, layout: str) -> None:
     low_rank = TARGETS["gguf"].layout(layout).low_rank
-    corrected = low_rank == "adapter" and decision.representation == "residual"
+    corrected = low_rank == "lora" and decision.representation == "residual"
     if decision.representation not in ("dense", low_rank) and not corrected:
         raise UnsupportedError(
             f"{decision.name} is {decision.representation}, which the layout {layout!r} of GGUF cannot hold; "
             "plan again for this layout"
         )
-    formats = [(decision.format, decision.shape[-1])] if decision.representation != "factored" else []
+    formats = [(decision.type, decision.shape[-1])] if decision.representation != "factored" else []
     if decision.representation != "dense":
         # The embedding is looked up, never multiplied by. The head can be factored, but no LoRA is put on it.
         whole_only = ("token_embd.weight",) + (
-            ("output.weight",) if decision.representation in ("adapter", "residual") else ()
+            ("output.weight",) if decision.representation in ("lora", "residual") else ()
         )
         if name in whole_only or len(decision.shape) != 2:
             raise UnsupportedError(f"{decision.name} cannot be {decision.representation} in llama.cpp; keep it dense")
-        formats += [(decision.down_format, decision.shape[1]), (decision.up_format, decision.rank or 0)]
+        formats += [(decision.down_type, decision.shape[1]), (decision.up_type, decision.rank or 0)]
     if decision.representation == "factored" and (decision.rank or 0) >= decision.shape[0]:
         raise UnsupportedError(
             f"{decision.name}: rank {decision.rank} is not below its {decision.shape[0]} rows; keep it dense"
         )
     for form, columns in formats:
         try:
-            fits = weight_format("gguf", form or "none").fits(columns)
+            fits = weight_type("gguf", form or "none").fits(columns)
         except KeyError:
             raise UnsupportedError(f"{decision.name}: GGUF has no type {form!r}") from None
         if not fits:
             raise UnsupportedError(
                 f"{decision.name}: rows of {columns} weights do not fit {form} blocks of "
-                f"{weight_format('gguf', form or 'none').block}; choose a type with smaller blocks"
+                f"{weight_type('gguf', form or 'none').block}; choose a type with smaller blocks"
             )
-    if len(decision.shape) == 1 and decision.format != "f32":
-        raise UnsupportedError(f"{decision.name}: llama.cpp needs vectors in f32, the plan has {decision.format}")
-    if name in _FLOAT_TABLES and decision.format != "f32":
-        raise UnsupportedError(f"{decision.name}: llama.cpp needs this table in f32, the plan has {decision.format}")
+    if len(decision.shape) == 1 and decision.type != "f32":
+        raise UnsupportedError(f"{decision.name}: llama.cpp needs vectors in f32, the plan has {decision.type}")
+    if name in _FLOAT_TABLES and decision.type != "f32":
+        raise UnsupportedError(f"{decision.name}: llama.cpp needs this table in f32, the plan has {decision.type}")
     if name == "token_embd.weight" and decision.shape[0] != checkpoint.shape.vocabulary:
         raise UnsupportedError(
             f"{decision.name} has {decision.shape[0]} rows, config.json names {checkpoint.shape.vocabulary} tokens"

@@ -20,7 +20,7 @@ from acip_export.errors import MissingExtraError, ModelFileError, UnsupportedErr
 from acip_export.inspection.gguf import GgufHead, PlacedTensor
 from acip_export.inspection.gguf_split import SPLIT_KEYS, PartName, part_names, read_parts
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.weight_types import formats_of
+from acip_export.weight_types import types_of
 from converters.gguf import ggml_library as ggml
 from converters.gguf.architectures.base import Change, interleaved_rows, some
 from converters.gguf.writer import Bytes, TensorSpec, Value
@@ -98,7 +98,7 @@ def open_base(checkpoint: Checkpoint) -> BaseFile | None:
 
 @lru_cache(maxsize=2)
 def _open(file: Path, _state: tuple[tuple[int, int], ...]) -> BaseFile:
-    known = {form.name for form in formats_of("gguf")}
+    known = {form.name for form in types_of("gguf")}
     parts = read_parts(file)
     for tensor in (tensor for part in parts for tensor in part.head.tensors):
         if tensor.type_name not in known:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from acip_export.artifacts.bundle import PLAN_FILE, Bundle
-from acip_export.artifacts.plan import Runtime, TensorDecision
+from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.formats.registry import Progress, ProgressCallback
 from acip_export.io.prefetch import one_ahead
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
 from acip_export.version import __version__
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
 from converters.gguf.architectures import Change, family_of
 from converters.gguf.arrange import ADAPTER_FILE, FACTOR_SUFFIXES, Item, arrange
@@ -83,16 +83,16 @@ _FILE_TYPES = {
 }
 
 
-def prepare(checkpoint: Checkpoint, execution: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:  # noqa: ARG001
+def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:  # noqa: ARG001
     """See :class:`acip_export.formats.registry.Converter`. Nothing takes long here."""
     return ()
 
 
 def predict_files(
-    checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], runtime: Runtime
+    checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
 ) -> dict[str, int]:
     """See :class:`acip_export.formats.registry.Converter`."""
-    del runtime  # the command line carries it; the file does not
+    del serving  # the command line carries it; the file does not
     files = _files(checkpoint, layout, tensors, _Identity(checkpoint.name, _HASH_PLACEHOLDER, _HASH_PLACEHOLDER))
     return {name: contents.nbytes for name, contents in files.items()}
 
@@ -109,10 +109,10 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
     files = _files(checkpoint, plan.layout, plan.tensors, identity)
     every_item = [item for contents in files.values() for item in contents.items]
     for item in (item for item in every_item if item.copied is None):
-        ggml.require(item.spec.format)
-        if weight_format("gguf", item.spec.format).needs_importance and not _has_importance(bundle, item):
+        ggml.require(item.spec.type)
+        if weight_type("gguf", item.spec.type).needs_importance and not _has_importance(bundle, item):
             raise UnsupportedError(
-                f"{item.spec.name}: {item.spec.format} needs importance weights, and the bundle has none for it; "
+                f"{item.spec.name}: {item.spec.type} needs importance weights, and the bundle has none for it; "
                 "choose another type, or rank with statistics"
             )
     total = sum(item.spec.nbytes for item in every_item)
@@ -206,7 +206,7 @@ def _general_name(model: str, path: Path) -> str:
 def _main_format(items: Sequence[Item]) -> str:
     weights: dict[str, int] = {}
     for item in items:
-        weights[item.spec.format] = weights.get(item.spec.format, 0) + int(np.prod(item.spec.shape))
+        weights[item.spec.type] = weights.get(item.spec.type, 0) + int(np.prod(item.spec.shape))
     return max(weights, key=lambda form: weights[form])
 
 
@@ -248,10 +248,10 @@ def _data(bundle: Bundle, item: Item, changes: _Changes) -> Bytes:
         assert changes.base is not None
         return changes.base.read(item.copied)
     if item.constant is not None:
-        return ggml.quantize(torch.from_numpy(item.constant), item.spec.format)
+        return ggml.quantize(torch.from_numpy(item.constant), item.spec.type)
     assert item.source is not None
     if item.zero_if_missing and item.source not in bundle.tensors:
         # Every block format reads zero bytes as zeros: the scale is zero.
         return np.zeros(item.spec.nbytes, np.uint8)
     weight = changes.of(item).apply(bundle.read(item.source))
-    return ggml.quantize(weight, item.spec.format, bundle.importance(item.source))
+    return ggml.quantize(weight, item.spec.type, bundle.importance(item.source))

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import MissingExtraError, UnsupportedError
-from acip_export.weight_types import formats_of, weight_format
+from acip_export.weight_types import types_of, weight_type
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,7 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _self_check(library: ctypes.CDLL) -> str | None:
-    for form in formats_of("gguf"):
+    for form in types_of("gguf"):
         number = TYPE_IDS[form.name]
         found = (library.ggml_blck_size(number), library.ggml_type_size(number))
         if found != (form.block, form.block_bytes):
@@ -138,7 +138,7 @@ def _quantize_rows(library: ctypes.CDLL, name: str, rows: Floats, out: Bytes, im
 
 def require(name: str) -> None:
     """Raises MissingExtraError when nothing installed can quantize to ``name``."""
-    if weight_format("gguf", name).is_float or load_library() is not None:
+    if weight_type("gguf", name).is_float or load_library() is not None:
         return
     if name in _PORTABLE and importlib.util.find_spec("gguf") is not None:
         return
@@ -156,7 +156,7 @@ def quantize(
         threads: defaults to the processors that this process may use.
 
     Returns:
-        uint8 (bytes,), exactly ``weight_format("gguf", name).nbytes(rows, columns)``.
+        uint8 (bytes,), exactly ``weight_type("gguf", name).nbytes(rows, columns)``.
 
     Raises:
         UnsupportedError: rows that do not fit the blocks, a needed importance that is missing, or float16 overflow.
@@ -164,7 +164,7 @@ def quantize(
     """
     import torch
 
-    form = weight_format("gguf", name)
+    form = weight_type("gguf", name)
     matrix = weight.detach().reshape(-1, weight.shape[-1])
     rows, columns = matrix.shape
     if not form.fits(columns):

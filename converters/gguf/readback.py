@@ -32,7 +32,7 @@ def check_structure(file: Path, metadata: Metadata, tensors: Sequence[TensorSpec
     library = load_library()
     keys, found = _by_gguf_py(file) if library is None else _by_ggml(library, file)
     expected = [
-        (t.name, _filled(reversed(t.shape)), TYPE_IDS[t.format], offset)
+        (t.name, _filled(reversed(t.shape)), TYPE_IDS[t.type], offset)
         for t, offset in zip(tensors, offsets(tensors), strict=True)
     ]
     if found != expected or keys != list(metadata):

@@ -13,7 +13,7 @@ from acip_export.formats.registry import RunCommand
 from converters.gguf.arrange import ADAPTER_FILE, MODEL_FILE, model_files
 from converters.gguf.ggml_library import TYPE_IDS
 
-_STOCK = ("stock", "adapter")
+_STOCK = ("stock", "lora")
 _EXTENDED = (*_STOCK, "factored")
 
 
@@ -55,13 +55,13 @@ def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
     parts = tuple(directory / name for name in model_files(plan.files) or (MODEL_FILE,))
     if not plan.generates:
         # The file says how to pool; a text has to fit into one batch.
-        tokens = str(plan.runtime.prompt_batch)
+        tokens = str(plan.serving.prompt_batch)
         options = ["-m", str(parts[0]), "-c", tokens, "-b", tokens, "-ub", tokens, "--no-repack"]
         server = shlex.join(["llama-server", "--embedding", *options, "-np", "1"])
         return (RunCommand("llama-server", "console", server, "POST /v1/embeddings"),)
     adapter = directory / ADAPTER_FILE if ADAPTER_FILE in plan.files else None
-    runtime = plan.runtime
-    export = _Export(parts, adapter, runtime.context, runtime.prompt_batch, runtime.cache_type)
+    serving = plan.serving
+    export = _Export(parts, adapter, serving.context, serving.prompt_batch, serving.cache_type)
     return tuple(
         RunCommand(program.name, program.language, program.text(export), _note(program, plan.layout, len(parts)))
         for program in _PROGRAMS

@@ -83,7 +83,7 @@ def _pack(first: Metadata, other: Metadata, items: Sequence[Item], largest: int)
             groups.append([])
             head, data = len(encode_keys(other, 0)), 0
             if padded(head + info) + size > largest:
-                what = f"a file with nothing but {item.spec.name} ({item.spec.format}) takes"
+                what = f"a file with nothing but {item.spec.name} ({item.spec.type}) takes"
                 raise _too_small(largest, what, padded(head + info) + size)
         groups[-1].append(item)
         head, data = head + info, data + size

@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 from converters.gguf.ggml_library import TYPE_IDS
 
 ALIGNMENT = 32
@@ -98,12 +98,12 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    format: str
+    type: str
 
     @property
     def nbytes(self) -> int:
         """Exact bytes of the data, without padding. Raises ValueError for rows that do not fit the format."""
-        return weight_format("gguf", self.format).nbytes(prod(self.shape[:-1]), self.shape[-1])
+        return weight_type("gguf", self.type).nbytes(prod(self.shape[:-1]), self.shape[-1])
 
 
 def padded(count: int) -> int:
@@ -122,7 +122,7 @@ def offsets(tensors: Sequence[TensorSpec]) -> list[int]:
 def encode_info(tensor: TensorSpec, offset: int) -> bytes:
     """A tensor's entry in the head. Its length does not depend on ``offset``."""
     extents = tuple(reversed(tensor.shape))
-    kind = struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_IDS[tensor.format], offset)
+    kind = struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_IDS[tensor.type], offset)
     return _string(tensor.name) + kind
 
 

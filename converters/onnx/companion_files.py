@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.formats.targets import TARGETS
 from acip_export.io.atomic import read_json_object
@@ -33,7 +33,7 @@ _TOKENIZER = "tokenizer.json"
 _NEW_TOKENIZER_CLASS, _OLD_TOKENIZER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 
-def small_files(source: Checkpoint, runtime: Runtime) -> dict[str, bytes | Path]:
+def small_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Path]:
     """Every file but the graph and its data: its bytes, or the file to copy.
 
     Args:
@@ -50,48 +50,48 @@ def small_files(source: Checkpoint, runtime: Runtime) -> dict[str, bytes | Path]
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     if not source.shape.generates:
-        return _encoder_files(source, runtime)
+        return _encoder_files(source, serving)
     generation = _read(source.path / _GENERATION_CONFIG)
-    tokens = _tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), runtime)
+    tokens = _tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), serving)
     special = _special_tokens(source.config, generation, tokens, _added_tokens(tokenizer))
     files: dict[str, bytes | Path] = {
         name: source.path / name for name in TOKENIZER_FILES if (source.path / name).is_file()
     }
-    files["config.json"] = _json(_config(source.config, runtime))
-    files[GENAI_CONFIG] = _json(_genai_config(source, generation, special, runtime))
+    files["config.json"] = _json(_config(source.config, serving))
+    files[GENAI_CONFIG] = _json(_genai_config(source, generation, special, serving))
     files[_TOKENIZER_CONFIG] = _json(tokens)
     if _GENERATION_CONFIG not in files:
         files[_GENERATION_CONFIG] = _json({"_from_model_config": True, **special})
     return dict(sorted(files.items()))
 
 
-def _encoder_files(source: Checkpoint, runtime: Runtime) -> dict[str, bytes | Path]:
+def _encoder_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Path]:
     """For encoders: nothing generates, and sentence-transformers' files tell others how to pool."""
     names = [name for name in (*TOKENIZER_FILES, *sentence_files(source.path)) if name != _GENERATION_CONFIG]
     files: dict[str, bytes | Path] = {name: source.path / name for name in names if (source.path / name).is_file()}
     files["config.json"] = _json({**source.config, "transformers.js_config": _TRANSFORMERS_JS})
-    files[_TOKENIZER_CONFIG] = _json(_tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), runtime))
+    files[_TOKENIZER_CONFIG] = _json(_tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), serving))
     return dict(sorted(files.items()))
 
 
-def _config(config: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
+def _config(config: Mapping[str, Any], serving: Serving) -> dict[str, Any]:
     return {
         **config,
         # The rotary tables end here.
-        "max_position_embeddings": runtime.context,
+        "max_position_embeddings": serving.context,
         # The cache has the graph's own precision.
         "transformers.js_config": {
             **_TRANSFORMERS_JS,
-            **({"kv_cache_dtype": "float16"} if runtime.cache_type == "f16" else {}),
+            **({"kv_cache_dtype": "float16"} if serving.cache_type == "f16" else {}),
         },
     }
 
 
-def _tokenizer_config(config: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
+def _tokenizer_config(config: dict[str, Any], serving: Serving) -> dict[str, Any]:
     name = config.get("tokenizer_class", _NEW_TOKENIZER_CLASS)
     return {
         **config,
-        "model_max_length": runtime.context,
+        "model_max_length": serving.context,
         "tokenizer_class": _OLD_TOKENIZER_CLASS if name == _NEW_TOKENIZER_CLASS else name,
     }
 
@@ -132,15 +132,15 @@ def _token_text(token: Any) -> str:
 
 
 def _genai_config(
-    source: Checkpoint, generation: Mapping[str, Any], special: Mapping[str, Any], runtime: Runtime
+    source: Checkpoint, generation: Mapping[str, Any], special: Mapping[str, Any], serving: Serving
 ) -> dict[str, Any]:
     shape = source.shape
     return {
         "model": {
             **special,
-            "context_length": runtime.context,
+            "context_length": serving.context,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": _providers(runtime)},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": _providers(serving)},
                 "filename": MODEL_FILE,
                 "head_size": shape.head_dim,
                 "hidden_size": shape.hidden,
@@ -166,10 +166,10 @@ def _genai_config(
         },
         "search": {
             # Prompts are processed in pieces of this many tokens: it bounds the activations and the logits.
-            "chunk_size": runtime.prompt_batch,
+            "chunk_size": serving.prompt_batch,
             "do_sample": bool(generation.get("do_sample", False)),
             "early_stopping": True,
-            "max_length": runtime.context,
+            "max_length": serving.context,
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
@@ -183,9 +183,9 @@ def _genai_config(
     }
 
 
-def _providers(runtime: Runtime) -> list[dict[str, dict[str, str]]]:
-    providers = {known.name: known.provider for known in TARGETS["onnx"].executions}
-    provider = providers.get(runtime.execution)
+def _providers(serving: Serving) -> list[dict[str, dict[str, str]]]:
+    providers = {known.name: known.provider for known in TARGETS["onnx"].backends}
+    provider = providers.get(serving.backend)
     return [] if provider is None else [{provider: {}}]
 
 

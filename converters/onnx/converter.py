@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import Plan, Runtime, TensorDecision
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.formats.registry import Progress, ProgressCallback, RunCommand
-from acip_export.formats.targets import DEFAULT_EXECUTION, STATIC_CACHE
+from acip_export.formats.targets import DEFAULT_BACKEND, STATIC_CACHE
 from acip_export.formats.targets import target as find_target
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
 from acip_export.version import __version__
-from acip_export.weight_types import formats_of, weight_format
+from acip_export.weight_types import types_of, weight_type
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE, small_files
 from converters.onnx.genai_builder.families import FAMILIES
 from converters.onnx.genai_builder.release import check_release
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LAYOUT = "factored"
 # What runs the graphs that the model builder does not make.
-_PROCESSORS = (DEFAULT_EXECUTION, "mobile")
+_PROCESSORS = (DEFAULT_BACKEND, "mobile")
 _PACKAGES = {
     "onnx": "onnx",
     "onnx_ir": "onnx-ir",
@@ -56,9 +56,9 @@ class Options:
     accuracy_level: int = 4
 
 
-def prepare(checkpoint: Checkpoint, execution: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:
+def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:
     """See :class:`acip_export.formats.registry.Converter`. Tracing takes from ten seconds to minutes, once."""
-    _check_execution(checkpoint, execution)
+    _check_execution(checkpoint, backend)
     if not checkpoint.shape.generates or has_builder(checkpoint):
         return ()
     _check_packages()
@@ -75,22 +75,22 @@ def prepare(checkpoint: Checkpoint, execution: str, context: int, progress: Prog
 
 
 def predict_files(
-    checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], runtime: Runtime
+    checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
 ) -> dict[str, int]:
     """Exact bytes of every file; see :class:`acip_export.formats.registry.Converter`."""
-    _check(layout, runtime)
-    _check_types(tensors, runtime)
+    _check(layout, serving)
+    _check_types(tensors, serving)
     if has_builder(checkpoint):
         check_release()
     known = None
-    if runtime.execution != STATIC_CACHE:
-        known = outline(checkpoint.config, checkpoint.shape, tensors, runtime.context)
+    if serving.backend != STATIC_CACHE:
+        known = outline(checkpoint.config, checkpoint.shape, tensors, serving.context)
     if known is None:
-        packed, _ = _graph(checkpoint, tensors, runtime, Options(), read_vector=None)
+        packed, _ = _graph(checkpoint, tensors, serving, Options(), read_vector=None)
         known = GraphBytes(len(packed.protobuf), packed.data_bytes)
     sizes = {
         name: len(content) if isinstance(content, bytes) else content.stat().st_size
-        for name, content in small_files(checkpoint, runtime).items()
+        for name, content in small_files(checkpoint, serving).items()
     }
     return {**sizes, MODEL_FILE: known.protobuf, DATA_FILE: known.data}
 
@@ -98,12 +98,12 @@ def predict_files(
 def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Options | None = None) -> None:
     """Write the export; see :class:`acip_export.formats.registry.Converter`."""
     plan = bundle.plan
-    _check(plan.layout, plan.runtime)
-    _check_types(plan.tensors, plan.runtime)
+    _check(plan.layout, plan.serving)
+    _check_types(plan.tensors, plan.serving)
     packed, contents = _graph(
-        bundle.as_checkpoint(), plan.tensors, plan.runtime, options or Options(), read_vector=bundle.read
+        bundle.as_checkpoint(), plan.tensors, plan.serving, options or Options(), read_vector=bundle.read
     )
-    files = small_files(bundle.as_checkpoint(), plan.runtime)
+    files = small_files(bundle.as_checkpoint(), plan.serving)
 
     from converters.onnx.matrices import MatrixReader
     from converters.onnx.writer import write_data
@@ -127,13 +127,13 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Opti
         raise VerificationError(f"{DATA_FILE} has {written} bytes, its graph describes {packed.data_bytes}")
 
 
-def _check(layout: str, runtime: Runtime) -> None:
+def _check(layout: str, serving: Serving) -> None:
     if layout != LAYOUT:
         raise UnsupportedError(f"ONNX has no layout {layout!r}; it has: {LAYOUT}")
-    caches = find_target("onnx", runtime.execution).cache_types
-    if runtime.cache_type not in caches:
+    caches = find_target("onnx", serving.backend).cache_types
+    if serving.cache_type not in caches:
         raise UnsupportedError(
-            f"ONNX exports for {runtime.execution} keep the KV cache in {', '.join(caches)}, not {runtime.cache_type}; "
+            f"ONNX exports for {serving.backend} keep the KV cache in {', '.join(caches)}, not {serving.cache_type}; "
             f"use --cache-type {next(iter(caches))}"
         )
     _check_packages()
@@ -145,43 +145,43 @@ def _check_packages() -> None:
             raise MissingExtraError(package, "onnx", "the ONNX converter")
 
 
-def _check_execution(checkpoint: Checkpoint, execution: str) -> None:
-    if execution in _PROCESSORS or (checkpoint.shape.generates and has_builder(checkpoint)):
+def _check_execution(checkpoint: Checkpoint, backend: str) -> None:
+    if backend in _PROCESSORS or (checkpoint.shape.generates and has_builder(checkpoint)):
         return
     kind = (
         f"a {checkpoint.shape.architecture}, which the model builder does not know, is"
         if checkpoint.shape.generates
         else "encoders are"
     )
-    raise UnsupportedError(f"{kind} exported for --target {' or '.join(_PROCESSORS)}, not {execution}")
+    raise UnsupportedError(f"{kind} exported for --backend {' or '.join(_PROCESSORS)}, not {backend}")
 
 
-def _check_types(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> None:
+def _check_types(tensors: tuple[TensorDecision, ...], serving: Serving) -> None:
     """Raises UnsupportedError for a number that what runs the graph does not compute with."""
-    known = {form.name: form.item_bytes for form in formats_of("onnx")}
-    wanted, refused = known[runtime.cache_type], find_target("onnx", runtime.execution).refused
+    known = {form.name: form.item_bytes for form in types_of("onnx")}
+    wanted, refused = known[serving.cache_type], find_target("onnx", serving.backend).refused
     for decision in tensors:
-        for name in filter(None, (decision.format, decision.up_format, decision.down_format)):
-            again = f"plan again with  --target {runtime.execution}"
+        for name in filter(None, (decision.type, decision.up_type, decision.down_type)):
+            again = f"plan again with  --backend {serving.backend}"
             if name in refused:
                 raise UnsupportedError(f"{decision.name} is planned as {name}: {refused[name]}; {again}")
             if name in known and known[name] != wanted:
                 raise UnsupportedError(
-                    f"{decision.name} is planned as {name}, but a graph for {runtime.execution} computes in "
-                    f"{runtime.cache_type}; {again}"
+                    f"{decision.name} is planned as {name}, but a graph for {serving.backend} computes in "
+                    f"{serving.cache_type}; {again}"
                 )
 
 
 def _graph(
     checkpoint: Checkpoint,
     tensors: tuple[TensorDecision, ...],
-    runtime: Runtime,
+    serving: Serving,
     options: Options,
     read_vector: ReadVector | None,
 ) -> tuple[Packed, Contents]:
     from converters.onnx.writer import pack
 
-    _check_execution(checkpoint, runtime.execution)
+    _check_execution(checkpoint, serving.backend)
     encoder = encoder_of(checkpoint)
     if encoder is not None:
         from converters.onnx.graph.encoder import build_encoder
@@ -193,21 +193,21 @@ def _graph(
         from converters.onnx.graph.substitute import build_traced
 
         model, parts = build_traced(
-            checkpoint.config, checkpoint.shape, tensors, runtime.context, options.accuracy_level
+            checkpoint.config, checkpoint.shape, tensors, serving.context, options.accuracy_level
         )
         return pack(model, parts, Path(DATA_FILE).name), parts
 
     from converters.onnx.genai_builder.builder import build_graph
     from converters.onnx.genai_builder.module_tree import make_skeleton
 
-    skeleton = make_skeleton(checkpoint.config, tensors, runtime.context, read_vector)
+    skeleton = make_skeleton(checkpoint.config, tensors, serving.context, read_vector)
     # The builder knows float16 with fused attention for graphics cards only, and phones as any processor.
-    provider = {STATIC_CACHE: "webgpu", "mobile": DEFAULT_EXECUTION}.get(runtime.execution, runtime.execution)
+    provider = {STATIC_CACHE: "webgpu", "mobile": DEFAULT_BACKEND}.get(serving.backend, serving.backend)
     graph, contents = build_graph(skeleton, provider, options.accuracy_level)
-    if runtime.execution == STATIC_CACHE:
+    if serving.backend == STATIC_CACHE:
         from converters.onnx.graph.static_cache import with_static_cache
 
-        with_static_cache(graph, runtime.context)
+        with_static_cache(graph, serving.context)
     return pack(graph, contents, Path(DATA_FILE).name), contents
 
 
@@ -225,7 +225,7 @@ def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None)
     """See :class:`acip_export.formats.registry.Converter`."""
     from converters.onnx.matrices import rounded
 
-    return rounded(weight, weight_format("onnx", name), importance)
+    return rounded(weight, weight_type("onnx", name), importance)
 
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
@@ -247,7 +247,7 @@ def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
         "tokenizer = og.Tokenizer(model)",
         "generator = og.Generator(model, og.GeneratorParams(model))",
         "generator.append_tokens(tokenizer.encode('Hello'))",
-        f"while not generator.is_done() and generator.token_count() < {plan.runtime.context}:",
+        f"while not generator.is_done() and generator.token_count() < {plan.serving.context}:",
         "    generator.generate_next_token()",
         "print(tokenizer.decode(generator.get_sequence(0)))",
     )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from acip_export.artifacts.bundle import stored_tensors
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
-from acip_export.weight_types import WeightFormat, weight_format
+from acip_export.weight_types import WeightType, weight_type
 from converters.onnx.quantize import dequantize, quantize, scale_type
 
 if TYPE_CHECKING:
@@ -42,24 +42,24 @@ class Matrix:
     tensor: str
     rows: int
     columns: int
-    format: WeightFormat
+    type: WeightType
 
     @property
     def bits(self) -> int:
-        return self.format.code_bits
+        return self.type.code_bits
 
     @property
     def blocks(self) -> int:
-        return -(-self.columns // self.format.block)
+        return -(-self.columns // self.type.block)
 
     @property
     def block_code_bytes(self) -> int:
-        return self.format.block * self.bits // 8
+        return self.type.block * self.bits // 8
 
     @property
     def beside(self) -> tuple[Form, ...]:
         """What a quantized matrix consists of besides its codes, in the order of the operators' inputs."""
-        return ("scales", "zeros") if self.format.zero_point_bits else ("scales",)
+        return ("scales", "zeros") if self.type.zero_point_bits else ("scales",)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class MatrixPart:
     @property
     def dtype(self) -> np.dtype[np.uint8] | np.dtype[np.float32] | np.dtype[np.float16]:
         codes = self.form in ("codes", "flat_codes", "zeros")
-        return np.dtype(np.uint8) if codes else scale_type(self.matrix.format)
+        return np.dtype(np.uint8) if codes else scale_type(self.matrix.type)
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,17 @@ def matrices_of(decision: TensorDecision) -> tuple[tuple[str, Matrix], ...]:
     Raises:
         UnsupportedError: an adapter over a base, which this target does not have, or an unknown format.
     """
-    if decision.representation in ("adapter", "residual"):
+    if decision.representation in ("lora", "residual"):
         raise UnsupportedError(f"{decision.name}: ONNX exports have no adapters; plan with  --layout factored")
     if decision.representation == "dense":
-        return (("", _matrix(decision.name, decision.shape, decision.format)),)
+        return (("", _matrix(decision.name, decision.shape, decision.type)),)
     up, down = stored_tensors(decision.name, decision.shape, decision.rank).items()
-    return ("down", _matrix(*down, decision.down_format)), ("up", _matrix(*up, decision.up_format))
+    return ("down", _matrix(*down, decision.down_type)), ("up", _matrix(*up, decision.up_type))
 
 
 def _matrix(tensor: str, shape: tuple[int, ...], name: str | None) -> Matrix:
     try:
-        fmt = weight_format("onnx", name or "")
+        fmt = weight_type("onnx", name or "")
     except KeyError:
         raise UnsupportedError(
             f"{tensor}: ONNX has no weight format {name!r}; plan again with  --format onnx"
@@ -171,7 +171,7 @@ class MatrixReader:
         beside: dict[Form, list[NDArray[np.generic]]] = {form: [] for form in matrix.beside}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             slices = _slices(weight, matrix.columns)
-            for quantized in pool.map(lambda rows: quantize(_floats(rows), matrix.format, importance), slices):
+            for quantized in pool.map(lambda rows: quantize(_floats(rows), matrix.type, importance), slices):
                 beside["scales"].append(quantized.scales)
                 if quantized.zeros is not None:
                     beside["zeros"].append(quantized.zeros)
@@ -180,7 +180,7 @@ class MatrixReader:
             self._kept[MatrixPart(matrix, form)] = np.concatenate(parts)
 
 
-def rounded(weight: Tensor, form: WeightFormat, importance: Tensor | None) -> Tensor:
+def rounded(weight: Tensor, form: WeightType, importance: Tensor | None) -> Tensor:
     """What the runtime reads of a matrix (rows, columns) stored in ``form``: float32."""
     import torch  # not at the top: plans are made without it
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from acip_export.weight_types import WeightFormat
+from acip_export.weight_types import WeightType
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
@@ -55,12 +55,12 @@ class Quantized:
     zeros: Codes | None = None
 
 
-def scale_type(fmt: WeightFormat) -> np.dtype[np.float32] | np.dtype[np.float16]:
+def scale_type(fmt: WeightType) -> np.dtype[np.float32] | np.dtype[np.float16]:
     """Of the scales, and of every other number of a graph with this format."""
     return np.dtype(np.float32) if fmt.item_bytes == 4 else np.dtype(np.float16)
 
 
-def quantize(weight: Floats, fmt: WeightFormat, importance: Floats | None = None) -> Quantized:
+def quantize(weight: Floats, fmt: WeightType, importance: Floats | None = None) -> Quantized:
     """Codes, scales and zero points that nearly minimise ``sum(importance * (weight - dequantized)^2)`` of every block.
 
     Candidates differ in where a block's extreme weights fall; each one's scale is refitted by least squares to its own
@@ -93,7 +93,7 @@ def quantize(weight: Floats, fmt: WeightFormat, importance: Floats | None = None
     return Quantized(packed, np.clip(scale, -most, most).astype(np.float16), zeros_packed)
 
 
-def dequantize(quantized: Quantized, fmt: WeightFormat, columns: int) -> Floats:
+def dequantize(quantized: Quantized, fmt: WeightType, columns: int) -> Floats:
     """The (rows, columns) float32 matrix that the runtime multiplies with."""
     bits = fmt.code_bits
     rows, blocks = quantized.scales.shape

@@ -17,11 +17,11 @@ def modelfile(export: Path) -> str:
         PlanFileError: no export. UnsupportedError: one that Ollama does not run.
     """
     plan = load_plan(export / "plan.json")
-    for command in converter(plan.target).run_commands(plan, export.resolve()):
+    for command in converter(plan.format).run_commands(plan, export.resolve()):
         if command.program == "Ollama":
-            cache = f"# The server needs  OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={plan.runtime.cache_type}"
+            cache = f"# The server needs  OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={plan.serving.cache_type}"
             return f"{cache}\n{command.text}\n"
-    raise UnsupportedError(f"{export} is {plan.target} ({plan.layout}); Ollama runs gguf, stock or adapter")
+    raise UnsupportedError(f"{export} is {plan.format} ({plan.layout}); Ollama runs gguf, stock or adapter")
 
 
 def main() -> None:

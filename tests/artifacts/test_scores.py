@@ -102,7 +102,7 @@ def _with_version(_tensors: Tensors, metadata: Metadata) -> None:
 
 
 def _with_format(_tensors: Tensors, metadata: Metadata) -> None:
-    metadata["format"] = "pt"
+    metadata["artifact"] = "pt"
 
 
 def _with_bad_json(_tensors: Tensors, metadata: Metadata) -> None:

@@ -42,7 +42,7 @@ def test_inspect(place: Path, run: Run) -> None:
     for part in ("blk.*.attn_q.weight", "q4_k", "token_embd.weight", "general.architecture", f"{SIZE(place):,} bytes"):
         assert part in shown.out
     data = json.loads(run("inspect", "m.gguf", "--json").out)
-    assert (data["format"], data["total_bytes"]) == ("acip-anatomy", SIZE(place))
+    assert (data["artifact"], data["total_bytes"]) == ("acip-anatomy", SIZE(place))
     assert data["tensor_bytes"] + data["overhead_bytes"] == data["total_bytes"]
     assert len(data["tensors"]) == len(SMALL)
 
@@ -150,7 +150,7 @@ def test_against_a_lock_a_directory_a_model_and_a_report(place: Path, run: Run) 
         (result,) = json.loads(checked.out)["results"]
         assert result["delta"] == 512
         assert result["changes"][0]["name"] == "blk.1.attn_q.weight"
-    report = {"format": "acip-report", "version": 1, "passed": True, "runtimes": [], "dense_perplexity": None}
+    report = {"artifact": "acip-report", "version": 2, "passed": True, "runtimes": [], "dense_perplexity": None}
     (main / "report.json").write_text(json.dumps({**report, "written_bytes": SIZE(main)}))
     (result,) = json.loads(run("check", "--against", main / "report.json", "--json").out)["results"]
     assert (result["status"], result["delta"], result["changes"]) == ("failed", 512, [])
@@ -160,8 +160,8 @@ def test_quality_is_the_reports_of_these_very_files(place: Path, run: Run) -> No
     (place / "acip-check.toml").write_text('[[check]]\npath = "m.gguf"\nmin_recovery = 0.8\n')
     assert "has no report.json" in run("check").out
     report = {
-        "format": "acip-report",
-        "version": 1,
+        "artifact": "acip-report",
+        "version": 2,
         "passed": True,
         "written_bytes": SIZE(place),
         "runtimes": [{"perplexity": {"perplexity": 12.0}}],
@@ -196,7 +196,7 @@ def _nothing(_: Path) -> None:
 
 
 def _newer_lock(place: Path) -> None:
-    (place / "acip-check.lock.json").write_text('{"format": "acip-check-lock", "version": 2, "entries": {}}')
+    (place / "acip-check.lock.json").write_text('{"artifact": "acip-check-lock", "version": 3, "entries": {}}')
 
 
 def _conflict(place: Path) -> None:

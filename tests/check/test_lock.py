@@ -52,7 +52,7 @@ def _set(path: str, value: Any) -> Any:
 
 DAMAGED = {
     "a list": lambda _: [1],
-    "another format": _set("format", "acip-plan"),
+    "another format": _set("artifact", "acip-plan"),
     "no entries": lambda data: {k: v for k, v in data.items() if k != "entries"},
     "entries is a list": _set("entries", []),
     "wrong total": _set("entries/m/total_bytes", 7),
@@ -89,8 +89,8 @@ def test_unreadable(text: str, lock: Path) -> None:
 
 
 REPORT: dict[str, Any] = {
-    "format": "acip-report",
-    "version": 1,
+    "artifact": "acip-report",
+    "version": 2,
     "passed": True,
     "written_bytes": 1000,
     "runtimes": [{"runtime": "llama.cpp", "perplexity": {"perplexity": 12.5}, "load_seconds": 0.5}],
@@ -120,7 +120,7 @@ def test_quality(changes: dict[str, Any], expected: Quality, tmp_path: Path) -> 
     [
         ({"passed": False}, "failed its verification"),
         ({"version": 2}, "version 2"),
-        ({"format": "x"}, "acip-report"),
+        ({"type": "x"}, "acip-report"),
         ({"runtimes": None}, "damaged"),
         ({"runtimes": [3]}, "damaged"),
         ({"dense_perplexity": 3}, "damaged"),

@@ -146,7 +146,7 @@ def test_annotations_as_github_reads_them() -> None:
 
 def test_json_keys() -> None:
     data = json.loads(json.dumps(check_json(OUTCOME)))
-    assert (data["format"], data["version"], data["passed"]) == ("acip-check", 1, False)
+    assert (data["artifact"], data["version"], data["passed"]) == ("acip-check", 2, False)
     documented = (Path(__file__).parents[2] / "docs" / "check.md").read_text(encoding="utf-8")
     for key in {*data, *(key for result in data["results"] for key in result)}:
         assert f"`{key}`" in documented, key

@@ -438,8 +438,8 @@ def test_device_plan(model: Path, run: Run) -> None:
     assert plan["device"] == "raspberry-pi-5-8gb"
     assert plan["budget_scope"] == "process"
     assert plan["budget_bytes"] == 2**33 * 85 // 100
-    assert plan["runtime"]["context"] == 256
-    assert not {t.get("format") for t in plan["tensors"]} & {"iq4_xs", "iq2_xxs"}
+    assert plan["serving"]["context"] == 256
+    assert not {t.get("artifact") for t in plan["tensors"]} & {"iq4_xs", "iq2_xxs"}
     assert (model / "tiny.acip").is_file()
 
 

@@ -26,14 +26,14 @@ from acip_export.api import materialize_bundle, write_imatrix
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.weight_types import formats_of
+from acip_export.weight_types import types_of
 from converters.gguf import converter
 from converters.gguf.ggml_library import TYPE_IDS
 from converters.gguf.imatrix import read_imatrix
 from tests.support import make_model, make_plan, make_scores
 
 GOLDENS = Path(__file__).with_name("goldens.json")
-TYPES = tuple(form.name for form in formats_of("gguf") if form.name != "f32")
+TYPES = tuple(form.name for form in types_of("gguf") if form.name != "f32")
 # Building ggml's lookup tables for these takes seconds, in both libraries.
 SLOW = frozenset({"iq1_m", "iq1_s", "iq2_s", "iq2_xs"})
 _LAYERS = 4  # of seven matrices: one for every type
@@ -73,7 +73,7 @@ def ours(model: Path, scores: ScoreFile, imatrix: Path, types: Iterable[str], ou
 
     def rule(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
         form = chosen.get(name, "f32")
-        return {"representation": "dense", "format": form if form in wanted else "f32"}
+        return {"representation": "dense", "type": form if form in wanted else "f32"}
 
     plan = dataclasses.replace(make_plan(model, "gguf", "stock", rule), options={"imatrix": str(imatrix)})
     # As a user does: the score file's own moments are forgotten, the imatrix's are used.

@@ -79,17 +79,15 @@ def export_on(base: Path, model: Path, layout: str, rule: Any, directory: Path) 
     with new_directory(directory / "export") as out:
         converter.convert(bundle, out, lambda _: None)
     checkpoint = Checkpoint.open(model).with_options(plan.options)
-    predicted = converter.predict_files(checkpoint, layout, plan.tensors, plan.runtime)
+    predicted = converter.predict_files(checkpoint, layout, plan.tensors, plan.serving)
     assert {file.name: file.stat().st_size for file in (directory / "export").iterdir()} == predicted
     return bundle, directory / "export"
 
 
-PAIRS = everywhere(
-    representation="adapter", format="q1_0", rank=64, up_format="f32", down_format="f32", embedding_format="f32"
-)
+PAIRS = everywhere(representation="lora", type="q1_0", rank=64, up_type="f32", down_type="f32", embedding_type="f32")
 
 
-@pytest.mark.parametrize(("layout", "rule"), [("stock", dense(format="f32")), ("adapter", PAIRS)])
+@pytest.mark.parametrize(("layout", "rule"), [("stock", dense(type="f32")), ("lora", PAIRS)])
 def test_an_architecture_that_only_the_base_knows(layout: str, rule: Any, tmp_path: Path) -> None:
     model = starcoder2(tmp_path / "model")
     with pytest.raises(UnsupportedError, match=r"(?s)Starcoder2ForCausalLM cannot be written as GGUF .* --base-gguf"):
@@ -102,11 +100,11 @@ def test_an_architecture_that_only_the_base_knows(layout: str, rule: Any, tmp_pa
     assert "acip.plan_sha256" in fields
 
 
-@pytest.mark.parametrize(("layout", "rule"), [("stock", dense(format="f32")), ("adapter", PAIRS)])
+@pytest.mark.parametrize(("layout", "rule"), [("stock", dense(type="f32")), ("lora", PAIRS)])
 def test_order_of_rows_is_found_out(layout: str, rule: Any, tmp_path: Path) -> None:
     """Llama's q and k are reordered in a GGUF; here nothing but the base says so."""
     model = make_model(tmp_path / "model", "llama", **SIZES)
-    _, made = export(model, "stock", dense(format="q8_0"), tmp_path / "base")
+    _, made = export(model, "stock", dense(type="q8_0"), tmp_path / "base")
     bundle, out = export_on(made / "model.gguf", model, layout, rule, tmp_path)
     assert_float_agreement(agreement(load_bundle(bundle.path), out), FLOAT_TOLERANCE)
 
@@ -118,7 +116,7 @@ def contents(directory: Path) -> tuple[set[str], dict[str, bytes]]:
     return keys, {tensor.name: tensor.data.tobytes() for reader in readers for tensor in reader.tensors}
 
 
-@pytest.mark.parametrize(("layout", "rule"), [("stock", dense(format="q8_0")), ("adapter", PAIRS)])
+@pytest.mark.parametrize(("layout", "rule"), [("stock", dense(type="q8_0")), ("lora", PAIRS)])
 def test_a_base_in_several_files(layout: str, rule: Any, tmp_path: Path) -> None:
     """Split by gguf-py, whose later parts have nothing but the numbers of the split."""
     model = starcoder2(tmp_path / "model")
@@ -158,8 +156,8 @@ def test_with_an_imatrix_and_in_several_files(tmp_path: Path, run: Run) -> None:
             continue
         name, weight = names[decision.name], checkpoint.read(decision.name)
         importance = torch.from_numpy(means[name])
-        assert tensors[name] == ggml.quantize(weight, decision.format, importance).tobytes()
-        told += tensors[name] != ggml.quantize(weight, decision.format, None).tobytes()
+        assert tensors[name] == ggml.quantize(weight, decision.type, importance).tobytes()
+        told += tensors[name] != ggml.quantize(weight, decision.type, None).tobytes()
     assert told > 4  # q8_0 is the same with any weights
     # Of another model: nothing is written.
     other = starcoder2(tmp_path / "other", intermediate_size=384)
@@ -195,7 +193,7 @@ def test_bases_that_cannot_be_used(tmp_path: Path) -> None:
 
     def refused(error: type[AcipError], message: str, file: Path, of: Path = model, layout: str = "stock") -> None:
         with pytest.raises(error, match=message):
-            export_on(file, of, layout, dense(format="f32"), tmp_path / str(len(list(tmp_path.iterdir()))))
+            export_on(file, of, layout, dense(type="f32"), tmp_path / str(len(list(tmp_path.iterdir()))))
 
     refused(ModelFileError, "does not exist", tmp_path / "none.gguf")
     (tmp_path / "cut.gguf").write_bytes(base.read_bytes()[:-100])

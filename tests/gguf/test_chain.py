@@ -26,7 +26,7 @@ def test_from_ranking_to_verified_export(case: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model)
     assert set(scores.modules) == set(checkpoint.linear_modules)
     budget = int(0.45 * checkpoint.weight_bytes)
-    for layout in ("stock", "adapter"):
+    for layout in ("stock", "lora"):
         request = PlanRequest("gguf", budget, budget_scope="file", layout=layout, context=64)
         plan = pipeline.plan_export(checkpoint, scores, request)
         report = pipeline.export_model(checkpoint, scores, plan, tmp_path / layout)

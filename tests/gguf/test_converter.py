@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from acip_export.artifacts.bundle import Bundle, load_bundle
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError, VerificationError
 from acip_export.io.atomic import new_directory
 from acip_export.materialization import materialize_bundle
@@ -35,7 +35,7 @@ CONTEXT = 64
 
 def agreement(model: torch.nn.Module, out: Path, cache_type: str = "f32") -> Agreement:
     """llama.cpp against PyTorch on random tokens, and on a greedy continuation."""
-    runtime = Runtime(CONTEXT, cache_type, 16)
+    runtime = Serving(CONTEXT, cache_type, 16)
     windows = np.random.default_rng(1).integers(3, 512, (2, 48))
     prompt = [int(token) for token in windows[0, :12]]
     with torch.no_grad():
@@ -54,7 +54,7 @@ def assert_float_agreement(found: Agreement, tolerance: float = FLOAT_TOLERANCE)
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_stock_float_export_is_the_bundle(arch: str, models: dict[str, Path], tmp_path: Path) -> None:
-    bundle, out = export(models[arch], "stock", dense(format="f32"), tmp_path)
+    bundle, out = export(models[arch], "stock", dense(type="f32"), tmp_path)
     assert_float_agreement(agreement(load_bundle(bundle.path), out))
     assert_float_agreement(agreement(load_bundle(bundle.path), out, cache_type="f16"), SERVED_TOLERANCE)
 
@@ -62,10 +62,8 @@ def test_stock_float_export_is_the_bundle(arch: str, models: dict[str, Path], tm
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("form", ["f32", "f16"])
 def test_adapter_layout_is_the_bundle(arch: str, form: str, models: dict[str, Path], tmp_path: Path) -> None:
-    rule = everywhere(
-        representation="adapter", format="q1_0", rank=64, up_format=form, down_format=form, embedding_format="f32"
-    )
-    bundle, out = export(models[arch], "adapter", rule, tmp_path)
+    rule = everywhere(representation="lora", type="q1_0", rank=64, up_type=form, down_type=form, embedding_type="f32")
+    bundle, out = export(models[arch], "lora", rule, tmp_path)
     assert {path.name for path in out.iterdir()} == {"model.gguf", "adapter.gguf"}
     assert_float_agreement(
         agreement(load_bundle(bundle.path), out), {"f32": FLOAT_TOLERANCE, "f16": HALF_TOLERANCE}[form]
@@ -76,7 +74,7 @@ def test_untied_head_other_head_size_and_attention_bias(tmp_path: Path) -> None:
     model = make_model(
         tmp_path / "model", "llama", tie_word_embeddings=False, head_dim=32, attention_bias=True, rope_theta=5e5
     )
-    bundle, out = export(model, "stock", dense(format="f32"), tmp_path)
+    bundle, out = export(model, "stock", dense(type="f32"), tmp_path)
     assert_float_agreement(agreement(load_bundle(bundle.path), out))
 
 
@@ -96,13 +94,13 @@ def test_untied_head_other_head_size_and_attention_bias(tmp_path: Path) -> None:
 )
 def test_scaled_rotary_embeddings(scaling: dict[str, Any], tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "llama", rope_parameters={"rope_theta": 10000.0, **scaling})
-    bundle, out = export(model, "stock", dense(format="f32"), tmp_path)
+    bundle, out = export(model, "stock", dense(type="f32"), tmp_path)
     assert_float_agreement(agreement(load_bundle(bundle.path), out))
 
 
 @pytest.mark.parametrize("form", ["q8_0", "q4_k"])
 def test_quantized_export_is_the_dequantized_bundle(form: str, models: dict[str, Path], tmp_path: Path) -> None:
-    bundle, out = export(models["llama"], "stock", dense(format=form), tmp_path)
+    bundle, out = export(models["llama"], "stock", dense(type=form), tmp_path)
     reference = load_bundle(bundle.path)
     plain = agreement(reference, out)
     with torch.no_grad():
@@ -120,23 +118,23 @@ def test_quantized_export_is_the_dequantized_bundle(form: str, models: dict[str,
 def test_adapter_with_a_residual_base(models: dict[str, Path], tmp_path: Path) -> None:
     """Base and pair add up, in the bundle and in llama.cpp, to the weight."""
     rule = everywhere(
-        representation="residual", format="f16", rank=32, up_format="f32", down_format="f32", embedding_format="f32"
+        representation="residual", type="f16", rank=32, up_type="f32", down_type="f32", embedding_type="f32"
     )
-    bundle, out = export(models["llama"], "adapter", rule, tmp_path)
+    bundle, out = export(models["llama"], "lora", rule, tmp_path)
     assert_float_agreement(agreement(load_bundle(bundle.path), out), HALF_TOLERANCE)
     assert_float_agreement(agreement(load_bundle_of_model(models["llama"]), out), HALF_TOLERANCE)
 
 
 def test_a_correction_takes_away_rounding(models: dict[str, Path], tmp_path: Path) -> None:
     """Base and correction are fitted to ggml's quantizers; llama.cpp runs what the rounded bundle is."""
-    fields = {"representation": "residual", "rank": 64, "up_format": "q8_0", "down_format": "q8_0"}
+    fields = {"representation": "residual", "rank": 64, "up_type": "q8_0", "down_type": "q8_0"}
     model, dense_model = models["llama"], load_bundle_of_model(models["llama"])
     found = {}
     for name, rule in {
-        "alone": everywhere(representation="dense", format="q2_k", embedding_format="f16"),
-        "corrected": everywhere(format="q2_k", embedding_format="f16", **fields),
+        "alone": everywhere(representation="dense", type="q2_k", embedding_type="f16"),
+        "corrected": everywhere(type="q2_k", embedding_type="f16", **fields),
     }.items():
-        plan = make_plan(model, "gguf", "adapter", rule)
+        plan = make_plan(model, "gguf", "lora", rule)
         checkpoint, scores = Checkpoint.open(model), make_scores(model)
         materialize_bundle(checkpoint, scores, plan, tmp_path / name / "bundle", round_trip=converter.round_trip)
         bundle = Bundle.open(tmp_path / name / "bundle")
@@ -163,32 +161,32 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"num_hidden_layers": 1, "num_key_value_heads": 1, "tie_word_embeddings": False}),
 ]
 RULES: dict[str, tuple[str, Callable[..., Any]]] = {
-    "f32": ("stock", dense(format="f32")),
-    "q4_0": ("stock", dense(format="q4_0")),
-    "q8_0 of f16 embeddings": ("stock", dense(format="q8_0", embedding_format="f16")),
+    "f32": ("stock", dense(type="f32")),
+    "q4_0": ("stock", dense(type="q4_0")),
+    "q8_0 of f16 embeddings": ("stock", dense(type="q8_0", embedding_type="f16")),
     "pairs": (
-        "adapter",
+        "lora",
         everywhere(
-            representation="adapter",
-            format="q1_0",
+            representation="lora",
+            type="q1_0",
             rank=32,
-            up_format="q4_0",
-            down_format="q8_0",
-            embedding_format="q8_0",
+            up_type="q4_0",
+            down_type="q8_0",
+            embedding_type="q8_0",
         ),
     ),
     "corrected bases": (
-        "adapter",
+        "lora",
         everywhere(
             representation="residual",
-            format="q4_0",
+            type="q4_0",
             rank=8,
-            up_format="f16",
-            down_format="f16",
-            embedding_format="q8_0",
+            up_type="f16",
+            down_type="f16",
+            embedding_type="q8_0",
         ),
     ),
-    "adapter without pairs": ("adapter", dense(format="q8_0")),
+    "adapter without pairs": ("lora", dense(type="q8_0")),
 }
 
 
@@ -198,7 +196,7 @@ def test_written_bytes_are_the_predicted_ones(arch: str, overrides: dict[str, An
     scores = make_scores(model)
     for index, (layout, rule) in enumerate(RULES.values()):
         plan = make_plan(model, "gguf", layout, rule)
-        predicted = converter.predict_files(Checkpoint.open(model), layout, plan.tensors, plan.runtime)
+        predicted = converter.predict_files(Checkpoint.open(model), layout, plan.tensors, plan.serving)
         bundle = make_bundle(model, plan, tmp_path / f"bundle{index}", scores)
         with new_directory(tmp_path / f"export{index}") as out:
             converter.convert(bundle, out, lambda _: None)
@@ -206,17 +204,17 @@ def test_written_bytes_are_the_predicted_ones(arch: str, overrides: dict[str, An
 
 
 def test_prediction_writes_nothing_and_reads_no_weights(models: dict[str, Path], tmp_path: Path) -> None:
-    plan = make_plan(models["llama"], "gguf", "stock", dense(format="q8_0"))
+    plan = make_plan(models["llama"], "gguf", "stock", dense(type="q8_0"))
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((models["llama"] / name).read_bytes())
     checkpoint = Checkpoint(tmp_path, Checkpoint.open(models["llama"]).config, {})
     before = sorted(tmp_path.iterdir())
-    converter.predict_files(checkpoint, "stock", plan.tensors, plan.runtime)
+    converter.predict_files(checkpoint, "stock", plan.tensors, plan.serving)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_metadata_says_what_and_from_where(models: dict[str, Path], tmp_path: Path) -> None:
-    bundle, out = export(models["qwen2"], "stock", dense(format="q4_k", embedding_format="q8_0"), tmp_path)
+    bundle, out = export(models["qwen2"], "stock", dense(type="q4_k", embedding_type="q8_0"), tmp_path)
     fields = gguf.GGUFReader(out / "model.gguf").fields
     found = {key: field.contents() for key, field in fields.items() if not key.startswith("tokenizer.")}
     assert found["general.architecture"] == "qwen2"
@@ -232,24 +230,24 @@ def decide(**fields: Any) -> Callable[[str, tuple[int, ...]], dict[str, Any]]:
 
     def rule(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
         chosen = name == "model.layers.0.mlp.down_proj.weight"
-        return {"representation": "dense", "format": "q8_0", **(fields if chosen else {})}
+        return {"representation": "dense", "type": "q8_0", **(fields if chosen else {})}
 
     return rule
 
 
-PAIR = {"rank": 64, "up_format": "q8_0", "down_format": "q8_0"}
+PAIR = {"rank": 64, "up_type": "q8_0", "down_type": "q8_0"}
 
 
 @pytest.mark.parametrize(
     ("layout", "fields", "message"),
     [
-        ("stock", {"representation": "factored", "format": None, **PAIR}, "layout 'stock' of GGUF cannot hold"),
-        ("stock", {"representation": "adapter", "format": "q1_0", **PAIR}, "layout 'stock' of GGUF cannot hold"),
-        ("adapter", {"representation": "factored", "format": None, **PAIR}, "layout 'adapter' of GGUF cannot hold"),
-        ("stock", {"format": "q4_k"}, "rows of 320 weights do not fit q4_k blocks of 256"),
-        ("adapter", {"representation": "adapter", "format": "q1_0", **PAIR}, "do not fit q1_0 blocks of 128"),
-        ("adapter", {"representation": "adapter", "format": "q8_0", **PAIR, "rank": 40}, "rows of 40 weights"),
-        ("stock", {"format": "int4"}, "GGUF has no type 'int4'"),
+        ("stock", {"representation": "factored", "type": None, **PAIR}, "layout 'stock' of GGUF cannot hold"),
+        ("stock", {"representation": "lora", "type": "q1_0", **PAIR}, "layout 'stock' of GGUF cannot hold"),
+        ("lora", {"representation": "factored", "type": None, **PAIR}, "layout 'lora' of GGUF cannot hold"),
+        ("stock", {"type": "q4_k"}, "rows of 320 weights do not fit q4_k blocks of 256"),
+        ("lora", {"representation": "lora", "type": "q1_0", **PAIR}, "do not fit q1_0 blocks of 128"),
+        ("lora", {"representation": "lora", "type": "q8_0", **PAIR, "rank": 40}, "rows of 40 weights"),
+        ("stock", {"type": "int4"}, "GGUF has no type 'int4'"),
         ("no-such", {}, "no layout 'no-such'"),
     ],
 )
@@ -257,15 +255,15 @@ def test_decisions_that_cannot_be_written_are_refused(
     layout: str, fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     model = make_model(tmp_path / "model", "llama", intermediate_size=320, num_hidden_layers=1)
-    plan = make_plan(model, "gguf", "stock", dense(format="q8_0"))
+    plan = make_plan(model, "gguf", "stock", dense(type="q8_0"))
     rule = decide(**fields)
     tensors = tuple(dataclasses.replace(t, **rule(t.name, t.shape)) if len(t.shape) == 2 else t for t in plan.tensors)
     with pytest.raises(UnsupportedError, match=message):
-        converter.predict_files(Checkpoint.open(model), layout, tensors, plan.runtime)
+        converter.predict_files(Checkpoint.open(model), layout, tensors, plan.serving)
 
 
 def test_missing_importance_is_refused_before_anything_is_written(models: dict[str, Path], tmp_path: Path) -> None:
-    plan = make_plan(models["llama"], "gguf", "stock", dense(format="iq2_xxs"))
+    plan = make_plan(models["llama"], "gguf", "stock", dense(type="iq2_xxs"))
     bundle = make_bundle(models["llama"], plan, tmp_path / "bundle")
     out = tmp_path / "out"
     out.mkdir()
@@ -275,7 +273,7 @@ def test_missing_importance_is_refused_before_anything_is_written(models: dict[s
 
 
 def test_interruption_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:
-    plan = make_plan(models["llama"], "gguf", "stock", dense(format="q8_0"))
+    plan = make_plan(models["llama"], "gguf", "stock", dense(type="q8_0"))
     bundle = make_bundle(models["llama"], plan, tmp_path / "bundle")
 
     def interrupt(progress: Any) -> None:
@@ -288,7 +286,7 @@ def test_interruption_leaves_nothing(models: dict[str, Path], tmp_path: Path) ->
 
 
 def test_progress_ends_at_the_total(models: dict[str, Path], tmp_path: Path) -> None:
-    plan = make_plan(models["llama"], "gguf", "stock", dense(format="q8_0"))
+    plan = make_plan(models["llama"], "gguf", "stock", dense(type="q8_0"))
     bundle = make_bundle(models["llama"], plan, tmp_path / "bundle")
     seen: list[Any] = []
     tmp_path.joinpath("out").mkdir()
@@ -298,12 +296,12 @@ def test_progress_ends_at_the_total(models: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_structure_check_notices_a_changed_file(models: dict[str, Path], tmp_path: Path) -> None:
-    _, out = export(models["llama"], "stock", dense(format="q8_0"), tmp_path)
+    _, out = export(models["llama"], "stock", dense(type="q8_0"), tmp_path)
     file = out / "model.gguf"
     data = file.read_bytes()
     file.write_bytes(data.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight"))
     checkpoint = Checkpoint.open(models["llama"])
-    plan = make_plan(models["llama"], "gguf", "stock", dense(format="q8_0"))
+    plan = make_plan(models["llama"], "gguf", "stock", dense(type="q8_0"))
     identity = converter._Identity(plan.model, "0" * 64, "0" * 64)
     contents = converter._files(checkpoint, "stock", plan.tensors, identity)["model.gguf"]
     metadata, specs = contents.metadata, contents.specs
@@ -318,7 +316,7 @@ def test_structure_check_notices_a_changed_file(models: dict[str, Path], tmp_pat
 
 
 def test_both_readers_read_the_same(models: dict[str, Path], tmp_path: Path) -> None:
-    _, out = export(models["llama"], "stock", dense(format="q8_0"), tmp_path)
+    _, out = export(models["llama"], "stock", dense(type="q8_0"), tmp_path)
     library = ggml.load_library()
     assert library is not None
     assert readback._by_ggml(library, out / "model.gguf") == readback._by_gguf_py(out / "model.gguf")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from acip_export import api as pipeline
 from acip_export.artifacts.bundle import load_bundle
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
@@ -28,8 +28,8 @@ from tests.support import CORPUS, dense, make_bundle, make_plan
 TEXTS = ("The quick brown fox doesn't jump.", "def main", "emoji: and runs of   blanks 1,234.56")
 
 
-ALL_FLOAT = dense(format="f32")
-RUNTIME = Runtime(48, "f16", 48)
+ALL_FLOAT = dense(type="f32")
+RUNTIME = Serving(48, "f16", 48)
 
 
 def export(model: Path, out: Path, words: str, linear: str) -> tuple[Path, Path]:
@@ -37,13 +37,13 @@ def export(model: Path, out: Path, words: str, linear: str) -> tuple[Path, Path]
 
     def decide(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
         form = linear if name.removesuffix(".weight") in layers else words if "word_embeddings" in name else "f32"
-        return {"representation": "dense", "format": form}
+        return {"representation": "dense", "type": form}
 
     plan = make_plan(model, "gguf", "stock", decide, context=48, prompt_batch=48)
     bundle = make_bundle(model, plan, out / "bundle")
     (out / "export").mkdir()
     converter.convert(bundle, out / "export", lambda _: None)
-    predicted = converter.predict_files(Checkpoint.open(model), "stock", plan.tensors, plan.runtime)
+    predicted = converter.predict_files(Checkpoint.open(model), "stock", plan.tensors, plan.serving)
     assert predicted == {f.name: f.stat().st_size for f in (out / "export").iterdir()}
     return bundle.path, out / "export"
 
@@ -108,7 +108,7 @@ def test_tokens(tmp_path: Path) -> None:
 def test_memory(tmp_path: Path, hidden: int, ffn: int, tokens: int) -> None:
     model = make_encoder(tmp_path / "bert", hidden_size=hidden, intermediate_size=ffn, max_position_embeddings=400)
     _, directory = export(model, tmp_path, "f32", "f32")
-    runtime = Runtime(tokens, "f16", tokens)
+    runtime = Serving(tokens, "f16", tokens)
     with LlamaEncoderSession(directory, runtime, threads=1) as session:
         session.outputs([[2] + [7] * (tokens - 2) + [3]])
         found = session.buffers
@@ -142,14 +142,14 @@ def test_refused(tmp_path: Path) -> None:
         model = make_encoder(tmp_path / name, kind, pooling)
         plan = make_plan(model, "gguf", "stock", ALL_FLOAT)
         with pytest.raises(UnsupportedError, match=match):
-            converter.predict_files(Checkpoint.open(model), "stock", plan.tensors, plan.runtime)
+            converter.predict_files(Checkpoint.open(model), "stock", plan.tensors, plan.serving)
     cased = make_encoder(tmp_path / "cased")
     file = cased / "tokenizer.json"
     file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false'))
     plan = make_plan(cased, "gguf", "stock", ALL_FLOAT)
     with pytest.raises(UnsupportedError, match="lower-cases and strips accents"):
-        converter.predict_files(Checkpoint.open(cased), "stock", plan.tensors, plan.runtime)
+        converter.predict_files(Checkpoint.open(cased), "stock", plan.tensors, plan.serving)
     plain = make_encoder(tmp_path / "plain")
     plan = make_plan(plain, "gguf", "stock", ALL_FLOAT)
     with pytest.raises(UnsupportedError, match="--layout stock  only"):
-        converter.predict_files(Checkpoint.open(plain), "adapter", plan.tensors, plan.runtime)
+        converter.predict_files(Checkpoint.open(plain), "lora", plan.tensors, plan.serving)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from acip_export.artifacts.bundle import load_bundle
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.memory import runtime_memory
@@ -29,7 +29,7 @@ from tests.gguf.test_families import CASES, GELU_TOLERANCE, SIZES
 from tests.support import dense, everywhere, make_model, make_plan, needs_factor_pairs
 
 RANK = 64
-RUNTIME = Runtime(64, "f16", 16)
+RUNTIME = Serving(64, "f16", 16)
 # Types of up and of down. Rows of up have as many columns as the rank: too few here for the K-quants.
 TYPES = (("q8_0", "q8_0"), ("f16", "q4_k"), ("q4_0", "q4_0"), ("iq4_nl", "iq4_xs"), ("q5_0", "q2_k"))
 # Beside rounded weights llama.cpp rounds activations to eight bits, which costs at most 3e-5 nats here, for dense
@@ -38,7 +38,7 @@ ACTIVATION_KL = 1e-4
 
 
 def pairs(up: str, down: str, rank: int = RANK) -> Rule:
-    return everywhere(representation="factored", rank=rank, up_format=up, down_format=down, embedding_format="f32")
+    return everywhere(representation="factored", rank=rank, up_type=up, down_type=down, embedding_type="f32")
 
 
 @needs_factor_pairs
@@ -84,7 +84,7 @@ def test_k_quants_for_both_factors(tmp_path: Path) -> None:
     def rule(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         # Keys and values have 128 rows: no rank of 256 fits below that.
         wide = min(shape) > 256
-        return pairs("q4_k", "q6_k", 256)(name, shape) if wide else dense(format="f32")(name, shape)
+        return pairs("q4_k", "q6_k", 256)(name, shape) if wide else dense(type="f32")(name, shape)
 
     bundle, out = export(model, "factored", rule, tmp_path)
     assert agreement(load_bundle(bundle.path, converter.round_trip), out).mean_kl <= ACTIVATION_KL
@@ -110,7 +110,7 @@ def test_lora_on_top_of_factored_and_dense_weights(models: dict[str, Path], tmp_
     factored = pairs("f32", "f32")
 
     def rule(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-        return dense(format="f32")(name, shape) if "layers.1" in name else factored(name, shape)
+        return dense(type="f32")(name, shape) if "layers.1" in name else factored(name, shape)
 
     bundle, out = export(models["llama"], "factored", rule, tmp_path)
     model = load_bundle(bundle.path)
@@ -140,19 +140,19 @@ def test_lora_on_top_of_factored_and_dense_weights(models: dict[str, Path], tmp_
 
 
 @needs_factor_pairs
-@pytest.mark.parametrize("layout", ["stock", "adapter"])
+@pytest.mark.parametrize("layout", ["stock", "lora"])
 def test_the_extended_library_runs_ordinary_exports_unchanged(
     layout: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     rules = {
-        "stock": dense(format="q4_k", embedding_format="q8_0"),
-        "adapter": everywhere(
-            representation="adapter",
-            format="q1_0",
+        "stock": dense(type="q4_k", embedding_type="q8_0"),
+        "lora": everywhere(
+            representation="lora",
+            type="q1_0",
             rank=64,
-            up_format="q8_0",
-            down_format="q8_0",
-            embedding_format="f32",
+            up_type="q8_0",
+            down_type="q8_0",
+            embedding_type="f32",
         ),
     }
     _, out = export(models["qwen3"], layout, rules[layout], tmp_path)
@@ -170,7 +170,7 @@ def test_the_extended_library_runs_ordinary_exports_unchanged(
 def test_memory_formulas_hold_for_pairs(models: dict[str, Path], tmp_path: Path) -> None:
     bundle, out = export(models["llama"], "factored", pairs("q8_0", "q8_0"), tmp_path)
     weights = sum(decision.nbytes for decision in bundle.plan.tensors)
-    for runtime in (Runtime(64, "f16", 16), Runtime(256, "q8_0", 128)):
+    for runtime in (Serving(64, "f16", 16), Serving(256, "q8_0", 128)):
         expected = runtime_memory("gguf", Checkpoint.open(models["llama"]).shape, runtime)
         with LlamaCppSession(out, runtime, threads=1) as session:
             assert session.buffers is not None
@@ -215,7 +215,7 @@ def test_stock_llama_cpp_refuses_pairs_in_words(models: dict[str, Path], tmp_pat
 
 
 def test_the_version_is_written_only_where_pairs_are(models: dict[str, Path], tmp_path: Path) -> None:
-    for name, rule, expected in (("pairs", pairs("q8_0", "q8_0"), 1), ("none", dense(format="q8_0"), None)):
+    for name, rule, expected in (("pairs", pairs("q8_0", "q8_0"), 1), ("none", dense(type="q8_0"), None)):
         (tmp_path / name).mkdir()
         _, out = export(models["qwen2"], "factored", rule, tmp_path / name)
         field = gguf.GGUFReader(out / MODEL_FILE).fields.get("acip.factored.version")
@@ -225,18 +225,18 @@ def test_the_version_is_written_only_where_pairs_are(models: dict[str, Path], tm
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rank": 256, "up_format": "q8_0", "down_format": "q8_0"}, "rank 256 is not below its 256 rows"),
-        ({"rank": 40, "up_format": "q8_0", "down_format": "q8_0"}, "rows of 40 weights do not fit q8_0"),
-        ({"rank": 64, "up_format": "q4_k", "down_format": "q4_k"}, "rows of 64 weights do not fit q4_k"),
-        ({"rank": 64, "up_format": None, "down_format": "q8_0"}, "no type None"),
+        ({"rank": 256, "up_type": "q8_0", "down_type": "q8_0"}, "rank 256 is not below its 256 rows"),
+        ({"rank": 40, "up_type": "q8_0", "down_type": "q8_0"}, "rows of 40 weights do not fit q8_0"),
+        ({"rank": 64, "up_type": "q4_k", "down_type": "q4_k"}, "rows of 64 weights do not fit q4_k"),
+        ({"rank": 64, "up_type": None, "down_type": "q8_0"}, "no type None"),
     ],
 )
 def test_pairs_that_cannot_be_written_are_refused(
     fields: dict[str, Any], message: str, models: dict[str, Path]
 ) -> None:
-    plan = make_plan(models["llama"], "gguf", "factored", dense(format="q8_0"))
+    plan = make_plan(models["llama"], "gguf", "factored", dense(type="q8_0"))
     tensors = tuple(
-        dataclasses.replace(t, representation="factored", format=None, **fields)
+        dataclasses.replace(t, representation="factored", type=None, **fields)
         if t.name == "model.layers.0.mlp.down_proj.weight"
         else t
         for t in plan.tensors
@@ -247,6 +247,6 @@ def test_pairs_that_cannot_be_written_are_refused(
 
 def test_other_architectures_are_refused_by_name(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("converters.gguf.arrange.FACTORED_ARCHITECTURES", ("qwen3",))
-    plan = make_plan(models["llama"], "gguf", "factored", dense(format="q8_0"))
+    plan = make_plan(models["llama"], "gguf", "factored", dense(type="q8_0"))
     with pytest.raises(UnsupportedError, match=r"'llama' has not been seen to run factor pairs.*Tested: qwen3"):
         converter.predict_files(Checkpoint.open(models["llama"]), "factored", plan.tensors, RUNTIME)

@@ -125,16 +125,16 @@ def test_every_decoder_has_a_case() -> None:
 @pytest.mark.filterwarnings("ignore:.*rope.*")
 def test_llama_cpp_agrees_with_the_bundle(case: str, tmp_path: Path) -> None:
     kind, model = CASES[case][0], family_model(case, tmp_path)
-    bundle, out = export(model, "stock", dense(format="f32"), tmp_path)
+    bundle, out = export(model, "stock", dense(type="f32"), tmp_path)
     reference = load_bundle(bundle.path)
     assert_float_agreement(agreement(reference, out), GELU_TOLERANCE if "gemma" in kind else FLOAT_TOLERANCE)
     assert_float_agreement(agreement(reference, out, cache_type="f16"), SERVED_TOLERANCE)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    with LlamaCppSession(out, bundle.plan.runtime, threads=1) as session:
+    with LlamaCppSession(out, bundle.plan.serving, threads=1) as session:
         for text in CORPUS[:2]:  # the kinds of tokenizers have tests of their own; here: it is the right one
             assert session.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
     checkpoint = Checkpoint.open(model)
-    predicted = converter.predict_files(checkpoint, "stock", bundle.plan.tensors, bundle.plan.runtime)
+    predicted = converter.predict_files(checkpoint, "stock", bundle.plan.tensors, bundle.plan.serving)
     assert {file.name: file.stat().st_size for file in out.iterdir()} == predicted
 
 
@@ -143,10 +143,8 @@ def test_llama_cpp_agrees_with_the_bundle(case: str, tmp_path: Path) -> None:
 def test_factor_pairs_of_odd_projections(case: str, tmp_path: Path) -> None:
     """Fused projections and scaled queries as base and adapter; odd widths keep the base at q8_0."""
     kind, model = CASES[case][0], family_model(case, tmp_path)
-    rule = everywhere(
-        representation="adapter", format="q8_0", rank=32, up_format="f32", down_format="f32", embedding_format="f32"
-    )
-    bundle, out = export(model, "adapter", rule, tmp_path)
+    rule = everywhere(representation="lora", type="q8_0", rank=32, up_type="f32", down_type="f32", embedding_type="f32")
+    bundle, out = export(model, "lora", rule, tmp_path)
     found = agreement(load_bundle(bundle.path), out)
     assert_float_agreement(found, GELU_TOLERANCE if "gemma" in kind else FLOAT_TOLERANCE)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from acip_export.errors import MissingExtraError, UnsupportedError
-from acip_export.weight_types import formats_of, weight_format
+from acip_export.weight_types import types_of, weight_type
 from benchmarks.format_errors import gaussian, relative_mse
 from converters.gguf import ggml_library as ggml
 
-FORMATS = {form.name: form for form in formats_of("gguf")}
+FORMATS = {form.name: form for form in types_of("gguf")}
 # Building ggml's lookup tables for these takes seconds.
 SLOW = {"iq1_m", "iq1_s", "iq2_s", "iq2_xs"}
 
@@ -97,5 +97,5 @@ def test_refusals(weight: torch.Tensor, name: str, importance: None, message: st
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_zero_bytes_are_zero_weights(name: str) -> None:
     """The adapter layout's base relies on it."""
-    form = weight_format("gguf", name)
+    form = weight_type("gguf", name)
     assert not ggml.dequantize(np.zeros(form.nbytes(3, 256), np.uint8), (3, 256), name).any()

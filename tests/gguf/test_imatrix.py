@@ -64,7 +64,7 @@ def test_what_was_written_comes_back(model: Path, tmp_path: Path) -> None:
 def test_the_bundle_rounds_with_it(model: Path, tmp_path: Path) -> None:
     checkpoint, scores, file = Checkpoint.open(model), _scores(model), tmp_path / "imatrix.gguf"
     write_imatrix(checkpoint, scores, file)
-    plan = dataclasses.replace(make_plan(model, "gguf", "stock", dense(format="q4_k")), options={"imatrix": str(file)})
+    plan = dataclasses.replace(make_plan(model, "gguf", "stock", dense(type="q4_k")), options={"imatrix": str(file)})
     bundle = Bundle.open(materialize_bundle(checkpoint, make_scores(model), plan, tmp_path / "bundle"))
     name = "model.layers.1.mlp.down_proj"
     found, means = bundle.importance(f"{name}.weight"), read_imatrix(file)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import MissingExtraError, VerificationError
 from acip_export.verification.metrics import compare_logits, log_softmax
 from converters.gguf.runtimes import c_api as llama_capi
@@ -20,23 +20,21 @@ from converters.gguf.runtimes.llama_server import ServerSession
 from tests.gguf.conftest import export
 from tests.support import CORPUS, dense, everywhere
 
-RUNTIME = Runtime(128, "f32", 32)
+RUNTIME = Serving(128, "f32", 32)
 
 
 @pytest.fixture(scope="module")
 def stock(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(models["llama"], "stock", dense(format="f32"), tmp_path_factory.mktemp("stock"))[1]
+    return export(models["llama"], "stock", dense(type="f32"), tmp_path_factory.mktemp("stock"))[1]
 
 
 @pytest.fixture(scope="module")
 def adapter(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rule = everywhere(
-        representation="adapter", format="q1_0", rank=32, up_format="f32", down_format="f32", embedding_format="f32"
-    )
-    return export(models["llama"], "adapter", rule, tmp_path_factory.mktemp("adapter"))[1]
+    rule = everywhere(representation="lora", type="q1_0", rank=32, up_type="f32", down_type="f32", embedding_type="f32")
+    return export(models["llama"], "lora", rule, tmp_path_factory.mktemp("lora"))[1]
 
 
-@pytest.mark.parametrize("layout", ["stock", "adapter"])
+@pytest.mark.parametrize("layout", ["stock", "lora"])
 def test_server_and_c_interface_agree(layout: str, request: pytest.FixtureRequest) -> None:
     out = request.getfixturevalue(layout)
     windows = np.random.default_rng(0).integers(0, 512, (1, 20))
@@ -83,7 +81,7 @@ def test_quantized_cache_is_used(stock: Path) -> None:
 
 
 def test_weights_are_mapped_and_not_repacked(models: dict[str, Path], tmp_path: Path) -> None:
-    bundle, out = export(models["llama"], "stock", dense(format="q4_0"), tmp_path)
+    bundle, out = export(models["llama"], "stock", dense(type="q4_0"), tmp_path)
     with LlamaCppSession(out, RUNTIME, threads=1) as session:
         assert session.buffers is not None
         weights = sum(decision.nbytes for decision in bundle.plan.tensors)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from acip_export.api import convert_bundle
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.memory import runtime_memory
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession
@@ -47,12 +47,12 @@ FAMILIES: dict[str, dict[str, object]] = {
 )
 def test_formulas_bound_the_log(arch: str, settings: dict[str, object], tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", arch, max_position_embeddings=4096, **settings)
-    bundle = make_bundle(model, make_plan(model, "gguf", "stock", dense(format="f16")), tmp_path / "b")
+    bundle = make_bundle(model, make_plan(model, "gguf", "stock", dense(type="f16")), tmp_path / "b")
     convert_bundle(bundle.path, tmp_path / "e", check=False)
     shape = Checkpoint.open(model).shape
     for cache_type in ("f16", "q8_0", "f32"):
         for context, batch in ((200, 200), (512, 16), (1024, 512), (4096, 128)):
-            runtime = Runtime(context, cache_type, batch)
+            runtime = Serving(context, cache_type, batch)
             expected = runtime_memory("gguf", shape, runtime)
             with LlamaCppSession(tmp_path / "e", runtime, every_logit=False) as session:
                 found = session.buffers

@@ -20,12 +20,12 @@ DIRECTORY = Path("my export")
 
 @pytest.fixture
 def plan(models: dict[str, Path]) -> Plan:
-    made = make_plan(models["llama"], "gguf", "stock", dense(format="q8_0"), context=128, prompt_batch=16)
+    made = make_plan(models["llama"], "gguf", "stock", dense(type="q8_0"), context=128, prompt_batch=16)
     return dataclasses.replace(made, files={"model.gguf": 1})
 
 
 def with_layout(plan: Plan, layout: str) -> Plan:
-    files = {"model.gguf": 1} | ({"adapter.gguf": 1} if layout == "adapter" else {})
+    files = {"model.gguf": 1} | ({"adapter.gguf": 1} if layout == "lora" else {})
     return dataclasses.replace(plan, layout=layout, files=files)
 
 
@@ -36,7 +36,7 @@ def texts(plan: Plan, directory: Path = DIRECTORY) -> dict[str, str]:
 def test_every_program_runs_the_stock_layouts_and_only_extended_ones_run_pairs(plan: Plan) -> None:
     stock = ["llama-server", "llama-cli", "llama-cpp-python", "node-llama-cpp", "Ollama"]
     assert list(texts(plan)) == stock
-    assert list(texts(with_layout(plan, "adapter"))) == stock
+    assert list(texts(with_layout(plan, "lora"))) == stock
     factored = run_commands(with_layout(plan, "factored"), DIRECTORY)
     assert [command.program for command in factored] == stock[:3]
     assert all("extension" in command.note or "make llama-cpp" in command.note for command in factored)
@@ -54,9 +54,9 @@ def test_llama_server_gets_the_plans_memory_settings(plan: Plan) -> None:
 
 
 def test_the_adapter_is_named_to_every_program(plan: Plan) -> None:
-    for text in texts(with_layout(plan, "adapter")).values():
+    for text in texts(with_layout(plan, "lora")).values():
         assert "adapter.gguf" in text
-    assert "ADAPTER ./my export/adapter.gguf" in texts(with_layout(plan, "adapter"))["Ollama"].splitlines()
+    assert "ADAPTER ./my export/adapter.gguf" in texts(with_layout(plan, "lora"))["Ollama"].splitlines()
     for text in texts(plan).values():
         assert "adapter.gguf" not in text
 
@@ -71,7 +71,7 @@ def test_code_survives_any_path(plan: Plan) -> None:
 
 @pytest.mark.parametrize("directory", ["my export", "/srv/models", 'it\'s "here"', '"quoted"', "# no comment", "~me"])
 def test_ollama_reads_its_modelfile(plan: Plan, directory: str) -> None:
-    for layout in ("stock", "adapter"):
+    for layout in ("stock", "lora"):
         text = texts(with_layout(plan, layout), Path(directory))["Ollama"]
         instructions = modelfile.parse(text)
         names = [name for name, _ in instructions]

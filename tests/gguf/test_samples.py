@@ -26,10 +26,10 @@ from tests.support import dense, everywhere, make_bundle, make_plan, make_scores
 ROOT = Path(__file__).parent.parent.parent
 CONSUMER = user_cache() / "consumers" / "llama"
 PROMPT, TOKENS = "def main(", 24
-PAIR = {"rank": 96, "up_format": "f16", "down_format": "f16", "embedding_format": "q8_0"}
+PAIR = {"rank": 96, "up_type": "f16", "down_type": "f16", "embedding_type": "q8_0"}
 RULES: dict[str, Rule] = {
-    "stock": dense(format="q8_0"),
-    "adapter": everywhere(representation="adapter", format="q1_0", **PAIR),
+    "stock": dense(type="q8_0"),
+    "lora": everywhere(representation="lora", type="q1_0", **PAIR),
     "factored": everywhere(representation="factored", **PAIR),
 }
 # A model in several files is one more export.
@@ -48,7 +48,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }.items():
         plan = dataclasses.replace(make_plan(model, "gguf", layout, RULES[layout], context=128), options=options)
         checkpoint = Checkpoint.open(model).with_options(options)
-        files = converter.predict_files(checkpoint, layout, plan.tensors, plan.runtime)
+        files = converter.predict_files(checkpoint, layout, plan.tensors, plan.serving)
         plan = dataclasses.replace(plan, files=files, planned_bytes=sum(files.values()))
         bundle = make_bundle(model, plan, place / name / "bundle", scores)
         found[name] = place / name / "my export"
@@ -70,7 +70,7 @@ def generate(export: Path, place: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
-@pytest.mark.parametrize("layout", ["stock", "adapter", PARTS])
+@pytest.mark.parametrize("layout", ["stock", "lora", PARTS])
 def test_node_chooses_the_tokens_of_llama_cpp(layout: str, exports: dict[str, Path], tmp_path: Path) -> None:
     done = generate(exports[layout], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -102,7 +102,7 @@ def test_the_modelfile_names_files_and_settings(exports: dict[str, Path]) -> Non
         "PARAMETER num_ctx 128",
         "PARAMETER num_batch 32",
     ]
-    assert f"ADAPTER {exports['adapter'] / 'adapter.gguf'}" in modelfile(exports["adapter"]).stdout.splitlines()
+    assert f"ADAPTER {exports['lora'] / 'adapter.gguf'}" in modelfile(exports["lora"]).stdout.splitlines()
     parts = [Path(value) for name, value in parse(modelfile(exports[PARTS]).stdout) if name == "from"]
     assert parts == sorted(exports[PARTS].glob("model-*.gguf"))
     assert parameters(modelfile(exports[PARTS]).stdout) == {"num_ctx": 128, "num_batch": 32}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from acip_export import api as pipeline
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import Plan, Runtime, TensorDecision, load_plan
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision, load_plan
 from acip_export.errors import ModelFileError, UsageError
 from acip_export.formats.registry import converter as converter_of
 from acip_export.inspection import read_anatomy
@@ -40,13 +40,13 @@ from tests.gguf.test_writer import specs
 from tests.planning.problems import Shape, examples, shapes
 from tests.support import Run, dense, everywhere, make_bundle, make_model, make_plan, make_scores, needs_factor_pairs
 
-PAIR = {"rank": 64, "up_format": "f16", "down_format": "f16", "embedding_format": "q8_0"}
+PAIR = {"rank": 64, "up_type": "f16", "down_type": "f16", "embedding_type": "q8_0"}
 RULES: dict[str, Rule] = {
-    "stock": dense(format="q8_0"),
-    "adapter": everywhere(representation="adapter", format="q1_0", **PAIR),
+    "stock": dense(type="q8_0"),
+    "lora": everywhere(representation="lora", type="q1_0", **PAIR),
     "factored": everywhere(representation="factored", **PAIR),
 }
-LAYOUTS = ["stock", "adapter", pytest.param("factored", marks=needs_factor_pairs)]
+LAYOUTS = ["stock", "lora", pytest.param("factored", marks=needs_factor_pairs)]
 # The embedding of the tiny model takes 139 kB, its tokenizer less.
 SIZE = 150_000
 # Enough to choose from, and measured in no time.
@@ -150,8 +150,8 @@ def test_planned_exports_keep_to_the_size(
         request = PlanRequest("gguf", 2**40, "file", layout=layout, context=64, options=options)
         checkpoint = Checkpoint.open(model).with_options(options)
 
-        def predict(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> dict[str, int]:
-            return converter.predict_files(checkpoint, layout, tensors, runtime)
+        def predict(tensors: tuple[TensorDecision, ...], serving: Serving) -> dict[str, int]:
+            return converter.predict_files(checkpoint, layout, tensors, serving)
 
         return Problem.of(checkpoint, scores, request, predict), request
 
@@ -238,7 +238,7 @@ def keys_and_tensors(files: list[Path]) -> tuple[dict[str, Any], dict[str, tuple
     return keys, data
 
 
-@pytest.mark.parametrize("layout", ["stock", "adapter", "factored"])
+@pytest.mark.parametrize("layout", ["stock", "lora", "factored"])
 def test_the_numbers_are_those_of_the_whole_export(layout: str, exports: Callable[[str, int | None], Path]) -> None:
     whole, parted = exports(layout, None), exports(layout, SIZE)
     parts = sorted(parted.glob("model-*.gguf"))
@@ -252,7 +252,7 @@ def test_the_numbers_are_those_of_the_whole_export(layout: str, exports: Callabl
     assert {k: v for k, v in keys.items() if k not in changed} == {
         k: v for k, v in expected.items() if k not in changed
     }
-    if layout == "adapter":
+    if layout == "lora":
         adapter, expected_adapter = keys_and_tensors([parted / ADAPTER_FILE]), keys_and_tensors([whole / ADAPTER_FILE])
         assert adapter[1] == expected_adapter[1]
 
@@ -263,24 +263,24 @@ def test_llama_cpp_computes_what_it_does_from_one_file(layout: str, exports: Cal
     windows = np.random.default_rng(1).integers(3, 512, (1, 40))
     found = []
     for export in (exports(layout, None), exports(layout, SIZE)):
-        with LlamaCppSession(export, Runtime(64, "f16", 16), threads=1) as session:
+        with LlamaCppSession(export, Serving(64, "f16", 16), threads=1) as session:
             found.append((np.concatenate(list(session.logits(windows))), session.greedy([5, 6, 7], 8)))
     assert np.array_equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
 
 
 def test_the_server_of_xllamacpp_opens_the_first_part(exports: Callable[[str, int | None], Path]) -> None:
-    with ServerSession(exports("adapter", SIZE), Runtime(64, "f16", 16), 1) as session:
+    with ServerSession(exports("lora", SIZE), Serving(64, "f16", 16), 1) as session:
         assert len(session.greedy([5, 6, 7], 2)) == 2
 
 
 def test_encoders_are_split_alike(tmp_path: Path) -> None:
     model = make_encoder(tmp_path / "bert")
-    rule = everywhere(representation="dense", format="q8_0", embedding_format="f32")
+    rule = everywhere(representation="dense", type="q8_0", embedding_type="f32")
 
     def decide(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         linear = name.removesuffix(".weight") in Checkpoint.open(model).linear_modules
-        return rule(name, shape) if linear else {"representation": "dense", "format": "f32"}
+        return rule(name, shape) if linear else {"representation": "dense", "type": "f32"}
 
     found = []
     for size in (None, 80_000):
@@ -292,14 +292,14 @@ def test_encoders_are_split_alike(tmp_path: Path) -> None:
         out = tmp_path / f"export{size}"
         out.mkdir()
         converter.convert(bundle, out, lambda _: None)
-        with LlamaEncoderSession(out, Runtime(48, "f16", 48), threads=1) as session:
+        with LlamaEncoderSession(out, Serving(48, "f16", 48), threads=1) as session:
             found.append(session.outputs([[2, 7, 9, 3], [2, 11, 3]]))
     assert len(list(out.iterdir())) > 1
     assert np.array_equal(found[0], found[1])
 
 
 def test_programs_are_told_the_first_part(exports: Callable[[str, int | None], Path]) -> None:
-    export = exports("adapter", SIZE)
+    export = exports("lora", SIZE)
     plan = load_plan(export / "plan.json")
     count = len(plan.files) - 1
     texts = {c.program: c for c in converter_of("gguf").run_commands(plan, Path("out"))}
@@ -312,7 +312,7 @@ def test_programs_are_told_the_first_part(exports: Callable[[str, int | None], P
     assert froms == [f"FROM ./out/{name}" for name in part_names(MODEL_FILE, count)]
     assert "ADAPTER ./out/adapter.gguf" in texts["Ollama"].text
     assert "0.30" in texts["Ollama"].note
-    whole = load_plan(exports("adapter", None) / "plan.json")
+    whole = load_plan(exports("lora", None) / "plan.json")
     assert not any("0.30" in c.note for c in converter_of("gguf").run_commands(whole, Path("out")))
 
 
@@ -321,12 +321,12 @@ def test_planning_takes_types_that_fit_a_file(model: Path) -> None:
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
     request = PlanRequest("gguf", 10**9, "file", types=TYPES, context=64)
     rich = pipeline.plan_export(checkpoint, scores, request)
-    formats = {d.name: d.format for d in rich.tensors}
+    formats = {d.name: d.type for d in rich.tensors}
     assert formats["model.embed_tokens.weight"] == "f16"
     limited = pipeline.plan_export(
         checkpoint, scores, dataclasses.replace(request, options={"split_max_size": str(SIZE)})
     )
-    assert {d.name: d.format for d in limited.tensors}["model.embed_tokens.weight"] == "q8_0"
+    assert {d.name: d.type for d in limited.tensors}["model.embed_tokens.weight"] == "q8_0"
     assert max(limited.files.values()) <= SIZE
     reasons = {(r.type, r.reason) for r in limited.certificate.refused_types}
     assert ("f16", "in this type it is larger than a file of --split-max-size") in reasons
@@ -335,9 +335,9 @@ def test_planning_takes_types_that_fit_a_file(model: Path) -> None:
 
 def test_an_adapter_is_one_file_and_the_plan_says_so(model: Path) -> None:
     wide = everywhere(
-        representation="adapter", format="q1_0", rank=128, up_format="f32", down_format="f32", embedding_format="q8_0"
+        representation="lora", type="q1_0", rank=128, up_type="f32", down_type="f32", embedding_type="q8_0"
     )
-    plan = plan_of(model, "adapter", SIZE, wide)
+    plan = plan_of(model, "lora", SIZE, wide)
     assert plan.files[ADAPTER_FILE] > SIZE
     assert max(size for name, size in plan.files.items() if name != ADAPTER_FILE) <= SIZE
     (note,) = split_notes(plan.files, plan.options)
@@ -431,10 +431,10 @@ def test_sizes_that_are_refused(
 
 
 def test_a_tokenizer_that_fits_no_file_is_refused(model: Path) -> None:
-    plan = make_plan(model, "gguf", "stock", dense(format="q8_0"))
+    plan = make_plan(model, "gguf", "stock", dense(type="q8_0"))
     checkpoint = Checkpoint.open(model).with_options({"split_max_size": "9000"})
     with pytest.raises(UsageError, match=r"metadata and tokenizer take \d+ bytes; give at least  \d+B"):
-        converter.predict_files(checkpoint, "stock", plan.tensors, plan.runtime)
+        converter.predict_files(checkpoint, "stock", plan.tensors, plan.serving)
 
 
 def test_a_plan_with_a_hostile_size_is_refused(model: Path, tmp_path: Path, run: Run) -> None:

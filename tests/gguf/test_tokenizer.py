@@ -11,7 +11,7 @@ import gguf
 import pytest
 from transformers import AutoTokenizer
 
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import CheckpointError, UnsupportedError
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from converters.gguf.tokenizer import tokenizer_metadata
@@ -138,8 +138,8 @@ def test_keys_as_gguf_py_reads_them(saved: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_llama_cpp_tokenizes_as_the_model_does(arch: str, models: dict[str, Path], tmp_path: Path) -> None:
-    _, out = export(models[arch], "stock", dense(format="q8_0"), tmp_path)
+    _, out = export(models[arch], "stock", dense(type="q8_0"), tmp_path)
     reference = AutoTokenizer.from_pretrained(models[arch])
-    with LlamaCppSession(out, Runtime(64, "f16", 32), threads=1) as session:
+    with LlamaCppSession(out, Serving(64, "f16", 32), threads=1) as session:
         for text in TEXTS:
             assert session.tokenize(text) == reference(text, add_special_tokens=False)["input_ids"], text

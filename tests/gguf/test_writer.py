@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acip_export.weight_types import formats_of
+from acip_export.weight_types import types_of
 from converters.gguf import writer
 from converters.gguf.ggml_library import TYPE_IDS
 from converters.gguf.writer import GgufWriter, TensorSpec
@@ -33,7 +33,7 @@ KINDS = {
 def specs(draw: st.DrawFn, names: st.SearchStrategy[str] = NAMES) -> list[TensorSpec]:
     found = []
     for name in draw(st.lists(names, min_size=1, max_size=5, unique=True)):
-        form = draw(st.sampled_from(formats_of("gguf")))
+        form = draw(st.sampled_from(types_of("gguf")))
         columns = form.block * draw(st.integers(1, 3))
         shape = draw(st.sampled_from([(columns,), (1, columns), (7, columns)]))
         found.append(TensorSpec(name, shape, form.name))
@@ -62,7 +62,7 @@ def test_same_bytes_as_gguf_py(
         metadata[f"key.{index}"] = encode(value)
         getattr(theirs, method)(f"key.{index}", value)
     for tensor, content in zip(tensors, contents, strict=True):
-        number = gguf.GGMLQuantizationType(TYPE_IDS[tensor.format])
+        number = gguf.GGMLQuantizationType(TYPE_IDS[tensor.type])
         theirs.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), content.nbytes, raw_dtype=number)
     theirs.write_header_to_file()
     theirs.write_kv_data_to_file()

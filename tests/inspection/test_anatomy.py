@@ -23,7 +23,7 @@ from acip_export.inspection.anatomy import layer_group
 from acip_export.inspection.gguf import GGML_TYPES
 from acip_export.inspection.onnx import ONNX_TYPES
 from acip_export.inspection.read import choice
-from acip_export.weight_types import formats_of
+from acip_export.weight_types import types_of
 from converters.gguf.ggml_library import TYPE_IDS
 from tests.check.models import SMALL, make_onnx, write_gguf, write_onnx, write_safetensors
 from tests.support import dense, make_bundle, make_model, make_plan, make_scores
@@ -31,7 +31,7 @@ from tests.support import dense, make_bundle, make_model, make_plan, make_scores
 
 def test_ggml_types_are_ggufs_and_ours() -> None:
     assert {int(kind): (kind.name.lower(), *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()} == GGML_TYPES
-    for form in formats_of("gguf"):
+    for form in types_of("gguf"):
         assert GGML_TYPES[TYPE_IDS[form.name]] == (form.name, form.block, form.block_bytes)
 
 
@@ -123,7 +123,7 @@ def test_unknown_ggml_type_takes_what_lies_before_the_next(tmp_path: Path) -> No
 def test_safetensors_scores_plan_bundle_and_directories(tmp_path: Path) -> None:
     model = make_model(tmp_path / "tiny", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     scores = make_scores(model)
-    plan = make_plan(model, "onnx", "factored", dense(format="f32"))
+    plan = make_plan(model, "onnx", "factored", dense(type="f32"))
     bundle = make_bundle(model, plan, tmp_path / "bundle", scores)
     save_plan(plan, tmp_path / "plan.json")
 
@@ -141,7 +141,7 @@ def test_export_does_not_count_its_papers(tmp_path: Path) -> None:
     model = make_model(tmp_path / "tiny", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     export = tmp_path / "export"
     size = write_gguf(export / "model.gguf").stat().st_size
-    save_plan(make_plan(model, "gguf", "stock", dense(format="f32")), export / "plan.json")
+    save_plan(make_plan(model, "gguf", "stock", dense(type="f32")), export / "plan.json")
     for paper in ("report.json", "report.html", "README.md"):
         (export / paper).write_text("x" * 1000)
     found = read_anatomy(export)

@@ -51,12 +51,12 @@ def test_everything_kept_is_the_dense_model(arch: str, tmp_path: Path) -> None:
 
 def _full_rank(name: str, shape: tuple[int, ...]) -> dict[str, object]:
     if "embed" in name or "lm_head" in name:
-        return {"representation": "dense", "format": "f32"}
-    return {"representation": "factored", "rank": min(shape), "up_format": "f32", "down_format": "f32"}
+        return {"representation": "dense", "type": "f32"}
+    return {"representation": "factored", "rank": min(shape), "up_type": "f32", "down_type": "f32"}
 
 
 def test_dense_weights_are_copied_to_the_bit(model: Path, tmp_path: Path) -> None:
-    bundle = make_bundle(model, make_plan(model, "onnx", "factored", dense(format="f32")), tmp_path / "b")
+    bundle = make_bundle(model, make_plan(model, "onnx", "factored", dense(type="f32")), tmp_path / "b")
     written, original = load_file(bundle.path / WEIGHTS_FILE), load_file(model / "model.safetensors")
     assert written.keys() == original.keys()
     assert all(torch.equal(written[name], original[name]) for name in original)
@@ -72,7 +72,7 @@ def test_adapters_are_folded_into_the_pair(model: Path, tmp_path: Path) -> None:
     expected = Checkpoint.open(model).read(f"{name}.weight") + torch.tensor(module.adapter_b @ module.adapter_a)
     pair = bundle.read(f"{name}.up.weight") @ bundle.read(f"{name}.down.weight")
     torch.testing.assert_close(pair, expected, atol=1e-5, rtol=1e-4)
-    dense_plan = replace(make_plan(model, "onnx", "factored", dense(format="f32")), adapters=True)
+    dense_plan = replace(make_plan(model, "onnx", "factored", dense(type="f32")), adapters=True)
     dense_bundle = make_bundle(model, dense_plan, tmp_path / "d", scores)
     torch.testing.assert_close(_bundle_logits(bundle.path), _bundle_logits(dense_bundle.path), **FLOAT)
     assert not torch.allclose(_bundle_logits(bundle.path), _dense_logits(model), atol=1e-2)
@@ -118,7 +118,7 @@ def test_moments_pack_and_unpack() -> None:
 
 @pytest.fixture(scope="module")
 def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rule = everywhere(representation="factored", rank=32, up_format="int8", down_format="int8", embedding_format="int8")
+    rule = everywhere(representation="factored", rank=32, up_type="int8", down_type="int8", embedding_type="int8")
     out = tmp_path_factory.mktemp("bundles") / "b"
     return make_bundle(model, make_plan(model, "onnx", "factored", rule), out).path
 
@@ -153,7 +153,7 @@ def _no_importance(path: Path) -> None:
 
 
 def _older(path: Path) -> None:
-    (path / MANIFEST_FILE).write_text('{"format": "acip-bundle", "version": 1, "weights_sha256": ""}')
+    (path / MANIFEST_FILE).write_text('{"artifact": "acip-bundle", "version": 1, "weights_sha256": ""}')
 
 
 def _other_shape(path: Path) -> None:
@@ -204,7 +204,7 @@ def test_damaged_bundles(harm: object, says: str, bundle: Path, tmp_path: Path) 
 
 def test_refusals_leave_nothing_behind(model: Path, tmp_path: Path) -> None:
     scores: ScoreFile = make_scores(model, tmp_path / "s.acip")
-    plan = make_plan(model, "onnx", "factored", dense(format="f32"))
+    plan = make_plan(model, "onnx", "factored", dense(type="f32"))
     checkpoint = Checkpoint.open(model)
     out = tmp_path / "out" / "b"
     with pytest.raises(PlanFileError, match="was made for"):
@@ -217,7 +217,7 @@ def test_refusals_leave_nothing_behind(model: Path, tmp_path: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 7] = float("nan")
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    broken_plan = make_plan(broken, "onnx", "factored", dense(format="f32"))
+    broken_plan = make_plan(broken, "onnx", "factored", dense(type="f32"))
     with pytest.raises(CheckpointError, match="NaN"):
         materialize_bundle(
             Checkpoint.open(broken),

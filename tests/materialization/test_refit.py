@@ -15,7 +15,7 @@ from acip_export.materialization import materialize_bundle
 from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import balanced, refit
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 from tests.support import everywhere, make_model, make_plan, make_scores
 
 RANK = 64
@@ -46,7 +46,7 @@ def problem() -> tuple[Pair, Norm]:
 )
 def test_refitted_pairs_lose_less(target: str, up: str, down: str, problem: tuple[Pair, Norm]) -> None:
     pair, norm = problem
-    formats = weight_format(target, up), weight_format(target, down)
+    formats = weight_type(target, up), weight_type(target, down)
     importance = norm.inputs.diagonal().float()
     round_trip = converter(target).round_trip
     plain, rotated, alternated = (
@@ -69,17 +69,17 @@ def test_refitted_pairs_lose_less(target: str, up: str, down: str, problem: tupl
     [
         (
             "gguf",
-            "adapter",
-            {"representation": "adapter", "format": "q1_0", "up_format": "q4_0", "down_format": "q4_k"},
+            "lora",
+            {"representation": "lora", "type": "q1_0", "up_type": "q4_0", "down_type": "q4_k"},
         ),
-        ("onnx", "factored", {"representation": "factored", "up_format": "int4", "down_format": "int4"}),
+        ("onnx", "factored", {"representation": "factored", "up_type": "int4", "down_type": "int4"}),
     ],
 )
 def test_the_bundle_rounds_to_what_was_fitted(target: str, layout: str, fields: dict[str, str], tmp_path: Path) -> None:
     """Through files: loaded with the quantizer, the bundle is closer to the float pairs than unfitted pairs are."""
     model = make_model(tmp_path / "model", num_hidden_layers=1)
     embedding = "f16" if target == "gguf" else "f32"
-    plan = make_plan(model, target, layout, everywhere(rank=RANK, embedding_format=embedding, **fields))
+    plan = make_plan(model, target, layout, everywhere(rank=RANK, embedding_type=embedding, **fields))
     scores, checkpoint, round_trip = make_scores(model), Checkpoint.open(model), converter(target).round_trip
     materialize_bundle(checkpoint, scores, plan, tmp_path / "plain")
     materialize_bundle(checkpoint, scores, plan, tmp_path / "fitted", round_trip=round_trip)
@@ -100,7 +100,7 @@ def _product(layer: torch.nn.Module) -> torch.Tensor:
 def test_a_rounded_factor_of_zeros_is_survived() -> None:
     pair = Pair(torch.zeros(64, 32), torch.zeros(32, 64))
     norm = Norm(torch.eye(64, dtype=torch.float64), torch.eye(64, dtype=torch.float64))
-    form = weight_format("onnx", "int4")
+    form = weight_type("onnx", "int4")
     fitted = refit(pair, norm, torch.ones(64), form, form, converter("onnx").round_trip)
     assert np.isfinite(fitted.loss)
     assert torch.isfinite(fitted.pair.up).all()

@@ -26,7 +26,7 @@ from acip_export.formats.registry import converter
 from acip_export.materialization.factors import Norm
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, make_plan
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 from tests.planning.test_planner import overhead
 from tests.support import make_model, make_scores
 
@@ -78,7 +78,7 @@ def test_fitted_pairs_lose_less_than_the_table_says(measured: dict[str, Rounding
 def test_corrections_are_measured_and_planned(model: Path) -> None:
     """The adapter layout's bases with a low-rank correction: only where it was measured what they gain."""
     checkpoint, scores = Checkpoint.open(model), load_scores(model / "tiny.acip")
-    request = PlanRequest("gguf", 700_000, "file", layout="adapter", types=("q8_0", "q2_k"))
+    request = PlanRequest("gguf", 700_000, "file", layout="lora", types=("q8_0", "q2_k"))
     errors = pipeline.rounding_errors(checkpoint, scores, request)
     ratios = [errors.residual_ratio("model.layers.0.mlp.up_proj", "q2_k", share) for share in (0.0, 0.1, 0.25)]
     assert ratios[0] == 1
@@ -150,7 +150,7 @@ def _damage(change: Callable[[str], str]) -> Callable[[Path], None]:
         (_damage(lambda s: s.replace("0.1", "NaN")), True),
         (_damage(lambda s: s.replace('"dense"', '"thick"')), True),
         (_damage(lambda _: "[]"), True),
-        (_damage(lambda s: s.replace('"version": 1', '"version": 2')), False),
+        (_damage(lambda s: s.replace('"version": 2', '"version": 3')), False),
         (_damage(lambda s: s.replace("test 1", "test 2")), False),
         (_damage(lambda s: s.replace("abc", "abd")), False),
         (lambda file: file.unlink(), False),
@@ -181,10 +181,10 @@ def test_the_plan_follows_what_was_measured(model: Path) -> None:
     scores: ScoreFile = load_scores(model / "tiny.acip")
     request = PlanRequest("gguf", 500_000, "file", types=("q8_0", "q4_0", "q3_k"))
     tensor = "model.layers.0.mlp.up_proj.weight"
-    chosen = {d.name: d.format for d in make_plan(checkpoint, scores, request, overhead).tensors}
+    chosen = {d.name: d.type for d in make_plan(checkpoint, scores, request, overhead).tensors}
     assert chosen[tensor] != "q8_0"
     bad = dict.fromkeys(("q4_0", "q3_k"), 50.0) | {"q8_0": 1e-6}
     errors = RoundingErrors("gguf", "", scores.sha256, {tensor: bad})
     plan = make_plan(checkpoint, scores, request, overhead, errors)
-    assert {d.name: d.format for d in plan.tensors}[tensor] == "q8_0"
-    assert weight_format("gguf", "q8_0").nbytes(512, 256) == next(d.nbytes for d in plan.tensors if d.name == tensor)
+    assert {d.name: d.type for d in plan.tensors}[tensor] == "q8_0"
+    assert weight_type("gguf", "q8_0").nbytes(512, 256) == next(d.nbytes for d in plan.tensors if d.name == tensor)

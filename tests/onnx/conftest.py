@@ -25,34 +25,34 @@ EXACT = converter.Options(accuracy_level=0)
 def mixed(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
     """Factor pairs of two formats beside dense matrices of three, as plans mix them."""
     if "embed" in name or "lm_head" in name:
-        return {"representation": "dense", "format": "int8"}
+        return {"representation": "dense", "type": "int8"}
     if "mlp" in name:
-        return {"representation": "factored", "rank": 32, "up_format": "int8", "down_format": "int4-b64"}
+        return {"representation": "factored", "rank": 32, "up_type": "int8", "down_type": "int4-b64"}
     if "o_proj" in name:
-        return {"representation": "dense", "format": "int4-b128"}
-    return {"representation": "dense", "format": "f32" if "k_proj" in name else "int8-b128"}
+        return {"representation": "dense", "type": "int4-b128"}
+    return {"representation": "dense", "type": "f32" if "k_proj" in name else "int8-b128"}
 
 
 def asymmetric(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
     """Zero points in every kind of node, in blocks smaller and larger than the usual ones."""
     if "embed" in name or "lm_head" in name:
-        return {"representation": "dense", "format": "uint4-b64"}
+        return {"representation": "dense", "type": "uint4-b64"}
     if "mlp" in name:
-        return {"representation": "factored", "rank": 32, "up_format": "uint8-b16", "down_format": "uint4-b16"}
+        return {"representation": "factored", "rank": 32, "up_type": "uint8-b16", "down_type": "uint4-b16"}
     if "o_proj" in name:
-        return {"representation": "dense", "format": "int4-b256"}
-    return {"representation": "dense", "format": "uint2-b64" if "k_proj" in name else "uint8-b256"}
+        return {"representation": "dense", "type": "int4-b256"}
+    return {"representation": "dense", "type": "uint2-b64" if "k_proj" in name else "uint8-b256"}
 
 
 RULES: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
-    "dense f32": dense(format="f32"),
+    "dense f32": dense(type="f32"),
     "factored f32": everywhere(
-        representation="factored", rank=32, up_format="f32", down_format="f32", embedding_format="f32"
+        representation="factored", rank=32, up_type="f32", down_type="f32", embedding_type="f32"
     ),
-    "int8": dense(format="int8"),
-    "int4": dense(format="int4"),
-    "int2": dense(format="int2", embedding_format="int4"),
-    "int4, float embedding": dense(format="int4", embedding_format="f32"),
+    "int8": dense(type="int8"),
+    "int4": dense(type="int4"),
+    "int2": dense(type="int2", embedding_type="int4"),
+    "int4, float embedding": dense(type="int4", embedding_type="f32"),
     "mixed": mixed,
     "asymmetric": asymmetric,
 }
@@ -73,7 +73,7 @@ class Export:
 
     def predicted(self) -> dict[str, int]:
         plan = self.bundle.plan
-        return converter.predict_files(Checkpoint.open(self.model), plan.layout, plan.tensors, plan.runtime)
+        return converter.predict_files(Checkpoint.open(self.model), plan.layout, plan.tensors, plan.serving)
 
 
 class MakeExport(Protocol):

@@ -45,7 +45,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no such block": (("--budget", "50MB", "--types", "int4-b48"), "onnx has no type 'int4-b48'"),
     "a block without a kernel": (("--budget", "50MB", "--types", "int2-b16"), "int2-b16 is not exported: onnxruntime"),
     "a width that the target lacks": (
-        ("--budget", "50MB", "--target", "mobile", "--types", "int2"),
+        ("--budget", "50MB", "--backend", "mobile", "--types", "int2"),
         "no kernel for 2 bits on ARM",
     ),
     "a file too large for the device": (("--device", "tab"), "tab loads files of at most 100 kB"),
@@ -71,15 +71,15 @@ def test_the_command_line_writes_nothing(
 def test_another_release_of_the_builder_stops_the_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(release, "version", lambda _: "0.19.0")
     checkpoint = Checkpoint.open(model)
-    plan = make_plan(model, "onnx", "factored", dense(format="f32"))
+    plan = make_plan(model, "onnx", "factored", dense(type="f32"))
     with pytest.raises(UnsupportedError, match=r"onnxruntime-genai 0\.19\.0 is installed"):
-        converter.predict_files(checkpoint, "factored", plan.tensors, plan.runtime)
+        converter.predict_files(checkpoint, "factored", plan.tensors, plan.serving)
 
 
 def test_limits_of_files_at_their_real_sizes(model: Path) -> None:
     request = PlanFlags(model=str(model), device="browser").request()
     assert request.largest_file is not None
-    plan = make_plan(model, "onnx", "factored", dense(format="f32"))
+    plan = make_plan(model, "onnx", "factored", dense(type="f32"))
     fits = replace(plan, files={MODEL_FILE: 300_000, DATA_FILE: request.largest_file})
     assert _loadable(fits, request) is fits
     with pytest.raises(UnsupportedError, match=r"(?s)onnx/model.onnx_data would have 2\.\d+ GB.*--budget-scope file"):

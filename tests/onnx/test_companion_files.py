@@ -25,7 +25,7 @@ CONSUMERS = {
 
 
 def by_genai(export: Export) -> list[int]:
-    with GenaiSession(export.path, export.bundle.plan.runtime) as genai:
+    with GenaiSession(export.path, export.bundle.plan.serving) as genai:
         return genai.greedy(PROMPT, REQUEST["count"])
 
 
@@ -50,7 +50,7 @@ def test_consumers_choose_the_tokens_of_genai(make_export: MakeExport, name: str
 @pytest.mark.parametrize(("arch", "rule"), TRAINED)
 def test_a_cache_that_is_written_in_place_changes_no_token(make_export: MakeExport, arch: str, rule: str) -> None:
     export = make_export(arch, True, rule)
-    with OnnxRuntimeSession(export.path, export.bundle.plan.runtime) as session:
+    with OnnxRuntimeSession(export.path, export.bundle.plan.serving) as session:
         assert session.greedy(PROMPT, REQUEST["count"]) == by_genai(export)
 
 

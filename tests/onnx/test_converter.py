@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from acip_export.artifacts.bundle import Bundle, load_bundle, stored_tensors
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
 from acip_export.formats.registry import Progress
 from acip_export.formats.session import Logits, Windows
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 from converters.onnx import converter
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE
 from converters.onnx.quantize import dequantize, quantize
@@ -42,7 +42,7 @@ def difference(export: Export, reference: torch.nn.Module) -> float:
     expected = logits()
     # The tolerances below mean something only if the logits are of this order.
     assert 0.1 < np.std(expected) < 10
-    with OnnxRuntimeSession(export.path, export.bundle.plan.runtime, threads=1) as session:
+    with OnnxRuntimeSession(export.path, export.bundle.plan.serving, threads=1) as session:
         return max(float(np.abs(a - b).max()) for a, b in zip(expected, session.logits(WINDOWS), strict=True))
 
 
@@ -72,9 +72,9 @@ def dequantized(bundle: Bundle) -> torch.nn.Module:
     state = model.state_dict()
     for decision in bundle.plan.tensors:
         names = list(stored_tensors(decision.name, decision.shape, decision.rank))
-        formats = [decision.format] if decision.rank is None else [decision.up_format, decision.down_format]
+        formats = [decision.type] if decision.rank is None else [decision.up_type, decision.down_type]
         for name, format_name in zip(names, formats, strict=True):
-            fmt = weight_format("onnx", str(format_name))
+            fmt = weight_type("onnx", str(format_name))
             if len(decision.shape) == 2 and not fmt.is_float:
                 weight, moments = bundle.read(name).float().numpy(), bundle.importance(name)
                 importance = None if moments is None else moments.numpy()
@@ -104,7 +104,7 @@ def test_biases_of_every_projection(tmp_path: Path) -> None:
 def test_a_bias_of_zeros_keeps_its_place(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", "qwen2", hidden_size=64, intermediate_size=96)
     zero_biases(model)
-    bundle = make_bundle(model, make_plan(model, "onnx", "factored", dense(format="f32")), tmp_path / "b")
+    bundle = make_bundle(model, make_plan(model, "onnx", "factored", dense(type="f32")), tmp_path / "b")
     (tmp_path / "e").mkdir()
     converter.convert(bundle, tmp_path / "e", lambda _: None)
     export = Export(tmp_path / "e", model, bundle)
@@ -147,7 +147,7 @@ def digest(directory: Path) -> dict[str, str]:
 def test_prediction_follows_context(make_export: MakeExport) -> None:
     export = make_export("llama", True, "int4")
     checkpoint, plan = Checkpoint.open(export.model), export.bundle.plan
-    longer = converter.predict_files(checkpoint, "factored", plan.tensors, replace(plan.runtime, context=256))
+    longer = converter.predict_files(checkpoint, "factored", plan.tensors, replace(plan.serving, context=256))
     assert longer[DATA_FILE] - export.written[DATA_FILE] == 2 * (256 - CONTEXT) * 16 * 4
 
 
@@ -184,29 +184,29 @@ def test_unsupported_models_say_so(make_export: MakeExport, case: str) -> None:
     changes, message = UNSUPPORTED[case]
     checkpoint = Checkpoint(export.model, {**Checkpoint.open(export.model).config, **changes}, {})
     with pytest.raises(UnsupportedError, match=re.escape(message)):
-        converter.predict_files(checkpoint, "factored", export.bundle.plan.tensors, export.bundle.plan.runtime)
+        converter.predict_files(checkpoint, "factored", export.bundle.plan.tensors, export.bundle.plan.serving)
 
 
 def test_unsupported_decisions_say_so(make_export: MakeExport, tmp_path: Path) -> None:
     export = make_export("llama", True, "dense f32")
     checkpoint, plan = Checkpoint.open(export.model), export.bundle.plan
 
-    def predict(layout: str = "factored", runtime: Runtime = plan.runtime, **fields: Any) -> None:
+    def predict(layout: str = "factored", serving: Serving = plan.serving, **fields: Any) -> None:
         tensors = tuple(replace(d, **fields) if "embed" in d.name else d for d in plan.tensors)
-        converter.predict_files(checkpoint, layout, tensors, runtime)
+        converter.predict_files(checkpoint, layout, tensors, serving)
 
-    pair = {"rank": 32, "up_format": "f32", "down_format": "f32"}
+    pair = {"rank": 32, "up_type": "f32", "down_type": "f32"}
     for message, call in {
         "no layout 'stock'": lambda: predict("stock"),
-        "--cache-type f32": lambda: predict(runtime=Runtime(CONTEXT, "q8_0", 16)),
-        "embeddings are dense": lambda: predict(format="int2"),
-        "no adapters": lambda: predict(representation="adapter", **pair),
-        "embeddings are dense, ": lambda: predict(representation="factored", format=None, **pair),
-        "no weight format 'q4_0'": lambda: predict(format="q4_0"),
-        "is planned as uint2-b16: onnxruntime has no kernel": lambda: predict(format="uint2-b16"),
+        "--cache-type f32": lambda: predict(serving=Serving(CONTEXT, "q8_0", 16)),
+        "embeddings are dense": lambda: predict(type="int2"),
+        "no adapters": lambda: predict(representation="lora", **pair),
+        "embeddings are dense, ": lambda: predict(representation="factored", type=None, **pair),
+        "no weight format 'q4_0'": lambda: predict(type="q4_0"),
+        "is planned as uint2-b16: onnxruntime has no kernel": lambda: predict(type="uint2-b16"),
     }.items():
         with pytest.raises(UnsupportedError, match=re.escape(message)):
             call()
     bare = Checkpoint(tmp_path, checkpoint.config, {})
     with pytest.raises(UnsupportedError, match=re.escape("no tokenizer.json")):
-        converter.predict_files(bare, "factored", plan.tensors, plan.runtime)
+        converter.predict_files(bare, "factored", plan.tensors, plan.serving)

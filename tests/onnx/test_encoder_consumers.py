@@ -42,11 +42,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> list[Exported]:
     real = place / "minilm"
     shutil.copytree(package.get_model_path(), real)
     scores = unranked(Checkpoint.open(real))
-    made = [Exported(real, *export(real, place, "int8", scores=scores, representation="dense", format="int8"))]
+    made = [Exported(real, *export(real, place, "int8", scores=scores, representation="dense", type="int8"))]
     for kind in KINDS:
         place = tmp_path_factory.mktemp(kind)
         tiny = make_encoder(place / kind, kind)
-        pairs = {"representation": "factored", "rank": 32, "up_format": "int8", "down_format": "int4"}
+        pairs = {"representation": "factored", "rank": 32, "up_type": "int8", "down_type": "int4"}
         made.append(Exported(tiny, *export(tiny, place, "int8", **pairs)))
     return made
 

@@ -31,7 +31,7 @@ from tests.encoders import CALIBRATION, lines_of_text, make_encoder
 from tests.support import everywhere, make_bundle, make_plan
 
 TEXTS = ["The quick brown fox doesn't jump.", "def main", "Größe, naïve, ça va? emoji: 🎉 and runs of blanks"]
-FACTORED = {"representation": "factored", "rank": 24, "up_format": "f32", "down_format": "f32"}
+FACTORED = {"representation": "factored", "rank": 24, "up_type": "f32", "down_type": "f32"}
 
 
 def export(
@@ -43,14 +43,14 @@ def export(
     def decide(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
         if name.removesuffix(".weight") in layers:
             return linear
-        return {"representation": "dense", "format": words if "word_embeddings" in name else "f32"}
+        return {"representation": "dense", "type": words if "word_embeddings" in name else "f32"}
 
     plan = make_plan(model, "onnx", "factored", decide, context=48, prompt_batch=48)
     bundle = make_bundle(model, plan, out / "bundle", scores)
     (out / "export").mkdir()
     converter.convert(bundle, out / "export", lambda _: None, Options(accuracy_level=accuracy))
     checkpoint = Checkpoint.open(model)
-    predicted = converter.predict_files(checkpoint, "factored", plan.tensors, plan.runtime)
+    predicted = converter.predict_files(checkpoint, "factored", plan.tensors, plan.serving)
     written = {str(f.relative_to(out / "export")): f.stat().st_size for f in (out / "export").rglob("*") if f.is_file()}
     assert predicted == written
     return bundle.path, out / "export"
@@ -87,7 +87,7 @@ def expected(bundle: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     ("kind", "pooling", "normalize", "linear"),
     [
         ("embedding", "mean", True, FACTORED),
-        ("embedding", "cls", False, {"representation": "dense", "format": "f32"}),
+        ("embedding", "cls", False, {"representation": "dense", "type": "f32"}),
         ("embedding", "max", True, FACTORED),
         ("masked-lm", "", True, FACTORED),
         ("classification", "", True, FACTORED),
@@ -109,7 +109,7 @@ def test_float_parity(tmp_path: Path, kind: str, pooling: str, normalize: bool, 
 @pytest.mark.parametrize(("kind", "words"), [("embedding", "int4-b128"), ("embedding", "int8"), ("masked-lm", "int8")])
 def test_quantized_parity(tmp_path: Path, kind: str, words: str) -> None:
     model = make_encoder(tmp_path / "bert", kind)
-    quantized = {"representation": "factored", "rank": 32, "up_format": "int8", "down_format": "int4"}
+    quantized = {"representation": "factored", "rank": 32, "up_type": "int8", "down_type": "int4"}
     bundle, directory = export(model, tmp_path, words, **quantized)
     inputs = batch(model, TEXTS)
     for name, array in expected(bundle, inputs).items():
@@ -127,8 +127,8 @@ def test_ranked_planned_exported_and_loaded(tmp_path: Path) -> None:
     request = PlanRequest("onnx", 170_000, budget_scope="file", context=40)
     plan = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, None), request)
     assert plan.predicted_perplexity is None and plan.loss_unit == scores.loss_unit
-    assert plan.runtime.prompt_batch >= plan.runtime.context and plan.breakdown["kv_cache"] == 0
-    formats = {d.name: d.format for d in plan.tensors}
+    assert plan.serving.prompt_batch >= plan.serving.context and plan.breakdown["kv_cache"] == 0
+    formats = {d.name: d.type for d in plan.tensors}
     assert (
         formats["embeddings.position_embeddings.weight"] == formats["embeddings.token_type_embeddings.weight"] == "f32"
     )
@@ -199,8 +199,8 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InfeasibleBudgetError, match="smallest feasible budget"):
         pipeline.plan_export(checkpoint, scores, PlanRequest("onnx", 10**4))
     odd = make_encoder(tmp_path / "odd", hidden_act="swish")
-    decisions = tuple(TensorDecision(n, t.shape, "dense", 0, format="f32") for n, t in checkpoint.tensors.items())
-    runtime = make_plan(odd, "onnx", "factored", lambda _n, _s: {"representation": "dense", "format": "f32"}).runtime
+    decisions = tuple(TensorDecision(n, t.shape, "dense", 0, type="f32") for n, t in checkpoint.tensors.items())
+    runtime = make_plan(odd, "onnx", "factored", lambda _n, _s: {"representation": "dense", "type": "f32"}).runtime
     with pytest.raises(UnsupportedError, match="activation 'swish'"):
         converter.predict_files(Checkpoint.open(odd), "factored", decisions, runtime)
     with pytest.raises(UnsupportedError, match="decides nothing"):
@@ -246,7 +246,7 @@ def test_real_encoder(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model)
     assert not [name for name in checkpoint.tensors if "pooler" in name or "position_ids" in name]
     plan = make_plan(
-        model, "onnx", "factored", everywhere(representation="dense", format="int8", embedding_format="f32"), 64, 64
+        model, "onnx", "factored", everywhere(representation="dense", type="int8", embedding_type="f32"), 64, 64
     )
     bundle = materialize_bundle(checkpoint, unranked(checkpoint), plan, tmp_path / "bundle")
     (tmp_path / "export").mkdir()

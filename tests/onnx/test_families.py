@@ -104,7 +104,7 @@ def export(tmp_path: Path, case: str, rule: str) -> Export:
 @pytest.mark.filterwarnings("ignore:.*rope.*")
 def test_runtimes_agree_with_the_bundle(tmp_path: Path, case: str, rule: str) -> None:
     made = export(tmp_path, case, rule)
-    runtime = made.bundle.plan.runtime
+    runtime = made.bundle.plan.serving
     reference = dequantized(made.bundle) if rule == "mixed" else load_bundle(made.bundle.path)
     with torch.no_grad():
         expected = list(reference(input_ids=torch.from_numpy(WINDOWS)).logits.numpy())

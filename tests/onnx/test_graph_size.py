@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from acip_export.artifacts.plan import Runtime, TensorDecision
+from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import causal_lm
-from acip_export.weight_types import formats_of
+from acip_export.weight_types import types_of
 from converters.onnx import converter
 from converters.onnx.graph import size as outline
 
-FORMATS = [f.name for f in formats_of("onnx") if f.item_bytes == 4]
+FORMATS = [f.name for f in types_of("onnx") if f.item_bytes == 4]
 EMBEDDINGS = [name for name in FORMATS if "int2" not in name]
 
 
-def random_model(seed: int, arch: str) -> tuple[Checkpoint, tuple[TensorDecision, ...], Runtime]:
+def random_model(seed: int, arch: str) -> tuple[Checkpoint, tuple[TensorDecision, ...], Serving]:
     """A random shape of ``arch`` with a random decision for every tensor."""
     draw = random.Random(seed)
     kv_heads = draw.choice((1, 2, 3))
@@ -61,44 +61,44 @@ def random_model(seed: int, arch: str) -> tuple[Checkpoint, tuple[TensorDecision
     decisions = []
     for name, shape in parameters.items():
         if len(shape) == 1:
-            decisions.append(TensorDecision(name, shape, "dense", 0, format="f32"))
+            decisions.append(TensorDecision(name, shape, "dense", 0, type="f32"))
         elif "embed" in name or "lm_head" in name:
-            decisions.append(TensorDecision(name, shape, "dense", 0, format=draw.choice(EMBEDDINGS)))
+            decisions.append(TensorDecision(name, shape, "dense", 0, type=draw.choice(EMBEDDINGS)))
         elif draw.random() < 0.5:
-            decisions.append(TensorDecision(name, shape, "dense", 0, format=draw.choice(FORMATS)))
+            decisions.append(TensorDecision(name, shape, "dense", 0, type=draw.choice(FORMATS)))
         else:
             up, down = draw.choice(FORMATS), draw.choice(FORMATS)
             rank = draw.randrange(1, min(shape) + 1)
-            decisions.append(TensorDecision(name, shape, "factored", 0, rank=rank, up_format=up, down_format=down))
-    return Checkpoint(Path(), config, {}), tuple(decisions), Runtime(draw.choice((16, 4096)), "f32", 16)
+            decisions.append(TensorDecision(name, shape, "factored", 0, rank=rank, up_type=up, down_type=down))
+    return Checkpoint(Path(), config, {}), tuple(decisions), Serving(draw.choice((16, 4096)), "f32", 16)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])
 def test_sizes_equal_the_builders(arch: str, seed: int) -> None:
-    checkpoint, decisions, runtime = random_model(seed, arch)
-    added_up = outline.outline(checkpoint.config, checkpoint.shape, decisions, runtime.context)
-    built, _ = converter._graph(checkpoint, decisions, runtime, converter.Options(), read_vector=None)
+    checkpoint, decisions, serving = random_model(seed, arch)
+    added_up = outline.outline(checkpoint.config, checkpoint.shape, decisions, serving.context)
+    built, _ = converter._graph(checkpoint, decisions, serving, converter.Options(), read_vector=None)
     assert added_up == outline.GraphBytes(len(built.protobuf), built.data_bytes)
 
 
 def test_what_is_not_described_is_left_to_the_builder(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, decisions, runtime = random_model(0, "llama")
+    checkpoint, decisions, serving = random_model(0, "llama")
     config, shape = checkpoint.config, checkpoint.shape
 
     def found(config: dict[str, Any] = config, decisions: tuple[TensorDecision, ...] = decisions) -> bool:
-        return outline.outline(config, shape, decisions, runtime.context) is not None
+        return outline.outline(config, shape, decisions, serving.context) is not None
 
     assert found()
     assert not found({**config, "model_type": "gemma3_text"})
     assert not found({**config, "hidden_act": "gelu"})
     assert not found({**config, "partial_rotary_factor": 0.5})
     assert not found({**config, "rope_parameters": {"rope_type": "longrope"}})
-    assert not found({**config, "model_type": "mistral", "sliding_window": runtime.context - 1})
+    assert not found({**config, "model_type": "mistral", "sliding_window": serving.context - 1})
     assert not found(decisions=decisions[1:])
-    assert not found(decisions=(*decisions, TensorDecision("model.extra.weight", (4, 4), "dense", 0, format="f32")))
+    assert not found(decisions=(*decisions, TensorDecision("model.extra.weight", (4, 4), "dense", 0, type="f32")))
     embedding = next(d for d in decisions if "embed" in d.name)
-    rounded = tuple(replace(d, format="int2") if d is embedding else d for d in decisions)
+    rounded = tuple(replace(d, type="int2") if d is embedding else d for d in decisions)
     assert not found(decisions=rounded)
     monkeypatch.setitem(outline.TESTED, "onnx-ir", "0.0.1")
     assert not found()

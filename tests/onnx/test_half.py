@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from acip_export.api import export_model, plan_export
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
 from acip_export.formats.targets import TARGETS
 from acip_export.model.checkpoint import Checkpoint
@@ -29,10 +29,10 @@ from tests.onnx.test_families import CASES, PROMPT, WINDOWS
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
 
 RULES: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
-    "f16": dense(format="f16"),
-    "int4, float embedding": dense(format="int4-b64-f16", embedding_format="f16"),
+    "f16": dense(type="f16"),
+    "int4, float embedding": dense(type="int4-b64-f16", embedding_type="f16"),
     "pairs": everywhere(
-        representation="factored", rank=32, up_format="int8-f16", down_format="int4-f16", embedding_format="int8-f16"
+        representation="factored", rank=32, up_type="int8-f16", down_type="int4-f16", embedding_type="int8-f16"
     ),
 }
 
@@ -40,8 +40,8 @@ RULES: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
 def export(tmp_path: Path, arch: str, settings: dict[str, Any], rule: str) -> Export:
     model = make_model(tmp_path / "m", arch, **{**SIZES, **settings})
     drafted = make_plan(model, "onnx", "factored", RULES[rule], CONTEXT, PROMPT_BATCH)
-    tensors = (replace(d, format="f16", nbytes=d.nbytes // 2) if len(d.shape) == 1 else d for d in drafted.tensors)
-    plan = replace(drafted, tensors=tuple(tensors), runtime=Runtime(CONTEXT, "f16", PROMPT_BATCH, "webgpu"))
+    tensors = (replace(d, type="f16", nbytes=d.nbytes // 2) if len(d.shape) == 1 else d for d in drafted.tensors)
+    plan = replace(drafted, tensors=tuple(tensors), serving=Serving(CONTEXT, "f16", PROMPT_BATCH, "webgpu"))
     bundle = make_bundle(model, plan, tmp_path / "b")
     (tmp_path / "e").mkdir()
     converter.convert(bundle, tmp_path / "e", lambda _: None, EXACT)
@@ -53,7 +53,7 @@ def export(tmp_path: Path, arch: str, settings: dict[str, Any], rule: str) -> Ex
 def test_runtimes_agree_with_the_bundle(tmp_path: Path, case: str, rule: str) -> None:
     arch, settings = CASES[case]
     made = export(tmp_path, arch, {**settings, "tie_word_embeddings": rule != "f16"}, rule)
-    runtime = made.bundle.plan.runtime
+    runtime = made.bundle.plan.serving
     with torch.no_grad():
         expected = list(dequantized(made.bundle)(input_ids=torch.from_numpy(WINDOWS)).logits.numpy())
     with OnnxRuntimeSession(made.path, runtime, threads=1) as plain, GenaiSession(made.path, runtime) as genai:
@@ -70,27 +70,27 @@ def test_runtimes_agree_with_the_bundle(tmp_path: Path, case: str, rule: str) ->
 
 def test_transformers_js_keeps_the_cache_in_the_graphs_precision(tmp_path: Path) -> None:
     made = export(tmp_path, "llama", {}, "pairs")
-    with GenaiSession(made.path, made.bundle.plan.runtime) as genai:
+    with GenaiSession(made.path, made.bundle.plan.serving) as genai:
         expected = genai.greedy(PROMPT, 12)
     (answer,) = transformers_js("transformers.mjs", [made.path], {"texts": [], "prompt": PROMPT, "count": 12})
     assert answer["tokens"] == expected
 
 
-@pytest.mark.parametrize("execution", [known.name for known in TARGETS["onnx"].executions if known.provider])
-def test_planned_for_a_graphics_card(tmp_path: Path, execution: str) -> None:
+@pytest.mark.parametrize("backend", [known.name for known in TARGETS["onnx"].backends if known.provider])
+def test_planned_for_a_graphics_card(tmp_path: Path, backend: str) -> None:
     model = make_model(tmp_path / "m", **SIZES)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
-    request = PlanRequest("onnx", 700_000, execution=execution, context=CONTEXT, prompt_batch=8)
+    request = PlanRequest("onnx", 700_000, backend=backend, context=CONTEXT, prompt_batch=8)
     plan = plan_export(checkpoint, scores, request)
-    assert plan.runtime.cache_type == "f16"
-    names = {name for d in plan.tensors for name in (d.format, d.up_format, d.down_format) if name}
+    assert plan.serving.cache_type == "f16"
+    names = {name for d in plan.tensors for name in (d.type, d.up_type, d.down_type) if name}
     assert all(name.endswith("f16") for name in names)
-    assert execution != "dml" or not any("int8" in name for name in names)
+    assert backend != "dml" or not any("int8" in name for name in names)
     report = export_model(checkpoint, scores, plan, tmp_path / "e", verify=True)
     assert report is not None and report.passed
     assert report.written_bytes == plan.planned_bytes <= plan.memory_bytes <= plan.budget_bytes
     # Half the cache of the processor's graph.
-    processor = plan_export(checkpoint, scores, replace(request, execution="cpu"))
+    processor = plan_export(checkpoint, scores, replace(request, backend="cpu"))
     assert 2 * plan.breakdown["kv_cache"] == processor.breakdown["kv_cache"]
 
 
@@ -98,19 +98,19 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", **SIZES)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
     for message, request in {
-        "has no target 'tpu'; it has: cpu, webgpu": PlanRequest("onnx", 10**6, execution="tpu"),
-        "gguf has no target 'webgpu'": PlanRequest("gguf", 10**6, execution="webgpu"),
-        "no type 'int4' here; it has: f16": PlanRequest("onnx", 10**6, execution="webgpu", types=("int4",)),
-        "int8-f16 is not exported: DirectML": PlanRequest("onnx", 10**6, execution="dml", types=("int8-f16",)),
-        "CUDA multiply 4 and 8 bits": PlanRequest("onnx", 10**6, execution="cuda", types=("uint2-b64-f16",)),
+        "has no target 'tpu'; it has: cpu, webgpu": PlanRequest("onnx", 10**6, backend="tpu"),
+        "gguf has no target 'webgpu'": PlanRequest("gguf", 10**6, backend="webgpu"),
+        "no type 'int4' here; it has: f16": PlanRequest("onnx", 10**6, backend="webgpu", types=("int4",)),
+        "int8-f16 is not exported: DirectML": PlanRequest("onnx", 10**6, backend="dml", types=("int8-f16",)),
+        "CUDA multiply 4 and 8 bits": PlanRequest("onnx", 10**6, backend="cuda", types=("uint2-b64-f16",)),
         "int2-b256 is not exported: onnxruntime has no kernel": PlanRequest("onnx", 10**6, types=("int2-b256",)),
         "no type 'int4-f16' here; it has: f32": PlanRequest("onnx", 10**6, types=("int4-f16",)),
     }.items():
         with pytest.raises(UnsupportedError, match=re.escape(message)):
             plan_export(checkpoint, scores, request)
     made = export(tmp_path / "x", "llama", {}, "f16").bundle.plan
-    plain = replace(made.runtime, execution="cpu", cache_type="f32")
-    with pytest.raises(UnsupportedError, match="plan again with  --target cpu"):
+    plain = replace(made.runtime, backend="cpu", cache_type="f32")
+    with pytest.raises(UnsupportedError, match="plan again with  --backend cpu"):
         converter.predict_files(checkpoint, "factored", made.tensors, plain)
     with pytest.raises(UnsupportedError, match="use --cache-type f16"):
         converter.predict_files(checkpoint, "factored", made.tensors, replace(made.runtime, cache_type="f32"))

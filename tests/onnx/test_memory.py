@@ -10,7 +10,7 @@ import pytest
 
 from acip_export.artifacts.bundle import Bundle
 from acip_export.planning.memory_onnx import activation_bytes, leftover_bytes, logit_bytes, packed_bytes, tied_bytes
-from acip_export.weight_types import weight_format
+from acip_export.weight_types import weight_type
 from converters.onnx import converter
 from tests.support import dense, make_bundle, make_model, make_plan
 
@@ -37,7 +37,7 @@ print(peak())
 
 def export(directory: Path, fmt: str, tied: bool, sizes: dict[str, int]) -> tuple[Bundle, Path]:
     model = make_model(directory / "m", tie_word_embeddings=tied, **sizes)
-    plan = make_plan(model, "onnx", "factored", dense(format=fmt), CONTEXT, BATCH)
+    plan = make_plan(model, "onnx", "factored", dense(type=fmt), CONTEXT, BATCH)
     bundle = make_bundle(model, plan, directory / "b")
     out = directory / "e"
     out.mkdir()
@@ -51,9 +51,9 @@ def peak(export: Path) -> int:
 
 
 def formula(bundle: Bundle) -> int:
-    shape, runtime = bundle.as_checkpoint().shape, bundle.plan.runtime
+    shape, serving = bundle.as_checkpoint().shape, bundle.plan.serving
     matrices = [
-        (d.name, d.shape[0], d.shape[1], weight_format("onnx", str(d.format)))
+        (d.name, d.shape[0], d.shape[1], weight_type("onnx", str(d.type)))
         for d in bundle.plan.tensors
         if len(d.shape) == 2
     ]
@@ -61,9 +61,9 @@ def formula(bundle: Bundle) -> int:
     embedding = next(m[1:] for m in matrices if "embed" in m[0])
     resident = sum(d.nbytes for d in bundle.plan.tensors) + sum(packed_bytes(*m) for m in products)
     resident += max(leftover_bytes(*m) for m in products) + (tied_bytes(*embedding) if shape.tied_embeddings else 0)
-    tables = 4 * runtime.context * shape.head_dim
-    cache = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim * runtime.context
-    running = cache + activation_bytes(shape, runtime) + logit_bytes(shape, runtime)
+    tables = 4 * serving.context * shape.head_dim
+    cache = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim * serving.context
+    running = cache + activation_bytes(shape, serving) + logit_bytes(shape, serving)
     # Loading holds one matrix twice before anything runs.
     largest = max(fmt.nbytes(rows, columns) for rows, columns, fmt in products)
     return resident + tables + max(running, largest)

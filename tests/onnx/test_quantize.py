@@ -9,10 +9,10 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from acip_export.weight_types import WeightFormat, formats_of, weight_format
+from acip_export.weight_types import WeightType, types_of, weight_type
 from converters.onnx.quantize import Floats, Quantized, dequantize, quantize
 
-QUANTIZED = [fmt for fmt in formats_of("onnx") if not fmt.is_float]
+QUANTIZED = [fmt for fmt in types_of("onnx") if not fmt.is_float]
 NAMES = [fmt.name for fmt in QUANTIZED]
 
 
@@ -20,7 +20,7 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).standard_normal((rows, columns), dtype=np.float32)
 
 
-def error(weight: Floats, fmt: WeightFormat, importance: Floats | None = None, judge: Floats | None = None) -> float:
+def error(weight: Floats, fmt: WeightType, importance: Floats | None = None, judge: Floats | None = None) -> float:
     """Relative error with columns weighted by ``judge``."""
     back = dequantize(quantize(weight, fmt, importance), fmt, weight.shape[1])
     columns = np.ones(weight.shape[1], np.float32) if judge is None else judge
@@ -29,7 +29,7 @@ def error(weight: Floats, fmt: WeightFormat, importance: Floats | None = None, j
 
 @pytest.mark.parametrize("fmt", QUANTIZED, ids=NAMES)
 @pytest.mark.parametrize("columns", [32, 96, 100, 256])
-def test_stored_bytes_are_the_tables(fmt: WeightFormat, columns: int) -> None:
+def test_stored_bytes_are_the_tables(fmt: WeightType, columns: int) -> None:
     quantized = quantize(gaussian(7, columns), fmt)
     stored = [part for part in (quantized.codes, quantized.scales, quantized.zeros) if part is not None]
     assert sum(part.nbytes for part in stored) == fmt.nbytes(7, columns)
@@ -37,12 +37,12 @@ def test_stored_bytes_are_the_tables(fmt: WeightFormat, columns: int) -> None:
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED, ids=NAMES)
-def test_gaussian_error_is_the_tables(fmt: WeightFormat) -> None:
+def test_gaussian_error_is_the_tables(fmt: WeightType) -> None:
     # 2^18 weights: the figure itself is known to about half a percent; the table has two digits.
     assert error(gaussian(128, 2048), fmt) == pytest.approx(fmt.relative_mse, rel=0.03)
 
 
-def rounded_plainly(weight: Floats, fmt: WeightFormat) -> Floats:
+def rounded_plainly(weight: Floats, fmt: WeightType) -> Floats:
     """The block's largest weight at the last code, or its range over all codes: no search, no importance."""
     blocks = weight.reshape(len(weight), -1, fmt.block)
     last = 2**fmt.code_bits - 1
@@ -57,7 +57,7 @@ def rounded_plainly(weight: Floats, fmt: WeightFormat) -> Floats:
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED, ids=NAMES)
-def test_better_than_plain_rounding(fmt: WeightFormat) -> None:
+def test_better_than_plain_rounding(fmt: WeightType) -> None:
     weight = gaussian(64, 512)
     plain = float(((weight - rounded_plainly(weight, fmt)) ** 2).sum() / (weight**2).sum())
     # Eight bits have so many codes that where the ends fall hardly matters; the fitted scale gains a little.
@@ -67,19 +67,19 @@ def test_better_than_plain_rounding(fmt: WeightFormat) -> None:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_zero_points_pay_where_weights_lie_to_one_side(bits: int) -> None:
     weight = gaussian(64, 512) + np.float32(1.5)
-    symmetric, asymmetric = (error(weight, weight_format("onnx", f"{kind}{bits}")) for kind in ("int", "uint"))
+    symmetric, asymmetric = (error(weight, weight_type("onnx", f"{kind}{bits}")) for kind in ("int", "uint"))
     assert asymmetric < (0.5 if bits == 4 else 0.9) * symmetric
 
 
 @pytest.mark.parametrize("name", ["int4", "int2", "uint4", "uint2-b64"])
 def test_importance_moves_the_error_to_columns_that_matter_less(name: str) -> None:
-    fmt, weight = weight_format("onnx", name), gaussian(64, 512)
+    fmt, weight = weight_type("onnx", name), gaussian(64, 512)
     importance = np.where(np.arange(512) % 4 == 0, 100.0, 1.0).astype(np.float32)
     assert error(weight, fmt, importance, importance) < 0.9 * error(weight, fmt, None, importance)
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED, ids=NAMES)
-def test_extreme_rows_stay_finite(fmt: WeightFormat) -> None:
+def test_extreme_rows_stay_finite(fmt: WeightType) -> None:
     weight = np.zeros((4, fmt.block), np.float32)
     weight[1] = 1e-42  # denormal: its reciprocal is infinite
     half = fmt.item_bytes == 2
@@ -96,7 +96,7 @@ def test_extreme_rows_stay_finite(fmt: WeightFormat) -> None:
 
 @pytest.mark.parametrize("fmt", QUANTIZED, ids=NAMES)
 @pytest.mark.parametrize("columns", [64, 100, 768])
-def test_matmul_operator_reads_what_we_dequantize(fmt: WeightFormat, columns: int) -> None:
+def test_matmul_operator_reads_what_we_dequantize(fmt: WeightType, columns: int) -> None:
     half = fmt.item_bytes == 2
     weight, x = gaussian(24, columns), gaussian(5, columns, seed=1).astype(np.float16 if half else np.float32)
     weight[::3] += 1.0  # or zero points would all be in the middle
@@ -117,7 +117,7 @@ GATHERED = [fmt for fmt in QUANTIZED if fmt.code_bits != 2]
 
 @pytest.mark.parametrize("fmt", GATHERED, ids=[fmt.name for fmt in GATHERED])
 @pytest.mark.parametrize("columns", [256, 768])
-def test_gather_operator_reads_what_we_dequantize(fmt: WeightFormat, columns: int) -> None:
+def test_gather_operator_reads_what_we_dequantize(fmt: WeightType, columns: int) -> None:
     quantized = quantize(gaussian(24, columns) + np.float32(0.5), fmt)
     ids = np.array([[3, 0, 23]], np.int64)
     stored = replace(quantized, codes=quantized.codes.reshape(24, -1))

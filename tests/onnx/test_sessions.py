@@ -40,7 +40,7 @@ def test_logits_and_greedy_tokens_are_the_bundles(
     export = make_export(arch, tied, rule)
     reference = TorchReference(export.bundle.path)
     count = CONTEXT - len(PROMPT)
-    with session_class(export.path, export.bundle.plan.runtime) as session:
+    with session_class(export.path, export.bundle.plan.serving) as session:
         agreement = compare_logits(
             reference.logits(WINDOWS),
             session.logits(WINDOWS),
@@ -54,7 +54,7 @@ def test_logits_and_greedy_tokens_are_the_bundles(
 @pytest.mark.parametrize("rule", ["int8", "int4", "mixed"])
 def test_both_runtimes_agree_on_rounded_exports(make_export: MakeExport, rule: str, tied: bool) -> None:
     export = make_export("llama", tied, rule)
-    runtime = export.bundle.plan.runtime
+    runtime = export.bundle.plan.serving
     with OnnxRuntimeSession(export.path, runtime) as plain, GenaiSession(export.path, runtime) as genai:
         agreement = compare_logits(
             plain.logits(WINDOWS), genai.logits(WINDOWS), (plain.greedy(PROMPT, 20), genai.greedy(PROMPT, 20))
@@ -68,7 +68,7 @@ def test_speed_fits_the_context(
     make_export: MakeExport, session_class: type[OnnxRuntimeSession | GenaiSession]
 ) -> None:
     export = make_export("llama", True, "int4")
-    with session_class(export.path, export.bundle.plan.runtime) as session:
+    with session_class(export.path, export.bundle.plan.serving) as session:
         speed = session.speed([5] * (CONTEXT - 8), 8)
     assert speed.prefill > 0
     assert speed.decode > 0
@@ -79,7 +79,7 @@ def test_speed_fits_the_context(
 def test_a_damaged_export_is_a_verification_error(
     make_export: MakeExport, session_class: type[OnnxRuntimeSession | GenaiSession], tmp_path: Path
 ) -> None:
-    runtime = make_export("llama", True, "int4").bundle.plan.runtime
+    runtime = make_export("llama", True, "int4").bundle.plan.serving
     with pytest.raises(VerificationError, match="cannot open"):
         session_class(tmp_path, runtime)
 

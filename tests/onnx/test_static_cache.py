@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from acip_export.api import export_model, plan_export
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
 from acip_export.formats.targets import STATIC_CACHE
 from acip_export.model.checkpoint import Checkpoint
@@ -29,9 +29,9 @@ from tests.onnx.test_families import CASES, PROMPT, WINDOWS
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
 
 RULES = {
-    "f16": dense(format="f16"),
+    "f16": dense(type="f16"),
     "pairs": everywhere(
-        representation="factored", rank=32, up_format="int8-f16", down_format="int4-f16", embedding_format="f16"
+        representation="factored", rank=32, up_type="int8-f16", down_type="int4-f16", embedding_type="f16"
     ),
 }
 # What the provider's tables of operators have, and Constant and Shape, which are folded before it is asked.
@@ -45,8 +45,8 @@ TAKEN = {
 def export(tmp_path: Path, arch: str, settings: dict[str, Any], rule: str) -> Export:
     model = make_model(tmp_path / "m", arch, **{**SIZES, **settings})
     drafted = make_plan(model, "onnx", "factored", RULES[rule], CONTEXT, PROMPT_BATCH)
-    tensors = (replace(d, format="f16", nbytes=d.nbytes // 2) if len(d.shape) == 1 else d for d in drafted.tensors)
-    plan = replace(drafted, tensors=tuple(tensors), runtime=Runtime(CONTEXT, "f16", PROMPT_BATCH, STATIC_CACHE))
+    tensors = (replace(d, type="f16", nbytes=d.nbytes // 2) if len(d.shape) == 1 else d for d in drafted.tensors)
+    plan = replace(drafted, tensors=tuple(tensors), serving=Serving(CONTEXT, "f16", PROMPT_BATCH, STATIC_CACHE))
     bundle = make_bundle(model, plan, tmp_path / "b")
     (tmp_path / "e").mkdir()
     converter.convert(bundle, tmp_path / "e", lambda _: None, EXACT)
@@ -59,7 +59,7 @@ def export(tmp_path: Path, arch: str, settings: dict[str, Any], rule: str) -> Ex
 def test_the_same_numbers_in_standard_operators(tmp_path: Path, case: str, rule: str, tied: bool) -> None:
     arch, settings = CASES.get(case, (case, {}))
     made = export(tmp_path, arch, {**settings, "tie_word_embeddings": tied}, rule)
-    runtime = made.bundle.plan.runtime
+    runtime = made.bundle.plan.serving
     with torch.no_grad():
         expected = dequantized(made.bundle)(input_ids=torch.from_numpy(WINDOWS)).logits.numpy()
     with OnnxRuntimeSession(made.path, runtime, threads=1) as plain, GenaiSession(made.path, runtime) as genai:
@@ -95,10 +95,10 @@ def test_a_cache_that_was_never_cleared_does_no_harm(tmp_path: Path) -> None:
 def test_planned_and_verified(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", **SIZES)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
-    for execution, budget in ((STATIC_CACHE, 800_000), ("mobile", 700_000)):
-        request = PlanRequest("onnx", budget, execution=execution, context=CONTEXT, prompt_batch=8)
+    for backend, budget in ((STATIC_CACHE, 800_000), ("mobile", 700_000)):
+        request = PlanRequest("onnx", budget, backend=backend, context=CONTEXT, prompt_batch=8)
         plan = plan_export(checkpoint, scores, request)
-        report = export_model(checkpoint, scores, plan, tmp_path / execution, verify=True)
+        report = export_model(checkpoint, scores, plan, tmp_path / backend, verify=True)
         assert report is not None and report.passed
         assert report.written_bytes == plan.planned_bytes <= plan.memory_bytes <= plan.budget_bytes
 
@@ -106,14 +106,14 @@ def test_planned_and_verified(tmp_path: Path) -> None:
 def test_what_the_target_cannot_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", **SIZES)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
-    for message, execution, kind in (
+    for message, backend, kind in (
         ("blocks of 32 and 64", STATIC_CACHE, "int4-b128-f16"),
         ("zero points", STATIC_CACHE, "uint4-f16"),
         ("2 bits on ARM", "mobile", "int2-b64"),
         ("multiples of 32", "mobile", "int4-b16"),
     ):
         with pytest.raises(UnsupportedError, match=re.escape(message)):
-            plan_export(checkpoint, scores, PlanRequest("onnx", 10**6, execution=execution, types=(kind,)))
+            plan_export(checkpoint, scores, PlanRequest("onnx", 10**6, backend=backend, types=(kind,)))
     with pytest.raises(UnsupportedError, match="soft cap"):
         export(tmp_path / "x", "gemma2", {}, "f16")
     assert not (tmp_path / "x" / "e" / "onnx").exists()

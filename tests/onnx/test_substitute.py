@@ -80,18 +80,18 @@ def make_other(directory: Path, kind: str, **overrides: Any) -> Path:
 
 def float_pairs(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
     if not in_layer(name) or "dense_h_to_4h" in name:
-        return {"representation": "dense", "format": "f32"}
-    return {"representation": "factored", "rank": 32, "up_format": "f32", "down_format": "f32"}
+        return {"representation": "dense", "type": "f32"}
+    return {"representation": "factored", "rank": 32, "up_type": "f32", "down_type": "f32"}
 
 
 def mixed(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
     if name.endswith((*EMBEDDINGS, HEAD)):
-        return {"representation": "dense", "format": "int8"}
+        return {"representation": "dense", "type": "int8"}
     if not in_layer(name):
-        return {"representation": "dense", "format": "f32"}
+        return {"representation": "dense", "type": "f32"}
     if "attn" in name or "attention" in name:
-        return {"representation": "factored", "rank": 32, "up_format": "int8", "down_format": "int4-b64"}
-    return {"representation": "dense", "format": "int4"}
+        return {"representation": "factored", "rank": 32, "up_type": "int8", "down_type": "int4-b64"}
+    return {"representation": "dense", "type": "int4"}
 
 
 def in_layer(name: str) -> bool:
@@ -113,7 +113,7 @@ def test_runtimes_agree_with_the_bundle(tmp_path: Path, kind: str) -> None:
             expected = list(reference(input_ids=torch.from_numpy(WINDOWS)).logits.numpy())
         # The tolerance below means something only if the logits are of this order.
         assert 0.1 < np.std(expected) < 10
-        sessions = [OnnxRuntimeSession(place / "e", plan.runtime, threads=1), GenaiSession(place / "e", plan.runtime)]
+        sessions = [OnnxRuntimeSession(place / "e", plan.serving, threads=1), GenaiSession(place / "e", plan.serving)]
         greedy = [session.greedy(PROMPT, 20) for session in sessions]
         for session in sessions:
             agreement = compare_logits(expected, session.logits(WINDOWS), (greedy[0], greedy[1]))
@@ -125,7 +125,7 @@ def test_runtimes_agree_with_the_bundle(tmp_path: Path, kind: str) -> None:
             for file in (place / "e").rglob("*")
             if file.is_file()
         }
-        assert written == converter.predict_files(checkpoint, plan.layout, plan.tensors, plan.runtime)
+        assert written == converter.predict_files(checkpoint, plan.layout, plan.tensors, plan.serving)
     nodes = onnx.ModelProto.FromString(traced(checkpoint.config, CONTEXT)).graph.node
     attends = sum(node.op_type == "GroupQueryAttention" for node in nodes)
     assert attends == (checkpoint.shape.layers if checkpoint.shape.fused_attention else 0)
@@ -172,13 +172,13 @@ def test_from_a_budget_to_a_verified_export(tmp_path: Path) -> None:
     [
         # Its convolutions and states are nothing that a plan decides about.
         ("mamba", {}, "is the weight of no linear layer"),
-        ("gpt2", {"execution": "cuda"}, "for --target cpu or mobile, not cuda"),
+        ("gpt2", {"backend": "cuda"}, "for --backend cpu or mobile, not cuda"),
     ],
 )
 def test_what_cannot_be_traced_is_refused(tmp_path: Path, kind: str, sizes: dict[str, Any], reason: str) -> None:
-    execution = sizes.pop("execution", "cpu")
+    backend = sizes.pop("backend", "cpu")
     config = {**SMALL, "model_type": kind, "tie_word_embeddings": True, "intermediate_size": 128, **sizes}
     checkpoint = Checkpoint(tmp_path, config, {})
     with pytest.raises(UnsupportedError, match=reason) as raised:
-        converter.prepare(checkpoint, execution, CONTEXT, lambda _: None)
+        converter.prepare(checkpoint, backend, CONTEXT, lambda _: None)
     assert raised.value.exit_code == 5

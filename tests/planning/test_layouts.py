@@ -26,7 +26,7 @@ def names(layout: str | None, runtime: str | None) -> list[str]:
 
 def test_stock_llama_cpp_is_the_default_runtime() -> None:
     assert names(None, None) == ["stock"]
-    assert names(AUTO, None) == names(AUTO, "llama.cpp") == ["stock", "adapter"]
+    assert names(AUTO, None) == names(AUTO, "llama.cpp") == ["stock", "lora"]
     assert names(None, "acip-llama.cpp") == ["factored"]
     assert set(names(AUTO, "acip-llama.cpp")) == {layout.name for layout in GGUF.layouts}
 
@@ -59,8 +59,8 @@ def planned(ranked: tuple[Checkpoint, ScoreFile], budget: int, layout: str | Non
 
 def test_auto_is_the_best_predicted_of_the_runtimes_layouts(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     budget = 800_000
-    apart = {name: planned(ranked, budget, name) for name in ("stock", "adapter", "factored")}
-    stock = min((apart["stock"], apart["adapter"]), key=lambda plan: plan.predicted_loss)
+    apart = {name: planned(ranked, budget, name) for name in ("stock", "lora", "factored")}
+    stock = min((apart["stock"], apart["lora"]), key=lambda plan: plan.predicted_loss)
     assert planned(ranked, budget, AUTO).layout == stock.layout
     extended = planned(ranked, budget, AUTO, "acip-llama.cpp")
     assert extended.predicted_loss == min(plan.predicted_loss for plan in apart.values())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from acip_export.artifacts.plan import (
     RUNTIME_PARTS,
     Plan,
-    Runtime,
+    Serving,
     TensorDecision,
     decision_bytes,
     load_plan,
@@ -25,7 +25,7 @@ from acip_export.planning import PlanRequest, make_plan
 from tests.support import make_model, make_scores
 
 
-def overhead(decisions: tuple[TensorDecision, ...], _runtime: Runtime) -> dict[str, int]:
+def overhead(decisions: tuple[TensorDecision, ...], _serving: Serving) -> dict[str, int]:
     """File bytes that, as in the real formats, depend a little on what was decided."""
     around = sum(64 + len(str(d.nbytes)) + (40 if d.rank else 0) for d in decisions)
     return {"model": sum(d.nbytes for d in decisions) + around, "config": 777}
@@ -39,7 +39,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, ScoreF
 
 REQUESTS = [
     PlanRequest("gguf", 0),
-    PlanRequest("gguf", 0, layout="adapter", types=("q8_0",)),
+    PlanRequest("gguf", 0, layout="lora", types=("q8_0",)),
     PlanRequest("gguf", 0, types=("q4_k", "q6_k"), cache_type="q8_0"),
     PlanRequest("onnx", 0),
     PlanRequest("onnx", 0, types=("int8",), budget_scope="file"),
@@ -64,8 +64,8 @@ def test_never_above_budget_and_monotone(
     used = plan.used_bytes
     assert used <= budget
     assert plan.certificate.bytes_left == budget - used
-    assert plan.planned_bytes == sum(overhead(plan.tensors, plan.runtime).values())
-    assert all(d.nbytes == decision_bytes(d, plan.target) for d in plan.tensors)
+    assert plan.planned_bytes == sum(overhead(plan.tensors, plan.serving).values())
+    assert all(d.nbytes == decision_bytes(d, plan.format) for d in plan.tensors)
     assert [d.name for d in plan.tensors] == list(ranked[0].tensors)
     larger = make_plan(*ranked, replace(asked, budget_bytes=budget + more), overhead)
     assert larger.predicted_loss <= plan.predicted_loss
@@ -167,8 +167,8 @@ def test_plan_file_round_trip(saved: tuple[Plan, Path]) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('"format": "acip-plan"', '"format": "plan"', "not a plan"),
-        ('"version": 1', '"version": 2', "version 2"),
+        ('"artifact": "acip-plan"', '"type": "plan"', "not a plan"),
+        ('"version": 2', '"version": 3', "version 3"),
         ('"nbytes": ', '"nbytes": 1', "its decision takes"),
         ('"planned_bytes": ', '"planned_bytes": 1', "add up to"),
         ('"budget_bytes": 900000', '"budget_bytes": 9', "of a budget of 9"),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from acip_export.artifacts.plan import RUNTIME_PARTS, BudgetScope, Plan, Runtime, TensorDecision, decision_bytes
+from acip_export.artifacts.plan import RUNTIME_PARTS, BudgetScope, Plan, Serving, TensorDecision, decision_bytes
 from acip_export.cli.options import PlanFlags
 from acip_export.errors import InfeasibleBudgetError
 from acip_export.formats.registry import converter
@@ -21,12 +21,12 @@ from acip_export.planning.memory import memory_breakdown
 from tests.planning.problems import MAX_CONTEXT, Shape, examples, made_up_scores, shapes, weightless
 
 SCOPES: tuple[BudgetScope, ...] = get_args(BudgetScope)
-# Every (target, layout, execution) that can be planned for.
+# Every (target, layout, backend) that can be planned for.
 WAYS = [
-    (target.name, layout.name, execution)
+    (target.name, layout.name, backend)
     for target in TARGETS.values()
     for layout in target.layouts
-    for execution in (None, *(known.name for known in target.executions))
+    for backend in (None, *(known.name for known in target.backends))
 ]
 
 
@@ -42,8 +42,8 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    name, layout, execution = draw(st.sampled_from(WAYS))
-    target = TARGETS[name].on(execution)
+    name, layout, backend = draw(st.sampled_from(WAYS))
+    target = TARGETS[name].on(backend)
     types = st.lists(st.sampled_from(target.types), unique=True, max_size=4).map(tuple)
     # Floats fit rows of any length, so that no shape is refused.
     fitting = tuple(form for form in target.types if form in ("f32", "f16"))[:1]
@@ -51,7 +51,7 @@ def cases(draw: st.DrawFn) -> Case:
         name,
         0,
         draw(st.sampled_from(SCOPES)),
-        execution=execution,
+        backend=backend,
         layout=layout,
         types=draw(st.one_of(st.just(()), types.map(lambda chosen: tuple(dict.fromkeys((*fitting, *chosen)))))),
         context=draw(st.integers(1, MAX_CONTEXT)),
@@ -63,10 +63,10 @@ def cases(draw: st.DrawFn) -> Case:
 
 def problem_of(case: Case, directory: Path) -> Problem:
     checkpoint = weightless(case.shape, directory)
-    files = converter(case.request.target).predict_files
+    files = converter(case.request.format).predict_files
 
-    def predict(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> dict[str, int]:
-        return files(checkpoint, str(case.request.layout), tensors, runtime)
+    def predict(tensors: tuple[TensorDecision, ...], serving: Serving) -> dict[str, int]:
+        return files(checkpoint, str(case.request.layout), tensors, serving)
 
     return Problem.of(checkpoint, made_up_scores(checkpoint, case.seed), case.request, predict)
 
@@ -81,10 +81,10 @@ def budgets(problem: Problem, case: Case, *factors: float) -> list[int]:
 def check(problem: Problem, request: PlanRequest, plan: Plan) -> None:
     """What every plan is, said once more from the decisions alone."""
     assert [d.name for d in plan.tensors] == list(problem.checkpoint.tensors)
-    assert [d.nbytes for d in plan.tensors] == [decision_bytes(d, plan.target) for d in plan.tensors]
-    assert plan.files == problem.predict_files(plan.tensors, plan.runtime)
+    assert [d.nbytes for d in plan.tensors] == [decision_bytes(d, plan.format) for d in plan.tensors]
+    assert plan.files == problem.predict_files(plan.tensors, plan.serving)
     assert plan.planned_bytes == sum(plan.files.values())
-    again = memory_breakdown(plan.target, problem.checkpoint, plan.tensors, plan.planned_bytes, plan.runtime)
+    again = memory_breakdown(plan.format, problem.checkpoint, plan.tensors, plan.planned_bytes, plan.serving)
     assert plan.breakdown == again
     assert min(again.values()) >= 0
     own = sum(again[part] for part in RUNTIME_PARTS)
@@ -166,14 +166,14 @@ def test_devices(directory: Path, case: Case, memory: int, usable: float) -> Non
         f'runtimes = {{ gguf = "llama.cpp", onnx = "onnxruntime" }}\ncontext = {case.request.context}\n'
         'source = { memory = "made up", usable = "made up", types = "made up" }\n'
     )
-    request = PlanFlags(device="thing", devices=file, format_=case.request.target).request()
+    request = PlanFlags(device="thing", devices=file, format_=case.request.format).request()
     assert request.budget_scope == "process"
-    layout = TARGETS[request.target].layouts_for(None, request.runtime)[0].name
+    layout = TARGETS[request.format].layouts_for(None, request.runtime)[0].name
     checkpoint = weightless(case.shape, directory)
     scores = made_up_scores(checkpoint, case.seed)
 
-    def predict(tensors: tuple[TensorDecision, ...], runtime: Runtime) -> dict[str, int]:
-        return converter(request.target).predict_files(checkpoint, layout, tensors, runtime)
+    def predict(tensors: tuple[TensorDecision, ...], serving: Serving) -> dict[str, int]:
+        return converter(request.format).predict_files(checkpoint, layout, tensors, serving)
 
     try:
         plan = make_plan(checkpoint, scores, request, predict)
@@ -181,5 +181,5 @@ def test_devices(directory: Path, case: Case, memory: int, usable: float) -> Non
         assert refused.smallest_feasible_bytes > request.budget_bytes
         return
     assert plan.process_bytes <= request.budget_bytes == int(memory * 10**6 * Fraction(repr(usable)))
-    assert plan.runtime.context <= case.request.context  # type: ignore[operator]
+    assert plan.serving.context <= case.request.context  # type: ignore[operator]
     check(Problem.of(checkpoint, scores, request, predict), request, plan)

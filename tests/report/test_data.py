@@ -37,10 +37,10 @@ def test_planned_sizes_span_all_that_is_feasible(exports: Exports) -> None:
     assert 4 <= len(used) <= 6
     assert used == sorted(used)
     assert losses == sorted(losses, reverse=True)
-    assert {plan.runtime for plan in exports.sizes} == {read_export(exports.directories[0]).plan.runtime}
+    assert {plan.serving for plan in exports.sizes} == {read_export(exports.directories[0]).plan.serving}
     # More bytes than the last one takes would change nothing.
     assert exports.sizes[-1].certificate.next_upgrade is None
-    assert {d.format for plan in exports.sizes for d in plan.tensors if d.format} <= {"f32", *TYPES}
+    assert {d.type for plan in exports.sizes for d in plan.tensors if d.type} <= {"f32", *TYPES}
 
 
 def test_sizes_are_the_plans_in_order_with_the_own_one_marked(exports: Exports) -> None:
@@ -166,7 +166,7 @@ def _edit(directory: Path, **changes: object) -> None:
     [
         (_no_plan, PlanFileError, "does not exist"),
         (_damaged, InputError, "cannot be read as JSON"),
-        (_newer, InputError, "expected 'acip-report' of version 1"),
+        (_newer, InputError, "expected 'acip-report' of version 2"),
         (_of_another_export, InputError, "not of the plan beside it"),
     ],
 )

@@ -68,7 +68,7 @@ def test_report(encoded: MakeExport, target: str) -> None:
     assert runtime.load_seconds is not None and runtime.load_seconds > 0
     assert runtime.speed is not None and runtime.speed.prefill > 0
     assert (runtime.speed.decode, runtime.speed.new_tokens) == (None, 0)
-    assert runtime.speed.prompt_tokens == made.plan.runtime.prompt_batch
+    assert runtime.speed.prompt_tokens == made.plan.serving.prompt_batch
     assert report.similarity is not None and 0.8 < report.similarity < 1
     memory = runtime.memory
     assert memory is not None and memory.within_budget is None  # the budget is one of files
@@ -162,7 +162,7 @@ def test_batches_are_those_of_the_plan(encoded: MakeExport) -> None:
     """Texts of any lengths in any order give the vectors that each gives alone; too long ones are refused."""
     made = encoded("onnx")
     texts = [[2, *range(10, 10 + length), 3] for length in (30, 2, 11, 2, 38)]
-    with OnnxEncoderSession(made.export, replace(made.plan.runtime, prompt_batch=80), threads=1) as session:
+    with OnnxEncoderSession(made.export, replace(made.plan.serving, prompt_batch=80), threads=1) as session:
         together = session.outputs(texts)
         for row, text in zip(together, texts, strict=True):
             np.testing.assert_allclose(session.outputs([text])[0], row, atol=1e-5)  # float32 sums of unit vectors

@@ -63,7 +63,7 @@ def test_a_local_task_gives_what_the_bundle_says(exported: MakeExport, task: Pat
     found = evaluation.run_tasks(made.bundle, [str(task)])
     assert set(found) == {"tiny_choice"}
     # The same choice by hand: the most likely continuation.
-    model = load_bundle(made.bundle, converter(Bundle.open(made.bundle).plan.target).round_trip)
+    model = load_bundle(made.bundle, converter(Bundle.open(made.bundle).plan.format).round_trip)
     tokenizer = load_tokenizer(made.bundle)
 
     def loglikelihood(question: str, choice: str) -> float:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import InputError, MissingExtraError, VerificationError
 from acip_export.formats.session import Logits, RuntimeSession, Speed, Windows
 from acip_export.inspection.gguf_split import read_parts
@@ -59,7 +59,7 @@ class LlamaCppSession:
     def __init__(
         self,
         export: Path,
-        runtime: Runtime,
+        serving: Serving,
         threads: int | None = None,
         flash_attention: bool = True,
         extended: bool | None = None,
@@ -71,14 +71,14 @@ class LlamaCppSession:
         extended = has_factor_pairs(model_file(export)) if extended is None else extended
         found = llama_capi.find(extended)
         if found is not None:
-            native = _NativeSession(*found, export, runtime, threads, flash_attention, every_logit)
+            native = _NativeSession(*found, export, serving, threads, flash_attention, every_logit)
             self._session, self.buffers = native, native.buffers
         elif extended:
             raise MissingExtraError("a llama.cpp with our extension", "gguf", "running factor pairs", BUILD_COMMAND)
         elif library_path() is not None:
             from converters.gguf.runtimes.llama_server import ServerSession
 
-            self._session = ServerSession(export, runtime, threads, flash_attention)
+            self._session = ServerSession(export, serving, threads, flash_attention)
         else:
             raise MissingExtraError("xllamacpp", "gguf", "running a GGUF export")
         self.name = self._session.name
@@ -120,13 +120,13 @@ class _NativeSession(NativeModel):
         api: Any,
         name: str,
         export: Path,
-        runtime: Runtime,
+        serving: Serving,
         threads: int,
         flash_attention: bool,
         every_logit: bool,
     ) -> None:
-        self._batch_size = min(runtime.prompt_batch, runtime.context)
-        self._runtime, self._threads = runtime, threads
+        self._batch_size = min(serving.prompt_batch, serving.context)
+        self._runtime, self._threads = serving, threads
         self._flash_attention, self._every_logit = flash_attention, every_logit
         super().__init__(api, name, export, self._batch_size)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import MissingExtraError, VerificationError
 from acip_export.formats.session import Speed, Vectors, encoding_speed
 from converters.gguf.ggml_library import processors
@@ -28,12 +28,12 @@ class LlamaEncoderSession(NativeModel):
 
     _special_tokens_around: ClassVar = True
 
-    def __init__(self, export: Path, runtime: Runtime, threads: int | None = None) -> None:
+    def __init__(self, export: Path, serving: Serving, threads: int | None = None) -> None:
         found = llama_capi.find()
         if found is None:
             raise MissingExtraError("xllamacpp", "gguf", "running a GGUF export of an encoder")
-        self._runtime, self._threads = runtime, threads or processors()
-        super().__init__(*found, export, runtime.prompt_batch)
+        self._runtime, self._threads = serving, threads or processors()
+        super().__init__(*found, export, serving.prompt_batch)
 
     def _configure(self, params: Any) -> None:
         # An encoder reads a text in one piece: the batch has to hold it whole.

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import VerificationError
 from acip_export.formats.session import Logits, Speed, Windows
 from converters.gguf.arrange import ADAPTER_FILE, model_file
@@ -30,17 +30,17 @@ class ServerSession:
 
     name = "llama.cpp (xllamacpp server)"
 
-    def __init__(self, export: Path, runtime: Runtime, threads: int, flash_attention: bool = True) -> None:
+    def __init__(self, export: Path, serving: Serving, threads: int, flash_attention: bool = True) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(model_file(export))
         if (export / ADAPTER_FILE).is_file():
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(export / ADAPTER_FILE), 1.0)]
-        batch = min(runtime.prompt_batch, runtime.context)
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel = runtime.context, batch, batch, 1
+        batch = min(serving.prompt_batch, serving.context)
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel = serving.context, batch, batch, 1
         params.cache_type_k = params.cache_type_v = getattr(
-            xllamacpp.ggml_type, f"GGML_TYPE_{runtime.cache_type.upper()}"
+            xllamacpp.ggml_type, f"GGML_TYPE_{serving.cache_type.upper()}"
         )
         flash = "ENABLED" if flash_attention else "DISABLED"
         params.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{flash}"]

@@ -132,7 +132,7 @@ class _Weightless:
         matrix = self.skeleton.embedding
         ids = self.input_names["input_ids"]
         prefix = _initializer_prefix(basename)
-        if matrix.format.is_float:
+        if matrix.type.is_float:
             name = f"{basename}/Gather"
             weight = self._initializer(f"{prefix}.weight", matrix, "rows")
             self.make_node("Gather", inputs=[weight, ids], outputs=[f"{name}/output_0"], name=name)
@@ -160,11 +160,11 @@ class _Weightless:
             name=name,
             domain="com.microsoft",
             bits=matrix.bits,
-            block_size=matrix.format.block,
+            block_size=matrix.type.block,
             gather_axis=0,
             quantize_axis=1,
         )
-        padded = matrix.blocks * matrix.format.block
+        padded = matrix.blocks * matrix.type.block
         if padded == matrix.columns:
             return output
         self.make_value(output, self.io_dtype, shape=self.make_hidden_state_shape(last_dim=padded))
@@ -183,7 +183,7 @@ class _Weightless:
         for label, matrix in matmul.chain:
             last = matrix is matmul.chain[-1][1]
             name = f"{stem}/{label}/MatMul" if label else basename
-            if not matrix.format.is_float:
+            if not matrix.type.is_float:
                 name += "NBits"
             output = "logits" if last and kwargs.get("logits", False) else f"{name}/output_0"
             self._multiply(matrix, name, root_input, output)
@@ -194,7 +194,7 @@ class _Weightless:
 
     def _multiply(self, matrix: Matrix, name: str, root_input: str, output: str) -> None:
         prefix = _initializer_prefix(name)
-        if not matrix.format.is_float:
+        if not matrix.type.is_float:
             codes = self._initializer(f"{prefix}.qweight", matrix, "codes")
             self.make_node(
                 "MatMulNBits",
@@ -204,7 +204,7 @@ class _Weightless:
                 domain="com.microsoft",
                 accuracy_level=self.accuracy_level,
                 bits=matrix.bits,
-                block_size=matrix.format.block,
+                block_size=matrix.type.block,
                 K=matrix.columns,
                 N=matrix.rows,
             )
@@ -247,13 +247,13 @@ class _Weightless:
 
 
 def build_graph(
-    skeleton: Skeleton, execution: str, accuracy_level: int
+    skeleton: Skeleton, backend: str, accuracy_level: int
 ) -> tuple[ir.Model, dict[str, MatrixPart | NDArray[Any]]]:
     """The decoder graph of a skeleton, with its initializers' contents in the order in which they are stored.
 
     Args:
         skeleton: see :mod:`converters.onnx.genai_builder.module_tree`.
-        execution: what runs it, in the builder's names: ``cpu``, ``webgpu``, ``cuda``, ``dml``.
+        backend: what runs it, in the builder's names: ``cpu``, ``webgpu``, ``cuda``, ``dml``.
         accuracy_level: 0 computes in float32, 4 rounds activations to int8 (faster).
 
     Raises:
@@ -269,7 +269,7 @@ def build_graph(
     adapted = type(f"Weightless{base.__name__}", bases, {"skeleton": skeleton})
     with _prints_to_log():
         try:
-            model = adapted(config, item, item, execution, "", {"windowed_kv_cache": False})
+            model = adapted(config, item, item, backend, "", {"windowed_kv_cache": False})
         except NotImplementedError as reason:
             raise UnsupportedError(f"the ONNX model builder cannot express this {architecture}: {reason}") from reason
         _configure(model, skeleton, accuracy_level)

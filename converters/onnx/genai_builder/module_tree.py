@@ -94,7 +94,7 @@ def make_skeleton(
     embedding = _embedding(decisions[_EMBEDDING])
     if tied:
         decisions[HEAD] = decisions[_EMBEDDING]
-    half = embedding.format.item_bytes == 2
+    half = embedding.type.item_bytes == 2
     form = "f16" if half else "f32"
     vectors = {name: _vector(d, form, read_vector) for name, d in decisions.items() if len(d.shape) == 1}
     for name, module in list(model.named_modules()):
@@ -144,15 +144,15 @@ def _rotary(model: Any, context: int) -> dict[str, tuple[NDArray[np.float32], ND
 def _embedding(decision: TensorDecision) -> Matrix:
     chain = matrices_of(decision)
     matrix = chain[0][1]
-    if len(chain) != 1 or not (matrix.format.is_float or matrix.bits in (4, 8)):
+    if len(chain) != 1 or not (matrix.type.is_float or matrix.bits in (4, 8)):
         raise UnsupportedError(f"{decision.name}: ONNX embeddings are dense, of 4 or 8 bits or float; plan again")
     return matrix
 
 
 def _vector(decision: TensorDecision, form: str, read_vector: ReadVector | None) -> Tensor:
-    if decision.format != form:
+    if decision.type != form:
         raise UnsupportedError(
-            f"{decision.name}: norms and biases of this graph are {form}, not {decision.format}; plan again"
+            f"{decision.name}: norms and biases of this graph are {form}, not {decision.type}; plan again"
         )
     return torch.ones(decision.shape) if read_vector is None else read_vector(decision.name).float()
 

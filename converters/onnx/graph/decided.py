@@ -101,8 +101,8 @@ class DecidedGraph:
 
     def vector(self, tensor: str) -> ir.Value:
         decision = self.decision(tensor)
-        if decision.format != "f32":
-            raise UnsupportedError(f"{tensor}: ONNX norms and biases are f32, not {decision.format}; plan again")
+        if decision.type != "f32":
+            raise UnsupportedError(f"{tensor}: ONNX norms and biases are f32, not {decision.type}; plan again")
         return self.initializer(tensor, Vector(tensor, decision.shape))
 
     def part(self, matrix: Matrix, form: Form) -> ir.Value:
@@ -116,8 +116,8 @@ class DecidedGraph:
     def table(self, tensor: str) -> ir.Value:
         """A float table, by row."""
         matrix = self.single(tensor)
-        if not matrix.format.is_float:
-            raise UnsupportedError(f"{tensor}: ONNX keeps this table in f32, not {matrix.format.name}; plan again")
+        if not matrix.type.is_float:
+            raise UnsupportedError(f"{tensor}: ONNX keeps this table in f32, not {matrix.type.name}; plan again")
         return self.part(matrix, "rows")
 
     def single(self, tensor: str) -> Matrix:
@@ -129,7 +129,7 @@ class DecidedGraph:
     def lookup(self, tensor: str, ids: ir.Value, name: str) -> ir.Value:
         """Rows of an embedding that may be quantized."""
         matrix = self.single(tensor)
-        if matrix.format.is_float:
+        if matrix.type.is_float:
             return self.node("Gather", [self.part(matrix, "rows"), ids], f"{name}/Gather")
         if matrix.bits not in (4, 8):
             raise UnsupportedError(f"{tensor}: ONNX embeddings are float or of 4 or 8 bits, not {matrix.bits}")
@@ -142,11 +142,11 @@ class DecidedGraph:
             f"{name}/GatherBlockQuantized",
             MICROSOFT,
             bits=matrix.bits,
-            block_size=matrix.format.block,
+            block_size=matrix.type.block,
             gather_axis=0,
             quantize_axis=1,
         )
-        if matrix.blocks * matrix.format.block == matrix.columns:
+        if matrix.blocks * matrix.type.block == matrix.columns:
             return found
         bounds = [self.integers(value) for value in (0, matrix.columns, -1)]
         return self.node("Slice", [found, *bounds], f"{name}/Slice")
@@ -166,7 +166,7 @@ class DecidedGraph:
         return x
 
     def product(self, matrix: Matrix, x: ir.Value, name: str) -> ir.Value:
-        if matrix.format.is_float:
+        if matrix.type.is_float:
             return self.node("MatMul", [x, self.part(matrix, "columns")], name)
         return self.node(
             "MatMulNBits",
@@ -175,7 +175,7 @@ class DecidedGraph:
             MICROSOFT,
             accuracy_level=self.accuracy_level,
             bits=matrix.bits,
-            block_size=matrix.format.block,
+            block_size=matrix.type.block,
             K=matrix.columns,
             N=matrix.rows,
         )
@@ -188,7 +188,7 @@ class DecidedGraph:
     def head(self, tensor: str, x: ir.Value, name: str) -> ir.Value:
         """Logits by a matrix that an embedding may hold already."""
         matrix = self.single(tensor)
-        if matrix.format.is_float and tensor in self.initializers:
+        if matrix.type.is_float and tensor in self.initializers:
             # The embedding's initializer serves both. A Transpose node would be folded into a copy.
             return self.node("FusedMatMul", [x, self.part(matrix, "rows")], name, MICROSOFT, transB=1)
         return self.product(matrix, x, name)

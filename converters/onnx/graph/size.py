@@ -239,7 +239,7 @@ class _Outline:
 
     def _vector(self, tensor: str, initializer: str) -> str:
         decision = self._take(tensor)
-        if decision is None or decision.format != "f32":
+        if decision is None or decision.type != "f32":
             self._missing = True
             return initializer
         return self._initializer(initializer, decision.shape)
@@ -254,7 +254,7 @@ class _Outline:
             return ""
         stem, prefix = "/model/embed_tokens", "model.embed_tokens"
         width = self._shape.hidden
-        if matrix.format.is_float:
+        if matrix.type.is_float:
             weight = self._matrix_part(f"{prefix}.weight", MatrixPart(matrix, "rows"))
             output = f"{stem}/Gather/output_0"
             self._node("Gather", f"{stem}/Gather", (weight, "input_ids"), (output,))
@@ -268,11 +268,11 @@ class _Outline:
             codes = self._value(reshaped, (matrix.rows, packed), _UINT8)
         beside = self._beside(prefix, matrix)
         name = f"{stem}/GatherBlockQuantized"
-        attributes = _integer("bits", matrix.bits) + _integer("block_size", matrix.format.block)
+        attributes = _integer("bits", matrix.bits) + _integer("block_size", matrix.type.block)
         attributes += _integer("gather_axis", 0) + _integer("quantize_axis", 1)
         output = f"{name}/output_0"
         self._node("GatherBlockQuantized", name, (codes, "input_ids", *beside), (output,), attributes, _MICROSOFT)
-        padded = matrix.blocks * matrix.format.block
+        padded = matrix.blocks * matrix.type.block
         self._tokens(output, padded)
         if padded == width:
             return output
@@ -286,13 +286,13 @@ class _Outline:
             self._missing = True
             return None
         ((_, matrix),) = matrices_of(decision)
-        if not (matrix.format.is_float or matrix.bits in (4, 8)):
+        if not (matrix.type.is_float or matrix.bits in (4, 8)):
             self._missing = True
         return matrix
 
     def _product(self, matrix: Matrix, name: str, source: str, output: str) -> None:
         prefix = name[1:].replace("/", ".")
-        if matrix.format.is_float:
+        if matrix.type.is_float:
             weight = self._matrix_part(f"{prefix}.weight", MatrixPart(matrix, "columns"))
             self._node("MatMul", name, (source, weight), (output,))
             return
@@ -307,7 +307,7 @@ class _Outline:
         attributes = {
             "accuracy_level": 4,  # any level is one byte
             "bits": matrix.bits,
-            "block_size": matrix.format.block,
+            "block_size": matrix.type.block,
             "K": matrix.columns,
             "N": matrix.rows,
         }
@@ -319,7 +319,7 @@ class _Outline:
         decision = self._take(f"{module}.weight")
         for label, matrix in matrices_of(decision) if decision is not None else ():
             name = "/".join(part for part in (stem, label, "MatMul") if part)
-            name += "" if matrix.format.is_float else "NBits"
+            name += "" if matrix.type.is_float else "NBits"
             self._product(matrix, name, source, f"{name}/output_0")
             source = self._tokens(f"{name}/output_0", matrix.rows)
         return source
@@ -426,10 +426,10 @@ class _Outline:
         matrix = self._lookup(decision)
         if matrix is None:
             return
-        name = "/lm_head/MatMul" if matrix.format.is_float else "/lm_head/MatMulNBits"
+        name = "/lm_head/MatMul" if matrix.type.is_float else "/lm_head/MatMulNBits"
         if not tied:
             self._product(matrix, name, source, "logits")
-        elif matrix.format.is_float:
+        elif matrix.type.is_float:
             inputs = (source, "model.embed_tokens.weight")
             self._node("FusedMatMul", name, inputs, ("logits",), _integer("transB", 1), _MICROSOFT)
         else:

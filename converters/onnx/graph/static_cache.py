@@ -1,6 +1,6 @@
 """Graphs for neural processors: a cache of fixed length, standard operators around MatMulNBits, no fused attention.
 
-The model builder's graph is rewritten. Qualcomm's execution provider (onnxruntime-qnn) takes MatMulNBits and
+The model builder's graph is rewritten. Qualcomm's backend provider (onnxruntime-qnn) takes MatMulNBits and
 SimplifiedLayerNormalization, but neither GroupQueryAttention, contributed RotaryEmbedding nor the norm that adds
 first, and only shapes that are known. So these become Add, Gather, MatMul, Where and Softmax, and the cache has as
 many slots as the context: a step writes its keys and values into the slots of its positions, keeps those before, and
@@ -131,7 +131,7 @@ class _Rewriter:
 
     def _rotary(self, node: ir.Node) -> None:
         if int(_attribute(node, "rotary_embedding_dim")) or int(_attribute(node, "interleaved")):
-            raise UnsupportedError("rotary embedding of a part of each head has no graph for --target qnn-friendly")
+            raise UnsupportedError("rotary embedding of a part of each head has no graph for --backend qnn-friendly")
         source, _, cosines, sines = (_present(value) for value in node.inputs[:4])
         name = str(node.name)
         heads, size = self._heads[node.outputs[0]]
@@ -183,7 +183,7 @@ class _Rewriter:
 
     def _attention(self, node: ir.Node) -> None:
         if float(_attribute(node, "softcap")):
-            raise UnsupportedError("attention with a soft cap has no graph for --target qnn-friendly")
+            raise UnsupportedError("attention with a soft cap has no graph for --backend qnn-friendly")
         name = str(node.name)
         query, key, value, past_key, past_value = (_present(given) for given in node.inputs[:5])
         heads, size = int(_attribute(node, "num_heads")), self._head_size(node)

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import MissingExtraError, VerificationError
 from acip_export.formats.session import Logits, Speed, Windows
 
@@ -23,7 +23,7 @@ class GenaiSession:
         VerificationError: it refuses the directory.
     """
 
-    def __init__(self, export: Path, runtime: Runtime) -> None:
+    def __init__(self, export: Path, serving: Serving) -> None:
         try:
             import onnxruntime_genai
         except ImportError as error:
@@ -40,7 +40,7 @@ class GenaiSession:
             raise VerificationError(f"onnxruntime-genai cannot open {export}: {error}") from error
         self.name = f"onnxruntime-genai {onnxruntime_genai.__version__}"
         # genai keeps the logits of the last chunk only, so prompts are handed over chunk by chunk.
-        self._batch = runtime.prompt_batch
+        self._batch = serving.prompt_batch
 
     def logits(self, windows: Windows) -> Iterator[Logits]:
         """See :class:`acip_export.formats.session.RuntimeSession`."""

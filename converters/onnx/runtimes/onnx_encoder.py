@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import VerificationError
 from acip_export.formats.session import Speed, Vectors, encoding_speed
 from converters.onnx.runtimes.onnxruntime import open_graph
@@ -22,10 +22,10 @@ class OnnxEncoderSession:
     Args and Raises: as :func:`converters.onnx.runtimes.onnxruntime.open_graph`.
     """
 
-    def __init__(self, export: Path, runtime: Runtime, threads: int = 0) -> None:
+    def __init__(self, export: Path, serving: Serving, threads: int = 0) -> None:
         self._session: Any
         self._session, self.name = open_graph(export, threads)
-        self._runtime = runtime
+        self._runtime = serving
         names = [output.name for output in self._session.get_outputs()]
         self._output = "sentence_embedding" if "sentence_embedding" in names else names[0]
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from acip_export.artifacts.plan import Runtime
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import MissingExtraError, VerificationError
 from acip_export.formats.session import Logits, Speed, Windows
 from converters.onnx.companion_files import GENAI_CONFIG, MODEL_FILE
@@ -56,17 +56,17 @@ def open_graph(export: Path, threads: int) -> tuple[Any, str]:
 
 
 class OnnxRuntimeSession:
-    """Opens ``onnx/model.onnx`` of an export. Prompts go through in pieces of ``runtime.prompt_batch`` tokens.
+    """Opens ``onnx/model.onnx`` of an export. Prompts go through in pieces of ``serving.prompt_batch`` tokens.
 
     Args and Raises: as :func:`open_graph`.
     """
 
-    def __init__(self, export: Path, runtime: Runtime, threads: int = 0) -> None:
+    def __init__(self, export: Path, serving: Serving, threads: int = 0) -> None:
         self._session: Any
         self._session, self.name = open_graph(export, threads)
         from onnxruntime import OrtValue
 
-        self._batch, self._context = runtime.prompt_batch, runtime.context
+        self._batch, self._context = serving.prompt_batch, serving.context
         # One cache for the whole context, read and written in place, as applications do: passing arrays in and out
         # would hold it twice. Graphs whose attention is not fused cannot do better.
         self._in_place = _in_place(export)
@@ -74,7 +74,7 @@ class OnnxRuntimeSession:
         self._with_positions = any(node.name == "position_ids" for node in inputs)
         self._caches: Cache = {
             node.name: OrtValue.ortvalue_from_shape_and_type(
-                [1, node.shape[1], runtime.context if self._in_place else 0, node.shape[3]],
+                [1, node.shape[1], serving.context if self._in_place else 0, node.shape[3]],
                 np.float16 if node.type == "tensor(float16)" else np.float32,
             )
             for node in inputs
