@@ -216,7 +216,7 @@ def sweep_document(
     request = requests[0][1]
     return {
         "artifact": "acip-sweep",
-        "version": 1,
+        "version": 2,
         "model": checkpoint.name,
         "model_fingerprint": checkpoint.fingerprint,
         "scores_sha256": scores.sha256,

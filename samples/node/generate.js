@@ -11,11 +11,11 @@ if (directory === undefined) {
   process.exit(2);
 }
 const plan = JSON.parse(readFileSync(join(directory, "plan.json"), "utf8"));
-if (plan.target !== "gguf" || plan.layout === "factored") {
-  console.error(`${directory} is ${plan.target} (${plan.layout}); node-llama-cpp runs gguf, stock or adapter`);
+if (plan.format !== "gguf" || plan.layout === "factored") {
+  console.error(`${directory} is ${plan.format} (${plan.layout}); node-llama-cpp runs gguf, stock or lora`);
   process.exit(2);
 }
-const {context: contextSize, prompt_batch: batchSize, cache_type: cacheType} = plan.runtime;
+const {context: contextSize, prompt_batch: batchSize, cache_type: cacheType} = plan.serving;
 
 // The plan counts memory of the processor; with gpu: "auto" some of it moves to the graphics card.
 const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});

@@ -21,7 +21,7 @@ def modelfile(export: Path) -> str:
         if command.program == "Ollama":
             cache = f"# The server needs  OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={plan.serving.cache_type}"
             return f"{cache}\n{command.text}\n"
-    raise UnsupportedError(f"{export} is {plan.format} ({plan.layout}); Ollama runs gguf, stock or adapter")
+    raise UnsupportedError(f"{export} is {plan.format} ({plan.layout}); Ollama runs gguf, stock or lora")
 
 
 def main() -> None:
