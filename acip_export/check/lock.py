@@ -14,7 +14,7 @@ from acip_export.errors import BaselineError, BaselineVersionError
 from acip_export.inspection.diff import Stored
 from acip_export.io.atomic import new_file
 
-LOCK_FORMAT = "acip-check-lock"
+LOCK_ARTIFACT = "acip-check-lock"
 LOCK_VERSION = 2
 
 
@@ -43,7 +43,7 @@ def dumps_lock(snapshots: Mapping[str, Snapshot]) -> str:
         lines.append('   "tensors": {' + ("\n" + ",\n".join(tensors) + "\n   }" if tensors else "}"))
         entries.append(f"  {_dump(name)}: {{\n" + ",\n".join(lines) + "\n  }")
     body = "{\n" + ",\n".join(entries) + "\n }" if entries else "{}"
-    return f'{{\n "artifact": "{LOCK_FORMAT}",\n "version": {LOCK_VERSION},\n "entries": {body}\n}}\n'
+    return f'{{\n "artifact": "{LOCK_ARTIFACT}",\n "version": {LOCK_VERSION},\n "entries": {body}\n}}\n'
 
 
 def _dump(value: object) -> str:
@@ -69,8 +69,8 @@ def load_lock(file: Path) -> dict[str, Snapshot]:
 
 def parse_lock(data: Any, file: Path) -> dict[str, Snapshot]:
     """The snapshots of parsed JSON. Raises BaselineError as :func:`load_lock`."""
-    if not isinstance(data, dict) or data.get("artifact") != LOCK_FORMAT:
-        raise BaselineError(f"{file} is no baseline: its format is not {LOCK_FORMAT}")
+    if not isinstance(data, dict) or data.get("artifact") != LOCK_ARTIFACT:
+        raise BaselineError(f"{file} is no baseline: its artifact is not {LOCK_ARTIFACT}")
     if data.get("version") != LOCK_VERSION:
         raise BaselineVersionError(
             f"{file} is a baseline of version {data.get('version')}, this tool reads {LOCK_VERSION}; use the version "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from acip_export.check.compare import Result, evaluate, missing, same_sizes, unreadable, without_baseline_limits
 from acip_export.check.config import Config, Entry
-from acip_export.check.lock import LOCK_FORMAT, load_lock, parse_lock, save_lock
+from acip_export.check.lock import LOCK_ARTIFACT, load_lock, parse_lock, save_lock
 from acip_export.check.quality import find_report, read_quality
 from acip_export.check.snapshot import FileRecord, Snapshot, take_snapshot, with_hashes
 from acip_export.errors import BaselineError, BaselineVersionError, InputError, VerificationError
@@ -203,7 +203,7 @@ def _from_json(path: Path, config: Config) -> dict[str, Snapshot] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise BaselineError(f"{path} cannot be read as JSON: {error}") from error
     found = data.get("artifact") if isinstance(data, dict) else None
-    if found == LOCK_FORMAT:
+    if found == LOCK_ARTIFACT:
         return parse_lock(data, path)
     if found == "acip-report":
         quality = read_quality(path)

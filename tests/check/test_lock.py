@@ -74,10 +74,10 @@ def test_damaged(case: str, lock: Path) -> None:
         load_lock(lock)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [1, 0, "1", None])
 def test_unknown_versions_are_refused(version: object, lock: Path) -> None:
     lock.write_text(json.dumps({**json.loads(lock.read_text(encoding="utf-8")), "version": version}))
-    with pytest.raises(BaselineVersionError, match="this tool reads 1"):
+    with pytest.raises(BaselineVersionError, match="this tool reads 2"):
         load_lock(lock)
 
 
@@ -119,8 +119,8 @@ def test_quality(changes: dict[str, Any], expected: Quality, tmp_path: Path) -> 
     ("changes", "says"),
     [
         ({"passed": False}, "failed its verification"),
-        ({"version": 2}, "version 2"),
-        ({"type": "x"}, "acip-report"),
+        ({"version": 3}, "version 3"),
+        ({"artifact": "x"}, "acip-report"),
         ({"runtimes": None}, "damaged"),
         ({"runtimes": [3]}, "damaged"),
         ({"dense_perplexity": 3}, "damaged"),

@@ -81,7 +81,7 @@ def test_a_process_budget_pays_for_the_runtime_first(ranked: tuple[Checkpoint, S
     assert memory.process_bytes == memory.memory_bytes + base
     process = make_plan(*ranked, PlanRequest(target, 2_000_000 + base, "process", context=64), overhead)
     assert process.tensors == memory.tensors
-    assert process.runtime == memory.runtime
+    assert process.serving == memory.serving
     # What other settings would give is listed where they take a noteworthy share of the budget, which differs.
     assert replace(process.certificate, alternatives=()) == replace(memory.certificate, alternatives=())
     assert process.used_bytes == process.process_bytes <= process.budget_bytes
@@ -172,7 +172,7 @@ def test_plan_file_round_trip(saved: tuple[Plan, Path]) -> None:
         ('"nbytes": ', '"nbytes": 1', "its decision takes"),
         ('"planned_bytes": ', '"planned_bytes": 1', "add up to"),
         ('"budget_bytes": 900000', '"budget_bytes": 9', "of a budget of 9"),
-        ('"target"', '"goal"', "edited by hand"),
+        ('"layout"', '"goal"', "edited by hand"),
         ('"int8"', '"int9"', "edited by hand"),
         ('"rank": ', '"rank": 1', "its decision takes"),
         ('"representation": "factored"', '"representation": "folded"', "unknown representation"),

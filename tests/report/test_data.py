@@ -109,7 +109,7 @@ def test_a_page_is_read_back_when_the_score_file_is_gone(exports: Exports, tmp_p
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 3},
         {"fingerprint": "other"},
         {"layout": "other"},
         {"points": [{}]},
@@ -149,7 +149,7 @@ def _damaged(directory: Path) -> None:
 
 
 def _newer(directory: Path) -> None:
-    _edit(directory, version=2)
+    _edit(directory, version=3)
 
 
 def _of_another_export(directory: Path) -> None:
