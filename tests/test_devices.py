@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from acip_export.cli.options import PlanFlags
+from acip_export.cli.plan_options import PlanFlags
 from acip_export.devices import DEVICES_VARIABLE, find_device, load_devices, user_file
 from acip_export.errors import AcipError, DeviceFileError, UsageError
 

@@ -20,7 +20,9 @@ KEYS = {f"{kind}.{field.name}" for kind, schema in KINDS.items() for field in fi
 def flags() -> set[str]:
     group = typer.main.get_command(app)
     commands = [group, *getattr(group, "commands", {}).values()]
-    return {name for command in commands for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    return {
+        name for command in commands for option in command.params for name in (*option.opts, *option.secondary_opts)
+    }
 
 
 def rows(title: str) -> list[list[str]]:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from acip_export.artifacts.plan import RUNTIME_PARTS, BudgetScope, Plan, Serving, TensorDecision, decision_bytes
-from acip_export.cli.options import PlanFlags
+from acip_export.cli.plan_options import PlanFlags
 from acip_export.errors import InfeasibleBudgetError
 from acip_export.formats.registry import converter
 from acip_export.formats.targets import TARGETS
