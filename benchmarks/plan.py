@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from acip_export.formats.targets import TARGETS
 
 from acip_export.api import planning_problem
 from acip_export.artifacts.rounding_errors import (
@@ -38,7 +39,6 @@ from acip_export.artifacts.rounding_errors import (
 from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
 from acip_export.errors import InfeasibleBudgetError
 from acip_export.formats.registry import converter
-from acip_export.formats.targets import TARGETS
 from acip_export.io.atomic import DTYPE_BYTES
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from acip_export.formats.targets import TARGETS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from acip_export.artifacts.plan import Plan, TensorDecision, decision_bytes
 from acip_export.artifacts.rounding_errors import RoundingErrors, residual_key
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.formats.registry import converter
-from acip_export.formats.targets import TARGETS
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, Problem
 from acip_export.planning.candidates import Candidates, residual_bases

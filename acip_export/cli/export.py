@@ -13,6 +13,8 @@ from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
 from acip_export.cli.tables.plan import show_plan
 from acip_export.cli.tables.report import show_export, show_reports
 from acip_export.errors import UsageError
+from acip_export.formats.protocol import Companion
+from acip_export.formats.registry import export_format, export_formats
 from acip_export.io.atomic import refuse_existing
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
@@ -35,7 +37,7 @@ def export(
     timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     cache: Cache = None,
     verify: Annotated[bool, typer.Option(help="Open the export in its runtime and compare.")] = True,
-    ort: Annotated[bool, typer.Option("--ort", help="ONNX: also OUT-ort, for reduced onnxruntime builds.")] = False,
+    companions: tuple[str, ...] = (),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Json = False,
     force: Force = False,
@@ -63,22 +65,17 @@ def export(
     from acip_export import api as pipeline
 
     request = flags.request()
-    target = out or Path("export") / request.format
-    ort_target = target.with_name(f"{target.name}-ort")
-    if ort and request.format != "onnx":
-        raise UsageError(f"--ort goes with  --format onnx, not {request.format}")
+    directory = out or Path("export") / request.format
+    beside = _companions(request.format, companions, directory)
     if not dry_run:
-        refuse_existing(target, force)
-        if ort:
-            refuse_existing(ort_target, force)
+        for output in (directory, *beside.values()):
+            refuse_existing(output, force)
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
     with console.stage_bars() as progress:
         plan = pipeline.plan_export(checkpoint, opened, request, progress)
-    if ort:
-        from converters.onnx.ort_format import check_size
-
-        check_size(plan.files)
+    for companion in beside:
+        companion.check(plan.files)
     measured_on = None if text is None else pipeline.evaluation_text(checkpoint.path, text, plan.serving.context)
     if not json:
         show_plan(plan, verbose)
@@ -91,7 +88,7 @@ def export(
             checkpoint,
             opened,
             plan,
-            target,
+            directory,
             force,
             verify,
             measured_on,
@@ -101,18 +98,30 @@ def export(
             progress=progress,
             cache=cache,
         )
-    ort_files = None
-    if ort:
-        from converters.onnx.ort_format import write_ort
-
-        ort_files = write_ort(target, ort_target, force)
+    written = {companion: companion.write(directory, place, force) for companion, place in beside.items()}
     if json:
-        result = {"out": str(target), "plan": plan.to_json(), "report": report and report.to_json()}
-        console.print_json({**result, "ort": ort_files and {"out": str(ort_target), "files": ort_files}})
+        result = {"out": str(directory), "plan": plan.to_json(), "report": report and report.to_json()}
+        also = {companion.name: {"out": str(beside[companion]), "files": files} for companion, files in written.items()}
+        console.print_json({**result, "companions": also})
         return
     if report is not None:
         console.out.print()
         show_reports([report])
-    show_export(plan, target)
-    if ort_files:
-        console.out.print(f"{sum(ort_files.values()):,} bytes in the ORT format in {ort_target}", markup=False)
+    show_export(plan, directory)
+    for companion, files in written.items():
+        total = sum(files.values())
+        console.out.print(f"{total:,} bytes in the {companion.name} format in {beside[companion]}", markup=False)
+
+
+def _companions(format_name: str, names: tuple[str, ...], directory: Path) -> dict[Companion, Path]:
+    """Return the companions that were asked for, with the directories that they are written into.
+
+    Raises:
+        UsageError: the format has no such companion.
+    """
+    known = {companion.name: companion for companion in export_format(format_name).companions}
+    for name in names:
+        if name not in known:
+            having = [each.name for each in export_formats() if name in {c.name for c in each.companions}]
+            raise UsageError(f"--{name} goes with  --format {' or '.join(having)}, not {format_name}")
+    return {known[name]: directory.with_name(f"{directory.name}-{name}") for name in names}

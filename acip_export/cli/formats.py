@@ -5,25 +5,26 @@ from __future__ import annotations
 from acip_export.cli import output as console
 from acip_export.cli.options import Json
 from acip_export.cli.tables.formats import show_formats
-from acip_export.formats.targets import TARGETS
-from acip_export.weight_types import types_of
+from acip_export.formats.registry import export_formats
 
 
 def formats(json: Json = False) -> None:
-    """List targets, layouts and weight types."""
+    """List the installed formats with their layouts, runtimes, backends, options and types."""
     if not json:
         show_formats()
         return
     console.print_json(
         {
-            name: {
-                "layouts": [layout.name for layout in target.layouts],
-                "runtimes": {runtime: list(layouts) for runtime, layouts in target.runtimes.items()},
-                "cache_types": list(target.cache_types),
+            known.name: {
+                "layouts": [layout.name for layout in known.layouts],
+                "runtimes": {runtime: list(layouts) for runtime, layouts in known.runtimes.items()},
+                "backends": [backend.name for backend in known.backends],
+                "cache_types": list(known.cache_types),
+                "options": {option.flag: option.help for option in known.options},
                 "types": [
-                    {"name": f.name, "bits_per_weight": f.bits_per_weight, "block": f.block} for f in types_of(name)
+                    {"name": t.name, "bits_per_weight": t.bits_per_weight, "block": t.block} for t in known.weight_types
                 ],
             }
-            for name, target in TARGETS.items()
+            for known in export_formats()
         }
     )

@@ -14,6 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from acip_export.planning.splitting import PART_HEAD, fits_a_file, split_notes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,6 @@ from acip_export.inspection import read_anatomy
 from acip_export.inspection.gguf_split import PartName, part_names, read_parts
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, Problem
-from acip_export.planning.splitting import PART_HEAD, fits_a_file, split_notes
 from converters.gguf import converter
 from converters.gguf.arrange import ADAPTER_FILE, MODEL_FILE, Item, model_file
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession

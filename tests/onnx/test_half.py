@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from acip_export.formats.targets import TARGETS
 
 from acip_export.api import export_model, plan_export
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
-from acip_export.formats.targets import TARGETS
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from acip_export.verification.metrics import compare_logits

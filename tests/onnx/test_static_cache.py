@@ -12,11 +12,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from acip_export.formats.targets import STATIC_CACHE
 
 from acip_export.api import export_model, plan_export
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
-from acip_export.formats.targets import STATIC_CACHE
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from converters.onnx import converter

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from acip_export.formats.targets import AUTO, TARGETS
 
 from acip_export.api import plan_export
 from acip_export.api.plan import other_floors
@@ -12,7 +13,6 @@ from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError
 from acip_export.formats.registry import converter
-from acip_export.formats.targets import AUTO, TARGETS
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, make_plan
 from tests.support import make_model, make_scores

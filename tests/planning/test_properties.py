@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from acip_export.formats.targets import TARGETS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from acip_export.artifacts.plan import RUNTIME_PARTS, BudgetScope, Plan, Serving
 from acip_export.cli.plan_options import PlanFlags
 from acip_export.errors import InfeasibleBudgetError
 from acip_export.formats.registry import converter
-from acip_export.formats.targets import TARGETS
 from acip_export.planning import PlanRequest, Problem, make_plan
 from acip_export.planning.memory import memory_breakdown
 from tests.planning.problems import MAX_CONTEXT, Shape, examples, made_up_scores, shapes, weightless

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from acip_export.planning.runtime_base import process_base
 
 from acip_export import api as pipeline
 from acip_export.artifacts.bundle import Bundle
@@ -16,7 +17,6 @@ from acip_export.artifacts.plan import save_plan
 from acip_export.errors import RuntimeCrashError, VerificationError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
-from acip_export.planning.runtime_base import process_base
 from acip_export.ranking import automatic_config, rank_model
 from acip_export.verification.encoders import ENCODER_SESSIONS
 from acip_export.verification.export import EvaluationText, verify_export

@@ -5,22 +5,25 @@ from __future__ import annotations
 from rich.table import Table
 
 from acip_export.cli import output as console
-from acip_export.formats.targets import TARGETS
-from acip_export.weight_types import types_of
+from acip_export.formats.registry import export_formats
 
 
 def show_formats() -> None:
     """Targets with their layouts and types."""
-    for name, target in TARGETS.items():
-        console.out.print(f"[bold]{name}[/]  KV cache: {', '.join(target.cache_types)}")
-        for layout in target.layouts:
+    for known in export_formats():
+        console.out.print(f"[bold]{known.name}[/]  {known.description}; KV cache: {', '.join(known.cache_types)}")
+        for layout in known.layouts:
             console.out.print(f"  layout {layout.name}: {layout.description}", markup=False)
-        for runtime, layouts in target.runtimes.items():
+        for runtime, layouts in known.runtimes.items():
             console.out.print(f"  runtime {runtime}: {', '.join(layouts)}", markup=False)
+        for backend in known.backends:
+            console.out.print(f"  backend {backend.name}: {backend.description}", markup=False)
+        for option in known.options:
+            console.out.print(f"  option {option.flag}: {option.help}", markup=False)
         table = Table(
             "type", "bits/weight", "block", "rounding error", "", box=None, padding=(0, 2), header_style="dim"
         )
-        for f in types_of(name):
-            default = "default" if f.name in target.types else "refused" if f.name in target.refused else ""
+        for f in known.weight_types:
+            default = "default" if f.name in known.types else "refused" if f.name in known.refused else ""
             table.add_row(f.name, f"{f.bits_per_weight:.3f}", str(f.block), f"{f.relative_mse**0.5:.4f}", default)
         console.out.print(table)

@@ -47,10 +47,10 @@ def show_reports(reports: list[Report]) -> None:
 
 def show_export(plan: Plan, directory: Path) -> None:
     """Where the export is, and how to run it."""
-    from acip_export.formats.registry import converter
+    from acip_export.formats.registry import export_format
 
     console.out.print(f"\n[bold]{format_bytes(plan.planned_bytes)}[/] in {directory}, as planned. Run it with:")
-    commands = converter(plan.format).run_commands(plan, directory)
+    commands = export_format(plan.format).run_commands(plan, directory)
     for command in [c for c in commands if c.language == "console"] or commands[:1]:
         console.out.print(command.text, markup=False, soft_wrap=True)
         if command.note:
