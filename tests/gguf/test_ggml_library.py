@@ -67,6 +67,25 @@ def test_portable_fallback_gives_the_same_bytes(name: str, monkeypatch: pytest.M
     assert np.array_equal(ggml.quantize(weight, name), native)
 
 
+@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "few levels", "zeros", "tiny"])
+def test_portable_fallback_weighs_as_ggml_does(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.from_numpy(gaussian(24, 416))  # blocks that end within a row's importance
+    if kind == "heavy tails":
+        weight = weight**5
+    elif kind == "few levels":  # ties between scales
+        weight = (2 * weight).round() / 2
+    elif kind == "zeros":
+        weight[:, :64] = 0
+    elif kind == "tiny":
+        weight = weight * 1e-16
+    importance = torch.rand(416, generator=torch.Generator().manual_seed(1)) ** 4
+    native, plain = ggml.quantize(weight, name, importance), ggml.quantize(weight, name)
+    assert np.array_equal(native, plain) == (name == "q8_0")
+    monkeypatch.setattr(ggml, "load_library", lambda: None)
+    assert np.array_equal(ggml.quantize(weight, name, importance), native)
+
+
 def test_other_types_need_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ggml, "load_library", lambda: None)
     with pytest.raises(MissingExtraError, match=r"q4_k.*\n.*acip-export\[gguf\]"):
