@@ -12,6 +12,7 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,15 @@ def _quantize_rows(library: ctypes.CDLL, name: str, rows: Floats, out: Bytes, im
         None if importance is None else importance.ctypes.data,
     )
     return written
+
+
+def quantizer() -> str:
+    """Name what :func:`quantize` rounds with, and its version."""
+    package = "gguf" if load_library() is None else "xllamacpp"
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return "none"
 
 
 def require(name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import gguf
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.weight_types import types_of, weight_type
 from benchmarks.format_errors import gaussian, relative_mse
+from converters.gguf import converter
 from converters.gguf import ggml_library as ggml
 
 FORMATS = {form.name: form for form in types_of("gguf")}
@@ -84,6 +87,17 @@ def test_portable_fallback_weighs_as_ggml_does(name: str, kind: str, monkeypatch
     assert np.array_equal(native, plain) == (name == "q8_0")
     monkeypatch.setattr(ggml, "load_library", lambda: None)
     assert np.array_equal(ggml.quantize(weight, name, importance), native)
+
+
+def test_a_library_that_is_not_trusted_is_not_named_as_the_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert converter.quantizer() == f"xllamacpp {version('xllamacpp')}"
+    ggml.load_library.cache_clear()
+    monkeypatch.setattr(ggml, "_self_check", lambda _library: "other blocks")
+    try:
+        named = converter.quantizer()
+    finally:
+        ggml.load_library.cache_clear()
+    assert named == f"gguf {version('gguf')}"
 
 
 def test_other_types_need_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
