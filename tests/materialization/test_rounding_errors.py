@@ -27,6 +27,7 @@ from acip_export.materialization.factors import Norm
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, make_plan
 from acip_export.weight_types import weight_type
+from converters.gguf import ggml_library
 from tests.planning.test_planner import overhead
 from tests.support import make_model, make_scores
 
@@ -162,7 +163,7 @@ def test_a_cache_that_does_not_hold_is_no_cache(
     file = tmp_path / "cache.json"
     save_rounding_errors(EXAMPLE, file)
     assert load_rounding_errors(file, "onnx", "test 1", "abc") == EXAMPLE
-    assert json.loads(file.read_text())["format"] == "acip-rounding-errors"
+    assert json.loads(file.read_text())["artifact"] == "acip-rounding-errors"
     harm(file)
     assert load_rounding_errors(file, "onnx", "test 1", "abc") == RoundingErrors("onnx", "test 1", "abc")
     assert ("damaged" in caplog.text) == warns
@@ -188,3 +189,20 @@ def test_the_plan_follows_what_was_measured(model: Path) -> None:
     plan = make_plan(checkpoint, scores, request, overhead, errors)
     assert {d.name: d.type for d in plan.tensors}[tensor] == "q8_0"
     assert weight_type("gguf", "q8_0").nbytes(512, 256) == next(d.nbytes for d in plan.tensors if d.name == tensor)
+
+
+def test_a_plan_without_the_quantizer_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(model, tmp_path / "m")
+    for cache in (tmp_path / "m").glob("*.rounding-*.json"):
+        cache.unlink()
+    checkpoint, scores = Checkpoint.open(tmp_path / "m"), load_scores(tmp_path / "m" / "tiny.acip")
+    request = PlanRequest("gguf", 600_000, "file", types=("q8_0", "q4_0", "f16"))
+    with monkeypatch.context() as patch:
+        patch.setattr(ggml_library, "load_library", lambda: None)
+        gaussian = pipeline.plan_export(checkpoint, scores, request)
+    (said,) = [note for note in gaussian.notes if "Gaussian" in note]
+    rounded = sum(d.type in ("q8_0", "q4_0") for d in gaussian.tensors)
+    assert f"{rounded} of {rounded} quantized matrices" in said
+    assert not any("Gaussian" in note for note in pipeline.plan_export(checkpoint, scores, request).notes)
+    pairs = replace(request, layout="lora", types=("q8_0", "q2_k"))
+    assert not any("Gaussian" in note for note in pipeline.plan_export(checkpoint, scores, pairs).notes)
