@@ -28,6 +28,7 @@ from acip_export.planning.memory import (
     memory_breakdown,
 )
 from acip_export.planning.tensor_limit import fitting
+from acip_export.weight_types import weight_type
 
 PredictFiles = Callable[[tuple[TensorDecision, ...], Serving], Mapping[str, int]]
 # Flags and floors of the other formats, for a request that does not fit.
@@ -93,7 +94,8 @@ def make_plan(
     """
     problem = replace(Problem.of(checkpoint, scores, request, predict_files, errors), other_floors=other_floors)
     plan = problem.plan(request)
-    return replace(plan, certificate=explain(problem, request, plan))
+    notes = (*plan.notes, *_gaussian_note(plan, scores, errors))
+    return replace(plan, certificate=explain(problem, request, plan), notes=notes)
 
 
 @dataclass(frozen=True)
@@ -366,3 +368,23 @@ def _notes(solution: Solution, certificate: Certificate, loss: float, low_rank: 
     if alone is None:
         return (f"{factored} layers are low rank; quantization alone does not fit this budget",)
     return (f"{factored} layers are low rank: predicted loss {loss:.4f} instead of {alone:.4f} {unit}",)
+
+
+def _gaussian_note(plan: Plan, scores: ScoreFile, errors: RoundingErrors | None) -> tuple[str, ...]:
+    """Say so when the plan's rounding errors are those of Gaussian weights, where the model's own can be measured."""
+    rounded = [
+        decision
+        for decision in plan.tensors
+        if (decision.module in scores.modules or decision.name in scores.embedding_sensitivity)
+        and any(
+            name and not weight_type(plan.format, name).is_float
+            for name in (decision.type, decision.down_type, decision.up_type)
+        )
+    ]
+    gaussian = sum(errors is None or not errors.measured(decision) for decision in rounded)
+    if not gaussian:
+        return ()
+    return (
+        f"rounding errors of {gaussian} of {len(rounded)} quantized matrices are those of Gaussian weights; with the "
+        f"quantizer of {plan.format} installed they are measured on this model",
+    )

@@ -9,7 +9,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +94,7 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
 
 def quantizer() -> str:
     """See :class:`acip_export.formats.protocol.ExportFormat`."""
-    return f"xllamacpp {version('xllamacpp')}" if ggml.library_path() is not None else "gguf"
+    return ggml.quantizer()
 
 
 def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
