@@ -203,7 +203,7 @@ def plan_of(model: Path, layout: str, size: int | None, rule: Rule | None = None
     options |= {} if size is None else {"split_max_size": str(size)}
     made = dataclasses.replace(make_plan(model, "gguf", layout, rule or RULES[layout]), options=options)
     checkpoint = Checkpoint.open(model).with_options(options)
-    files = converter.predict_files(checkpoint, layout, made.tensors, made.runtime)
+    files = converter.predict_files(checkpoint, layout, made.tensors, made.serving)
     total = sum(files.values())
     return dataclasses.replace(
         made, files=files, planned_bytes=total, memory_bytes=total, breakdown={"weights": total}, budget_bytes=2 * total

@@ -109,8 +109,8 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match=re.escape(message)):
             plan_export(checkpoint, scores, request)
     made = export(tmp_path / "x", "llama", {}, "f16").bundle.plan
-    plain = replace(made.runtime, backend="cpu", cache_type="f32")
+    plain = replace(made.serving, backend="cpu", cache_type="f32")
     with pytest.raises(UnsupportedError, match="plan again with  --backend cpu"):
         converter.predict_files(checkpoint, "factored", made.tensors, plain)
     with pytest.raises(UnsupportedError, match="use --cache-type f16"):
-        converter.predict_files(checkpoint, "factored", made.tensors, replace(made.runtime, cache_type="f32"))
+        converter.predict_files(checkpoint, "factored", made.tensors, replace(made.serving, cache_type="f32"))
