@@ -157,7 +157,7 @@ def test_flags_override_the_device(camera: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({}, "no target"),
+        ({}, "no format"),
         ({"format_": "gguf"}, "--device raspberry-pi-5-8gb"),
         ({"device": "camera", "format_": "onnx"}, "camera runs gguf, not onnx"),
         ({"device": "camera", "budget": "2GB"}, "more than camera has"),

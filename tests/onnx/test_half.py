@@ -98,8 +98,8 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", **SIZES)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
     for message, request in {
-        "has no target 'tpu'; it has: cpu, webgpu": PlanRequest("onnx", 10**6, backend="tpu"),
-        "gguf has no target 'webgpu'": PlanRequest("gguf", 10**6, backend="webgpu"),
+        "has no backend 'tpu'; it has: cpu, webgpu": PlanRequest("onnx", 10**6, backend="tpu"),
+        "gguf has no backend 'webgpu'": PlanRequest("gguf", 10**6, backend="webgpu"),
         "no type 'int4' here; it has: f16": PlanRequest("onnx", 10**6, backend="webgpu", types=("int4",)),
         "int8-f16 is not exported: DirectML": PlanRequest("onnx", 10**6, backend="dml", types=("int8-f16",)),
         "CUDA multiply 4 and 8 bits": PlanRequest("onnx", 10**6, backend="cuda", types=("uint2-b64-f16",)),
