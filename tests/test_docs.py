@@ -23,6 +23,16 @@ def test_cli_reference_is_up_to_date() -> None:
     assert not stale, "docs/cli.md is not what the commands say; run  make docs"
 
 
+def test_python_reference_is_up_to_date() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import generate_api
+    finally:
+        sys.path.pop(0)
+    stale = generate_api.FILE.read_text(encoding="utf-8") != generate_api.reference()
+    assert not stale, "docs/api.md is not what the docstrings say; run  make docs"
+
+
 def _links(text: str) -> list[str]:
     tokens = [c for token in MarkdownIt("commonmark").enable("table").parse(text) for c in token.children or []]
     return [str(t.attrs.get("href", t.attrs.get("src"))) for t in tokens if t.type in ("link_open", "image")]

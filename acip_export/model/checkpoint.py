@@ -124,8 +124,11 @@ class Checkpoint:
         self.options = options
 
     @classmethod
-    def open(cls, model: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, model: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Checkpoint:
         """Open a local directory, or a Hugging Face id (downloaded through ``huggingface_hub``).
+
+        Args:
+            revision: branch, tag or commit of an id. token: for a private one; both are the hub's own.
 
         Raises:
             CheckpointError: not a model directory, damaged shards, an id that cannot be fetched, or a stored head with
@@ -133,7 +136,7 @@ class Checkpoint:
         """
         path = Path(model)
         if not path.is_dir():
-            path = _download(str(model))
+            path = _download(str(model), revision, token)
         config = _read_config(path)
         tensors = {name: info for name, info in _read_index(path).items() if not _unused(config, name)}
         if not is_encoder(config):
@@ -312,13 +315,14 @@ def _read_index(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _download(model: str) -> Path:
+def _download(model: str, revision: str | None, token: str | None) -> Path:
     looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(".")
     if not looks_like_id:
         raise CheckpointError(f"{model} is no directory, and no Hugging Face id of the form owner/name either")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+        wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many kinds; all of them mean that the model is not here
         raise CheckpointError(f"{model} is no local directory and cannot be downloaded: {error}") from error
