@@ -1,4 +1,4 @@
-"""Byte quantities as people write and read them."""
+"""Byte quantities as people write and read them, and their division into whole blocks."""
 
 from __future__ import annotations
 
@@ -49,3 +49,8 @@ def format_bytes(count: int) -> str:
             digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
             return f"{value:.{digits}f} {unit}"
     return f"{count} B"
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Return how many blocks of ``size`` it takes to hold ``count``: the quotient, rounded up."""
+    return -(-count // size)

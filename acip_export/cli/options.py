@@ -134,7 +134,7 @@ class PlanFlags:
             for layout in TARGETS[target].layouts_for(self.layout or AUTO, self.runtime):
                 for types in sets:
                     label = f"{target}, {layout.name}" + (f": {', '.join(types)}" if types else "")
-                    found.append((label, self._request(device, target, 1, layout.name, types)))
+                    found.append((label, self._request(device, target, None, layout.name, types)))
         return found
 
     def _type_sets(self, most: int | None) -> list[tuple[str, ...]]:
@@ -146,7 +146,7 @@ class PlanFlags:
         return sets
 
     def _request(
-        self, device: Device | None, target: str, budget: int, layout: str | None, types: tuple[str, ...]
+        self, device: Device | None, target: str, budget: int | None, layout: str | None, types: tuple[str, ...]
     ) -> PlanRequest:
         from acip_export.planning import DEFAULT_CONTEXT, PlanRequest
 

@@ -13,8 +13,11 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision
+from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile
 from acip_export.model.checkpoint import Checkpoint, TensorInfo
+from acip_export.planning import PlanRequest, Problem, make_plan, resolve
 from tests.support import make_tokenizer
 
 # ``make test-exhaustive`` asks for hundreds of examples and every slow type; ``make test`` for some of both.
@@ -146,3 +149,27 @@ def made_up_scores(checkpoint: Checkpoint, seed: int) -> ScoreFile:
         },
         second_moments={},
     )
+
+
+def overhead(decisions: tuple[TensorDecision, ...]) -> dict[str, int]:
+    """File bytes that, as in the real formats, depend a little on what was decided."""
+    around = sum(64 + len(str(d.nbytes)) + (40 if d.rank else 0) for d in decisions)
+    return {"model": sum(d.nbytes for d in decisions) + around, "config": 777}
+
+
+class Overhead:
+    """A converter, as far as planning needs one."""
+
+    def predict_files(
+        self, _checkpoint: Checkpoint, _layout: str, tensors: tuple[TensorDecision, ...], _serving: Serving
+    ) -> dict[str, int]:
+        return overhead(tensors)
+
+
+def planned(
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, errors: RoundingErrors | None = None
+) -> Plan:
+    """The plan with :class:`Overhead` around its tensors."""
+    question = resolve(request, checkpoint)
+    problem = Problem.of(checkpoint, scores, question.space, Overhead(), errors)
+    return make_plan(problem, question.budget, question.rule)
