@@ -72,19 +72,19 @@ def refused_types(space: SearchSpace, candidates: tuple[Candidates, ...]) -> tup
     return tuple(Refusal(name, len(tensors), tensors[0], why) for (name, why), tensors in refused.items())
 
 
-def notes(solution: Solution, certificate: Certificate, loss: float, low_rank: bool, unit: str) -> tuple[str, ...]:
-    """Say in a sentence what low rank does for the plan.
+def low_rank_note(solution: Solution, certificate: Certificate, loss: float, unit: str, *, compared: bool) -> str:
+    """Say in a sentence what low rank does for a plan of a layout that has it.
 
     Args:
         loss: the plan's predicted loss, in ``unit``.
-        low_rank: whether the layout has pairs of factors.
+        compared: whether quantization alone was planned, for the certificate.
     """
-    if not low_rank:
-        return ("this layout stores dense tensors only: the budget is spent on types",)
     factored = sum(decision.rank is not None for decision in solution.decisions)
     if factored == 0:
-        return ("low rank does not pay at this budget: quantization alone is predicted to be better",)
+        return "low rank does not pay at this budget: quantization alone is predicted to be better"
+    if not compared:
+        return f"{factored} layers are low rank"
     alone = certificate.quantization_only_loss
     if alone is None:
-        return (f"{factored} layers are low rank; quantization alone does not fit this budget",)
-    return (f"{factored} layers are low rank: predicted loss {loss:.4f} instead of {alone:.4f} {unit}",)
+        return f"{factored} layers are low rank; quantization alone does not fit this budget"
+    return f"{factored} layers are low rank: predicted loss {loss:.4f} instead of {alone:.4f} {unit}"

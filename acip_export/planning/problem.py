@@ -16,7 +16,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.budget import Budget, ModelMemory
 from acip_export.planning.candidates import Candidates, build_candidates
 from acip_export.planning.capacity_search import Search, Solution, Table
-from acip_export.planning.certificate import loss_of_quantization_alone, next_upgrade, notes
+from acip_export.planning.certificate import loss_of_quantization_alone, low_rank_note, next_upgrade
 from acip_export.planning.export_sizes import ExportSizes, FilePrediction
 from acip_export.planning.losses import Calibration, FloatArray, calibrate, component_losses
 from acip_export.planning.space import SearchSpace
@@ -119,14 +119,14 @@ class Problem:
             raise DoesNotFit(self.floor(budget.scope, serving))
         certificate = self._certificate(solution, room)
         if exact:
-            certificate = self._proven(certificate, search.table, solution, room)
-        return self._plan(solution, budget, serving, certificate)
+            certificate = self._compared(certificate, search.table, solution, room)
+        return self._plan(solution, budget, serving, certificate, compared=exact)
 
     def largest(self, scope: BudgetScope, serving: Serving) -> Plan:
         """Return the plan that no larger budget improves; its budget is what it uses."""
         solution = self._searches.search(scope, serving).largest()
         budget = Budget(solution.used + self.memory.fixed(scope, serving), scope)
-        return self._plan(solution, budget, serving, self._certificate(solution, solution.used))
+        return self._plan(solution, budget, serving, self._certificate(solution, solution.used), compared=False)
 
     def floor(self, scope: BudgetScope, serving: Serving) -> Floor:
         """Return the smallest budget that has a plan."""
@@ -151,7 +151,7 @@ class Problem:
         bound = self.calibration.loss(max(0.0, solution.allocation.lower_bound))
         return Certificate(room - solution.used, bound)
 
-    def _proven(self, certificate: Certificate, table: Table, solution: Solution, room: int) -> Certificate:
+    def _compared(self, certificate: Certificate, table: Table, solution: Solution, room: int) -> Certificate:
         """Add the next upgrade, and what quantization alone would reach."""
         upgrade = next_upgrade(table, solution, certificate.bytes_left)
         alone: float | None = solution.allocation.loss
@@ -164,10 +164,14 @@ class Problem:
             quantization_only_loss=None if alone is None else self.calibration.loss(alone),
         )
 
-    def _plan(self, solution: Solution, budget: Budget, serving: Serving, certificate: Certificate) -> Plan:
+    def _plan(
+        self, solution: Solution, budget: Budget, serving: Serving, certificate: Certificate, *, compared: bool
+    ) -> Plan:
         space, checkpoint, scores = self.space, self.checkpoint, self.scores
         loss = self.calibration.loss(solution.allocation.loss)
-        low_rank = space.layout.low_rank is not None
+        note = "this layout stores dense tensors only: the budget is spent on types"
+        if space.layout.low_rank is not None:
+            note = low_rank_note(solution, certificate, loss, scores.loss_unit, compared=compared)
         return Plan(
             format=space.format.name,
             layout=space.layout.name,
@@ -188,9 +192,7 @@ class Problem:
             options=dict(space.options),
             certificate=certificate,
             tensors=solution.decisions,
-            notes=notes(solution, certificate, loss, low_rank, scores.loss_unit)
-            + ((space.layout.note,) if space.layout.note else ())
-            + split_notes(solution.files, space.options),
+            notes=(note, *filter(None, [space.layout.note]), *split_notes(solution.files, space.options)),
             loss_unit=scores.loss_unit,
         )
 
