@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from acip_export.units import ceil_div
+
 Target = Literal["gguf", "onnx"]
 
 
@@ -70,8 +72,8 @@ class WeightType:
         """
         if not self.fits(columns):
             raise ValueError(f"rows of {columns} weights do not fit {self.name} blocks of {self.block}")
-        blocks = -(-columns // self.block)
-        return rows * (blocks * self.block_bytes + -(-blocks * self.zero_point_bits // 8))
+        blocks = ceil_div(columns, self.block)
+        return rows * (blocks * self.block_bytes + ceil_div(blocks * self.zero_point_bits, 8))
 
 
 def _ggml(name: str, block: int, block_bytes: int, relative_mse: float, needs_importance: bool = False) -> WeightType:

@@ -22,6 +22,7 @@ from acip_export.planning import (
     Problem,
     Question,
     SearchSpace,
+    ServingRule,
     Suggestion,
     SweepLine,
     infeasible,
@@ -47,7 +48,7 @@ def planning_problem(
 
     space = question.spaces[0]
     checkpoint = checkpoint.with_options(space.options)
-    _prepare(checkpoint, question, progress)
+    _prepare(checkpoint, space.format.name, question.rule, progress)
     errors = rounding_errors(checkpoint, scores, space, progress)
     return Problem.of(checkpoint, scores, space, converter(space.format.name), errors)
 
@@ -72,7 +73,7 @@ def plan_export(
     checkpoint = checkpoint.with_options(request.options)
     files = converter(request.format)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
-    notes = _prepare(checkpoint, question, progress)
+    notes = _prepare(checkpoint, request.format, rule, progress)
 
     def problem_of(space: SearchSpace) -> Problem:
         if split_max_size(space.options) is not None:  # one that is too small is refused before anything is measured
@@ -155,14 +156,14 @@ def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> i
     return problem.floor(question.scope, question.rule.serving(question.budget, problem.memory)).nbytes
 
 
-def _prepare(checkpoint: Checkpoint, question: Question, progress: ProgressCallback) -> tuple[str, ...]:
+def _prepare(checkpoint: Checkpoint, format_: str, rule: ServingRule, progress: ProgressCallback) -> tuple[str, ...]:
     """Let the converter do what is the same for all plans; return what a user has to know about this model's."""
     from acip_export.formats.registry import converter
 
-    return converter(question.spaces[0].format.name).prepare(
+    return converter(format_).prepare(
         checkpoint,
-        question.rule.backend,
-        question.rule.context,
+        rule.backend,
+        rule.context,
         lambda p: progress(StageProgress("graph", p.done, p.total, p.item)),
     )
 

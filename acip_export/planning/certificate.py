@@ -34,12 +34,12 @@ def next_upgrade(table: Table, solution: Solution, left: int) -> Upgrade | None:
     return best
 
 
-def loss_of_quantization_alone(table: Table, solution: Solution, room: int) -> float | None:
-    """Return the summed loss of the best choice without low rank, or ``None`` if none is within ``room``."""
+def loss_of_quantization_alone(table: Table, solution: Solution, left: int) -> float | None:
+    """Return the summed loss of the best choice without low rank; ``None``: none takes what ``solution`` leaves."""
     dense = [~candidate.table.low_rank for candidate in table.candidates]
     if not all(mask.any() for mask in dense):
         return None
-    allocation = Knapsack(table.groups, dense).solve(room - solution.overhead, exact=False)
+    allocation = Knapsack(table.groups, dense).solve(solution.allocation.nbytes + left, exact=False)
     return None if allocation is None else allocation.loss
 
 

@@ -117,16 +117,16 @@ class Problem:
         solution = search.best(room, exact=exact)
         if solution is None:
             raise DoesNotFit(self.floor(budget.scope, serving))
-        certificate = self._certificate(solution, room)
+        certificate = self._certificate(solution, room - solution.used)
         if exact:
-            certificate = self._compared(certificate, search.table, solution, room)
+            certificate = self._compared(certificate, search.table, solution)
         return self._plan(solution, budget, serving, certificate, compared=exact)
 
     def largest(self, scope: BudgetScope, serving: Serving) -> Plan:
         """Return the plan that no larger budget improves; its budget is what it uses."""
         solution = self._searches.search(scope, serving).largest()
         budget = Budget(solution.used + self.memory.fixed(scope, serving), scope)
-        return self._plan(solution, budget, serving, self._certificate(solution, solution.used), compared=False)
+        return self._plan(solution, budget, serving, self._certificate(solution, 0), compared=False)
 
     def floor(self, scope: BudgetScope, serving: Serving) -> Floor:
         """Return the smallest budget that has a plan."""
@@ -147,16 +147,16 @@ class Problem:
     def _searches(self) -> _Searches:
         return _Searches(self.candidates, self.space, self.sizes)
 
-    def _certificate(self, solution: Solution, room: int) -> Certificate:
+    def _certificate(self, solution: Solution, left: int) -> Certificate:
         bound = self.calibration.loss(max(0.0, solution.allocation.lower_bound))
-        return Certificate(room - solution.used, bound)
+        return Certificate(left, bound)
 
-    def _compared(self, certificate: Certificate, table: Table, solution: Solution, room: int) -> Certificate:
+    def _compared(self, certificate: Certificate, table: Table, solution: Solution) -> Certificate:
         """Add the next upgrade, and what quantization alone would reach."""
         upgrade = next_upgrade(table, solution, certificate.bytes_left)
         alone: float | None = solution.allocation.loss
         if self.space.layout.low_rank is not None:
-            alone = loss_of_quantization_alone(table, solution, room)
+            alone = loss_of_quantization_alone(table, solution, certificate.bytes_left)
         return replace(
             certificate,
             next_upgrade=None if upgrade is None else upgrade.decision,

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import MissingExtraError, UnsupportedError
+from acip_export.units import ceil_div
 from acip_export.weight_types import types_of, weight_type
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def quantize(
             elif _quantize_rows(library, name, chunk, target, weights) != target.nbytes:
                 raise AssertionError(f"ggml wrote another number of bytes than {name} takes")
 
-    count = min(threads or processors(), -(-rows // step))
+    count = min(threads or processors(), ceil_div(rows, step))
     with ThreadPoolExecutor(max(count, 1)) as pool:
         for done in [pool.submit(work) for _ in range(count)]:
             done.result()
