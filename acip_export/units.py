@@ -1,4 +1,4 @@
-"""Byte quantities as people write and read them, and their division into whole blocks."""
+"""Byte quantities as people write and read them."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ def format_bytes(count: int) -> str:
 
 
 def ceil_div(count: int, size: int) -> int:
-    """Return how many blocks of ``size`` it takes to hold ``count``: the quotient, rounded up."""
+    """Divide and round up."""
     return -(-count // size)

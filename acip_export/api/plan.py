@@ -12,7 +12,8 @@ from acip_export.api.rounding import rounding_errors
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import AcipError, MissingExtraError, UnsupportedError
-from acip_export.formats.targets import split_max_size
+from acip_export.formats.protocol import ExportFormat
+from acip_export.formats.registry import format_names
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import (
     Budget,
@@ -44,19 +45,17 @@ def planning_problem(
         UsageError, UnsupportedError: the model cannot be exported with these types.
         MissingExtraError: a package that the prediction of files needs is not installed.
     """
-    from acip_export.formats.registry import converter
-
     space = question.spaces[0]
     checkpoint = checkpoint.with_options(space.options)
-    _prepare(checkpoint, space.format.name, question.rule, progress)
+    _prepare(checkpoint, space.format, question.rule, progress)
     errors = rounding_errors(checkpoint, scores, space, progress)
-    return Problem.of(checkpoint, scores, space, converter(space.format.name), errors)
+    return Problem.of(checkpoint, scores, space, errors)
 
 
 def plan_export(
     checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
 ) -> Plan:
-    """Plan with measured rounding errors and the exact file sizes of the format's converter; with the layout ``auto``,
+    """Plan with measured rounding errors and the exact file sizes of the format; with the layout ``auto``,
     the best predicted of all.
 
     Raises:
@@ -66,20 +65,17 @@ def plan_export(
         UsageError, UnsupportedError: the request contradicts itself, the model or the format; or a file would be larger
             than ``request.largest_file``.
     """
-    from acip_export.formats.registry import converter
-
     question = resolve(request, checkpoint)
     budget, rule = question.budget, question.rule
     checkpoint = checkpoint.with_options(request.options)
-    files = converter(request.format)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
-    notes = _prepare(checkpoint, request.format, rule, progress)
+    notes = _prepare(checkpoint, question.spaces[0].format, rule, progress)
 
     def problem_of(space: SearchSpace) -> Problem:
-        if split_max_size(space.options) is not None:  # one that is too small is refused before anything is measured
-            unmeasured = Problem.of(checkpoint, scores, space, files)
+        if space.format.tensor_limit(space.options):  # one that is too small is refused before anything is measured
+            unmeasured = Problem.of(checkpoint, scores, space)
             unmeasured.floor(budget.scope, rule.serving(budget, unmeasured.memory))
-        return Problem.of(checkpoint, scores, space, files, rounding_errors(checkpoint, scores, space, progress))
+        return Problem.of(checkpoint, scores, space, rounding_errors(checkpoint, scores, space, progress))
 
     plans: list[Plan] = []
     refused: list[tuple[Floor, Problem]] = []
@@ -122,8 +118,6 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
     Formats that the model or the installation does not support are left out. What only the requested format knows of
     (types, layout and the like) falls to the other's defaults, and the flags say so.
     """
-    from acip_export.formats.targets import TARGETS
-
     own = {
         "types": request.types,
         "layout": request.layout,
@@ -134,7 +128,7 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
     }
     without = ", ".join(f"--{name}" for name, value in own.items() if value)
     suggestions: list[Suggestion] = []
-    for name in TARGETS:
+    for name in format_names():
         if name != request.format:
             changed = replace(
                 request, format=name, types=(), layout=None, cache_type=None, runtime=None, backend=None, options={}
@@ -149,18 +143,16 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
 
 def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> int:
     """Return the smallest budget of the default layout, which needs no rounding errors."""
-    from acip_export.formats.registry import converter
-
     question = resolve(request, checkpoint)
-    problem = Problem.of(checkpoint, scores, question.spaces[0], converter(request.format))
+    problem = Problem.of(checkpoint, scores, question.spaces[0])
     return problem.floor(question.scope, question.rule.serving(question.budget, problem.memory)).nbytes
 
 
-def _prepare(checkpoint: Checkpoint, format_: str, rule: ServingRule, progress: ProgressCallback) -> tuple[str, ...]:
-    """Let the converter do what is the same for all plans; return what a user has to know about this model's."""
-    from acip_export.formats.registry import converter
-
-    return converter(format_).prepare(
+def _prepare(
+    checkpoint: Checkpoint, format: ExportFormat, rule: ServingRule, progress: ProgressCallback
+) -> tuple[str, ...]:
+    """Let the format do what is the same for all plans; return what a user has to know about this model's exports."""
+    return format.prepare(
         checkpoint,
         rule.backend,
         rule.context,

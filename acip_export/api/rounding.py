@@ -34,12 +34,11 @@ def rounding_errors(
     the answer is what the cache has.
     """
     global _measured_last
-    from acip_export.formats.registry import converter
     from acip_export.planning.candidates import choose_embedding_types, pair_types, residual_bases
 
     scores.check_model(checkpoint)
     target, types, layout = space.format, space.types, space.layout
-    quantizer = converter(target.name).quantizer()
+    quantizer = target.quantizer()
     cache = None if scores.file is None else cache_file(scores.file, target.name)
     known = RoundingErrors(target.name, quantizer, scores.sha256)
     if cache is not None:
@@ -73,7 +72,7 @@ def rounding_errors(
             pairs,
             bases,
             layout.residual_pairs,
-            converter(target.name).round_trip,
+            target.round_trip,
             lambda p: progress(StageProgress("measure rounding", p.done, p.total, p.item)),
         )
     except MissingExtraError as missing:
@@ -91,10 +90,10 @@ def measure_rounding_errors(checkpoint: Checkpoint, scores: Path, progress: Prog
 
     Plans measure what is missing themselves; having it from the start makes the first one take seconds.
     """
-    from acip_export.formats.targets import TARGETS
+    from acip_export.formats.registry import format_names
 
     opened = load_scores(scores)
-    for name in TARGETS:
+    for name in format_names():
         try:
             rounding_errors(checkpoint, opened, resolve(PlanRequest(name), checkpoint).space, progress)
         except (MissingExtraError, UnsupportedError) as reason:

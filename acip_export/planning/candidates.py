@@ -13,10 +13,10 @@ from acip_export.artifacts.plan import TensorDecision
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import UnsupportedError
-from acip_export.formats.targets import Layout, Target
+from acip_export.formats.protocol import ExportFormat, Layout
 from acip_export.model.architectures import EMBEDDINGS, HEAD
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning.memory import is_embedding, repacked_bytes
+from acip_export.planning.memory import is_embedding
 from acip_export.planning.space import SearchSpace
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
@@ -62,12 +62,16 @@ class CandidateTable:
         """(n,) whether a candidate has a pair of factors."""
         return np.array([decision.rank is not None for decision in self.decisions], np.bool_)
 
-    def held(self, format_: str, embedding: bool, tied_head: bool) -> CountedBytes:
+    def held(self, format: ExportFormat, embedding: bool, tied_head: bool) -> CountedBytes:
         """Return what a runtime of the format holds beside the stored bytes."""
-        key = (format_, embedding, tied_head)
+        key = (format.name, embedding, tied_head)
         if key not in self._held:
-            held = [repacked_bytes(decision, *key) for decision in self.decisions]
-            self._held[key] = CountedBytes(*np.array(held, np.int64).reshape(-1, 3).T)
+            held = [format.memory.beside(decision, embedding, tied_head) for decision in self.decisions]
+            self._held[key] = CountedBytes(
+                nbytes=np.array([tensor.kept for tensor in held], np.int64),
+                once=np.array([tensor.once for tensor in held], np.int64),
+                loading=np.array([tensor.loading for tensor in held], np.int64),
+            )
         return self._held[key]
 
     def subset(self, kept: tuple[int, ...]) -> CandidateTable:
@@ -100,12 +104,12 @@ class Candidates:
         """The decisions, without name and kept components, which :meth:`decision` fills in."""
         return self.table.decisions
 
-    def counted(self, format_: str, files_only: bool) -> CountedBytes:
+    def counted(self, format: ExportFormat, *, files_only: bool) -> CountedBytes:
         """Return the stored bytes, and unless only files count what the runtime holds beside them."""
         stored = self.table.stored
         if files_only:
             return CountedBytes(stored, np.zeros_like(stored), np.zeros_like(stored))
-        held = self.table.held(format_, is_embedding(self.name), self.tied_head)
+        held = self.table.held(format, is_embedding(self.name), self.tied_head)
         return replace(held, nbytes=stored + held.nbytes)
 
     def only(self, allowed: Callable[[Candidates, TensorDecision], bool]) -> Candidates:
@@ -146,8 +150,8 @@ def build_candidates(
     Raises:
         UnsupportedError: no allowed type can hold a tensor's rows.
     """
-    format_, layout, types = space.format, space.layout, space.types
-    embedding_types = choose_embedding_types(format_, types)
+    layout, types = space.layout, space.types
+    embedding_types = choose_embedding_types(space.format, types)
     # Tables of positions, and an encoder's heads, whose rounding no ranking measures; runtimes add some as they are.
     tables = set(checkpoint.tensors) - set(scores.embedding_sensitivity)
     if checkpoint.shape.generates:
@@ -163,15 +167,15 @@ def build_candidates(
             tied = checkpoint.shape.tied_embeddings and is_embedding(name)
             built.append(replace(embedding, tied_head=tied))
         else:
-            vector = weight_type(format_.name, format_.vector_type)
+            vector = space.format.type(space.format.vector_type)
             built.append(_dense(name, info.shape, 0.0, (vector,), None, errors))
     return tuple(built)
 
 
-def choose_embedding_types(format_: Target, types: tuple[WeightType, ...]) -> tuple[WeightType, ...]:
+def choose_embedding_types(format: ExportFormat, types: tuple[WeightType, ...]) -> tuple[WeightType, ...]:
     """Return what the embedding may take: of the allowed types those that it can, or else all that it can."""
-    return tuple(t for t in types if t.name in format_.embedding_types) or tuple(
-        weight_type(format_.name, name) for name in format_.embedding_types
+    return tuple(t for t in types if t.name in format.embedding_types) or tuple(
+        format.type(name) for name in format.embedding_types
     )
 
 

@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from acip_export.artifacts.plan import Serving, TensorDecision
+from acip_export.formats.protocol import ExportFormat
 from acip_export.planning.candidates import BoolArray, Candidates, FloatArray, IntArray
 from acip_export.planning.export_sizes import ExportSizes
 from acip_export.planning.knapsack import LOSS_QUANTUM, Allocation, Choices, Knapsack
@@ -92,7 +93,13 @@ class Table:
 
     @classmethod
     def of(
-        cls, candidates: tuple[Candidates, ...], format_: str, files_only: bool, around_pair: int, building: int
+        cls,
+        candidates: tuple[Candidates, ...],
+        format: ExportFormat,
+        *,
+        files_only: bool,
+        around_pair: int,
+        building: int,
     ) -> Table:
         """Count the candidates of every tensor.
 
@@ -100,7 +107,7 @@ class Table:
             around_pair: bytes that files have around a low-rank layer beyond those around a dense one.
             building: bytes that building the tokenizer takes while loading, whatever is chosen.
         """
-        counted = [candidate.counted(format_, files_only) for candidate in candidates]
+        counted = [candidate.counted(format, files_only=files_only) for candidate in candidates]
         groups = tuple(
             Choices(
                 each.nbytes + around_pair * candidate.table.low_rank,

@@ -9,7 +9,6 @@ from acip_export.planning.candidates import Candidates
 from acip_export.planning.capacity_search import Solution, Table
 from acip_export.planning.knapsack import Knapsack, pareto
 from acip_export.planning.space import SearchSpace
-from acip_export.planning.splitting import fits_a_file
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ def describe(decision: TensorDecision) -> str:
 def refused_types(space: SearchSpace, candidates: tuple[Candidates, ...]) -> tuple[Refusal, ...]:
     """Return the types that were allowed and that some matrices cannot take, with the reason."""
     refused: dict[tuple[str, str], list[str]] = {}
+    limit = space.format.tensor_limit(space.options)
     for candidate in candidates:
         first = candidate.options[0]
         if len(first.shape) != 2:
@@ -64,10 +64,10 @@ def refused_types(space: SearchSpace, candidates: tuple[Candidates, ...]) -> tup
                 continue
             if not allowed.fits(columns):
                 reason = f"rows of {columns} weights are no multiple of blocks of {allowed.block}"
-            elif not fits_a_file(allowed.nbytes(rows, columns), space.options):
-                reason = "in this type it is larger than a file of --split-max-size"
+            elif limit is not None and allowed.nbytes(rows, columns) > limit.nbytes:
+                reason = limit.reason
             else:
-                reason = "this target has no such embeddings, heads or tables"
+                reason = "this format has no such embeddings, heads or tables"
             refused.setdefault((allowed.name, reason), []).append(candidate.name)
     return tuple(Refusal(name, len(tensors), tensors[0], why) for (name, why), tensors in refused.items())
 

@@ -16,7 +16,7 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule) -> Plan:
 
     Raises:
         DoesNotFit: no plan fits; :func:`acip_export.planning.advice.infeasible` explains it to the user.
-        UnsupportedError: the format's converter cannot express a decision.
+        UnsupportedError: the format cannot express a decision.
     """
     plan = problem.plan(budget, rule.serving(budget, problem.memory))
     certificate = replace(
@@ -24,4 +24,24 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule) -> Plan:
         alternatives=alternatives(problem, budget, plan),
         refused_types=refused_types(problem.space, problem.candidates),
     )
-    return replace(plan, certificate=certificate)
+    return replace(plan, certificate=certificate, notes=(*plan.notes, *_gaussian_note(problem, plan)))
+
+
+def _gaussian_note(problem: Problem, plan: Plan) -> tuple[str, ...]:
+    """Say so when the plan's rounding errors are those of Gaussian weights, where the model's own can be measured."""
+    scores, format = problem.scores, problem.space.format
+    rounded = [
+        decision
+        for decision in plan.tensors
+        if (decision.module in scores.modules or decision.name in scores.embedding_sensitivity)
+        and any(
+            name and not format.type(name).is_float for name in (decision.type, decision.down_type, decision.up_type)
+        )
+    ]
+    gaussian = sum(not problem.errors.measured(decision) for decision in rounded)
+    if not gaussian:
+        return ()
+    return (
+        f"rounding errors of {gaussian} of {len(rounded)} quantized matrices are those of Gaussian weights; with the "
+        f"quantizer of {plan.format} installed they are measured on this model",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.planning.candidates import Candidates
 from acip_export.planning.problem import Problem
-from acip_export.weight_types import WeightType, weight_type
+from acip_export.weight_types import WeightType
 
 
 def preset(problem: Problem, type_: WeightType) -> Problem:
@@ -16,7 +16,7 @@ def preset(problem: Problem, type_: WeightType) -> Problem:
     """
 
     def width(option: TensorDecision) -> float:
-        return weight_type(problem.space.format.name, str(option.type)).bits_per_weight
+        return problem.space.format.type(str(option.type)).bits_per_weight
 
     def chosen(candidates: Candidates) -> TensorDecision:
         dense = [option for option in candidates.options if option.rank is None]

@@ -13,14 +13,15 @@ from acip_export.artifacts.plan import BudgetScope, Certificate, Plan, Serving, 
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning.budget import Budget, ModelMemory
+from acip_export.planning.budget import Budget
 from acip_export.planning.candidates import Candidates, build_candidates
 from acip_export.planning.capacity_search import Search, Solution, Table
 from acip_export.planning.certificate import loss_of_quantization_alone, low_rank_note, next_upgrade
-from acip_export.planning.export_sizes import ExportSizes, FilePrediction
+from acip_export.planning.export_sizes import ExportSizes
 from acip_export.planning.losses import Calibration, FloatArray, calibrate, component_losses
+from acip_export.planning.memory import ModelMemory
 from acip_export.planning.space import SearchSpace
-from acip_export.planning.splitting import fitting, split_notes
+from acip_export.planning.tensor_limit import fitting
 from acip_export.weight_types import WeightType
 
 
@@ -45,6 +46,7 @@ class Problem:
     """What all budgets and serving settings of one model and search space share.
 
     Attributes:
+        errors: what rounding costs, where it was measured on this model.
         candidates: one entry per tensor.
         calibration: the map from their summed losses to the measured loss.
         dropping: the loss of dropping each component, by module.
@@ -54,6 +56,7 @@ class Problem:
     checkpoint: Checkpoint
     scores: ScoreFile
     space: SearchSpace
+    errors: RoundingErrors
     candidates: tuple[Candidates, ...]
     calibration: Calibration
     dropping: Mapping[str, FloatArray]
@@ -65,13 +68,11 @@ class Problem:
         checkpoint: Checkpoint,
         scores: ScoreFile,
         space: SearchSpace,
-        converter: FilePrediction,
         errors: RoundingErrors | None = None,
     ) -> Problem:
         """Make every candidate of a search space.
 
         Args:
-            converter: the format's; it predicts the files that it would write.
             errors: what rounding costs, measured on this model; ``None``: as on Gaussian weights.
 
         Raises:
@@ -82,9 +83,8 @@ class Problem:
         losses = component_losses(scores)
         errors = errors or RoundingErrors(space.format.name, "", scores.sha256)
         candidates = fitting(build_candidates(checkpoint, scores, losses, space, errors), space)
-        memory = ModelMemory.of(space.format, checkpoint)
-        sizes = ExportSizes(checkpoint, space.layout.name, converter, memory)
-        return cls(checkpoint, scores, space, candidates, calibrate(scores, losses), losses, sizes)
+        sizes = ExportSizes(ModelMemory.of(space.format, checkpoint), space.layout.name)
+        return cls(checkpoint, scores, space, errors, candidates, calibrate(scores, losses), losses, sizes)
 
     @property
     def memory(self) -> ModelMemory:
@@ -101,7 +101,7 @@ class Problem:
         Raises:
             UsageError, UnsupportedError: a tensor has no candidate.
         """
-        return Problem.of(self.checkpoint, self.scores, replace(self.space, types=types), self.sizes.converter)
+        return Problem.of(self.checkpoint, self.scores, replace(self.space, types=types))
 
     def plan(self, budget: Budget, serving: Serving, *, exact: bool = True) -> Plan:
         """Return the plan of least predicted loss whose exact bytes are within the budget.
@@ -192,7 +192,7 @@ class Problem:
             options=dict(space.options),
             certificate=certificate,
             tensors=solution.decisions,
-            notes=(note, *filter(None, [space.layout.note]), *split_notes(solution.files, space.options)),
+            notes=(note, *filter(None, [space.layout.note]), *space.format.file_notes(solution.files, space.options)),
             loss_unit=scores.loss_unit,
         )
 
@@ -229,7 +229,11 @@ class _Searches:
         if files_only not in self._tables:
             building = self.sizes.memory.base.building
             self._tables[files_only] = Table.of(
-                self.candidates, self.space.format.name, files_only, self._around_pair, building
+                self.candidates,
+                self.space.format,
+                files_only=files_only,
+                around_pair=self._around_pair,
+                building=building,
             )
         return self._tables[files_only]
 

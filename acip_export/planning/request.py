@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from acip_export.artifacts.plan import BudgetScope
 from acip_export.errors import UsageError
-from acip_export.formats.targets import DEFAULT_BACKEND, Target, longest_context
-from acip_export.formats.targets import target as find_format
+from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
+from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
 from acip_export.planning.budget import Budget, ServingRule
@@ -36,7 +36,7 @@ class PlanRequest:
         device: the name of the device that the budget is of, if it is of one.
         whole_prompts: prompts are computed in one piece, whatever their length; then the prompt batch is the context.
         largest_file: bytes of the largest file that can be loaded; ``None``: any.
-        options: for the format's converter; :attr:`acip_export.formats.targets.Target.options` names them.
+        options: for the format; :attr:`acip_export.formats.protocol.ExportFormat.options` names them.
     """
 
     format: str
@@ -104,32 +104,32 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
         UnsupportedError: no such format, backend, runtime, layout, type or option.
         UsageError: the model cannot be served with these settings.
     """
-    format_ = find_format(request.format, request.backend)
-    format_.check_options(request.options)
+    format = export_format(request.format, request.backend)
+    format.check_options(request.options)
     backend = request.backend or DEFAULT_BACKEND
-    types = format_.choose_types(request.types)
+    types = format.choose_types(request.types)
     spaces = tuple(
-        SearchSpace(format_, layout, types, backend, request.options)
-        for layout in format_.layouts_for(request.layout, request.runtime)
+        SearchSpace(format, layout, types, backend, request.options)
+        for layout in format.layouts_for(request.layout, request.runtime)
     )
-    return Question(spaces, _rule(request, format_, backend, checkpoint), request.budget_scope, request.budget_bytes)
+    return Question(spaces, _rule(request, format, backend, checkpoint), request.budget_scope, request.budget_bytes)
 
 
-def _rule(request: PlanRequest, format_: Target, backend: str, checkpoint: Checkpoint) -> ServingRule:
+def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: Checkpoint) -> ServingRule:
     encoder = encoder_of(checkpoint)
-    longest = longest_context(format_.name, checkpoint.shape) if encoder is None else encoder.max_length
+    longest = format.longest_context(checkpoint.shape) if encoder is None else encoder.max_length
     context = min(longest, request.default_context) if request.context is None else request.context
     if not 0 < context <= longest:
         why = (
             ""
             if encoder is not None or longest == checkpoint.shape.max_context
-            else f"; {format_.name} has no sliding window for it"
+            else f"; {format.name} has no sliding window for it"
         )
         raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")
-    cache_type = request.cache_type or next(iter(format_.cache_types))
-    if cache_type not in format_.cache_types:
-        known = ", ".join(format_.cache_types)
-        raise UsageError(f"{format_.name} has no KV cache type {cache_type!r}; it has: {known}")
+    cache_type = request.cache_type or next(iter(format.cache_types))
+    if cache_type not in format.cache_types:
+        known = ", ".join(format.cache_types)
+        raise UsageError(f"{format.name} has no KV cache type {cache_type!r}; it has: {known}")
     if encoder is not None and request.prompt_batch is not None and request.prompt_batch < context:
         raise UsageError(
             f"--prompt-batch {request.prompt_batch} is less than a text of --context {context} tokens, which an "

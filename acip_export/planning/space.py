@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from acip_export.formats.targets import DEFAULT_BACKEND, Layout, Target
+from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat, Layout
 from acip_export.weight_types import WeightType
 
 
@@ -18,10 +18,10 @@ class SearchSpace:
         layout: how the model is arranged in its files.
         types: weight types that matrices may take, most precise first or in the user's order.
         backend: the name of what computes the export.
-        options: what the user tells the format's converter, by name.
+        options: what the user tells the format, by name.
     """
 
-    format: Target
+    format: ExportFormat
     layout: Layout
     types: tuple[WeightType, ...]
     backend: str = DEFAULT_BACKEND

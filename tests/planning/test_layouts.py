@@ -11,13 +11,13 @@ from acip_export.api.plan import other_formats
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError
-from acip_export.formats.registry import converter
-from acip_export.formats.targets import AUTO, TARGETS
+from acip_export.formats.protocol import AUTO
+from acip_export.formats.registry import export_format, export_formats
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, Problem, make_plan, resolve
 from tests.support import make_model, make_scores
 
-GGUF = TARGETS["gguf"]
+GGUF = export_format("gguf")
 
 
 def names(layout: str | None, runtime: str | None) -> list[str]:
@@ -40,7 +40,7 @@ def test_a_named_layout_needs_no_runtime_but_no_wrong_one() -> None:
 
 
 def test_every_layout_is_run_by_something_and_exists() -> None:
-    for target in TARGETS.values():
+    for target in export_formats():
         run = {name for layouts in target.runtimes.values() for name in layouts}
         assert run == {layout.name for layout in target.layouts}
 
@@ -90,5 +90,5 @@ def test_a_budget_that_only_another_format_fits(ranked: tuple[Checkpoint, ScoreF
     assert "--format onnx" not in str(neither.value)
     # The other format has a plan of exactly that size. (Without measured rounding errors, which change no sizes.)
     question = resolve(PlanRequest("onnx", onnx.floor, "file"), ranked[0])
-    problem = Problem.of(*ranked, question.space, converter("onnx"))
+    problem = Problem.of(*ranked, question.space)
     assert make_plan(problem, question.budget, question.rule).planned_bytes == onnx.floor

@@ -20,7 +20,7 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import PlanFileError, ScoreFileError, UnsupportedError, UsageError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import DoesNotFit, PlanRequest, Problem, infeasible, make_plan, resolve
-from tests.planning.problems import Overhead, overhead, planned
+from tests.planning.problems import overhead, planned, with_overhead
 from tests.support import make_model, make_scores
 
 
@@ -138,7 +138,7 @@ def test_a_refused_budget_is_explained(ranked: tuple[Checkpoint, ScoreFile]) -> 
     """By the floor and its parts, and by what would fit."""
     request = PlanRequest("gguf", 400_000, types=("q8_0",), context=256, prompt_batch=64)
     question = resolve(request, ranked[0])
-    problem = Problem.of(*ranked, question.space, Overhead())
+    problem = Problem.of(*ranked, with_overhead(question.space))
     with pytest.raises(DoesNotFit) as refused:
         make_plan(problem, question.budget, question.rule)
     error = infeasible(problem, question.budget, question.rule, refused.value.floor)

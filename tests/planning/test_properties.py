@@ -12,18 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from acip_export.artifacts.plan import RUNTIME_PARTS, BudgetScope, Plan, Serving, decision_bytes
-from acip_export.cli.options import PlanFlags
-from acip_export.formats.registry import converter
-from acip_export.formats.targets import DEFAULT_BACKEND, TARGETS
+from acip_export.cli.plan_options import PlanFlags
+from acip_export.formats.protocol import DEFAULT_BACKEND
+from acip_export.formats.registry import export_format, export_formats
 from acip_export.planning import Budget, DoesNotFit, PlanRequest, Problem, make_plan, resolve
-from acip_export.planning.memory import memory_breakdown
 from tests.planning.problems import MAX_CONTEXT, Shape, examples, made_up_scores, shapes, weightless
 
 SCOPES: tuple[BudgetScope, ...] = get_args(BudgetScope)
 # Every (target, layout, backend) that can be planned for.
 WAYS = [
     (target.name, layout.name, backend)
-    for target in TARGETS.values()
+    for target in export_formats()
     for layout in target.layouts
     for backend in (None, *(known.name for known in target.backends))
 ]
@@ -53,7 +52,7 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     name, layout, backend = draw(st.sampled_from(WAYS))
-    target = TARGETS[name].on(backend)
+    target = export_format(name).on(backend)
     types = st.lists(st.sampled_from(target.types), unique=True, max_size=4).map(tuple)
     # Floats fit rows of any length, so that no shape is refused.
     fitting = tuple(form for form in target.types if form in ("f32", "f16"))[:1]
@@ -73,7 +72,7 @@ def cases(draw: st.DrawFn) -> Case:
 def problem_of(case: Case, directory: Path) -> Problem:
     checkpoint = weightless(case.shape, directory)
     space = resolve(case.request, checkpoint).space
-    return Problem.of(checkpoint, made_up_scores(checkpoint, case.seed), space, converter(space.format.name))
+    return Problem.of(checkpoint, made_up_scores(checkpoint, case.seed), space)
 
 
 def budgets(problem: Problem, case: Case, *factors: float) -> list[Budget]:
@@ -89,7 +88,7 @@ def check(problem: Problem, budget: Budget, plan: Plan) -> None:
     assert [d.nbytes for d in plan.tensors] == [decision_bytes(d, plan.format) for d in plan.tensors]
     assert plan.files == problem.sizes.files(plan.tensors, plan.serving)
     assert plan.planned_bytes == sum(plan.files.values())
-    again = memory_breakdown(plan.format, problem.checkpoint, plan.tensors, plan.planned_bytes, plan.serving)
+    again = problem.memory.breakdown(plan.tensors, plan.planned_bytes, plan.serving)
     assert plan.breakdown == again
     assert min(again.values()) >= 0
     own = sum(again[part] for part in RUNTIME_PARTS)
@@ -178,7 +177,7 @@ def test_devices(directory: Path, case: Case, memory: int, usable: float) -> Non
     checkpoint = weightless(case.shape, directory)
     question = resolve(request, checkpoint)
     scores = made_up_scores(checkpoint, case.seed)
-    problem = Problem.of(checkpoint, scores, question.space, converter(request.format))
+    problem = Problem.of(checkpoint, scores, question.space)
     try:
         plan = make_plan(problem, question.budget, question.rule)
     except DoesNotFit as refused:

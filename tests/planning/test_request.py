@@ -9,12 +9,12 @@ import pytest
 
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError, UsageError
-from acip_export.formats.targets import AUTO
+from acip_export.formats.protocol import AUTO
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, Problem, ServingRule, resolve, sweep
-from acip_export.planning.budget import ModelMemory
+from acip_export.planning.memory import ModelMemory
 from tests.encoders import make_encoder
-from tests.planning.problems import Overhead
+from tests.planning.problems import with_overhead
 from tests.support import make_model, make_scores
 
 
@@ -81,7 +81,7 @@ def test_a_sweep_makes_room_for_whole_prompts(checkpoint: Checkpoint) -> None:
     floors = {}
     for whole in (False, True):
         question = resolve(PlanRequest("onnx", whole_prompts=whole, context=200), checkpoint)
-        problem = Problem.of(checkpoint, scores, question.space, Overhead())
+        problem = Problem.of(checkpoint, scores, with_overhead(question.space))
         line = sweep(problem, question.rule, "memory", "onnx", steps=2)
         floors[whole] = line.points[0].used_bytes
     serving = Serving(200, "f32", 32)
@@ -91,14 +91,14 @@ def test_a_sweep_makes_room_for_whole_prompts(checkpoint: Checkpoint) -> None:
 
 def test_candidates_are_for_one_backend(checkpoint: Checkpoint) -> None:
     space = resolve(PlanRequest("onnx"), checkpoint).space
-    problem = Problem.of(checkpoint, make_scores(checkpoint.path), space, Overhead())
+    problem = Problem.of(checkpoint, make_scores(checkpoint.path), with_overhead(space))
     with pytest.raises(ValueError, match="for cpu, not webgpu"):
         problem.floor("file", Serving(64, "f16", 8, "webgpu"))
 
 
 def test_a_rougher_plan_claims_nothing_about_quantization_alone(checkpoint: Checkpoint) -> None:
     space = resolve(PlanRequest("onnx", types=("int8",)), checkpoint).space
-    problem = Problem.of(checkpoint, make_scores(checkpoint.path), space, Overhead())
+    problem = Problem.of(checkpoint, make_scores(checkpoint.path), with_overhead(space))
     serving = Serving(64, "f32", 8)
     exact, rough = (problem.plan(Budget(900_000, "file"), serving, exact=exact) for exact in (True, False))
     assert "low rank; quantization alone does not fit" in exact.notes[0]
