@@ -21,6 +21,7 @@ from typing import Any
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.model.architectures import HEAD
 from acip_export.model.checkpoint import ModelShape
+from acip_export.units import ceil_div
 from acip_export.version import __version__
 from converters.onnx.companion_files import DATA_FILE
 from converters.onnx.matrices import BESIDE, Matrix, MatrixPart, matrices_of
@@ -96,7 +97,7 @@ def _varint(value: int) -> int:
     """Bytes of a varint; negative numbers take ten."""
     if 0 <= value < 128:
         return 1
-    return 10 if value < 0 else max(1, -(-value.bit_length() // 7))
+    return 10 if value < 0 else max(1, ceil_div(value.bit_length(), 7))
 
 
 def _field(length: int) -> int:
