@@ -11,7 +11,15 @@ from acip_export.api.rank import rounding_scores
 from acip_export.api.rounding import rounding_errors
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import AcipError, InfeasibleBudgetError, MissingExtraError, UnsupportedError
+from acip_export.errors import (
+    AcipError,
+    CheckpointError,
+    InfeasibleBudgetError,
+    MissingExtraError,
+    OutputError,
+    UnsupportedError,
+    UsageError,
+)
 from acip_export.formats.targets import DEFAULT_BACKEND
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import (
@@ -142,8 +150,10 @@ def other_floors(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest
             )
             try:
                 floor = _floor(checkpoint.with_options({}), scores, changed)
-            except AcipError:
-                continue
+            except OutputError:
+                raise  # a full disk is nothing about a format
+            except (UnsupportedError, MissingExtraError, CheckpointError, UsageError):
+                continue  # CheckpointError: a tokenizer that only this format reads; UsageError: too long a context
             found.append((f"--format {name}" + (f"  without {without}" if without else ""), floor))
     return found
 

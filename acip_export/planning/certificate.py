@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from acip_export.artifacts.plan import Alternative, Certificate, Plan, Refusal
-from acip_export.errors import AcipError, InfeasibleBudgetError
+from acip_export.errors import InfeasibleBudgetError, UnsupportedError
 from acip_export.planning.splitting import fits_a_file
 from acip_export.units import format_bytes
 
@@ -67,7 +67,7 @@ def _floor(problem: Problem, request: PlanRequest, other_types: bool) -> int | N
         if other_types:
             problem = Problems.of(problem.checkpoint, problem.scores, request, problem.predict_files)
         return problem.floor(request)[0]
-    except AcipError:
+    except UnsupportedError:
         return None  # the change is not possible, so it is no suggestion
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from acip_export.artifacts.plan import Plan
-from acip_export.errors import AcipError
+from acip_export.errors import UnsupportedError
 from acip_export.planning.planner import PlanRequest, Problem
 from acip_export.planning.presets import preset
 
@@ -77,7 +77,7 @@ def preset_points(problem: Problem, request: PlanRequest) -> dict[str, SweepPoin
     for form in problem.format.choose_types(request.types):
         try:
             plan = preset(problem, form.name).plan(replace(request, budget_bytes=_NO_LIMIT), exact=False)
-        except AcipError:
+        except UnsupportedError:
             continue
         if any(decision.type == form.name and len(decision.shape) == 2 for decision in plan.tensors):
             found[form.name] = _point(plan)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from acip_export.api import plan as plan_module
 from acip_export.api import plan_export
 from acip_export.api.plan import other_floors
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import InfeasibleBudgetError, UnsupportedError
+from acip_export.errors import AcipError, InfeasibleBudgetError, OutputError, ScoreFileError, UnsupportedError
 from acip_export.formats.registry import converter
 from acip_export.formats.targets import AUTO, TARGETS
 from acip_export.model.checkpoint import Checkpoint
@@ -92,3 +95,24 @@ def test_a_budget_that_only_another_format_fits(ranked: tuple[Checkpoint, ScoreF
     checkpoint, files = ranked[0], converter("onnx").predict_files
     plan = make_plan(*ranked, PlanRequest("onnx", floor, "file"), lambda t, r: files(checkpoint, "factored", t, r))
     assert plan.planned_bytes == floor
+
+
+def test_a_format_that_cannot_read_the_model_is_no_suggestion(
+    ranked: tuple[Checkpoint, ScoreFile], tmp_path: Path
+) -> None:
+    shutil.copytree(ranked[0].path, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    assert not other_floors(checkpoint, ranked[1], PlanRequest("onnx", 1, context=64))
+
+
+@pytest.mark.parametrize("error", [OutputError("no room"), ScoreFileError("damaged")])
+def test_other_errors_are_not_swallowed(
+    error: AcipError, ranked: tuple[Checkpoint, ScoreFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(plan_module, "_floor", fails)
+    with pytest.raises(type(error)):
+        other_floors(*ranked, PlanRequest("onnx", 1, context=64))
