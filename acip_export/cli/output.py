@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from acip_export.errors import AcipError
 from acip_export.formats.targets import TARGETS
+from acip_export.model.tensor_names import within_layer
 from acip_export.units import format_bytes
 from acip_export.weight_types import types_of
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from acip_export.verification.export import Report
 
 # Wide enough for every table when nobody's terminal says otherwise.
-_WITHIN_LAYER = re.compile(r"^.*\blayers?\.\d+\.")
 _WIDTH = None if sys.stdout.isatty() else 120
 
 out = Console(highlight=False, width=_WIDTH)
@@ -201,7 +200,7 @@ def _folded_table(plan: Plan) -> Table:
     groups: dict[str, list[TensorDecision]] = defaultdict(list)
     for decision in plan.tensors:
         if len(decision.shape) == 2:
-            groups[_WITHIN_LAYER.sub("", decision.module)].append(decision)
+            groups[within_layer(decision.module)].append(decision)
     table = Table("tensors", "n", "shape", "bytes", "what they become", box=None, padding=(0, 2), header_style="dim")
     for name, members in groups.items():
         counts: dict[str, int] = defaultdict(int)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision
 from acip_export.formats.targets import applies_window
 from acip_export.formats.targets import target as find_target
-from acip_export.model.architectures import EMBEDDINGS
 from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.model.tensor_names import is_embedding
 from acip_export.planning import memory_onnx
 from acip_export.planning.runtime_base import process_base
 from acip_export.weight_types import weight_type
@@ -80,11 +80,6 @@ def _encoder_memory(target: str, shape: ModelShape, serving: Serving) -> Runtime
     # Encoding makes every token an output, and room for its logits, though no head computes any: 31 MB for 256 tokens
     # of BERT's vocabulary. The log tells of one token only, from when the context is made.
     return RuntimeMemory(0, tokens * per_token, 4 * tokens * (shape.hidden + shape.vocabulary))
-
-
-def is_embedding(name: str) -> bool:
-    """Whether rows of the tensor are looked up."""
-    return name.endswith(EMBEDDINGS)
 
 
 def repacked_bytes(decision: TensorDecision, target: str, embedding: bool, tied_head: bool) -> tuple[int, int, int]:

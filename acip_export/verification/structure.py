@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,9 @@ from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import ModelFileError
 from acip_export.inspection import TensorPart, read_anatomy
 from acip_export.inspection.gguf_split import files_of
-from acip_export.model.architectures import HEAD
+from acip_export.model.tensor_names import HEAD, layer_of
 from converters.gguf.arrange import arrange
 from converters.onnx.matrices import Form, MatrixPart, matrices_of
-
-_LAYER = re.compile(r"(?<![A-Za-z0-9])(?:layers?|h|blocks?)[./](\d+)[./]")
 
 
 @dataclass(frozen=True)
@@ -83,8 +80,8 @@ def _onnx(export: Path, bundle: Bundle) -> tuple[int, list[str]]:
 
 def _layer(name: str, layers: int) -> int | None:
     """``None`` outside the layers; the model builder calls the last norm a part of one layer more."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found and int(found[1]) < layers else None
+    layer = layer_of(name)
+    return layer if layer is not None and layer < layers else None
 
 
 def _initializers(decision: TensorDecision) -> list[list[tuple[str, tuple[int, ...]]]]:
