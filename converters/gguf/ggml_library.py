@@ -22,6 +22,7 @@ import numpy.typing as npt
 from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.weight_types import types_of, weight_type
 from converters.gguf import portable
+from converters.gguf.types import TYPE_IDS
 
 if TYPE_CHECKING:
     import torch
@@ -31,33 +32,6 @@ logger = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-# enum ggml_type (ggml.h). Part of the GGUF format, hence fixed for ever.
-TYPE_IDS = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q5_0": 6,
-    "q8_0": 8,
-    "q2_k": 10,
-    "q3_k": 11,
-    "q4_k": 12,
-    "q5_k": 13,
-    "q6_k": 14,
-    "iq2_xxs": 16,
-    "iq2_xs": 17,
-    "iq3_xxs": 18,
-    "iq1_s": 19,
-    "iq4_nl": 20,
-    "iq3_s": 21,
-    "iq2_s": 22,
-    "iq4_xs": 23,
-    "iq1_m": 29,
-    "bf16": 30,
-    "tq1_0": 34,
-    "tq2_0": 35,
-    "mxfp4": 39,
-    "q1_0": 41,
-}
 # Weights that one call quantizes: large enough to forget the call, small enough for its float32 copy to stay in a
 # processor's cache, and to share even a small tensor evenly among threads.
 _CHUNK_WEIGHTS = 1 << 18

@@ -14,6 +14,7 @@ from acip_export.weight_types import types_of, weight_type
 from benchmarks.format_errors import gaussian, relative_mse
 from converters.gguf import converter
 from converters.gguf import ggml_library as ggml
+from converters.gguf.types import TYPE_IDS
 
 FORMATS = {form.name: form for form in types_of("gguf")}
 # Building ggml's lookup tables for these takes seconds.
@@ -23,7 +24,7 @@ SLOW = {"iq1_m", "iq1_s", "iq2_s", "iq2_xs"}
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_table_agrees_with_gguf_py(name: str) -> None:
     number = gguf.GGMLQuantizationType[name.upper()]
-    assert ggml.TYPE_IDS[name] == number
+    assert TYPE_IDS[name] == number
     assert (FORMATS[name].block, FORMATS[name].block_bytes) == gguf.GGML_QUANT_SIZES[number]
 
 

@@ -24,7 +24,7 @@ from acip_export.inspection.gguf import GGML_TYPES
 from acip_export.inspection.onnx import ONNX_TYPES
 from acip_export.inspection.read import choice
 from acip_export.weight_types import types_of
-from converters.gguf.ggml_library import TYPE_IDS
+from converters.gguf.types import TYPE_IDS
 from tests.check.models import SMALL, make_onnx, write_gguf, write_onnx, write_safetensors
 from tests.support import dense, make_bundle, make_model, make_plan, make_scores
 

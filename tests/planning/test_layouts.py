@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from acip_export.api import plan as plan_module
 from acip_export.api import plan_export
 from acip_export.api.plan import other_floors
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import AcipError, InfeasibleBudgetError, OutputError, ScoreFileError, UnsupportedError
-from acip_export.formats.registry import converter
-from acip_export.formats.targets import AUTO, TARGETS
+from acip_export.errors import InfeasibleBudgetError, UnsupportedError
+from acip_export.formats.protocol import AUTO
+from acip_export.formats.registry import export_format, export_formats
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, make_plan
 from tests.support import make_model, make_scores
 
-GGUF = TARGETS["gguf"]
+GGUF = export_format("gguf")
 
 
 def names(layout: str | None, runtime: str | None) -> list[str]:
@@ -43,7 +40,7 @@ def test_a_named_layout_needs_no_runtime_but_no_wrong_one() -> None:
 
 
 def test_every_layout_is_run_by_something_and_exists() -> None:
-    for target in TARGETS.values():
+    for target in export_formats():
         run = {name for layouts in target.runtimes.values() for name in layouts}
         assert run == {layout.name for layout in target.layouts}
 
@@ -92,27 +89,6 @@ def test_a_budget_that_only_another_format_fits(ranked: tuple[Checkpoint, ScoreF
         plan_export(*ranked, replace(request, budget_bytes=floor - 1))
     assert "--format onnx" not in str(neither.value)
     # The other format has a plan of exactly that size. (Without measured rounding errors, which change no sizes.)
-    checkpoint, files = ranked[0], converter("onnx").predict_files
+    checkpoint, files = ranked[0], export_format("onnx").predict_files
     plan = make_plan(*ranked, PlanRequest("onnx", floor, "file"), lambda t, r: files(checkpoint, "factored", t, r))
     assert plan.planned_bytes == floor
-
-
-def test_a_format_that_cannot_read_the_model_is_no_suggestion(
-    ranked: tuple[Checkpoint, ScoreFile], tmp_path: Path
-) -> None:
-    shutil.copytree(ranked[0].path, tmp_path / "m")
-    (tmp_path / "m" / "tokenizer.json").unlink()
-    checkpoint = Checkpoint.open(tmp_path / "m")
-    assert not other_floors(checkpoint, ranked[1], PlanRequest("onnx", 1, context=64))
-
-
-@pytest.mark.parametrize("error", [OutputError("no room"), ScoreFileError("damaged")])
-def test_other_errors_are_not_swallowed(
-    error: AcipError, ranked: tuple[Checkpoint, ScoreFile], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: object) -> int:
-        raise error
-
-    monkeypatch.setattr(plan_module, "_floor", fails)
-    with pytest.raises(type(error)):
-        other_floors(*ranked, PlanRequest("onnx", 1, context=64))
