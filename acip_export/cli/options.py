@@ -28,3 +28,8 @@ DeviceFile = Annotated[
 def names(listed: str) -> tuple[str, ...]:
     """The names of a flag that takes several, by comma."""
     return tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
+def type_names(listed: str) -> tuple[str, ...]:
+    """Return the weight types of a flag, which users may write in capitals."""
+    return names(listed.lower())
