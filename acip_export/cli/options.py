@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,26 @@ Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Directory that keeps the SVDs, for other sizes and rankings.")
 ]
+
+
+@dataclass
+class ErrorBoundary:
+    """What the commands tell the error boundary around them: the ``obj`` of their contexts.
+
+    Attributes:
+        debug: whether an error is shown with its traceback.
+    """
+
+    debug: bool = False
+
+
+def _show_tracebacks(context: typer.Context, value: bool) -> bool:
+    boundary = context.ensure_object(ErrorBoundary)
+    boundary.debug = boundary.debug or value  # given before the command or after it
+    return value
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_show_tracebacks, is_eager=True)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor.")]
 Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perplexity and divergence on.")]
 Tasks = Annotated[
