@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from acip_export.errors import InputError, OutputError, UsageError
+from acip_export.io.frozen import frozen
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,8 @@ def _entry(file: Path, name: str, value: Any, start: int, error: type[InputError
     return HeaderEntry(shape, dtype, start + begin, end - begin)
 
 
-def read_json_object(file: Path, error: type[InputError]) -> dict[str, Any]:
-    """The JSON object in ``file``.
+def read_json_object(file: Path, error: type[InputError]) -> Mapping[str, Any]:
+    """The JSON object in ``file``, read-only at every level; see :func:`acip_export.io.frozen.thawed`.
 
     Raises:
         error: unreadable, not JSON, or something else than an object.
@@ -114,7 +115,8 @@ def read_json_object(file: Path, error: type[InputError]) -> dict[str, Any]:
         raise error(f"{file} cannot be read as JSON: {reason}") from reason
     if not isinstance(data, dict):
         raise error(f"{file} holds a {type(data).__name__}, expected a JSON object")
-    return data
+    found: Mapping[str, Any] = frozen(data)
+    return found
 
 
 def sha256_of(file: Path) -> str:

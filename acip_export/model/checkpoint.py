@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object, safetensors_header
+from acip_export.io.frozen import frozen, thawed
 from acip_export.model.architectures import fuses_attention, refuse_experts, stored_names, with_common_keys
 from acip_export.model.encoder import is_encoder, kind_of
 from acip_export.model.tied_head import without_repeated_head
@@ -105,7 +106,7 @@ class Checkpoint:
 
     Attributes:
         path: the directory.
-        config: ``config.json`` as read.
+        config: ``config.json`` as read; nothing can write into it.
         tensors: every tensor of every shard, by Hugging Face name.
         options: what the user told the converter of a target that the directory does not say; see the converter.
     """
@@ -113,13 +114,13 @@ class Checkpoint:
     def __init__(
         self,
         path: Path,
-        config: dict[str, Any],
-        tensors: dict[str, TensorInfo],
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
         options: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.path = path
-        self.config = config
-        self.tensors: Mapping[str, TensorInfo] = tensors
+        self.config: Mapping[str, Any] = frozen(config)
+        self.tensors = tensors
         self.options = options
 
     @classmethod
@@ -140,7 +141,7 @@ class Checkpoint:
         return cls(path, config, without_repeated_head(path, tensors) if _ties_head(config) else tensors)
 
     def with_options(self, options: Mapping[str, str]) -> Checkpoint:
-        return Checkpoint(self.path, self.config, dict(self.tensors), options)
+        return Checkpoint(self.path, self.config, self.tensors, options)
 
     @property
     def name(self) -> str:
@@ -199,7 +200,7 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         config = {k: v for k, v in self.config.items() if k not in _VOLATILE_CONFIG_KEYS}
-        digest.update(json.dumps(config, sort_keys=True).encode())
+        digest.update(json.dumps(thawed(config), sort_keys=True).encode())
         for name in sorted(self.tensors):
             info = self.tensors[name]
             digest.update(f"{name}|{info.dtype}|{info.shape}|".encode())
@@ -278,7 +279,7 @@ def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> Mapping[str, Any]:
     file = path / "config.json"
     if not file.exists():
         raise CheckpointError(
