@@ -17,6 +17,7 @@ from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object, safetensors_header
 from acip_export.io.frozen import frozen, thawed
 from acip_export.model.architectures import fuses_attention, refuse_experts, stored_names, with_common_keys
+from acip_export.model.config_fields import check_config
 from acip_export.model.encoder import is_encoder, kind_of
 from acip_export.model.tied_head import without_repeated_head
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "_commit_hash")
 _NUMBERED_LAYER = re.compile(r"(^|\.)\d+\.")
 _FINGERPRINT_SAMPLE = 4096
+_WEIGHTS_FILE = "model.safetensors"
+_PART = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 # What transformers assumes where config.json is silent, by ``model_type``; a test compares it with transformers.
 CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -35,7 +38,7 @@ CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
     "mistral": {"sliding_window": 4096},
     "qwen2": {"use_sliding_window": False},
-    "qwen3": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False, "head_dim": 128},
     "smollm3": {"use_sliding_window": False, "tie_word_embeddings": True},
 }
 
@@ -286,26 +289,42 @@ def _read_config(path: Path) -> Mapping[str, Any]:
             f"{path} has no config.json: it is not a Hugging Face model directory.\n"
             "Give one with  --model DIR  or change into it"
         )
-    return read_json_object(file, CheckpointError)
+    config = read_json_object(file, CheckpointError)
+    check_config(file, config)
+    return config
 
 
 def _read_index(path: Path) -> dict[str, TensorInfo]:
-    shards = sorted(path.glob("*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            # A name with a separator could point outside the directory.
-            shards = [path / Path(str(name)).name for name in named]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
-    if not shards:
-        raise CheckpointError(f"{path} has no *.safetensors; convert the weights with transformers' save_pretrained")
     tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
+    for shard in _shards(path):
         for name, info in safetensors_header(shard, CheckpointError).items():
             tensors[name] = TensorInfo(info.shape, info.dtype, shard.name, info.offset, info.nbytes)
     return tensors
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files that transformers loads: the single one, or those that the index names."""
+    single, index = path / _WEIGHTS_FILE, path / f"{_WEIGHTS_FILE}.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        named = read_json_object(index, CheckpointError).get("weight_map")
+        if not isinstance(named, Mapping) or not named or not all(isinstance(name, str) for name in named.values()):
+            raise CheckpointError(f"{index} is not a safetensors index: weight_map names a file for no tensor")
+        # A name with a separator could point outside the directory.
+        return [path / Path(name).name for name in sorted(set(named.values()))]
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    if not others:
+        raise CheckpointError(f"{path} has no *.safetensors; convert the weights with transformers' save_pretrained")
+    some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    raise CheckpointError(
+        f"{path} has {some}, but neither {single.name} nor {index.name}, which names the files of a model.\n"
+        + (
+            f"Rename it to {single.name}"
+            if len(others) == 1 and _PART.search(others[0]) is None
+            else f"Fetch {index.name} and all files that it names"
+        )
+    )
 
 
 def _download(model: str) -> Path:

@@ -54,11 +54,37 @@ def causal_lm(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
 
 
 def transformers_config(config: Mapping[str, Any]) -> Any:
-    """The parsed configuration, made from a copy: transformers writes into nested values."""
-    from transformers import AutoConfig
+    """The parsed configuration, made from a copy: transformers writes into nested values.
+
+    Raises:
+        UnsupportedError: transformers does not know the model type. CheckpointError: it refuses the fields.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING
 
     fields = thawed(config)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    kind = fields.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise UnsupportedError(f"config.json: transformers {transformers.__version__} knows no model_type {kind!r}")
+    try:
+        return CONFIG_MAPPING[kind](**fields)
+    except Exception as reason:  # each configuration checks in its own way
+        raise CheckpointError(f"config.json: transformers refuses it: {reason}") from reason
+
+
+def expected_parameters(config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """Shapes of what transformers' causal language model of ``config`` reads, and names that may be stored besides.
+
+    Raises:
+        UnsupportedError, CheckpointError: transformers cannot build one.
+    """
+    try:
+        with torch.device("meta"):
+            model = causal_lm(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as reason:
+        raise UnsupportedError(f"transformers cannot build a model of this config.json: {reason}") from reason
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return shapes, frozenset(name for name, _ in model.named_buffers())
 
 
 def _with_linear_layers(model: nn.Module) -> nn.Module:

@@ -112,6 +112,8 @@ def rank_model(
     calibration = calibration or DataConfig()
     processes = start_processes(device)
     checkpoint = Checkpoint.open(model)
+    check_checkpoint(checkpoint)
+    transformers_config(checkpoint.config)  # what transformers refuses, before a tokenizer is looked for
     if processes.mesh is not None and not checkpoint.shape.generates:
         raise UnsupportedError(f"{checkpoint.path} is an encoder, which fits on one device; launch with  --multi_gpu")
     config = (acip or automatic_config(checkpoint)) if algorithm == "acip" else None
