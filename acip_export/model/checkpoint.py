@@ -20,6 +20,7 @@ from acip_export.model.architectures import fuses_attention, refuse_experts, sto
 from acip_export.model.config_fields import check_config
 from acip_export.model.encoder import is_encoder, kind_of
 from acip_export.model.tied_head import without_repeated_head
+from acip_export.model.tokenizer_size import TokenizerSize, tokenizer_size
 
 if TYPE_CHECKING:
     import torch
@@ -211,6 +212,10 @@ class Checkpoint:
                 shard.seek(info.offset)
                 digest.update(shard.read(min(info.nbytes, _FINGERPRINT_SAMPLE)))
         return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_size(self) -> TokenizerSize:
+        return tokenizer_size(self.path)
 
     @property
     def weight_bytes(self) -> int:
