@@ -15,6 +15,7 @@ from acip_export.errors import AcipError, InfeasibleBudgetError, MissingExtraErr
 from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format, format_names
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.opening import check_checkpoint
 from acip_export.planning import (
     PlanRequest,
     PredictFiles,
@@ -153,6 +154,8 @@ def _prediction(target: ExportFormat, checkpoint: Checkpoint, layout: str) -> Pr
 def _prepare(
     target: ExportFormat, checkpoint: Checkpoint, request: PlanRequest, progress: ProgressCallback
 ) -> tuple[str, ...]:
+    check_checkpoint(checkpoint)
+    target.check_model(checkpoint)
     return target.prepare(
         checkpoint,
         request.backend or DEFAULT_BACKEND,

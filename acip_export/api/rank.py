@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,10 +10,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from acip_export.artifacts.scores import ScoreFile, find_scores, load_scores
+from acip_export.errors import CheckpointError, MissingExtraError, UnsupportedError
+from acip_export.formats.registry import export_formats
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.opening import check_checkpoint
 
 if TYPE_CHECKING:
     from acip_export.ranking import Algorithm
+
+logger = logging.getLogger(__name__)
 
 
 def rank_to_file(
@@ -25,10 +31,19 @@ def rank_to_file(
 ) -> ScoreFile:
     """Rank ``checkpoint`` and write the score file; ``settings`` replace those that suit the model.
 
-    Takes the other ``options`` of, and raises as, :func:`acip_export.ranking.rank_model`.
+    Takes the other ``options`` of, and raises as, :func:`acip_export.ranking.rank_model`. Formats that cannot hold the
+    model are named in a warning before the ranking starts.
     """
     from acip_export.ranking import automatic_config, rank_model
 
+    check_checkpoint(checkpoint)
+    for known in export_formats():
+        try:
+            known.check_model(checkpoint)
+        except (UnsupportedError, CheckpointError) as reason:
+            logger.warning("%s has no export as %s: %s", checkpoint.path, known.name, reason)
+        except MissingExtraError:
+            continue
     acip = replace(automatic_config(checkpoint), **settings) if algorithm == "acip" else None
     return rank_model(checkpoint.path, data, algorithm=algorithm, acip=acip, out=out, **options)
 

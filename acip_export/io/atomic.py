@@ -88,7 +88,7 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
         if entry.offset != end:
             how = "overlaps what is" if entry.offset < end else "leaves a gap to what is"
             raise error(
-                f"{file} is damaged: tensor {name!r} {how} before it (it starts at byte {entry.offset}, expected {end}); "
+                f"{file} is damaged: tensor {name!r} {how} before it (at byte {entry.offset}, expected at {end}); "
                 "fetch or save the file again"
             )
         end += entry.nbytes

@@ -118,6 +118,12 @@ _GENERATION_FIELDS: Mapping[str, _Kind] = {
 def check_config(file: Path, config: Mapping[str, Any]) -> None:
     """Raises CheckpointError for a field of ``config.json`` of another type than it must have, or out of its range."""
     _check(file, "", config, _FIELDS)
+    if not config.get("model_type"):
+        raise CheckpointError(f"{file} has no model_type, which says what kind of model this is")
+    for key in ("layer_types", "no_rope_layers"):
+        listed, layers = config.get(key), config.get("num_hidden_layers")
+        if listed is not None and layers is not None and len(listed) != layers:
+            raise CheckpointError(f"{file}: {key} lists {len(listed)} layers, num_hidden_layers is {layers}")
     for key in ("rope_scaling", "rope_parameters"):
         _check_rope(file, key, config.get(key) or {})
     text = config.get("text_config")

@@ -30,6 +30,8 @@ _MOST_LINES = 24
 _TOKEN_ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Of a copy of a masked language model's vector; old checkpoints lack it, new ones have it.
 _OPTIONAL = frozenset({"cls.predictions.decoder.bias"})
+# Files that transformers makes a tokenizer.json of.
+_OLD_TOKENIZERS = ("vocab.json", "merges.txt", "vocab.txt")
 _SAVE_TOKENIZER = (
     "python -c \"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('.').save_pretrained('.')\""
 )
@@ -117,14 +119,14 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     """Names and shapes of the weights against those that ``config.json`` promises, all differences in one table."""
     config, shape = checkpoint.config, checkpoint.shape
     stored: Shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    layers = _layers(stored)
-    if layers != shape.layers:
+    layers, known = _layers(stored), expected_tensors(config, shape, 0) is not None
+    # Of unknown models we know only that a layer has tensors.
+    if shape.layers != layers if known else shape.layers > len(stored):
         raise CheckpointError(
             f"{checkpoint.path}: config.json has num_hidden_layers {shape.layers}, the weights have {layers} layers; "
             "put the config.json that belongs to the weights beside them, or fetch the missing weights"
         )
-    expected = expected_tensors(config, shape, shape.layers)
-    optional = _OPTIONAL
+    expected, optional = expected_tensors(config, shape, shape.layers), _OPTIONAL
     if expected is None:
         from acip_export.model.torch_model import expected_parameters
 
@@ -219,9 +221,9 @@ def _check_tokenizer(model: Path) -> None:
         elif file.suffix in (".jinja", ".txt"):
             _check_text(file)
     if not {"tokenizer.json", "tokenizer.model"} & files.keys():
-        found = f"only {', '.join(sorted(files))}" if files else "no file of a tokenizer"
+        found = " and ".join(name for name in _OLD_TOKENIZERS if name in files)
         raise CheckpointError(
-            f"{model} has no tokenizer.json, which every export needs, and {found}. Make one there with\n"
+            f"{model} has {found + ', but ' if found else ''}no tokenizer.json, which exports need. Make it there with\n"
             f"{_SAVE_TOKENIZER}"
         )
 
