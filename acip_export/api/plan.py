@@ -11,7 +11,14 @@ from acip_export.api.rank import rounding_scores
 from acip_export.api.rounding import rounding_errors
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import AcipError, MissingExtraError, UnsupportedError
+from acip_export.errors import (
+    AcipError,
+    CheckpointError,
+    MissingExtraError,
+    OutputError,
+    UnsupportedError,
+    UsageError,
+)
 from acip_export.formats.protocol import ExportFormat
 from acip_export.formats.registry import format_names
 from acip_export.model.checkpoint import Checkpoint
@@ -135,8 +142,10 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
             )
             try:
                 floor = _floor(checkpoint.with_options({}), scores, changed)
-            except AcipError:
-                continue  # whatever it is, the message is about the requested format
+            except OutputError:
+                raise  # a full disk is nothing about a format
+            except (UnsupportedError, MissingExtraError, CheckpointError, UsageError):
+                continue  # CheckpointError: a tokenizer that only this format reads; UsageError: too long a context
             suggestions.append(Suggestion(f"--format {name}" + (f"  without {without}" if without else ""), floor))
     return suggestions
 

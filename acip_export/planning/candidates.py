@@ -14,9 +14,8 @@ from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import UnsupportedError
 from acip_export.formats.protocol import ExportFormat, Layout
-from acip_export.model.architectures import EMBEDDINGS, HEAD
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning.memory import is_embedding
+from acip_export.model.tensor_names import EMBEDDINGS, HEAD, is_embedding
 from acip_export.planning.space import SearchSpace
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type

@@ -7,13 +7,8 @@ from dataclasses import dataclass
 
 from acip_export.artifacts.plan import BudgetScope, Plan, Serving, TensorDecision
 from acip_export.formats.protocol import ExportFormat, ProcessBase, ServingMemory
-from acip_export.model.architectures import EMBEDDINGS
 from acip_export.model.checkpoint import Checkpoint
-
-
-def is_embedding(name: str) -> bool:
-    """Tell whether rows of the tensor are looked up."""
-    return name.endswith(EMBEDDINGS)
+from acip_export.model.tensor_names import is_embedding
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from acip_export.io.atomic import new_file
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.units import ceil_div
 from converters.gguf.architectures import family_of
-from converters.gguf.architectures.base import some
+from converters.gguf.architectures.base import TOKEN_EMBEDDING, some
 from converters.gguf.base_file import open_base, planned_names
 from converters.gguf.ggml_library import Floats
 from converters.gguf.readback import check_structure
@@ -28,7 +28,7 @@ from converters.gguf.writer import GgufWriter, Metadata, TensorSpec, string, str
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 # What llama-imatrix may have besides the layers' (--process-output): read from the embedding where both are tied.
-_OUTER = {"output.weight", "token_embd.weight"}
+_OUTER = {"output.weight", TOKEN_EMBEDDING}
 
 
 @dataclass(frozen=True)
