@@ -223,7 +223,7 @@ def _check_tokenizer(model: Path) -> None:
     if not {"tokenizer.json", "tokenizer.model"} & files.keys():
         found = " and ".join(name for name in _OLD_TOKENIZERS if name in files)
         raise CheckpointError(
-            f"{model} has {found + ', but ' if found else ''}no tokenizer.json, which exports need. Make it there with\n"
+            f"{model} has {found + ', but ' if found else ''}no tokenizer.json, which exports need. Make it with\n"
             f"{_SAVE_TOKENIZER}"
         )
 
