@@ -37,8 +37,7 @@ from acip_export.artifacts.rounding_errors import (
 )
 from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
 from acip_export.errors import InfeasibleBudgetError
-from acip_export.formats.registry import converter
-from acip_export.formats.targets import TARGETS
+from acip_export.formats.registry import export_format, export_formats
 from acip_export.io.atomic import DTYPE_BYTES
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
@@ -202,7 +201,7 @@ def add_moments(file: Path, moments: dict[str, int]) -> None:
 def make_rounding_errors(file: Path) -> None:
     """The caches that a first plan measures and leaves beside the score file; here with the table's errors."""
     scores = load_scores(file)
-    for name, target in TARGETS.items():
+    for name, target in ((known.name, known) for known in export_formats()):
         forms = types_of(name)
         dense = {f"{module}.weight": s.sensitivity for module, s in scores.modules.items()} | dict(
             scores.embedding_sensitivity
@@ -212,7 +211,7 @@ def make_rounding_errors(file: Path) -> None:
         used |= {residual_key(base) for layout in target.layouts for base in residual_bases(layout, forms)}
         errors = RoundingErrors(
             name,
-            converter(name).quantizer(),
+            export_format(name).quantizer(),
             scores.sha256,
             {tensor: {form.name: value * form.relative_mse for form in forms} for tensor, value in dense.items()},
             {module: {key: ((0.5, 1.0),) for key in keys if key in used} for module in scores.modules},

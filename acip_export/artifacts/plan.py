@@ -65,7 +65,7 @@ class Serving:
         context: tokens of KV cache.
         cache_type: ``f32``, ``f16`` or ``q8_0``.
         prompt_batch: tokens of a prompt that are processed together (llama.cpp ``n_ubatch``, genai ``chunk_size``).
-        backend: what runs it, where the target has a choice; see :mod:`acip_export.formats.targets`.
+        backend: what computes inside the runtime; see :class:`acip_export.formats.protocol.Backend`.
     """
 
     context: int

@@ -10,6 +10,7 @@ import typer
 
 from acip_export.cli import output as console
 from acip_export.cli.options import Cache, Force, Json
+from acip_export.cli.tables.ranking import show_ranking
 from acip_export.errors import UsageError
 from acip_export.model.checkpoint import Checkpoint
 
@@ -137,4 +138,4 @@ def rank(
     if json:
         console.print_json({"out": str(target), **pipeline.ranking_summary(scores)})
     else:
-        console.show_ranking(scores, target)
+        show_ranking(scores, target)

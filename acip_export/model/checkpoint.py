@@ -18,6 +18,7 @@ from acip_export.io.atomic import read_json_object, safetensors_header
 from acip_export.model.architectures import fuses_attention, refuse_experts, stored_names, with_common_keys
 from acip_export.model.encoder import is_encoder, kind_of
 from acip_export.model.tied_head import without_repeated_head
+from acip_export.model.tokenizer_size import TokenizerSize, tokenizer_size
 
 if TYPE_CHECKING:
     import torch
@@ -207,6 +208,10 @@ class Checkpoint:
                 shard.seek(info.offset)
                 digest.update(shard.read(min(info.nbytes, _FINGERPRINT_SAMPLE)))
         return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_size(self) -> TokenizerSize:
+        return tokenizer_size(self.path)
 
     @property
     def weight_bytes(self) -> int:

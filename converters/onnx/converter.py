@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
-from acip_export.formats.registry import Progress, ProgressCallback, RunCommand
-from acip_export.formats.targets import DEFAULT_BACKEND
-from acip_export.formats.targets import target as find_target
+from acip_export.formats.protocol import DEFAULT_BACKEND, Progress, ProgressCallback, RunCommand
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
 from acip_export.version import __version__
-from acip_export.weight_types import types_of, weight_type
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE, small_files
+from converters.onnx.format import ONNX
 from converters.onnx.genai_builder.families import FAMILIES
 from converters.onnx.genai_builder.release import check_release
 
@@ -57,17 +55,30 @@ class Options:
 
 
 def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:
-    """See :class:`acip_export.formats.registry.Converter`. Tracing takes from ten seconds to minutes, once."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`.
+
+    Once for a configuration, the model builder takes seconds, and tracing from ten seconds to minutes.
+    """
     _check_execution(checkpoint, backend)
-    if not checkpoint.shape.generates or has_builder(checkpoint):
+    if not checkpoint.shape.generates:
         return ()
     _check_packages()
     from converters.onnx.graph.marked import marked_graph
-    from converters.onnx.tracing.decoder import traced
 
     progress(Progress(0, 1, checkpoint.shape.architecture))
-    marked_graph(traced(checkpoint.config, context))
+    if has_builder(checkpoint):
+        from converters.onnx.genai_builder.decoder import marked_decoder
+
+        half = "f16" in ONNX.on(backend).cache_types
+        recipe = marked_decoder(checkpoint.config, checkpoint.shape, backend, half, context)
+    else:
+        from converters.onnx.tracing.decoder import traced
+
+        recipe = traced(checkpoint.config, context)
+    marked_graph(recipe)
     progress(Progress(1, 1, checkpoint.shape.architecture))
+    if has_builder(checkpoint):
+        return ()
     return (
         f"through torch.onnx.export, as onnxruntime-genai's builder does not know a {checkpoint.shape.architecture}: "
         "slower, because less of it is fused",
@@ -77,7 +88,7 @@ def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: Progre
 def predict_files(
     checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
 ) -> dict[str, int]:
-    """Exact bytes of every file; see :class:`acip_export.formats.registry.Converter`."""
+    """Exact bytes of every file; see :class:`acip_export.formats.protocol.ExportFormat`."""
     _check(layout, serving)
     _check_types(tensors, serving)
     if has_builder(checkpoint):
@@ -91,7 +102,7 @@ def predict_files(
 
 
 def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Options | None = None) -> None:
-    """Write the export; see :class:`acip_export.formats.registry.Converter`."""
+    """Write the export; see :class:`acip_export.formats.protocol.ExportFormat`."""
     plan = bundle.plan
     _check(plan.layout, plan.serving)
     _check_types(plan.tensors, plan.serving)
@@ -125,7 +136,7 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Opti
 def _check(layout: str, serving: Serving) -> None:
     if layout != LAYOUT:
         raise UnsupportedError(f"ONNX has no layout {layout!r}; it has: {LAYOUT}")
-    caches = find_target("onnx", serving.backend).cache_types
+    caches = ONNX.on(serving.backend).cache_types
     if serving.cache_type not in caches:
         raise UnsupportedError(
             f"ONNX exports for {serving.backend} keep the KV cache in {', '.join(caches)}, not {serving.cache_type}; "
@@ -153,8 +164,8 @@ def _check_execution(checkpoint: Checkpoint, backend: str) -> None:
 
 def _check_types(tensors: tuple[TensorDecision, ...], serving: Serving) -> None:
     """Raises UnsupportedError for a number that what runs the graph does not compute with."""
-    known = {form.name: form.item_bytes for form in types_of("onnx")}
-    wanted, refused = known[serving.cache_type], find_target("onnx", serving.backend).refused
+    known = {form.name: form.item_bytes for form in ONNX.weight_types}
+    wanted, refused = known[serving.cache_type], ONNX.on(serving.backend).refused
     for decision in tensors:
         for name in filter(None, (decision.type, decision.up_type, decision.down_type)):
             again = f"plan again with  --backend {serving.backend}"
@@ -200,19 +211,19 @@ def has_builder(checkpoint: Checkpoint) -> bool:
 
 
 def quantizer() -> str:
-    """See :class:`acip_export.formats.registry.Converter`."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
     return f"acip-export {__version__}"
 
 
 def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
-    """See :class:`acip_export.formats.registry.Converter`."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
     from converters.onnx.matrices import rounded
 
-    return rounded(weight, weight_type("onnx", name), importance)
+    return rounded(weight, ONNX.type(name), importance)
 
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
-    """See :class:`acip_export.formats.registry.Converter`. Context and prompt batch are in ``genai_config.json``."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`. Context and prompt batch are in ``genai_config.json``."""
     lines: tuple[str, ...]
     if not plan.generates:
         lines = (

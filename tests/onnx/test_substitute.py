@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # Two that differ in everything; tracing takes ten seconds of a processor for each.
 RUN = tuple(CASES) if EXHAUSTIVE else ("gpt2", "bloom")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is kept from earlier runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def make_other(directory: Path, kind: str, **overrides: Any) -> Path:

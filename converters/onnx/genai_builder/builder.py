@@ -60,7 +60,6 @@ _INTERNALS: dict[str, tuple[str, ...]] = {
     "make_mul": ("name", "inputs", "dtype", "shape"),
     "make_split": ("name", "inputs", "outputs", "dtypes", "shapes", "axis", "num_outputs"),
     "make_node": ("op_type", "inputs", "outputs", "name", "domain", "kwargs"),
-    "make_reshape": ("name", "inputs", "dtype", "shape"),
     "make_value": ("name", "dtype", "shape"),
     "make_hidden_state_shape": ("seq_dim", "last_dim"),
 }

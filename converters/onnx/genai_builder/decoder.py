@@ -15,8 +15,9 @@ from onnx import NodeProto, TensorProto
 
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.errors import UnsupportedError
-from acip_export.formats.targets import STATIC_CACHE
+from acip_export.formats.protocol import DEFAULT_BACKEND
 from acip_export.model.checkpoint import ModelShape
+from converters.onnx.format import STATIC_CACHE
 from converters.onnx.graph.decided import Contents, DecidedGraph, in_graph, shaped
 from converters.onnx.graph.marked import Recipe, marked_graph
 from converters.onnx.graph.substitute import substitute
@@ -57,7 +58,8 @@ def build_decoder(
     Raises:
         UnsupportedError: the builder cannot do this model or is another release, or a decision has no place in it.
     """
-    recipe = marked_decoder(config, shape, serving)
+    half = serving.cache_type == "f16"
+    recipe = marked_decoder(config, shape, serving.backend, half, serving.context)
     graph = _DecoderGraph(tensors, accuracy_level, shape.tied_embeddings, serving.backend == STATIC_CACHE)
     numbers: Numbers = {}
     if read_vector is None:
@@ -73,22 +75,21 @@ def build_decoder(
         graph.keep(tensor, serving.context, numbers.get(tensor.name))
 
     (vectors,) = (json.loads(entry.value) for entry in marked.metadata_props if entry.key == _VECTORS)
-    graph.check_vectors(vectors, "f16" if serving.cache_type == "f16" else "f32")
+    graph.check_vectors(vectors, "f16" if half else "f32")
     return substitute(marked, graph, shape.tied_embeddings, {}, keep), graph.contents
 
 
-def marked_decoder(config: Mapping[str, Any], shape: ModelShape, serving: Serving) -> Recipe:
+def marked_decoder(config: Mapping[str, Any], shape: ModelShape, backend: str, half: bool, context: int) -> Recipe:
     """What the marked graph of a configuration depends on. The context is no part of it, unless the cache is static."""
-    window = shape.sliding_window
-    static = serving.backend == STATIC_CACHE
+    window, static = shape.sliding_window, backend == STATIC_CACHE
     settings = {
         "config": dict(config),
         # The builder knows float16 with fused attention for graphics cards only, and phones as any processor.
-        "provider": {STATIC_CACHE: "webgpu", "mobile": "cpu"}.get(serving.backend, serving.backend),
-        "half": serving.cache_type == "f16",
-        # One of the contexts in which the same layers have the same windows.
-        "context": serving.context if static else 1 if window is None or serving.context <= window else window + 1,
+        "provider": {STATIC_CACHE: "webgpu", "mobile": DEFAULT_BACKEND}.get(backend, backend),
+        "half": half,
         "static": static,
+        # One of the contexts in which the same layers have the same windows.
+        "context": context if static else 1 if window is None or context <= window else window + 1,
     }
     return Recipe(json.dumps(settings, sort_keys=True), _PACKAGES, _SOURCES, _make)
 

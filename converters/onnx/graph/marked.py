@@ -39,19 +39,10 @@ class Recipe:
     sources: tuple[str, ...]
     make: Callable[[str], bytes]
 
-    @property
-    def file(self) -> Path:
-        """Where it is kept."""
-        key = hashlib.sha256()
-        for source in self.sources:
-            key.update((_HERE / source).read_bytes())
-        key.update(json.dumps([__version__, *map(_release, self.packages), self.settings]).encode())
-        return user_cache() / "graphs" / f"{key.hexdigest()}.onnx"
-
 
 def marked_graph(recipe: Recipe) -> onnx.ModelProto:
     """The graph of a recipe, made once; callers must not change it."""
-    return _marked_graph(recipe, recipe.file)
+    return _marked_graph(recipe, user_cache() / "graphs" / f"{_key(recipe)}.onnx")
 
 
 @lru_cache(maxsize=2)
@@ -63,6 +54,15 @@ def _marked_graph(recipe: Recipe, file: Path) -> onnx.ModelProto:
     made = recipe.make(recipe.settings)
     keep(file, made, "the graph is made")
     return onnx.ModelProto.FromString(made)
+
+
+@lru_cache(maxsize=2)
+def _key(recipe: Recipe) -> str:
+    key = hashlib.sha256()
+    for source in recipe.sources:
+        key.update((_HERE / source).read_bytes())
+    key.update(json.dumps([__version__, *map(_release, recipe.packages), recipe.settings]).encode())
+    return key.hexdigest()
 
 
 def _release(package: str) -> str:
