@@ -14,7 +14,7 @@ DOCS = sorted(file.relative_to(ROOT).as_posix() for file in [*ROOT.glob("*.md"),
 
 
 def test_cli_reference_is_up_to_date() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
+    sys.path.insert(0, str(ROOT / "tools"))
     try:
         import generate_cli
     finally:

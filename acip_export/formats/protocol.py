@@ -229,6 +229,21 @@ class TensorLimit:
     too_small: Callable[[str, int], str]
 
 
+def applies_window(shape: ModelShape, windowed: frozenset[str] | None) -> bool:
+    """Tell whether a model has a sliding window that a runtime applies: those of the classes ``windowed``, or all."""
+    return shape.sliding_window is not None and (windowed is None or shape.architecture in windowed)
+
+
+def longest_context(shape: ModelShape, windowed: frozenset[str] | None) -> int:
+    """Return the tokens up to which such a runtime computes what the model does.
+
+    One that does not know a model's sliding window attends to everything: the same only within the window.
+    """
+    if shape.sliding_window is None or applies_window(shape, windowed):
+        return shape.max_context
+    return min(shape.max_context, shape.sliding_window)
+
+
 @dataclass(frozen=True)
 class ExportFormat(ABC):
     """A file format: what plans may choose, what runs it, what it costs, and how it is written.
@@ -360,16 +375,11 @@ class ExportFormat(ABC):
 
     def applies_window(self, shape: ModelShape) -> bool:
         """Tell whether the model has a sliding window that the runtime knows of."""
-        return shape.sliding_window is not None and (self.windowed is None or shape.architecture in self.windowed)
+        return applies_window(shape, self.windowed)
 
     def longest_context(self, shape: ModelShape) -> int:
-        """Return the tokens up to which the runtime computes what the model does.
-
-        A runtime that does not know a model's sliding window attends to everything: the same only within the window.
-        """
-        if shape.sliding_window is None or self.applies_window(shape):
-            return shape.max_context
-        return min(shape.max_context, shape.sliding_window)
+        """Return the tokens up to which the runtime computes what the model does."""
+        return longest_context(shape, self.windowed)
 
     def tensor_limit(self, options: Mapping[str, str]) -> TensorLimit | None:  # noqa: ARG002 - for formats that split
         """Return the limit that the user's options put on a tensor; ``None``: none."""

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision
-from acip_export.formats.protocol import ExportFormat, Layout, ProgressCallback, RunCommand, SessionClass, TensorLimit
-from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.formats.protocol import ExportFormat, ProgressCallback, RunCommand, SessionClass, TensorLimit
+from acip_export.model.checkpoint import Checkpoint
 from converters.gguf import options
+from converters.gguf.layouts import LAYOUTS
 from converters.gguf.memory import LlamaMemory
 from converters.gguf.types import GGML
+from converters.gguf.windows import WINDOWED
 
 if TYPE_CHECKING:
     import torch
@@ -64,13 +66,6 @@ class GgufFormat(ExportFormat):
 
 
 _CACHE_TYPES = {"f16": (2, 1), "q8_0": (34, 32), "f32": (4, 1)}
-# Hugging Face classes whose sliding windows llama.cpp applies.
-_WINDOWED = frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"})
-
-
-def _applies_window(shape: ModelShape) -> bool:
-    return GGUF.applies_window(shape)
-
 
 GGUF = GgufFormat(
     name="gguf",
@@ -80,24 +75,7 @@ GGUF = GgufFormat(
     embedding_types=("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k"),
     vector_type="f32",
     cache_types=_CACHE_TYPES,
-    layouts=(
-        Layout("stock", "one file of dense tensors, a type per tensor; every llama.cpp loads it", None),
-        Layout(
-            "lora",
-            "a LoRA file with factor pairs, over an all-zero one-bit base or as corrections of a quantized one; "
-            "stock llama.cpp runs both",
-            "lora",
-            base_type="q1_0",
-            # q8_0 needs ranks that are multiples of its block. More than rank 128 is better spent on the base.
-            residual_pairs=(("f16", 8), ("f16", 16), ("q8_0", 32), ("q8_0", 64), ("q8_0", 128)),
-        ),
-        Layout(
-            "factored",
-            "one file with factor pairs as tensors of their own; a llama.cpp with our extension runs it",
-            "factored",
-            note="only a llama.cpp with our extension runs this layout: make llama-cpp, or docs/upstream.md",
-        ),
-    ),
+    layouts=LAYOUTS,
     runtimes={"llama.cpp": ("stock", "lora"), "acip-llama.cpp": ("factored", "stock", "lora")},
     # llama.cpp's tanh form of GELU is from a float16 table; its attention rounds K and V to float16: large logits move
     # further, and mean as little as small ones. The KL is sixty times what the rounding costs on a trained model, a
@@ -106,8 +84,8 @@ GGUF = GgufFormat(
     float_kl=1e-5,
     sessions=(SessionClass("llama.cpp", "converters.gguf.runtimes.llama_cpp", "LlamaCppSession"),),
     encoder_session=SessionClass("llama.cpp", "converters.gguf.runtimes.llama_encoder", "LlamaEncoderSession"),
-    memory=LlamaMemory(_CACHE_TYPES, _applies_window),
-    windowed=_WINDOWED,
+    memory=LlamaMemory(_CACHE_TYPES),
+    windowed=WINDOWED,
     options=options.OPTIONS,
     library="gguf",
     tags=("gguf", "llama.cpp"),

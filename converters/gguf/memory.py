@@ -5,12 +5,13 @@ Source: its own log lines, for the versions in constraints.txt; a test compares 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.formats.protocol import ProcessBase, ServingMemory, TensorMemory
 from acip_export.model.checkpoint import Checkpoint, ModelShape
 from acip_export.units import ceil_div
+from converters.gguf.windows import llama_applies_window
 from converters.process_memory import RuntimeBase
 
 # llama.cpp rounds the cells of its KV cache up to this.
@@ -26,11 +27,8 @@ RECOMMENDED = "llama.cpp"
 class LlamaMemory:
     """The memory model of llama.cpp; see :class:`acip_export.formats.protocol.MemoryModel`."""
 
-    def __init__(
-        self, cache_types: Mapping[str, tuple[int, int]], applies_window: Callable[[ModelShape], bool]
-    ) -> None:
+    def __init__(self, cache_types: Mapping[str, tuple[int, int]]) -> None:
         self._cache_types = cache_types
-        self._applies_window = applies_window
 
     def serving(self, shape: ModelShape, serving: Serving) -> ServingMemory:
         """Return cache and buffers for one sequence of ``serving.context`` tokens."""
@@ -45,7 +43,7 @@ class LlamaMemory:
         # LoRA adapters included. Logits are computed for the last token only: llama.cpp reserves address space for
         # those of the whole batch, but serving never touches it.
         attention = (3 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        windowed = self._window_cells(shape, batch, cells)
+        windowed = _window_cells(shape, batch, cells)
         full_layers = shape.layers - (sum(shape.sliding_layers) if windowed else 0)
         widest = max(3 * shape.ffn, attention) + 6 * shape.hidden
         per_prompt_token = 4 * widest + 2 * (cells + windowed) + _SMALL_TENSORS
@@ -62,12 +60,6 @@ class LlamaMemory:
         """Return what the runtime holds whatever the plan."""
         return RUNTIMES[runtime or RECOMMENDED].of(checkpoint)
 
-    def _window_cells(self, shape: ModelShape, batch: int, cells: int) -> int:
-        """Return the KV cache cells of a layer with a sliding window; 0 where llama.cpp has no such layer."""
-        if shape.sliding_window is None or not self._applies_window(shape):
-            return 0
-        return _rounded(min(cells, shape.sliding_window + batch))
-
 
 def _encoder(shape: ModelShape, serving: Serving) -> ServingMemory:
     """Count no cache; ``prompt_batch`` tokens, of texts of at most ``context``, are computed together."""
@@ -78,6 +70,13 @@ def _encoder(shape: ModelShape, serving: Serving) -> ServingMemory:
     # Encoding makes every token an output, and room for its logits, though no head computes any: 31 MB for 256 tokens
     # of BERT's vocabulary. The log tells of one token only, from when the context is made.
     return ServingMemory(0, tokens * per_token, 4 * tokens * (shape.hidden + shape.vocabulary))
+
+
+def _window_cells(shape: ModelShape, batch: int, cells: int) -> int:
+    """Return the KV cache cells of a layer with a sliding window; 0 where llama.cpp has no such layer."""
+    if shape.sliding_window is None or not llama_applies_window(shape):
+        return 0
+    return _rounded(min(cells, shape.sliding_window + batch))
 
 
 def _rounded(cells: int) -> int:

@@ -17,7 +17,7 @@ from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
-from converters.onnx.format import PROVIDERS
+from converters.onnx.backends import PROVIDERS
 from converters.onnx.genai_builder.families import genai_type
 
 MODEL_FILE = "onnx/model.onnx"

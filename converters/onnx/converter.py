@@ -19,10 +19,12 @@ from acip_export.formats.protocol import DEFAULT_BACKEND, Progress, ProgressCall
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
 from acip_export.version import __version__
+from acip_export.weight_types import weight_type
+from converters.onnx.backends import backend_of
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE, small_files
-from converters.onnx.format import ONNX
 from converters.onnx.genai_builder.families import FAMILIES
 from converters.onnx.genai_builder.release import check_release
+from converters.onnx.types import NUMBERS
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +71,7 @@ def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: Progre
     if has_builder(checkpoint):
         from converters.onnx.genai_builder.decoder import marked_decoder
 
-        half = "f16" in ONNX.on(backend).cache_types
+        half = "f16" in backend_of(backend).cache_types
         recipe = marked_decoder(checkpoint.config, checkpoint.shape, backend, half, context)
     else:
         from converters.onnx.tracing.decoder import traced
@@ -136,7 +138,7 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Opti
 def _check(layout: str, serving: Serving) -> None:
     if layout != LAYOUT:
         raise UnsupportedError(f"ONNX has no layout {layout!r}; it has: {LAYOUT}")
-    caches = ONNX.on(serving.backend).cache_types
+    caches = backend_of(serving.backend).cache_types
     if serving.cache_type not in caches:
         raise UnsupportedError(
             f"ONNX exports for {serving.backend} keep the KV cache in {', '.join(caches)}, not {serving.cache_type}; "
@@ -164,8 +166,8 @@ def _check_execution(checkpoint: Checkpoint, backend: str) -> None:
 
 def _check_types(tensors: tuple[TensorDecision, ...], serving: Serving) -> None:
     """Raises UnsupportedError for a number that what runs the graph does not compute with."""
-    known = {form.name: form.item_bytes for form in ONNX.weight_types}
-    wanted, refused = known[serving.cache_type], ONNX.on(serving.backend).refused
+    known = {form.name: form.item_bytes for form in NUMBERS}
+    wanted, refused = known[serving.cache_type], backend_of(serving.backend).refused
     for decision in tensors:
         for name in filter(None, (decision.type, decision.up_type, decision.down_type)):
             again = f"plan again with  --backend {serving.backend}"
@@ -219,7 +221,7 @@ def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None)
     """See :class:`acip_export.formats.protocol.ExportFormat`."""
     from converters.onnx.matrices import rounded
 
-    return rounded(weight, ONNX.type(name), importance)
+    return rounded(weight, weight_type("onnx", name), importance)
 
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:

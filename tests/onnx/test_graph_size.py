@@ -18,7 +18,8 @@ from acip_export.errors import UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import causal_lm
 from converters.onnx import converter
-from converters.onnx.format import ONNX, STATIC_CACHE
+from converters.onnx.backends import STATIC_CACHE
+from converters.onnx.format import ONNX
 from converters.onnx.genai_builder.decoder import marked_decoder
 from tests.onnx.conftest import MakeExport
 

@@ -19,7 +19,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from acip_export.verification.metrics import compare_logits
 from converters.onnx import converter
-from converters.onnx.format import ONNX, PROVIDERS
+from converters.onnx.backends import OTHERS, PROVIDERS
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, SIZES, Export
@@ -76,7 +76,7 @@ def test_transformers_js_keeps_the_cache_in_the_graphs_precision(tmp_path: Path)
     assert answer["tokens"] == expected
 
 
-@pytest.mark.parametrize("backend", [known.name for known in ONNX.backends if known.name in PROVIDERS])
+@pytest.mark.parametrize("backend", [known.name for known in OTHERS if known.name in PROVIDERS])
 def test_planned_for_a_graphics_card(tmp_path: Path, backend: str) -> None:
     model = make_model(tmp_path / "m", **SIZES)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)

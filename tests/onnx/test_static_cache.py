@@ -19,8 +19,8 @@ from acip_export.errors import UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from converters.onnx import converter
+from converters.onnx.backends import STATIC_CACHE
 from converters.onnx.companion_files import MODEL_FILE
-from converters.onnx.format import STATIC_CACHE
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, SIZES, Export

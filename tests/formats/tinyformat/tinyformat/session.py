@@ -44,7 +44,7 @@ class TinySession:
         start = time.perf_counter()
         next(self.logits(np.array([prompt])))
         middle = time.perf_counter()
-        self.greedy(prompt[: len(prompt) - new_tokens], min(2, new_tokens))
+        self.greedy(prompt, 2)
         taken = max(time.perf_counter() - middle, 1e-9)
         return Speed(len(prompt) / max(middle - start, 1e-9), 2 / taken, len(prompt), new_tokens)
 
