@@ -25,6 +25,8 @@ MICROSOFT = "com.microsoft"
 MARKS = "acip.mark"
 LINEAR, EMBEDDING, PARAMETER = "Linear", "Embedding", "Parameter"
 
+_EMBEDDINGS = "ONNX embeddings are dense, of 4 or 8 bits or float"
+
 Content = MatrixPart | Vector | NDArray[Any]
 Contents = dict[str, Content]
 
@@ -142,7 +144,7 @@ class DecidedGraph:
     def single(self, tensor: str) -> Matrix:
         chain = matrices_of(self.decision(tensor))
         if len(chain) != 1:
-            raise UnsupportedError(f"{tensor}: ONNX embeddings are dense; plan again")
+            raise UnsupportedError(f"{tensor}: {_EMBEDDINGS}; plan again")
         return chain[0][1]
 
     def describe(self, value: str, like: ValueInfoProto | None, columns: int) -> None:
@@ -175,7 +177,7 @@ class DecidedGraph:
             self.describe(rows, like, matrix.columns)
             return rows
         if matrix.bits not in (4, 8):
-            raise UnsupportedError(f"{tensor}: ONNX embeddings are float or of 4 or 8 bits, not {matrix.bits}")
+            raise UnsupportedError(f"{tensor}: {_EMBEDDINGS}; plan again")
         codes = self.flat_codes(matrix, name)
         rows = self.node(
             "GatherBlockQuantized",
