@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -34,13 +35,18 @@ def pack(model: onnx.ModelProto, location: str) -> Packed:
     """
     offset = 0
     for tensor in model.graph.initializer:
-        nbytes = prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        nbytes = prod(tensor.dims) * _item_bytes(tensor.data_type)
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", location), ("offset", str(offset)), ("length", str(nbytes))):
             tensor.external_data.add(key=key, value=value)
         offset += nbytes
     model.producer_name, model.producer_version = "acip-export", __version__
     return Packed(model.SerializeToString(deterministic=True), offset)
+
+
+@cache
+def _item_bytes(kind: int) -> int:
+    return int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
 
 
 def write_data(

@@ -76,7 +76,7 @@ class _Graph(DecidedGraph):
         kind, attributes = _ACTIVATIONS[config.get("hidden_act", "gelu")]
         return self.node(kind, [x], f"{name}/{kind}", **attributes)
 
-    def output(self, name: str, value: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+    def output(self, name: str, value: str, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
         self.node("Identity", [value], f"/{name}", output=name)
         return shaped(name, TensorProto.FLOAT, shape)
 
