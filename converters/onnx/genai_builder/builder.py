@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from acip_export.errors import UnsupportedError
+from acip_export.model.tensor_names import DECODER_EMBEDDING
 from converters.onnx.genai_builder.families import FAMILIES
-from converters.onnx.genai_builder.module_tree import EMBEDDING_TENSOR
 from converters.onnx.genai_builder.release import SUPPORTED_VERSION, check_release
 from converters.onnx.graph.decided import EMBEDDING, LINEAR, MARKS
 
@@ -124,7 +124,7 @@ class _Weightless:
     def make_embedding_lookup(self, embedding: Any, basename: str, lm_head: Any) -> str:  # noqa: ARG002
         output = f"{basename}/output_0"
         ids = self.input_names["input_ids"]
-        self.make_node(EMBEDDING, [ids], [output], name=basename, domain=MARKS, tensor=EMBEDDING_TENSOR)
+        self.make_node(EMBEDDING, [ids], [output], name=basename, domain=MARKS, tensor=DECODER_EMBEDDING)
         return output
 
     def make_matmul(self, matmul: Projection, basename: str, root_input: str, **kwargs: Any) -> str:

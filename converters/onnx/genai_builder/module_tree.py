@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
 
-EMBEDDING_TENSOR = "model.embed_tokens.weight"
-
 ReadVector = Callable[[str], Tensor]
 
 

@@ -8,7 +8,7 @@ import onnx
 from onnx import NodeProto
 
 from acip_export.errors import UnsupportedError
-from acip_export.model.architectures import HEAD
+from acip_export.model.tensor_names import HEAD
 from converters.onnx.graph.decided import EMBEDDING, LINEAR, MARKS, DecidedGraph
 
 
