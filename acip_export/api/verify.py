@@ -9,6 +9,7 @@ from pathlib import Path
 from acip_export.api.export import materialize_bundle
 from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.rank import open_scores
+from acip_export.artifacts.export_directory import claim_papers
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.errors import CheckpointError
 from acip_export.formats.session import Windows
@@ -59,9 +60,11 @@ def verify_directory(
     is compared with the dense model.
 
     Raises:
-        PlanFileError: ``export`` has no plan. ScoreFileError, CheckpointError: the bundle cannot be made again.
+        UsageError: ``export`` has a report, page or card that is not ours. PlanFileError: it has no plan.
+        ScoreFileError, CheckpointError: the bundle cannot be made again.
         Others as :func:`acip_export.verification.export.verify_export`.
     """
+    claim_papers(export, (scores, bundle, text, *tasks))
     plan = load_plan(export / verification.EXPORT_PLAN_FILE)
     checkpoint = _base_model(model, plan, required=bundle is None)
     with tempfile.TemporaryDirectory() as scratch:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from acip_export.artifacts.plan import save_plan
+from acip_export.artifacts.export_directory import EXPORT_KIND
+from acip_export.artifacts.plan import PLAN_KIND, save_plan
 from acip_export.cli import output as console
 from acip_export.cli.options import (
     Cache,
@@ -23,10 +24,12 @@ from acip_export.cli.options import (
     takes_plan_flags,
 )
 from acip_export.errors import UsageError
-from acip_export.io.atomic import new_file, refuse_existing
+from acip_export.io.outputs import claim_output, json_kind
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 from acip_export.version import __version__
+
+_SWEEP_KIND = json_kind("a sweep", "acip-sweep")
 
 
 def _version(value: bool) -> None:
@@ -74,13 +77,15 @@ def export(
 
     request = flags.request()
     target = out or Path("export") / request.format
-    ort_target = target.with_name(f"{target.name}-ort")
     if ort and request.format != "onnx":
         raise UsageError(f"--ort goes with  --format onnx, not {request.format}")
     if not dry_run:
-        refuse_existing(target, force)
+        read = (*flags.inputs, text, cache, *names(tasks))
+        claim_output(target, EXPORT_KIND, force, read, flags.model)
         if ort:
-            refuse_existing(ort_target, force)
+            from converters.onnx.ort_format import ORT_KIND, ort_directory
+
+            claim_output(ort_directory(target), ORT_KIND, force, read, flags.model)
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
     with console.stage_bars() as progress:
@@ -111,10 +116,11 @@ def export(
             progress=progress,
             cache=cache,
         )
-    ort_files = None
+    ort_target, ort_files = None, None
     if ort:
-        from converters.onnx.ort_format import write_ort
+        from converters.onnx.ort_format import ort_directory, write_ort
 
+        ort_target = ort_directory(target)
         ort_files = write_ort(target, ort_target, force)
     if json:
         result = {"out": str(target), "plan": plan.to_json(), "report": report and report.to_json()}
@@ -159,7 +165,7 @@ def plan(
         return
     request = flags.request()
     if out is not None:
-        refuse_existing(out, force)
+        claim_output(out, PLAN_KIND, force, flags.inputs, flags.model)
     checkpoint = Checkpoint.open(flags.model)
     with console.stage_bars() as progress:
         made = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, flags.scores), request, progress)
@@ -180,9 +186,9 @@ def _sweep(flags: PlanFlags, out: Path | None, json: bool, force: bool) -> None:
     drawing = None if json and out is None else out or Path("sweep.png")
     if drawing is not None:
         sweep_plot.check_suffix(drawing)
+        for file, kind in ((drawing, sweep_plot.DRAWING_KIND), (drawing.with_suffix(".json"), _SWEEP_KIND)):
+            claim_output(file, kind, force, flags.inputs, flags.model)
         sweep_plot.require_matplotlib()
-        for file in (drawing, drawing.with_suffix(".json")):
-            refuse_existing(file, force)
     checkpoint = Checkpoint.open(flags.model)
     scores = pipeline.open_scores(checkpoint, flags.scores)
     with console.stage_bars() as progress:
@@ -192,7 +198,7 @@ def _sweep(flags: PlanFlags, out: Path | None, json: bool, force: bool) -> None:
         title = f"{checkpoint.name}: size and predicted quality"
         scope = requests[0][1].budget_scope
         sweep_plot.draw(lines, title, scope, scores.loss_unit, drawing, force)
-        with new_file(drawing.with_suffix(".json"), force) as temporary:
+        with claim_output(drawing.with_suffix(".json"), _SWEEP_KIND, force).new_file() as temporary:
             temporary.write_text(dumps(document, indent=1) + "\n", encoding="utf-8")
     if json:
         console.print_json(document)

@@ -102,6 +102,11 @@ class PlanFlags:
     ] = None
 
     @property
+    def inputs(self) -> tuple[Path | None, ...]:
+        """The files that are named; outputs must be none of them."""
+        return self.scores, self.devices, self.base_gguf, self.imatrix
+
+    @property
     def asks(self) -> bool:
         """Whether anything was asked for at all."""
         return (self.budget or self.device or self.format_) is not None

@@ -73,8 +73,9 @@ def rank(
     accelerate launch --num_processes 2 -m acip_export rank . --data text.txt
     """
     from acip_export import api as pipeline
+    from acip_export.io.outputs import claim_output
     from acip_export.ranking import DataConfig, parse_settings
-    from acip_export.ranking.logs import json_log, tensorboard_log, to_all
+    from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
     from acip_export.ranking.processes import launched_rank
 
     if data is None:
@@ -95,6 +96,8 @@ def rank(
     calibration = DataConfig(context=context, seed=seed, field=field)
     checkpoint = Checkpoint.open(model)
     target = out or checkpoint.path / f"{checkpoint.name}.acip"
+    if log_json is not None:
+        log_json = claim_output(log_json, LOG_KIND, True, (data, target, cache), checkpoint.path).place
     # Of several processes one draws and logs, as one writes.
     is_main = launched_rank() == 0
     try:

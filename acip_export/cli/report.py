@@ -32,8 +32,10 @@ def report(
     acip-export report export/small export/large
     """
     from acip_export import api as pipeline
+    from acip_export.artifacts.export_directory import claim_papers
     from acip_export.report.page import read_export
 
+    claim_papers(export_dir if export_dir.is_dir() else export_dir.parent, (scores,))
     plan = read_export(export_dir).plan
     names = tuple(name.strip().lower() for name in types.split(",") if name.strip())
     checkpoint, opened = pipeline.ranked_model_of(plan, model, scores)

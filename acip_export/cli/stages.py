@@ -11,7 +11,7 @@ from acip_export.artifacts.plan import load_plan
 from acip_export.cli import output as console
 from acip_export.cli.options import Cache, Force, Json, Model, Scores, Tasks, Text, Timeout, names
 from acip_export.formats.targets import TARGETS
-from acip_export.io.atomic import refuse_existing
+from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 from acip_export.weight_types import types_of
@@ -31,8 +31,9 @@ def materialize(
     acip-export materialize plan.json -o bundle
     """
     from acip_export import api as pipeline
+    from acip_export.artifacts.bundle import BUNDLE_KIND
 
-    refuse_existing(out, force)
+    claim_output(out, BUNDLE_KIND, force, (plan_file, scores, cache), model)
     checkpoint = Checkpoint.open(model)
     with console.stage_bars() as progress:
         pipeline.materialize_bundle(
@@ -106,8 +107,9 @@ def imatrix(
     The other way, to round with a matrix that llama-imatrix made: acip-export --format gguf --imatrix FILE.
     """
     from acip_export import api as pipeline
+    from converters.gguf.imatrix import IMATRIX_KIND
 
-    refuse_existing(out, force)
+    claim_output(out, IMATRIX_KIND, force, (scores,), model)
     checkpoint = Checkpoint.open(model)
     count = pipeline.write_imatrix(checkpoint, pipeline.open_scores(checkpoint, scores), out, force)
     _done({"out": str(out), "matrices": count}, json, f"importance of {count} matrices written to {out}")
