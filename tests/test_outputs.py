@@ -388,7 +388,7 @@ def test_a_merge_conflict_in_the_baseline(place: Path, run: Run) -> None:
 def test_what_comes_while_we_work_is_kept(place: Path) -> None:
     """A ranking takes hours, and the place was free when it began."""
     output = claim_output(place / "new", EXPORT_KIND)
-    with pytest.raises(UsageError, match="new/notes.txt"), output.new_directory() as directory:
+    with pytest.raises(UsageError, match=r"new/notes\.txt"), output.new_directory() as directory:
         (directory / "model.gguf").write_text("made")
         shutil.copytree(place / "folder", place / "new")
     assert (place / "new" / "notes.txt").read_text() == "of folder"

@@ -85,7 +85,8 @@ class Output:
         """Raises as :func:`claim_output`; called again before anything is replaced, which may be hours later."""
         try:
             self._check_inputs()
-            if os.path.lexists(self.place):
+            with suppress(FileNotFoundError):
+                self.place.lstat()
                 self._check_replaced()
         except OSError as reason:
             raise OutputError(
@@ -122,7 +123,7 @@ class Output:
             return
         foreign = self._foreign(self.kind)
         if foreign:
-            self._refuse(f"already exists and {foreign}")
+            self._refuse(f"already exists and {foreign}", "move it away, or choose another place")
         if not self.force:
             raise UsageError(f"{self.named} already exists; add --force to replace it, or choose another place with -o")
 
@@ -138,9 +139,9 @@ class Output:
             return ""
         return f"holds {self.named / foreign.relative_to(place)}, which is no part of {ours}, or was changed"
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str, advice: str = "choose another place") -> None:
         at = "" if self.named.absolute() == self.place else f" ({self.place})"
-        raise UsageError(f"{self.named}{at} {why}; choose another place")
+        raise UsageError(f"{self.named}{at} {why}; {advice}")
 
 
 def claim_output(

@@ -53,10 +53,10 @@ def write_ort(export: Path, out: Path, force: bool = False) -> dict[str, int]:
             conversion fails; its output is part of the message.
         UsageError: ``out`` may not be written; see :func:`acip_export.io.outputs.claim_output`.
     """
-    output = claim_output(out, ORT_KIND, force, (export,))
     parts = [export / MODEL_FILE, export / DATA_FILE]
     if not all(part.is_file() for part in parts):
         raise UnsupportedError(f"{export} is no ONNX export: the ORT format is made from {MODEL_FILE} and {DATA_FILE}")
+    output = claim_output(out, ORT_KIND, force, (export,))
     check_size({MODEL_FILE: parts[0].stat().st_size, DATA_FILE: parts[1].stat().st_size})
     with output.new_directory() as directory:
         _convert(parts[0], directory)
