@@ -19,8 +19,8 @@ from acip_export.artifacts.plan import Plan, Serving, TensorDecision, decision_b
 from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
 from acip_export.lowrank.components import components
 from acip_export.materialization import materialize_bundle
-from acip_export.model.architectures import EMBEDDINGS, HEAD
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.tensor_names import EMBEDDINGS, HEAD
 from benchmarks.ruled_plan import ruled_plan
 from converters.gguf.runtimes import c_api as llama_capi
 
@@ -206,7 +206,7 @@ def make_bundle(model: Path, plan: Plan, out: Path, scores: ScoreFile | None = N
 
 def everywhere(**fields: Any) -> Callable[[str, tuple[int, ...]], dict[str, Any]]:
     """The rule that decides all linear layers alike, and keeps embeddings and head dense in ``embedding_type``."""
-    embedding_type = fields.pop("embedding_type", fields.get("format", "f32"))
+    embedding_type = fields.pop("embedding_type", fields.get("type", "f32"))
 
     def decide(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
         if "embed" in name or "lm_head" in name:

@@ -14,15 +14,15 @@ import typer
 
 from acip_export.cli.main import app
 
-FILE = Path(__file__).with_name("cli.md")
+FILE = Path(__file__).parents[1] / "docs" / "cli.md"
 _HEAD = """\
 <!-- Written by  make docs  from the commands themselves; edit their help texts instead. -->
 # The command line
 
 Results go to stdout, progress and diagnostics to stderr. Every command that reports something has `--json`: exactly one
 JSON document on stdout. Existing output is refused without `--force`, and with it only what acip-export wrote is
-replaced. Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 infeasible budget, 5 unsupported by the target, 6 verification
-or check failed, 7 missing extra, 130 interrupted.
+replaced. Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 infeasible budget, 5 unsupported by the target,
+6 verification or check failed, 7 missing extra, 130 interrupted.
 """
 
 

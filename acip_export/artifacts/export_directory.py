@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 
 from acip_export.artifacts.plan import PLAN_KIND
@@ -28,7 +29,7 @@ def _contents(directory: Path) -> Mapping[str, int | FileKind]:
 EXPORT_KIND = DirectoryKind("an export", _contents)
 
 
-def claim_papers(export: Path, inputs: Iterable[str | Path | None] = ()) -> dict[str, Output]:
+def claim_papers(export: Path, inputs: Iterable[str | PathLike[str] | None] = ()) -> dict[str, Output]:
     """The report, the page and the card of an export, by name: written anew without asking, if they are ours.
 
     Raises:

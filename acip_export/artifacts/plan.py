@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,7 @@ class Serving:
         context: tokens of KV cache.
         cache_type: ``f32``, ``f16`` or ``q8_0``.
         prompt_batch: tokens of a prompt that are processed together (llama.cpp ``n_ubatch``, genai ``chunk_size``).
-        backend: what runs it, where the target has a choice; see :mod:`acip_export.formats.targets`.
+        backend: what computes inside the runtime; see :class:`acip_export.formats.protocol.Backend`.
     """
 
     context: int
@@ -205,12 +206,13 @@ def dumps_plan(plan: Plan) -> str:
     return head[:-2] + ',\n "tensors": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
-def load_plan(file: Path) -> Plan:
+def load_plan(file: str | os.PathLike[str]) -> Plan:
     """Read and check a plan.
 
     Raises:
         PlanFileError: unreadable, unknown version or key, or numbers that contradict each other.
     """
+    file = Path(file)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -225,12 +226,13 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
                 writer.write(name, np.ascontiguousarray(value, "<f4").tobytes())
 
 
-def load_scores(file: Path) -> ScoreFile:
+def load_scores(file: str | os.PathLike[str]) -> ScoreFile:
     """Read and check a score file.
 
     Raises:
         ScoreFileError: truncated, not a score file, unknown version, wrong shapes, non-finite numbers.
     """
+    file = Path(file)
     entries, metadata = read_safetensors_header(file, ScoreFileError)
     if metadata.get("artifact") != "acip-scores":
         raise ScoreFileError(f"{file} is a safetensors file, but no score file (format {metadata.get('artifact')!r})")

@@ -96,7 +96,7 @@ def _plan_facts(plan: Plan) -> dict[str, str]:
         "format": f"{plan.format} ({plan.layout})",
         "budget": f"{plan.budget_bytes} bytes of {plan.budget_scope}",
         "memory": f"{plan.memory_bytes} bytes, {plan.process_bytes} with the runtime itself",
-        "predicted loss": f"{plan.predicted_loss:.4f} nats per token above the dense model",
+        "predicted loss": f"{plan.predicted_loss:.4f} {plan.loss_unit} above the dense model",
     }
 
 

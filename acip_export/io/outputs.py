@@ -148,7 +148,7 @@ def claim_output(
     out: Path,
     kind: FileKind | DirectoryKind,
     force: bool = False,
-    inputs: Iterable[str | Path | None] = (),
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
     base: str | Path | None = None,
 ) -> Output:
     """Decide whether a command may write to ``out``, which is called before any heavy work.
@@ -227,7 +227,7 @@ def _files_below(directory: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(files))
 
 
-def _real(path: str | Path) -> Path:
+def _real(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(path))
 
 

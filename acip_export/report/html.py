@@ -15,7 +15,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from acip_export.formats.registry import RunCommand
+from acip_export.formats.protocol import RunCommand
 from acip_export.report.page import Page
 from acip_export.report.rows import Row, file_rows, provenance, runtime_rows
 from acip_export.units import format_bytes

@@ -18,8 +18,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from acip_export.units import ceil_div
 from acip_export.weight_types import weight_type
-from converters.gguf.ggml_library import TYPE_IDS
+from converters.gguf.types import TYPE_IDS
 
 ALIGNMENT = 32
 _MAGIC = b"GGUF"
@@ -107,7 +108,7 @@ class TensorSpec:
 
 
 def padded(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT
+    return ceil_div(count, ALIGNMENT) * ALIGNMENT
 
 
 def offsets(tensors: Sequence[TensorSpec]) -> list[int]:

@@ -40,11 +40,6 @@ def _contents(directory: Path) -> Mapping[str, int | FileKind]:
 ORT_KIND = DirectoryKind("an export in the ORT format", _contents)
 
 
-def ort_directory(export: Path) -> Path:
-    """Where the ORT-format sibling of an export goes."""
-    return export.with_name(f"{export.name}-ort")
-
-
 def write_ort(export: Path, out: Path, force: bool = False) -> dict[str, int]:
     """Write the ORT-format sibling of an ONNX export; returns its bytes by file.
 

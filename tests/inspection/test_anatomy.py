@@ -6,6 +6,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -19,12 +20,11 @@ from onnx import TensorProto, helper
 from acip_export.artifacts.plan import save_plan
 from acip_export.errors import InputError, ModelFileError
 from acip_export.inspection import read_anatomy
-from acip_export.inspection.anatomy import layer_group
 from acip_export.inspection.gguf import GGML_TYPES
 from acip_export.inspection.onnx import ONNX_TYPES
 from acip_export.inspection.read import choice
 from acip_export.weight_types import types_of
-from converters.gguf.ggml_library import TYPE_IDS
+from converters.gguf.types import TYPE_IDS
 from tests.check.models import SMALL, make_onnx, write_gguf, write_onnx, write_safetensors
 from tests.support import dense, make_bundle, make_model, make_plan, make_scores
 
@@ -137,6 +137,14 @@ def test_safetensors_scores_plan_bundle_and_directories(tmp_path: Path) -> None:
     assert [t.type for t in planned.tensors] == [choice(d) for d in plan.tensors]
 
 
+def test_a_plans_loss_has_its_unit(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "tiny", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    plan = make_plan(model, "gguf", "stock", dense(type="f32"))
+    for unit in ("nats per token", "cosine distance per text"):
+        save_plan(replace(plan, loss_unit=unit), tmp_path / f"{unit}.json")
+        assert f" {unit} above" in read_anatomy(tmp_path / f"{unit}.json").facts["predicted loss"]
+
+
 def test_export_does_not_count_its_papers(tmp_path: Path) -> None:
     model = make_model(tmp_path / "tiny", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     export = tmp_path / "export"
@@ -155,15 +163,6 @@ def test_directory_with_two_models_tells_them_apart(tmp_path: Path) -> None:
     write_gguf(tmp_path / "sub" / "b.gguf", {"only.weight": (1, 256, "F32"), "output.weight": (1, 256, "F32")})
     names = {t.name for t in read_anatomy(tmp_path).tensors}
     assert {"a.gguf: output.weight", "sub/b.gguf: output.weight", "only.weight"} <= names
-
-
-def test_groups_fold_layer_numbers_only() -> None:
-    assert layer_group("blk.12.attn_q.weight") == "blk.*.attn_q.weight"
-    assert (
-        layer_group("model.layers.3.mlp.up_proj.MatMulNBits.qweight")
-        == "model.layers.*.mlp.up_proj.MatMulNBits.qweight"
-    )
-    assert layer_group("/model/layers.3/conv1d/w2") == "/model/layers.*/conv1d/w2"
 
 
 @pytest.mark.parametrize("write", [write_gguf, write_onnx, write_safetensors])

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import MissingExtraError, UnsupportedError
-from acip_export.formats.targets import longest_context
 from acip_export.model.checkpoint import ModelShape
 from converters.gguf.architectures.rope import Floats, Rope, read_rope, rope_keys, rope_tensors
+from converters.gguf.windows import llama_context
 from converters.gguf.writer import Metadata, Value, booleans, float32, uint32
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int64]
 
-_OUTER = ("token_embd.weight", "output_norm.weight")
+TOKEN_EMBEDDING = "token_embd.weight"
+_OUTER = (TOKEN_EMBEDDING, "output_norm.weight")
 PRE_NORMS = ("attn_norm.weight", "ffn_norm.weight")
 POST_NORMS = ("post_attention_norm.weight", "post_ffw_norm.weight")
 ATTENTION = ("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight")
@@ -147,7 +148,7 @@ class Family:
         self.check(config, shape)
         rope = rope_keys(self.rope(config, shape), shape)
         keys = {
-            "context_length": uint32(longest_context("gguf", shape)),
+            "context_length": uint32(llama_context(shape)),
             "embedding_length": uint32(shape.hidden),
             "block_count": uint32(shape.layers),
             "feed_forward_length": uint32(shape.ffn),
