@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, read_safetensors_header
 from acip_export.io.outputs import claim_output, safetensors_kind
@@ -124,6 +125,8 @@ class ScoreFile:
         sha256: identifies the file: over its header, every tensor but the second moments, and the first 4 KiB of each
             of those.
         file: that it was read from.
+        rounding_errors: what was measured for scores that are in no file, by format; for others a cache beside the file
+            has it.
     """
 
     model: Mapping[str, str]
@@ -136,6 +139,7 @@ class ScoreFile:
     second_moments: Mapping[str, FloatArray]
     sha256: str = ""
     file: Path | None = field(default=None, compare=False)
+    rounding_errors: dict[str, RoundingErrors] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def basis(self) -> str:

@@ -82,7 +82,7 @@ def make_skeleton(
     decisions = {decision.name: decision for decision in tensors}
     try:
         with torch.device("meta"):
-            model: Any = causal_lm(dict(config))
+            model: Any = causal_lm(config)
     except (ValueError, KeyError, TypeError) as reason:
         raise UnsupportedError(f"transformers cannot build a {kind} model of this config.json: {reason}") from reason
     tied = bool(model.config.tie_word_embeddings)

@@ -20,6 +20,7 @@ from typing import Any
 
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.model.checkpoint import ModelShape
+from acip_export.model.rope import rope_fields
 from acip_export.model.tensor_names import DECODER_EMBEDDING, HEAD
 from acip_export.units import ceil_div
 from acip_export.version import __version__
@@ -70,13 +71,12 @@ def _tested() -> bool:
 
 
 def _described(config: Mapping[str, Any], shape: ModelShape, tensors: tuple[TensorDecision, ...], context: int) -> bool:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    whole = all(float(source.get("partial_rotary_factor") or 1) == 1 for source in (config, rope))
+    rope = rope_fields(config)
     return (
         config.get("model_type") in _MODEL_TYPES
         and config.get("hidden_act", "silu") == "silu"
-        and (rope.get("rope_type") or rope.get("type") or "default") in _ROPE_TYPES
-        and whole
+        and rope["rope_type"] in _ROPE_TYPES
+        and float(rope["partial_rotary_factor"]) == 1
         and shape.head_dim % 2 == 0
         and not _slides(config, context)
         and all(decision.representation in ("dense", "factored") for decision in tensors)
