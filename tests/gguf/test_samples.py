@@ -85,7 +85,7 @@ def test_node_chooses_the_tokens_of_llama_cpp(layout: str, exports: dict[str, Pa
 def test_node_says_that_it_does_not_run_pairs(exports: dict[str, Path], tmp_path: Path) -> None:
     done = generate(exports["factored"], tmp_path)
     assert done.returncode == 2
-    assert "node-llama-cpp runs gguf, stock or adapter" in done.stderr
+    assert "node-llama-cpp runs gguf, stock or lora" in done.stderr
 
 
 def modelfile(export: Path) -> subprocess.CompletedProcess[str]:
@@ -108,4 +108,4 @@ def test_the_modelfile_names_files_and_settings(exports: dict[str, Path]) -> Non
     assert parameters(modelfile(exports[PARTS]).stdout) == {"num_ctx": 128, "num_batch": 32}
     refused = modelfile(exports["factored"])
     assert refused.returncode == UnsupportedError.exit_code
-    assert "Ollama runs gguf, stock or adapter" in refused.stderr
+    assert "Ollama runs gguf, stock or lora" in refused.stderr

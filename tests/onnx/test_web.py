@@ -27,7 +27,7 @@ def served(model: Path, packages: Path) -> Iterator[int]:
     finally:
         sys.path.pop(0)
     server = serve.server(model, packages)
-    thread = threading.Thread(format=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield server.server_port
