@@ -118,6 +118,16 @@ _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_windo
 _EXPORTED = (
     Architecture("bert", tuple(_BERT), _BERT, tied=True),
     Architecture(
+        "ernie4_5",
+        ("Ernie4_5ForCausalLM",),
+        defaults={"head_dim": 128, "num_key_value_heads": 2, "max_position_embeddings": 131072},
+        tied=True,
+        layer=Layer(attention_bias="use_bias", mlp_bias="use_bias"),
+        window=no_layer,
+        rotary=Rotary(theta=500_000.0),
+        fused_attention=True,
+    ),
+    Architecture(
         "gemma",
         ("GemmaForCausalLM",),
         defaults={"head_dim": 256, "num_key_value_heads": 16, "max_position_embeddings": 8192},
@@ -243,7 +253,7 @@ _TRACED = (
 # Further models with a causal head that is the embedding unless config.json denies it.
 _TIED = """
     bart bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small camembert cohere2 cohere2_moe
-    cohere_compass_text cpmant ctrl data2vec-text electra ernie ernie4_5 ernie4_5_moe falcon_mamba gemma3 gemma3n
+    cohere_compass_text cpmant ctrl data2vec-text electra ernie ernie4_5_moe falcon_mamba gemma3 gemma3n
     gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text got_ocr2 gpt-sw3
     gpt_neox_japanese granite_swa jetmoe lfm2 lfm2_moe lfm3 mamba marian mbart megatron-bert minicpm3
     modernbert-decoder moss_transcribe_diarize mpt mvp pegasus plbart prophetnet recurrent_gemma roberta

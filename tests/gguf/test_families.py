@@ -89,6 +89,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"num_hidden_layers": 5}),
     "olmo2": ("olmo2", {"tie_word_embeddings": False}),
     "granite": ("granite", GRANITE),
+    "ernie4_5": ("ernie4_5", {}),
+    "ernie4_5, linear positions and an untied head": (
+        "ernie4_5",
+        {**rope("linear", factor=8.0), "tie_word_embeddings": False},
+    ),
 }
 
 
@@ -104,6 +109,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "smollm3": partial(byte_level_tokenizer, "llama-bpe"),
     "olmo2": partial(byte_level_tokenizer, "dbrx"),
     "granite": partial(byte_level_tokenizer, "smollm"),
+    "ernie4_5": partial(sentencepiece_tokenizer, "llama2"),
 }
 
 
