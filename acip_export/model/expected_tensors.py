@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from acip_export.model.architectures import Layer, architecture_of
 from acip_export.model.encoder import is_encoder, kind_of
-from acip_export.model.tensor_names import HEAD
+from acip_export.model.tensor_names import DECODER_EMBEDDING, HEAD, MASKED_HEAD
 
 if TYPE_CHECKING:
     from acip_export.model.shape import ModelShape
 
 Shapes = dict[str, tuple[int, ...]]
-
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 def expected_tensors(config: Mapping[str, Any], shape: ModelShape, layers: int) -> Shapes | None:
@@ -68,7 +66,7 @@ def _decoder(
     if row.head_norms:
         layer["self_attn.q_norm.weight"] = (queries if row.whole else shape.head_dim,)
         layer["self_attn.k_norm.weight"] = (keys if row.whole else shape.head_dim,)
-    yield _EMBEDDING, (shape.vocabulary, shape.hidden)
+    yield DECODER_EMBEDDING, (shape.vocabulary, shape.hidden)
     for number in range(layers):
         yield from ((f"model.layers.{number}.{name}", sizes) for name, sizes in layer.items())
     yield "model.norm.weight", (shape.hidden,)
@@ -101,7 +99,7 @@ def _encoder(config: Mapping[str, Any], shape: ModelShape, layers: int) -> Itera
         yield from _norm("cls.predictions.transform.LayerNorm", width)
         yield "cls.predictions.bias", (shape.vocabulary,)
         if not shape.tied_embeddings:
-            yield "cls.predictions.decoder.weight", (shape.vocabulary, width)
+            yield MASKED_HEAD, (shape.vocabulary, width)
 
 
 def _linear(name: str, outputs: int, inputs: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
