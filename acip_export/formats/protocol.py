@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from acip_export.artifacts.plan import Plan, Representation, Serving, TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.io.outputs import DirectoryKind
-from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.shape import ModelShape
 from acip_export.weight_types import WeightType
 
 if TYPE_CHECKING:
@@ -232,17 +233,12 @@ class TensorLimit:
     too_small: Callable[[str, int], str]
 
 
-def applies_window(shape: ModelShape, windowed: frozenset[str] | None) -> bool:
-    """Tell whether a model has a sliding window that a runtime applies: those of the classes ``windowed``, or all."""
-    return shape.sliding_window is not None and (windowed is None or shape.architecture in windowed)
+def longest_context(shape: ModelShape, applies_window: bool) -> int:
+    """Return the tokens up to which a runtime computes what the model does.
 
-
-def longest_context(shape: ModelShape, windowed: frozenset[str] | None) -> int:
-    """Return the tokens up to which such a runtime computes what the model does.
-
-    One that does not know a model's sliding window attends to everything: the same only within the window.
+    One that does not apply a model's sliding window attends to everything: the same only within the window.
     """
-    if shape.sliding_window is None or applies_window(shape, windowed):
+    if shape.sliding_window is None or applies_window:
         return shape.max_context
     return min(shape.max_context, shape.sliding_window)
 
@@ -266,7 +262,6 @@ class ExportFormat(ABC):
         sessions: runtimes of language models; the first one measures quality. encoder_session: that of encoders.
         memory: what its runtimes hold.
         refused: types that what runs the format has no kernel for, and why that matters.
-        windowed: Hugging Face classes whose sliding windows the runtime applies; ``None``: all of them.
         library, tags: of model cards.
     """
 
@@ -286,7 +281,6 @@ class ExportFormat(ABC):
     float_kl: float | None = None
     backends: tuple[Backend, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
-    windowed: frozenset[str] | None = None
     options: tuple[Option, ...] = ()
     companions: tuple[Companion, ...] = ()
     library: str = ""
@@ -376,13 +370,13 @@ class ExportFormat(ABC):
                 raise UnsupportedError(f"{self.name} has no type {name!r} here; it has: {', '.join(known)}")
         return tuple(self.type(name) for name in (names or self.types))
 
-    def applies_window(self, shape: ModelShape) -> bool:
-        """Tell whether the model has a sliding window that the runtime knows of."""
-        return applies_window(shape, self.windowed)
+    def applies_window(self, shape: ModelShape) -> bool:  # noqa: ARG002 - for runtimes that know only some
+        """Tell whether the runtime applies the model's sliding window, if there is one."""
+        return True
 
     def longest_context(self, shape: ModelShape) -> int:
         """Return the tokens up to which the runtime computes what the model does."""
-        return longest_context(shape, self.windowed)
+        return longest_context(shape, self.applies_window(shape))
 
     def tensor_limit(self, options: Mapping[str, str]) -> TensorLimit | None:  # noqa: ARG002 - for formats that split
         """Return the limit that the user's options put on a tensor; ``None``: none."""

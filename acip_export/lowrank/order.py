@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.model.checkpoint import natural_key
+from acip_export.model.tensor_names import natural_key
 
 FloatArray = npt.NDArray[np.float32]
 

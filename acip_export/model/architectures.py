@@ -1,120 +1,273 @@
-"""Where architectures call the same thing by other names: keys of ``config.json``, tensors of old checkpoints.
+"""What is known about architectures: one row for each ``model_type`` of transformers.
 
-Everything above the checkpoint sees one convention: the keys below, the names that transformers' modules have today,
-and linear weights of shape (out, in).
+Tests compare every row with transformers' own configuration class. What one format's runtime needs to know beside this
+is a row of that format's converter.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from acip_export.errors import UnsupportedError
-from acip_export.model.tensor_names import layer_of
+from acip_export.model.windows import (
+    WindowRule,
+    all_but_every,
+    as_configured,
+    every_layer,
+    layers_without_positions,
+    no_layer,
+    upper_layers,
+)
 
-# Our key: the others' keys. Where none is there or its value is null, the key has no entry.
-_KEYS: Mapping[str, tuple[str, ...]] = {
-    "hidden_size": ("n_embd", "d_model", "dim"),
-    "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
-    "num_attention_heads": ("n_head", "num_heads", "n_heads", "attention_heads"),
-    "num_key_value_heads": ("num_kv_heads",),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim"),
-    "max_position_embeddings": ("n_positions", "seq_length"),
-}
-# Models whose feed-forward layer is four times as wide unless something else is written.
-_FOUR_TIMES = frozenset({"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt"})
-# Models with a causal head that is the embedding unless config.json denies it; a test compares this with transformers.
-TIED_BY_DEFAULT = frozenset(
-    """
-    bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert cohere
-    cohere2 cohere2_moe cohere_compass_text cpmant ctrl data2vec-text electra ernie ernie4_5 ernie4_5_moe falcon
-    falcon_mamba gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified
-    gemma4_unified_assistant gemma4_unified_text got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese
-    granite_swa jetmoe lfm2 lfm2_moe lfm3 mamba marian mbart megatron-bert minicpm3 modernbert-decoder
-    moss_transcribe_diarize mpt mvp openai-gpt opt pegasus plbart prophetnet recurrent_gemma roberta
-    roberta-prelayernorm roc_bert roformer smollm3 starcoder2 trocr vaultgemma whisper xglm xlm xlm-roberta
-    xlm-roberta-xl xlnet xmod youtu zamba zamba2 zaya
-    """.split()  # noqa: SIM905
-)
-# Models whose attention transformers computes by an exchangeable function, which a traced graph makes one node of.
-_FUSED_ATTENTION = frozenset(
-    {"gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
-    | {"cohere", "gpt2", "gpt_neox", "opt", "stablelm"}
-)
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-# Checkpoints that were saved from the model without its head lack the first part of each name.
-_BASE = {"bloom": "transformer.", "gpt2": "transformer.", "openai-gpt": "transformer.", "opt": "model."}
-# Names of parts that transformers' modules gave up.
-_RENAMED = {"gpt_neox": ("embed_out.", "lm_head.")}
-# Their linear layers are transformers' Conv1D, which stores (in, out).
-_TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
-# Masks and frequencies that older versions of transformers saved with the weights: computed today. Vectors with the
-# masks' names would be biases.
-_COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
-_MASKS = re.compile(r"\.(attn|attention|self_attention)\.(masked_)?bias$")
+EncoderKind = Literal["embedding", "masked-lm", "classification"]
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_MORE_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """How a tensor lies in a checkpoint: under which name, and whether as (in, out)."""
+class Layer:
+    """The tensors of a decoder's layer under transformers' names, beyond projections and their sizes.
 
-    name: str
-    transposed: bool
-
-
-def with_common_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` with the common keys beside the architecture's own."""
-    found = dict(config)
-    for key, others in _KEYS.items():
-        value = next((config[name] for name in (key, *others) if config.get(name) is not None), None)
-        if value is not None:
-            found[key] = value
-    kind = config.get("model_type")
-    if kind in _FOUR_TIMES and found.get("intermediate_size") is None and "hidden_size" in found:
-        found["intermediate_size"] = 4 * int(found["hidden_size"])
-    if kind in TIED_BY_DEFAULT:
-        found.setdefault("tie_word_embeddings", True)
-    one_head = kind == "gpt_bigcode" or (kind == "falcon" and not config.get("new_decoder_architecture", False))
-    if one_head:
-        # Without it the number of heads that is written means nothing.
-        shared = bool(config.get("multi_query", True))
-        found["num_key_value_heads"] = 1 if shared else found.get("num_attention_heads")
-    return found
-
-
-def refuse_experts(config: Mapping[str, Any], path: object) -> None:
-    """Raises UnsupportedError for a mixture of experts, whose matrices are no linear layers and not all used."""
-    text = config.get("text_config") or config
-    key = next((key for key in _EXPERTS if isinstance(text.get(key), int) and text[key] > 1), None)
-    if key is not None:
-        raise UnsupportedError(
-            f"{path} is a mixture of {text[key]} experts ({key} in its config.json); neither ranking nor any export "
-            "knows those. Dense models are supported"
-        )
-
-
-def fuses_attention(config: Mapping[str, Any]) -> bool:
-    """Whether an ONNX graph of this model attends in place on one cache; of unknown models the worse is assumed."""
-    return config.get("model_type") in _FUSED_ATTENTION
-
-
-def stored_names(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """The tensors of a causal language model by the names of transformers' modules, without those that are computed.
-
-    Args:
-        shapes: of all stored tensors.
+    Attributes:
+        norms: as wide as the hidden size. head_norms: of queries and keys, one head wide; ``whole``: of all heads.
+        attention_bias, mlp_bias: keys of ``config.json`` that switch biases on; ``None``: none does.
+        always_biased: projections with a bias whatever the configuration says.
+        fused_projections: q, k and v are one matrix, gate and up another.
     """
+
+    norms: tuple[str, ...] = _NORMS
+    head_norms: bool = False
+    whole: bool = False
+    attention_bias: str | None = "attention_bias"
+    mlp_bias: str | None = None
+    always_biased: tuple[str, ...] = ()
+    fused_projections: bool = False
+
+    @property
+    def bias_keys(self) -> tuple[str, ...]:
+        """Keys of ``config.json`` that switch biases on."""
+        return tuple(key for key in (self.attention_bias, self.mlp_bias) if key is not None)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a configuration describes rotary embeddings.
+
+    Attributes:
+        theta: base of the wavelengths where the configuration has none.
+        local_theta: that of windowed layers where they have parameters of their own; ``None``: they have not.
+        rotates_parts: ``partial_rotary_factor`` counts even where nothing scales the positions.
+        original_length: default of ``original_max_position_embeddings`` where that is a field of the configuration,
+            which then replaces what stands beside the factors.
+        old_names: what early configurations called a kind.
+    """
+
+    theta: float = 10000.0
+    local_theta: float | None = None
+    rotates_parts: bool = False
+    original_length: int | None = None
+    old_names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known about one ``model_type``; the fields' defaults hold for one of which nothing is.
+
+    Attributes:
+        classes: Hugging Face classes of models that are exported.
+        encoders: those among them that encode: what for, and the prefix of the transformer's tensor names.
+        defaults: values of keys that ``config.json`` may leave out.
+        tied: the head is the embedding unless the configuration denies it.
+        layer: the tensors of a layer; ``None``: transformers is asked.
+        window: which layers are windowed where the configuration names a window.
+        rotary: its rotary embeddings.
+        fused_attention: an ONNX graph attends in one node per layer, in place on one cache: the model builder makes
+            such nodes, and tracing does where transformers calls an exchangeable function.
+        wide_ffn: the feed-forward layer is four times as wide as the hidden size where nothing else is written.
+        multi_query: heads share one key and value unless the configuration denies it, whatever number it has.
+        base_prefix: what tensors' names lack in checkpoints that were saved without their head.
+        renamed: start of names that modules gave up, and what it is today.
+        transposed: linear layers are transformers' Conv1D, which stores (in, out).
+    """
+
+    model_type: str
+    classes: tuple[str, ...] = ()
+    encoders: Mapping[str, tuple[EncoderKind, str]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    layer: Layer | None = None
+    window: WindowRule = as_configured
+    rotary: Rotary = Rotary()
+    fused_attention: bool = False
+    wide_ffn: bool = False
+    multi_query: bool = False
+    base_prefix: str = ""
+    renamed: tuple[str, str] = ("", "")
+    transposed: bool = False
+
+
+_BERT: Mapping[str, tuple[EncoderKind, str]] = {
+    "BertModel": ("embedding", ""),
+    "BertForMaskedLM": ("masked-lm", "bert."),
+    "BertForSequenceClassification": ("classification", "bert."),
+}
+_QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+
+_EXPORTED = (
+    Architecture("bert", tuple(_BERT), _BERT, tied=True),
+    Architecture(
+        "ernie4_5",
+        ("Ernie4_5ForCausalLM",),
+        defaults={"head_dim": 128, "num_key_value_heads": 2, "max_position_embeddings": 131072},
+        tied=True,
+        layer=Layer(attention_bias="use_bias", mlp_bias="use_bias"),
+        window=no_layer,
+        rotary=Rotary(theta=500_000.0),
+        fused_attention=True,
+    ),
+    Architecture(
+        "gemma",
+        ("GemmaForCausalLM",),
+        defaults={"head_dim": 256, "num_key_value_heads": 16, "max_position_embeddings": 8192},
+        tied=True,
+        layer=Layer(),
+        window=no_layer,
+    ),
+    Architecture(
+        "gemma2",
+        ("Gemma2ForCausalLM",),
+        defaults={
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 8192,
+            "sliding_window": 4096,
+        },
+        tied=True,
+        layer=Layer(norms=(*_NORMS, *_MORE_NORMS)),
+        window=all_but_every(2),
+        fused_attention=True,
+    ),
+    Architecture(
+        "gemma3_text",
+        ("Gemma3ForCausalLM",),
+        defaults={
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+        tied=True,
+        layer=Layer(norms=(*_NORMS, *_MORE_NORMS), head_norms=True),
+        window=all_but_every(6, "sliding_window_pattern"),
+        rotary=Rotary(theta=1_000_000.0, local_theta=10000.0),
+        fused_attention=True,
+    ),
+    Architecture(
+        "granite",
+        ("GraniteForCausalLM",),
+        layer=Layer(mlp_bias="mlp_bias"),
+        window=no_layer,
+        fused_attention=True,
+    ),
+    Architecture(
+        "llama",
+        ("LlamaForCausalLM",),
+        layer=Layer(mlp_bias="mlp_bias"),
+        window=no_layer,
+        fused_attention=True,
+    ),
+    Architecture(
+        "mistral",
+        ("MistralForCausalLM",),
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        layer=Layer(attention_bias=None),
+        window=every_layer,
+        fused_attention=True,
+    ),
+    Architecture(
+        "olmo2",
+        ("Olmo2ForCausalLM",),
+        layer=Layer(norms=("post_attention_layernorm", "post_feedforward_layernorm"), head_norms=True, whole=True),
+        window=no_layer,
+        fused_attention=True,
+    ),
+    Architecture(
+        "phi3",
+        ("Phi3ForCausalLM",),
+        defaults={"max_position_embeddings": 4096},
+        layer=Layer(attention_bias=None, fused_projections=True),
+        window=every_layer,
+        rotary=Rotary(rotates_parts=True, original_length=4096, old_names={"su": "longrope", "yarn": "longrope"}),
+        fused_attention=True,
+    ),
+    Architecture(
+        "qwen2",
+        ("Qwen2ForCausalLM",),
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, **_QWEN_WINDOWS},
+        layer=Layer(attention_bias=None, always_biased=("q_proj", "k_proj", "v_proj")),
+        window=upper_layers,
+        fused_attention=True,
+    ),
+    Architecture(
+        "qwen3",
+        ("Qwen3ForCausalLM",),
+        defaults={"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768, **_QWEN_WINDOWS},
+        layer=Layer(head_norms=True),
+        window=upper_layers,
+        fused_attention=True,
+    ),
+    Architecture(
+        "smollm3",
+        ("SmolLM3ForCausalLM",),
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "use_sliding_window": False,
+        },
+        tied=True,
+        layer=Layer(mlp_bias="mlp_bias"),
+        window=layers_without_positions,
+        rotary=Rotary(theta=2_000_000.0),
+        fused_attention=True,
+    ),
+)
+
+# Models whose ONNX graph is traced, and which have something that is not as in most.
+_TRACED = (
+    Architecture("bloom", tied=True, wide_ffn=True, base_prefix="transformer."),
+    Architecture("codegen", wide_ffn=True),
+    Architecture("cohere", tied=True, fused_attention=True),
+    Architecture("falcon", tied=True, wide_ffn=True, multi_query=True),
+    Architecture("gpt2", tied=True, fused_attention=True, wide_ffn=True, base_prefix="transformer.", transposed=True),
+    Architecture("gpt_bigcode", tied=True, wide_ffn=True, multi_query=True),
+    Architecture("gpt_neo", tied=True, wide_ffn=True),
+    Architecture("gpt_neox", fused_attention=True, renamed=("embed_out.", "lm_head.")),
+    Architecture("gptj", wide_ffn=True),
+    Architecture("openai-gpt", tied=True, wide_ffn=True, base_prefix="transformer.", transposed=True),
+    Architecture("opt", tied=True, fused_attention=True, base_prefix="model."),
+    Architecture("stablelm", fused_attention=True),
+)
+
+# Further models with a causal head that is the embedding unless config.json denies it.
+_TIED = """
+    bart bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small camembert cohere2 cohere2_moe
+    cohere_compass_text cpmant ctrl data2vec-text electra ernie ernie4_5_moe falcon_mamba gemma3 gemma3n
+    gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text got_ocr2 gpt-sw3
+    gpt_neox_japanese granite_swa jetmoe lfm2 lfm2_moe lfm3 mamba marian mbart megatron-bert minicpm3
+    modernbert-decoder moss_transcribe_diarize mpt mvp pegasus plbart prophetnet recurrent_gemma roberta
+    roberta-prelayernorm roc_bert roformer starcoder2 trocr vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl
+    xlnet xmod youtu zamba zamba2 zaya
+"""
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    row.model_type: row for row in (*_EXPORTED, *_TRACED, *(Architecture(kind, tied=True) for kind in _TIED.split()))
+}
+"""All rows by ``model_type``."""
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """Return the row of a ``config.json``; of an unknown ``model_type``, one that knows nothing."""
     kind = str(config.get("model_type"))
-    base = _BASE.get(kind, "")
-    renamed = _RENAMED.get(kind, ("", ""))
-    whole = any(name.startswith(base) for name in shapes)
-    found = {}
-    for name, shape in shapes.items():
-        if _COMPUTED.search(name) or (_MASKS.search(name) and len(shape) != 1):
-            continue
-        prefix = "" if whole or name.startswith("lm_head.") else base
-        transposed = kind in _TRANSPOSED and len(shape) == 2 and layer_of(name) is not None
-        found[prefix + name.replace(*renamed)] = Stored(name, transposed)
-    return found
+    return ARCHITECTURES.get(kind) or Architecture(kind)

@@ -13,13 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.errors import CheckpointError
 from acip_export.io.atomic import read_json_object, safetensors_header
 from acip_export.io.frozen import frozen, thawed
-from acip_export.model.architectures import fuses_attention, refuse_experts, stored_names, with_common_keys
 from acip_export.model.config_fields import check_config
 from acip_export.model.encoder import is_encoder, kind_of
-from acip_export.model.tensor_names import layer_of
+from acip_export.model.shape import ModelShape, model_shape, ties_head
+from acip_export.model.stored_names import stored_names
+from acip_export.model.tensor_names import layer_of, natural_key
 from acip_export.model.tied_head import without_repeated_head
 from acip_export.model.tokenizer_size import TokenizerSize, tokenizer_size
 
@@ -31,17 +32,6 @@ _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "_commit_hash"
 _FINGERPRINT_SAMPLE = 4096
 _WEIGHTS_FILE = "model.safetensors"
 _PART = re.compile(r"-\d+-of-\d+\.safetensors$")
-
-# What transformers assumes where config.json is silent, by ``model_type``; a test compares it with transformers.
-CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "gemma": {"tie_word_embeddings": True, "head_dim": 256},
-    "gemma2": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
-    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
-    "mistral": {"sliding_window": 4096},
-    "qwen2": {"use_sliding_window": False},
-    "qwen3": {"use_sliding_window": False, "head_dim": 128},
-    "smollm3": {"use_sliding_window": False, "tie_word_embeddings": True},
-}
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -76,33 +66,6 @@ class TensorInfo:
     nbytes: int
     stored: str | None = None
     transposed: bool = False
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes that memory and file formulas need, under the config's names made uniform.
-
-    Attributes:
-        sliding_window: tokens that windowed layers attend to, the current one included; ``None``: no such layer.
-        sliding_layers: for every layer whether it is windowed; empty without a window.
-        tied_embeddings: the head reads the embedding. generates: token by token, with a KV cache; encoders do not.
-        fused_attention: an ONNX graph attends in place on one cache, and keeps no scores.
-    """
-
-    architecture: str
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    max_context: int
-    tied_embeddings: bool
-    sliding_window: int | None = None
-    sliding_layers: tuple[bool, ...] = ()
-    generates: bool = True
-    fused_attention: bool = True
 
 
 class Checkpoint:
@@ -145,7 +108,7 @@ class Checkpoint:
         tensors = {name: info for name, info in _read_index(path).items() if not _unused(config, name)}
         if not is_encoder(config):
             tensors = _by_todays_names(config, tensors)
-        return cls(path, config, without_repeated_head(path, tensors) if _ties_head(config) else tensors)
+        return cls(path, config, without_repeated_head(path, tensors) if ties_head(config) else tensors)
 
     def with_options(self, options: Mapping[str, str]) -> Checkpoint:
         return Checkpoint(self.path, self.config, self.tensors, options)
@@ -169,35 +132,7 @@ class Checkpoint:
 
     @cached_property
     def shape(self) -> ModelShape:
-        refuse_experts(self.config, self.path)
-        config = self.config.get("text_config") or self.config
-        config = with_common_keys({**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config})
-        try:
-            heads = int(config["num_attention_heads"])
-            hidden = int(config["hidden_size"])
-            layers = int(config["num_hidden_layers"])
-            window, windowed = _sliding_window(config, layers)
-            return ModelShape(
-                architecture=(self.config.get("architectures") or [config.get("model_type", "unknown")])[0],
-                layers=layers,
-                hidden=hidden,
-                ffn=int(config["intermediate_size"]),
-                heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                vocabulary=int(config["vocab_size"]),
-                max_context=int(config.get("max_position_embeddings") or 2048),
-                sliding_window=window,
-                sliding_layers=windowed,
-                tied_embeddings=_ties_head(config),
-                generates=not is_encoder(config),
-                fused_attention=fuses_attention(config),
-            )
-        except KeyError as missing:
-            raise UnsupportedError(
-                f"{self.path / 'config.json'} has no {missing}; only transformer configurations that name their "
-                "layers, heads, hidden and intermediate sizes are supported"
-            ) from None
+        return model_shape(self.config, self.path)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -251,43 +186,11 @@ def _by_todays_names(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo
     return found
 
 
-def _ties_head(config: Mapping[str, Any]) -> bool:
-    """Whether the head reads the embedding."""
-    if is_encoder(config):
-        # Tied unless they say otherwise, and only one with a head over tokens has what to tie.
-        return kind_of(config) == "masked-lm" and bool(config.get("tie_word_embeddings", True))
-    config = config.get("text_config") or config
-    known = with_common_keys({**CONFIG_DEFAULTS.get(str(config.get("model_type")), {}), **config})
-    return bool(known.get("tie_word_embeddings", False))
-
-
-def _sliding_window(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """Window and windowed layers, by the rules that transformers applies where the config does not list them."""
-    window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
-        return None, ()
-    kinds = config.get("layer_types")
-    if kinds:
-        windowed = tuple(kind == "sliding_attention" for kind in kinds)
-    elif config.get("model_type") in ("gemma2", "gemma3_text"):
-        period = 2 if config["model_type"] == "gemma2" else int(config.get("sliding_window_pattern") or 6)
-        windowed = tuple((layer + 1) % period != 0 for layer in range(layers))
-    else:
-        first = int(config.get("max_window_layers") or 0)
-        windowed = tuple(layer >= first for layer in range(layers))
-    return (int(window), windowed) if any(windowed) else (None, ())
-
-
 def _unused(config: Mapping[str, Any], name: str) -> bool:
     """Tensors of encoders that nothing computes with: a stored range, and the pooler where token vectors are pooled."""
     if name.endswith("embeddings.position_ids"):
         return True
     return is_encoder(config) and kind_of(config) == "embedding" and name.startswith("pooler.")
-
-
-def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key that puts layer 10 after layer 9."""
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

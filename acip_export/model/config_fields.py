@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.errors import CheckpointError
+from acip_export.model.architectures import ARCHITECTURES
 
 # File formats store sizes in 32 bits.
 _LARGEST = 2**31 - 1
@@ -83,11 +84,12 @@ _FIELDS: Mapping[str, _Kind] = {
     "partial_rotary_factor": _SHARE,
     **dict.fromkeys(
         """
-        tie_word_embeddings attention_bias mlp_bias use_sliding_window use_bidirectional_attention is_causal is_decoder
+        tie_word_embeddings use_sliding_window use_bidirectional_attention is_causal is_decoder
         new_decoder_architecture multi_query
         """.split(),  # noqa: SIM905
         _FLAG,
     ),
+    **dict.fromkeys((key for row in ARCHITECTURES.values() if row.layer for key in row.layer.bias_keys), _FLAG),
     **dict.fromkeys(("model_type", "hidden_act", "hidden_activation", "position_embedding_type"), _TEXT),
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
     "no_rope_layers": _FLAGS,

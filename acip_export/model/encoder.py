@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object
+from acip_export.model.architectures import ARCHITECTURES, EncoderKind
 
 if TYPE_CHECKING:
     from acip_export.model.checkpoint import Checkpoint
 
-EncoderKind = Literal["embedding", "masked-lm", "classification"]
 PoolingMode = Literal["mean", "cls", "max"]
 
 # Hugging Face class -> what it is for, and the prefix of its transformer's tensor names.
 _CLASSES: dict[str, tuple[EncoderKind, str]] = {
-    "BertModel": ("embedding", ""),
-    "BertForMaskedLM": ("masked-lm", "bert."),
-    "BertForSequenceClassification": ("classification", "bert."),
+    name: encoder for row in ARCHITECTURES.values() for name, encoder in row.encoders.items()
 }
 _POOLING_KEYS: dict[str, PoolingMode] = {
     "pooling_mode_mean_tokens": "mean",

@@ -1,57 +1,18 @@
-"""The tensors that a ``config.json`` promises, by name and shape, without torch: one row for each known model type."""
+"""The tensors that a ``config.json`` promises, by name and shape, without torch, for architectures with a row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from acip_export.model.architectures import Layer, architecture_of
 from acip_export.model.encoder import is_encoder, kind_of
-from acip_export.model.tensor_names import HEAD
+from acip_export.model.tensor_names import DECODER_EMBEDDING, HEAD, MASKED_HEAD
 
 if TYPE_CHECKING:
-    from acip_export.model.checkpoint import ModelShape
+    from acip_export.model.shape import ModelShape
 
 Shapes = dict[str, tuple[int, ...]]
-
-_EMBEDDING = "model.embed_tokens.weight"
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-_MORE_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """What a layer of a decoder has under transformers' names, beyond projections and their sizes.
-
-    Attributes:
-        norms: as wide as the hidden size. head_norms: of queries and keys, one head wide; ``whole``: of all heads.
-        attention_bias, mlp_bias: whether the keys of these names in ``config.json`` switch biases on.
-        always_biased: projections with a bias whatever the configuration says.
-        fused: q, k and v are one matrix, gate and up another.
-    """
-
-    norms: tuple[str, ...] = _NORMS
-    head_norms: bool = False
-    whole: bool = False
-    attention_bias: bool = True
-    mlp_bias: bool = False
-    always_biased: tuple[str, ...] = ()
-    fused: bool = False
-
-
-_DECODERS: Mapping[str, Decoder] = {
-    "gemma": Decoder(),
-    "gemma2": Decoder(norms=(*_NORMS, *_MORE_NORMS)),
-    "gemma3_text": Decoder(norms=(*_NORMS, *_MORE_NORMS), head_norms=True),
-    "granite": Decoder(mlp_bias=True),
-    "llama": Decoder(mlp_bias=True),
-    "mistral": Decoder(attention_bias=False),
-    "olmo2": Decoder(norms=("post_attention_layernorm", "post_feedforward_layernorm"), head_norms=True, whole=True),
-    "phi3": Decoder(attention_bias=False, fused=True),
-    "qwen2": Decoder(attention_bias=False, always_biased=("q_proj", "k_proj", "v_proj")),
-    "qwen3": Decoder(head_norms=True),
-    "smollm3": Decoder(mlp_bias=True),
-}
 
 
 def expected_tensors(config: Mapping[str, Any], shape: ModelShape, layers: int) -> Shapes | None:
@@ -61,29 +22,29 @@ def expected_tensors(config: Mapping[str, Any], shape: ModelShape, layers: int) 
         layers: how many are listed; a damaged configuration may ask for more than can be.
 
     Returns:
-        ``None`` for a model type that has no row.
+        ``None`` for a model type whose row has no layer.
     """
     if is_encoder(config):
         return dict(_encoder(config, shape, layers))
-    row = _DECODERS.get(str(config.get("model_type")))
-    return None if row is None else dict(_decoder(row, config, shape, layers))
+    layer = architecture_of(config).layer
+    return None if layer is None else dict(_decoder(layer, config, shape, layers))
 
 
 def bias_key(config: Mapping[str, Any], name: str) -> str | None:
     """The key of ``config.json`` that switches the bias ``name`` on and off; ``None``: no key does."""
-    row = _DECODERS.get(str(config.get("model_type")))
-    if row is None or not name.endswith(".bias"):
+    layer = architecture_of(config).layer
+    if layer is None or not name.endswith(".bias"):
         return None
-    if ".self_attn." in name and row.attention_bias:
-        return "attention_bias"
-    return "mlp_bias" if ".mlp." in name and row.mlp_bias else None
+    if ".self_attn." in name:
+        return layer.attention_bias
+    return layer.mlp_bias if ".mlp." in name else None
 
 
 def _decoder(
-    row: Decoder, config: Mapping[str, Any], shape: ModelShape, layers: int
+    row: Layer, config: Mapping[str, Any], shape: ModelShape, layers: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    if row.fused:
+    if row.fused_projections:
         attention = {"qkv_proj": (queries + 2 * keys, shape.hidden)}
         mlp = {"gate_up_proj": (2 * shape.ffn, shape.hidden)}
     else:
@@ -92,8 +53,8 @@ def _decoder(
     attention["o_proj"] = shape.hidden, queries
     mlp["down_proj"] = shape.hidden, shape.ffn
     with_bias = {
-        *(attention if row.attention_bias and config.get("attention_bias") else ()),
-        *(mlp if row.mlp_bias and config.get("mlp_bias") else ()),
+        *(attention if row.attention_bias and config.get(row.attention_bias) else ()),
+        *(mlp if row.mlp_bias and config.get(row.mlp_bias) else ()),
         *row.always_biased,
     }
     layer: Shapes = {f"{norm}.weight": (shape.hidden,) for norm in row.norms}
@@ -105,7 +66,7 @@ def _decoder(
     if row.head_norms:
         layer["self_attn.q_norm.weight"] = (queries if row.whole else shape.head_dim,)
         layer["self_attn.k_norm.weight"] = (keys if row.whole else shape.head_dim,)
-    yield _EMBEDDING, (shape.vocabulary, shape.hidden)
+    yield DECODER_EMBEDDING, (shape.vocabulary, shape.hidden)
     for number in range(layers):
         yield from ((f"model.layers.{number}.{name}", sizes) for name, sizes in layer.items())
     yield "model.norm.weight", (shape.hidden,)
@@ -138,7 +99,7 @@ def _encoder(config: Mapping[str, Any], shape: ModelShape, layers: int) -> Itera
         yield from _norm("cls.predictions.transform.LayerNorm", width)
         yield "cls.predictions.bias", (shape.vocabulary,)
         if not shape.tied_embeddings:
-            yield "cls.predictions.decoder.weight", (shape.vocabulary, width)
+            yield MASKED_HEAD, (shape.vocabulary, width)
 
 
 def _linear(name: str, outputs: int, inputs: int) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -15,6 +15,7 @@ from typing import Any
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object
 from acip_export.io.placeholders import refuse_placeholder
+from acip_export.model.architectures import architecture_of
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.config_fields import check_generation_config
 from acip_export.model.encoder import encoder_of, is_encoder, pools_tokens
@@ -88,7 +89,7 @@ def _check_attention(checkpoint: Checkpoint) -> None:
                 "exported with attention that looks back only"
             )
         rope = rope_fields(config)
-        if expected_tensors(config, shape, 0) is not None and _scales_a_part(str(config["model_type"]), rope):
+        if expected_tensors(config, shape, 0) is not None and _scales_a_part(config, rope):
             raise CheckpointError(
                 f"{file}: partial_rotary_factor {rope['partial_rotary_factor']} with positions of the kind "
                 f"{rope['rope_type']!r}: transformers cannot compute that for a {config['model_type']}.\n"
@@ -100,8 +101,8 @@ def _check_attention(checkpoint: Checkpoint) -> None:
         )
 
 
-def _scales_a_part(model_type: str, rope: Mapping[str, Any]) -> bool:
-    return model_type != "phi3" and float(rope["partial_rotary_factor"]) != 1
+def _scales_a_part(config: Mapping[str, Any], rope: Mapping[str, Any]) -> bool:
+    return not architecture_of(config).rotary.rotates_parts and float(rope["partial_rotary_factor"]) != 1
 
 
 def _refuse_embedding_decoder(checkpoint: Checkpoint) -> None:

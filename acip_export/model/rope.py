@@ -5,29 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Families with rotary embeddings of their own for windowed layers.
-_BY_KIND_OF_LAYER = frozenset({"gemma3_text"})
-# Families that leave a part of each head unrotated where nothing scales the positions; others rotate all of it.
-_ROTATES_PARTS = frozenset({"phi3"})
-# Where this is a field of the configuration it replaces what stands beside the factors. Its default there.
-_ORIGINAL_LENGTH = {"phi3": 4096}
-# What Phi 3's first configurations called it.
-_OLD_NAMES = {"phi3": {"yarn": "longrope"}}
+from acip_export.model.architectures import architecture_of
 
 
 def rope_fields(config: Mapping[str, Any], layer_type: str = "full_attention") -> dict[str, Any]:
     """Kind and parameters of a layer's rotary embedding, under transformers' names.
 
     Returns:
-        ``rope_type``, ``partial_rotary_factor`` and ``original_max_position_embeddings`` are always there;
-        ``rope_theta`` unless the family's default holds.
+        ``rope_type``, ``rope_theta``, ``partial_rotary_factor`` and ``original_max_position_embeddings`` are always
+        there.
     """
-    family = str(config.get("model_type"))
-    if family in _BY_KIND_OF_LAYER:
+    rotary = architecture_of(config).rotary
+    default = rotary.theta
+    if rotary.local_theta is not None:
         fields = dict((config.get("rope_parameters") or {}).get(layer_type) or {})
         if layer_type == "full_attention":
             fields |= config.get("rope_scaling") or {}
-        theta = config.get("rope_theta" if layer_type == "full_attention" else "rope_local_base_freq")
+            theta = config.get("rope_theta")
+        else:
+            theta, default = config.get("rope_local_base_freq"), rotary.local_theta
     else:
         # The old key, where both are there.
         fields = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
@@ -35,13 +31,13 @@ def rope_fields(config: Mapping[str, Any], layer_type: str = "full_attention") -
             fields = dict(fields.get(layer_type) or fields)
         theta = config.get("rope_theta")
     kind = str(fields.get("rope_type") or fields.get("type") or "default")
-    kind = _OLD_NAMES.get(family, {}).get(kind, kind)
-    if fields.get("rope_theta") is None and theta is not None:
-        fields["rope_theta"] = theta
+    kind = rotary.old_names.get(kind, kind)
+    if fields.get("rope_theta") is None:
+        fields["rope_theta"] = default if theta is None else theta
     share = fields.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    rotates_all = kind == "default" and family not in _ROTATES_PARTS
-    if family in _ORIGINAL_LENGTH:
-        original = config.get("original_max_position_embeddings") or _ORIGINAL_LENGTH[family]
+    rotates_all = kind == "default" and not rotary.rotates_parts
+    if rotary.original_length is not None:
+        original = config.get("original_max_position_embeddings") or rotary.original_length
     else:
         original = fields.get("original_max_position_embeddings") or config.get("max_position_embeddings")
     return {

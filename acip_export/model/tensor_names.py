@@ -57,3 +57,8 @@ def without_numbers(name: str) -> str:
 def is_embedding(name: str) -> bool:
     """Tell whether ``name`` is an input embedding, whose rows are looked up."""
     return name.endswith(EMBEDDINGS)
+
+
+def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Return a sort key that puts layer 10 after layer 9."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))

@@ -16,7 +16,7 @@ from acip_export.inspection.gguf import PlacedTensor
 from acip_export.inspection.gguf_split import files_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.weight_types import weight_type
-from converters.gguf.architectures import Change, family_of
+from converters.gguf.architectures import FAMILIES, Change, family_of
 from converters.gguf.architectures.base import TOKEN_EMBEDDING
 from converters.gguf.base_file import BaseFile, open_base, planned_names
 from converters.gguf.layouts import low_rank_of
@@ -26,19 +26,6 @@ MODEL_FILE = "model.gguf"
 ADAPTER_FILE = "adapter.gguf"
 # First factor ``down`` (rank, in), second factor ``up`` (out, rank): the names of a LoRA's tensors.
 FACTOR_SUFFIXES = (".lora_a", ".lora_b")
-# Those whose factor pairs the tests run with the extension. Others may multiply by a weight behind its back.
-FACTORED_ARCHITECTURES = (
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "granite",
-    "llama",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-)
 # An encoder's: llama.cpp adds their rows to the stream as they are.
 _FLOAT_TABLES = ("position_embd.weight", "token_types.weight")
 
@@ -100,10 +87,10 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
     names = family.tensor_names((d.name for d in tensors), checkpoint.shape)
     if low_rank is not None and not checkpoint.shape.generates:
         raise UnsupportedError(f"encoders are written as GGUF with  --layout stock  only, not {layout}")
-    if low_rank == "factored" and family.name not in FACTORED_ARCHITECTURES:
+    if low_rank == "factored" and not family.factor_pairs:
         raise UnsupportedError(
             f"llama.cpp's {family.name!r} has not been seen to run factor pairs; choose  --layout stock.  "
-            f"Tested: {', '.join(FACTORED_ARCHITECTURES)}"
+            f"Tested: {', '.join(sorted(known.name for known in FAMILIES if known.factor_pairs))}"
         )
     model: list[Item] = []
     adapter: list[Item] = []

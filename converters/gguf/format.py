@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision
 from acip_export.formats.protocol import ExportFormat, ProgressCallback, RunCommand, SessionClass, TensorLimit
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.shape import ModelShape
 from converters.gguf import options
 from converters.gguf.layouts import LAYOUTS
 from converters.gguf.memory import LlamaMemory
 from converters.gguf.types import GGML
-from converters.gguf.windows import WINDOWED
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class GgufFormat(ExportFormat):
     """What llama.cpp runs. Conversion is in :mod:`converters.gguf.converter`."""
+
+    def applies_window(self, shape: ModelShape) -> bool:
+        from converters.gguf.architectures import applies_window
+
+        return applies_window(shape.architecture)
 
     def tensor_limit(self, options_: Mapping[str, str]) -> TensorLimit | None:
         return options.tensor_limit(options_)
@@ -90,7 +95,6 @@ GGUF = GgufFormat(
     sessions=(SessionClass("llama.cpp", "converters.gguf.runtimes.llama_cpp", "LlamaCppSession"),),
     encoder_session=SessionClass("llama.cpp", "converters.gguf.runtimes.llama_encoder", "LlamaEncoderSession"),
     memory=LlamaMemory(_CACHE_TYPES),
-    windowed=WINDOWED,
     options=options.OPTIONS,
     library="gguf",
     tags=("gguf", "llama.cpp"),

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.formats.protocol import ProcessBase, ServingMemory, TensorMemory
-from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.shape import ModelShape
 from acip_export.units import ceil_div
-from converters.gguf.windows import llama_applies_window
 from converters.process_memory import RuntimeBase
 
 # llama.cpp rounds the cells of its KV cache up to this.
@@ -74,7 +74,11 @@ def _encoder(shape: ModelShape, serving: Serving) -> ServingMemory:
 
 def _window_cells(shape: ModelShape, batch: int, cells: int) -> int:
     """Return the KV cache cells of a layer with a sliding window; 0 where llama.cpp has no such layer."""
-    if shape.sliding_window is None or not llama_applies_window(shape):
+    if shape.sliding_window is None:
+        return 0
+    from converters.gguf.architectures import applies_window
+
+    if not applies_window(shape.architecture):
         return 0
     return _rounded(min(cells, shape.sliding_window + batch))
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.formats.protocol import ProcessBase, ServingMemory, TensorMemory
-from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.shape import ModelShape
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
 from converters.process_memory import RuntimeBase

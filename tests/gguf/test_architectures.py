@@ -63,6 +63,9 @@ CONFIG = {
 }
 
 
+QWEN2 = {"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}
+
+
 def shaped(architecture: str, model_type: str = "", **settings: Any) -> Checkpoint:
     return Checkpoint(Path(), {**CONFIG, "architectures": [architecture], "model_type": model_type, **settings}, {})
 
@@ -116,7 +119,9 @@ def test_configs_that_llama_cpp_would_compute_differently(
         ("MistralForCausalLM", {"model_type": "mistral", "max_position_embeddings": 32768}, 4096),
         ("Phi3ForCausalLM", {"model_type": "phi3", "sliding_window": 2047}, 2047),
         ("Qwen2ForCausalLM", {"model_type": "qwen2", "sliding_window": 1024}, 4096),
-        ("Qwen2ForCausalLM", {"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, 1024),
+        ("Qwen2ForCausalLM", {**QWEN2, "max_window_layers": 3}, 1024),
+        # Above layer 28, unless the configuration says otherwise.
+        ("Qwen2ForCausalLM", QWEN2, 4096),
         ("Gemma3ForCausalLM", {"model_type": "gemma3_text", "sliding_window": 1024}, 4096),
     ],
 )

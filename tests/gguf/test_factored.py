@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from acip_export.artifacts.plan import Serving
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.model.checkpoint import Checkpoint
 from converters.gguf import converter
-from converters.gguf.arrange import ADAPTER_FILE, FACTORED_ARCHITECTURES, MODEL_FILE
+from converters.gguf.architectures import FAMILIES, family_of
+from converters.gguf.arrange import ADAPTER_FILE, MODEL_FILE
 from converters.gguf.format import GGUF
 from converters.gguf.run_commands import run_commands
 from converters.gguf.runtimes import c_api as llama_capi
@@ -28,6 +30,7 @@ from tests.gguf.test_converter import FLOAT_TOLERANCE, agreement, assert_float_a
 from tests.gguf.test_families import CASES, GELU_TOLERANCE, SIZES
 from tests.support import dense, everywhere, make_model, make_plan, needs_factor_pairs
 
+FACTORED = sorted(family.name for family in FAMILIES if family.factor_pairs)
 RANK = 64
 RUNTIME = Serving(64, "f16", 16)
 # Types of up and of down. Rows of up have as many columns as the rank: too few here for the K-quants.
@@ -42,7 +45,7 @@ def pairs(up: str, down: str, rank: int = RANK) -> Rule:
 
 
 @needs_factor_pairs
-@pytest.mark.parametrize("arch", FACTORED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", FACTORED)
 @pytest.mark.filterwarnings("ignore:.*rope.*")  # transformers comments on our tiny lengths
 def test_float_pairs_are_the_bundle(arch: str, tmp_path: Path) -> None:
     kind, settings = CASES.get(arch, (arch, {}))
@@ -55,7 +58,7 @@ def test_float_pairs_are_the_bundle(arch: str, tmp_path: Path) -> None:
 
 
 @needs_factor_pairs
-@pytest.mark.parametrize("arch", FACTORED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", FACTORED)
 @pytest.mark.filterwarnings("ignore:.*rope.*")
 def test_quantized_pairs_are_the_numbers_in_the_file(arch: str, tmp_path: Path) -> None:
     kind, settings = CASES.get(arch, (arch, {}))
@@ -246,7 +249,8 @@ def test_pairs_that_cannot_be_written_are_refused(
 
 
 def test_other_architectures_are_refused_by_name(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converters.gguf.arrange.FACTORED_ARCHITECTURES", ("qwen3",))
+    family = replace(family_of("LlamaForCausalLM"), factor_pairs=False)
+    monkeypatch.setattr("converters.gguf.arrange.family_of", lambda _: family)
     plan = make_plan(models["llama"], "gguf", "factored", dense(type="q8_0"))
-    with pytest.raises(UnsupportedError, match=r"'llama' has not been seen to run factor pairs.*Tested: qwen3"):
+    with pytest.raises(UnsupportedError, match=r"'llama' has not been seen to run factor pairs.*Tested: .*qwen3"):
         converter.predict_files(Checkpoint.open(models["llama"]), "factored", plan.tensors, RUNTIME)

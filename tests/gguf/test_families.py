@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from acip_export.artifacts.bundle import load_bundle
-from acip_export.model.checkpoint import CONFIG_DEFAULTS, Checkpoint
+from acip_export.model.checkpoint import Checkpoint
 from converters.gguf import converter
-from converters.gguf.architectures import _BY_CLASS
+from converters.gguf.architectures import FAMILIES
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from tests.gguf.conftest import export
 from tests.gguf.test_converter import FLOAT_TOLERANCE, SERVED_TOLERANCE, agreement, assert_float_agreement
@@ -89,6 +89,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"num_hidden_layers": 5}),
     "olmo2": ("olmo2", {"tie_word_embeddings": False}),
     "granite": ("granite", GRANITE),
+    "ernie4_5": ("ernie4_5", {}),
+    "ernie4_5, linear positions and an untied head": (
+        "ernie4_5",
+        {**rope("linear", factor=8.0), "tie_word_embeddings": False},
+    ),
 }
 
 
@@ -104,6 +109,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "smollm3": partial(byte_level_tokenizer, "llama-bpe"),
     "olmo2": partial(byte_level_tokenizer, "dbrx"),
     "granite": partial(byte_level_tokenizer, "smollm"),
+    "ernie4_5": partial(sentencepiece_tokenizer, "llama2"),
 }
 
 
@@ -115,9 +121,8 @@ def family_model(case: str, directory: Path, **changes: Any) -> Path:
 
 
 def test_every_decoder_has_a_case() -> None:
-    kinds = {kind for kind, _ in CASES.values()}
-    classes = {AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(kind))].__name__ for kind in kinds}
-    assert classes == {name for name in _BY_CLASS if name.endswith("ForCausalLM")}
+    kinds = {kind for family in FAMILIES for kind in family.model_types} - {"bert"}
+    assert {kind for kind, _ in CASES.values()} == kinds
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,9 +188,3 @@ def test_the_settings_of_these_cases_matter(case: str, tmp_path: Path) -> None:
             forgotten = dict.fromkeys(settings[name], forgotten)
         difference = float((logits(**{name: forgotten}) - as_it_is).abs().max())
         assert difference > 3 * (GELU_TOLERANCE if "gemma" in kind else FLOAT_TOLERANCE), name
-
-
-def test_defaults_of_config_json_are_transformers() -> None:
-    for kind, defaults in CONFIG_DEFAULTS.items():
-        config = AutoConfig.for_model(kind)
-        assert {name: getattr(config, name) for name in defaults} == defaults, kind

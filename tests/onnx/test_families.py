@@ -44,6 +44,8 @@ LONG = {
 }
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ernie4_5": ("ernie4_5", {}),
+    "ernie4_5, llama3 positions and biases": ("ernie4_5", {**rope("llama3", **LLAMA3), "use_bias": True}),
     "gemma2": ("gemma2", GEMMA),
     "gemma3, its own positions by kind of layer": (
         "gemma3_text",

@@ -1,27 +1,26 @@
-"""One small file per family of models, and the table of them."""
+"""One small file per family of models; a new file here is a new family."""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from acip_export.errors import UnsupportedError
-from converters.gguf.architectures import bert, gemma, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
 from converters.gguf.architectures.base import Change, Family
 
-_FAMILIES: tuple[Family, ...] = (
-    llama.FAMILY,
-    qwen2.FAMILY,
-    qwen3.FAMILY,
-    gemma.GEMMA,
-    gemma.GEMMA2,
-    gemma.GEMMA3,
-    phi3.FAMILY,
-    smollm3.FAMILY,
-    olmo2.FAMILY,
-    granite.FAMILY,
-    bert.FAMILY,
+_MODULES = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+FAMILIES: tuple[Family, ...] = tuple(
+    value for module in _MODULES for value in vars(module).values() if isinstance(value, Family)
 )
-_BY_CLASS = {name: family for family in _FAMILIES for name in family.classes}
+"""All families."""
+
+_BY_CLASS = {name: family for family in FAMILIES for name in family.classes}
 
 
 def family_of(architecture: str) -> Family:
-    """The family of a Hugging Face class. Raises UnsupportedError, which lists the supported ones."""
+    """Return the family of a Hugging Face class.
+
+    Raises:
+        UnsupportedError: there is none; the message lists the supported ones.
+    """
     if architecture not in _BY_CLASS:
         raise UnsupportedError(
             f"{architecture} cannot be written as GGUF by this tool alone; it writes {', '.join(sorted(_BY_CLASS))}.\n"
@@ -30,4 +29,9 @@ def family_of(architecture: str) -> Family:
     return _BY_CLASS[architecture]
 
 
-__all__ = ["Change", "Family", "family_of"]
+def applies_window(architecture: str) -> bool:
+    """Tell whether llama.cpp knows the sliding window of models of a Hugging Face class."""
+    return architecture in _BY_CLASS and _BY_CLASS[architecture].applies_windows
+
+
+__all__ = ["FAMILIES", "Change", "Family", "applies_window", "family_of"]

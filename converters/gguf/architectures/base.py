@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import MissingExtraError, UnsupportedError
-from acip_export.model.checkpoint import ModelShape
+from acip_export.formats.protocol import longest_context
+from acip_export.model.architectures import ARCHITECTURES
+from acip_export.model.shape import ModelShape
 from converters.gguf.architectures.rope import Floats, Rope, read_rope, rope_keys, rope_tensors
-from converters.gguf.windows import llama_context
 from converters.gguf.writer import Metadata, Value, booleans, float32, uint32
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _OUTER = (TOKEN_EMBEDDING, "output_norm.weight")
 PRE_NORMS = ("attn_norm.weight", "ffn_norm.weight")
 POST_NORMS = ("post_attention_norm.weight", "post_ffw_norm.weight")
 ATTENTION = ("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight")
+HEAD_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
 FFN = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
 ATTENTION_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
 FFN_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
@@ -62,10 +64,12 @@ class Family:
     """How llama.cpp expects one family of models.
 
     Attributes:
-        name: llama.cpp's architecture name. classes: Hugging Face classes of the family.
+        name: llama.cpp's architecture name. model_types: those of transformers that it runs.
+        factor_pairs: the tests run them with the extension; other graphs may multiply by a weight behind its back.
+        applies_windows: llama.cpp knows the sliding windows of these models; others attend to everything.
         layer: tensors that every layer has. optional: those that may be there.
         activations: of the FFN, under transformers' names; the first is the default.
-        rope_kinds: rotary embeddings that llama.cpp computes here. rope_theta: transformers' default base.
+        rope_kinds: rotary embeddings that llama.cpp computes here.
         interleaved_rope: llama.cpp rotates neighbouring pairs, so that rows of q and k have to be reordered.
         partial_rope: llama.cpp can leave dimensions of a head unrotated.
         square_query: llama.cpp takes the heads' total width to be the hidden size.
@@ -74,17 +78,23 @@ class Family:
     """
 
     name: str
-    classes: tuple[str, ...]
+    model_types: tuple[str, ...]
+    factor_pairs: bool = False
+    applies_windows: bool = False
     layer: tuple[str, ...] = (*PRE_NORMS, *ATTENTION, *FFN)
     optional: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu",)
     rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")
-    rope_theta: float = 10000.0
     interleaved_rope: bool = False
     partial_rope: bool = False
     square_query: bool = False
     always_head: bool = False
     shifted_norms: bool = False
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Hugging Face classes of the family."""
+        return tuple(name for kind in self.model_types for name in ARCHITECTURES[kind].classes)
 
     def tensor_names(self, names: Iterable[str], shape: ModelShape) -> dict[str, str]:
         """``{Hugging Face name: GGUF name}``.
@@ -153,7 +163,7 @@ class Family:
         self.check(config, shape)
         rope = rope_keys(self.rope(config, shape), shape)
         keys = {
-            "context_length": uint32(llama_context(shape)),
+            "context_length": uint32(longest_context(shape, self.applies_windows)),
             "embedding_length": uint32(shape.hidden),
             "block_count": uint32(shape.layers),
             "feed_forward_length": uint32(shape.ffn),
@@ -201,7 +211,7 @@ class Family:
 
     def rope(self, config: Mapping[str, Any], shape: ModelShape) -> Rope:
         """The rotary embedding of the layers that attend to everything."""
-        return read_rope(config, shape, self.rope_kinds, "full_attention", self.rope_theta)
+        return read_rope(config, shape, self.rope_kinds, "full_attention")
 
     def constants(self, config: Mapping[str, Any], shape: ModelShape) -> dict[str, Floats]:
         """Tensors that the file has and the checkpoint has not: factors of the rotary frequencies."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from acip_export.errors import UnsupportedError
-from acip_export.model.checkpoint import ModelShape
 from acip_export.model.encoder import Encoder
+from acip_export.model.shape import ModelShape
 from converters.gguf.architectures.base import ATTENTION, ATTENTION_BIASES, TOKEN_EMBEDDING, Family
 from converters.gguf.architectures.rope import Floats
 from converters.gguf.writer import Metadata, boolean, float32, strings, uint32
@@ -104,6 +104,6 @@ class BertFamily(Family):
 
 FAMILY = BertFamily(
     name="bert",
-    classes=("BertModel", "BertForMaskedLM", "BertForSequenceClassification"),
+    model_types=("bert",),
     layer=(*ATTENTION, *ATTENTION_BIASES, *_NORMS, *_FFN),
 )

@@ -11,17 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from acip_export.errors import UnsupportedError
-from acip_export.model.checkpoint import ModelShape
+from acip_export.model.architectures import architecture_of
+from acip_export.model.shape import ModelShape
 from converters.gguf.architectures.base import (
     ATTENTION,
     FFN,
+    HEAD_NORMS,
     POST_NORMS,
     PRE_NORMS,
     Change,
     Family,
     window_keys,
 )
-from converters.gguf.architectures.qwen3 import HEAD_NORMS
 from converters.gguf.architectures.rope import read_rope
 from converters.gguf.writer import Value, float32
 
@@ -58,7 +59,7 @@ class Gemma(Family):
         cap = config.get("final_logit_softcapping", 30.0 if self.attention_cap else None)
         if cap:
             keys["final_logit_softcapping"] = float32(float(cap))
-        if shape.sliding_window is not None and self.rope_theta != 10000.0:
+        if shape.sliding_window is not None and architecture_of(config).rotary.local_theta is not None:
             local = read_rope(config, shape, ("default",), "sliding_attention")
             keys["rope.freq_base_swa"] = float32(local.theta)
         return keys
@@ -78,14 +79,17 @@ class Gemma(Family):
 
 GEMMA = Gemma(
     name="gemma",
-    classes=("GemmaForCausalLM",),
+    model_types=("gemma",),
+    factor_pairs=True,
     activations=(_GELU, "gelu"),
     rope_kinds=("default",),
     shifted_norms=True,
 )
 GEMMA2 = Gemma(
     name="gemma2",
-    classes=("Gemma2ForCausalLM",),
+    model_types=("gemma2",),
+    factor_pairs=True,
+    applies_windows=True,
     layer=(*PRE_NORMS, *POST_NORMS, *ATTENTION, *FFN),
     activations=(_GELU,),
     rope_kinds=("default",),
@@ -97,11 +101,12 @@ GEMMA2 = Gemma(
 )
 GEMMA3 = Gemma(
     name="gemma3",
-    classes=("Gemma3ForCausalLM",),
+    model_types=("gemma3_text",),
+    factor_pairs=True,
+    applies_windows=True,
     layer=(*PRE_NORMS, *POST_NORMS, *ATTENTION, *HEAD_NORMS, *FFN),
     activations=(_GELU,),
     rope_kinds=("default", "linear"),
-    rope_theta=1_000_000.0,
     shifted_norms=True,
     scaled="attn_q_norm",
     large=62,

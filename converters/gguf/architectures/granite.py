@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from acip_export.model.checkpoint import ModelShape
+from acip_export.model.shape import ModelShape
 from converters.gguf.architectures.base import ATTENTION_BIASES, FFN_BIASES, Family
 from converters.gguf.writer import Value, float32
 
@@ -25,7 +25,8 @@ class Granite(Family):
 
 FAMILY = Granite(
     name="granite",
-    classes=("GraniteForCausalLM",),
+    model_types=("granite",),
+    factor_pairs=True,
     optional=(*ATTENTION_BIASES, *FFN_BIASES),
     rope_kinds=("default", "linear", "llama3", "yarn", "longrope"),
     interleaved_rope=True,

@@ -4,7 +4,8 @@ from converters.gguf.architectures.base import ATTENTION_BIASES, FFN_BIASES, Fam
 
 FAMILY = Family(
     name="llama",
-    classes=("LlamaForCausalLM", "MistralForCausalLM"),
+    model_types=("llama", "mistral"),
+    factor_pairs=True,
     optional=(*ATTENTION_BIASES, *FFN_BIASES),
     rope_kinds=("default", "linear", "llama3", "yarn", "longrope"),
     interleaved_rope=True,

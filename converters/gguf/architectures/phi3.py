@@ -4,7 +4,8 @@ from converters.gguf.architectures.base import PRE_NORMS, Family
 
 FAMILY = Family(
     name="phi3",
-    classes=("Phi3ForCausalLM",),
+    model_types=("phi3",),
+    factor_pairs=True,
     layer=(*PRE_NORMS, "attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight"),
     rope_kinds=("default", "longrope"),
     partial_rope=True,

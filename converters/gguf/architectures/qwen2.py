@@ -4,7 +4,8 @@ from converters.gguf.architectures.base import ATTENTION, ATTENTION_BIASES, FFN,
 
 FAMILY = Family(
     name="qwen2",
-    classes=("Qwen2ForCausalLM",),
+    model_types=("qwen2",),
+    factor_pairs=True,
     layer=(*PRE_NORMS, *ATTENTION, *ATTENTION_BIASES[:3], *FFN),
     square_query=True,
 )

@@ -1,11 +1,10 @@
 """Qwen 3: norms on the heads of q and k."""
 
-from converters.gguf.architectures.base import ATTENTION, FFN, PRE_NORMS, Family
-
-HEAD_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
+from converters.gguf.architectures.base import ATTENTION, FFN, HEAD_NORMS, PRE_NORMS, Family
 
 FAMILY = Family(
     name="qwen3",
-    classes=("Qwen3ForCausalLM",),
+    model_types=("qwen3",),
+    factor_pairs=True,
     layer=(*PRE_NORMS, *ATTENTION, *HEAD_NORMS, *FFN),
 )

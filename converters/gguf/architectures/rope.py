@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import UnsupportedError
-from acip_export.model.checkpoint import ModelShape
 from acip_export.model.rope import rope_fields
+from acip_export.model.shape import ModelShape
 from converters.gguf.writer import Value, float32, string, uint32
 
 Floats = npt.NDArray[np.float32]
@@ -43,15 +43,12 @@ class Rope:
         return float(self.fields[name])
 
 
-def read_rope(
-    config: Mapping[str, Any], shape: ModelShape, kinds: tuple[str, ...], layer_type: str, theta: float = 10000.0
-) -> Rope:
+def read_rope(config: Mapping[str, Any], shape: ModelShape, kinds: tuple[str, ...], layer_type: str) -> Rope:
     """What config.json asks for.
 
     Args:
         kinds: what llama.cpp computes for this architecture.
         layer_type: whose parameters, where the config has several: ``full_attention`` or ``sliding_attention``.
-        theta: transformers' default for the architecture.
 
     Raises:
         UnsupportedError: another kind.
@@ -63,7 +60,7 @@ def read_rope(
             f"llama.cpp computes no rotary embedding {kind!r} for this architecture; it does: {', '.join(kinds)}"
         )
     rotated = int(shape.head_dim * float(fields["partial_rotary_factor"]))
-    return Rope(kind, float(fields.get("rope_theta") or theta), rotated, fields)
+    return Rope(kind, float(fields["rope_theta"]), rotated, fields)
 
 
 def rope_keys(rope: Rope, shape: ModelShape) -> dict[str, Value]:

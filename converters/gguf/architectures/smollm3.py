@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from acip_export.errors import UnsupportedError
-from acip_export.model.checkpoint import ModelShape
+from acip_export.model.shape import ModelShape
 from converters.gguf.architectures.base import Family
 
 # llama.cpp compiles the step in (models/smollm3.cpp).
@@ -25,4 +25,4 @@ class SmolLM3(Family):
             )
 
 
-FAMILY = SmolLM3(name="smollm3", classes=("SmolLM3ForCausalLM",), rope_theta=2_000_000.0, interleaved_rope=True)
+FAMILY = SmolLM3(name="smollm3", model_types=("smollm3",), factor_pairs=True, interleaved_rope=True)

@@ -17,7 +17,7 @@ from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.formats.protocol import DEFAULT_BACKEND
 from acip_export.io.frozen import thawed
-from acip_export.model.checkpoint import ModelShape
+from acip_export.model.shape import ModelShape
 from converters.onnx.backends import STATIC_CACHE
 from converters.onnx.graph.decided import Contents, DecidedGraph, in_graph, shaped
 from converters.onnx.graph.marked import Recipe, marked_graph

@@ -169,6 +169,7 @@ class _NormsAfter(_QueryKeyNorms):
 
 
 FAMILIES: dict[str, Family] = {
+    "ernie4_5": Family("ErnieModel", "ernie4_5"),
     "gemma2": Family("Gemma2Model", "gemma2", norm_adds_one=True),
     "gemma3_text": Family("Gemma2Model", "gemma3_text", _QueryKeyNorms, norm_adds_one=True),
     "granite": Family("GraniteModel", "granite"),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
+from acip_export.model.shape import model_shape
 
 ReadVector = Callable[[str], Tensor]
 
@@ -92,17 +93,12 @@ def make_skeleton(config: Mapping[str, Any], half: bool, context: int, read_vect
     for name, vector in vectors.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Parameter(vector, requires_grad=False))
-    layer_types, window = _attention_spans(model.config, context)
+    shape = model_shape(config)
+    windowed = shape.sliding_layers or (False,) * shape.layers
+    layer_types = tuple("sliding_attention" if short else "full_attention" for short in windowed)
+    # A window as long as the context is none.
+    window = None if shape.sliding_window is None or shape.sliding_window >= context else shape.sliding_window
     return Skeleton(model, names, layer_types, window, half, _rotary(model, context))
-
-
-def _attention_spans(config: Any, context: int) -> tuple[tuple[str, ...], int | None]:
-    """The kind of every layer and the window of the sliding ones; a window as long as the context is none."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    # Where the configuration names no kinds, a window counts for all layers (Mistral).
-    default = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or default
-    return tuple(kinds), None if window is None or window >= context else int(window)
 
 
 def _rotary(model: Any, context: int) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:

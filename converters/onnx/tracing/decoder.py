@@ -12,7 +12,7 @@ import onnx
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.io.frozen import thawed
-from acip_export.model.checkpoint import ModelShape
+from acip_export.model.shape import ModelShape
 from converters.onnx.graph.decided import IR_VERSION, MICROSOFT, OPSET, Contents, DecidedGraph
 from converters.onnx.graph.marked import Recipe, marked_graph
 from converters.onnx.graph.substitute import substitute

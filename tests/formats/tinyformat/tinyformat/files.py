@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import TensorDecision
+from acip_export.io.frozen import thawed
 from acip_export.model.checkpoint import Checkpoint
 
 WEIGHTS = "weights.safetensors"
@@ -60,7 +61,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
 def predict(checkpoint: Checkpoint, tensors: tuple[TensorDecision, ...]) -> dict[str, int]:
     """Return the bytes of both files."""
     weights = 8 + len(_header(checkpoint, tensors)) + sum(decision.nbytes for decision in tensors)
-    return {WEIGHTS: weights, "config.json": len(json.dumps(checkpoint.config))}
+    return {WEIGHTS: weights, "config.json": len(json.dumps(thawed(checkpoint.config)))}
 
 
 def write(bundle: Bundle, out: Path) -> None:
@@ -70,7 +71,7 @@ def write(bundle: Bundle, out: Path) -> None:
         for suffix, numbers in encode(bundle.read(decision.name), str(decision.type)).items():
             stored[decision.name + suffix] = numbers.contiguous()
     save_file(stored, out / WEIGHTS, _metadata(bundle.as_checkpoint()))
-    (out / "config.json").write_text(json.dumps(bundle.as_checkpoint().config), encoding="utf-8")
+    (out / "config.json").write_text(json.dumps(thawed(bundle.as_checkpoint().config)), encoding="utf-8")
 
 
 def read(export: Path) -> dict[str, torch.Tensor]:

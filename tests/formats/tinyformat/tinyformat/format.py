@@ -19,7 +19,8 @@ from acip_export.formats.protocol import (
     SessionClass,
     TensorMemory,
 )
-from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.shape import ModelShape
 from acip_export.weight_types import WeightType
 
 if TYPE_CHECKING:
