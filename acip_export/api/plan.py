@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.rank import rounding_scores
 from acip_export.api.rounding import rounding_errors
 from acip_export.artifacts.plan import Plan
@@ -25,11 +24,12 @@ from acip_export.planning import (
     preset_points,
     sweep,
 )
+from acip_export.progress import ProgressCallback, silent
 from acip_export.units import format_bytes
 
 
 def planning_problem(
-    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = silent
 ) -> Problem:
     """What all budgets of ``request``'s target, layout and types share: measured rounding errors, exact file sizes.
 
@@ -50,7 +50,7 @@ def planning_problem(
 
 
 def plan_export(
-    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = silent
 ) -> Plan:
     """Plan with measured rounding errors and the exact file sizes of the target's converter; with the layout ``auto``,
     the best predicted of all.
@@ -157,7 +157,7 @@ def _prepare(
         checkpoint,
         request.backend or DEFAULT_BACKEND,
         choose_context(checkpoint, request),
-        lambda p: progress(StageProgress("graph", p.done, p.total, p.item)),
+        progress,
     )
 
 
@@ -165,7 +165,7 @@ def sweep_sizes(
     checkpoint: Checkpoint,
     scores: ScoreFile,
     requests: Sequence[tuple[str, PlanRequest]],
-    progress: ProgressCallback = quiet,
+    progress: ProgressCallback = silent,
 ) -> list[SweepLine]:
     """The curve of sizes against predicted quality for every labelled request; the first of a target has its presets.
 
@@ -179,7 +179,7 @@ def sweep_sizes(
     for label, request in requests:
         try:
             problem = planning_problem(checkpoint, scores, request, progress)
-            line = sweep(problem, request, label, progress=_steps_of(label, progress))
+            line = sweep(problem, request, label, progress=progress)
         except (UnsupportedError, MissingExtraError) as error:
             refusals.append(error)
             continue
@@ -188,10 +188,6 @@ def sweep_sizes(
     if not lines:
         raise refusals[0]
     return lines
-
-
-def _steps_of(stage: str, progress: ProgressCallback) -> Callable[[int, int], None]:
-    return lambda done, total: progress(StageProgress(stage, done, total, ""))
 
 
 def sweep_document(

@@ -6,20 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from acip_export.artifacts.scores import ScoreFile, find_scores, load_scores
 from acip_export.model.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from acip_export.ranking import Algorithm
 
 
 def rank_to_file(
     checkpoint: Checkpoint,
     data: str | Path,
     out: Path,
-    algorithm: Algorithm = "acip",
+    algorithm: str = "acip",
     settings: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> ScoreFile:
@@ -29,7 +26,7 @@ def rank_to_file(
     """
     from acip_export.ranking import automatic_config, rank_model
 
-    acip = replace(automatic_config(checkpoint), **settings) if algorithm == "acip" else None
+    acip = replace(automatic_config(checkpoint), **settings)
     return rank_model(checkpoint.path, data, algorithm=algorithm, acip=acip, out=out, **options)
 
 

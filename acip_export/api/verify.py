@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acip_export.api.export import materialize_bundle
-from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.rank import open_scores
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.errors import CheckpointError
 from acip_export.formats.session import Windows
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import ProgressCallback, silent
 from acip_export.verification import export as verification
 from acip_export.verification.export import EvaluationText, Report
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
@@ -51,7 +51,7 @@ def verify_directory(
     text: Path | None,
     tasks: Sequence[str] = (),
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
-    progress: ProgressCallback = quiet,
+    progress: ProgressCallback = silent,
 ) -> Report:
     """Verify an export made earlier, and write its ``report.json``.
 
@@ -75,7 +75,7 @@ def verify_directory(
             dense=None if checkpoint is None else checkpoint.path,
             tasks=tasks,
             timeout=timeout,
-            progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
+            progress=progress,
         )
     verification.save_report(report, export)
     return report

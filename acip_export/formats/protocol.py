@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from acip_export.artifacts.plan import Plan, Representation, Serving, TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.progress import ProgressCallback
 from acip_export.weight_types import WeightType
 
 if TYPE_CHECKING:
@@ -28,18 +29,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 # The backend that a format's own fields describe.
 DEFAULT_BACKEND = "cpu"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of a long conversion: ``done`` of ``total`` bytes, now at tensor ``item``."""
-
-    done: int
-    total: int
-    item: str
-
-
-ProgressCallback = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)

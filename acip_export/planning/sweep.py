@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from acip_export.artifacts.plan import Plan
 from acip_export.errors import AcipError
 from acip_export.planning.planner import PlanRequest, Problem
 from acip_export.planning.presets import preset
+from acip_export.progress import Progress, ProgressCallback, silent
 
 # Beyond this many tensors the exact finish costs more time than it moves a point of the curve.
 _EXACT_TENSORS = 100
@@ -45,14 +46,14 @@ def sweep(
     request: PlanRequest,
     label: str,
     steps: int = 40,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: ProgressCallback = silent,
 ) -> SweepLine:
     """Plans from the smallest feasible budget to the last one that improves anything, ``steps`` of them.
 
     All share the candidates. Sizes grow by equal factors: most of what happens to quality happens at the small ones.
 
     Args:
-        request: its budget is not read. progress: called with steps done and all.
+        request: its budget is not read.
 
     Raises:
         UsageError, UnsupportedError: as :func:`acip_export.planning.make_plan`.
@@ -66,7 +67,7 @@ def sweep(
         point = _point(problem.plan(replace(request, budget_bytes=budget), exact=exact))
         if not points or point.predicted_loss < points[-1].predicted_loss:
             points.append(point)
-        progress(step + 1, steps)
+        progress(Progress(label, step + 1, steps))
     return SweepLine(label, problem.format.name, problem.layout.name, request.types, tuple(points), {})
 
 

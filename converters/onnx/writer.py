@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from acip_export.progress import Progress, ProgressCallback
 from acip_export.version import __version__
 from converters.onnx.matrices import MatrixPart, MatrixReader, Vector
 
@@ -53,10 +54,10 @@ def pack(graph: ir.Model, contents: Contents, location: str) -> Packed:
     return Packed(ir.serde.serialize_model(graph).SerializeToString(deterministic=True), offset)
 
 
-def write_data(file: Path, contents: Contents, reader: MatrixReader, progress: Callable[[int, str], None]) -> None:
-    """Stream the initializers into ``file``; ``progress(bytes written so far, initializer)`` after each one."""
+def write_data(file: Path, nbytes: int, contents: Contents, reader: MatrixReader, progress: ProgressCallback) -> None:
+    """Stream the initializers, ``nbytes`` together, into ``file``; progress is told after each one."""
     with file.open("wb") as stream:
         for name, content in contents.items():
             for chunk in reader.chunks(content) if isinstance(content, MatrixPart | Vector) else (content,):
                 stream.write(np.ascontiguousarray(chunk).data)
-            progress(stream.tell(), name)
+            progress(Progress("convert", stream.tell(), nbytes, name))

@@ -13,13 +13,13 @@ from acip_export.formats.protocol import (
     Layout,
     Option,
     ProcessBase,
-    ProgressCallback,
     RunCommand,
     ServingMemory,
     SessionClass,
     TensorMemory,
 )
 from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.progress import ProgressCallback
 from acip_export.weight_types import WeightType
 
 if TYPE_CHECKING:
