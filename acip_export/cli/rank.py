@@ -57,7 +57,7 @@ def rank(
     recompute_activations: Annotated[
         bool | None, typer.Option(help="Recompute activations instead of keeping them. Default: from 1e9 weights.")
     ] = None,
-    store_every: Annotated[int, typer.Option(help=f"Steps between stored run states of {_LEARNED}.")] = 50,
+    store_every: Annotated[int, typer.Option(help=f"Steps between the run states that are stored of {_LEARNED}.")] = 50,
     resume: Annotated[bool, typer.Option("--resume", help=f"Go on with an interrupted run of {_LEARNED}.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="Append progress as JSON lines to this file.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Write progress for TensorBoard to this directory.")] = None,

@@ -81,7 +81,7 @@ class RunStates:
         from safetensors.torch import load_file
 
         if not self.file.exists():
-            raise RankingError(f"there is no stored run {self.file} to resume; start one without  --resume")
+            raise RankingError(f"there is no run state {self.file} to resume; start a run without  --resume")
         _, metadata = read_safetensors_header(self.file, RankingError)
         if metadata.get("artifact") != _ARTIFACT:
             raise RankingError(f"{self.file} is no run state of a ranking; remove it and start without  --resume")

@@ -123,7 +123,7 @@ def rank_model(
             factorized = _factorize(context, statistics, chosen)
             ranking = chosen.score(context, factorized)
             curve = measure_curve(context, factorized, ranking.scores)
-    ranked = _score_file(context, statistics, factorized, chosen, ranking, curve)
+        ranked = _score_file(context, statistics, factorized, chosen, ranking, curve)
     if processes.is_main and out is not None:
         save_scores(ranked, out, force)
         run_file(out).unlink(missing_ok=True)

@@ -138,7 +138,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_ranking(
 
 def test_only_the_same_run_is_resumed(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.acip"
-    with pytest.raises(RankingError, match="no stored run"):
+    with pytest.raises(RankingError, match="no run state"):
         rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, resume=True)
     with pytest.raises(KeyboardInterrupt):
         rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, progress=stop_at("masks", 1))
