@@ -19,8 +19,8 @@ from acip_export.artifacts.plan import Plan, Serving, TensorDecision, decision_b
 from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
 from acip_export.lowrank.components import components
 from acip_export.materialization import materialize_bundle
-from acip_export.model.architectures import EMBEDDINGS, HEAD
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.tensor_names import EMBEDDINGS, HEAD
 from benchmarks.ruled_plan import ruled_plan
 from converters.gguf.runtimes import c_api as llama_capi
 

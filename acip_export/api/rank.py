@@ -1,33 +1,13 @@
-"""From a model to its score file, and what is read from one."""
+"""What is made from a score file beside plans: its summary, and llama.cpp's importance matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from acip_export.artifacts.scores import ScoreFile, find_scores, load_scores
+from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
-
-
-def rank_to_file(
-    checkpoint: Checkpoint,
-    data: str | Path,
-    out: Path,
-    algorithm: str = "acip",
-    settings: Mapping[str, Any] = MappingProxyType({}),
-    **options: Any,
-) -> ScoreFile:
-    """Rank ``checkpoint`` and write the score file; ``settings`` replace those that suit the model.
-
-    Takes the other ``options`` of, and raises as, :func:`acip_export.ranking.rank_model`.
-    """
-    from acip_export.ranking import automatic_config, rank_model
-
-    acip = replace(automatic_config(checkpoint), **settings)
-    return rank_model(checkpoint.path, data, algorithm=algorithm, acip=acip, out=out, **options)
 
 
 def ranking_summary(scores: ScoreFile) -> dict[str, Any]:
@@ -38,11 +18,6 @@ def ranking_summary(scores: ScoreFile) -> dict[str, Any]:
         "data": dict(scores.data),
         "curve": [asdict(point) for point in scores.curve],
     }
-
-
-def open_scores(checkpoint: Checkpoint, scores: Path | None) -> ScoreFile:
-    """The score file given, or the only one beside the model."""
-    return load_scores(scores or find_scores(checkpoint.path))
 
 
 def write_imatrix(checkpoint: Checkpoint, scores: ScoreFile, out: Path, force: bool = False) -> int:

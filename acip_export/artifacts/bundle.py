@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
 from acip_export.errors import BundleError
-from acip_export.io.atomic import HeaderEntry, read_safetensors_header, sha256_of
+from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import RoundTrip
 
@@ -44,7 +44,7 @@ class Bundle:
         self.plan = plan
         self.manifest = manifest
         self.tensors = tensors
-        self.config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        self.config = read_json_object(path / "config.json", BundleError)
 
     @classmethod
     def open(cls, path: Path, verify_hash: bool = False) -> Bundle:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,12 +205,13 @@ def dumps_plan(plan: Plan) -> str:
     return head[:-2] + ',\n "tensors": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
-def load_plan(file: Path) -> Plan:
+def load_plan(file: str | os.PathLike[str]) -> Plan:
     """Read and check a plan.
 
     Raises:
         PlanFileError: unreadable, unknown version or key, or numbers that contradict each other.
     """
+    file = Path(file)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, new_file, read_safetensors_header
 from acip_export.lowrank.order import GlobalOrder
@@ -121,6 +123,8 @@ class ScoreFile:
         sha256: identifies the file: over its header, every tensor but the second moments, and the first 4 KiB of each
             of those.
         file: that it was read from.
+        rounding_errors: what was measured for scores that are in no file, by format; for others a cache beside the file
+            has it.
     """
 
     model: Mapping[str, str]
@@ -133,6 +137,7 @@ class ScoreFile:
     second_moments: Mapping[str, FloatArray]
     sha256: str = ""
     file: Path | None = field(default=None, compare=False)
+    rounding_errors: dict[str, RoundingErrors] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def basis(self) -> str:
@@ -223,12 +228,13 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
                 writer.write(name, np.ascontiguousarray(value, "<f4").tobytes())
 
 
-def load_scores(file: Path) -> ScoreFile:
+def load_scores(file: str | os.PathLike[str]) -> ScoreFile:
     """Read and check a score file.
 
     Raises:
         ScoreFileError: truncated, not a score file, unknown version, wrong shapes, non-finite numbers.
     """
+    file = Path(file)
     entries, metadata = read_safetensors_header(file, ScoreFileError)
     if metadata.get("artifact") != "acip-scores":
         raise ScoreFileError(f"{file} is a safetensors file, but no score file (format {metadata.get('artifact')!r})")

@@ -77,7 +77,8 @@ def rank(
     accelerate launch --num_processes 2 -m acip_export rank . --data text.txt
     """
     from acip_export import api as pipeline
-    from acip_export.ranking import DataConfig, parse_settings
+    from acip_export.api import verbs
+    from acip_export.ranking import parse_settings
     from acip_export.ranking.logs import json_log, tensorboard_log, to_all
     from acip_export.ranking.processes import launched_index
 
@@ -96,7 +97,6 @@ def rank(
         name = next(iter(settings))
         flag = name.replace("_", "-") if name in chosen else f"set {name}"
         raise UsageError(f"--{flag} is a setting of {_LEARNED}; --algorithm {algorithm} has none")
-    calibration = DataConfig(context=context, seed=seed, field=field)
     checkpoint = Checkpoint.open(model)
     target = out or checkpoint.path / f"{checkpoint.name}.acip"
     # Of several processes one draws and logs, as one writes.
@@ -110,13 +110,15 @@ def rank(
                     callbacks.append(stack.enter_context(json_log(log_json)))
                 if tensorboard is not None:
                     callbacks.append(stack.enter_context(tensorboard_log(tensorboard)))
-            scores = pipeline.rank_to_file(
+            scores = verbs.rank(
                 checkpoint,
                 data,
-                target,
-                algorithm,
-                settings,
-                calibration=calibration,
+                out=target,
+                algorithm=algorithm,
+                field=field,
+                context=context,
+                seed=seed,
+                settings=settings,
                 device=torch_device,
                 precision=precision,
                 recompute_activations=recompute_activations,

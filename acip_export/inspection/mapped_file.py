@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from acip_export.errors import ModelFileError
-
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+from acip_export.io.placeholders import refuse_placeholder
 
 
 @contextmanager
@@ -21,10 +20,7 @@ def map_file(file: Path) -> Iterator[mmap.mmap]:
     """
     try:
         with file.open("rb") as stream:
-            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise ModelFileError(f"{file} is a Git LFS pointer, not the file itself; run  git lfs pull")
-            if stream.seek(0, 2) == 0:
-                raise ModelFileError(f"{file} is empty")
+            refuse_placeholder(file, ModelFileError)
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise ModelFileError(f"{file} does not exist") from None

@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from acip_export.errors import InputError, OutputError, UsageError
+from acip_export.io.frozen import frozen
+from acip_export.io.placeholders import refuse_placeholder
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ DTYPE_BYTES = {
     "I8": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
     "I16": 2,
     "U16": 2,
     "F16": 2,
@@ -39,6 +42,8 @@ DTYPE_BYTES = {
     "U64": 8,
     "F64": 8,
 }
+# Parts of a byte: in quantized checkpoints only, which are read to be named.
+_DTYPE_BITS = {**{name: 8 * nbytes for name, nbytes in DTYPE_BYTES.items()}, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _LARGEST_HEADER = 100_000_000
 
 
@@ -60,6 +65,7 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
     """
     try:
         size = file.stat().st_size
+        refuse_placeholder(file, error)
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
@@ -77,7 +83,15 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise error(f"{file} has malformed metadata: expected strings")
     entries = {name: _entry(file, name, value, 8 + length, error) for name, value in raw.items()}
-    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != end:
+            how = "overlaps what is" if entry.offset < end else "leaves a gap to what is"
+            raise error(
+                f"{file} is damaged: tensor {name!r} {how} before it (at byte {entry.offset}, expected at {end}); "
+                "fetch or save the file again"
+            )
+        end += entry.nbytes
     if end != size:
         raise error(f"{file} is truncated or padded: {size} bytes, {end} expected from its header")
     return entries, metadata
@@ -95,26 +109,29 @@ def _entry(file: Path, name: str, value: Any, start: int, error: type[InputError
         dtype = str(value["dtype"])
     except (TypeError, KeyError, ValueError) as reason:
         raise error(f"{file}: the header entry of {name!r} is malformed") from reason
-    if dtype not in DTYPE_BYTES:
+    if dtype not in _DTYPE_BITS:
         raise error(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}")
-    if min(shape, default=0) < 0 or begin < 0 or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+    if min(shape, default=0) < 0 or begin < 0 or 8 * (end - begin) != prod(shape) * _DTYPE_BITS[dtype]:
         raise error(f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
     return HeaderEntry(shape, dtype, start + begin, end - begin)
 
 
-def read_json_object(file: Path, error: type[InputError]) -> dict[str, Any]:
-    """The JSON object in ``file``.
+def read_json_object(file: Path, error: type[InputError]) -> Mapping[str, Any]:
+    """The JSON object in ``file``, read-only at every level; see :func:`acip_export.io.frozen.thawed`.
 
     Raises:
         error: unreadable, not JSON, or something else than an object.
     """
+    if file.is_file():
+        refuse_placeholder(file, error)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{file} cannot be read as JSON: {reason}") from reason
     if not isinstance(data, dict):
         raise error(f"{file} holds a {type(data).__name__}, expected a JSON object")
-    return data
+    found: Mapping[str, Any] = frozen(data)
+    return found
 
 
 def sha256_of(file: Path) -> str:

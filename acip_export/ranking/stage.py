@@ -17,6 +17,8 @@ from acip_export.io.atomic import refuse_existing, remove_leftovers
 from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import pack_moment
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.opening import check_checkpoint
+from acip_export.model.torch_model import transformers_config
 from acip_export.progress import ProgressCallback, silent
 from acip_export.ranking.acip_defaults import automatic_config
 from acip_export.ranking.algorithms import Algorithm, Ranking, find_algorithm, learned_algorithms
@@ -77,6 +79,10 @@ def rank_model(
             UnsupportedError: the model. RankingError: the run diverged.
     """
     chosen = find_algorithm(algorithm)
+    if acip is not None and not chosen.learns:
+        raise UsageError(
+            f"{algorithm} has no hyper-parameters to set; leave them out, or rank with {learned_algorithms()}"
+        )
     if out is not None:
         refuse_existing(out, force)
     if resume and (out is None or not chosen.learns):
@@ -85,6 +91,8 @@ def rank_model(
         raise UsageError(f"a run state every {store_every} steps is impossible; give at least 1 with  --store-every")
     processes = start_processes(device)
     checkpoint = Checkpoint.open(model)
+    check_checkpoint(checkpoint)
+    transformers_config(checkpoint.config)  # what transformers refuses, before a tokenizer is looked for
     if processes.mesh is not None and not checkpoint.shape.generates:
         raise UnsupportedError(f"{checkpoint.path} is an encoder, which fits on one device; launch with  --multi_gpu")
     calibration = calibration or DataConfig()

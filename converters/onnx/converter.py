@@ -75,6 +75,12 @@ def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: Progre
     )
 
 
+def check_model(checkpoint: Checkpoint) -> None:
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
+    _check_packages()
+    small_files(checkpoint, Serving(checkpoint.shape.max_context, "f32", 1))
+
+
 def predict_files(
     checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
 ) -> dict[str, int]:

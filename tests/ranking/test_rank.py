@@ -158,6 +158,7 @@ def test_too_little_text_says_how_much_is_needed(model: Path, tmp_path: Path) ->
     ("arguments", "error", "message"),
     [
         ({"algorithm": "best"}, UsageError, "unknown ranking algorithm 'best'; choose one of acip, energy"),
+        ({"algorithm": "kfac", "acip": QUICK}, UsageError, "kfac has no settings; .* rank with acip"),
         ({"out": Path(__file__)}, UsageError, "already exists"),
     ],
 )

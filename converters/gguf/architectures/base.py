@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int64]
 
-_OUTER = ("token_embd.weight", "output_norm.weight")
+TOKEN_EMBEDDING = "token_embd.weight"
+_OUTER = (TOKEN_EMBEDDING, "output_norm.weight")
 PRE_NORMS = ("attn_norm.weight", "ffn_norm.weight")
 POST_NORMS = ("post_attention_norm.weight", "post_ffw_norm.weight")
 ATTENTION = ("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight")
@@ -113,6 +114,11 @@ class Family:
             else:
                 unmapped.append(name)
         missing = sorted(required - taken)
+        if missing == ["output.weight"] and shape.tied_embeddings and not unmapped:
+            raise UnsupportedError(
+                f"llama.cpp's {self.name!r} needs a head of its own, and config.json ties it to the embedding "
+                "(tie_word_embeddings): use  --format onnx,  or store the embedding as lm_head.weight too and untie it"
+            )
         if unmapped or missing:
             raise UnsupportedError(
                 f"the model's tensors are not those of llama.cpp's {self.name!r}: "

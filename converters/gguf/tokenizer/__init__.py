@@ -10,6 +10,7 @@ from typing import Any
 
 from acip_export.errors import CheckpointError, ModelFileError, UnsupportedError
 from acip_export.io.atomic import read_json_object
+from acip_export.io.frozen import thawed
 from converters.gguf.tokenizer.bpe import bpe_metadata, is_byte_level
 from converters.gguf.tokenizer.common import Source
 from converters.gguf.tokenizer.sentencepiece import model_file_metadata, sentencepiece_metadata
@@ -37,7 +38,7 @@ def tokenizer_metadata(model: Path, config: Mapping[str, Any], vocabulary: int, 
         raise CheckpointError(
             f"{model} has no tokenizer.json or tokenizer.model; save the tokenizer with transformers' save_pretrained"
         )
-    ids = json.dumps({key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")})
+    ids = json.dumps(thawed({key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}))
     return _metadata(model, ids, vocabulary, pre, stamps)
 
 
@@ -101,7 +102,7 @@ def _chat_template(model: Path, options: Mapping[str, Any]) -> str | None:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = options.get("chat_template")
-    if isinstance(template, list):
+    if isinstance(template, tuple):
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default")
     return template if isinstance(template, str) else None

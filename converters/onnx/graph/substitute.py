@@ -22,8 +22,9 @@ from google.protobuf.message import DecodeError
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.io.atomic import keep, user_cache
-from acip_export.model.architectures import HEAD
+from acip_export.io.frozen import thawed
 from acip_export.model.checkpoint import ModelShape
+from acip_export.model.tensor_names import HEAD
 from acip_export.version import __version__
 from converters.onnx.graph.decided import EMBEDDING, IR_VERSION, LINEAR, MARKS, MICROSOFT, OPSET, Contents, DecidedGraph
 
@@ -66,7 +67,7 @@ def is_traced(config: Mapping[str, Any], context: int) -> bool:
 def _key(config: Mapping[str, Any], context: int) -> str:
     from acip_export.model.torch_model import with_fixed_positions
 
-    return json.dumps(with_fixed_positions(dict(config), context), sort_keys=True)
+    return json.dumps(thawed(with_fixed_positions(config, context)), sort_keys=True)
 
 
 def _file(config: str) -> Path:
@@ -76,7 +77,7 @@ def _file(config: str) -> Path:
             versions.append(version(package))
         except PackageNotFoundError:
             versions.append("")
-    source = Path(__file__).with_name("marked.py").read_bytes()
+    source = Path(__file__).parents[1].joinpath("tracing", "trace.py").read_bytes()
     key = hashlib.sha256(source + json.dumps([__version__, *versions, config]).encode()).hexdigest()
     return user_cache() / "traces" / f"{key}.onnx"
 
