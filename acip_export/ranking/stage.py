@@ -80,9 +80,7 @@ def rank_model(
     """
     chosen = find_algorithm(algorithm)
     if acip is not None and not chosen.learns:
-        raise UsageError(
-            f"{algorithm} has no hyper-parameters to set; leave them out, or rank with {learned_algorithms()}"
-        )
+        raise UsageError(f"{algorithm} has no settings; leave them out, or rank with {learned_algorithms()}")
     if out is not None:
         refuse_existing(out, force)
     if resume and (out is None or not chosen.learns):
