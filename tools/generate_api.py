@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "api.md"
@@ -36,8 +37,8 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-def _signature(function: Callable[..., object]) -> str:
-    """Return the signature with defaults as a reader would write them: no quotes, no addresses of functions."""
+def _signature(function: Callable[..., Any]) -> str:
+    """Return the signature as it is written, without the addresses of functions, which differ from run to run."""
     text = str(inspect.signature(function)).replace("'", "").replace("mappingproxy({})", "{}")
     return re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", text)
 

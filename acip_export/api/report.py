@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acip_export.api.verbs import Location, open_model, open_scores
+from acip_export.artifacts.export_directory import PAGE_FILE
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import CheckpointError, ScoreFileError
@@ -13,7 +14,6 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.report import Exported, Ranking, build_page, write_papers
 from acip_export.report.origin import hub_id, license_of
 from acip_export.report.page import ScoreMap, embedded, read_export
-from acip_export.report.write import PAGE_FILE
 
 
 def ranked_model_of(

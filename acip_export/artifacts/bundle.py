@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
 from acip_export.errors import BundleError
 from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
+from acip_export.io.outputs import DirectoryKind, FileKind, json_kind, json_object, listed_sizes
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import RoundTrip
 
@@ -28,6 +29,17 @@ WEIGHTS_FILE = "model.safetensors"
 IMPORTANCE_FILE = "importance.safetensors"
 PLAN_FILE = "plan.json"
 MANIFEST_FILE = "bundle.json"
+_MANIFEST_KIND = json_kind("a bundle's manifest", "acip-bundle")
+
+
+def _contents(directory: Path) -> Mapping[str, int | FileKind]:
+    manifest = json_object(directory / MANIFEST_FILE)
+    if manifest.get("artifact") != "acip-bundle":
+        return {}
+    return {**listed_sizes(manifest.get("files")), MANIFEST_FILE: _MANIFEST_KIND}
+
+
+BUNDLE_KIND = DirectoryKind("a bundle", _contents)
 
 
 class Bundle:

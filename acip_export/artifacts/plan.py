@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from acip_export.errors import PlanFileError
-from acip_export.io.atomic import new_file
+from acip_export.io.outputs import claim_output, json_kind
 from acip_export.weight_types import weight_type
 
 PLAN_VERSION = 2
+PLAN_KIND = json_kind("a plan", "acip-plan")
 _CAUSAL_UNIT = "nats per token"
 
 Representation = Literal["dense", "factored", "lora", "residual"]
@@ -191,8 +192,8 @@ class Plan:
 
 
 def save_plan(plan: Plan, file: Path, force: bool = False) -> None:
-    """Write atomically; refuses an existing file unless ``force``."""
-    with new_file(file, force) as temporary:
+    """Write atomically; raises UsageError as :func:`acip_export.io.outputs.claim_output`."""
+    with claim_output(file, PLAN_KIND, force).new_file() as temporary:
         temporary.write_text(dumps_plan(plan), encoding="utf-8")
 
 

@@ -20,11 +20,13 @@ import numpy.typing as npt
 
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.errors import ScoreFileError
-from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, new_file, read_safetensors_header
+from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, read_safetensors_header
+from acip_export.io.outputs import claim_output, safetensors_kind
 from acip_export.lowrank.order import GlobalOrder
 from acip_export.model.checkpoint import Checkpoint
 
 SCORES_VERSION = 2
+SCORES_KIND = safetensors_kind("a score file", "acip-scores")
 SCORE_FILE_SUFFIX = ".acip"
 CAUSAL_UNIT = "nats per token"
 
@@ -192,7 +194,7 @@ _VECTORS = ("scores", "drop_loss", "up_sensitivity", "down_sensitivity")
 
 
 def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
-    """Write atomically; refuses an existing file unless ``force``."""
+    """Write atomically; raises UsageError as :func:`acip_export.io.outputs.claim_output`."""
     tensors: dict[str, FloatArray] = {}
     layout: dict[str, dict[str, Any]] = {}
     for name, module in scores.modules.items():
@@ -220,7 +222,7 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
         "curve": json.dumps([asdict(point) for point in scores.curve]),
         "modules": json.dumps(layout),
     }
-    with new_file(file, force) as temporary:
+    with claim_output(file, SCORES_KIND, force).new_file() as temporary:
         # The library's writer puts the metadata in random order; equal scores are to give equal files.
         declared = {name: ("F32", value.shape) for name, value in tensors.items()}
         with SafetensorsWriter(temporary, declared, metadata) as writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,15 +13,17 @@ from acip_export.check.quality import Quality
 from acip_export.check.snapshot import FileRecord, Snapshot
 from acip_export.errors import BaselineError, BaselineVersionError
 from acip_export.inspection.diff import Stored
-from acip_export.io.atomic import new_file
+from acip_export.io.outputs import FileKind, claim_output
 
 LOCK_ARTIFACT = "acip-check-lock"
 LOCK_VERSION = 2
+# After a merge conflict it may be no JSON any more; it is written anew then.
+LOCK_KIND = FileKind("a baseline", re.compile(rb'<{7} |\s*\{(\s*[<|=>]{7}.*\n)?\s*"artifact"\s*:\s*"acip-check-lock"'))
 
 
 def save_lock(snapshots: Mapping[str, Snapshot], file: Path) -> None:
     """Write atomically; equal snapshots give equal bytes."""
-    with new_file(file, force=True) as temporary:
+    with claim_output(file, LOCK_KIND, True, base=file.parent).new_file() as temporary:
         temporary.write_text(dumps_lock(snapshots), encoding="utf-8")
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
 from acip_export.check.compare import Result
 from acip_export.check.run import CHECK_VERSION, Outcome
+from acip_export.io.outputs import FileKind
 
 _SUITE = "acip-export check"
+JUNIT_KIND = FileKind("JUnit XML", re.compile(rb'<\?xml [^>]*>\s*<testsuites name="%b"' % _SUITE.encode()))
 
 
 def check_json(outcome: Outcome) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from acip_export.artifacts.plan import BudgetScope
-from acip_export.cli.options import DeviceFile, Model, Scores
+from acip_export.cli.options import DeviceFile, Model, Scores, type_names
 from acip_export.devices import Device, find_device, load_devices
 from acip_export.errors import UsageError
 from acip_export.formats.protocol import AUTO
@@ -67,6 +68,11 @@ class PlanFlags:
     options: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def inputs(self) -> tuple[str | Path | None, ...]:
+        """The files that are named, among other settings; outputs must be none of them."""
+        return self.scores, self.devices, *self.options.values()
+
+    @property
     def asks(self) -> bool:
         """Whether anything was asked for at all."""
         return (self.budget or self.device or self.format_) is not None
@@ -101,9 +107,7 @@ class PlanFlags:
         return requests
 
     def _type_sets(self, most: int | None) -> list[tuple[str, ...]]:
-        sets = [
-            tuple(name.strip().lower() for name in names.split(",") if name.strip()) for names in self.types.split(";")
-        ]
+        sets = [type_names(listed) for listed in self.types.split(";")]
         if most is not None and len(sets) > most:
             raise UsageError(f"--types {self.types!r} has several sets; they are the lines of a  --sweep")
         return sets

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Cache, Force, Json
+from acip_export.cli.options import Cache, Debug, Force, Json
 from acip_export.cli.tables.ranking import show_ranking
 from acip_export.errors import UsageError
 from acip_export.model.checkpoint import Checkpoint
@@ -67,6 +67,7 @@ def rank(
     ] = True,
     json: Json = False,
     force: Force = False,
+    debug: Debug = False,
 ) -> None:
     """Learn which components matter: one run, one score file, any size afterwards.
 
@@ -78,8 +79,9 @@ def rank(
     """
     from acip_export import api as pipeline
     from acip_export.api import verbs
+    from acip_export.io.outputs import claim_output
     from acip_export.ranking import parse_settings
-    from acip_export.ranking.logs import json_log, tensorboard_log, to_all
+    from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
     from acip_export.ranking.processes import launched_index
 
     if data is None:
@@ -99,6 +101,8 @@ def rank(
         raise UsageError(f"--{flag} is a setting of {_LEARNED}; --algorithm {algorithm} has none")
     checkpoint = Checkpoint.open(model)
     target = out or checkpoint.path / f"{checkpoint.name}.acip"
+    if log_json is not None:
+        log_json = claim_output(log_json, LOG_KIND, True, (data, target, cache), checkpoint.path).place
     # Of several processes one draws and logs, as one writes.
     is_main = launched_index() == 0
     try:

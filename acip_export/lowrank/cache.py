@@ -45,7 +45,7 @@ class FactorCache:
 
             known = whitened_components(weight, right, left)
             tensors = {"up": known.up, "down": known.down, "singular": known.singular}
-            with new_file(file, force=True) as temporary:
+            with new_file(file) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         return known
 

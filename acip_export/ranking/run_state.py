@@ -21,9 +21,11 @@ from torch import Tensor
 
 from acip_export.errors import RankingError
 from acip_export.io.atomic import new_file, read_safetensors_header
+from acip_export.io.outputs import safetensors_kind
 from acip_export.ranking.processes import Processes
 
 _ARTIFACT = "acip-run"
+RUN_KIND = safetensors_kind("a run state of a ranking", _ARTIFACT)
 
 
 class Run(Protocol):
@@ -66,7 +68,7 @@ class RunStates:
         from safetensors.torch import save_file
 
         metadata = {"artifact": _ARTIFACT, "identity": identity, "counters": json.dumps(run.counters())}
-        with new_file(self.file, force=True) as temporary:
+        with new_file(self.file) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in run.tensors().items()}, temporary, metadata)
 
     def load(self, run: Run, identity: str) -> None:

@@ -11,9 +11,10 @@ import torch
 import transformers
 from torch import nn
 
-from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, save_scores
+from acip_export.artifacts.scores import SCORES_KIND, CurvePoint, ModuleScores, ScoreFile, save_scores
 from acip_export.errors import UnsupportedError, UsageError
-from acip_export.io.atomic import refuse_existing, remove_leftovers
+from acip_export.io.atomic import remove_leftovers
+from acip_export.io.outputs import claim_output
 from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import pack_moment
 from acip_export.model.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ from acip_export.ranking.load import enable_recomputation, load_model
 from acip_export.ranking.masked_linear import AdapterShape
 from acip_export.ranking.out_of_memory import out_of_memory_named
 from acip_export.ranking.processes import start_processes
-from acip_export.ranking.run_state import RunStates, run_file
+from acip_export.ranking.run_state import RUN_KIND, RunStates, run_file
 from acip_export.ranking.sharding import shard_dense
 from acip_export.ranking.statistics import Statistics, collect_statistics
 from acip_export.version import __version__
@@ -75,14 +76,16 @@ def rank_model(
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
 
     Raises:
-        UsageError: unknown algorithm, or ``out`` exists. DataError, MissingExtraError: the text. CheckpointError,
-            UnsupportedError: the model. RankingError: the run diverged.
+        UsageError: unknown algorithm, or ``out`` may not be written. DataError, MissingExtraError: the text.
+            CheckpointError, UnsupportedError: the model. RankingError: the run diverged.
     """
     chosen = find_algorithm(algorithm)
     if acip is not None and not chosen.learns:
         raise UsageError(f"{algorithm} has no settings; leave them out, or rank with {learned_algorithms()}")
     if out is not None:
-        refuse_existing(out, force)
+        read = (data, evaluation, cache)
+        claim_output(out, SCORES_KIND, force, read, model)
+        claim_output(run_file(out), RUN_KIND, True, read, model)
     if resume and (out is None or not chosen.learns):
         raise UsageError(f"only a run of {learned_algorithms()} that writes a score file can be resumed; give  --out")
     if store_every < 1:

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from acip_export.artifacts import export_directory
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.errors import BundleError, UnsupportedError, VerificationError
@@ -20,7 +21,7 @@ from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
 from acip_export.formats.session import Logits, RuntimeSession, Speed, Windows
 from acip_export.inspection.read import PAPERS
-from acip_export.io.atomic import new_file, sha256_of
+from acip_export.io.atomic import sha256_of
 from acip_export.model.embedding_similarity import Similarity
 from acip_export.model.encoder import Encoder, encoder_of
 from acip_export.planning.memory import uncounted_bytes
@@ -42,8 +43,7 @@ from acip_export.verification.structure import Structure, check_structure
 from acip_export.version import __version__
 
 REPORT_VERSION = 2
-REPORT_FILE = "report.json"
-EXPORT_PLAN_FILE = "plan.json"
+EXPORT_PLAN_FILE = export_directory.PLAN_FILE
 
 # Sampled by the reference itself: real text for the model, with no need for the user's.
 _SAMPLED_WINDOWS, _SAMPLED_TOKENS, _GREEDY_TOKENS = 2, 48, 16
@@ -505,8 +505,8 @@ def _check_memory(plan: Plan, report: RuntimeReport) -> list[str]:
 
 
 def save_report(report: Report, export: Path) -> None:
-    """Write ``report.json`` into the export, in place of an earlier one."""
-    with new_file(export / REPORT_FILE, force=True) as file:
+    """Write ``report.json`` into the export, in place of an earlier one of ours."""
+    with export_directory.claim_papers(export)[export_directory.REPORT_FILE].new_file() as file:
         file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acip_export.artifacts.scores import ScoreFile, load_scores
-from acip_export.errors import AcipError, CheckpointError, DataError, UnsupportedError, UsageError
+from acip_export.errors import AcipError, CheckpointError, DataError, UsageError
 from acip_export.materialization.factors import basis_moments, dense_weight, factor_pair
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress
@@ -169,12 +169,12 @@ def test_refused_before_anything_is_read(
         rank_model(tmp_path / "no-model", tmp_path / "no-text", **arguments)
 
 
-def test_matrix_that_the_loaded_model_does_not_have(model: Path, tmp_path: Path) -> None:
+def test_matrix_that_the_loaded_model_does_not_have(model: Path, text: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "extra")
     file = tmp_path / "extra" / "model.safetensors"
     save_file({**load_file(file), "model.layers.0.experts.weight": torch.ones(4, 4)}, file, {"format": "pt"})
-    with pytest.raises(UnsupportedError, match=r"layers\.0\.experts is missing .*expected an nn\.Linear"):
-        load_model(Checkpoint.open(tmp_path / "extra"), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"experts\.weight +4×4 too many"):
+        rank_model(tmp_path / "extra", text, calibration=CALIBRATION)
 
 
 def test_curve_on_a_text_of_its_own(model: Path, text: Path, tmp_path: Path) -> None:
