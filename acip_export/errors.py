@@ -69,7 +69,7 @@ class DataError(InputError):
 
 
 class RankingError(InputError):
-    """The ranking run diverged, or a stored run cannot be resumed."""
+    """The ranking run diverged, or there is no run state to resume."""
 
 
 class DeviceFileError(InputError):

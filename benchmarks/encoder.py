@@ -31,11 +31,10 @@ from acip_export.errors import InfeasibleBudgetError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from acip_export.ranking import DataConfig, rank_model
-from acip_export.ranking.config import Algorithm
 from benchmarks.ranking import linear_ratios, linear_share, quality, table
 
 # acip twice, for the spread.
-RANKINGS: tuple[tuple[Algorithm, int], ...] = (
+RANKINGS: tuple[tuple[str, int], ...] = (
     ("magnitude", 0),
     ("energy", 0),
     ("first-order", 0),
@@ -49,7 +48,7 @@ BYTE_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 EXPORT_RATIOS = (0.9, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 
 
-def ranked(checkpoint: Checkpoint, algorithm: Algorithm, seed: int, data: Path, folder: Path) -> ScoreFile:
+def ranked(checkpoint: Checkpoint, algorithm: str, seed: int, data: Path, folder: Path) -> ScoreFile:
     file = folder / f"{algorithm}-{seed}.acip"
     ratios = linear_ratios(checkpoint, BYTE_RATIOS)
     if not file.exists():

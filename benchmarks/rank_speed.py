@@ -168,8 +168,11 @@ def run_ours(model_path: Path, windows: Tensor, most: int) -> Iterator[Steps]:
     from acip_export.model.checkpoint import Checkpoint
     from acip_export.ranking import AcipConfig
     from acip_export.ranking.acip_run import AcipRun
+    from acip_export.ranking.context import RankContext
+    from acip_export.ranking.data import CalibrationData
     from acip_export.ranking.load import load_model
     from acip_export.ranking.masked_linear import AdapterShape, MaskedLinear, replace_linear
+    from acip_export.text.packing import PackedText
 
     checkpoint = Checkpoint.open(model_path)
     model = load_model(checkpoint, torch.device("cpu"), "model")
@@ -181,7 +184,9 @@ def run_ours(model_path: Path, windows: Tensor, most: int) -> Iterator[Steps]:
         layers[name] = MaskedLinear(parts, dense, config.mask_scale, AdapterShape(32, 16.0, 0.05))
         losses[name] = 0.5 * parts.singular.double().numpy() ** 2
         replace_linear(model, name, layers[name])
-    run = AcipRun(model, layers, losses, windows, config, 0)
+    text = PackedText(windows, "random", "", 1)
+    context = RankContext(checkpoint, model, CalibrationData(text, windows, windows, windows))
+    run = AcipRun(context, layers, losses, config)
     steps = Steps()
     while not run.masks_done or run.tune_steps < run.mask_steps:
         yield steps

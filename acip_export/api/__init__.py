@@ -2,7 +2,6 @@
 
 from acip_export.api.export import convert_bundle, export_model, materialize_bundle
 from acip_export.api.plan import plan_export, planned_sizes, planning_problem, sweep_document, sweep_sizes
-from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.rank import ranking_summary, write_imatrix
 from acip_export.api.report import ranked_model_of, write_report
 from acip_export.api.rounding import measure_rounding_errors, rounding_errors
@@ -10,8 +9,6 @@ from acip_export.api.verbs import open_model, open_scores
 from acip_export.api.verify import evaluation_text, verify_directory
 
 __all__ = [
-    "ProgressCallback",
-    "StageProgress",
     "convert_bundle",
     "evaluation_text",
     "export_model",
@@ -22,7 +19,6 @@ __all__ = [
     "plan_export",
     "planned_sizes",
     "planning_problem",
-    "quiet",
     "ranked_model_of",
     "ranking_summary",
     "rounding_errors",

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acip_export.api.plan import planned_sizes
-from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.rank import rounding_scores
 from acip_export.api.report import write_report
 from acip_export.artifacts.bundle import PLAN_FILE, Bundle
@@ -19,6 +18,7 @@ from acip_export.formats.registry import export_format
 from acip_export.io.atomic import scratch_directory
 from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import ProgressCallback, silent
 from acip_export.verification import export as verification
 from acip_export.verification.export import EvaluationText, Report
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
@@ -30,7 +30,7 @@ def materialize_bundle(
     plan: Plan,
     out: Path,
     force: bool = False,
-    progress: ProgressCallback = quiet,
+    progress: ProgressCallback = silent,
     cache: Path | None = None,
 ) -> Path:
     """Write the bundle of ``plan``, its factors fitted to what the target's quantizer makes of them.
@@ -47,14 +47,14 @@ def materialize_bundle(
         plan,
         out,
         force,
-        lambda p: progress(StageProgress("materialize", p.done, p.total, p.tensor)),
+        progress,
         export_format(plan.format).round_trip,
         cache,
     )
 
 
 def convert_bundle(
-    bundle: Path, out: Path, force: bool = False, progress: ProgressCallback = quiet, check: bool = True
+    bundle: Path, out: Path, force: bool = False, progress: ProgressCallback = silent, check: bool = True
 ) -> Plan:
     """Write the export of ``bundle`` into ``out``, whole or not at all, and return its plan.
 
@@ -72,9 +72,7 @@ def convert_bundle(
 
 
 def _convert(bundle: Bundle, directory: Path, progress: ProgressCallback, check: bool) -> None:
-    export_format(bundle.plan.format).convert(
-        bundle, directory, lambda p: progress(StageProgress("convert", p.done, p.total, p.item))
-    )
+    export_format(bundle.plan.format).convert(bundle, directory, progress)
     shutil.copyfile(bundle.path / PLAN_FILE, directory / verification.EXPORT_PLAN_FILE)
     failures = verification.check_bytes(directory, bundle.plan) if check else []
     if failures:
@@ -93,7 +91,7 @@ def export_model(
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     sizes: Sequence[Plan] | None = None,
     types: tuple[str, ...] = (),
-    progress: ProgressCallback = quiet,
+    progress: ProgressCallback = silent,
     cache: Path | None = None,
 ) -> Report | None:
     """Materialize, convert and verify ``plan``; the directory ``out`` appears only when all of it went well.
@@ -126,7 +124,7 @@ def export_model(
             dense=checkpoint.path,
             tasks=tasks,
             timeout=timeout,
-            progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
+            progress=progress,
         )
         verification.require_passed(report)
         verification.save_report(report, directory)

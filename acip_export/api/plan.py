@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.rank import rounding_scores
 from acip_export.api.rounding import rounding_errors
 from acip_export.artifacts.plan import Plan
@@ -40,11 +39,12 @@ from acip_export.planning import (
     resolve,
     sweep,
 )
+from acip_export.progress import ProgressCallback, silent
 from acip_export.units import format_bytes
 
 
 def planning_problem(
-    checkpoint: Checkpoint, scores: ScoreFile, question: Question, progress: ProgressCallback = quiet
+    checkpoint: Checkpoint, scores: ScoreFile, question: Question, progress: ProgressCallback = silent
 ) -> Problem:
     """Make what all budgets of a question's first search space share: measured rounding errors, exact file sizes.
 
@@ -61,7 +61,7 @@ def planning_problem(
 
 
 def plan_export(
-    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = silent
 ) -> Plan:
     """Plan with measured rounding errors and the exact file sizes of the format; with the layout ``auto``,
     the best predicted of all.
@@ -168,7 +168,7 @@ def _prepare(
         checkpoint,
         rule.backend,
         rule.context,
-        lambda p: progress(StageProgress("graph", p.done, p.total, p.item)),
+        progress,
     )
 
 
@@ -176,7 +176,7 @@ def sweep_sizes(
     checkpoint: Checkpoint,
     scores: ScoreFile,
     requests: Sequence[tuple[str, PlanRequest]],
-    progress: ProgressCallback = quiet,
+    progress: ProgressCallback = silent,
 ) -> list[SweepLine]:
     """The curve of sizes against predicted quality for every labelled request; the first of a target has its presets.
 
@@ -191,7 +191,7 @@ def sweep_sizes(
         try:
             question = resolve(request, checkpoint)
             problem = planning_problem(checkpoint, scores, question, progress)
-            line = sweep(problem, question.rule, question.scope, label, progress=_steps_of(label, progress))
+            line = sweep(problem, question.rule, question.scope, label, progress=progress)
         except (UnsupportedError, MissingExtraError) as error:
             refusals.append(error)
             continue
@@ -200,10 +200,6 @@ def sweep_sizes(
     if not lines:
         raise refusals[0]
     return lines
-
-
-def _steps_of(stage: str, progress: ProgressCallback) -> Callable[[int, int], None]:
-    return lambda done, total: progress(StageProgress(stage, done, total, ""))
 
 
 def sweep_document(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.artifacts.rounding_errors import (
     RoundingErrors,
     cache_file,
@@ -18,12 +17,13 @@ from acip_export.artifacts.scores import ScoreFile, load_scores
 from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, SearchSpace, resolve
+from acip_export.progress import ProgressCallback, silent
 
 logger = logging.getLogger(__name__)
 
 
 def rounding_errors(
-    checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace, progress: ProgressCallback = quiet
+    checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace, progress: ProgressCallback = silent
 ) -> RoundingErrors:
     """Measure what the format's quantizer costs on this model, for everything that ``space`` offers.
 
@@ -68,7 +68,7 @@ def rounding_errors(
             bases,
             layout.residual_pairs,
             target.round_trip,
-            lambda p: progress(StageProgress("measure rounding", p.done, p.total, p.item)),
+            progress,
         )
     except MissingExtraError as missing:
         logger.warning("rounding errors are those of Gaussian weights: %s", missing)
@@ -80,7 +80,7 @@ def rounding_errors(
     return measured
 
 
-def measure_rounding_errors(checkpoint: Checkpoint, scores: Path, progress: ProgressCallback = quiet) -> None:
+def measure_rounding_errors(checkpoint: Checkpoint, scores: Path, progress: ProgressCallback = silent) -> None:
     """Fill the caches beside a score file for the default layout and types of every target whose quantizer is here.
 
     Plans measure what is missing themselves; having it from the start makes the first one take seconds.

@@ -20,11 +20,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from acip_export.api.progress import ProgressCallback, quiet
 from acip_export.artifacts.plan import BudgetScope, Plan
 from acip_export.artifacts.scores import ScoreFile, find_scores, load_scores
 from acip_export.errors import CheckpointError, MissingExtraError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import ProgressCallback, silent
 from acip_export.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def rank(
     return rank_model(
         checkpoint.path,
         os.fspath(data),
-        algorithm=algorithm,  # type: ignore[arg-type]  # checked there, with the names that are known
-        acip=replace(automatic_config(checkpoint), **settings) if algorithm == "acip" else None,
+        algorithm=algorithm,
+        acip=replace(automatic_config(checkpoint), **settings) if settings else None,
         calibration=DataConfig(context=context, seed=seed, field=field),
         device=device,
         out=None if out is None else Path(out),
@@ -105,7 +105,7 @@ def plan(
     cache_type: str | None = None,
     prompt_batch: int | None = None,
     options: Mapping[str, str] = _NONE,
-    progress: ProgressCallback = quiet,
+    progress: ProgressCallback = silent,
     revision: str | None = None,
     token: str | None = None,
 ) -> Plan:
@@ -160,7 +160,7 @@ def export(
     force: bool = False,
     timeout: float = _LONGEST_WAIT,
     cache: Location | None = None,
-    progress: ProgressCallback = quiet,
+    progress: ProgressCallback = silent,
 ) -> Report | None:
     """Write a plan's export into ``out`` and prove it in its runtimes; it appears whole or not at all.
 
@@ -210,7 +210,7 @@ def verify(
     text: Location | None = None,
     tasks: Sequence[str] = (),
     timeout: float = _LONGEST_WAIT,
-    progress: ProgressCallback = quiet,
+    progress: ProgressCallback = silent,
 ) -> Report:
     """Prove an export that was made earlier: its files, its numbers in the real runtimes, its memory and its speed.
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acip_export.api.export import materialize_bundle
-from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.verbs import Location, open_model, open_scores
 from acip_export.artifacts.export_directory import claim_papers
 from acip_export.artifacts.plan import Plan, load_plan
@@ -15,6 +14,7 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import CheckpointError
 from acip_export.formats.session import Windows
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import ProgressCallback, silent
 from acip_export.verification import export as verification
 from acip_export.verification.export import EvaluationText, Report
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
@@ -53,7 +53,7 @@ def verify_directory(
     text: Path | None,
     tasks: Sequence[str] = (),
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
-    progress: ProgressCallback = quiet,
+    progress: ProgressCallback = silent,
 ) -> Report:
     """Verify an export made earlier, and write its ``report.json``.
 
@@ -80,7 +80,7 @@ def verify_directory(
             dense=None if checkpoint is None else checkpoint.path,
             tasks=tasks,
             timeout=timeout,
-            progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
+            progress=progress,
         )
     verification.save_report(report, export)
     return report

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from acip_export.errors import AcipError
-
-if TYPE_CHECKING:
-    from acip_export.api import StageProgress
-    from acip_export.ranking import Progress as RankingProgress
+from acip_export.progress import Progress, ProgressCallback
 
 # Wide enough for every table when nobody's terminal says otherwise.
 _WIDTH = None if sys.stdout.isatty() else 120
@@ -51,44 +48,38 @@ def note(message: str) -> None:
 
 
 @contextmanager
-def stage_bars() -> Iterator[Callable[[StageProgress], None]]:
-    """Progress bars, one per stage; silent when stderr is no terminal."""
-    bars = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[item]}"),
+def stage_bars() -> Iterator[ProgressCallback]:
+    """Draw progress bars, one per stage; nothing when stderr is no terminal."""
+    bars = rich.progress.Progress(
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.description:<12}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("[dim]{task.fields[item]}"),
         console=err,
         transient=True,
         disable=not err.is_terminal,
     )
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, rich.progress.TaskID] = {}
     with bars:
 
-        def update(progress: StageProgress) -> None:
+        def update(progress: Progress) -> None:
             if progress.stage not in tasks:
                 tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, item="")
-            bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, item=progress.item)
+            bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, item=_figures(progress))
 
         yield update
 
 
-@contextmanager
-def ranking_bars() -> Iterator[Callable[[RankingProgress], None]]:
-    """One bar per phase of a ranking, with the current ratio, loss and speed."""
-    from acip_export.api import StageProgress
-
-    with stage_bars() as update:
-
-        def draw(progress: RankingProgress) -> None:
-            parts = [f"ratio {progress.ratio:.2f}" if progress.phase != "statistics" else ""]
-            parts += [f"loss {progress.loss:.3f}" if progress.loss is not None else ""]
-            parts += [f"{progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else ""]
-            if progress.total is None and progress.eta_seconds is not None:
-                parts.append(f"about {progress.eta_seconds:.0f} s left")
-            item = "  ".join(part for part in parts if part)
-            update(StageProgress(progress.phase, progress.step, progress.total, item))
-
-        yield draw
+def _figures(progress: Progress) -> str:
+    parts = [progress.item]
+    if progress.ratio is not None:
+        parts.append(f"ratio {progress.ratio:.2f}")
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.3f}")
+    if progress.tokens_per_second is not None:
+        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if progress.total is None and progress.eta_seconds is not None:
+        parts.append(f"about {progress.eta_seconds:.0f} s left")
+    return "  ".join(part for part in parts if part)

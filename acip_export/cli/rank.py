@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,15 @@ from acip_export.cli.options import Cache, Debug, Force, Json
 from acip_export.cli.tables.ranking import show_ranking
 from acip_export.errors import UsageError
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.ranking.algorithms import algorithms, find_algorithm, learned_algorithms
+from acip_export.ranking.config import Basis, Objective, Precision
+
+_LEARNED = learned_algorithms()
+_ALGORITHM_HELP = "How to rank. " + " ".join(f"{known.name}: {known.summary}" for known in algorithms().values())
+if TYPE_CHECKING:
+    _AlgorithmName = str
+else:
+    _AlgorithmName = Literal[tuple(algorithms())]
 
 
 def rank(
@@ -27,35 +36,29 @@ def rank(
     ] = None,
     field: Annotated[str | None, typer.Option(help="Field of JSONL, Parquet and data sets: text, or a chat.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL/NAME.acip.")] = None,
-    algorithm: Annotated[
-        Literal["acip", "fisher", "kfac", "first-order", "energy", "magnitude"],
-        typer.Option(help="acip learns the order; the others need no training."),
-    ] = "acip",
-    units: Annotated[Literal["singular", "channel", "kv_group"], typer.Option(help="What is ranked.")] = "singular",
-    basis: Annotated[
-        Literal["svd", "input", "kfac"] | None, typer.Option(help="Basis of the components, for acip.")
-    ] = None,
-    objective: Annotated[Literal["ce", "distill"] | None, typer.Option(help="Loss that acip trains on.")] = None,
+    algorithm: Annotated[_AlgorithmName, typer.Option(help=_ALGORITHM_HELP)] = "acip",
+    basis: Annotated[Basis | None, typer.Option(help=f"Basis of the components, for {_LEARNED}.")] = None,
+    objective: Annotated[Objective | None, typer.Option(help=f"Loss that {_LEARNED} trains on.")] = None,
     stop_ratio: Annotated[float | None, typer.Option(help="Masks stop at this share of the parameters.")] = None,
     post_tune: Annotated[int | None, typer.Option(help="Steps of the adapters alone, after the masks.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of masks and adapters.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of masks and adapters.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows per step, of all processes together.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other hyper-parameter of acip; may be repeated."),
+        typer.Option("--set", metavar="NAME=VALUE", help=f"Any other hyper-parameter of {_LEARNED}; may be repeated."),
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens per window. Default: 512, or the model's limit.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="What everything random follows from.")] = 0,
     torch_device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1.")] = "auto",
     precision: Annotated[
-        Literal["auto", "float32", "model"],
-        typer.Option(help="Of the frozen weights and factors; auto: as stored, float32 for small models on CPUs."),
+        Precision,
+        typer.Option(help="Type of frozen weights and factors; auto: as stored, float32 for small models on CPUs."),
     ] = "auto",
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option(help="Compute activations twice instead of keeping them. Default: from 1e9 weights.")
+    recompute_activations: Annotated[
+        bool | None, typer.Option(help="Recompute activations instead of keeping them. Default: from 1e9 weights.")
     ] = None,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between stored states of acip.")] = 50,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of acip.")] = False,
+    store_every: Annotated[int, typer.Option(help=f"Steps between the run states that are stored of {_LEARNED}.")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help=f"Go on with an interrupted run of {_LEARNED}.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="Append progress as JSON lines to this file.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Write progress for TensorBoard to this directory.")] = None,
     cache: Cache = None,
@@ -79,7 +82,7 @@ def rank(
     from acip_export.io.outputs import claim_output
     from acip_export.ranking import parse_settings
     from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
-    from acip_export.ranking.processes import launched_rank
+    from acip_export.ranking.processes import launched_index
 
     if data is None:
         raise UsageError("no calibration text; give a file, a directory, a data set or  self  with  --data")
@@ -92,21 +95,21 @@ def rank(
         "batch": batch,
     }
     settings = {name: value for name, value in chosen.items() if value is not None} | parse_settings(set_ or [])
-    if settings and algorithm != "acip":
+    if settings and not find_algorithm(algorithm).learns:
         name = next(iter(settings))
         flag = name.replace("_", "-") if name in chosen else f"set {name}"
-        raise UsageError(f"--{flag} is a setting of acip; --algorithm {algorithm} has none")
+        raise UsageError(f"--{flag} is a setting of {_LEARNED}; --algorithm {algorithm} has none")
     checkpoint = Checkpoint.open(model)
     target = out or checkpoint.path / f"{checkpoint.name}.acip"
     if log_json is not None:
         log_json = claim_output(log_json, LOG_KIND, True, (data, target, cache), checkpoint.path).place
     # Of several processes one draws and logs, as one writes.
-    is_main = launched_rank() == 0
+    is_main = launched_index() == 0
     try:
         with ExitStack() as stack:
             callbacks = []
             if is_main:
-                callbacks.append(stack.enter_context(console.ranking_bars()))
+                callbacks.append(stack.enter_context(console.stage_bars()))
                 if log_json is not None:
                     callbacks.append(stack.enter_context(json_log(log_json)))
                 if tensorboard is not None:
@@ -120,11 +123,10 @@ def rank(
                 context=context,
                 seed=seed,
                 settings=settings,
-                units=units,
                 device=torch_device,
                 precision=precision,
-                gradient_checkpointing=gradient_checkpointing,
-                checkpoint_every=checkpoint_every,
+                recompute_activations=recompute_activations,
+                store_every=store_every,
                 cache=cache,
                 force=force,
                 resume=resume,

@@ -19,6 +19,7 @@ from acip_export.errors import UnsupportedError
 from acip_export.io.outputs import DirectoryKind
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
+from acip_export.progress import ProgressCallback
 from acip_export.weight_types import WeightType
 
 if TYPE_CHECKING:
@@ -30,18 +31,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 # The backend that a format's own fields describe.
 DEFAULT_BACKEND = "cpu"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of a long conversion: ``done`` of ``total`` bytes, now at tensor ``item``."""
-
-    done: int
-    total: int
-    item: str
-
-
-ProgressCallback = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Singular components kept on disk, so that a second ranking or a new size of a model needs no SVD.
+"""Keep singular components on disk, so that a second ranking or a new size of a model needs no SVD.
 
 One safetensors file per weight, named by what went in: SHA-256 over the weight, the moments of its basis and the
 damping. Ranking and materializing therefore share entries, and one of another model, basis or version is never found.
@@ -20,7 +20,7 @@ _VERSION = "1"
 
 
 class FactorCache:
-    """A directory of factorized weights; ``None`` keeps nothing.
+    """Keep factorized weights in a directory; ``None`` keeps nothing.
 
     Raises:
         UsageError: the directory cannot be made.
@@ -39,15 +39,15 @@ class FactorCache:
         if self.directory is None:
             return whitened_components(weight, right, left)
         file = self.directory / f"{_key(weight, right, left)}.safetensors"
-        found = _read(file, (weight.shape[0], weight.shape[1]))
-        if found is None:
+        known = _read(file, (weight.shape[0], weight.shape[1]))
+        if known is None:
             from safetensors.torch import save_file
 
-            found = whitened_components(weight, right, left)
-            tensors = {"up": found.up, "down": found.down, "singular": found.singular}
+            known = whitened_components(weight, right, left)
+            tensors = {"up": known.up, "down": known.down, "singular": known.singular}
             with new_file(file) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        return found
+        return known
 
 
 def _key(weight: Tensor, right: Whitening | None, left: Whitening | None) -> str:

@@ -1,4 +1,4 @@
-"""Singular components of a weight in a whitened basis. Ranking and materializing both start from here.
+"""Factorize a weight into singular components, in a whitened basis. Ranking and materializing both start from here.
 
 With H = E[x x^T] (inputs) and G = E[g g^T] (output gradients), the components are those of
 svd(G^(1/2) W H^(1/2)), carried back: W = up @ down with up = G^(-1/2) U S^(1/2) and down = S^(1/2) V^T H^(-1/2).
@@ -24,7 +24,7 @@ GRAM_RANGE = 2e4
 
 @dataclass(frozen=True)
 class Whitening:
-    """A second moment (n, n) float64, and when they are asked for: its damped symmetric square root and that's inverse.
+    """Hold a second moment (n, n) float64, and its damped symmetric square root and inverse root, made when asked for.
 
     Factors that come out of a cache need no roots, and the roots of wide layers cost as much as an SVD.
     """
@@ -49,13 +49,13 @@ class Whitening:
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of the moment as the score file stores it."""
+        """Return the SHA-256 of the moment as the score file stores it."""
         return hashlib.sha256(pack_moment(self.moment).tobytes()).digest()
 
 
 @dataclass(frozen=True)
 class Components:
-    """``weight = up @ down``, component by component.
+    """Hold the factors of ``weight = up @ down``, component by component.
 
     Attributes:
         up: (out, k). down: (k, in). singular: (k,) descending, of the whitened weight. All float32, or float64 for a
@@ -68,19 +68,19 @@ class Components:
 
 
 def pack_moment(moment: Tensor) -> np.ndarray:
-    """Upper triangle of a symmetric (n, n) matrix as float32 (n*(n+1)/2,)."""
+    """Return the upper triangle of a symmetric (n, n) matrix as float32 (n*(n+1)/2,)."""
     return moment.float().numpy()[np.triu_indices(moment.shape[0])]
 
 
 def unpack_moment(triangle: np.ndarray, size: int) -> Tensor:
-    """Inverse of :func:`pack_moment`; float64."""
+    """Undo :func:`pack_moment`, in float64."""
     full = np.zeros((size, size))
     full[np.triu_indices(size)] = triangle
     return torch.from_numpy(full + np.triu(full, 1).T)
 
 
 def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root of a damped second moment and its inverse, float64."""
+    """Return the symmetric square root of a damped second moment and its inverse, float64."""
     moment = moment.double()
     damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(moment.shape[0], dtype=torch.float64)
     values, vectors = torch.linalg.eigh(damped)
@@ -91,7 +91,7 @@ def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
 def whitenings_of(
     input_moment: Tensor | None, gradient_moment: Tensor | None
 ) -> tuple[Whitening | None, Whitening | None]:
-    """Of inputs and gradients; ``None`` stands for the identity."""
+    """Return the whitenings of inputs and gradients; ``None`` stands for the identity."""
     return (
         None if input_moment is None else Whitening.of(input_moment),
         None if gradient_moment is None else Whitening.of(gradient_moment),
@@ -104,12 +104,12 @@ def components(weight: Tensor, input_moment: Tensor | None, gradient_moment: Ten
 
 
 def component_dtype(weight: Tensor) -> torch.dtype:
-    """Of the components of ``weight``."""
+    """Return the dtype of the components of ``weight``."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
 def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening | None) -> Components:
-    """:func:`components` with the roots of the input moment (``right``) and the gradient moment (``left``) at hand."""
+    """Factorize as :func:`components`, with the roots of input (``right``) and gradient moment (``left``) at hand."""
     whitened = weight.double()
     dtype = component_dtype(weight)
     if left is not None:
@@ -128,7 +128,7 @@ def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, V^T of a float64 matrix (m, n), k = min(m, n), through its Gram matrix where that is accurate enough.
+    """Compute U, S, V^T of a float64 matrix, k = min(m, n), through its Gram matrix where that is accurate enough.
 
     The eigenvectors of the smaller Gram matrix are one side, the matrix times them the other: their product is exact,
     but the other side's rows are orthogonal, and the singular values right, only up to 1e-16 (s_1 / s_i)^2. Up to
@@ -150,7 +150,7 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def balance(
     up: Tensor, down: Tensor, right: Whitening | None, left: Whitening | None, rank: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The best pair of ``rank`` for ``up @ down``, both factors with the same singular values, in the whitened norm.
+    """Find the best pair of ``rank`` for ``up @ down`` in the whitened norm; both factors get the same singular values.
 
     QR of both sides and one small SVD. ``up`` (out, r), ``down`` (r, in); returns float32 (out, rank), (rank, in), in
     descending order of the singular values.
@@ -180,5 +180,5 @@ def fold(
     right: Whitening | None,
     left: Whitening | None,
 ) -> tuple[Tensor, Tensor]:
-    """The best pair of the same rank for ``up @ down + adapter_up @ adapter_down``; see :func:`balance`."""
+    """Find the best pair of the same rank for ``up @ down + adapter_up @ adapter_down``; see :func:`balance`."""
     return balance(torch.cat([up, adapter_up], dim=1), torch.cat([down, adapter_down]), right, left, up.shape[1])

@@ -1,4 +1,4 @@
-"""Second-order predictions of what dropping or rounding costs, from the moments of one layer."""
+"""Predict what dropping or rounding costs, to second order, from the moments of one layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from acip_export.lowrank.components import Components
 
 @dataclass(frozen=True)
 class ComponentLosses:
-    """Second-order predictions for one module's components: see :class:`acip_export.artifacts.scores.ModuleScores`."""
+    """Hold the predictions for one module's components: see :class:`acip_export.artifacts.scores.ModuleScores`."""
 
     drop: Tensor
     up_sensitivity: Tensor
@@ -19,7 +19,7 @@ class ComponentLosses:
 
 
 def component_losses(basis: Components, inputs: Tensor, gradients: Tensor, rounding: float = 1.0) -> ComponentLosses:
-    """Predicted losses in any basis, (k,) float64 each, nats per token.
+    """Predict losses in any basis, (k,) float64 each, in nats per token.
 
     Dropping component k changes W by -up_k down_k^T: 1/2 (up_k^T G up_k)(down_k^T H down_k), which is half the squared
     singular value in the ``kfac`` basis. Rounding with a relative mean square error of one adds independent noise of
@@ -37,5 +37,5 @@ def component_losses(basis: Components, inputs: Tensor, gradients: Tensor, round
 
 
 def dense_sensitivity(weight: Tensor, inputs: Tensor, gradients: Tensor) -> float:
-    """The same for rounding the dense weight (out, in): 1/2 sum_ij G_ii H_jj W_ij^2."""
+    """Predict the same for rounding the dense weight (out, in): 1/2 sum_ij G_ii H_jj W_ij^2."""
     return 0.5 * float(gradients.diagonal() @ weight.double().square() @ inputs.diagonal())

@@ -1,4 +1,4 @@
-"""The order of all components of a model, and the ranks that follow for any size."""
+"""Order all components of a model, and derive the ranks that follow for any size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class GlobalOrder:
-    """All components from least to most important: by score, then module order, then unit index (a total order).
+    """Order all components from least to most important: by score, then module, then index (a total order).
 
     Attributes:
         names: modules in natural order. counts: (modules,) components of each.
@@ -41,8 +41,7 @@ class GlobalOrder:
         self.present = self.total - np.concatenate([[0], np.cumsum(freed)])
 
     def ranks_at(self, ratio: float) -> dict[str, int]:
-        """Rank of every module when the least important components are dropped until the linear layers have at most
-        ``ratio`` of their parameters.
+        """Return the rank of every module when the linear layers keep at most ``ratio`` of their parameters.
 
         A module of shape (m, n) and rank r counts min(r*(m+n), m*n): a pair that would be larger stays dense.
         """
@@ -51,6 +50,6 @@ class GlobalOrder:
         return {name: int(rank) for name, rank in zip(self.names, kept, strict=True)}
 
     def stays_dense(self, name: str, rank: int) -> bool:
-        """Whether the pair would be no smaller than the dense weight."""
+        """Tell whether the pair would be no smaller than the dense weight."""
         out, inputs = self.shapes[name]
         return rank * (out + inputs) >= out * inputs

@@ -1,5 +1,5 @@
 """Plan and scores in, bundle out."""
 
-from acip_export.materialization.bundle_writer import MaterializeProgress, materialize_bundle
+from acip_export.materialization.bundle_writer import materialize_bundle
 
-__all__ = ["MaterializeProgress", "materialize_bundle"]
+__all__ = ["materialize_bundle"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,18 +33,10 @@ from acip_export.materialization.refit import balanced, refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
+from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.rounding import RoundTrip
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
-
-
-@dataclass(frozen=True)
-class MaterializeProgress:
-    """Tensor ``done`` of ``total`` was written."""
-
-    done: int
-    total: int
-    tensor: str
 
 
 def materialize_bundle(
@@ -55,7 +45,7 @@ def materialize_bundle(
     plan: Plan,
     out: Path,
     force: bool = False,
-    progress: Callable[[MaterializeProgress], None] = lambda _: None,
+    progress: ProgressCallback = silent,
     round_trip: RoundTrip | None = None,
     cache: Path | None = None,
 ) -> Path:
@@ -90,7 +80,7 @@ def materialize_bundle(
             for index, (decision, numbers) in enumerate(made):
                 for name, tensor in numbers.items():
                     writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
-                progress(MaterializeProgress(index + 1, len(plan.tensors), decision.name))
+                progress(Progress("materialize", index + 1, len(plan.tensors), decision.name))
         _save_importance(importance, directory / IMPORTANCE_FILE)
         (directory / "config.json").write_text(json.dumps(thawed(checkpoint.config), indent=2), encoding="utf-8")
         for name in (*TOKENIZER_FILES, *sentence_files(checkpoint.path)):

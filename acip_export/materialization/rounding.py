@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import layer_of
+from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.rounding import RoundTrip
 from acip_export.weight_types import WeightType, weight_type
 
@@ -29,15 +30,7 @@ _LARGEST_SIDE = 512
 # nearest one's ratios.
 _LAYERS_OF_A_KIND = 2
 _RANK_SHARES = (0.25, 0.75)
-
-
-@dataclass(frozen=True)
-class RoundingProgress:
-    """``done`` of ``total`` measurements were made, now at ``item``."""
-
-    done: int
-    total: int
-    item: str
+_STAGE = "measure rounding"
 
 
 def measure_rounding(
@@ -49,7 +42,7 @@ def measure_rounding(
     bases: tuple[str, ...],
     corrections: tuple[tuple[str, int], ...],
     round_trip: RoundTrip,
-    progress: Callable[[RoundingProgress], None] = lambda _: None,
+    progress: ProgressCallback = silent,
 ) -> RoundingErrors:
     """Measure and return everything that ``wanted`` lacks.
 
@@ -69,12 +62,12 @@ def measure_rounding(
     done = 0
     found: dict[str, dict[str, float]] = {}
     for name, types in missing.items():
-        progress(RoundingProgress(done, total, name))
+        progress(Progress(_STAGE, done, total, name))
         found[name] = dict(_dense(checkpoint, scores, name, types, round_trip))
         done += 1
     ratios: dict[str, dict[str, Ratios]] = {}
     for name in measured:
-        progress(RoundingProgress(done, total, name))
+        progress(Progress(_STAGE, done, total, name))
         new = [p for p in pairs if pair_key(*p) not in wanted.pairs.get(name, {})]
         new_bases = [base for base in bases if residual_key(base) not in wanted.pairs.get(name, {})]
         formats = [(weight_type(wanted.format, d), weight_type(wanted.format, u)) for d, u in new]
@@ -84,7 +77,7 @@ def measure_rounding(
             form = weight_type(wanted.format, base)
             ratios[name][residual_key(base)] = _residual(problem, form, corrections, round_trip)
         done += 1
-    progress(RoundingProgress(total, total, ""))
+    progress(Progress(_STAGE, total, total))
     everywhere = {name: ratios[_nearest(name, measured)] for name in modules}
     return wanted.merged(
         RoundingErrors(wanted.format, wanted.quantizer, wanted.scores_sha256, dense=found, pairs=everywhere)

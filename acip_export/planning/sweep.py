@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from acip_export.artifacts.plan import BudgetScope, Plan
@@ -10,6 +10,7 @@ from acip_export.errors import UnsupportedError
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.presets import preset
 from acip_export.planning.problem import Problem
+from acip_export.progress import Progress, ProgressCallback, silent
 
 # Beyond this many tensors the exact finish costs more time than it moves a point of the curve.
 _EXACT_TENSORS = 100
@@ -52,14 +53,14 @@ def sweep(
     scope: BudgetScope,
     label: str,
     steps: int = 40,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: ProgressCallback = silent,
 ) -> SweepLine:
     """Plan for the smallest feasible budget, for the last one that improves anything, and between: ``steps`` of them.
 
     All share the candidates. Sizes grow by equal factors: most of what happens to quality happens at the small ones.
 
     Args:
-        progress: called with steps done and all.
+        label: names the line; progress is told under it.
 
     Raises:
         UnsupportedError: the format's converter cannot express a decision.
@@ -72,7 +73,7 @@ def sweep(
         point = _point(problem.plan(Budget(nbytes, scope), serving, exact=exact))
         if not points or point.predicted_loss < points[-1].predicted_loss:
             points.append(point)
-        progress(step + 1, steps)
+        progress(Progress(label, step + 1, steps))
     space = problem.space
     types = tuple(type_.name for type_ in space.types)
     return SweepLine(label, space.format.name, space.layout.name, types, tuple(points), {})

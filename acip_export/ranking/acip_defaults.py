@@ -1,4 +1,4 @@
-"""Settings of the learned ranking that suit a model."""
+"""Choose settings of the learned ranking that suit a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SMALL_STEPS, _SMALL_TUNE = 100, 150
 
 
 def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
-    """The settings that were measured to rank best in minutes (docs/LOG.md).
+    """Return the settings that were measured to rank best in minutes (docs/LOG.md).
 
     Masks start graded by the Fisher information of the components, and the divergence from the dense model, whose
     gradient starts at zero, only corrects that order. Near the end it is not small any more: to second order it cannot

@@ -1,4 +1,4 @@
-"""The learned ranking: masks and adapters in one stochastic gradient run (ACIP, arXiv 2502.01717, section 3).
+"""Learn a ranking: masks and adapters in one stochastic gradient run (ACIP, arXiv 2502.01717, section 3).
 
 Minimise, over masks p and adapters,  L(p, adapters) + w_t * sum |p|_1  by AdamW, with w_t growing step by step; the
 order in which masks reach zero is the ranking. Then the adapters alone are tuned on.
@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from acip_export.artifacts.scores import FloatArray
 from acip_export.errors import RankingError
 from acip_export.lowrank.order import GlobalOrder
-from acip_export.ranking.config import AcipConfig, ProgressCallback, silent
+from acip_export.progress import Clock, ProgressCallback, silent
+from acip_export.ranking.config import AcipConfig
+from acip_export.ranking.context import RankContext
 from acip_export.ranking.data import WindowStream
 from acip_export.ranking.masked_linear import MaskedLinear, live_ratio
 from acip_export.ranking.objectives import task_loss
-from acip_export.ranking.processes import ALONE, Processes, check_batch
+from acip_export.ranking.processes import check_batch
 from acip_export.ranking.score_map import broken_ties, update_score_map
-from acip_export.ranking.tasks import CAUSAL, Task
-from acip_export.ranking.timing import Clock
 
 # Steps between moving pruned components out of the way; it costs a copy of the factors.
 _DROP_EVERY = 8
@@ -42,23 +42,19 @@ class AcipRun:
 
     def __init__(
         self,
-        model: nn.Module,
+        context: RankContext,
         layers: Mapping[str, MaskedLinear],
         drop_losses: Mapping[str, npt.NDArray[np.float64]],
-        windows: Tensor,
         config: AcipConfig,
-        seed: int,
-        task: Task = CAUSAL,
-        processes: Processes = ALONE,
     ) -> None:
-        self.task, self.processes, self.seed = task, processes, seed
-        self.model, self.layers, self.drop_losses, self.config = model, layers, drop_losses, config
+        self.model, self.task, self.seed, self.processes = context.model, context.task, context.seed, context.processes
+        self.layers, self.drop_losses, self.config = layers, drop_losses, config
         self.device = next(iter(layers.values())).mask.device
-        self.stream = WindowStream(windows, config.batch, seed)
-        check_batch(self.stream.batch, processes.count)
+        self.stream = WindowStream(context.data.training, config.batch, self.seed)
+        check_batch(self.stream.batch, self.processes.count)
         self.interrupted: Callable[[], bool] = lambda: False
         self._stopping = False
-        self.sizes = np.random.default_rng(seed)
+        self.sizes = np.random.default_rng(self.seed)
         if config.start == "drop-loss":
             self._grade_masks()
         self.score_map: dict[str, FloatArray] = {
@@ -97,7 +93,7 @@ class AcipRun:
             start += count
 
     def mask_step(self) -> float:
-        """One step of masks and adapters; returns the task loss.
+        """Take one step of masks and adapters, and return the task loss.
 
         Raises:
             RankingError: the loss is not finite.
@@ -118,7 +114,7 @@ class AcipRun:
         return task
 
     def tune_step(self) -> float:
-        """One step of the adapters alone, at the stop ratio or at one drawn for this step; returns the task loss."""
+        """Take one step of the adapters alone, at the stop ratio or at one drawn for it; return the task loss."""
         self._choose_size()
         if self.config.post_tune_decay:
             left = 1 - self.tune_steps / self.config.post_tune
@@ -129,20 +125,20 @@ class AcipRun:
         return task
 
     def should_stop(self) -> bool:
-        """Whether any process was asked to stop; of several, all say the same, as of the last step."""
+        """Tell whether any process was asked to stop; of several, all say the same, as of the last step."""
         return self._stopping or (self.processes.count == 1 and self.interrupted())
 
     def ratio(self) -> float:
         return live_ratio(self.layers)
 
     def scores(self) -> dict[str, FloatArray]:
-        """Final scores by module, by component."""
+        """Return the final scores by module, by component."""
         if self.config.tie_break == "index":
             return {n: np.where(s > 0, s, s - 1).astype(np.float32) for n, s in self.score_map.items()}
         return broken_ties(self.score_map, self.drop_losses)
 
     def counters(self) -> dict[str, Any]:
-        """What :meth:`restore` needs beside :meth:`tensors`; plain JSON."""
+        """Return what :meth:`restore` needs beside :meth:`tensors`, as plain JSON."""
         return {
             "mask_steps": self.mask_steps,
             "tune_steps": self.tune_steps,
@@ -153,15 +149,19 @@ class AcipRun:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masks, adapters, score map and arrangement, by name."""
-        found = {}
+        """Return masks, adapters, their optimizer's state, score map and arrangement, by name."""
+        state = {
+            f"optimizer/{index}/{key}": value
+            for index, parameter in enumerate((*self.masks, *self.adapters))
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
         for name, layer in self.layers.items():
-            found[f"mask/{name}"] = layer.mask.detach()
-            found[f"a/{name}"], found[f"b/{name}"] = layer.adapter_a.detach(), layer.adapter_b.detach()
-            found[f"score_map/{name}"] = torch.from_numpy(self.score_map[name])
-            found[f"arrangement/{name}"] = layer.arrangement
-            found[f"live/{name}"] = torch.tensor([layer.live])
-        return found
+            state[f"mask/{name}"] = layer.mask.detach()
+            state[f"a/{name}"], state[f"b/{name}"] = layer.adapter_a.detach(), layer.adapter_b.detach()
+            state[f"score_map/{name}"] = torch.from_numpy(self.score_map[name])
+            state[f"arrangement/{name}"] = layer.arrangement
+            state[f"live/{name}"] = torch.tensor([layer.live])
+        return state
 
     def restore(self, counters: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Continue where :meth:`counters` and :meth:`tensors` were taken."""
@@ -175,6 +175,12 @@ class AcipRun:
             layer.adapter_b.data.copy_(tensors[f"b/{name}"])
             self.score_map[name] = tensors[f"score_map/{name}"].numpy()
             layer.arrange(tensors[f"arrangement/{name}"].to(self.device), int(tensors[f"live/{name}"]))
+        for index, parameter in enumerate((*self.masks, *self.adapters)):
+            if f"optimizer/{index}/step" in tensors:
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"optimizer/{index}/{key}"].to("cpu" if key == "step" else self.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
 
     def _choose_size(self) -> None:
         if self._order is None:
@@ -223,7 +229,7 @@ class AcipRun:
 
     @torch.no_grad()
     def check(self) -> None:
-        """A loss of the present state; what is stored is then known to be good.
+        """Measure a loss of the present state: what is stored is then known to be good.
 
         Raises:
             RankingError: it is not finite.
@@ -237,15 +243,15 @@ class AcipRun:
         self.model.train()
         step = self.mask_steps + self.tune_steps
         # Everything random in a step follows from its number: nothing to store, and each process drops out otherwise.
-        torch.manual_seed(((self.seed << 40) + (step << 10) + self.processes.rank) % 2**63)
-        windows = batch[self.processes.rank :: self.processes.count]
+        torch.manual_seed(((self.seed << 40) + (step << 10) + self.processes.index) % 2**63)
+        windows = batch[self.processes.index :: self.processes.count]
         loss = task_loss(self.task, self.config.objective, self.model, self.layers, windows.to(self.device))
         # Means over shares with different numbers of masked tokens: so weighted, their mean is that of the batch.
-        return loss * (self.processes.count * self.task.units(windows) / self.task.units(batch))
+        return loss * (self.processes.count * self.task.counted(windows) / self.task.counted(batch))
 
     @torch.no_grad()
     def _penalize(self) -> None:
-        """From the task's gradients of the masks to the objective's."""
+        """Turn the task's gradients of the masks into the objective's."""
         for mask, loss in zip(self.masks, self._mask_losses, strict=True):
             assert mask.grad is not None
             if self.config.second_order:
@@ -256,8 +262,10 @@ class AcipRun:
             mask.grad += self.penalty * (mask > 0)
 
     def _update(self, loss: Tensor, adjust: Callable[[], None] = lambda: None) -> float:
-        """One optimizer step on the mean over all processes, whose gradients ``adjust`` may change; returns the mean of
-        ``loss``.
+        """Take one optimizer step on the mean over all processes, whose gradients ``adjust`` may change.
+
+        Returns:
+            The mean of ``loss``.
         """
         loss.backward()  # type: ignore[no-untyped-call]
         mean, self._stopping = self._average(float(loss.detach()))
@@ -290,15 +298,15 @@ class AcipRun:
 
 
 def advance(run: AcipRun, context: int, progress: ProgressCallback = silent) -> Iterator[None]:
-    """Run to the end; yields after every step, when the state is whole."""
+    """Run to the end, and yield after every step, when the state is whole."""
     tokens = run.stream.batch * context
-    clock = Clock("masks", None, tokens, progress, run.mask_steps)
+    clock = Clock("masks", None, progress, tokens, done=run.mask_steps)
     while not run.masks_done:
         loss = run.mask_step()
-        clock.advance(ratio=run.ratio(), loss=loss, done=_mask_progress(run))
+        clock.advance(ratio=run.ratio(), loss=loss, share=_share_of_masks(run))
         yield
     ratio = run.ratio()
-    clock = Clock("post-tune", run.config.post_tune, tokens, progress, run.tune_steps)
+    clock = Clock("post-tune", run.config.post_tune, progress, tokens, done=run.tune_steps)
     while run.tune_steps < run.config.post_tune and run.adapters:
         loss = run.tune_step()
         clock.advance(ratio=ratio, loss=loss)
@@ -306,7 +314,7 @@ def advance(run: AcipRun, context: int, progress: ProgressCallback = silent) -> 
     run.model.eval()
 
 
-def _mask_progress(run: AcipRun) -> float:
-    """Share of the mask phase that is behind: by size, or by how far the average mask has come."""
+def _share_of_masks(run: AcipRun) -> float:
+    """Return the share of the mask steps that is behind: by size, or by how far the average mask has come."""
     left = torch.cat([mask.detach().relu() for mask in run.masks]).mean().item() / run.config.mask_scale
     return min(1.0, max(1 - left, (1 - run.ratio()) / (1 - run.config.stop_ratio)))

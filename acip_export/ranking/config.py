@@ -1,8 +1,8 @@
-"""What a ranking run can be told, and what it reports while it runs."""
+"""Settings of a ranking: how it uses its text, and the hyper-parameters of what is learned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -11,8 +11,6 @@ from acip_export.artifacts.scores import AdapterScaling
 from acip_export.errors import UsageError
 from acip_export.text.packing import MOST_TOKENS
 
-Algorithm = Literal["acip", "magnitude", "energy", "kfac", "fisher", "first-order"]
-Units = Literal["singular", "channel", "kv_group"]
 Basis = Literal["svd", "input", "kfac"]
 Precision = Literal["auto", "float32", "model"]
 Objective = Literal["ce", "distill"]
@@ -20,21 +18,13 @@ Start = Literal["ones", "drop-loss"]
 TieBreak = Literal["drop-loss", "index"]
 Predictor = Literal["kfac", "fisher"]
 PostTuneSizes = Literal["stop", "sampled"]
-Phase = Literal["self", "statistics", "components", "fisher", "first-order", "masks", "post-tune", "curve"]
 
-TRAINING_FREE_BASES: dict[Algorithm, Basis] = {
-    "magnitude": "svd",
-    "energy": "input",
-    "kfac": "kfac",
-    "fisher": "kfac",
-    "first-order": "input",
-}
 CURVE_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
 @dataclass(frozen=True)
 class AcipConfig:
-    """Hyper-parameters of the learned ranking. The defaults are the paper's (arXiv 2502.01717).
+    """Set the hyper-parameters of the learned ranking. The defaults are the paper's (arXiv 2502.01717).
 
     Attributes:
         basis: ``svd`` (paper), ``input`` or ``kfac``: see :mod:`acip_export.lowrank.components`.
@@ -50,7 +40,7 @@ class AcipConfig:
         post_tune_sizes: masks while post-tuning: those of the ``stop`` ratio (paper), or of a ratio ``sampled``
             uniformly for every step, so that one set of adapters serves all sizes.
         smallest_sampled, largest_sampled: bounds of those ratios; 0 for the stop ratio.
-        learning_rate: of AdamW, without weight decay. adapter_learning_rate: ``None``: the same (paper).
+        learning_rate: the one of AdamW, without weight decay. adapter_learning_rate: ``None``: the same (paper).
         post_tune_decay: lower the adapters' learning rate linearly to zero while post-tuning.
         mask_scale: masks are 1 at the start but stored as this, so that they move on the adapters' scale.
         penalty: weight of the masks' one-sided L1 norm, multiplied by penalty_growth every penalty_every steps.
@@ -109,7 +99,7 @@ class AcipConfig:
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """Hyper-parameters of :class:`AcipConfig` from ``NAME=VALUE``.
+    """Read hyper-parameters of :class:`AcipConfig` from ``NAME=VALUE``.
 
     Raises:
         UsageError: unknown name, or a value of the wrong kind.
@@ -141,17 +131,17 @@ def _parsed(name: str, value: str, hint: Any) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How the calibration text is used.
+    """Set how the calibration text is used.
 
     Attributes:
         context: tokens per window; ``None``: 512, or the model's limit if that is smaller.
-        statistics_tokens: from the front of the text, for the second moments.
-        curve_tokens: from its end, at most a fifth of it: the measured curve, seen by nothing else.
+        statistics_tokens: how many from the front of the text the second moments are measured on.
+        curve_tokens: how many from its end, at most a fifth of it, the curve is measured on; nothing else sees them.
         batch: windows per forward pass of statistics and curve.
         seed: of label sampling, adapters, dropout, the order of the windows, and text of the model's own.
-        field: of records: see :func:`acip_export.text.documents.read_documents`.
+        field: what is read of a record: see :func:`acip_export.text.documents.read_documents`.
         curve_ratios: sizes that the curve is measured at, falling from 1.
-        most_tokens: of the text are used, from its front. self_tokens: that ``self`` samples.
+        most_tokens: how many of the text are used at most, from its front. self_tokens: how many ``self`` samples.
     """
 
     context: int | None = None
@@ -170,29 +160,3 @@ class DataConfig:
         ratios = self.curve_ratios
         if not ratios or ratios[0] != 1 or ratios[-1] < 0 or any(a <= b for a, b in pairwise(ratios)):
             raise UsageError(f"the curve's ratios {ratios} must fall from 1")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One report of a running ranking.
-
-    Attributes:
-        phase: what is running. step, total: of this phase; the number of mask steps is not known beforehand.
-        ratio: share of the linear layers' parameters that is left. loss: nats per token, as last measured.
-        tokens_per_second, eta_seconds: of this phase; ``None`` where they make no sense or cannot be told yet.
-    """
-
-    phase: Phase
-    step: int
-    total: int | None
-    ratio: float = 1.0
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    eta_seconds: float | None = None
-
-
-ProgressCallback = Callable[[Progress], None]
-
-
-def silent(_progress: Progress) -> None:
-    """The default progress callback."""

@@ -1,4 +1,4 @@
-"""Measured quality at every size: what the planner scales its predictions to."""
+"""Measure quality at every size: what the planner scales its predictions to."""
 
 from __future__ import annotations
 
@@ -11,29 +11,21 @@ from torch import Tensor, nn
 from acip_export.artifacts.scores import CurvePoint, FloatArray
 from acip_export.lowrank.components import fold
 from acip_export.lowrank.order import GlobalOrder
-from acip_export.model.embedding_similarity import Similarity, compare_similarities
-from acip_export.ranking.config import CURVE_RATIOS, ProgressCallback, silent
+from acip_export.model.embedding_similarity import Similarity
+from acip_export.progress import Clock
+from acip_export.ranking.context import RankContext
 from acip_export.ranking.factorized_model import Factorized
 from acip_export.ranking.losses import next_token_loss
 from acip_export.ranking.masked_linear import MaskedLinear, dense_behaviour
 from acip_export.ranking.processes import ALONE, Processes
 from acip_export.ranking.sharding import whole
-from acip_export.ranking.tasks import CAUSAL, EmbeddingTask, Task
-from acip_export.ranking.timing import Clock
+from acip_export.ranking.tasks import Task
 
 
 def measure_curve(
-    model: nn.Module,
-    parts: Factorized,
-    scores: Mapping[str, FloatArray],
-    windows: Tensor,
-    batch: int,
-    ratios: tuple[float, ...] = CURVE_RATIOS,
-    progress: ProgressCallback = silent,
-    task: Task = CAUSAL,
-    processes: Processes = ALONE,
+    context: RankContext, factorized: Factorized, scores: Mapping[str, FloatArray]
 ) -> tuple[CurvePoint, ...]:
-    """Loss on ``windows`` (n, context) when the model's layers are cut in the global order, without and with adapters.
+    """Measure the held-out loss when the model's layers are cut in the global order, without and with adapters.
 
     The loss of a causal model is that of the next token, an encoder's the divergence from its dense self.
 
@@ -41,22 +33,24 @@ def measure_curve(
     stays dense. Adapters are measured the way they are exported: folded into a pair at the same rank, added to a
     dense weight. Ratio 1 is the dense model.
     """
+    model, task, processes, batch = context.model, context.task, context.processes, context.batch
+    windows, ratios = context.data.held_out, context.calibration.curve_ratios
     model.eval()
-    layers = parts.layers
+    layers = factorized.layers
     order = GlobalOrder(scores, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
     for name, layer in layers.items():
         layer.arrange(torch.from_numpy(np.argsort(-scores[name], kind="stable")).to(layer.mask.device), len(layer.mask))
         layer.gated = False
     adapted = any(len(layer.adapter_a) for layer in layers.values())
     with dense_behaviour(layers):
-        dense = None if task is CAUSAL else [o for _, o in _outputs(task, model, windows, batch)]
+        dense = None if task.labelled else [o for _, o in _outputs(task, model, windows, batch)]
 
     def measure() -> tuple[float, Similarity | None]:
         if dense is None:
             return held_out_loss(model, windows, batch, processes), None
         return held_out_divergence(task, model, windows, batch, dense)
 
-    clock = Clock("curve", len(ratios) * (1 + adapted), windows.numel(), progress)
+    clock = Clock("curve", len(ratios) * (1 + adapted), context.progress, tokens=windows.numel())
     points = []
     for ratio in ratios:
         ranks = order.ranks_at(ratio)
@@ -67,7 +61,7 @@ def measure_curve(
         clock.advance(ratio=ratio, loss=loss)
         with_adapters = None
         if adapted:
-            _fold_adapters(parts, processes)
+            _fold_adapters(factorized, processes)
             with_adapters, adapted_similarity = measure()
             if with_adapters < loss:
                 similarity = adapted_similarity
@@ -81,7 +75,7 @@ def measure_curve(
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, windows: Tensor, batch: int, processes: Processes = ALONE) -> float:
-    """Mean negative log-likelihood, nats per token."""
+    """Measure the mean negative log-likelihood, nats per token."""
     if len(windows) < processes.count:
         processes = ALONE  # too few to share: all measure all of them
     device = next(model.parameters()).device
@@ -95,17 +89,14 @@ def held_out_loss(model: nn.Module, windows: Tensor, batch: int, processes: Proc
 def held_out_divergence(
     task: Task, model: nn.Module, windows: Tensor, batch: int, dense: list[Tensor]
 ) -> tuple[float, Similarity | None]:
-    """Mean divergence of an encoder from its ``dense`` outputs (by batch), in the task's unit; and for sentence
-    embeddings how well their similarities are kept.
+    """Measure the mean divergence of an encoder from its ``dense`` outputs (by batch), in the task's unit; and for
+    sentence embeddings how well their similarities are kept.
     """
-    found = list(_outputs(task, model, windows, batch))
-    total = sum(task.divergence(o, d).item() for (_, o), d in zip(found, dense, strict=True))
+    outputs = list(_outputs(task, model, windows, batch))
+    total = sum(task.divergence(o, d).item() for (_, o), d in zip(outputs, dense, strict=True))
     # The divergence of a model from itself is zero up to rounding, which is of no sign.
-    loss = max(0.0, total / sum(task.units(part) for part, _ in found))
-    if not isinstance(task, EmbeddingTask):
-        return loss, None
-    embeddings = (torch.cat(parts).cpu().numpy() for parts in ([o for _, o in found], dense))
-    return loss, compare_similarities(*embeddings)
+    loss = max(0.0, total / sum(task.counted(part) for part, _ in outputs))
+    return loss, task.similarity(torch.cat([o for _, o in outputs]), torch.cat(dense))
 
 
 @torch.no_grad()
@@ -117,19 +108,19 @@ def _outputs(task: Task, model: nn.Module, windows: Tensor, batch: int) -> Itera
 
 
 def adapter_pair(layer: MaskedLinear) -> tuple[Tensor, Tensor]:
-    """``(b, a)`` of a layer's whole adapter, float32, with LoRA's scale folded into ``b``."""
+    """Return ``(b, a)`` of a layer's whole adapter, float32, with LoRA's scale folded into ``b``."""
     return layer.adapter_scale * layer.adapter_b.detach(), layer.adapter_a.detach()
 
 
-def _fold_adapters(parts: Factorized, processes: Processes) -> None:
-    for name, layer in parts.layers.items():
+def _fold_adapters(factorized: Factorized, processes: Processes) -> None:
+    for name, layer in factorized.layers.items():
         if layer.live == len(layer.mask):
             layer.adapted = len(layer.adapter_a) > 0
             continue
         pair = whole(layer.up)[:, : layer.live], whole(layer.down)[: layer.live]
-        if parts.owners[name] == processes.rank:
+        if factorized.owners[name] == processes.index:
             b, a = adapter_pair(layer)
             b = layer.adapter_share() * b.cpu()
-            folded = fold(pair[0].cpu(), pair[1].cpu(), b, a.cpu(), *parts.whitenings[name])
+            folded = fold(pair[0].cpu(), pair[1].cpu(), b, a.cpu(), *factorized.whitenings[name])
             pair = folded[0].to(pair[0]), folded[1].to(pair[1])
-        layer.hold(*(processes.from_owner(factor, parts.owners[name]) for factor in pair))
+        layer.hold(*(processes.from_owner(factor, factorized.owners[name]) for factor in pair))

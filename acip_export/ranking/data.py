@@ -1,4 +1,4 @@
-"""Calibration text, split into what the ranking learns from and what its curve is measured on."""
+"""Split calibration text into what the ranking learns from and what its curve is measured on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from acip_export.errors import DataError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import Encoder, encoder_of
-from acip_export.ranking.config import DataConfig, ProgressCallback, silent
+from acip_export.progress import ProgressCallback, silent
+from acip_export.ranking.config import DataConfig
 from acip_export.ranking.self_text import SELF, sample_text
 from acip_export.ranking.tasks import CAUSAL, MaskedTask, Task, task_of
 from acip_export.text.packing import PackedText, load_tokenizer, pack_text, pad_texts
@@ -28,7 +29,7 @@ _MASKED_SHARE = 0.15
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Token windows (n, context) int64. ``training`` and ``held_out`` are disjoint stretches of one text.
+    """Hold token windows (n, context) int64. ``training`` and ``held_out`` are disjoint stretches of one text.
 
     Attributes:
         statistics: the first windows of ``training``. task: what the model is for.
@@ -44,7 +45,7 @@ class CalibrationData:
 def read_data(
     checkpoint: Checkpoint, source: str | Path, config: DataConfig, evaluation: str | Path | None = None
 ) -> CalibrationData:
-    """Tokenize and split; with an ``evaluation`` text, that is held out and ``source`` is used whole.
+    """Tokenize and split the text; with an ``evaluation`` text, that is held out and ``source`` is used whole.
 
     Raises:
         DataError: unreadable text, or less than eight windows of it. MissingExtraError: a package that reads it.
@@ -65,7 +66,7 @@ def sample_data(
     evaluation: str | Path | None = None,
     progress: ProgressCallback = silent,
 ) -> CalibrationData:
-    """:func:`read_data` for text that the model itself samples (``--data self``).
+    """Do as :func:`read_data` with text that the model itself samples (``--data self``).
 
     Raises:
         DataError: ``config.self_tokens`` are less than eight windows. UnsupportedError: an encoder, which samples none.
@@ -86,12 +87,12 @@ def sample_data(
 
 
 def is_self(source: str | Path) -> bool:
-    """Whether ``source`` asks for the model's own text; a file of that name is ``./self``."""
+    """Tell whether ``source`` asks for the model's own text; a file of that name is ``./self``."""
     return str(source) == SELF and not isinstance(source, Path)
 
 
 def window_length(checkpoint: Checkpoint, config: DataConfig) -> int:
-    """Tokens per window."""
+    """Return the tokens per window."""
     return min(config.context or _DEFAULT_CONTEXT, checkpoint.shape.max_context)
 
 
@@ -115,7 +116,7 @@ def _calibration(text: PackedText, training: Tensor, held_out: Tensor, config: D
 def _texts(
     model: Path, encoder: Encoder, source: str | Path, config: DataConfig, evaluation: str | Path | None
 ) -> CalibrationData:
-    """The same split for an encoder, whose windows are padded texts."""
+    """Split the same way for an encoder, whose windows are padded texts."""
     tokenizer = load_tokenizer(model)
     if encoder.kind == "masked-lm" and tokenizer.mask_token_id is None:
         raise DataError(f"the tokenizer of {model} has no mask token, so its masked language model cannot be ranked")
@@ -142,13 +143,13 @@ def _texts(
 
 
 def _texts_of(task: Task, windows: Tensor, tokens: int) -> int:
-    """How many texts from the front have ``tokens`` tokens together, at least four."""
+    """Count the texts from the front that have ``tokens`` tokens together, at least four."""
     counts = torch.tensor([task.tokens(window) for window in windows])
     return max(_LEAST_TEXTS // _LARGEST_HELD_OUT_SHARE, int((counts.cumsum(0) <= tokens).sum()))
 
 
 def _masked(windows: Tensor, tokenizer: Any, seed: int) -> Tensor:
-    """15 % of the tokens that are not special replaced by the mask token (BERT's share), at least one a text."""
+    """Replace 15 % of the tokens that are not special by the mask token (BERT's share), at least one of each text."""
     special = torch.isin(windows, torch.tensor(tokenizer.all_special_ids))
     draws = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed)).masked_fill(special, 2.0)
     chosen = draws < _MASKED_SHARE
@@ -157,7 +158,7 @@ def _masked(windows: Tensor, tokenizer: Any, seed: int) -> Tensor:
 
 
 class WindowStream:
-    """Batches of windows without end: each pass over the text in a new seeded order.
+    """Yield batches of windows without end: each pass over the text in a new seeded order.
 
     ``position`` alone says where the stream stands, so a resumed run sees the same batches.
     """

@@ -1,4 +1,4 @@
-"""From statistics and a basis to the factorized model and its predicted losses."""
+"""Factorize the model in a basis, with the losses that statistics predict for its components."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from acip_export.artifacts.scores import FloatArray
-from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import Components, Whitening, component_dtype
 from acip_export.lowrank.losses import ComponentLosses, component_losses, dense_sensitivity
-from acip_export.model.checkpoint import Checkpoint
-from acip_export.ranking.config import Basis, ProgressCallback, silent
-from acip_export.ranking.masked_linear import AdapterShape, MaskedLinear, replace_linear
-from acip_export.ranking.processes import ALONE, Processes
+from acip_export.progress import Clock
+from acip_export.ranking.config import Basis
+from acip_export.ranking.context import RankContext
+from acip_export.ranking.masked_linear import NO_ADAPTER, AdapterShape, MaskedLinear, replace_linear
 from acip_export.ranking.sharding import by_block, shard_block, shard_rest
 from acip_export.ranking.statistics import Statistics
-from acip_export.ranking.timing import Clock
 
 _Result = TypeVar("_Result")
 Whitenings = tuple[Whitening | None, Whitening | None]
@@ -29,7 +29,7 @@ Whitenings = tuple[Whitening | None, Whitening | None]
 
 @dataclass(frozen=True)
 class Factorized:
-    """A model whose linear layers became :class:`MaskedLinear`, with everything known about their components.
+    """Hold what is known about a model whose linear layers became :class:`MaskedLinear`.
 
     Attributes:
         layers, losses, singular, sensitivity, whitenings, owners: by module name; whitenings of (inputs, gradients);
@@ -43,10 +43,15 @@ class Factorized:
     whitenings: Mapping[str, Whitenings]
     owners: Mapping[str, int]
 
+    @property
+    def drop_losses(self) -> dict[str, npt.NDArray[np.float64]]:
+        """The loss that the moments predict for dropping each component, (k,) by module."""
+        return {name: losses.drop.numpy() for name, losses in self.losses.items()}
+
 
 @dataclass(frozen=True)
 class _Factors:
-    """What is known about a module once it is factorized."""
+    """Hold what is known about one module, as tensors that processes can send each other."""
 
     components: Components
     losses: ComponentLosses
@@ -70,22 +75,18 @@ class _Factors:
 
 
 def factorize_model(
-    checkpoint: Checkpoint,
-    model: nn.Module,
+    context: RankContext,
     statistics: Statistics,
     basis: Basis,
-    mask_scale: float,
-    adapter: AdapterShape,
-    progress: ProgressCallback = silent,
-    cache: FactorCache | None = None,
-    processes: Processes = ALONE,
+    mask_scale: float = 1.0,
+    adapter: AdapterShape = NO_ADAPTER,
 ) -> Factorized:
-    """Replace every linear layer of ``model`` in place; the dense weights are released one by one.
+    """Replace every linear layer of the model in place; the dense weights are released one by one.
 
     Each process factorizes its share for all; a model to be sharded is on the host and sharded block by block. As many
     layers are factorized side by side as torch has threads, one thread each: an SVD gains little from more.
     """
-    cache = cache or FactorCache(None)
+    checkpoint, model, processes = context.checkpoint, context.model, context.processes
     layers, losses, singular, sensitivity, whitenings = {}, {}, {}, {}, {}
     roots: dict[str, Whitening] = {}
 
@@ -94,7 +95,7 @@ def factorize_model(
             roots[moment_key] = Whitening.of(moment)
         return roots[moment_key] if wanted else None
 
-    clock = Clock("components", len(checkpoint.linear_modules), 0, progress)
+    clock = Clock("components", len(checkpoint.linear_modules), context.progress)
     for name in checkpoint.linear_modules:
         whitenings[name] = (
             whitening(statistics.input_keys[name], statistics.input_of(name), basis in ("input", "kfac")),
@@ -103,24 +104,24 @@ def factorize_model(
 
     def factorize(name: str) -> _Factors:
         weight = model.get_parameter(f"{name}.weight").detach().cpu()
-        components = cache.components(weight, *whitenings[name])
+        components = context.factors.components(weight, *whitenings[name])
         inputs, gradients = statistics.input_of(name), statistics.gradient_of(name)
         estimate, exact = dense_sensitivity(weight, inputs, gradients), statistics.sensitivity.get(name)
         losses = component_losses(components, inputs, gradients, 1.0 if exact is None else exact / estimate)
         return _Factors(components, losses, torch.tensor(estimate if exact is None else exact, dtype=torch.float64))
 
     owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
-    own = [name for name in checkpoint.linear_modules if owners[name] == processes.rank]
+    own = [name for name in checkpoint.linear_modules if owners[name] == processes.index]
     factorized = side_by_side(factorize, own, ahead=processes.count > 1)
     for block, names in by_block(checkpoint.linear_modules):
         for name in names:
             dense = model.get_submodule(name)
             assert isinstance(dense, nn.Linear)  # load_model has checked it
-            mine = next(factorized)[1] if owners[name] == processes.rank else _Factors.empty(dense.weight)
-            found = _Factors.of([processes.from_owner(tensor, owners[name]) for tensor in mine.tensors()])
-            losses[name], sensitivity[name] = found.losses, float(found.sensitivity)
-            singular[name] = found.components.singular.numpy()
-            layers[name] = MaskedLinear(found.components, dense, mask_scale, adapter)
+            mine = next(factorized)[1] if owners[name] == processes.index else _Factors.empty(dense.weight)
+            factors = _Factors.of([processes.from_owner(tensor, owners[name]) for tensor in mine.tensors()])
+            losses[name], sensitivity[name] = factors.losses, float(factors.sensitivity)
+            singular[name] = factors.components.singular.numpy()
+            layers[name] = MaskedLinear(factors.components, dense, mask_scale, adapter)
             replace_linear(model, name, layers[name])
             clock.advance()
         if processes.mesh is not None:
@@ -131,8 +132,8 @@ def factorize_model(
 
 
 def owners_of(shapes: Mapping[str, tuple[int, int]], inputs: Mapping[str, str], count: int) -> dict[str, int]:
-    """The process that factorizes each module: shares of about equal work, in the modules' order, so that no process
-    waits long for another. Modules that read the same input share its whitening, and so an owner.
+    """Choose the process that factorizes each module: shares of about equal work, in the modules' order, so that no
+    process waits long for another. Modules that read the same input share its whitening, and so an owner.
     """
     work: dict[str, int] = {}
     for name, (out, columns) in shapes.items():
@@ -149,7 +150,7 @@ def owners_of(shapes: Mapping[str, tuple[int, int]], inputs: Mapping[str, str], 
 def side_by_side(
     work: Callable[[str], _Result], names: Sequence[str], ahead: bool = False
 ) -> Iterator[tuple[str, _Result]]:
-    """``work`` of every name, in order; no more results wait at any time than torch has threads.
+    """Yield ``work`` of every name, in order; no more results wait at any time than torch has threads.
 
     Args:
         ahead: use a thread beside this one even if torch has but one, so that work goes on while this one waits.

@@ -1,4 +1,4 @@
-"""The model that is ranked: loaded, checked, and asked for the names of its parts."""
+"""Load the model that is ranked, check it, and find its embedding and head."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from acip_export.ranking.masked_ops import frozen_linear
 
 # Up to here a float32 copy is no matter, and the measured curve starts exactly at the dense model.
 _FLOAT32_WEIGHTS = 100_000_000
-# From here on activations are computed twice rather than kept, unless told otherwise.
-_CHECKPOINTED_WEIGHTS = 1_000_000_000
+# From here on activations are recomputed rather than kept, unless told otherwise.
+_RECOMPUTED_WEIGHTS = 1_000_000_000
 
 
 class StoredLinear(nn.Linear):
@@ -28,14 +28,14 @@ class StoredLinear(nn.Linear):
 
 
 def linear_weights(checkpoint: Checkpoint) -> int:
-    """Weights of all linear layers together."""
+    """Count the weights of all linear layers together."""
     return sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
 
 
 def load_model(
     checkpoint: Checkpoint, device: torch.device, precision: Precision = "float32", home: torch.device | None = None
 ) -> nn.Module:
-    """The dense model with frozen weights.
+    """Load the dense model, with frozen weights.
 
     Args:
         device: where it computes. home: where it is put; ``None``: there.
@@ -72,7 +72,7 @@ def load_model(
 
 
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones: others emulate it, far slower."""
+    """Tell whether this CPU multiplies bfloat16 matrices faster than float32 ones: others emulate it, far slower."""
     able = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # older versions of torch cannot tell
     return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "arm_bf16"))
 
@@ -89,8 +89,8 @@ def _compute_in_float32(model: nn.Module, stored: Collection[str]) -> None:
                 tensor.data = tensor.data.float()
 
 
-def checkpoint_activations(model: nn.Module, checkpoint: Checkpoint, wanted: bool | None) -> None:
-    """Let the blocks compute their activations twice in training instead of keeping them (gradient checkpointing).
+def enable_recomputation(model: nn.Module, checkpoint: Checkpoint, wanted: bool | None) -> None:
+    """Let the blocks recompute their activations in training instead of keeping them (gradient checkpointing).
 
     Args:
         wanted: ``None``: for models of 1e9 weights and more that can.
@@ -101,10 +101,10 @@ def checkpoint_activations(model: nn.Module, checkpoint: Checkpoint, wanted: boo
     able = bool(getattr(model, "supports_gradient_checkpointing", False))
     if wanted and not able:
         raise UnsupportedError(
-            f"{checkpoint.path}: transformers cannot checkpoint the activations of a {type(model).__name__}; "
-            "go without  --gradient-checkpointing"
+            f"{checkpoint.path}: transformers cannot recompute the activations of a {type(model).__name__}; "
+            "go without  --recompute-activations"
         )
-    if wanted or (wanted is None and able and linear_weights(checkpoint) >= _CHECKPOINTED_WEIGHTS):
+    if wanted or (wanted is None and able and linear_weights(checkpoint) >= _RECOMPUTED_WEIGHTS):
         # The older name, which transformers 6 drops, warns where the newer exists.
         newer = getattr(model, "activation_checkpointing_enable", None)
         enable: Any = newer or model.gradient_checkpointing_enable
@@ -112,7 +112,7 @@ def checkpoint_activations(model: nn.Module, checkpoint: Checkpoint, wanted: boo
 
 
 def embedding_names(model: nn.Module) -> tuple[str, str | None]:
-    """Module names of the input embedding and the head over the vocabulary, if there is one."""
+    """Return the module names of the input embedding and the head over the vocabulary, if there is one."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]

@@ -1,27 +1,27 @@
-"""Where the progress of a ranking goes beside the screen: JSON lines, TensorBoard."""
+"""Write the progress of a ranking where it is kept: JSON lines, TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from acip_export.errors import MissingExtraError, UsageError
 from acip_export.io.outputs import FileKind
-from acip_export.ranking.config import Progress, ProgressCallback
+from acip_export.progress import Progress, ProgressCallback
 
-LOG_KIND = FileKind("a log of a ranking", re.compile(rb'\{"time": [\d.]+, "phase": '))
+LOG_KIND = FileKind("a log of a ranking", re.compile(rb'\{"time": [\d.]+, "stage": '))
 
 
 @contextmanager
 def json_log(file: Path) -> Iterator[ProgressCallback]:
-    """Appends one JSON object per report to ``file``: the fields of :class:`Progress`, and ``time`` (Unix seconds).
+    """Append one JSON object per report to ``file``: the fields of :class:`Progress`, and ``time`` (Unix seconds).
 
-    Appends, so that a resumed run goes on in the same file; each line is written at once, so that it can be followed.
+    It appends, so that a resumed run goes on in the same file; each line is written at once, to be followed.
 
     Raises:
         UsageError: the file cannot be written.
@@ -41,7 +41,7 @@ def json_log(file: Path) -> Iterator[ProgressCallback]:
 
 @contextmanager
 def tensorboard_log(directory: Path) -> Iterator[ProgressCallback]:
-    """Writes ``PHASE/loss``, ``PHASE/ratio`` and ``PHASE/tokens_per_second`` over the steps for TensorBoard.
+    """Write ``STAGE/loss``, ``STAGE/ratio`` and ``STAGE/tokens_per_second`` over the steps for TensorBoard.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
@@ -56,7 +56,7 @@ def tensorboard_log(directory: Path) -> Iterator[ProgressCallback]:
         for name in ("loss", "ratio", "tokens_per_second"):
             value = getattr(progress, name)
             if value is not None:
-                writer.add_scalar(f"{progress.phase}/{name}", value, progress.step)
+                writer.add_scalar(f"{progress.stage}/{name}", value, progress.done)
 
     try:
         yield log
@@ -64,8 +64,8 @@ def tensorboard_log(directory: Path) -> Iterator[ProgressCallback]:
         writer.close()
 
 
-def to_all(callbacks: list[Callable[[Progress], None]]) -> ProgressCallback:
-    """One callback that passes every report on."""
+def to_all(callbacks: Sequence[ProgressCallback]) -> ProgressCallback:
+    """Make one callback that passes every report on."""
 
     def report(progress: Progress) -> None:
         for callback in callbacks:

@@ -1,4 +1,4 @@
-"""Losses over a vocabulary that keep the logits and their gradient, and nothing else.
+"""Compute losses over a vocabulary that keep the logits and their gradient, and nothing else.
 
 Written for autograd they would keep, for every token, the logits, their float32 copy, the log-probabilities and the
 gradients of each; over a large vocabulary that outweighs the model. Here the forward pass, which has the probabilities
@@ -19,16 +19,16 @@ _AT_ONCE = 2**19
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of ``labels`` (n,) under ``logits`` (n, vocabulary), nats, in float32 or wider.
+    """Compute the mean negative log-likelihood of ``labels`` (n,) under ``logits`` (n, vocabulary), in nats.
 
-    Negative labels stand for none: their tokens do not count.
+    The result is float32 or wider. Negative labels stand for none: their tokens do not count.
     """
     loss: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
     return loss
 
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each token after the first."""
+    """Compute the mean negative log-likelihood of each token after the first."""
     logits: Tensor = model(input_ids=windows, use_cache=False).logits
     # The last token has no label; cutting its logits off would copy all others, and their gradients again.
     labels = torch.cat([windows[:, 1:], windows.new_full((len(windows), 1), -1)], dim=1)
@@ -36,9 +36,10 @@ def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 def token_divergence(logits: Tensor, dense: Tensor) -> Tensor:
-    """Mean KL divergence of ``logits`` (n, vocabulary) from ``dense`` (n, vocabulary), nats, in float32 or wider.
+    """Compute the mean KL divergence of ``logits`` (n, vocabulary) from ``dense`` (n, vocabulary), in nats.
 
-    Where ``logits`` wants a gradient, it is left in the storage of ``dense``, whose numbers are gone then.
+    The result is float32 or wider. Where ``logits`` wants a gradient, it is left in the storage of ``dense``, whose
+    numbers are gone then.
     """
     loss: Tensor = _Divergence.apply(logits, dense)  # type: ignore[no-untyped-call]
     return loss
@@ -73,11 +74,11 @@ class _Divergence(torch.autograd.Function):
         total = _widened(logits.new_zeros(()))
         ctx.gradient = dense if ctx.needs_input_grad[0] else None
         for part in _parts(logits):
-            believed, found = _widened(dense[part]).log_softmax(-1), _widened(logits[part]).log_softmax(-1)
+            believed, predicted = _widened(dense[part]).log_softmax(-1), _widened(logits[part]).log_softmax(-1)
             probabilities = believed.exp()
-            total += (probabilities * believed.sub_(found)).sum()
+            total += (probabilities * believed.sub_(predicted)).sum()
             if ctx.gradient is not None:
-                ctx.gradient[part] = found.exp_().sub_(probabilities).div_(len(logits))
+                ctx.gradient[part] = predicted.exp_().sub_(probabilities).div_(len(logits))
         return total / len(logits)
 
     @staticmethod
@@ -97,7 +98,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _scaled(ctx: Any, factor: Tensor) -> Tensor:
-    """The gradient, in place; a second backward pass would scale it twice, so it finds none."""
+    """Scale the gradient, in place; a second backward pass would scale it twice, so it finds none."""
     gradient: Tensor = ctx.gradient
     ctx.gradient = None
     return gradient.mul_(factor)

@@ -1,4 +1,4 @@
-"""Linear layers as masked sums of singular components with an adapter beside them (ACIP, section 3.1)."""
+"""Write linear layers as masked sums of singular components with an adapter beside them (ACIP, section 3.1)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ _PLACES = 32
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Low-rank adapter of every layer; ``rank`` 0: none.
+    """Describe the low-rank adapter of every layer.
 
-    ``scaling``: see :func:`acip_export.artifacts.scores.adapter_share`.
+    Attributes:
+        rank: 0 for no adapter. alpha, dropout: as in LoRA.
+        scaling: see :func:`acip_export.artifacts.scores.adapter_share`.
     """
 
     rank: int
@@ -34,12 +36,15 @@ class AdapterShape:
     scaling: AdapterScaling = "constant"
 
     def rank_for(self, out: int, inputs: int) -> int:
-        """Capped at a quarter of the smaller side: beyond that an adapter is no longer low-rank."""
+        """Cap the rank at a quarter of the smaller side: beyond that an adapter is no longer low-rank."""
         return min(self.rank, min(out, inputs) // 4)
 
 
+NO_ADAPTER = AdapterShape(0)
+
+
 class MaskedLinear(nn.Module):
-    """``y = sum_k m_k up_k (down_k x) + B A dropout(x) + bias``, in place of a linear layer.
+    """Compute ``y = sum_k m_k up_k (down_k x) + B A dropout(x) + bias``, in place of a linear layer.
 
     ``mask`` holds m scaled (``mask_scale``), and acts through a straight-through estimator: 1 where it is positive, 0
     elsewhere; its gradient passes through a ReLU, so that a pruned component stays pruned.
@@ -81,11 +86,11 @@ class MaskedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Some models look at the dtype or device of their layers' weights."""
+        """Stand in for the dense weight where a model looks at its dtype or device."""
         return self.down
 
     def gate(self) -> Tensor:
-        """(k,) ones and zeros, with the gradient of the stored mask through ReLU and scale."""
+        """Make ones and zeros (k,), with the gradient of the stored mask through ReLU and scale."""
         positive = F.relu(self.mask)
         return (positive > 0).to(positive.dtype) + (positive - positive.detach()) / self.mask_scale
 
@@ -118,7 +123,7 @@ class MaskedLinear(nn.Module):
             self._held = None
 
     def adapter_share(self) -> float:
-        """Of the adapter that takes part at this size; all of it while masks move, which have no size yet."""
+        """Return the share of the adapter that takes part at this size; while masks move, all of it."""
         return 1.0 if self.gated else adapter_share(self.adapter_scaling, self.live, len(self.mask))
 
     def drop_pruned(self) -> None:
@@ -149,7 +154,7 @@ class MaskedLinear(nn.Module):
 
 @contextmanager
 def dense_behaviour(layers: Mapping[str, MaskedLinear]) -> Iterator[None]:
-    """Inside, the layers act as the dense ones did: all components, no masks, no adapters."""
+    """Let the layers act inside as the dense ones did: all components, no masks, no adapters."""
     before = {name: (layer.live, layer.gated, layer.adapted) for name, layer in layers.items()}
     for layer in layers.values():
         layer.live, layer.gated, layer.adapted = len(layer.mask), False, False
@@ -167,7 +172,10 @@ def replace_linear(model: nn.Module, name: str, layer: MaskedLinear) -> None:
 
 
 def live_ratio(layers: Mapping[str, MaskedLinear]) -> float:
-    """Share of the linear layers' parameters that is left; a layer whose pair would be larger counts as dense."""
+    """Return the share of the linear layers' parameters that is left.
+
+    A layer whose pair would be larger counts as dense.
+    """
     present = total = 0
     for layer in layers.values():
         size = layer.in_features * layer.out_features

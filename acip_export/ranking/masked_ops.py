@@ -1,4 +1,4 @@
-"""The products of a masked layer, with exactly what their gradients need kept for the backward pass.
+"""Compute the products of a masked layer, with exactly what their gradients need kept for the backward pass.
 
 Frozen factors may be stored in a narrower dtype than the activations: they are widened for each product, and again in
 the backward pass, instead of keeping a wide copy of every layer until then.
@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Adapter:
-    """``scale * b (a dropout(x))``; ``keep``: share of inputs that dropout leaves.
+    """Hold an adapter, which adds ``scale * b (a dropout(x))``.
 
-    ``a`` (r, in) and ``b`` (out, r) are trained, in float32 or wider.
+    Attributes:
+        a, b: (r, in) and (out, r), trained, in float32 or wider. keep: share of inputs that dropout leaves.
     """
 
     a: Tensor
@@ -29,13 +30,13 @@ class Adapter:
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias`` with a frozen weight (out, in) of any dtype; the result has the dtype of ``x``."""
+    """Compute ``x weight^T + bias`` with a frozen weight (out, in) of any dtype; the result has the dtype of ``x``."""
     y: Tensor = _FrozenLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias
 
 
 def masked_linear(x: Tensor, down: Tensor, up: Tensor, gate: Tensor | None, adapter: Adapter | None) -> Tensor:
-    """``up (gate * down x)`` plus the adapter.
+    """Compute ``up (gate * down x)`` plus the adapter.
 
     Args:
         x: (…, in). down: (k, in), up: (out, k): frozen. gate: (k,), or ``None`` for ones.

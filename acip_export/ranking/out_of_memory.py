@@ -1,4 +1,4 @@
-"""Running out of memory, as an error that says what to lower."""
+"""Turn running out of memory into an error that says what to lower."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CPU_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory
 
 @contextmanager
 def out_of_memory_named(advice: str) -> Iterator[None]:
-    """Turns any out-of-memory error inside into a RankingError that ends with ``advice``."""
+    """Turn any out-of-memory error inside into a RankingError that ends with ``advice``."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -1,4 +1,4 @@
-"""The processes that rank together: one alone, or those that ``accelerate launch`` started.
+"""Share a ranking among processes: one alone, or those that ``accelerate launch`` started.
 
 Data parallelism: every process holds the model and works on its share of the windows; sums over windows are reduced, so
 that every process takes the same steps. The communication is torch.distributed's, set up by accelerate.
@@ -20,13 +20,13 @@ from acip_export.errors import DataError, MissingExtraError, UnsupportedError, U
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among ``count``; ``rank`` 0 is the one that writes and draws.
+    """Describe this process among ``count``; ``index`` 0 is the one that writes and draws.
 
     Attributes:
         device: where this process computes. mesh: the processes that share one model's weights; ``None``: each has all.
     """
 
-    rank: int
+    index: int
     count: int
     device: torch.device
     mesh: DeviceMesh | None = None
@@ -38,10 +38,10 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return self.index == 0
 
     def batches(self, windows: Tensor, size: int) -> list[tuple[int, Tensor]]:
-        """This process's share of ``windows`` (n, …) in batches of at most ``size``: (index of the first, batch).
+        """Return this process's share of ``windows`` (n, …) in batches of up to ``size``: (index of the first, batch).
 
         Raises:
             DataError: fewer windows than processes.
@@ -52,14 +52,14 @@ class Processes:
             # To compute is to communicate: all need the same number of batches.
             rounds = min(-(-len(windows) // (size * self.count)), len(windows) // self.count)
             ends = [len(windows) * i // (rounds * self.count) for i in range(rounds * self.count + 1)]
-            shares = list(pairwise(ends))[self.rank :: self.count]
+            shares = list(pairwise(ends))[self.index :: self.count]
             return [(start, windows[start:end]) for start, end in shares]
         size = min(size, -(-len(windows) // self.count))
-        starts = range(0, len(windows), size)[self.rank :: self.count]
+        starts = range(0, len(windows), size)[self.index :: self.count]
         return [(start, windows[start : start + size]) for start in starts]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, on the device and in the dtype of ``tensor``; the same bits everywhere."""
+        """Return the sum over all processes, on the device and in the dtype of ``tensor``; the same bits everywhere."""
         if self.count == 1:
             return tensor
         moved = tensor.detach().to(self.device, copy=True).contiguous()
@@ -67,7 +67,7 @@ class Processes:
         return moved.to(tensor.device)
 
     def from_owner(self, tensor: Tensor, owner: int) -> Tensor:
-        """What ``tensor`` holds in process ``owner``; the others pass one of the same shape and dtype."""
+        """Return what ``tensor`` holds in process ``owner``; the others pass one of the same shape and dtype."""
         if self.count == 1:
             return tensor
         moved = tensor.detach().to(self.device, copy=True).contiguous()
@@ -75,7 +75,7 @@ class Processes:
         return moved.to(tensor.device)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         if self.count > 1:
             torch.distributed.barrier()
 
@@ -87,8 +87,8 @@ _OTHER_SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
-def launched_rank() -> int:
-    """This process's rank, before anything was set up."""
+def launched_index() -> int:
+    """Return this process's index, before anything was set up."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -131,7 +131,7 @@ def _is_on(variable: str) -> bool:
 
 
 def check_batch(batch: int, count: int) -> None:
-    """Raises UsageError unless ``count`` processes can share ``batch`` windows equally."""
+    """Raise UsageError unless ``count`` processes can share ``batch`` windows equally."""
     if batch % count:
         raise UsageError(
             f"{count} processes cannot share {batch} windows per step equally; give a multiple with  --batch"

@@ -1,8 +1,8 @@
-"""A learned ranking on disk, so that a run that was stopped ends with the ranking it would have had.
+"""Store a learned ranking, so that a run that was stopped ends with the ranking it would have had.
 
-A safetensors file (never pickle) beside the score file, written whole or not at all: masks, adapters, their optimizer
-state, score maps and arrangements. Not in it: what is random in a step, which follows from the step's number, and
-statistics and factors, which come out the same again.
+A run state is a safetensors file (never pickle) beside the score file, written whole or not at all: masks, adapters,
+their optimizer's state, score maps and arrangements. Not in it: what is random in a step, which follows from the step's
+number, and statistics and factors, which come out the same again.
 """
 
 from __future__ import annotations
@@ -10,43 +10,53 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from acip_export.errors import RankingError
 from acip_export.io.atomic import new_file, read_safetensors_header
 from acip_export.io.outputs import safetensors_kind
-from acip_export.ranking.acip_run import AcipRun
+from acip_export.ranking.processes import Processes
 
-_FORMAT = "acip-run"
-RUN_KIND = safetensors_kind("a stored run", _FORMAT)
+_ARTIFACT = "acip-run"
+RUN_KIND = safetensors_kind("a run state of a ranking", _ARTIFACT)
+
+
+class Run(Protocol):
+    """A run that can be stored between two steps; see :class:`acip_export.ranking.acip_run.AcipRun`."""
+
+    processes: Processes
+
+    def check(self) -> None: ...
+    def counters(self) -> dict[str, Any]: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def restore(self, counters: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None: ...
 
 
 def run_file(out: Path) -> Path:
-    """Where the state of an unfinished run is kept: ``NAME.acip.run`` beside the score file."""
+    """Return where the state of an unfinished run is kept: ``NAME.acip.run`` beside the score file."""
     return out.with_name(out.name + ".run")
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """Where and how often a run is stored.
+class RunStates:
+    """Where and how often the state of a run is stored.
 
     Attributes:
-        file: replaced by every checkpoint. every: steps between them.
-        identity: of model, data and settings; a run of another identity is not resumed.
+        file: replaced by every state. every: steps between them. resume: whether to go on from the one that is there.
     """
 
     file: Path
     every: int
-    identity: str
+    resume: bool
 
-    def save(self, run: AcipRun) -> None:
+    def save(self, run: Run, identity: str) -> None:
         """Replace the stored state; only one process does it, after all have checked it.
 
         Raises:
@@ -57,51 +67,37 @@ class Checkpoints:
             return
         from safetensors.torch import save_file
 
-        metadata = {"artifact": _FORMAT, "identity": self.identity, "counters": json.dumps(run.counters())}
-        tensors = {**_optimizer_tensors(run), **run.tensors()}
+        metadata = {"artifact": _ARTIFACT, "identity": identity, "counters": json.dumps(run.counters())}
         with new_file(self.file) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            save_file({name: tensor.contiguous() for name, tensor in run.tensors().items()}, temporary, metadata)
 
-    def load(self, run: AcipRun) -> None:
+    def load(self, run: Run, identity: str) -> None:
         """Put ``run``, freshly started, where the stored one was.
 
+        Args:
+            identity: of model, text and settings; a run of another one is not gone on with.
+
         Raises:
-            RankingError: no stored run, a damaged one, or one of another model, text or settings.
+            RankingError: no run state, a damaged one, or one of another model, text or settings.
         """
         from safetensors.torch import load_file
 
         if not self.file.exists():
-            raise RankingError(f"there is no stored run {self.file} to resume; start one without  --resume")
+            raise RankingError(f"there is no run state {self.file} to resume; start a run without  --resume")
         _, metadata = read_safetensors_header(self.file, RankingError)
-        if metadata.get("artifact") != _FORMAT:
-            raise RankingError(f"{self.file} is no stored ranking run; remove it and start without  --resume")
-        if metadata.get("identity") != self.identity:
+        if metadata.get("artifact") != _ARTIFACT:
+            raise RankingError(f"{self.file} is no run state of a ranking; remove it and start without  --resume")
+        if metadata.get("identity") != identity:
             raise RankingError(
                 f"{self.file} was stored for another model, text or settings; give the same ones, "
                 "or start anew without  --resume"
             )
-        tensors = load_file(self.file)
-        run.restore(json.loads(metadata["counters"]), tensors)
-        for index, parameter in enumerate((*run.masks, *run.adapters)):
-            if f"optimizer/{index}/step" in tensors:
-                run.optimizer.state[parameter] = {
-                    key: tensors[f"optimizer/{index}/{key}"].to("cpu" if key == "step" else run.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-
-
-def _optimizer_tensors(run: AcipRun) -> dict[str, Tensor]:
-    state: dict[Any, dict[str, Tensor]] = run.optimizer.state
-    return {
-        f"optimizer/{index}/{key}": value
-        for index, parameter in enumerate((*run.masks, *run.adapters))
-        for key, value in state.get(parameter, {}).items()
-    }
+        run.restore(json.loads(metadata["counters"]), load_file(self.file))
 
 
 @contextmanager
 def interrupts_between_steps() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM only set a flag, which the yielded function tells; a second one acts at once.
+    """Let Ctrl-C and SIGTERM only set a flag inside, which the yielded function tells; a second one acts at once.
 
     A step that is cut in two cannot be stored. Outside the main thread, where handlers cannot be set, nothing changes.
     """

@@ -1,4 +1,4 @@
-"""Scores: the paper's score map, ties broken by predicted loss, and the order that follows."""
+"""Score components: the paper's score map, with ties broken by predicted loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FLOAT32_BITS = 23
 
 
 def update_score_map(scores: FloatArray, mask: FloatArray) -> FloatArray:
-    """One step of the score map (ACIP, section 3.2), by component.
+    """Take one step of the score map (ACIP, section 3.2), by component.
 
     Alive components score their mask value, those pruned in this step 0, those pruned before one less than they did.
     """
@@ -25,7 +25,7 @@ def update_score_map(scores: FloatArray, mask: FloatArray) -> FloatArray:
 def broken_ties(
     score_maps: Mapping[str, FloatArray], drop_losses: Mapping[str, npt.NDArray[np.float64]]
 ) -> dict[str, FloatArray]:
-    """Final scores: ties of the score map broken by predicted loss, across all modules.
+    """Make final scores: break ties of the score map by predicted loss, across all modules.
 
     A component pruned s steps before the end scores ``-s - 1 + fraction``, alive ones keep their mask value. The
     fraction is the component's rank by predicted loss among those pruned in the same step, rounded down to what float32

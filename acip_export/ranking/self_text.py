@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself, for those who may not use their data.
+"""Sample calibration text from the model itself, for those who may not use their data.
 
 Plain ancestral sampling, temperature one: the text is distributed as the model believes text to be, which is what the
 Fisher information averages over (:mod:`acip_export.ranking.statistics` draws its labels the same way). The idea of
@@ -12,8 +12,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from acip_export.ranking.config import ProgressCallback, silent
-from acip_export.ranking.timing import Clock
+from acip_export.progress import Clock, ProgressCallback, silent
 from acip_export.text.packing import PackedText
 
 SELF = "self"
@@ -31,7 +30,7 @@ def sample_text(
     seed: int,
     progress: ProgressCallback = silent,
 ) -> PackedText:
-    """At least ``tokens`` tokens in windows of ``context``, sampled on the CPU's generator.
+    """Sample at least ``tokens`` tokens in windows of ``context``, on the CPU's generator.
 
     Args:
         first_token: what a window starts from, not part of it; ``None``: a random token, as for models without a
@@ -41,7 +40,7 @@ def sample_text(
     generator = torch.Generator().manual_seed(seed)
     count = -(-tokens // context)
     windows = torch.empty(count, context, dtype=torch.int64)
-    clock = Clock("self", count, context, progress)
+    clock = Clock("self", count, progress, tokens=context)
     for begin in range(0, count, _SIDE_BY_SIDE):
         rows = min(_SIDE_BY_SIDE, count - begin)
         if first_token is None:

@@ -1,4 +1,4 @@
-"""Models larger than one device: of each block's matrices, every process holds a part (FSDP, arXiv 2304.11277).
+"""Shard models larger than one device: of each block's matrices, every process holds a part (FSDP, arXiv 2304.11277).
 
 torch's ``fully_shard`` puts the matrices of a block together for the moment in which it computes. They are frozen, so
 it has no gradients to reduce: masks, adapters, norms and biases stay whole in every process, and the gradients of the
@@ -20,7 +20,7 @@ from acip_export.model.tensor_names import block_of
 
 
 def by_block(modules: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """Modules in a model's order, by the numbered block that they are in."""
+    """Group modules, in a model's order, by the numbered block that they are in."""
 
     def block(name: str) -> str:
         found = block_of(name)
@@ -63,22 +63,22 @@ def shard_block(block: nn.Module, mesh: DeviceMesh, by_column: Collection[Tensor
 
 
 def shard_rest(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Embedding and head, once all blocks are sharded."""
+    """Shard embedding and head, once all blocks are sharded."""
     shard_block(model, mesh)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, in the same storage; all of it where nothing is sharded."""
+    """Return this process's part of a tensor, in the same storage; all of it where nothing is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; where it is sharded, all processes have to ask for it together."""
+    """Return all of a tensor; where it is sharded, all processes have to ask for it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """What of ``tensor``, whole and sharded as ``like`` is, this process holds."""
+    """Return what this process holds of ``tensor``, which is whole, where it is sharded as ``like`` is."""
     if not isinstance(like, DTensor):
         return tensor
     (placement,) = like.placements

@@ -1,4 +1,4 @@
-"""Second moments of every linear layer's inputs and output gradients, in one streaming pass.
+"""Collect second moments of every linear layer's inputs and output gradients, in one streaming pass.
 
 H = E[x x^T] and G = E[g g^T], both per token, where g is the gradient of the summed loss at the layer's output and the
 labels are drawn from the model's own distribution: 1/2 tr(G dW H dW^T) is then the Kronecker-factored Fisher estimate
@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acip_export.model.checkpoint import Checkpoint
-from acip_export.ranking.config import ProgressCallback, silent
+from acip_export.progress import Clock
+from acip_export.ranking.context import RankContext
 from acip_export.ranking.load import embedding_names
-from acip_export.ranking.processes import ALONE, Processes
+from acip_export.ranking.processes import Processes
 from acip_export.ranking.sharding import whole
-from acip_export.ranking.tasks import CAUSAL, Task
-from acip_export.ranking.timing import Clock
+from acip_export.ranking.tasks import Task
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one pass over calibration text says about a model.
+    """Hold what one pass over calibration text says about a model.
 
     Attributes:
         inputs: (in, in) float64 by key; modules that read the same tensor share one.
@@ -37,7 +36,7 @@ class Statistics:
         input_keys, gradient_keys: by module.
         embedding_sensitivity: by tensor name: predicted loss, in the task's unit, of rounding the embedding or head
             with a relative mean square error of one; the sum of both uses where they are tied.
-        tokens: that went in.
+        tokens: how many went in.
         sensitivity: by module, as :func:`dense_sensitivity`, but measured text by text; empty for causal models.
     """
 
@@ -57,7 +56,7 @@ class Statistics:
 
 
 class _Moments:
-    """Running sums of outer products; batches in the model's precision, the sum in float64."""
+    """Sum outer products: batches in the model's precision, the sum in float64."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -76,7 +75,7 @@ class _Moments:
 
 
 class _HeadMoments:
-    """What rounding the head costs, from its inputs and the variance of the model's own labels."""
+    """Measure what rounding the head costs, from its inputs and the variance of the model's own labels."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.weight = whole(model.get_parameter(f"{name}.weight").detach()).double().cpu()
@@ -96,19 +95,19 @@ class _HeadMoments:
     def sum_over(self, processes: Processes) -> None:
         self.inputs, self.logits = processes.sum(self.inputs), processes.sum(self.logits)
 
-    def loss(self, units: int) -> float:
-        return 0.5 * float((self.logits / units) @ self.weight.square() @ (self.inputs / units))
+    def loss(self, counted: int) -> float:
+        return 0.5 * float((self.logits / counted) @ self.weight.square() @ (self.inputs / counted))
 
 
 class _SharedInputs:
-    """Finds modules that read the same tensor, within one forward pass."""
+    """Find modules that read the same tensor, within one forward pass."""
 
     def __init__(self) -> None:
         self.keys: dict[str, str] = {}
         self._seen: dict[int, tuple[Tensor, str]] = {}
 
     def key(self, module: str, tensor: Tensor) -> tuple[str, bool]:
-        """The key of the tensor's moment, and whether this module is the first to read it."""
+        """Return the key of the tensor's moment, and whether this module is the first to read it."""
         # The tensor is kept, or its id could be given to another one.
         _, key = self._seen.setdefault(id(tensor), (tensor, f"{module}.input"))
         self.keys[module] = key
@@ -118,23 +117,17 @@ class _SharedInputs:
         self._seen.clear()
 
 
-def collect_statistics(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    windows: Tensor,
-    batch: int,
-    seed: int,
-    progress: ProgressCallback = silent,
-    task: Task = CAUSAL,
-    processes: Processes = ALONE,
-) -> Statistics:
-    """One forward and backward pass over ``windows`` (n, context) int64; parameters get no gradients.
+def collect_statistics(context: RankContext) -> Statistics:
+    """Go forward and backward over the context's windows once; parameters get no gradients.
 
-    H is per token, G per unit of the task, so that 1/2 tr(G dW H dW^T) is in the task's unit. Several processes share
-    the windows; each batch draws its labels from a generator of its own, so that it does not matter which one has it.
+    H is per token, G per what the task counts, so that 1/2 tr(G dW H dW^T) is in the task's unit. Several processes
+    share the windows; each batch draws its labels from a generator of its own, so that it does not matter which one
+    has it.
 
     Memory: one (in, in) matrix per distinct input and one (out, out) per module, float64, beside one batch.
     """
+    checkpoint, model, task, processes = context.checkpoint, context.model, context.task, context.processes
+    windows = context.windows
     inputs, gradients, shared = _Moments(), _Moments(), _SharedInputs()
     embedding, head_name = embedding_names(model)
     head = None if head_name is None else _HeadMoments(model, head_name)
@@ -178,19 +171,19 @@ def collect_statistics(
     if head_name is not None and head is not None:
         handles.append(model.get_submodule(head_name).register_forward_pre_hook(head.watch))
 
-    clock = Clock("statistics", len(windows), windows.shape[1], progress)
+    clock = Clock("statistics", len(windows), context.progress, tokens=windows.shape[1])
     device = next(model.parameters()).device
     try:
-        for first_window, part in processes.batches(windows, batch):
+        for first_window, part in processes.batches(windows, context.batch):
             part = task.trimmed(part.to(device))
             real[0] = task.real(part)
             outputs = task.outputs(model, part)
             if head is not None:
                 head.add(task, outputs.detach(), part)
-            loss = task.sampled_loss(outputs, torch.Generator().manual_seed((seed << 32) + first_window))
+            loss = task.sampled_loss(outputs, torch.Generator().manual_seed((context.seed << 32) + first_window))
             loss.backward()  # type: ignore[no-untyped-call]
             shared.next_batch()
-            clock.advance(len(part) * processes.count, loss=loss.item() / task.units(part))
+            clock.advance(len(part) * processes.count, loss=loss.item() / task.counted(part))
     finally:
         for handle in handles:
             handle.remove()
@@ -200,17 +193,17 @@ def collect_statistics(
     sums = dict(zip(sums, processes.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
     if head is not None:
         head.sum_over(processes)
-    tokens, units = task.tokens(windows), task.units(windows)
-    sensitivity = {f"{embedding}.weight": 0.5 * sums.pop("embedding") / units}
+    tokens, counted = task.tokens(windows), task.counted(windows)
+    sensitivity = {f"{embedding}.weight": 0.5 * sums.pop("embedding") / counted}
     if head is not None:
         head_tensor = f"{embedding}.weight" if checkpoint.shape.tied_embeddings else f"{head_name}.weight"
-        sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + head.loss(units)
+        sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + head.loss(counted)
     return Statistics(
         inputs=inputs.mean(tokens),
-        gradients=gradients.mean(units),
+        gradients=gradients.mean(counted),
         input_keys=dict(shared.keys),
         gradient_keys={name: f"{name}.gradient" for name in checkpoint.linear_modules},
         embedding_sensitivity=sensitivity,
         tokens=tokens,
-        sensitivity={} if task.padding is None else {name: 0.5 * total / units for name, total in sums.items()},
+        sensitivity={} if task.padding is None else {name: 0.5 * total / counted for name, total in sums.items()},
     )

@@ -1,16 +1,16 @@
-"""What a model is for, as losses: everything in the ranking that depends on it.
+"""Define what a model is for, as losses: everything in the ranking that depends on it.
 
-Every task has outputs by *unit* (a token, a masked token, a text), a divergence of outputs from the dense model's, and
-a sampled loss whose gradient has the Fisher information as its second moment. A divergence alone would not do for that:
-at the dense model its gradient is zero.
+Every task counts something (tokens, masked tokens, texts) and has outputs for each of them, a divergence of
+outputs from the dense model's, and a sampled loss whose gradient has the Fisher information as its second moment. A
+divergence alone would not do for that: at the dense model its gradient is zero.
 
 ====================  ===========  ==========================  =====================================================
-task                  unit         divergence from the dense   labels sampled from the model's own distribution
+task                  counts       divergence from the dense   labels sampled from the model's own distribution
 ====================  ===========  ==========================  =====================================================
-causal                token        KL, nats                    a next token
-masked LM             masked token KL, nats                    a token
-classification        text         KL, nats                    a class
-sentence embedding    text         cosine distance             e + r with r ~ N(0, 1): for unit vectors the distance is
+causal                tokens       KL, nats                    a next token
+masked-lm             masked ones  KL, nats                    a token
+classification        texts        KL, nats                    a class
+embedding             texts        cosine distance             e + r with r ~ N(0, 1): for unit vectors the distance is
                                                                |e - e'|^2 / 2, the negative log-likelihood of N(e, 1);
                                                                the gradient is that of the projection -<r, e>, and its
                                                                second moment the Gauss-Newton matrix of the distance
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acip_export.artifacts.scores import CAUSAL_UNIT
+from acip_export.model.embedding_similarity import Similarity, compare_similarities
 from acip_export.model.encoder import Encoder
 from acip_export.model.torch_model import pooled
 from acip_export.ranking.losses import next_token_loss, token_cross_entropy, token_divergence
@@ -37,54 +38,77 @@ _CONTRAST_TEMPERATURE = 0.05
 
 
 class Task(ABC):
-    """Attributes: unit: of all losses, for people; ``padding``: the token that fills windows up, if any does."""
+    """What a model is for.
 
+    Attributes:
+        name: as artifacts store it. unit: what losses are in, for people.
+        padding: the token that fills windows up, if any does.
+        labelled: whether texts bring their own labels, so that a loss needs no dense model to compare with.
+    """
+
+    name: ClassVar[str]
     unit: ClassVar[str]
+    labelled: ClassVar[bool] = False
     padding: int | None = None
 
     @abstractmethod
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
-        """(units, width): logits in the model's dtype, or unit embeddings, float32. ``windows`` (n, length) int64."""
+        """Compute (counted, width): logits in the model's dtype, or embeddings of length one, float32.
+
+        Args:
+            windows: (n, length) int64.
+        """
 
     @abstractmethod
     def select(self, by_token: Tensor, windows: Tensor) -> Tensor:
-        """Rows of a tensor by token (n, length, width) that belong to units, (units, width)."""
+        """Pick the rows of a tensor by token (n, length, width) that outputs are made for, (counted, width)."""
 
     @abstractmethod
-    def units(self, windows: Tensor) -> int: ...
+    def counted(self, windows: Tensor) -> int:
+        """Count what a mean loss is the mean over: tokens, masked tokens or texts."""
 
     def tokens(self, windows: Tensor) -> int:
+        """Count the tokens that are no padding."""
         return windows.numel() if self.padding is None else int((windows != self.padding).sum())
 
     def trimmed(self, windows: Tensor) -> Tensor:
-        """Without the columns that are padding in every row."""
+        """Cut off the columns that are padding in every row."""
         if self.padding is None:
             return windows
         return windows[:, : int((windows != self.padding).sum(1).max())]
 
     def real(self, windows: Tensor) -> Tensor | None:
-        """Which tokens are no padding, (n, length) bool; ``None``: all."""
+        """Tell which tokens are no padding, (n, length) bool; ``None``: all."""
         return None if self.padding is None else windows != self.padding
 
     def sampled_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Negative log-likelihood of labels drawn from the model's own distribution, summed over units."""
+        """Sum the negative log-likelihoods of labels drawn from the model's own distribution."""
         labels = torch.multinomial(outputs.detach().float().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
         return token_cross_entropy(outputs, labels.to(outputs.device)) * len(outputs)
 
     def labelled_loss(self, model: nn.Module, windows: Tensor) -> Tensor:
-        """A loss whose gradient at the dense model is not zero, mean over units; for tasks whose texts bring no labels,
-        against the dense model's own most likely ones.
+        """Compute a mean loss whose gradient at the dense model is not zero.
+
+        For tasks whose texts bring no labels, it is that of the dense model's own most likely ones.
         """
         outputs = self.outputs(model, windows)
         return token_cross_entropy(outputs, outputs.detach().argmax(-1))
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
-        """From ``dense`` to ``outputs``, summed over units; for logits, see :func:`.losses.token_divergence`."""
+        """Sum the divergences of ``outputs`` from ``dense``; for logits, see :func:`.losses.token_divergence`."""
         return token_divergence(outputs, dense) * len(outputs)
+
+    def similarity(self, outputs: Tensor, dense: Tensor) -> Similarity | None:  # noqa: ARG002
+        """Tell how well ``outputs`` keep the similarities of texts that ``dense`` has, where outputs are embeddings."""
+        return None
 
 
 class CausalTask(Task):
+    """Predict the next token."""
+
+    name = "causal"
     unit = CAUSAL_UNIT
+    labelled = True
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=windows, use_cache=False).logits
@@ -93,38 +117,38 @@ class CausalTask(Task):
     def labelled_loss(self, model: nn.Module, windows: Tensor) -> Tensor:
         return next_token_loss(model, windows)
 
-    def select(self, by_token: Tensor, windows: Tensor) -> Tensor:  # noqa: ARG002 - every token is a unit
+    def select(self, by_token: Tensor, windows: Tensor) -> Tensor:  # noqa: ARG002 - every token has outputs
         return by_token.flatten(0, -2)
 
-    def units(self, windows: Tensor) -> int:
+    def counted(self, windows: Tensor) -> int:
         return windows.numel()
 
 
 class _EncoderTask(Task):
     """Texts padded to one length; attention masks follow from the padding token, which no text contains."""
 
-    def __init__(self, padding: int) -> None:
-        self.padding = self.pad = padding
+    def __init__(self, encoder: Encoder, tokens: Mapping[str, int]) -> None:
+        self.encoder, self.special_tokens = encoder, tokens
+        self.padding = self.pad = tokens["pad"]
 
     def run(self, model: nn.Module, windows: Tensor) -> Any:
         return model(input_ids=windows, attention_mask=windows.ne(self.pad).long())
 
-    def units(self, windows: Tensor) -> int:
+    def counted(self, windows: Tensor) -> int:
         return len(windows)
 
 
 class EmbeddingTask(_EncoderTask):
+    """Make one vector of a text."""
+
+    name = "embedding"
     unit = "cosine distance per text"
 
-    def __init__(self, padding: int, encoder: Encoder) -> None:
-        super().__init__(padding)
-        assert encoder.pooling is not None
-        self.pooling = encoder.pooling
-
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
+        assert self.encoder.pooling is not None
         hidden = self.run(model, windows).last_hidden_state
         # Unit length whatever the model does with it: what is compared is the cosine.
-        return F.normalize(pooled(hidden, windows.ne(self.pad), self.pooling).float(), dim=-1)
+        return F.normalize(pooled(hidden, windows.ne(self.pad), self.encoder.pooling).float(), dim=-1)
 
     def select(self, by_token: Tensor, windows: Tensor) -> Tensor:  # noqa: ARG002
         raise AssertionError("an embedding has no head over tokens")
@@ -134,7 +158,7 @@ class EmbeddingTask(_EncoderTask):
         return -(outputs * noise).sum()
 
     def labelled_loss(self, model: nn.Module, windows: Tensor) -> Tensor:
-        """Each text is to find itself among those of ``windows``: two passes that differ by the model's own dropout,
+        """Let each text find itself among those of ``windows``: two passes that differ by the model's own dropout,
         contrasted in the batch (SimCSE, arXiv 2104.08821).
         """
         model.train()
@@ -146,8 +170,14 @@ class EmbeddingTask(_EncoderTask):
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
         return (1 - (outputs * dense).sum(-1)).sum()
 
+    def similarity(self, outputs: Tensor, dense: Tensor) -> Similarity | None:
+        return compare_similarities(outputs.cpu().numpy(), dense.cpu().numpy())
+
 
 class ClassificationTask(_EncoderTask):
+    """Choose a class for a text."""
+
+    name = "classification"
     unit = "nats per text"
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
@@ -159,13 +189,15 @@ class ClassificationTask(_EncoderTask):
 
 
 class MaskedTask(_EncoderTask):
-    """The windows hold mask tokens already; their logits are the outputs."""
+    """Predict masked tokens. The windows hold mask tokens already; their logits are the outputs."""
 
+    name = "masked-lm"
     unit = "nats per masked token"
 
-    def __init__(self, padding: int, mask_token: int) -> None:
-        super().__init__(padding)
-        self.mask_token = mask_token
+    @property
+    def mask_token(self) -> int:
+        """The token that stands in for what is to be predicted."""
+        return self.special_tokens["mask"]
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         return self.select(self.run(model, windows).logits, windows)
@@ -173,19 +205,14 @@ class MaskedTask(_EncoderTask):
     def select(self, by_token: Tensor, windows: Tensor) -> Tensor:
         return by_token[windows == self.mask_token]
 
-    def units(self, windows: Tensor) -> int:
+    def counted(self, windows: Tensor) -> int:
         return int((windows == self.mask_token).sum())
 
 
 CAUSAL = CausalTask()
+ENCODER_TASKS = {task.name: task for task in (EmbeddingTask, ClassificationTask, MaskedTask)}
 
 
 def task_of(encoder: Encoder | None, tokens: Mapping[str, int]) -> Task:
-    """The task of a model. ``tokens``: ids of the tokenizer's ``pad`` and ``mask`` tokens, for encoders."""
-    if encoder is None:
-        return CAUSAL
-    if encoder.kind == "embedding":
-        return EmbeddingTask(tokens["pad"], encoder)
-    if encoder.kind == "classification":
-        return ClassificationTask(tokens["pad"])
-    return MaskedTask(tokens["pad"], tokens["mask"])
+    """Return the task of a model; of an encoder, ``tokens`` are the ids of its ``pad`` and ``mask`` tokens."""
+    return CAUSAL if encoder is None else ENCODER_TASKS[encoder.kind](encoder, tokens)

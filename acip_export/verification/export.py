@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +25,7 @@ from acip_export.io.atomic import sha256_of
 from acip_export.model.embedding_similarity import Similarity
 from acip_export.model.encoder import Encoder, encoder_of
 from acip_export.planning.memory import uncounted_bytes
+from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.units import format_bytes
 from acip_export.verification import harness as evaluation
 from acip_export.verification.encoders import verify_encoder
@@ -204,7 +205,7 @@ def verify_export(
     dense: Path | None = None,
     tasks: Sequence[str] = (),
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: ProgressCallback = silent,
 ) -> Report:
     """Check the files, run the export in every runtime of its format, and compare with the bundle and the dense model.
 
@@ -295,14 +296,14 @@ def _run(
     text: EvaluationText | None,
     dense: Path | None,
     timeout: float,
-    progress: Callable[[str], None],
+    progress: ProgressCallback,
 ) -> _Found:
     plan = bundle.plan
-    progress("bundle")
+    progress(Progress("verify", 0, item="bundle"))
     sampled, bundle_perplexity = _sample(written_as, bundle.path, plan, text)
     figures = []
     for session_class in written_as.sessions:
-        progress(f"{session_class.runtime}, in a process of its own")
+        progress(Progress("verify", 0, item=f"{session_class.runtime}, in a process of its own"))
         figures.append(measure_process(session_class.module, session_class.name, export, timeout))
     runtimes, dense_perplexity = _compare(written_as, export, bundle, sampled, figures, text, dense, progress)
     failures = list[str]()
@@ -330,16 +331,16 @@ def _run_encoder(
     text: EvaluationText | None,
     dense: Path | None,
     timeout: float,
-    progress: Callable[[str], None],
+    progress: ProgressCallback,
 ) -> _Found:
     plan, session_class = bundle.plan, written_as.encoder_session
     if session_class is None:
         raise UnsupportedError(
             f"no runtime opens encoders in {written_as.name}; export without verifying:  --no-verify"
         )
-    progress(f"{session_class.runtime}, in a process of its own")
+    progress(Progress("verify", 0, item=f"{session_class.runtime}, in a process of its own"))
     measured = measure_process(session_class.module, session_class.name, export, timeout)
-    progress(session_class.runtime)
+    progress(Progress("verify", 0, item=session_class.runtime))
     windows = None if text is None else text.windows
     figures = verify_encoder(export, plan, encoder, bundle.path, written_as, session_class, dense, windows)
     uncounted = uncounted_bytes(written_as, plan, bundle.as_checkpoint(), session_class.runtime)
@@ -383,7 +384,7 @@ def _compare(
     figures: Sequence[ProcessFigures],
     text: EvaluationText | None,
     dense: Path | None,
-    progress: Callable[[str], None],
+    progress: ProgressCallback,
 ) -> tuple[tuple[RuntimeReport, ...], Perplexity | None]:
     """Every runtime's report, and the dense model's perplexity."""
     plan = bundle.plan
@@ -394,7 +395,7 @@ def _compare(
         own: Perplexity | None = None
         divergence: Divergence | None = None
         with session_class.open(export, plan.serving) as session:
-            progress(session.name)
+            progress(Progress("verify", 0, item=session.name))
             agreement = compare_logits(
                 sample.logits,
                 session.logits(sample.windows),

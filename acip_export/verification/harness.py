@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.errors import MissingExtraError, UsageError
+from acip_export.progress import Progress, ProgressCallback, silent
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def require() -> None:
 
 
 def run_tasks(
-    bundle: Path, tasks: Sequence[str], progress: Callable[[str], None] = lambda _: None
+    bundle: Path, tasks: Sequence[str], progress: ProgressCallback = silent
 ) -> dict[str, dict[str, TaskMetric]]:
     """Results of the bundle, rounded as its export is, by task, then by metric (``acc,none`` becomes ``acc``).
 
@@ -62,7 +63,7 @@ def run_tasks(
             f"lm-evaluation-harness has no task {unknown[0]!r}; list its tasks with  lm_eval ls tasks , or give the "
             "path of a task file, whose name is the task's"
         )
-    progress(f"lm-evaluation-harness: {', '.join(wanted)}")
+    progress(Progress("verify", 0, item=f"lm-evaluation-harness: {', '.join(wanted)}"))
     model = load_bundle(bundle, export_format(Bundle.open(bundle).plan.format).round_trip)
     harness = HFLM(pretrained=model, tokenizer=load_tokenizer(bundle), device="cpu", batch_size=1)
     found = simple_evaluate(model=harness, tasks=wanted, task_manager=manager, verbosity="ERROR")

@@ -17,10 +17,10 @@ import numpy as np
 from acip_export.artifacts.bundle import PLAN_FILE, Bundle
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.errors import UnsupportedError
-from acip_export.formats.protocol import Progress, ProgressCallback
 from acip_export.io.prefetch import one_ahead
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
+from acip_export.progress import Progress, ProgressCallback
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
@@ -95,11 +95,11 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
     for name, contents in files.items():
         with GgufWriter(out / name, contents.metadata, contents.specs) as writer:
             for item, data in one_ahead(lambda item: _data(bundle, item, changes), contents.items):
-                progress(Progress(done, total, item.spec.name))
+                progress(Progress("convert", done, total, item.spec.name))
                 writer.write(item.spec.name, data)
                 done += item.spec.nbytes
         check_structure(out / name, contents.metadata, contents.specs)
-    progress(Progress(total, total, ""))
+    progress(Progress("convert", total, total))
 
 
 def quantizer() -> str:

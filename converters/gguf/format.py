@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision
-from acip_export.formats.protocol import ExportFormat, ProgressCallback, RunCommand, SessionClass, TensorLimit
+from acip_export.formats.protocol import ExportFormat, RunCommand, SessionClass, TensorLimit
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
+from acip_export.progress import ProgressCallback
 from converters.gguf import options
 from converters.gguf.layouts import LAYOUTS
 from converters.gguf.memory import LlamaMemory

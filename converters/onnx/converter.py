@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
-from acip_export.formats.protocol import DEFAULT_BACKEND, Progress, ProgressCallback, RunCommand
+from acip_export.formats.protocol import DEFAULT_BACKEND, RunCommand
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
+from acip_export.progress import Progress, ProgressCallback
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
 from converters.onnx.backends import backend_of
@@ -67,7 +68,7 @@ def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: Progre
     _check_packages()
     from converters.onnx.graph.marked import marked_graph
 
-    progress(Progress(0, 1, checkpoint.shape.architecture))
+    progress(Progress("graph", 0, 1, checkpoint.shape.architecture))
     if has_builder(checkpoint):
         from converters.onnx.genai_builder.decoder import marked_decoder
 
@@ -78,7 +79,7 @@ def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: Progre
 
         recipe = traced(checkpoint.config, context)
     marked_graph(recipe)
-    progress(Progress(1, 1, checkpoint.shape.architecture))
+    progress(Progress("graph", 1, 1, checkpoint.shape.architecture))
     if has_builder(checkpoint):
         return ()
     return (
@@ -130,12 +131,7 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Opti
             shutil.copyfile(content, out / name)
     (out / MODEL_FILE).parent.mkdir()
     (out / MODEL_FILE).write_bytes(packed.protobuf)
-    write_data(
-        out / DATA_FILE,
-        contents,
-        MatrixReader(bundle),
-        lambda done, name: progress(Progress(done, packed.data_bytes, name)),
-    )
+    write_data(out / DATA_FILE, packed.data_bytes, contents, MatrixReader(bundle), progress)
     written = (out / DATA_FILE).stat().st_size
     if written != packed.data_bytes:
         raise VerificationError(f"{DATA_FILE} has {written} bytes, its graph describes {packed.data_bytes}")

@@ -12,11 +12,11 @@ from acip_export.formats.protocol import (
     Companion,
     ExportFormat,
     Layout,
-    ProgressCallback,
     RunCommand,
     SessionClass,
 )
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import ProgressCallback
 from converters.onnx.backends import CPU, OTHERS
 from converters.onnx.memory import OnnxMemory
 from converters.onnx.ort_format import ORT_KIND, check_size, write_ort

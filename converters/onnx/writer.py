@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from acip_export.progress import Progress, ProgressCallback
 from acip_export.version import __version__
 from converters.onnx.graph.decided import Content
 from converters.onnx.matrices import MatrixPart, MatrixReader, Vector
@@ -50,11 +51,11 @@ def _item_bytes(kind: int) -> int:
 
 
 def write_data(
-    file: Path, contents: Mapping[str, Content], reader: MatrixReader, progress: Callable[[int, str], None]
+    file: Path, nbytes: int, contents: Mapping[str, Content], reader: MatrixReader, progress: ProgressCallback
 ) -> None:
-    """Stream the initializers into ``file``; ``progress(bytes written so far, initializer)`` after each one."""
+    """Stream the initializers, ``nbytes`` together, into ``file``; progress is told after each one."""
     with file.open("wb") as stream:
         for name, content in contents.items():
             for chunk in reader.chunks(content) if isinstance(content, MatrixPart | Vector) else (content,):
                 stream.write(np.ascontiguousarray(chunk).data)
-            progress(stream.tell(), name)
+            progress(Progress("convert", stream.tell(), nbytes, name))

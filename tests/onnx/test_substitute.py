@@ -14,13 +14,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from acip_export.api import export_model, plan_export
-from acip_export.api.progress import StageProgress
 from acip_export.artifacts.bundle import load_bundle
 from acip_export.errors import UnsupportedError
 from acip_export.formats.session import Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import EMBEDDINGS, HEAD
 from acip_export.planning import PlanRequest
+from acip_export.progress import Progress
 from acip_export.verification.metrics import compare_logits
 from converters.onnx import converter
 from converters.onnx.graph.marked import marked_graph
@@ -146,7 +146,7 @@ def test_another_process_traces_the_same_bytes(tmp_path: Path) -> None:
 def test_from_a_budget_to_a_verified_export(tmp_path: Path) -> None:
     model = make_other(tmp_path / "m", "gpt2")
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
-    seen: list[StageProgress] = []
+    seen: list[Progress] = []
     request = PlanRequest("onnx", 200_000, "file", types=("int8", "int4"), context=CONTEXT)
     plan = plan_export(checkpoint, scores, request, seen.append)
     assert [p.item for p in seen if p.stage == "graph"] == ["GPT2LMHeadModel"] * 2

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking import DataConfig
+from acip_export.ranking.context import RankContext
+from acip_export.ranking.data import read_data
+from acip_export.ranking.load import load_model
 from tests.support import CORPUS, make_model
 
 CALIBRATION = DataConfig(context=32, statistics_tokens=4096, curve_tokens=1024, batch=8)
@@ -32,3 +37,13 @@ def calibration_text(file: Path, repeats: int = 60) -> Path:
     order = torch.randint(len(lines), (repeats * len(lines),), generator=torch.Generator().manual_seed(0)).tolist()
     file.write_text("".join(lines[i] for i in order), encoding="utf-8")
     return file
+
+
+def context_of(
+    model: Path, text: Path, windows: int | None = None, calibration: DataConfig = CALIBRATION
+) -> RankContext:
+    """The model on the CPU with the text that it is ranked on; statistics from the first ``windows`` of it."""
+    checkpoint = Checkpoint.open(model)
+    data = read_data(checkpoint, text, calibration)
+    data = replace(data, statistics=data.statistics[:windows])
+    return RankContext(checkpoint, load_model(checkpoint, torch.device("cpu")), data, calibration)

@@ -16,13 +16,12 @@ from acip_export.errors import RankingError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking import AcipConfig
 from acip_export.ranking.acip_run import AcipRun, advance
-from acip_export.ranking.data import read_data
 from acip_export.ranking.factorized_model import factorize_model
 from acip_export.ranking.load import load_model
 from acip_export.ranking.masked_linear import AdapterShape
 from acip_export.ranking.statistics import Statistics, collect_statistics
 from tests.ranking.plain_acip import PlainAcip
-from tests.ranking.support import CALIBRATION
+from tests.ranking.support import context_of
 
 CPU = torch.device("cpu")
 # Faster than the paper's by as much as the tests are shorter.
@@ -33,9 +32,7 @@ QUICK = AcipConfig(
 
 @pytest.fixture(scope="module")
 def statistics(model: Path, text: Path) -> Statistics:
-    checkpoint = Checkpoint.open(model)
-    windows = read_data(checkpoint, text, CALIBRATION).statistics[:32]
-    return collect_statistics(checkpoint, load_model(checkpoint, CPU), windows, 8, seed=0)
+    return collect_statistics(context_of(model, text, windows=32))
 
 
 def start(
@@ -45,14 +42,12 @@ def start(
     config: AcipConfig,
     prepared: Callable[[nn.Module], nn.Module] = lambda dense: dense,
 ) -> AcipRun:
-    checkpoint = Checkpoint.open(model)
+    context = context_of(model, text)
     torch.manual_seed(0)
-    dense = prepared(load_model(checkpoint, CPU))
+    context = replace(context, model=prepared(context.model))
     adapter = AdapterShape(config.adapter_rank, config.adapter_alpha, config.adapter_dropout)
-    parts = factorize_model(checkpoint, dense, statistics, config.basis, config.mask_scale, adapter)
-    drop_losses = {name: losses.drop.numpy() for name, losses in parts.losses.items()}
-    windows = read_data(checkpoint, text, CALIBRATION).training
-    return AcipRun(dense, parts.layers, drop_losses, windows, config, seed=0)
+    parts = factorize_model(context, statistics, config.basis, config.mask_scale, adapter)
+    return AcipRun(context, parts.layers, parts.drop_losses, config)
 
 
 class _DoubleNorm(nn.Module):
@@ -137,7 +132,7 @@ def test_run_ends_at_the_stop_ratio_with_a_total_order(
     alive = np.concatenate([layer.mask.detach().numpy() > 0 for layer in run.layers.values()])
     assert scores[alive].min() > 0 > scores[~alive].max()
     assert len(np.unique(scores[~alive])) == (~alive).sum()
-    ratios = [report.ratio for report in seen if report.phase == "masks"]
+    ratios = [report.ratio for report in seen if report.stage == "masks"]
     assert ratios == sorted(ratios, reverse=True)
     assert run.tune_steps == (0 if changes.get("adapter_rank") == 0 else QUICK.post_tune)
 

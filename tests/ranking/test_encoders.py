@@ -18,12 +18,14 @@ from acip_export.errors import DataError, UnsupportedError, UsageError
 from acip_export.materialization.factors import basis_moments, factor_pair
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import Pooling, encoder_of
-from acip_export.ranking import AcipConfig, Progress, automatic_config, rank_model
+from acip_export.progress import Progress
+from acip_export.ranking import AcipConfig, automatic_config, rank_model
 from acip_export.ranking.data import read_data
 from acip_export.ranking.load import load_model
 from acip_export.ranking.statistics import collect_statistics
-from acip_export.ranking.tasks import EmbeddingTask
+from acip_export.ranking.tasks import task_of
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
+from tests.ranking.support import context_of
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_interrupted_run_resumes_to_the_same_bytes(encoder: Path, text: Path, tm
     rank_model(encoder, text, acip=config, calibration=CALIBRATION, out=whole)
 
     def stop(progress: Progress) -> None:
-        if (progress.phase, progress.step) == ("masks", 2):
+        if (progress.stage, progress.done) == ("masks", 2):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
@@ -126,10 +128,9 @@ def test_predicted_loss_is_the_measured_one(encoder: Path, text: Path) -> None:
 
 
 def test_rounding_is_predicted_text_by_text(encoder: Path, text: Path) -> None:
-    checkpoint = Checkpoint.open(encoder)
-    data = read_data(checkpoint, text, CALIBRATION)
-    dense = load_model(checkpoint, torch.device("cpu"))
-    statistics = collect_statistics(checkpoint, dense, data.training, 32, 0, task=data.task)
+    context = context_of(encoder, text, calibration=replace(CALIBRATION, batch=32))
+    data, dense = context.data, context.model
+    statistics = collect_statistics(replace(context, data=replace(data, statistics=data.training)))
     generator = torch.Generator().manual_seed(1)
     for name in ("encoder.layer.0.intermediate.dense", "encoder.layer.1.output.dense"):
         weight = dense.get_parameter(f"{name}.weight")
@@ -145,15 +146,15 @@ def test_rounding_is_predicted_text_by_text(encoder: Path, text: Path) -> None:
 
 
 def test_padding_changes_nothing(encoder: Path, text: Path) -> None:
-    checkpoint = Checkpoint.open(encoder)
-    data = read_data(checkpoint, text, replace(CALIBRATION, context=40))
-    dense = load_model(checkpoint, torch.device("cpu"))
+    context = context_of(encoder, text, calibration=replace(CALIBRATION, context=40, batch=8))
+    data, dense = context.data, context.model
     assert data.task.padding is not None
     wider = torch.nn.functional.pad(data.held_out[:8], (0, 2), value=data.task.padding)
     alone = torch.cat([data.task.outputs(dense, data.task.trimmed(row[None])) for row in data.held_out[:8]])
     torch.testing.assert_close(data.task.outputs(dense, wider), alone, atol=1e-5, rtol=0)  # float32 sums
     one, two = (
-        collect_statistics(checkpoint, dense, windows, 8, 0, task=data.task) for windows in (data.held_out[:8], wider)
+        collect_statistics(replace(context, data=replace(data, statistics=windows)))
+        for windows in (data.held_out[:8], wider)
     )
     for key, moment in one.inputs.items():
         torch.testing.assert_close(moment, two.inputs[key], atol=1e-5, rtol=1e-4)
@@ -187,7 +188,7 @@ def test_bad_input(encoder: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_embedding_task_ignores_scale(encoder: Path) -> None:
-    task = EmbeddingTask(0, encoder_of(Checkpoint.open(encoder)))  # type: ignore[arg-type]
+    task = task_of(encoder_of(Checkpoint.open(encoder)), {"pad": 0})
     unit = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
     assert float(task.divergence(unit, unit)) == pytest.approx(0, abs=1e-6)
     assert float(task.divergence(-unit, unit)) == pytest.approx(8)

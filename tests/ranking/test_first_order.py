@@ -6,29 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking import rank_model
-from acip_export.ranking.algorithms.first_order import first_order_changes, zero_sum_scores
+from acip_export.ranking.algorithms.first_order import zero_sum_scores
 from acip_export.ranking.curve import held_out_loss
-from acip_export.ranking.data import read_data
 from acip_export.ranking.factorized_model import factorize_model
-from acip_export.ranking.load import load_model
-from acip_export.ranking.masked_linear import AdapterShape
+from acip_export.ranking.mask_gradients import first_order_changes
 from acip_export.ranking.statistics import collect_statistics
-from tests.ranking.support import CALIBRATION
+from tests.ranking.support import CALIBRATION, context_of
 
 
 def test_estimates_are_the_derivative_of_the_measured_loss(model: Path, text: Path) -> None:
-    checkpoint = Checkpoint.open(model)
-    windows = read_data(checkpoint, text, CALIBRATION).statistics[:32]
-    dense = load_model(checkpoint, torch.device("cpu"))
-    statistics = collect_statistics(checkpoint, dense, windows, 8, seed=0)
-    parts = factorize_model(checkpoint, dense, statistics, "input", 1.0, AdapterShape(0))
-    changes = first_order_changes(dense, parts.layers, windows, 8)
+    context = context_of(model, text, windows=32)
+    dense, windows = context.model, context.windows
+    parts = factorize_model(context, collect_statistics(context), "input")
+    changes = first_order_changes(context, parts.layers)
     step = 0.05
     for name in list(parts.layers)[::4]:
         layer = parts.layers[name]

@@ -48,7 +48,7 @@ import numpy as np, torch
 from acip_export.lowrank import cache as factor_cache
 from acip_export.ranking import AcipConfig, rank_model
 from acip_export.ranking.masked_linear import MaskedLinear
-from acip_export.ranking.processes import launched_rank
+from acip_export.ranking.processes import launched_index
 from acip_export.ranking.sharding import local
 from tests.ranking.support import CALIBRATION
 from tests.ranking.test_processes import SETTINGS
@@ -60,14 +60,14 @@ def counting(*arguments):
     return factorize(*arguments)
 factor_cache.whitened_components = counting
 def look(progress):
-    if (progress.phase, progress.step) == ("curve", 1):
+    if (progress.stage, progress.done) == ("curve", 1):
         factors = [f for m in gc.get_objects() if isinstance(m, MaskedLinear) for f in (m.up, m.down)]
         share = sum(local(f).numel() for f in factors) / sum(f.numel() for f in factors)
         print(f"holds {share}\\n", end="", flush=True)
 ranked = rank_model(
     model, text, acip=AcipConfig(**SETTINGS), calibration=CALIBRATION, out=Path(out) / "scores.acip", progress=look
 )
-np.save(Path(out) / f"rank{launched_rank()}.npy", np.concatenate([m.scores for m in ranked.modules.values()]))
+np.save(Path(out) / f"rank{launched_index()}.npy", np.concatenate([m.scores for m in ranked.modules.values()]))
 print(f"factorized {len(counted)}\\n", end="", flush=True)
 """
 
@@ -143,7 +143,7 @@ def test_command_line_in_two_processes(model: Path, text: Path, tmp_path: Path) 
 def test_shares_are_whole_and_disjoint() -> None:
     windows = torch.arange(23).view(23, 1)
     for count in (1, 2, 3, 5, 23):
-        shares = [Processes(rank, count, torch.device("cpu")).batches(windows, 4) for rank in range(count)]
+        shares = [Processes(index, count, torch.device("cpu")).batches(windows, 4) for index in range(count)]
         assert all(shares)
         seen = sorted((start + i, int(row)) for share in shares for start, part in share for i, row in enumerate(part))
         assert seen == [(i, i) for i in range(23)]
@@ -177,7 +177,7 @@ def test_factorizing_is_shared_out_evenly_and_by_input() -> None:
 
 def test_processes_that_share_a_model_take_equally_many_batches() -> None:
     for count, windows, size in itertools.product((2, 3, 8), (8, 9, 48, 65), (1, 4, 100)):
-        shares = [sharing(rank, count).batches(torch.arange(windows).view(-1, 1), size) for rank in range(count)]
+        shares = [sharing(index, count).batches(torch.arange(windows).view(-1, 1), size) for index in range(count)]
         assert len({len(share) for share in shares}) == 1
         seen = sorted((start + i, int(row)) for share in shares for start, part in share for i, row in enumerate(part))
         assert seen == [(i, i) for i in range(windows)]
@@ -187,8 +187,8 @@ def test_processes_that_share_a_model_take_equally_many_batches() -> None:
             assert {len(part) for share in shares for _, part in share} == {size}
 
 
-def sharing(rank: int, count: int) -> Processes:
-    return Processes(rank, count, torch.device("cpu"), cast("DeviceMesh", SimpleNamespace(size=lambda: count)))
+def sharing(index: int, count: int) -> Processes:
+    return Processes(index, count, torch.device("cpu"), cast("DeviceMesh", SimpleNamespace(size=lambda: count)))
 
 
 def test_layers_that_processes_cannot_share() -> None:

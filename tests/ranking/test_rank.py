@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acip_export.artifacts.scores import ScoreFile, load_scores
-from acip_export.errors import AcipError, CheckpointError, DataError, UnsupportedError, UsageError
+from acip_export.errors import AcipError, CheckpointError, DataError, UsageError
 from acip_export.materialization.factors import basis_moments, dense_weight, factor_pair
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.ranking import AcipConfig, DataConfig, Progress, rank_model
+from acip_export.progress import Progress
+from acip_export.ranking import AcipConfig, DataConfig, rank_model
 from acip_export.ranking.curve import held_out_loss
 from acip_export.ranking.data import WindowStream, read_data
 from acip_export.ranking.load import load_model
@@ -108,26 +109,26 @@ def test_training_free_orders(model: Path, text: Path, algorithm: str, basis: st
         assert descending.all() if algorithm != "fisher" else descending.mean() > 0.5
 
 
-def test_progress_names_every_phase(model: Path, text: Path) -> None:
+def test_progress_names_every_stage(model: Path, text: Path) -> None:
     seen: list[Progress] = []
     rank_model(model, text, acip=QUICK, calibration=CALIBRATION, progress=seen.append)
-    assert list(dict.fromkeys(p.phase for p in seen)) == ["statistics", "components", "masks", "post-tune", "curve"]
-    for phase in ("statistics", "components", "post-tune", "curve"):
-        last = [p for p in seen if p.phase == phase][-1]
-        assert last.step == last.total and last.eta_seconds == 0
-    assert [p for p in seen if p.phase == "masks"][-1].ratio <= 0.4
+    assert list(dict.fromkeys(p.stage for p in seen)) == ["statistics", "components", "masks", "post-tune", "curve"]
+    for stage in ("statistics", "components", "post-tune", "curve"):
+        last = [p for p in seen if p.stage == stage][-1]
+        assert last.done == last.total and last.eta_seconds == 0
+    assert [p for p in seen if p.stage == "masks"][-1].ratio <= 0.4
 
 
-@pytest.mark.parametrize("phase", ["statistics", "masks", "curve"])
-def test_interrupt_leaves_nothing(model: Path, text: Path, tmp_path: Path, phase: str) -> None:
+@pytest.mark.parametrize("stage", ["statistics", "masks", "curve"])
+def test_interrupt_leaves_nothing(model: Path, text: Path, tmp_path: Path, stage: str) -> None:
     def interrupt(progress: Progress) -> None:
-        if progress.phase == phase:
+        if progress.stage == stage:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=tmp_path / "scores.acip", progress=interrupt)
     # From the first step of the masks on there is a run to go on with; a score file, never.
-    kept = {"scores.acip.run"} if phase in ("masks", "post-tune", "curve") else set()
+    kept = {"scores.acip.run"} if stage in ("masks", "post-tune", "curve") else set()
     assert {file.name for file in tmp_path.iterdir()} <= kept
 
 
@@ -156,8 +157,8 @@ def test_too_little_text_says_how_much_is_needed(model: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"algorithm": "best"}, UsageError, "unknown ranking algorithm 'best'; choose one of acip, magnitude"),
-        ({"units": "channel"}, UnsupportedError, "units 'channel' cannot be ranked yet"),
+        ({"algorithm": "best"}, UsageError, "unknown ranking algorithm 'best'; choose one of acip, energy"),
+        ({"algorithm": "kfac", "acip": QUICK}, UsageError, "kfac has no settings; .* rank with acip"),
         ({"out": Path(__file__)}, UsageError, "already exists"),
     ],
 )

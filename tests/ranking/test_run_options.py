@@ -18,7 +18,8 @@ from torch import nn
 from acip_export.errors import MissingExtraError, RankingError, UsageError
 from acip_export.io.atomic import read_safetensors_header
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.ranking import AcipConfig, Progress, parse_settings, rank_model
+from acip_export.progress import Progress
+from acip_export.ranking import AcipConfig, parse_settings, rank_model
 from acip_export.ranking.curve import held_out_loss
 from acip_export.ranking.data import read_data
 from acip_export.ranking.load import load_model
@@ -33,14 +34,14 @@ QUICK = AcipConfig(
 )
 
 
-def test_checkpointed_activations_give_the_same_ranking(model: Path, text: Path) -> None:
+def test_recomputed_activations_give_the_same_ranking(model: Path, text: Path) -> None:
     """Dropout included: the second computation of a block must drop the same inputs."""
-    plain, checkpointed = (
-        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, gradient_checkpointing=wanted)
+    plain, recomputed = (
+        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, recompute_activations=wanted)
         for wanted in (False, True)
     )
     for name, module in plain.modules.items():
-        np.testing.assert_array_equal(module.scores, checkpointed.modules[name].scores)
+        np.testing.assert_array_equal(module.scores, recomputed.modules[name].scores)
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["float32-products", "bfloat16-products"])
@@ -77,13 +78,13 @@ def test_progress_as_json_lines_and_for_tensorboard(model: Path, text: Path, tmp
     with json_log(tmp_path / "log" / "run.jsonl") as lines, tensorboard_log(tmp_path / "board") as board:
         rank_model(model, text, acip=QUICK, calibration=CALIBRATION, progress=to_all([seen.append, lines, board]))
     logged = [json.loads(line) for line in (tmp_path / "log" / "run.jsonl").read_text().splitlines()]
-    assert [(entry["phase"], entry["step"], entry["loss"]) for entry in logged] == [
-        (p.phase, p.step, p.loss) for p in seen
+    assert [(entry["stage"], entry["done"], entry["loss"]) for entry in logged] == [
+        (p.stage, p.done, p.loss) for p in seen
     ]
     assert all(b["time"] >= a["time"] for a, b in itertools.pairwise(logged))
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     drawn = [(event.step, event.value) for event in events.Scalars("masks/loss")]
-    expected = [(p.step, p.loss) for p in seen if p.phase == "masks"]
+    expected = [(p.done, p.loss) for p in seen if p.stage == "masks"]
     assert [step for step, _ in drawn] == [step for step, _ in expected]
     np.testing.assert_allclose([v for _, v in drawn], [v for _, v in expected], rtol=1e-6)  # float32 in the file
     with json_log(tmp_path / "log" / "run.jsonl") as lines:
@@ -110,7 +111,7 @@ def test_out_of_memory_says_what_to_lower(model: Path, text: Path) -> None:
         "from acip_export.ranking import DataConfig, rank_model\n"
         "torch.set_num_threads(1)\n"
         "def limit(progress):\n"
-        "    if (progress.phase, progress.step) != ('self', progress.total):\n"
+        "    if (progress.stage, progress.done) != ('self', progress.total):\n"
         "        return\n"
         "    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (used + 2**23, used + 2**23))\n"
@@ -135,12 +136,12 @@ def test_out_of_memory_keeps_the_last_state(model: Path, text: Path, tmp_path: P
         "from tests.ranking.test_run_options import QUICK\n"
         "torch.set_num_threads(1)\n"
         "def limit(progress):\n"
-        "    print(progress.phase, progress.step, flush=True)\n"
-        "    if (progress.phase, progress.step) == ('masks', 2):\n"
+        "    print(progress.stage, progress.done, flush=True)\n"
+        "    if (progress.stage, progress.done) == ('masks', 2):\n"
         "        used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "        resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, used + 2**22))\n"
         "rank_model(sys.argv[1], sys.argv[2], acip=replace(QUICK, batch=256), calibration=CALIBRATION,\n"
-        "           progress=limit, out=Path(sys.argv[3]), checkpoint_every=1)\n"
+        "           progress=limit, out=Path(sys.argv[3]), store_every=1)\n"
     )
     if not sys.platform.startswith("linux"):
         pytest.skip("limits on address space are Linux's")
@@ -149,7 +150,7 @@ def test_out_of_memory_keeps_the_last_state(model: Path, text: Path, tmp_path: P
     command = [sys.executable, "-c", script, model, text, tmp_path / "scores.acip"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert "RankingError: out of memory" in done.stderr, done.stderr
-    assert "Lower  --batch (now 256)" in done.stderr and "Checkpoints stored before are kept" in done.stderr
+    assert "Lower  --batch (now 256)" in done.stderr and "Run states stored before are kept" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["scores.acip.run"]
     _, metadata = read_safetensors_header(tmp_path / "scores.acip.run", RankingError)
     # Which step no longer fits is the allocator's to say. It is stored only if its check, after it, still had enough.
@@ -200,9 +201,9 @@ def test_unknown_device() -> None:
         start_processes("abacus")
 
 
-def test_models_that_cannot_checkpoint_say_so(model: Path) -> None:
+def test_models_that_cannot_recompute_say_so(model: Path) -> None:
     from acip_export.errors import UnsupportedError
-    from acip_export.ranking.load import checkpoint_activations
+    from acip_export.ranking.load import enable_recomputation
 
-    with pytest.raises(UnsupportedError, match="go without  --gradient-checkpointing"):
-        checkpoint_activations(nn.Linear(2, 2), Checkpoint.open(model), True)
+    with pytest.raises(UnsupportedError, match="go without  --recompute-activations"):
+        enable_recomputation(nn.Linear(2, 2), Checkpoint.open(model), True)

@@ -17,7 +17,8 @@ import pytest
 from acip_export.artifacts.scores import load_scores
 from acip_export.errors import RankingError, UsageError
 from acip_export.io.atomic import read_safetensors_header
-from acip_export.ranking import AcipConfig, Progress, rank_model
+from acip_export.progress import Progress
+from acip_export.ranking import AcipConfig, rank_model
 from acip_export.ranking.acip_run import AcipRun
 from tests.planning.problems import examples
 from tests.ranking.support import CALIBRATION
@@ -42,25 +43,25 @@ def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return file
 
 
-def stop_at(phase: str, step: int) -> object:
+def stop_at(stage: str, step: int) -> object:
     def callback(progress: Progress) -> None:
-        if (progress.phase, progress.step) == (phase, step):
+        if (progress.stage, progress.done) == (stage, step):
             os.kill(os.getpid(), signal.SIGINT)
 
     return callback
 
 
-@pytest.mark.parametrize(("phase", "step"), [("masks", 5), ("post-tune", 3)])
+@pytest.mark.parametrize(("stage", "step"), [("masks", 5), ("post-tune", 3)])
 def test_resumed_run_gives_the_same_bytes(
-    model: Path, text: Path, tmp_path: Path, whole: Path, phase: str, step: int
+    model: Path, text: Path, tmp_path: Path, whole: Path, stage: str, step: int
 ) -> None:
     out = tmp_path / "scores.acip"
     with pytest.raises(KeyboardInterrupt):
-        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, progress=stop_at(phase, step))
+        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, progress=stop_at(stage, step))
     assert [file.name for file in tmp_path.iterdir()] == ["scores.acip.run"]
     seen: list[Progress] = []
     rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, resume=True, progress=seen.append)
-    assert next(p.step for p in seen if p.phase == phase) == step + 1
+    assert next(p.done for p in seen if p.stage == stage) == step + 1
     assert out.read_bytes() == whole.read_bytes()
     assert [file.name for file in tmp_path.iterdir()] == ["scores.acip"]
 
@@ -85,7 +86,7 @@ def save_or_die(tensors, file, metadata):
         os.kill(os.getpid(), signal.SIGKILL)
 safetensors.torch.save_file = save_or_die
 rank_model(
-    model, text, acip=QUICK, calibration=CALIBRATION, out=out, checkpoint_every=1, resume="resume" in options
+    model, text, acip=QUICK, calibration=CALIBRATION, out=out, store_every=1, resume="resume" in options
 )
 """
 
@@ -137,7 +138,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_ranking(
 
 def test_only_the_same_run_is_resumed(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.acip"
-    with pytest.raises(RankingError, match="no stored run"):
+    with pytest.raises(RankingError, match="no run state"):
         rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, resume=True)
     with pytest.raises(KeyboardInterrupt):
         rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, progress=stop_at("masks", 1))
@@ -165,7 +166,7 @@ def test_diverged_run_names_its_last_good_state(
 
     monkeypatch.setattr(AcipRun, "mask_step", reckless)
     with pytest.raises(RankingError, match=r"(?s)loss is .*learning rate.*last good state is in .*scores\.acip\.run"):
-        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=tmp_path / "scores.acip", checkpoint_every=1)
+        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=tmp_path / "scores.acip", store_every=1)
     # The state after the reckless step was still finite; it is not the one that was kept.
     _, metadata = read_safetensors_header(tmp_path / "scores.acip.run", RankingError)
     assert json.loads(metadata["counters"])["mask_steps"] == 4
@@ -175,7 +176,7 @@ def test_diverged_run_names_its_last_good_state(
 def test_run_that_diverges_at_once_has_no_good_state(model: Path, text: Path, tmp_path: Path) -> None:
     absurd = replace(QUICK, learning_rate=1e30, start="ones")
     with pytest.raises(RankingError, match=r"loss is nan at step 2.*\n.*learning rate \(now 1e\+30\)$"):
-        rank_model(model, text, acip=absurd, calibration=CALIBRATION, out=tmp_path / "a.acip", checkpoint_every=1)
+        rank_model(model, text, acip=absurd, calibration=CALIBRATION, out=tmp_path / "a.acip", store_every=1)
     assert list(tmp_path.iterdir()) == []
 
 

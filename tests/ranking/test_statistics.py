@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,10 @@ from torch.nn import functional as F
 
 from acip_export.lowrank.components import components
 from acip_export.lowrank.losses import component_losses, dense_sensitivity
-from acip_export.model.checkpoint import Checkpoint
-from acip_export.ranking.algorithms.fisher import component_fisher
-from acip_export.ranking.data import read_data
 from acip_export.ranking.factorized_model import factorize_model
-from acip_export.ranking.load import load_model
-from acip_export.ranking.masked_linear import AdapterShape
+from acip_export.ranking.mask_gradients import component_fisher
 from acip_export.ranking.statistics import Statistics, collect_statistics
-from tests.ranking.support import CALIBRATION, sharp_model
+from tests.ranking.support import CALIBRATION, context_of, sharp_model
 
 CPU = torch.device("cpu")
 
@@ -30,11 +27,10 @@ class Ranked:
     """A loaded model with its statistics, and the measured KL divergence per token of anything done to it."""
 
     def __init__(self, path: Path, text: Path) -> None:
-        self.checkpoint = Checkpoint.open(path)
-        self.model = load_model(self.checkpoint, CPU)
-        self.windows = read_data(self.checkpoint, text, CALIBRATION).statistics
+        self.context = context_of(path, text, calibration=replace(CALIBRATION, seed=1))
+        self.checkpoint, self.model, self.windows = self.context.checkpoint, self.context.model, self.context.windows
         self.probe = self.windows[:32]
-        self.statistics: Statistics = collect_statistics(self.checkpoint, self.model, self.windows, 8, seed=1)
+        self.statistics: Statistics = collect_statistics(self.context)
         self.dense = self.logits()
 
     @torch.no_grad()
@@ -176,10 +172,12 @@ def test_statistics_leave_no_hooks_and_no_gradients(ranked: Ranked) -> None:
 def test_fisher_of_the_masks_is_the_mean_square_of_their_gradients(model: Path, text: Path) -> None:
     ranked = Ranked(model, text)
     windows = ranked.windows[:16]
-    parts = factorize_model(ranked.checkpoint, ranked.model, ranked.statistics, "kfac", 1.0, AdapterShape(0))
+    parts = factorize_model(ranked.context, ranked.statistics, "kfac")
     name, layer = "model.layers.0.mlp.up_proj", parts.layers["model.layers.0.mlp.up_proj"]
     layer.arrange(torch.randperm(len(layer.mask), generator=torch.Generator().manual_seed(0)), len(layer.mask))
-    measured = component_fisher(ranked.model, parts.layers, windows, batch_tokens=4 * 32, seed=5)[name]
+    data = replace(ranked.context.data, statistics=windows)
+    context = replace(ranked.context, data=data, calibration=replace(CALIBRATION, batch=4, seed=5))
+    measured = component_fisher(context, parts.layers)[name]
     plain = torch.zeros(len(layer.mask))
     for first, part in zip(range(0, 16, 4), windows.split(4), strict=True):
         # Each batch draws from a generator of its own: see collect_statistics.

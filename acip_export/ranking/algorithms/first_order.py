@@ -1,4 +1,4 @@
-"""First-order loss estimates and the order that keeps their sum near zero (Zero Sum SVD, arXiv 2602.02848).
+"""Rank by first-order loss estimates, in the order that keeps their sum near zero (Zero Sum SVD, arXiv 2602.02848).
 
 In the input-whitened basis, dropping a component of singular value s changes the calibration loss by about -s dL/ds,
 which is -dL/dm for its mask m at one. The estimates have both signs. Components are dropped one after the other, within
@@ -10,59 +10,30 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
 
-from acip_export.artifacts.scores import FloatArray
-from acip_export.ranking.config import ProgressCallback, silent
-from acip_export.ranking.masked_linear import MaskedLinear, dense_behaviour
-from acip_export.ranking.processes import ALONE, Processes
-from acip_export.ranking.tasks import CAUSAL, Task
-from acip_export.ranking.timing import Clock
+from acip_export.ranking.algorithms import Algorithm, Ranking
+
+if TYPE_CHECKING:
+    from acip_export.ranking.context import RankContext
+    from acip_export.ranking.factorized_model import Factorized
 
 
-def first_order_changes(
-    model: nn.Module,
-    layers: Mapping[str, MaskedLinear],
-    windows: Tensor,
-    batch: int,
-    seed: int = 0,
-    progress: ProgressCallback = silent,
-    task: Task = CAUSAL,
-    processes: Processes = ALONE,
-) -> dict[str, npt.NDArray[np.float64]]:
-    """-dL/dm of every component at the dense model, (k,) nats per unit of ``task``, by module; L is the task's
-    :meth:`~acip_export.ranking.tasks.Task.labelled_loss`: a divergence from the dense model has no first order there.
-    """
-    sums = {name: torch.zeros(len(layer.mask), dtype=torch.float64) for name, layer in layers.items()}
-    device = next(iter(layers.values())).up.device
-    clock = Clock("first-order", len(windows), windows.shape[1], progress)
-    try:
-        with dense_behaviour(layers):
-            for first, part in processes.batches(windows, batch):
-                # What is random in a batch follows from its place in the text, whichever process has it.
-                torch.manual_seed((seed << 32) + first)
-                for layer in layers.values():
-                    layer.probe = torch.ones(1, 1, len(layer.mask), device=device, requires_grad=True)
-                loss = task.labelled_loss(model, task.trimmed(part.to(device)))
-                loss.backward()  # type: ignore[no-untyped-call]
-                for name, layer in layers.items():
-                    assert layer.probe is not None and layer.probe.grad is not None
-                    sums[name][layer.arrangement.cpu()] -= layer.probe.grad.double().flatten().cpu() * task.units(part)
-                clock.advance(len(part) * processes.count, loss=loss.item())
-    finally:
-        for layer in layers.values():
-            layer.probe = None
-    return {name: (processes.sum(total) / task.units(windows)).numpy() for name, total in sums.items()}
+def score(context: RankContext, factorized: Factorized) -> Ranking:
+    """Score each component by its place in the order of dropping."""
+    from acip_export.ranking.mask_gradients import first_order_changes
+
+    changes = first_order_changes(context, factorized.layers)
+    return Ranking(zero_sum_scores(changes, factorized.singular), factorized.drop_losses)
 
 
 def zero_sum_scores(
-    changes: Mapping[str, npt.NDArray[np.float64]], singular: Mapping[str, FloatArray]
-) -> dict[str, FloatArray]:
-    """Scores by module, by component: the place in the order of dropping, from 1 for the first.
+    changes: Mapping[str, npt.NDArray[np.float64]], singular: Mapping[str, npt.NDArray[np.float32]]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Return the place of each component in the order of dropping, from 1 for the first, by module.
 
     Args:
         changes: first-order estimates. singular: singular values; equal ones are dropped from the last component up.
@@ -94,3 +65,12 @@ def zero_sum_scores(
         places[module] += 1
         offer(module)
     return scores
+
+
+ALGORITHM = Algorithm(
+    "first-order",
+    "First-order changes of the loss, dropped in an order that keeps their sum near zero.",
+    "input",
+    score,
+    source="Zero Sum SVD, arXiv 2602.02848",
+)

@@ -13,7 +13,6 @@ from acip_export.formats.protocol import (
     Layout,
     Option,
     ProcessBase,
-    ProgressCallback,
     RunCommand,
     ServingMemory,
     SessionClass,
@@ -21,6 +20,7 @@ from acip_export.formats.protocol import (
 )
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
+from acip_export.progress import ProgressCallback
 from acip_export.weight_types import WeightType
 
 if TYPE_CHECKING:
