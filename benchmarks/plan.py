@@ -35,12 +35,21 @@ from acip_export.artifacts.rounding_errors import (
     residual_key,
     save_rounding_errors,
 )
-from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
+from acip_export.artifacts.scores import (
+    CurvePoint,
+    ModuleScores,
+    RankedModel,
+    RankedOn,
+    ScoreFile,
+    load_scores,
+    save_scores,
+)
 from acip_export.errors import InfeasibleBudgetError
 from acip_export.formats.registry import converter
 from acip_export.formats.targets import TARGETS
 from acip_export.io.atomic import DTYPE_BYTES
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import task_of
 from acip_export.planning import PlanRequest
 from acip_export.planning.candidates import pair_types, residual_bases
 from acip_export.weight_types import types_of
@@ -163,9 +172,10 @@ def make_scores(model: Path) -> Path:
         )
     total = sum(float(module.drop_loss.sum()) for module in modules.values())
     scores = ScoreFile(
-        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=task_of(checkpoint.config),
         algorithm={"name": "acip", "basis": "kfac", "seed": 0},
-        data={"source": "none", "sha256": "0" * 64, "tokens": 0},
+        data=RankedOn(source="none", sha256="0" * 64, tokens=0),
         versions={"acip-export": "benchmark"},
         curve=tuple(CurvePoint(r / 10, 2 + total * (1 - r / 10) ** 2) for r in range(10, 1, -1)),
         modules=modules,
@@ -211,11 +221,11 @@ def make_rounding_errors(file: Path) -> None:
         used = {pair_key(*pair) for pair in pair_types(target.choose_types(()))}
         used |= {residual_key(base) for layout in target.layouts for base in residual_bases(layout, forms)}
         errors = RoundingErrors(
-            name,
-            converter(name).quantizer(),
-            scores.sha256,
-            {tensor: {form.name: value * form.relative_mse for form in forms} for tensor, value in dense.items()},
-            {module: {key: ((0.5, 1.0),) for key in keys if key in used} for module in scores.modules},
+            format=name,
+            quantizer=converter(name).quantizer(),
+            scores_sha256=scores.sha256,
+            dense={tensor: {form.name: value * form.relative_mse for form in forms} for tensor, value in dense.items()},
+            pairs={module: {key: ((0.5, 1.0),) for key in keys if key in used} for module in scores.modules},
         )
         save_rounding_errors(errors, cache_file(file, name))
 

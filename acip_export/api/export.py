@@ -10,14 +10,16 @@ from acip_export.api.plan import planned_sizes
 from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.rank import rounding_scores
 from acip_export.api.report import write_report
-from acip_export.artifacts.bundle import PLAN_FILE, Bundle
+from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import VerificationError
 from acip_export.io.atomic import new_directory, refuse_existing, scratch_directory
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification import export as verification
-from acip_export.verification.export import EvaluationText, Report
+from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 
 
@@ -74,7 +76,7 @@ def _convert(bundle: Bundle, directory: Path, progress: ProgressCallback, check:
     converter(bundle.plan.format).convert(
         bundle, directory, lambda p: progress(StageProgress("convert", p.done, p.total, p.item))
     )
-    shutil.copyfile(bundle.path / PLAN_FILE, directory / verification.EXPORT_PLAN_FILE)
+    shutil.copyfile(bundle.path / PLAN_FILE, directory / PLAN_FILE)
     failures = verification.check_bytes(directory, bundle.plan) if check else []
     if failures:
         raise VerificationError("the export is not as planned:\n" + "\n".join(f"  {line}" for line in failures))
@@ -126,7 +128,7 @@ def export_model(
             progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
         )
         verification.require_passed(report)
-        verification.save_report(report, directory)
+        save_report(report, directory)
         planned = planned_sizes(checkpoint, scores, plan, types) if sizes is None else sizes
         write_report(directory, checkpoint, scores, sizes=planned)
         return report

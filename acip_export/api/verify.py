@@ -9,12 +9,14 @@ from pathlib import Path
 from acip_export.api.export import materialize_bundle
 from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.rank import open_scores
+from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
+from acip_export.artifacts.report import Report, save_report
 from acip_export.errors import CheckpointError
 from acip_export.formats.session import Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification import export as verification
-from acip_export.verification.export import EvaluationText, Report
+from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 
 _LONGEST_WINDOW = 1024
@@ -62,7 +64,7 @@ def verify_directory(
         PlanFileError: ``export`` has no plan. ScoreFileError, CheckpointError: the bundle cannot be made again.
         Others as :func:`acip_export.verification.export.verify_export`.
     """
-    plan = load_plan(export / verification.EXPORT_PLAN_FILE)
+    plan = load_plan(export / PLAN_FILE)
     checkpoint = _base_model(model, plan, required=bundle is None)
     with tempfile.TemporaryDirectory() as scratch:
         if bundle is None:
@@ -77,7 +79,7 @@ def verify_directory(
             timeout=timeout,
             progress=lambda name: progress(StageProgress("verify", 0, 1, name)),
         )
-    verification.save_report(report, export)
+    save_report(report, export)
     return report
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
+from acip_export.artifacts.names import CHECK
 from acip_export.check.compare import Result
-from acip_export.check.run import CHECK_VERSION, Outcome
+from acip_export.check.run import Outcome
 
 _SUITE = "acip-export check"
 
@@ -16,8 +17,8 @@ _SUITE = "acip-export check"
 def check_json(outcome: Outcome) -> dict[str, Any]:
     """The document of ``check --json``; see docs/check.md."""
     return {
-        "artifact": "acip-check",
-        "version": CHECK_VERSION,
+        "artifact": CHECK.artifact,
+        "version": CHECK.version,
         "config": outcome.config,
         "baseline": outcome.source,
         "passed": outcome.passed,

@@ -24,9 +24,9 @@ from acip_export.weight_types import types_of
 if TYPE_CHECKING:
     from acip_export.api import StageProgress
     from acip_export.artifacts.plan import Plan, TensorDecision
+    from acip_export.artifacts.report import Report
     from acip_export.artifacts.scores import ScoreFile
     from acip_export.ranking import Progress as RankingProgress
-    from acip_export.verification.export import Report
 
 # Wide enough for every table when nobody's terminal says otherwise.
 _WITHIN_LAYER = re.compile(r"^.*\blayers?\.\d+\.")
@@ -100,7 +100,7 @@ def ranking_bars() -> Iterator[Callable[[RankingProgress], None]]:
 
 def show_ranking(scores: ScoreFile, file: Path) -> None:
     """The measured curve, and what to do next."""
-    causal = scores.is_causal
+    causal = scores.task == "causal"
 
     def shown(loss: float) -> str:
         return f"{exp(loss):.2f}" if causal else f"{loss:.4f}"
@@ -149,7 +149,7 @@ def show_plan(plan: Plan, verbose: bool) -> None:
         "runtime",
         f"{serving.context} tokens",
         f"KV cache {serving.cache_type}, prompts in batches of {serving.prompt_batch}"
-        if plan.generates
+        if plan.task == "causal"
         else f"a text, {serving.prompt_batch} in a batch of texts",
     )
     out.print(table)
@@ -238,7 +238,7 @@ def show_reports(reports: list[Report]) -> None:
                 runtime.runtime,
                 "" if runtime.perplexity is None else f"{runtime.perplexity.perplexity:.2f}",
                 dense,
-                f"{runtime.agreement.mean_kl:.1e}",
+                "" if runtime.agreement is None else f"{runtime.agreement.mean_kl:.1e}",
                 # What an encoder does is read.
                 "" if runtime.speed is None else f"{runtime.speed.decode or runtime.speed.prefill:.0f}",
             )

@@ -16,9 +16,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+import msgspec
+from msgspec import Meta
 
 from acip_export.errors import InputError, OutputError, UsageError
+from acip_export.io.inputs import Count, decode_json, open_input
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ DTYPE_BYTES = {
     "F64": 8,
 }
 _LARGEST_HEADER = 100_000_000
+_MOST_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -59,23 +64,16 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
         error: with a message that says what is wrong, for anything that is not a whole, well-formed file.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_input(file, error) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                 raise error(f"{file} is truncated or no safetensors file: {size} bytes, header of {length} expected")
-            raw = json.loads(stream.read(length))
-    except FileNotFoundError:
-        raise error(f"{file} does not exist") from None
+            header = stream.read(length)
     except OSError as reason:
         raise error(f"{file} cannot be read: {reason}") from reason
-    except (ValueError, RecursionError) as reason:
-        raise error(f"{file} is no safetensors file: its header is not JSON ({reason})") from reason
-    if not isinstance(raw, dict):
-        raise error(f"{file} is no safetensors file: its header is no JSON object")
-    metadata = raw.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise error(f"{file} has malformed metadata: expected strings")
+    raw = decode_json(header, dict[str, msgspec.Raw], f"{file}: header", error)
+    metadata = decode_json(bytes(raw.pop("__metadata__", b"{}")), dict[str, str], f"{file}: metadata", error)
     entries = {name: _entry(file, name, value, 8 + length, error) for name, value in raw.items()}
     end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
     if end != size:
@@ -88,16 +86,20 @@ def safetensors_header(file: Path, error: type[InputError]) -> dict[str, HeaderE
     return read_safetensors_header(file, error)[0]
 
 
-def _entry(file: Path, name: str, value: Any, start: int, error: type[InputError]) -> HeaderEntry:
-    try:
-        shape = tuple(int(extent) for extent in value["shape"])
-        begin, end = (int(position) for position in value["data_offsets"])
-        dtype = str(value["dtype"])
-    except (TypeError, KeyError, ValueError) as reason:
-        raise error(f"{file}: the header entry of {name!r} is malformed") from reason
+class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor's entry in the header, as the format has it."""
+
+    dtype: str
+    shape: Annotated[tuple[Count, ...], Meta(max_length=_MOST_DIMENSIONS)]
+    data_offsets: tuple[Count, Count]
+
+
+def _entry(file: Path, name: str, value: msgspec.Raw, start: int, error: type[InputError]) -> HeaderEntry:
+    stored = decode_json(bytes(value), _Stored, f"{file}: header entry of {name!r}", error)
+    shape, dtype, (begin, end) = stored.shape, stored.dtype, stored.data_offsets
     if dtype not in DTYPE_BYTES:
         raise error(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}")
-    if min(shape, default=0) < 0 or begin < 0 or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+    if end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise error(f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
     return HeaderEntry(shape, dtype, start + begin, end - begin)
 

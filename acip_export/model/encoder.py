@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object
+from acip_export.model.task import Task
 
 if TYPE_CHECKING:
     from acip_export.model.checkpoint import Checkpoint
@@ -67,6 +68,11 @@ class Encoder:
 def is_encoder(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is that of an encoder that this tool knows."""
     return _class_of(config) in _CLASSES
+
+
+def task_of(config: Mapping[str, Any]) -> Task:
+    """What the model of a ``config.json`` is for."""
+    return kind_of(config) if is_encoder(config) else "causal"
 
 
 def kind_of(config: Mapping[str, Any]) -> EncoderKind:

@@ -176,6 +176,7 @@ class Problem:
         return Plan(
             format=target.name,
             layout=self.layout.name,
+            task=scores.task,
             model=checkpoint.name,
             model_fingerprint=checkpoint.fingerprint,
             scores_sha256=scores.sha256,
@@ -186,7 +187,7 @@ class Problem:
             files=solution.files,
             breakdown=memory_breakdown(self.format.name, checkpoint, solution.decisions, solution.file_bytes, runtime),
             predicted_loss=loss,
-            predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)) if scores.is_causal else None,
+            predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)) if scores.task == "causal" else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
             adapters=self._adapters(solution.decisions),
             serving=runtime,
@@ -196,7 +197,6 @@ class Problem:
             notes=_notes(solution, certificate, loss, low_rank, scores.loss_unit)
             + ((self.layout.note,) if self.layout.note else ())
             + split_notes(solution.files, request.options),
-            loss_unit=scores.loss_unit,
             device=request.device,
         )
 

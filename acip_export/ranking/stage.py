@@ -15,7 +15,14 @@ import torch
 import transformers
 from torch import nn
 
-from acip_export.artifacts.scores import FloatArray, ModuleScores, ScoreFile, save_scores
+from acip_export.artifacts.scores import (
+    FloatArray,
+    ModuleScores,
+    RankedModel,
+    RankedOn,
+    ScoreFile,
+    save_scores,
+)
 from acip_export.errors import RankingError, UnsupportedError, UsageError
 from acip_export.io.atomic import refuse_existing, remove_leftovers
 from acip_export.lowrank.cache import FactorCache
@@ -199,20 +206,20 @@ def _rank(
             processes=processes,
         )
     return ScoreFile(
-        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=text.task.name,
         algorithm={
             "name": algorithm,
             **ranking.settings,
             **asdict(calibration),
             "context": text.training.shape[1],
-            "loss_unit": text.task.unit,
         },
-        data={
-            "source": text.text.source,
-            "sha256": text.text.sha256,
-            "documents": text.text.documents,
-            "tokens": text.text.tokens,
-        },
+        data=RankedOn(
+            source=text.text.source,
+            sha256=text.text.sha256,
+            documents=text.text.documents,
+            tokens=text.text.tokens,
+        ),
         versions={
             "acip-export": __version__,
             "torch": torch.__version__,

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acip_export.artifacts.scores import CAUSAL_UNIT
 from acip_export.model.encoder import Encoder
+from acip_export.model.task import Task as TaskName
 from acip_export.model.torch_model import pooled
 from acip_export.ranking.losses import next_token_loss, token_cross_entropy, token_divergence
 
@@ -37,9 +37,9 @@ _CONTRAST_TEMPERATURE = 0.05
 
 
 class Task(ABC):
-    """Attributes: unit: of all losses, for people; ``padding``: the token that fills windows up, if any does."""
+    """Attributes: ``name``: as artifacts store it; ``padding``: the token that fills windows up, if any does."""
 
-    unit: ClassVar[str]
+    name: ClassVar[TaskName]
     padding: int | None = None
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Task(ABC):
 
 
 class CausalTask(Task):
-    unit = CAUSAL_UNIT
+    name = "causal"
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=windows, use_cache=False).logits
@@ -114,7 +114,7 @@ class _EncoderTask(Task):
 
 
 class EmbeddingTask(_EncoderTask):
-    unit = "cosine distance per text"
+    name = "embedding"
 
     def __init__(self, padding: int, encoder: Encoder) -> None:
         super().__init__(padding)
@@ -148,7 +148,7 @@ class EmbeddingTask(_EncoderTask):
 
 
 class ClassificationTask(_EncoderTask):
-    unit = "nats per text"
+    name = "classification"
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         logits: Tensor = self.run(model, windows).logits
@@ -161,7 +161,7 @@ class ClassificationTask(_EncoderTask):
 class MaskedTask(_EncoderTask):
     """The windows hold mask tokens already; their logits are the outputs."""
 
-    unit = "nats per masked token"
+    name = "masked-lm"
 
     def __init__(self, padding: int, mask_token: int) -> None:
         super().__init__(padding)

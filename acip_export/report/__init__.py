@@ -5,11 +5,9 @@ Neither has a figure of its own: all come from ``plan.json``, ``report.json`` an
 """
 
 from acip_export.report.page import Exported, Page, Ranking, build_page, read_export
-from acip_export.report.write import CARD_FILE, PAGE_FILE, write_papers
+from acip_export.report.write import write_papers
 
 __all__ = [
-    "CARD_FILE",
-    "PAGE_FILE",
     "Exported",
     "Page",
     "Ranking",

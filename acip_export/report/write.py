@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from acip_export.artifacts.names import CARD_FILE, PAGE_FILE
 from acip_export.formats.registry import converter
 from acip_export.io.atomic import new_file
 from acip_export.report import card, html
 from acip_export.report.page import Page
-
-PAGE_FILE, CARD_FILE = "report.html", "README.md"
 
 
 def write_papers(page: Page, directory: Path) -> tuple[Path, Path]:

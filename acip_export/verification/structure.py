@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import TensorDecision
+from acip_export.artifacts.report import Structure
 from acip_export.errors import ModelFileError
 from acip_export.inspection import TensorPart, read_anatomy
 from acip_export.inspection.gguf_split import files_of
@@ -17,14 +17,6 @@ from converters.gguf.arrange import arrange
 from converters.onnx.matrices import Form, MatrixPart, matrices_of
 
 _LAYER = re.compile(r"(?<![A-Za-z0-9])(?:layers?|h|blocks?)[./](\d+)[./]")
-
-
-@dataclass(frozen=True)
-class Structure:
-    """``tensors`` that the plan's decisions ask for; ``found``: those that are there as planned."""
-
-    tensors: int
-    found: int
 
 
 def check_structure(export: Path, bundle: Bundle) -> tuple[Structure | None, list[str]]:

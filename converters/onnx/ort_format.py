@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from acip_export.artifacts.names import PAPERS
 from acip_export.errors import UnsupportedError
 from acip_export.io.atomic import new_directory
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE
@@ -40,7 +41,7 @@ def write_ort(export: Path, out: Path, force: bool = False) -> dict[str, int]:
     with new_directory(out, force) as directory:
         _convert(parts[0], directory)
         for file in sorted(export.glob("*")):
-            if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("report.json", "plan.json"):
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in PAPERS:
                 shutil.copyfile(file, directory / file.name)
     return {file.name: file.stat().st_size for file in sorted(out.iterdir())}
 

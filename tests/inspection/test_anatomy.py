@@ -311,15 +311,15 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "data above": ("m.onnx", _onnx(_outside("../other.bin")), "not beside the model"),
     "data nowhere": ("m.onnx", _onnx(_outside("weights.bin")), "not beside it"),
     "deep graphs": ("m.onnx", _nested(40), "nested deeper"),
-    "deep header": ("m.safetensors", _st(b"[" * 200_000), "not JSON"),
+    "deep header": ("m.safetensors", _st(b"[" * 200_000), "expected object, got array"),
     "surrogate name": (
         "m.safetensors",
         _st(b'{"\\ud800": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
-        "not UTF-8",
+        "half a surrogate pair",
     ),
     "other file": ("m.bin", b"\x80\x02}q\x00.", "is no GGUF"),
     "no plan": ("m.json", b"{}", "not a plan"),
-    "deep plan": ("m.json", b"[" * 200_000, "cannot be read as JSON"),
+    "deep plan": ("m.json", b"[" * 200_000, "expected object, got array"),
 }
 
 

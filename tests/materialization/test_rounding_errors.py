@@ -121,12 +121,11 @@ def test_a_directory_that_cannot_be_written_to(
     assert "measured again next time" in caplog.text
 
 
-EXAMPLE = RoundingErrors(
-    "onnx",
-    "test 1",
-    "abc",
-    {"a.weight": {"int8": 0.001, "int4": 0.1}},
-    {"a": {"int4*int4": ((0.25, 0.4), (0.75, 0.1))}},
+NOTHING = RoundingErrors(format="onnx", quantizer="test 1", scores_sha256="abc")
+EXAMPLE = replace(
+    NOTHING,
+    dense={"a.weight": {"int8": 0.001, "int4": 0.1}},
+    pairs={"a": {"int4*int4": ((0.25, 0.4), (0.75, 0.1))}},
 )
 
 
@@ -162,10 +161,10 @@ def test_a_cache_that_does_not_hold_is_no_cache(
     file = tmp_path / "cache.json"
     save_rounding_errors(EXAMPLE, file)
     assert load_rounding_errors(file, "onnx", "test 1", "abc") == EXAMPLE
-    assert json.loads(file.read_text())["format"] == "acip-rounding-errors"
+    assert json.loads(file.read_text())["artifact"] == "acip-rounding-errors"
     harm(file)
-    assert load_rounding_errors(file, "onnx", "test 1", "abc") == RoundingErrors("onnx", "test 1", "abc")
-    assert ("damaged" in caplog.text) == warns
+    assert load_rounding_errors(file, "onnx", "test 1", "abc") == NOTHING
+    assert ("measured again" in caplog.text) == warns
 
 
 def test_no_room_for_the_cache_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -184,7 +183,7 @@ def test_the_plan_follows_what_was_measured(model: Path) -> None:
     chosen = {d.name: d.type for d in make_plan(checkpoint, scores, request, overhead).tensors}
     assert chosen[tensor] != "q8_0"
     bad = dict.fromkeys(("q4_0", "q3_k"), 50.0) | {"q8_0": 1e-6}
-    errors = RoundingErrors("gguf", "", scores.sha256, {tensor: bad})
+    errors = RoundingErrors(format="gguf", quantizer="", scores_sha256=scores.sha256, dense={tensor: bad})
     plan = make_plan(checkpoint, scores, request, overhead, errors)
     assert {d.name: d.type for d in plan.tensors}[tensor] == "q8_0"
     assert weight_type("gguf", "q8_0").nbytes(512, 256) == next(d.nbytes for d in plan.tensors if d.name == tensor)

@@ -61,7 +61,7 @@ def signalled(signal_: signal.Signals) -> Iterator[None]:
                 return
             time.sleep(0.002)
 
-    thread = threading.Thread(format=wait_and_send)
+    thread = threading.Thread(target=wait_and_send)
     thread.start()
     try:
         yield
