@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Rank the sample model, export it at three budgets in both formats, run every export
 	$(BIN)/python samples/demo.py
 
-docs: $(STAMP) ## Write docs/cli.md again, from the commands themselves
+docs: $(STAMP) ## Write docs/cli.md and docs/api.md again, from commands and docstrings
 	$(BIN)/python tools/generate_cli.py
+	$(BIN)/python tools/generate_api.py
 
 picture: $(STAMP) ## Take the picture of a report again, after  make demo
 	$(BIN)/python tools/take_picture.py

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.errors import AcipError, DeviceFileError, UsageError
-from acip_export.formats.targets import TARGETS
+from acip_export.formats.registry import export_format, format_names
 from acip_export.units import parse_bytes
 
 DEVICES_VARIABLE = "ACIP_EXPORT_DEVICES"
@@ -172,12 +172,12 @@ def _device(entry: dict[str, Any], number: int, where: str) -> Device:
     runtimes, sources = entry["runtimes"], entry["source"]
     if not isinstance(runtimes, dict) or not runtimes or not all(isinstance(r, str) for r in runtimes.values()):
         raise fail('runtimes must name what runs each format, for example { gguf = "llama.cpp" }')
-    for target in runtimes:
-        if target not in TARGETS:
-            raise fail(f"unknown format {target!r}; known: {', '.join(TARGETS)}")
-        if runtimes[target] not in TARGETS[target].runtimes:
-            known = ", ".join(TARGETS[target].runtimes)
-            raise fail(f"unknown runtime {runtimes[target]!r} of {target}; known: {known}")
+    for name, runtime in runtimes.items():
+        if name not in format_names():
+            raise fail(f"unknown format {name!r}; known: {', '.join(format_names())}")
+        known = export_format(name).runtimes
+        if runtime not in known:
+            raise fail(f"unknown runtime {runtime!r} of {name}; known: {', '.join(known)}")
     whole = entry.get("whole_prompts", [])
     if not isinstance(whole, list) or not set(map(str, whole)) <= set(runtimes):
         raise fail(f"whole_prompts must list formats of runtimes ({', '.join(runtimes)}), found {whole!r}")
@@ -206,7 +206,7 @@ def _types(types: Any, runtimes: dict[str, str], fail: Callable[[str], DeviceFil
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise fail(f"types.{target} must be a list of type names")
         try:
-            TARGETS[target].choose_types(tuple(names))
+            export_format(target).choose_types(tuple(names))
         except AcipError as reason:
             raise fail(f"types.{target}: {reason}") from reason
     return {target: tuple(names) for target, names in types.items()}

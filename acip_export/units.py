@@ -49,3 +49,8 @@ def format_bytes(count: int) -> str:
             digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
             return f"{value:.{digits}f} {unit}"
     return f"{count} B"
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Divide and round up."""
+    return -(-count // size)

@@ -37,13 +37,12 @@ from acip_export.artifacts.scores import (
     load_scores,
     save_scores,
 )
-from acip_export.formats.registry import converter
+from acip_export.formats.registry import export_format
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import task_of
 from acip_export.planning.memory import memory_breakdown, uncounted_bytes
 from acip_export.units import format_bytes
-from acip_export.verification.export import SESSIONS
 from acip_export.verification.process import ProcessFigures, measure_process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,13 +145,13 @@ def make_plan(checkpoint: Checkpoint, case: Case, serving: Serving) -> Plan:
         draft = TensorDecision(name, info.shape, nbytes=0, **fields)
         decisions.append(replace(draft, nbytes=decision_bytes(draft, case.format)))
     tensors = tuple(decisions)
-    files = converter(case.format).predict_files(checkpoint, case.layout, tensors, serving)
+    files = export_format(case.format).predict_files(checkpoint, case.layout, tensors, serving)
     plan = ruled_plan(checkpoint, case.format, case.layout, serving, tensors, files)
     return with_memory(plan, checkpoint, serving)
 
 
 def with_memory(plan: Plan, checkpoint: Checkpoint, serving: Serving) -> Plan:
-    breakdown = memory_breakdown(plan.format, checkpoint, plan.tensors, plan.planned_bytes, serving)
+    breakdown = memory_breakdown(export_format(plan.format), checkpoint, plan.tensors, plan.planned_bytes, serving)
     own = sum(breakdown[part] for part in RUNTIME_PARTS)
     return replace(plan, serving=serving, breakdown=breakdown, memory_bytes=sum(breakdown.values()) - own)
 
@@ -171,9 +170,10 @@ def measure(name: str, checkpoint: Checkpoint, scratch: Path) -> Iterator[dict[s
                 shutil.rmtree(bundle)
             plan = with_memory(converted, checkpoint, runtime)
             save_plan(plan, export / "plan.json", force=True)
-            for runtime_name, module, class_name in SESSIONS[case.format]:
-                predicted = plan.memory_bytes + uncounted_bytes(plan, checkpoint, runtime_name)
-                yield row(name, case, plan, predicted, measure_process(module, class_name, export))
+            known = export_format(case.format)
+            for session in known.sessions:
+                predicted = plan.memory_bytes + uncounted_bytes(known, plan, checkpoint, session.runtime)
+                yield row(name, case, plan, predicted, measure_process(session.module, session.name, export))
         shutil.rmtree(export)
 
 

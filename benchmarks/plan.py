@@ -45,8 +45,7 @@ from acip_export.artifacts.scores import (
     save_scores,
 )
 from acip_export.errors import InfeasibleBudgetError
-from acip_export.formats.registry import converter
-from acip_export.formats.targets import TARGETS
+from acip_export.formats.registry import export_format, export_formats
 from acip_export.io.atomic import DTYPE_BYTES
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import task_of
@@ -212,7 +211,7 @@ def add_moments(file: Path, moments: dict[str, int]) -> None:
 def make_rounding_errors(file: Path) -> None:
     """The caches that a first plan measures and leaves beside the score file; here with the table's errors."""
     scores = load_scores(file)
-    for name, target in TARGETS.items():
+    for name, target in ((known.name, known) for known in export_formats()):
         forms = types_of(name)
         dense = {f"{module}.weight": s.sensitivity for module, s in scores.modules.items()} | dict(
             scores.embedding_sensitivity
@@ -221,11 +220,11 @@ def make_rounding_errors(file: Path) -> None:
         used = {pair_key(*pair) for pair in pair_types(target.choose_types(()))}
         used |= {residual_key(base) for layout in target.layouts for base in residual_bases(layout, forms)}
         errors = RoundingErrors(
-            format=name,
-            quantizer=converter(name).quantizer(),
-            scores_sha256=scores.sha256,
-            dense={tensor: {form.name: value * form.relative_mse for form in forms} for tensor, value in dense.items()},
-            pairs={module: {key: ((0.5, 1.0),) for key in keys if key in used} for module in scores.modules},
+            name,
+            export_format(name).quantizer(),
+            scores.sha256,
+            {tensor: {form.name: value * form.relative_mse for form in forms} for tensor, value in dense.items()},
+            {module: {key: ((0.5, 1.0),) for key in keys if key in used} for module in scores.modules},
         )
         save_rounding_errors(errors, cache_file(file, name))
 

@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from acip_export.api import evaluation_text, materialize_bundle, plan_export
 from acip_export.artifacts.bundle import load_bundle
 from acip_export.artifacts.scores import load_scores
-from acip_export.formats.registry import converter
+from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import load_causal_lm
 from acip_export.planning import PlanRequest
@@ -169,7 +169,7 @@ def main() -> None:
             else:
                 with tempfile.TemporaryDirectory() as scratch:
                     bundle = materialize_bundle(checkpoint, scores, plan, Path(scratch) / "bundle")
-                    difference = losses(load_bundle(bundle, converter(target).round_trip), windows) - dense
+                    difference = losses(load_bundle(bundle, export_format(target).round_trip), windows) - dense
                 measured = float(difference.mean())
                 error = float(difference.std(ddof=1) / math.sqrt(len(difference)))
             entry["results"].append(

@@ -35,7 +35,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import numpy as np
 
-from acip_export.api import evaluation_text, export_model, planning_problem, rank_to_file
+import acip_export
+from acip_export.api import evaluation_text, export_model, planning_problem
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile, load_scores
 from acip_export.errors import InfeasibleBudgetError
@@ -80,7 +81,7 @@ def ranked(checkpoint: Checkpoint, given: Path | None) -> ScoreFile:
     if not file.is_file():
         print(f"ranking {checkpoint.name}", flush=True)
         WORK.mkdir(exist_ok=True)
-        rank_to_file(checkpoint, TEXTS / "calibration.txt", file)
+        acip_export.rank(checkpoint, TEXTS / "calibration.txt", out=file)
     return load_scores(file)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from acip_export.artifacts.scores import load_scores
-from acip_export.formats.registry import converter
+from acip_export.formats.registry import export_format
 from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.materialization import residual
 from acip_export.materialization.factors import Norm, Pair
@@ -81,8 +81,10 @@ def main() -> None:
             sums = pairs.setdefault(case, dict.fromkeys(STEPS, 0.0))
             forms = weight_type(target, up), weight_type(target, down)
             for step, (rounds, rotate) in STEPS.items():
-                sums[step] += refit(pair, norm, importance, *forms, converter(target).round_trip, rounds, rotate).loss
-        round_trip = converter("gguf").round_trip
+                sums[step] += refit(
+                    pair, norm, importance, *forms, export_format(target).round_trip, rounds, rotate
+                ).loss
+        round_trip = export_format("gguf").round_trip
         for base in BASES:
             form = weight_type("gguf", base)
             found = bases.setdefault(base, {})

@@ -21,7 +21,8 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from acip_export.api import evaluation_text, export_model, plan_export, rank_to_file, write_report
+import acip_export
+from acip_export.api import evaluation_text, export_model, plan_export, write_report
 from acip_export.artifacts.report import Report
 from acip_export.artifacts.scores import ScoreFile, load_scores
 from acip_export.cli import output as console
@@ -53,7 +54,7 @@ def ranked(checkpoint: Checkpoint) -> ScoreFile:
             return scores
     started = time.perf_counter()
     with console.ranking_bars() as bars:
-        rank_to_file(checkpoint, SAMPLES / "text" / "calibration.txt", file, force=True, progress=bars)
+        acip_export.rank(checkpoint, SAMPLES / "text" / "calibration.txt", out=file, force=True, progress=bars)
     console.note(f"ranked in {time.perf_counter() - started:.0f} s")
     return load_scores(file)
 

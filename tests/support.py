@@ -216,7 +216,7 @@ def make_bundle(model: Path, plan: Plan, out: Path, scores: ScoreFile | None = N
 
 def everywhere(**fields: Any) -> Callable[[str, tuple[int, ...]], dict[str, Any]]:
     """The rule that decides all linear layers alike, and keeps embeddings and head dense in ``embedding_type``."""
-    embedding_type = fields.pop("embedding_type", fields.get("format", "f32"))
+    embedding_type = fields.pop("embedding_type", fields.get("type", "f32"))
 
     def decide(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
         if "embed" in name or "lm_head" in name:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from acip_export.cli.options import PlanFlags
+from acip_export.cli.plan_options import PlanFlags
 from acip_export.devices import DEVICES_VARIABLE, find_device, load_devices, user_file
 from acip_export.errors import AcipError, DeviceFileError, UsageError
 
@@ -157,7 +157,7 @@ def test_flags_override_the_device(camera: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({}, "no target"),
+        ({}, "no format"),
         ({"format_": "gguf"}, "--device raspberry-pi-5-8gb"),
         ({"device": "camera", "format_": "onnx"}, "camera runs gguf, not onnx"),
         ({"device": "camera", "budget": "2GB"}, "more than camera has"),

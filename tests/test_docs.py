@@ -14,13 +14,23 @@ DOCS = sorted(file.relative_to(ROOT).as_posix() for file in [*ROOT.glob("*.md"),
 
 
 def test_cli_reference_is_up_to_date() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
+    sys.path.insert(0, str(ROOT / "tools"))
     try:
         import generate_cli
     finally:
         sys.path.pop(0)
     stale = generate_cli.FILE.read_text(encoding="utf-8") != generate_cli.reference()
     assert not stale, "docs/cli.md is not what the commands say; run  make docs"
+
+
+def test_python_reference_is_up_to_date() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import generate_api
+    finally:
+        sys.path.pop(0)
+    stale = generate_api.FILE.read_text(encoding="utf-8") != generate_api.reference()
+    assert not stale, "docs/api.md is not what the docstrings say; run  make docs"
 
 
 def _links(text: str) -> list[str]:

@@ -48,10 +48,10 @@ def test_wheel_works_in_an_empty_environment(environment: Path, tmp_path: Path) 
     assert _run(environment.parent / "acip-export", "--version", cwd=tmp_path).strip() == acip_export.__version__
     check = (
         "import acip_export, acip_export.formats.registry as r\n"
-        "print(r.converter('gguf').__name__, acip_export.__file__)"
+        "print(type(r.export_format('gguf')).__module__, acip_export.__file__)"
     )
     printed = _run(environment, "-c", check, cwd=tmp_path)
-    assert printed.startswith("converters.gguf.converter")
+    assert printed.startswith("converters.gguf.format")
     assert str(ROOT) not in printed
     assert '"gguf"' in _run(environment.parent / "acip-export", "formats", "--json", cwd=tmp_path)
     # optimum looks for the plug-in in its namespace package; here that has nothing but the plug-in.

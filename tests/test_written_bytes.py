@@ -15,8 +15,7 @@ from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, TensorDecision, decision_bytes
 from acip_export.artifacts.rounding_errors import RoundingErrors, residual_key
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.formats.registry import converter
-from acip_export.formats.targets import TARGETS
+from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, Problem
 from acip_export.planning.candidates import Candidates, residual_bases
@@ -50,7 +49,7 @@ def sizes(directory: Path) -> dict[str, int]:
 
 def tried_types(target: str, backend: str | None) -> tuple[str, ...]:
     """The default types; or every type that plans may choose, some of which take llama.cpp most of a minute."""
-    known = TARGETS[target].on(backend)
+    known = export_format(target).on(backend)
     items = {weight_type(target, name).item_bytes for name in known.types}
     every = (form.name for form in types_of(target) if form.item_bytes in items and form.name not in known.refused)
     return tuple(every) if EXHAUSTIVE else known.types
@@ -76,7 +75,7 @@ def plans_with_every_kind(problem: Problem, request: PlanRequest) -> Iterator[Pl
 def tied_and_untied() -> Iterator[tuple[str, str, str | None, bool]]:
     """Embeddings and heads are the same in all layouts and backends of a target: both ways in the first alone."""
     for number, (target, layout, backend) in enumerate(WAYS):
-        first = backend is None and layout == TARGETS[target].layouts[0].name
+        first = backend is None and layout == export_format(target).layouts[0].name
         for tied in (True, False) if EXHAUSTIVE or first else (number % 2 == 0,):
             yield target, layout, backend, tied
 
@@ -92,7 +91,7 @@ def test_every_candidate_kind(target: str, layout: str, backend: str | None, tie
         checkpoint,
         scores,
         request,
-        lambda tensors, runtime: converter(target).predict_files(checkpoint, layout, tensors, runtime),
+        lambda tensors, runtime: export_format(target).predict_files(checkpoint, layout, tensors, runtime),
         every_correction(target, layout, types, scores),
     )
     written: set[str | None] = set()
@@ -107,7 +106,7 @@ def test_every_candidate_kind(target: str, layout: str, backend: str | None, tie
 
 def every_correction(target: str, layout: str, types: tuple[str, ...], scores: ScoreFile) -> RoundingErrors:
     """Corrections of bases are candidates where they were measured; here everywhere."""
-    bases = residual_bases(TARGETS[target].layout(layout), tuple(weight_type(target, name) for name in types))
+    bases = residual_bases(export_format(target).layout(layout), tuple(weight_type(target, name) for name in types))
     pairs = {residual_key(base): ((0.5, 0.5),) for base in bases}
     return RoundingErrors(
         format=target, quantizer="none", scores_sha256=scores.sha256, pairs=dict.fromkeys(scores.modules, pairs)
@@ -129,7 +128,7 @@ def test_planned_exports(
         checkpoint,
         scores,
         request,
-        lambda tensors, runtime: converter(target).predict_files(checkpoint, layout, tensors, runtime),
+        lambda tensors, runtime: export_format(target).predict_files(checkpoint, layout, tensors, runtime),
     )
     floor, _ = problem.floor(request)
     plan = problem.plan(replace(request, budget_bytes=floor + int(share * checkpoint.weight_bytes)))

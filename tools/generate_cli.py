@@ -14,7 +14,7 @@ import typer
 
 from acip_export.cli.main import app
 
-FILE = Path(__file__).with_name("cli.md")
+FILE = Path(__file__).parents[1] / "docs" / "cli.md"
 _HEAD = """\
 <!-- Written by  make docs  from the commands themselves; edit their help texts instead. -->
 # The command line

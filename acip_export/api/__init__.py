@@ -3,9 +3,10 @@
 from acip_export.api.export import convert_bundle, export_model, materialize_bundle
 from acip_export.api.plan import plan_export, planned_sizes, planning_problem, sweep_document, sweep_sizes
 from acip_export.api.progress import ProgressCallback, StageProgress, quiet
-from acip_export.api.rank import open_scores, rank_to_file, ranking_summary, write_imatrix
+from acip_export.api.rank import ranking_summary, write_imatrix
 from acip_export.api.report import ranked_model_of, write_report
 from acip_export.api.rounding import measure_rounding_errors, rounding_errors
+from acip_export.api.verbs import open_model, open_scores
 from acip_export.api.verify import evaluation_text, verify_directory
 
 __all__ = [
@@ -16,12 +17,12 @@ __all__ = [
     "export_model",
     "materialize_bundle",
     "measure_rounding_errors",
+    "open_model",
     "open_scores",
     "plan_export",
     "planned_sizes",
     "planning_problem",
     "quiet",
-    "rank_to_file",
     "ranked_model_of",
     "ranking_summary",
     "rounding_errors",

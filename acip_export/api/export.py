@@ -16,6 +16,7 @@ from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import VerificationError
+from acip_export.formats.registry import export_format
 from acip_export.io.atomic import new_directory, refuse_existing, scratch_directory
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification import export as verification
@@ -39,7 +40,6 @@ def materialize_bundle(
         ImatrixError: see :func:`converters.gguf.imatrix.importance_of`.
     """
     from acip_export import materialization as materialize
-    from acip_export.formats.registry import converter
 
     return materialize.materialize_bundle(
         checkpoint,
@@ -48,7 +48,7 @@ def materialize_bundle(
         out,
         force,
         lambda p: progress(StageProgress("materialize", p.done, p.total, p.tensor)),
-        converter(plan.format).round_trip,
+        export_format(plan.format).round_trip,
         cache,
     )
 
@@ -71,9 +71,7 @@ def convert_bundle(
 
 
 def _convert(bundle: Bundle, directory: Path, progress: ProgressCallback, check: bool) -> None:
-    from acip_export.formats.registry import converter
-
-    converter(bundle.plan.format).convert(
+    export_format(bundle.plan.format).convert(
         bundle, directory, lambda p: progress(StageProgress("convert", p.done, p.total, p.item))
     )
     shutil.copyfile(bundle.path / PLAN_FILE, directory / PLAN_FILE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.rank import rounding_scores
@@ -13,7 +13,8 @@ from acip_export.artifacts.names import SWEEP
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import AcipError, InfeasibleBudgetError, MissingExtraError, UnsupportedError
-from acip_export.formats.targets import DEFAULT_BACKEND
+from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
+from acip_export.formats.registry import export_format, format_names
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import (
     PlanRequest,
@@ -27,9 +28,6 @@ from acip_export.planning import (
 )
 from acip_export.units import format_bytes
 
-if TYPE_CHECKING:
-    from acip_export.formats.registry import Converter
-
 
 def planning_problem(
     checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
@@ -38,11 +36,8 @@ def planning_problem(
 
     Raises as :func:`acip_export.planning.make_plan`, but for the budget.
     """
-    from acip_export.formats.registry import converter
-    from acip_export.formats.targets import target as find_target
-
-    target = converter(request.format)
-    layout = find_target(request.format, request.backend).layouts_for(request.layout, request.runtime)[0].name
+    target = export_format(request.format, request.backend)
+    layout = target.layouts_for(request.layout, request.runtime)[0].name
     request = replace(request, layout=layout)
     checkpoint = checkpoint.with_options(request.options)
     _prepare(target, checkpoint, request, progress)
@@ -64,21 +59,18 @@ def plan_export(
     Raises as :func:`acip_export.planning.make_plan`; with ``auto`` only if no layout has a plan. And
         UnsupportedError: a file would be larger than ``request.largest_file``.
     """
-    from acip_export.formats.registry import converter
-    from acip_export.formats.targets import split_max_size
-    from acip_export.formats.targets import target as find_target
-
-    known = find_target(request.format, request.backend)
-    known.check_options(request.options)
-    layouts = known.layouts_for(request.layout, request.runtime)
-    target = converter(request.format)
+    target = export_format(request.format, request.backend)
+    target.check_options(request.options)
+    layouts = target.layouts_for(request.layout, request.runtime)
     checkpoint = checkpoint.with_options(request.options)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
     notes = _prepare(target, checkpoint, request, progress)
 
     def plan(layout: str) -> Plan:
         asked, predict = replace(request, layout=layout), _prediction(target, checkpoint, layout)
-        if split_max_size(request.options) is not None:  # one that is too small is refused before anything is measured
+        if (
+            target.tensor_limit(request.options) is not None
+        ):  # one that is too small is refused before anything is measured
             Problem.of(checkpoint, scores, asked, predict).floor(asked)
         errors = rounding_errors(checkpoint, scores, asked, progress)
         made = make_plan(checkpoint, scores, asked, predict, errors, lambda: other_floors(checkpoint, scores, request))
@@ -124,8 +116,6 @@ def other_floors(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest
     Formats that the model or the installation does not support are left out. What only the requested format knows of
     (types, layout and the like) falls to the other's defaults, and the flags say so.
     """
-    from acip_export.formats.targets import TARGETS
-
     own = {
         "types": request.types,
         "layout": request.layout,
@@ -136,7 +126,7 @@ def other_floors(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest
     }
     without = ", ".join(f"--{name}" for name, value in own.items() if value)
     found: list[tuple[str, int]] = []
-    for name in TARGETS:
+    for name in format_names():
         if name != request.format:
             changed = replace(
                 request, format=name, types=(), layout=None, cache_type=None, runtime=None, backend=None, options={}
@@ -151,20 +141,18 @@ def other_floors(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest
 
 def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> int:
     """The smallest budget, which needs no rounding errors. Raises as :func:`plan_export`, but for the budget."""
-    from acip_export.formats.registry import converter
-    from acip_export.formats.targets import target as find_target
-
-    target, layout = converter(request.format), find_target(request.format).layouts[0].name
+    target = export_format(request.format)
+    layout = target.layouts[0].name
     asked = replace(request, layout=layout)
     return Problem.of(checkpoint, scores, asked, _prediction(target, checkpoint, layout)).floor(asked)[0]
 
 
-def _prediction(target: Converter, checkpoint: Checkpoint, layout: str) -> PredictFiles:
+def _prediction(target: ExportFormat, checkpoint: Checkpoint, layout: str) -> PredictFiles:
     return lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime)
 
 
 def _prepare(
-    target: Converter, checkpoint: Checkpoint, request: PlanRequest, progress: ProgressCallback
+    target: ExportFormat, checkpoint: Checkpoint, request: PlanRequest, progress: ProgressCallback
 ) -> tuple[str, ...]:
     return target.prepare(
         checkpoint,

@@ -1,37 +1,17 @@
-"""From a model to its score file, and what is read from one."""
+"""What is made from a score file beside plans: its summary, and llama.cpp's importance matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from acip_export.artifacts.scores import ScoreFile, find_scores, load_scores
+from acip_export.artifacts.scores import ScoreFile
 from acip_export.io.inputs import builtins
 from acip_export.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from acip_export.ranking import Algorithm
-
-
-def rank_to_file(
-    checkpoint: Checkpoint,
-    data: str | Path,
-    out: Path,
-    algorithm: Algorithm = "acip",
-    settings: Mapping[str, Any] = MappingProxyType({}),
-    **options: Any,
-) -> ScoreFile:
-    """Rank ``checkpoint`` and write the score file; ``settings`` replace those that suit the model.
-
-    Takes the other ``options`` of, and raises as, :func:`acip_export.ranking.rank_model`.
-    """
-    from acip_export.ranking import automatic_config, rank_model
-
-    acip = replace(automatic_config(checkpoint), **settings) if algorithm == "acip" else None
-    return rank_model(checkpoint.path, data, algorithm=algorithm, acip=acip, out=out, **options)
+    pass
 
 
 def ranking_summary(scores: ScoreFile) -> dict[str, Any]:
@@ -43,11 +23,6 @@ def ranking_summary(scores: ScoreFile) -> dict[str, Any]:
         "data": builtins(scores.data),
         "curve": builtins(scores.curve),
     }
-
-
-def open_scores(checkpoint: Checkpoint, scores: Path | None) -> ScoreFile:
-    """The score file given, or the only one beside the model."""
-    return load_scores(scores or find_scores(checkpoint.path))
 
 
 def write_imatrix(checkpoint: Checkpoint, scores: ScoreFile, out: Path, force: bool = False) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from acip_export.api.rank import open_scores
+from acip_export.api.verbs import Location, open_model, open_scores
 from acip_export.artifacts.names import PAGE_FILE
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
@@ -17,17 +17,19 @@ from acip_export.report.origin import hub_id, license_of
 from acip_export.report.page import ScoreMap, embedded, read_export
 
 
-def ranked_model_of(plan: Plan, model: str, scores: Path | None) -> tuple[Checkpoint | None, ScoreFile | None]:
+def ranked_model_of(
+    plan: Plan, model: Location | Checkpoint, scores: Location | ScoreFile | None
+) -> tuple[Checkpoint | None, ScoreFile | None]:
     """The model and score file that ``plan`` was made from; ``None`` where the working directory happens not to be it.
 
     Raises:
         CheckpointError, ScoreFileError: a model or a score file was named, and is not of the plan's model.
     """
     named = model != "." or scores is not None
-    if not named and not Path(model, "config.json").is_file():
+    if not named and not Path("config.json").is_file():
         return None, None
     try:
-        checkpoint = Checkpoint.open(model)
+        checkpoint = open_model(model)
         opened = open_scores(checkpoint, scores)
         opened.check_model(checkpoint)
     except (CheckpointError, ScoreFileError):

@@ -34,14 +34,13 @@ def rounding_errors(
     the answer is what the cache has.
     """
     global _measured_last
-    from acip_export.formats.registry import converter
-    from acip_export.formats.targets import target as find_target
+    from acip_export.formats.registry import export_format
     from acip_export.planning.candidates import choose_embedding_types, pair_types, residual_bases
 
     scores.check_model(checkpoint)
-    target = find_target(request.format, request.backend)
+    target = export_format(request.format, request.backend)
     types, layout = target.choose_types(request.types), target.layout(request.layout)
-    quantizer = converter(target.name).quantizer()
+    quantizer = target.quantizer()
     cache = None if scores.file is None else cache_file(scores.file, target.name)
     known = RoundingErrors(target.name, quantizer, scores.sha256)
     if cache is not None:
@@ -75,7 +74,7 @@ def rounding_errors(
             pairs,
             bases,
             layout.residual_pairs,
-            converter(target.name).round_trip,
+            target.round_trip,
             lambda p: progress(StageProgress("measure rounding", p.done, p.total, p.item)),
         )
     except MissingExtraError as missing:
@@ -93,10 +92,10 @@ def measure_rounding_errors(checkpoint: Checkpoint, scores: Path, progress: Prog
 
     Plans measure what is missing themselves; having it from the start makes the first one take seconds.
     """
-    from acip_export.formats.targets import TARGETS
+    from acip_export.formats.registry import format_names
 
     opened = load_scores(scores)
-    for name in TARGETS:
+    for name in format_names():
         try:
             rounding_errors(checkpoint, opened, PlanRequest(name, 1), progress)
         except (MissingExtraError, UnsupportedError) as reason:

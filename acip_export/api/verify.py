@@ -8,10 +8,11 @@ from pathlib import Path
 
 from acip_export.api.export import materialize_bundle
 from acip_export.api.progress import ProgressCallback, StageProgress, quiet
-from acip_export.api.rank import open_scores
+from acip_export.api.verbs import Location, open_model, open_scores
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import Report, save_report
+from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import CheckpointError
 from acip_export.formats.session import Windows
 from acip_export.model.checkpoint import Checkpoint
@@ -47,8 +48,8 @@ def evaluation_text(model: Path, text: Path, context: int, most_tokens: int = 32
 
 def verify_directory(
     export: Path,
-    model: str,
-    scores: Path | None,
+    model: Location | Checkpoint,
+    scores: Location | ScoreFile | None,
     bundle: Path | None,
     text: Path | None,
     tasks: Sequence[str] = (),
@@ -83,10 +84,10 @@ def verify_directory(
     return report
 
 
-def _base_model(model: str, plan: Plan, required: bool) -> Checkpoint | None:
+def _base_model(model: Location | Checkpoint, plan: Plan, required: bool) -> Checkpoint | None:
     """The model that was planned for, or ``None`` if something else is there."""
     try:
-        checkpoint = Checkpoint.open(model)
+        checkpoint = open_model(model)
     except CheckpointError:
         if required:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -75,7 +76,7 @@ class Serving:
         context: tokens of KV cache.
         cache_type: ``f32``, ``f16`` or ``q8_0``.
         prompt_batch: tokens of a prompt that are processed together (llama.cpp ``n_ubatch``, genai ``chunk_size``).
-        backend: what runs it, where the target has a choice; see :mod:`acip_export.formats.targets`.
+        backend: what computes inside the runtime; see :class:`acip_export.formats.protocol.Backend`.
     """
 
     context: Tokens
@@ -212,7 +213,7 @@ def dumps_plan(plan: Plan) -> str:
     return head[:-2] + ',\n "tensors": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
-def load_plan(file: Path | str) -> Plan:
+def load_plan(file: str | os.PathLike[str]) -> Plan:
     """Read and check a plan.
 
     Raises:

@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from acip_export.artifacts.document import Artifact, decode_artifact
 from acip_export.artifacts.names import ROUNDING_ERRORS, ArtifactName
+from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import InputError
 from acip_export.io.atomic import keep
 from acip_export.io.inputs import NotNegative, Share, read_input
@@ -70,6 +71,12 @@ class RoundingErrors(Artifact):
         """Loss of a corrected base over the loss of the base alone, by rank / full rank; ``None``: not measured."""
         points = self.pairs.get(module, {}).get(residual_key(base))
         return float(_interpolated(points, np.array([share]))[0]) if points else None
+
+    def measured(self, decision: TensorDecision) -> bool:
+        """Tell whether what ``decision`` loses by rounding was measured, for a pair at least between some types."""
+        if decision.rank is None:
+            return decision.type in self.dense.get(decision.name, {})
+        return decision.module in self.pairs
 
     def covers(self, dense: Mapping[str, Iterable[str]], pairs: Iterable[str], modules: Iterable[str]) -> bool:
         """Whether every type of every tensor in ``dense`` and every pair of types in every module was measured.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -293,12 +294,13 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
                 writer.write(name, np.ascontiguousarray(value, "<f4").tobytes())
 
 
-def load_scores(file: Path) -> ScoreFile:
+def load_scores(file: str | os.PathLike[str]) -> ScoreFile:
     """Read and check a score file.
 
     Raises:
         ScoreFileError: truncated, not a score file, unknown version, wrong shapes, non-finite numbers.
     """
+    file = Path(file)
     entries, metadata = read_safetensors_header(file, ScoreFileError)
     version = metadata.get("version")  # text, as all metadata of safetensors
     known = SCORES.version if version == str(SCORES.version) else version

@@ -13,7 +13,7 @@ from acip_export.check.markdown import markdown, summary
 from acip_export.check.outputs import check_json, github_annotations, junit
 from acip_export.check.run import run_check, update_lock
 from acip_export.cli import output as console
-from acip_export.cli import tables
+from acip_export.cli.tables.check import show_check
 from acip_export.errors import UsageError, VerificationError
 from acip_export.io.atomic import new_file
 
@@ -55,7 +55,7 @@ def check(
     elif markdown_to == "-":
         console.out.out(markdown(outcome), end="", highlight=False)
     else:
-        tables.show_check(outcome, summary(outcome), verbose)
+        show_check(outcome, summary(outcome), verbose)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in github_annotations(outcome):
             console.err.out(line, highlight=False)

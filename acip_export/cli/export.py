@@ -1,29 +1,21 @@
-"""The main job, ``acip-export --budget … --format …``, and ``acip-export plan``."""
+"""The main job: ``acip-export --budget … --format …``."""
 
 from __future__ import annotations
 
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from acip_export.artifacts.plan import save_plan
 from acip_export.cli import output as console
-from acip_export.cli.options import (
-    Cache,
-    Force,
-    Json,
-    PlanFlags,
-    Tasks,
-    Text,
-    Timeout,
-    Verbose,
-    names,
-    takes_plan_flags,
-)
+from acip_export.cli.options import Cache, Force, Json, Tasks, Text, Timeout, Verbose, names
+from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
+from acip_export.cli.tables.plan import show_plan
+from acip_export.cli.tables.report import show_export, show_reports
 from acip_export.errors import UsageError
-from acip_export.io.atomic import new_file, refuse_existing
+from acip_export.formats.protocol import Companion
+from acip_export.formats.registry import export_format, export_formats
+from acip_export.io.atomic import refuse_existing
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 from acip_export.version import __version__
@@ -45,7 +37,7 @@ def export(
     timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     cache: Cache = None,
     verify: Annotated[bool, typer.Option(help="Open the export in its runtime and compare.")] = True,
-    ort: Annotated[bool, typer.Option("--ort", help="ONNX: also OUT-ort, for reduced onnxruntime builds.")] = False,
+    companions: tuple[str, ...] = (),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Json = False,
     force: Force = False,
@@ -73,25 +65,20 @@ def export(
     from acip_export import api as pipeline
 
     request = flags.request()
-    target = out or Path("export") / request.format
-    ort_target = target.with_name(f"{target.name}-ort")
-    if ort and request.format != "onnx":
-        raise UsageError(f"--ort goes with  --format onnx, not {request.format}")
+    directory = out or Path("export") / request.format
+    beside = _companions(request.format, companions, directory)
     if not dry_run:
-        refuse_existing(target, force)
-        if ort:
-            refuse_existing(ort_target, force)
+        for output in (directory, *beside.values()):
+            refuse_existing(output, force)
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
     with console.stage_bars() as progress:
         plan = pipeline.plan_export(checkpoint, opened, request, progress)
-    if ort:
-        from converters.onnx.ort_format import check_size
-
-        check_size(plan.files)
+    for companion in beside:
+        companion.check(plan.files)
     measured_on = None if text is None else pipeline.evaluation_text(checkpoint.path, text, plan.serving.context)
     if not json:
-        console.show_plan(plan, verbose)
+        show_plan(plan, verbose)
     if dry_run:
         if json:
             console.print_json(plan.to_json())
@@ -101,7 +88,7 @@ def export(
             checkpoint,
             opened,
             plan,
-            target,
+            directory,
             force,
             verify,
             measured_on,
@@ -111,92 +98,30 @@ def export(
             progress=progress,
             cache=cache,
         )
-    ort_files = None
-    if ort:
-        from converters.onnx.ort_format import write_ort
-
-        ort_files = write_ort(target, ort_target, force)
+    written = {companion: companion.write(directory, place, force) for companion, place in beside.items()}
     if json:
-        result = {"out": str(target), "plan": plan.to_json(), "report": report and report.to_json()}
-        console.print_json({**result, "ort": ort_files and {"out": str(ort_target), "files": ort_files}})
+        result = {"out": str(directory), "plan": plan.to_json(), "report": report and report.to_json()}
+        also = {companion.name: {"out": str(beside[companion]), "files": files} for companion, files in written.items()}
+        console.print_json({**result, "companions": also})
         return
     if report is not None:
         console.out.print()
-        console.show_reports([report])
-    console.show_export(plan, target)
-    if ort_files:
-        console.out.print(f"{sum(ort_files.values()):,} bytes in the ORT format in {ort_target}", markup=False)
+        show_reports([report])
+    show_export(plan, directory)
+    for companion, files in written.items():
+        total = sum(files.values())
+        console.out.print(f"{total:,} bytes in the {companion.name} format in {beside[companion]}", markup=False)
 
 
-@takes_plan_flags
-def plan(
-    flags: PlanFlags,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Every size instead of one: quality against bytes, drawn and as JSON.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Also write the plan to this file; the drawing of a sweep (.png or .svg)."),
-    ] = None,
-    json: Json = False,
-    force: Force = False,
-    verbose: Verbose = False,
-) -> None:
-    """Show where every byte of a budget would go.
+def _companions(format_name: str, names: tuple[str, ...], directory: Path) -> dict[Companion, Path]:
+    """Return the companions that were asked for, with the directories that they are written into.
 
-    acip-export plan --budget 900MB --format gguf -o plan.json
-
-    acip-export plan --device iphone-15-pro-8gb --context 8192
-
-    acip-export plan --sweep --format gguf -o sweep.svg
-
-    acip-export plan --sweep --format onnx --types 'int8;int4' -o types.png
+    Raises:
+        UsageError: the format has no such companion.
     """
-    from acip_export import api as pipeline
-
-    if sweep:
-        _sweep(flags, out, json, force)
-        return
-    request = flags.request()
-    if out is not None:
-        refuse_existing(out, force)
-    checkpoint = Checkpoint.open(flags.model)
-    with console.stage_bars() as progress:
-        made = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, flags.scores), request, progress)
-    if out is not None:
-        save_plan(made, out, force)
-    if json:
-        console.print_json(made.to_json())
-    else:
-        console.show_plan(made, verbose)
-
-
-def _sweep(flags: PlanFlags, out: Path | None, json: bool, force: bool) -> None:
-    """Compute the curves, then print them as JSON, or draw them and write the JSON beside the drawing."""
-    from acip_export import api as pipeline
-    from acip_export.cli import sweep_plot
-
-    requests = flags.sweep_requests()
-    drawing = None if json and out is None else out or Path("sweep.png")
-    if drawing is not None:
-        sweep_plot.check_suffix(drawing)
-        sweep_plot.require_matplotlib()
-        for file in (drawing, drawing.with_suffix(".json")):
-            refuse_existing(file, force)
-    checkpoint = Checkpoint.open(flags.model)
-    scores = pipeline.open_scores(checkpoint, flags.scores)
-    with console.stage_bars() as progress:
-        lines = pipeline.sweep_sizes(checkpoint, scores, requests, progress)
-    document = pipeline.sweep_document(checkpoint, scores, requests, lines)
-    if drawing is not None:
-        title = f"{checkpoint.name}: size and predicted quality"
-        scope = requests[0][1].budget_scope
-        sweep_plot.draw(lines, title, scope, scores.loss_unit, drawing, force)
-        with new_file(drawing.with_suffix(".json"), force) as temporary:
-            temporary.write_text(dumps(document, indent=1) + "\n", encoding="utf-8")
-    if json:
-        console.print_json(document)
-        return
-    for line in sweep_plot.summary(lines):
-        console.out.print(line, markup=False)
-    console.out.print(f"drawn in {drawing}, figures in {drawing and drawing.with_suffix('.json')}", markup=False)
+    known = {companion.name: companion for companion in export_format(format_name).companions}
+    for name in names:
+        if name not in known:
+            having = [each.name for each in export_formats() if name in {c.name for c in each.companions}]
+            raise UsageError(f"--{name} goes with  --format {' or '.join(having)}, not {format_name}")
+    return {known[name]: directory.with_name(f"{directory.name}-{name}") for name in names}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli import tables
+from acip_export.cli.tables.inspect import change_json, show_anatomy, show_difference
 from acip_export.inspection import Anatomy, diff_tensors, read_anatomy
 from acip_export.inspection.diff import stored_tensors
 
@@ -34,7 +34,7 @@ def inspect(
         if json:
             console.print_json(first.to_json())
         else:
-            tables.show_anatomy(first, top)
+            show_anatomy(first, top)
         return
     second = read_anatomy(other)
     changes = diff_tensors(stored_tensors(first), stored_tensors(second))
@@ -46,11 +46,11 @@ def inspect(
                 "before": _totals(first),
                 "after": _totals(second),
                 "delta": second.total_bytes - first.total_bytes,
-                "changes": [tables.change_json(change) for change in changes],
+                "changes": [change_json(change) for change in changes],
             }
         )
     else:
-        tables.show_difference(first, second, changes, top)
+        show_difference(first, second, changes, top)
 
 
 def _totals(anatomy: Anatomy) -> dict[str, Any]:

@@ -10,7 +10,20 @@ from types import FrameType
 
 import typer
 
-from acip_export.cli import check, devices, export, inspect, rank, report, stages
+from acip_export.cli import (
+    check,
+    convert,
+    devices,
+    export,
+    formats,
+    imatrix,
+    inspect,
+    materialize,
+    plan,
+    rank,
+    report,
+    verify,
+)
 from acip_export.cli import output as console
 from acip_export.errors import AcipError
 
@@ -28,16 +41,16 @@ app = typer.Typer(
 app.callback(invoke_without_command=True)(export.export)
 for command in (
     rank.rank,
-    export.plan,
-    stages.materialize,
-    stages.convert,
-    stages.verify,
-    stages.imatrix,
+    plan.plan,
+    materialize.materialize,
+    convert.convert,
+    verify.verify,
+    imatrix.imatrix,
     report.report,
     inspect.inspect,
     check.check,
     devices.devices,
-    stages.formats,
+    formats.formats,
 ):
     app.command()(command)
 

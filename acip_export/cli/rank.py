@@ -10,6 +10,7 @@ import typer
 
 from acip_export.cli import output as console
 from acip_export.cli.options import Cache, Force, Json
+from acip_export.cli.tables.ranking import show_ranking
 from acip_export.errors import UsageError
 from acip_export.model.checkpoint import Checkpoint
 
@@ -73,7 +74,8 @@ def rank(
     accelerate launch --num_processes 2 -m acip_export rank . --data text.txt
     """
     from acip_export import api as pipeline
-    from acip_export.ranking import DataConfig, parse_settings
+    from acip_export.api import verbs
+    from acip_export.ranking import parse_settings
     from acip_export.ranking.logs import json_log, tensorboard_log, to_all
     from acip_export.ranking.processes import launched_rank
 
@@ -92,7 +94,6 @@ def rank(
         name = next(iter(settings))
         flag = name.replace("_", "-") if name in chosen else f"set {name}"
         raise UsageError(f"--{flag} is a setting of acip; --algorithm {algorithm} has none")
-    calibration = DataConfig(context=context, seed=seed, field=field)
     checkpoint = Checkpoint.open(model)
     target = out or checkpoint.path / f"{checkpoint.name}.acip"
     # Of several processes one draws and logs, as one writes.
@@ -106,14 +107,16 @@ def rank(
                     callbacks.append(stack.enter_context(json_log(log_json)))
                 if tensorboard is not None:
                     callbacks.append(stack.enter_context(tensorboard_log(tensorboard)))
-            scores = pipeline.rank_to_file(
+            scores = verbs.rank(
                 checkpoint,
                 data,
-                target,
-                algorithm,
-                settings,
+                out=target,
+                algorithm=algorithm,
+                field=field,
+                context=context,
+                seed=seed,
+                settings=settings,
                 units=units,
-                calibration=calibration,
                 device=torch_device,
                 precision=precision,
                 gradient_checkpointing=gradient_checkpointing,
@@ -137,4 +140,4 @@ def rank(
     if json:
         console.print_json({"out": str(target), **pipeline.ranking_summary(scores)})
     else:
-        console.show_ranking(scores, target)
+        show_ranking(scores, target)

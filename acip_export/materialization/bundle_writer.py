@@ -147,7 +147,13 @@ def _numbers(
     module = scores.modules.get(decision.module) if decision.name.endswith(".weight") else None
     if decision.representation == "residual" and decision.rank is not None and module is not None:
         return _residual(
-            dense_weight(weight, module, plan.adapters).float(), module, scores, decision, round_trip, importance
+            plan.format,
+            dense_weight(weight, module, plan.adapters).float(),
+            module,
+            scores,
+            decision,
+            round_trip,
+            importance,
         )
     if decision.rank is None or module is None or decision.kept is None:
         if decision.rank is not None:
@@ -174,6 +180,7 @@ def _finite(weight: Tensor) -> bool:
 
 
 def _residual(
+    file_format: str,
     weight: Tensor,
     module: ModuleScores,
     scores: ScoreFile,
@@ -191,7 +198,8 @@ def _residual(
         pair = Pair(basis.up[:, : decision.rank], basis.down[: decision.rank])
         importance[up] = inner_importance(pair.down, norm.inputs)
         return {up: pair.up, down: pair.down, decision.name: weight - pair.up @ pair.down}
-    base, *formats = (weight_type("gguf", name or "") for name in (decision.type, decision.up_type, decision.down_type))
+    types = (decision.type, decision.up_type, decision.down_type)
+    base, *formats = (weight_type(file_format, name or "") for name in types)
     found = correct(
         weight, norm, whitenings, importance[down], base, decision.rank, (formats[0], formats[1]), round_trip
     )

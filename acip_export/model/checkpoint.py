@@ -18,6 +18,7 @@ from acip_export.io.atomic import read_json_object, safetensors_header
 from acip_export.model.architectures import fuses_attention, refuse_experts, stored_names, with_common_keys
 from acip_export.model.encoder import is_encoder, kind_of
 from acip_export.model.tied_head import without_repeated_head
+from acip_export.model.tokenizer_size import TokenizerSize, tokenizer_size
 
 if TYPE_CHECKING:
     import torch
@@ -123,8 +124,11 @@ class Checkpoint:
         self.options = options
 
     @classmethod
-    def open(cls, model: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, model: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Checkpoint:
         """Open a local directory, or a Hugging Face id (downloaded through ``huggingface_hub``).
+
+        Args:
+            revision: branch, tag or commit of an id. token: for a private one; both are the hub's own.
 
         Raises:
             CheckpointError: not a model directory, damaged shards, an id that cannot be fetched, or a stored head with
@@ -132,7 +136,7 @@ class Checkpoint:
         """
         path = Path(model)
         if not path.is_dir():
-            path = _download(str(model))
+            path = _download(str(model), revision, token)
         config = _read_config(path)
         tensors = {name: info for name, info in _read_index(path).items() if not _unused(config, name)}
         if not is_encoder(config):
@@ -207,6 +211,10 @@ class Checkpoint:
                 shard.seek(info.offset)
                 digest.update(shard.read(min(info.nbytes, _FINGERPRINT_SAMPLE)))
         return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_size(self) -> TokenizerSize:
+        return tokenizer_size(self.path)
 
     @property
     def weight_bytes(self) -> int:
@@ -307,13 +315,14 @@ def _read_index(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _download(model: str) -> Path:
+def _download(model: str, revision: str | None, token: str | None) -> Path:
     looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(".")
     if not looks_like_id:
         raise CheckpointError(f"{model} is no directory, and no Hugging Face id of the form owner/name either")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+        wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many kinds; all of them mean that the model is not here
         raise CheckpointError(f"{model} is no local directory and cannot be downloaded: {error}") from error

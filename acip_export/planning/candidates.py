@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -13,10 +13,10 @@ from acip_export.artifacts.plan import TensorDecision
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import UnsupportedError
-from acip_export.formats.targets import Layout, Target
+from acip_export.formats.protocol import ExportFormat, Layout
 from acip_export.model.architectures import EMBEDDINGS, HEAD
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning.memory import is_embedding, repacked_bytes
+from acip_export.planning.memory import is_embedding
 from acip_export.weight_types import WeightType, weight_type
 
 IntArray = npt.NDArray[np.int64]
@@ -43,11 +43,11 @@ class Options:
         """(n,)"""
         return np.array([option.rank is not None for option in self.decisions], np.bool_)
 
-    def beside(self, target: str, embedding: bool, tied_head: bool) -> tuple[IntArray, IntArray, IntArray]:
-        """(n,) each of :func:`acip_export.planning.memory.repacked_bytes`."""
-        key = (target, embedding, tied_head)
+    def beside(self, target: ExportFormat, embedding: bool, tied_head: bool) -> tuple[IntArray, IntArray, IntArray]:
+        """Return (n,) each of :class:`acip_export.formats.protocol.TensorMemory`: kept, once and loading."""
+        key = (target.name, embedding, tied_head)
         if key not in self._held:
-            held = [repacked_bytes(option, *key) for option in self.decisions]
+            held = [astuple(target.memory.beside(option, embedding, tied_head)) for option in self.decisions]
             kept, once, loading = np.array(held, np.int64).reshape(-1, 3).T
             self._held[key] = (kept, once, loading)
         return self._held[key]
@@ -80,16 +80,16 @@ class Candidates:
         """Without name and kept units, which :meth:`decision` fills in."""
         return self.table.decisions
 
-    def nbytes(self, target: str, scope: str) -> IntArray:
+    def nbytes(self, target: ExportFormat, scope: str) -> IntArray:
         """(n,) stored bytes, and in memory what the runtime keeps beside them for as long as it runs."""
         return self.table.nbytes if scope == "file" else self.table.nbytes + self._beside(target)[0]
 
-    def peaks(self, target: str, scope: str) -> tuple[IntArray, IntArray]:
+    def peaks(self, target: ExportFormat, scope: str) -> tuple[IntArray, IntArray]:
         """(n,) what is held once, for the largest matrix, and (n,) once while loading."""
         _, once, loading = self._beside(target)
         return (np.zeros_like(once), np.zeros_like(loading)) if scope == "file" else (once, loading)
 
-    def _beside(self, target: str) -> tuple[IntArray, IntArray, IntArray]:
+    def _beside(self, target: ExportFormat) -> tuple[IntArray, IntArray, IntArray]:
         return self.table.beside(target, is_embedding(self.name), self.tied_head)
 
     def only(self, allowed: Callable[[Candidates, TensorDecision], bool]) -> Candidates:
@@ -117,7 +117,7 @@ def build_candidates(
     checkpoint: Checkpoint,
     scores: ScoreFile,
     losses: dict[str, npt.NDArray[np.float64]],
-    target: Target,
+    target: ExportFormat,
     layout: Layout,
     types: tuple[WeightType, ...],
     errors: RoundingErrors,
@@ -147,15 +147,15 @@ def build_candidates(
             tied = checkpoint.shape.tied_embeddings and is_embedding(name)
             built.append(replace(embedding, tied_head=tied))
         else:
-            vector = weight_type(target.name, target.vector_type)
+            vector = target.type(target.vector_type)
             built.append(_dense(name, info.shape, 0.0, (vector,), None, errors))
     return tuple(built)
 
 
-def choose_embedding_types(target: Target, types: tuple[WeightType, ...]) -> tuple[WeightType, ...]:
+def choose_embedding_types(target: ExportFormat, types: tuple[WeightType, ...]) -> tuple[WeightType, ...]:
     """What the embedding may take: of the allowed types those that it can, or else all that it can."""
     return tuple(f for f in types if f.name in target.embedding_types) or tuple(
-        weight_type(target.name, name) for name in target.embedding_types
+        target.type(name) for name in target.embedding_types
     )
 
 

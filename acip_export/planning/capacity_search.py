@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.artifacts.plan import TensorDecision
+from acip_export.formats.protocol import ExportFormat
 from acip_export.planning.candidates import Candidates
 from acip_export.planning.knapsack import LOSS_QUANTUM, Allocation, Choices, Knapsack
 
@@ -83,7 +84,7 @@ class Table:
     _knapsacks: dict[Limit | None, Knapsack] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, candidates: Sequence[Candidates], target: str, scope: str, around_pair: int) -> Table:
+    def of(cls, candidates: Sequence[Candidates], target: ExportFormat, scope: str, around_pair: int) -> Table:
         groups = []
         for candidate in candidates:
             nbytes = candidate.nbytes(target, scope) + around_pair * candidate.table.low_rank

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from acip_export.artifacts.plan import Alternative, Certificate, Plan, Refusal
 from acip_export.errors import AcipError, InfeasibleBudgetError
-from acip_export.planning.splitting import fits_a_file
 from acip_export.units import format_bytes
 
 if TYPE_CHECKING:
@@ -135,6 +134,7 @@ def _alternatives(problem: Problem, request: PlanRequest, plan: Plan) -> tuple[A
 def refused_types(problem: Problem, request: PlanRequest) -> tuple[Refusal, ...]:
     """Types that were allowed and that some matrices cannot take, with the reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
+    limit = problem.format.tensor_limit(request.options)
     for candidate in problem.candidates:
         first = candidate.options[0]
         if len(first.shape) != 2:
@@ -146,9 +146,9 @@ def refused_types(problem: Problem, request: PlanRequest) -> tuple[Refusal, ...]
             rows, columns = first.shape
             if not form.fits(columns):
                 reason = f"rows of {columns} weights are no multiple of blocks of {form.block}"
-            elif not fits_a_file(form.nbytes(rows, columns), request.options):
-                reason = "in this type it is larger than a file of --split-max-size"
+            elif limit is not None and form.nbytes(rows, columns) > limit.nbytes:
+                reason = limit.reason
             else:
-                reason = "this target has no such embeddings, heads or tables"
+                reason = "this format has no such embeddings, heads or tables"
             reasons.setdefault((form.name, reason), []).append(candidate.name)
     return tuple(Refusal(name, len(tensors), tensors[0], why) for (name, why), tensors in reasons.items())

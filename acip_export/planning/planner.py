@@ -12,8 +12,8 @@ from acip_export.artifacts.plan import BudgetScope, Certificate, Plan, Serving, 
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import UsageError
-from acip_export.formats.targets import DEFAULT_BACKEND, Layout, Target, longest_context
-from acip_export.formats.targets import target as find_target
+from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat, Layout
+from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
 from acip_export.planning.candidates import Candidates, build_candidates
@@ -26,10 +26,9 @@ from acip_export.planning.memory import (
     choose_prompt_batch,
     held_bytes,
     memory_breakdown,
-    runtime_memory,
 )
-from acip_export.planning.runtime_base import process_base
-from acip_export.planning.splitting import fitting, split_notes
+from acip_export.planning.tensor_limit import fitting
+from acip_export.weight_types import weight_type
 
 PredictFiles = Callable[[tuple[TensorDecision, ...], Serving], Mapping[str, int]]
 # Flags and floors of the other formats, for a request that does not fit.
@@ -54,7 +53,7 @@ class PlanRequest:
         device: name of the device that the budget is of, if it is of one.
         whole_prompts: prompts are computed in one piece, whatever their length; then the prompt batch is the context.
         largest_file: bytes of the largest file that can be loaded; ``None``: any. Checking it is the caller's.
-        options: for the target's converter; :attr:`acip_export.formats.targets.Target.options` names them.
+        options: for the target's converter; :attr:`acip_export.formats.protocol.ExportFormat.options` names them.
     """
 
     format: str
@@ -95,7 +94,8 @@ def make_plan(
     """
     problem = replace(Problem.of(checkpoint, scores, request, predict_files, errors), other_floors=other_floors)
     plan = problem.plan(request)
-    return replace(plan, certificate=explain(problem, request, plan))
+    notes = (*plan.notes, *_gaussian_note(plan, scores, errors))
+    return replace(plan, certificate=explain(problem, request, plan), notes=notes)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Problem:
 
     checkpoint: Checkpoint
     scores: ScoreFile
-    format: Target
+    format: ExportFormat
     layout: Layout
     candidates: tuple[Candidates, ...]
     calibration: Calibration
@@ -130,7 +130,7 @@ class Problem:
     ) -> Problem:
         """Raises as :func:`make_plan`, but for the budget."""
         scores.check_model(checkpoint)
-        target = find_target(request.format, request.backend)
+        target = export_format(request.format, request.backend)
         layout, *others = target.layouts_for(request.layout, request.runtime)
         if others:
             raise UsageError(f"one plan is for one layout: {', '.join(each.name for each in (layout, *others))}")
@@ -138,7 +138,7 @@ class Problem:
         types = target.choose_types(request.types)
         errors = errors or RoundingErrors(target.name, "", scores.sha256)
         built = build_candidates(checkpoint, scores, losses, target, layout, types, errors)
-        candidates = fitting(built, target.name, request.options)
+        candidates = fitting(built, target, request.options)
         return cls(checkpoint, scores, target, layout, candidates, calibrate(scores, losses), losses, predict_files)
 
     def _adapters(self, decisions: tuple[TensorDecision, ...]) -> bool:
@@ -169,7 +169,7 @@ class Problem:
         table, running = self._table(request), self._running(runtime)
         solution = solve(table, smallest, room, running, lambda a: self._exactly(a, request, runtime), exact)
         target, checkpoint, scores, calibration = self.format, self.checkpoint, self.scores, self.calibration
-        memory = runtime_memory(target.name, checkpoint.shape, runtime)
+        memory = target.memory.serving(checkpoint.shape, runtime)
         loss = calibration.loss(solution.allocation.loss)
         certificate = self._certificate(solution, request, room, exact)
         low_rank = self.layout.low_rank is not None
@@ -185,7 +185,7 @@ class Problem:
             planned_bytes=solution.file_bytes,
             memory_bytes=solution.file_bytes + solution.repacked + memory.total,
             files=solution.files,
-            breakdown=memory_breakdown(self.format.name, checkpoint, solution.decisions, solution.file_bytes, runtime),
+            breakdown=memory_breakdown(target, checkpoint, solution.decisions, solution.file_bytes, runtime),
             predicted_loss=loss,
             predicted_perplexity=exp(min(calibration.dense_loss + loss, 700.0)) if scores.task == "causal" else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
@@ -196,15 +196,15 @@ class Problem:
             tensors=solution.decisions,
             notes=_notes(solution, certificate, loss, low_rank, scores.loss_unit)
             + ((self.layout.note,) if self.layout.note else ())
-            + split_notes(solution.files, request.options),
+            + target.file_notes(solution.files, request.options),
             device=request.device,
         )
 
     def settings(self, request: PlanRequest) -> tuple[Serving, int]:
         """The runtime's settings, and the bytes of the budget that no choice of tensors changes."""
-        base = process_base(self.format.name, self.checkpoint).total
+        base = self.format.memory.process(self.checkpoint).total
         runtime = _runtime(self.checkpoint, self.format, request, base if request.budget_scope == "process" else 0)
-        memory = runtime_memory(self.format.name, self.checkpoint.shape, runtime).total
+        memory = self.format.memory.serving(self.checkpoint.shape, runtime).total
         return runtime, {"file": 0, "memory": memory, "process": memory + base}[request.budget_scope]
 
     def floor(self, request: PlanRequest) -> tuple[int, dict[str, int]]:
@@ -213,14 +213,14 @@ class Problem:
         smallest = self._floor(request, runtime)
         parts = {"weights": smallest.stored, "tokenizer and metadata": smallest.file_bytes - smallest.stored}
         if request.budget_scope != "file":
-            memory = runtime_memory(self.format.name, self.checkpoint.shape, runtime)
+            memory = self.format.memory.serving(self.checkpoint.shape, runtime)
             parts |= {
                 "repacked weights": smallest.repacked,
                 "KV cache": memory.kv_cache,
                 "compute and output buffers": memory.compute + memory.output,
             }
         if request.budget_scope == "process":
-            parts["runtime and its tokenizer"] = process_base(self.format.name, self.checkpoint).total
+            parts["runtime and its tokenizer"] = self.format.memory.process(self.checkpoint).total
         return smallest.used + fixed, parts
 
     def _table(self, request: PlanRequest) -> Table:
@@ -228,9 +228,9 @@ class Problem:
         scope = _counted(request)
         if scope not in self._tables:
             around_pair = self._around_pair(request)
-            table = Table.of(self.candidates, self.format.name, scope, around_pair)
+            table = Table.of(self.candidates, self.format, scope, around_pair)
             if scope != "file":  # the tokenizer is built whatever is chosen
-                building = process_base(self.format.name, self.checkpoint).building
+                building = self.format.memory.process(self.checkpoint).building
                 table = replace(table, loading=np.maximum(table.loading, building))
             self._tables[scope] = table
         return self._tables[scope]
@@ -264,13 +264,13 @@ class Problem:
 
     def _running(self, serving: Serving) -> int:
         """What comes after loading, in the bytes that loading leaves free."""
-        tokenizer = process_base(self.format.name, self.checkpoint).tokenizer
-        return runtime_memory(self.format.name, self.checkpoint.shape, serving).total + tokenizer
+        tokenizer = self.format.memory.process(self.checkpoint).tokenizer
+        return self.format.memory.serving(self.checkpoint.shape, serving).total + tokenizer
 
     def _exactly(self, allocation: Allocation, request: PlanRequest, serving: Serving) -> Solution:
         decisions = tuple(c.decision(i) for c, i in zip(self.candidates, allocation.chosen, strict=True))
         files = dict(self.predict_files(decisions, serving))
-        repacked = held_bytes(request.format, self.checkpoint, decisions, serving).total
+        repacked = held_bytes(self.format, self.checkpoint, decisions, serving).total
         used = sum(files.values()) + (repacked if request.budget_scope != "file" else 0)
         return Solution(allocation, decisions, files, repacked, used)
 
@@ -316,7 +316,7 @@ def choose_context(checkpoint: Checkpoint, request: PlanRequest) -> int:
         UsageError: more than the model was made for, or none.
     """
     encoder = encoder_of(checkpoint)
-    longest = longest_context(request.format, checkpoint.shape) if encoder is None else encoder.max_length
+    longest = export_format(request.format).longest_context(checkpoint.shape) if encoder is None else encoder.max_length
     context = min(longest, request.default_context) if request.context is None else request.context
     if not 0 < context <= longest:
         why = (
@@ -328,7 +328,7 @@ def choose_context(checkpoint: Checkpoint, request: PlanRequest) -> int:
     return context
 
 
-def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken: int) -> Serving:
+def _runtime(checkpoint: Checkpoint, target: ExportFormat, request: PlanRequest, taken: int) -> Serving:
     """``taken``: bytes of the budget that no choice changes."""
     encoder = encoder_of(checkpoint)
     context = choose_context(checkpoint, request)
@@ -340,7 +340,7 @@ def _runtime(checkpoint: Checkpoint, target: Target, request: PlanRequest, taken
     if batch is None:
         room = request.budget_bytes - taken
         longest_batch = Serving(context, cache_type, context, backend)
-        batch = choose_prompt_batch(target.name, checkpoint.shape, longest_batch, room)
+        batch = choose_prompt_batch(target, checkpoint.shape, longest_batch, room)
         if request.budget_scope == "file" and encoder is None:
             batch = min(PROMPT_BATCHES[0], context)
     if encoder is not None and batch < context:
@@ -368,3 +368,23 @@ def _notes(solution: Solution, certificate: Certificate, loss: float, low_rank: 
     if alone is None:
         return (f"{factored} layers are low rank; quantization alone does not fit this budget",)
     return (f"{factored} layers are low rank: predicted loss {loss:.4f} instead of {alone:.4f} {unit}",)
+
+
+def _gaussian_note(plan: Plan, scores: ScoreFile, errors: RoundingErrors | None) -> tuple[str, ...]:
+    """Say so when the plan's rounding errors are those of Gaussian weights, where the model's own can be measured."""
+    rounded = [
+        decision
+        for decision in plan.tensors
+        if (decision.module in scores.modules or decision.name in scores.embedding_sensitivity)
+        and any(
+            name and not weight_type(plan.format, name).is_float
+            for name in (decision.type, decision.down_type, decision.up_type)
+        )
+    ]
+    gaussian = sum(errors is None or not errors.measured(decision) for decision in rounded)
+    if not gaussian:
+        return ()
+    return (
+        f"rounding errors of {gaussian} of {len(rounded)} quantized matrices are those of Gaussian weights; with the "
+        f"quantizer of {plan.format} installed they are measured on this model",
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.planning.candidates import Candidates
 from acip_export.planning.planner import Problem
-from acip_export.weight_types import weight_type
 
 
 def preset(problem: Problem, name: str) -> Problem:
@@ -14,7 +13,7 @@ def preset(problem: Problem, name: str) -> Problem:
     A tensor that cannot take it gets the smallest type that is at least as precise, or else the most precise one that
     it can, as with the tools that this stands for. ``problem`` must have been made with ``name`` among its types.
     """
-    bits = weight_type(problem.format.name, name).bits_per_weight
+    bits = problem.format.type(name).bits_per_weight
 
     def chosen(candidates: Candidates) -> TensorDecision:
         dense = [option for option in candidates.options if option.rank is None]
@@ -23,7 +22,7 @@ def preset(problem: Problem, name: str) -> Problem:
             return same
 
         def width(option: TensorDecision) -> float:
-            return weight_type(problem.format.name, str(option.type)).bits_per_weight
+            return problem.format.type(str(option.type)).bits_per_weight
 
         enough = [option for option in dense if width(option) >= bits]
         return min(enough, key=width) if enough else max(dense, key=width)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from acip_export.formats.registry import RunCommand
+from acip_export.formats.protocol import RunCommand
+from acip_export.formats.registry import export_format
 from acip_export.markdown import plain
 from acip_export.model.task import Task
 from acip_export.report.page import Page
@@ -67,11 +68,11 @@ def _front_matter(page: Page) -> list[str]:
     fields: list[tuple[str, object]] = [
         ("base_model", hub or plan.model),
         ("base_model_relation", "quantized"),
-        ("library_name", {"gguf": "gguf", "onnx": "onnx"}.get(plan.format, plan.format)),
+        ("library_name", export_format(plan.format).library),
         ("pipeline_tag", _PIPELINE_TAGS[plan.task]),
         ("license", license_),
         ("quantized_by", "acip-export"),
-        ("tags", [plan.format, *{"gguf": ["llama.cpp"], "onnx": ["onnxruntime"]}.get(plan.format, []), "acip"]),
+        ("tags", [*export_format(plan.format).tags, "acip"]),
     ]
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields if value), "---"]
 

@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from acip_export.artifacts.report import Report, TaskMetric
-from acip_export.formats.registry import RunCommand
+from acip_export.formats.protocol import RunCommand
 from acip_export.report.page import Page
 from acip_export.report.rows import Row, file_rows, provenance, runtime_rows
 from acip_export.units import format_bytes

@@ -355,10 +355,10 @@ def _types(decision: TensorDecision) -> str:
     return down if down == up else f"{down}·{up}"
 
 
-def _bits(target: str, types: str) -> float:
+def _bits(format_name: str, types: str) -> float:
     """Per stored number; of a pair the mean."""
     names = types.split("·")
-    return sum(weight_type(target, name).bits_per_weight for name in names) / len(names)
+    return sum(weight_type(format_name, name).bits_per_weight for name in names) / len(names)
 
 
 def _same_page(own: Plan, other: Plan) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from acip_export.artifacts.names import MANIFEST_FILE
 from acip_export.artifacts.plan import Plan, Serving
 from acip_export.artifacts.report import Agreement
+from acip_export.formats.protocol import ExportFormat, SessionClass
 from acip_export.formats.session import EncoderSession, Vectors, Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.embedding_similarity import Similarity, compare_similarities
@@ -32,18 +32,10 @@ _TEXTS = (
     "Where can I buy a bicycle near the old railway station, and what would a good one with three gears cost?",
     "Bicycles are sold at the shop beside the station.",
 )
-# Of unit vectors or logits: float32 in another order for ONNX, llama.cpp's tanh form of GELU from a float16 table.
-_FLOAT_TOLERANCE = {"onnx": 1e-4, "gguf": 2e-2}
 # The bundle is rounded as the export is; what is left is the rounding of activations to eight bits. Ten times what was
 # measured on a trained encoder; a tensor in the wrong place costs some tenths.
 _ROUNDED_DISTANCE = 0.02
 _MOST_TEXTS = 256
-
-# target -> runtime: name, module and class.
-ENCODER_SESSIONS = {
-    "gguf": ("llama.cpp", "converters.gguf.runtimes.llama_encoder", "LlamaEncoderSession"),
-    "onnx": ("onnxruntime", "converters.onnx.runtimes.onnx_encoder", "OnnxEncoderSession"),
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,8 @@ def verify_encoder(
     plan: Plan,
     encoder: Encoder,
     bundle: Path,
-    round_trip: RoundTrip,
+    export_format: ExportFormat,
+    session_class: SessionClass,
     dense: Path | None,
     text: Windows | None,
 ) -> EncoderFigures:
@@ -82,16 +75,15 @@ def verify_encoder(
         MissingExtraError: the runtime is not installed. VerificationError: it refuses the export.
     """
     texts = _tokens(bundle, encoder, plan.serving, text)
-    _, module, name = ENCODER_SESSIONS[plan.format]
     session: EncoderSession
-    with getattr(import_module(module), name)(export, plan.serving) as session:
+    with session_class.open(export, plan.serving) as session:
         found, runtime = session.outputs(texts), session.name
-    reference = TorchEncoder(bundle, encoder, round_trip).outputs(texts)
+    reference = TorchEncoder(bundle, encoder, export_format.round_trip).outputs(texts)
     agreement = _agreement(encoder, reference, found)
     similarity = None
     if encoder.kind == "embedding" and dense is not None:
         similarity = compare_similarities(found, TorchEncoder(dense, encoder, None).outputs(texts))
-    return EncoderFigures(runtime, finite(agreement), similarity, _failures(plan, runtime, agreement))
+    return EncoderFigures(runtime, finite(agreement), similarity, _failures(export_format, plan, runtime, agreement))
 
 
 class TorchEncoder:
@@ -153,10 +145,9 @@ def _agreement(encoder: Encoder, reference: Vectors, found: Vectors) -> Agreemen
     return Agreement(len(reference), difference, max(0.0, distance), float(same.mean()), 0, 0)
 
 
-def _failures(plan: Plan, runtime: str, agreement: Agreement) -> tuple[str, ...]:
-    used = {name for d in plan.tensors for name in (d.type, d.up_type, d.down_type) if name}
-    if used <= {"f32"}:
-        tolerance = _FLOAT_TOLERANCE[plan.format]
+def _failures(export_format: ExportFormat, plan: Plan, runtime: str, agreement: Agreement) -> tuple[str, ...]:
+    if export_format.is_exact(plan):
+        tolerance = export_format.float_tolerance
         if not agreement.max_logit_difference <= tolerance:
             found = f"{agreement.max_logit_difference:.2e}, at most {tolerance} allowed"
             return (f"{runtime}: outputs differ by {found}",)

@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
@@ -27,7 +26,9 @@ from acip_export.artifacts.report import (
     RuntimeReport,
     TextReport,
 )
-from acip_export.errors import BundleError, VerificationError
+from acip_export.errors import BundleError, UnsupportedError, VerificationError
+from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
+from acip_export.formats.registry import export_format
 from acip_export.formats.session import Logits, RuntimeSession, Windows
 from acip_export.io.atomic import sha256_of
 from acip_export.model.embedding_similarity import Similarity
@@ -35,7 +36,7 @@ from acip_export.model.encoder import Encoder, encoder_of
 from acip_export.planning.memory import uncounted_bytes
 from acip_export.units import format_bytes
 from acip_export.verification import harness as evaluation
-from acip_export.verification.encoders import ENCODER_SESSIONS, verify_encoder
+from acip_export.verification.encoders import verify_encoder
 from acip_export.verification.metrics import compare_logits, compare_with_dense, finite, perplexity
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, ProcessFigures, measure_process
 from acip_export.verification.structure import check_structure
@@ -43,9 +44,6 @@ from acip_export.version import __version__
 
 # Sampled by the reference itself: real text for the model, with no need for the user's.
 _SAMPLED_WINDOWS, _SAMPLED_TOKENS, _GREEDY_TOKENS = 2, 48, 16
-_FLOAT_TOLERANCE = {"onnx": 1e-4, "gguf": 2e-2}
-# Sixty times what the rounding costs on a trained model, a thousandth of what four-bit weights do.
-_ROUNDED_CACHE_KL = 1e-5
 # Thirty times what was measured on trained models in both formats; a tensor in the wrong place costs whole nats.
 _ROUNDED_ACTIVATIONS_KL = 0.03
 
@@ -60,15 +58,6 @@ _PACKAGES = (
     "gguf",
     "lm_eval",
 )
-
-# target -> runtimes: name, module and class; the first one measures quality.
-SESSIONS = {
-    "gguf": (("llama.cpp", "converters.gguf.runtimes.llama_cpp", "LlamaCppSession"),),
-    "onnx": (
-        ("onnxruntime", "converters.onnx.runtimes.onnxruntime", "OnnxRuntimeSession"),
-        ("onnxruntime-genai", "converters.onnx.runtimes.genai", "GenaiSession"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -110,7 +99,7 @@ def verify_export(
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Check the files, run the export in every runtime of its target, and compare with the bundle and the dense model.
+    """Check the files, run the export in every runtime of its format, and compare with the bundle and the dense model.
 
     Each runtime first runs in a fresh process, which is measured, and which alone dies if the runtime crashes. At most
     two models are in memory: a reference and the export.
@@ -131,15 +120,16 @@ def verify_export(
     plan = load_plan(export / PLAN_FILE)
     made_of = Bundle.open(bundle, verify_hash=True)
     _check_same_plan(export, plan, made_of)
+    written_as = export_format(plan.format)
     failures = check_bytes(export, plan)
     encoder = encoder_of(made_of.as_checkpoint())
-    structure, differences = (None, []) if failures else check_structure(export, made_of)
+    structure, differences = (None, []) if failures else check_structure(written_as, export, made_of)
     failures += differences
     found = _Found()
     if not failures and encoder is not None:
-        found = _run_encoder(export, made_of, encoder, text, dense, timeout, progress)
+        found = _run_encoder(written_as, export, made_of, encoder, text, dense, timeout, progress)
     elif not failures:
-        found = _run(export, made_of, text, dense, timeout, progress)
+        found = _run(written_as, export, made_of, text, dense, timeout, progress)
     failures += found.failures
     similarity = found.similarity
     return Report(
@@ -198,6 +188,7 @@ class _Found:
 
 
 def _run(
+    written_as: ExportFormat,
     export: Path,
     bundle: Bundle,
     text: EvaluationText | None,
@@ -207,15 +198,15 @@ def _run(
 ) -> _Found:
     plan = bundle.plan
     progress("bundle")
-    sampled, bundle_perplexity = _sample(bundle.path, plan, text)
+    sampled, bundle_perplexity = _sample(written_as, bundle.path, plan, text)
     figures = []
-    for name, module, class_name in SESSIONS[plan.format]:
-        progress(f"{name}, in a process of its own")
-        figures.append(measure_process(module, class_name, export, timeout))
-    runtimes, dense_perplexity = _compare(export, bundle, sampled, figures, text, dense, progress)
+    for session_class in written_as.sessions:
+        progress(f"{session_class.runtime}, in a process of its own")
+        figures.append(measure_process(session_class.module, session_class.name, export, timeout))
+    runtimes, dense_perplexity = _compare(written_as, export, bundle, sampled, figures, text, dense, progress)
     failures = list[str]()
     for report in runtimes:
-        failures += _check_agreement(plan, report) + _check_memory(plan, report)
+        failures += _check_agreement(written_as, plan, report) + _check_memory(plan, report)
     notes = _notes(runtimes[0].memory, text, dense)
     return _Found(tuple(failures), notes, runtimes, bundle_perplexity, dense_perplexity)
 
@@ -231,6 +222,7 @@ def _notes(memory: Memory | None, text: EvaluationText | None, dense: Path | Non
 
 
 def _run_encoder(
+    written_as: ExportFormat,
     export: Path,
     bundle: Bundle,
     encoder: Encoder,
@@ -239,16 +231,18 @@ def _run_encoder(
     timeout: float,
     progress: Callable[[str], None],
 ) -> _Found:
-    from acip_export.formats.registry import converter
-
-    plan = bundle.plan
-    name, module, class_name = ENCODER_SESSIONS[plan.format]
-    progress(f"{name}, in a process of its own")
-    measured = measure_process(module, class_name, export, timeout)
-    progress(name)
+    plan, session_class = bundle.plan, written_as.encoder_session
+    if session_class is None:
+        raise UnsupportedError(
+            f"no runtime opens encoders in {written_as.name}; export without verifying:  --no-verify"
+        )
+    progress(f"{session_class.runtime}, in a process of its own")
+    measured = measure_process(session_class.module, session_class.name, export, timeout)
+    progress(session_class.runtime)
     windows = None if text is None else text.windows
-    figures = verify_encoder(export, plan, encoder, bundle.path, converter(plan.format).round_trip, dense, windows)
-    memory = _memory_report(plan, measured.memory, uncounted_bytes(plan, bundle.as_checkpoint(), name))
+    figures = verify_encoder(export, plan, encoder, bundle.path, written_as, session_class, dense, windows)
+    uncounted = uncounted_bytes(written_as, plan, bundle.as_checkpoint(), session_class.runtime)
+    memory = _memory_report(plan, measured.memory, uncounted)
     report = RuntimeReport(
         figures.runtime, measured.load_seconds, figures.agreement, None, None, memory, measured.speed
     )
@@ -266,11 +260,12 @@ class _Sample:
     continuation: list[int]
 
 
-def _sample(bundle: Path, plan: Plan, text: EvaluationText | None) -> tuple[_Sample, Perplexity | None]:
-    from acip_export.formats.registry import converter
+def _sample(
+    written_as: ExportFormat, bundle: Path, plan: Plan, text: EvaluationText | None
+) -> tuple[_Sample, Perplexity | None]:
     from acip_export.verification.reference import TorchReference
 
-    reference = TorchReference(bundle, converter(plan.format).round_trip)
+    reference = TorchReference(bundle, written_as.round_trip)
     context = plan.serving.context
     windows = reference.sample(_SAMPLED_WINDOWS, min(_SAMPLED_TOKENS, context), seed=0)
     prompt = [int(token) for token in windows[0][: max(1, windows.shape[1] // 3)]]
@@ -280,6 +275,7 @@ def _sample(bundle: Path, plan: Plan, text: EvaluationText | None) -> tuple[_Sam
 
 
 def _compare(
+    written_as: ExportFormat,
     export: Path,
     bundle: Bundle,
     sample: _Sample,
@@ -292,11 +288,11 @@ def _compare(
     plan = bundle.plan
     reports: list[RuntimeReport] = []
     dense_perplexity: Perplexity | None = None
-    for (name, module, class_name), measured in zip(SESSIONS[plan.format], figures, strict=True):
+    for session_class, measured in zip(written_as.sessions, figures, strict=True):
         session: RuntimeSession
         own: Perplexity | None = None
         divergence: Divergence | None = None
-        with getattr(import_module(module), class_name)(export, plan.serving) as session:
+        with session_class.open(export, plan.serving) as session:
             progress(session.name)
             agreement = compare_logits(
                 sample.logits,
@@ -305,6 +301,7 @@ def _compare(
             )
             if text is not None and not reports:
                 own, dense_perplexity, divergence = _quality(session, text.windows, dense)
+        uncounted = uncounted_bytes(written_as, plan, bundle.as_checkpoint(), session_class.runtime)
         reports.append(
             RuntimeReport(
                 session.name,
@@ -312,7 +309,7 @@ def _compare(
                 finite(agreement),
                 finite(own),
                 finite(divergence),
-                _memory_report(plan, measured.memory, uncounted_bytes(plan, bundle.as_checkpoint(), name)),
+                _memory_report(plan, measured.memory, uncounted),
                 measured.speed,
             )
         )
@@ -336,7 +333,7 @@ def _memory_report(plan: Plan, memory: Memory | None, uncounted: int) -> MemoryR
     """``uncounted``: bytes beside the plan's ``memory_bytes``."""
     if memory is None:
         return None
-    if plan.budget_scope == "file" or plan.serving.backend != "cpu":
+    if plan.budget_scope == "file" or plan.serving.backend != DEFAULT_BACKEND:
         within = None
     else:
         uncovered = uncounted if plan.budget_scope == "memory" else 0
@@ -372,21 +369,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _is_float(plan: Plan) -> bool:
-    used = {name for d in plan.tensors for name in (d.type, d.up_type, d.down_type) if name}
-    return used <= {"f32", "q1_0"} if plan.layout == "lora" else used <= {"f32"}
-
-
-def _check_agreement(plan: Plan, report: RuntimeReport) -> list[str]:
+def _check_agreement(written_as: ExportFormat, plan: Plan, report: RuntimeReport) -> list[str]:
     """Float exports must equal the bundle; rounded ones must not be further off than rounding can take them."""
     agreement = report.agreement
     if agreement is None:
         return [f"{report.runtime}: its logits are no finite numbers"]
     failures = []
-    if _is_float(plan):
-        tolerance = _FLOAT_TOLERANCE[plan.format]
-        # llama.cpp's attention rounds K and V to float16: large logits move further, and mean as little as small ones.
-        rounded_cache = plan.format == "gguf" and agreement.mean_kl <= _ROUNDED_CACHE_KL
+    if written_as.is_exact(plan):
+        tolerance = written_as.float_tolerance
+        rounded_cache = written_as.float_kl is not None and agreement.mean_kl <= written_as.float_kl
         if not (agreement.max_logit_difference <= tolerance or rounded_cache):
             failures.append(
                 f"{report.runtime}: logits differ by {agreement.max_logit_difference:.2e}, at most {tolerance} allowed"

@@ -39,7 +39,7 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
 
     from acip_export.artifacts.bundle import Bundle, load_bundle
-    from acip_export.formats.registry import converter
+    from acip_export.formats.registry import export_format
     from acip_export.text.packing import load_tokenizer
 
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
@@ -55,7 +55,7 @@ def run_tasks(
             "path of a task file, whose name is the task's"
         )
     progress(f"lm-evaluation-harness: {', '.join(wanted)}")
-    model = load_bundle(bundle, converter(Bundle.open(bundle).plan.format).round_trip)
+    model = load_bundle(bundle, export_format(Bundle.open(bundle).plan.format).round_trip)
     harness = HFLM(pretrained=model, tokenizer=load_tokenizer(bundle), device="cpu", batch_size=1)
     found = simple_evaluate(model=harness, tasks=wanted, task_manager=manager, verbosity="ERROR")
     return {task: _metrics(results) for task, results in found["results"].items()}

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import msgspec
 
-import acip_export
+from acip_export import version
 from acip_export.artifacts.report import Memory, Speed
 from acip_export.errors import MissingExtraError, RuntimeCrashError, RuntimeHangError, VerificationError
 from acip_export.io.inputs import NotNegative, read_json
@@ -67,7 +67,7 @@ def measure_process(
 
 def _run(command: list[str], output: BinaryIO, timeout: float, what: str) -> int:
     # Modules come from where this package is, never from the working directory: that may be a downloaded model's.
-    package = str(Path(acip_export.__file__).parent.parent)
+    package = str(Path(version.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     # Without it ggml starts a debugger when it aborts, whose output buries the reason.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GGML_NO_BACKTRACE": "1"}

@@ -12,13 +12,13 @@ import numpy.typing as npt
 from acip_export.artifacts.bundle import stored_tensors
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
-from acip_export.formats.targets import TARGETS
 from acip_export.inspection.gguf import PlacedTensor
 from acip_export.inspection.gguf_split import files_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.weight_types import weight_type
 from converters.gguf.architectures import Change, family_of
 from converters.gguf.base_file import BaseFile, open_base, planned_names
+from converters.gguf.layouts import low_rank_of
 from converters.gguf.writer import TensorSpec
 
 MODEL_FILE = "model.gguf"
@@ -91,7 +91,7 @@ def arrange(checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, 
     Raises:
         UnsupportedError: the layout, the architecture or a decision cannot be expressed.
     """
-    low_rank = TARGETS["gguf"].layout(layout).low_rank
+    low_rank = low_rank_of(layout)
     base = open_base(checkpoint)
     if base is not None:
         return _arrange_on(base, checkpoint, layout, tensors)
@@ -123,7 +123,7 @@ def _arrange_on(
     base: BaseFile, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...]
 ) -> dict[str, tuple[Item, ...]]:
     """The base's tensors in their order, those of the plan in place of theirs."""
-    if TARGETS["gguf"].layout(layout).low_rank == "factored":
+    if low_rank_of(layout) == "factored":
         raise UnsupportedError("--base-gguf is for the layouts stock and adapter; choose  --layout stock")
     names = planned_names(base, checkpoint, tensors)
     decisions = {names[decision.name]: decision for decision in tensors if decision.name in names}
@@ -169,7 +169,7 @@ def _items(
 
 
 def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint, layout: str) -> None:
-    low_rank = TARGETS["gguf"].layout(layout).low_rank
+    low_rank = low_rank_of(layout)
     corrected = low_rank == "lora" and decision.representation == "residual"
     if decision.representation not in ("dense", low_rank) and not corrected:
         raise UnsupportedError(

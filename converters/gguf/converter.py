@@ -9,7 +9,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.errors import UnsupportedError
-from acip_export.formats.registry import Progress, ProgressCallback
+from acip_export.formats.protocol import Progress, ProgressCallback
 from acip_export.io.prefetch import one_ahead
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
@@ -30,9 +29,9 @@ from converters.gguf.architectures import Change, family_of
 from converters.gguf.arrange import ADAPTER_FILE, FACTOR_SUFFIXES, Item, arrange
 from converters.gguf.base_file import BaseFile, matching_change, open_base
 from converters.gguf.readback import check_structure
-from converters.gguf.run_commands import run_commands
 from converters.gguf.split import Contents, split
 from converters.gguf.tokenizer import strips_after_special, tokenizer_metadata
+from converters.gguf.types import FILE_TYPES
 from converters.gguf.writer import (
     ALIGNMENT,
     Bytes,
@@ -46,60 +45,25 @@ from converters.gguf.writer import (
 if TYPE_CHECKING:
     import torch
 
-# With run_commands imported from its own file, what acip_export.formats.registry.Converter asks for.
-__all__ = ["convert", "predict_files", "prepare", "quantizer", "round_trip", "run_commands"]
-
 # A SHA-256 in hexadecimal: predictions need only its length.
 _HASH_PLACEHOLDER = "0" * 64
 # ggml's GGML_QNT_VERSION: the generation of block layouts.
 _QUANTIZATION_VERSION = 2
 # Of the layout ``factored``, docs/format.md.
 FACTORED_VERSION = 1
-# enum llama_ftype (llama.h): what most of the weights are. llama.cpp only prints it.
-_FILE_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q8_0": 7,
-    "q5_0": 8,
-    "q2_k": 10,
-    "q3_k": 11,
-    "q4_k": 14,
-    "q5_k": 16,
-    "q6_k": 18,
-    "iq2_xxs": 19,
-    "iq2_xs": 20,
-    "iq3_xxs": 23,
-    "iq1_s": 24,
-    "iq4_nl": 25,
-    "iq3_s": 26,
-    "iq2_s": 28,
-    "iq4_xs": 30,
-    "iq1_m": 31,
-    "bf16": 32,
-    "tq1_0": 36,
-    "tq2_0": 37,
-    "mxfp4": 38,
-    "q1_0": 40,
-}
-
-
-def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:  # noqa: ARG001
-    """See :class:`acip_export.formats.registry.Converter`. Nothing takes long here."""
-    return ()
 
 
 def predict_files(
     checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
 ) -> dict[str, int]:
-    """See :class:`acip_export.formats.registry.Converter`."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
     del serving  # the command line carries it; the file does not
     files = _files(checkpoint, layout, tensors, _Identity(checkpoint.name, _HASH_PLACEHOLDER, _HASH_PLACEHOLDER))
     return {name: contents.nbytes for name, contents in files.items()}
 
 
 def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
-    """See :class:`acip_export.formats.registry.Converter`.
+    """See :class:`acip_export.formats.protocol.ExportFormat`.
 
     Raises:
         VerificationError: a file, read back, is not what was written.
@@ -130,12 +94,12 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
 
 
 def quantizer() -> str:
-    """See :class:`acip_export.formats.registry.Converter`."""
-    return f"xllamacpp {version('xllamacpp')}" if ggml.library_path() is not None else "gguf"
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
+    return ggml.quantizer()
 
 
 def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
-    """See :class:`acip_export.formats.registry.Converter`."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
     import torch
 
     return torch.from_numpy(ggml.dequantize(ggml.quantize(weight, name, importance), tuple(weight.shape), name))
@@ -171,7 +135,7 @@ def _metadata(file: str, checkpoint: Checkpoint, items: Sequence[Item], identity
         "general.name": string(_general_name(identity.model, checkpoint.path)),
         "general.alignment": uint32(ALIGNMENT),
         "general.quantization_version": uint32(_QUANTIZATION_VERSION),
-        "general.file_type": uint32(_FILE_TYPES[_main_format(items)]),
+        "general.file_type": uint32(FILE_TYPES[_main_type(items)]),
         "acip.version": string(__version__),
         "acip.plan_sha256": string(identity.plan),
         "acip.model_fingerprint": string(identity.fingerprint),
@@ -204,7 +168,7 @@ def _general_name(model: str, path: Path) -> str:
     return re.sub("phi-?3", "Phi 3", model, flags=re.IGNORECASE)
 
 
-def _main_format(items: Sequence[Item]) -> str:
+def _main_type(items: Sequence[Item]) -> str:
     weights: dict[str, int] = {}
     for item in items:
         weights[item.spec.type] = weights.get(item.spec.type, 0) + int(np.prod(item.spec.shape))

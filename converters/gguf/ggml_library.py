@@ -1,7 +1,7 @@
 """ggml's own quantizers, called through ctypes in xllamacpp's shared library. The only file that knows that library.
 
-Where it cannot be loaded (not installed, or a build that hides its symbols, as on Windows) gguf-py quantizes the simple
-types. The bytes are the same: both are the reference implementation of ggml's block formats.
+Where it cannot be loaded (not installed, or a build that hides its symbols, as on Windows)
+:mod:`converters.gguf.portable` quantizes the simple types, to the same bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ import numpy.typing as npt
 
 from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.weight_types import types_of, weight_type
+from converters.gguf import portable
+from converters.gguf.types import TYPE_IDS
 
 if TYPE_CHECKING:
     import torch
@@ -29,34 +32,6 @@ logger = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-# enum ggml_type (ggml.h). Part of the GGUF format, hence fixed for ever.
-TYPE_IDS = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q5_0": 6,
-    "q8_0": 8,
-    "q2_k": 10,
-    "q3_k": 11,
-    "q4_k": 12,
-    "q5_k": 13,
-    "q6_k": 14,
-    "iq2_xxs": 16,
-    "iq2_xs": 17,
-    "iq3_xxs": 18,
-    "iq1_s": 19,
-    "iq4_nl": 20,
-    "iq3_s": 21,
-    "iq2_s": 22,
-    "iq4_xs": 23,
-    "iq1_m": 29,
-    "bf16": 30,
-    "tq1_0": 34,
-    "tq2_0": 35,
-    "mxfp4": 39,
-    "q1_0": 41,
-}
-_PORTABLE = ("q8_0", "q4_0")
 # Weights that one call quantizes: large enough to forget the call, small enough for its float32 copy to stay in a
 # processor's cache, and to share even a small tensor evenly among threads.
 _CHUNK_WEIGHTS = 1 << 18
@@ -99,7 +74,7 @@ def load_library() -> ctypes.CDLL | None:
         library.ggml_type_size.restype = ctypes.c_size_t
         library.ggml_blck_size.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
-        logger.warning("%s cannot be used (%s); only %s can be quantized", path, error, ", ".join(_PORTABLE))
+        logger.warning("%s cannot be used (%s); only %s can be quantized", path, error, ", ".join(portable.TYPES))
         return None
     problem = _self_check(library)
     if problem:
@@ -136,11 +111,20 @@ def _quantize_rows(library: ctypes.CDLL, name: str, rows: Floats, out: Bytes, im
     return written
 
 
+def quantizer() -> str:
+    """Name what :func:`quantize` rounds with, and its version."""
+    package = "gguf" if load_library() is None else "xllamacpp"
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return "none"
+
+
 def require(name: str) -> None:
     """Raises MissingExtraError when nothing installed can quantize to ``name``."""
     if weight_type("gguf", name).is_float or load_library() is not None:
         return
-    if name in _PORTABLE and importlib.util.find_spec("gguf") is not None:
+    if name in portable.TYPES and importlib.util.find_spec("gguf") is not None:
         return
     raise MissingExtraError("xllamacpp (with ggml's symbols)", "gguf", f"quantizing to {name}")
 
@@ -195,7 +179,7 @@ def quantize(
             chunk = buffer[: stop - start].copy_(matrix[start:stop]).numpy()
             target = out[start * row_bytes : stop * row_bytes]
             if library is None:
-                target[:] = _portable(chunk, name)
+                target[:] = portable.quantize(chunk, name, weights)
             elif _quantize_rows(library, name, chunk, target, weights) != target.nbytes:
                 raise AssertionError(f"ggml wrote another number of bytes than {name} takes")
 
@@ -259,10 +243,3 @@ def _importance(importance: torch.Tensor, columns: int) -> Floats:
         return np.ones(columns, np.float32)
     floored: Floats = np.maximum(weights, np.float32(mean * _IMPORTANCE_FLOOR))
     return floored
-
-
-def _portable(rows: Floats, name: str) -> Bytes:
-    import gguf
-
-    quantized: Bytes = gguf.quantize(rows, gguf.GGMLQuantizationType[name.upper()])
-    return quantized.reshape(-1)

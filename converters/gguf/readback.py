@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from acip_export.errors import VerificationError
-from converters.gguf.ggml_library import TYPE_IDS, load_library
+from converters.gguf.ggml_library import load_library
+from converters.gguf.types import TYPE_IDS
 from converters.gguf.writer import Metadata, TensorSpec, file_bytes, offsets
 
 _DIMENSIONS = 4  # GGML_MAX_DIMS

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acip_export.artifacts.plan import Plan
-from acip_export.formats.registry import RunCommand
+from acip_export.formats.protocol import RunCommand
 from converters.gguf.arrange import ADAPTER_FILE, MODEL_FILE, model_files
-from converters.gguf.ggml_library import TYPE_IDS
+from converters.gguf.types import TYPE_IDS
 
 _STOCK = ("stock", "lora")
 _EXTENDED = (*_STOCK, "factored")

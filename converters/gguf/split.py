@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from acip_export.errors import UsageError
-from acip_export.formats.targets import split_max_size
 from acip_export.inspection.gguf_split import SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS, part_names
 from acip_export.model.checkpoint import Checkpoint
 from converters.gguf.arrange import Item
+from converters.gguf.options import split_max_size
 from converters.gguf.writer import (
     Metadata,
     TensorSpec,

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.weight_types import weight_type
-from converters.gguf.ggml_library import TYPE_IDS
+from converters.gguf.types import TYPE_IDS
 
 ALIGNMENT = 32
 _MAGIC = b"GGUF"

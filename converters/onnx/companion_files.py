@@ -14,10 +14,10 @@ from typing import Any
 
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import CheckpointError, UnsupportedError
-from acip_export.formats.targets import TARGETS
 from acip_export.io.atomic import read_json_object
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
+from converters.onnx.backends import PROVIDERS
 from converters.onnx.genai_builder.families import genai_type
 
 MODEL_FILE = "onnx/model.onnx"
@@ -184,8 +184,7 @@ def _genai_config(
 
 
 def _providers(serving: Serving) -> list[dict[str, dict[str, str]]]:
-    providers = {known.name: known.provider for known in TARGETS["onnx"].backends}
-    provider = providers.get(serving.backend)
+    provider = PROVIDERS.get(serving.backend)
     return [] if provider is None else [{provider: {}}]
 
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
-from acip_export.formats.registry import Progress, ProgressCallback, RunCommand
-from acip_export.formats.targets import DEFAULT_BACKEND, STATIC_CACHE
-from acip_export.formats.targets import target as find_target
+from acip_export.formats.protocol import DEFAULT_BACKEND, Progress, ProgressCallback, RunCommand
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
 from acip_export.version import __version__
-from acip_export.weight_types import types_of, weight_type
+from acip_export.weight_types import weight_type
+from converters.onnx.backends import STATIC_CACHE, backend_of
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE, small_files
 from converters.onnx.genai_builder.families import FAMILIES
 from converters.onnx.genai_builder.release import check_release
 from converters.onnx.graph.size import GraphBytes, outline
+from converters.onnx.types import NUMBERS
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class Options:
 
 
 def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:
-    """See :class:`acip_export.formats.registry.Converter`. Tracing takes from ten seconds to minutes, once."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`. Tracing takes from ten seconds to minutes, once."""
     _check_execution(checkpoint, backend)
     if not checkpoint.shape.generates or has_builder(checkpoint):
         return ()
@@ -77,7 +77,7 @@ def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: Progre
 def predict_files(
     checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
 ) -> dict[str, int]:
-    """Exact bytes of every file; see :class:`acip_export.formats.registry.Converter`."""
+    """Exact bytes of every file; see :class:`acip_export.formats.protocol.ExportFormat`."""
     _check(layout, serving)
     _check_types(tensors, serving)
     if has_builder(checkpoint):
@@ -96,7 +96,7 @@ def predict_files(
 
 
 def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Options | None = None) -> None:
-    """Write the export; see :class:`acip_export.formats.registry.Converter`."""
+    """Write the export; see :class:`acip_export.formats.protocol.ExportFormat`."""
     plan = bundle.plan
     _check(plan.layout, plan.serving)
     _check_types(plan.tensors, plan.serving)
@@ -130,7 +130,7 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Opti
 def _check(layout: str, serving: Serving) -> None:
     if layout != LAYOUT:
         raise UnsupportedError(f"ONNX has no layout {layout!r}; it has: {LAYOUT}")
-    caches = find_target("onnx", serving.backend).cache_types
+    caches = backend_of(serving.backend).cache_types
     if serving.cache_type not in caches:
         raise UnsupportedError(
             f"ONNX exports for {serving.backend} keep the KV cache in {', '.join(caches)}, not {serving.cache_type}; "
@@ -158,8 +158,8 @@ def _check_execution(checkpoint: Checkpoint, backend: str) -> None:
 
 def _check_types(tensors: tuple[TensorDecision, ...], serving: Serving) -> None:
     """Raises UnsupportedError for a number that what runs the graph does not compute with."""
-    known = {form.name: form.item_bytes for form in types_of("onnx")}
-    wanted, refused = known[serving.cache_type], find_target("onnx", serving.backend).refused
+    known = {form.name: form.item_bytes for form in NUMBERS}
+    wanted, refused = known[serving.cache_type], backend_of(serving.backend).refused
     for decision in tensors:
         for name in filter(None, (decision.type, decision.up_type, decision.down_type)):
             again = f"plan again with  --backend {serving.backend}"
@@ -217,19 +217,19 @@ def has_builder(checkpoint: Checkpoint) -> bool:
 
 
 def quantizer() -> str:
-    """See :class:`acip_export.formats.registry.Converter`."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
     return f"acip-export {__version__}"
 
 
 def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
-    """See :class:`acip_export.formats.registry.Converter`."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
     from converters.onnx.matrices import rounded
 
     return rounded(weight, weight_type("onnx", name), importance)
 
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
-    """See :class:`acip_export.formats.registry.Converter`. Context and prompt batch are in ``genai_config.json``."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`. Context and prompt batch are in ``genai_config.json``."""
     lines: tuple[str, ...]
     if plan.task != "causal":
         lines = (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from acip_export.artifacts.plan import load_plan
 from acip_export.errors import AcipError, UnsupportedError
-from acip_export.formats.registry import converter
+from acip_export.formats.registry import export_format
 
 
 def modelfile(export: Path) -> str:
@@ -17,7 +17,7 @@ def modelfile(export: Path) -> str:
         PlanFileError: no export. UnsupportedError: one that Ollama does not run.
     """
     plan = load_plan(export / "plan.json")
-    for command in converter(plan.format).run_commands(plan, export.resolve()):
+    for command in export_format(plan.format).run_commands(plan, export.resolve()):
         if command.program == "Ollama":
             cache = f"# The server needs  OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={plan.serving.cache_type}"
             return f"{cache}\n{command.text}\n"

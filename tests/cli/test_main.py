@@ -76,7 +76,7 @@ def test_the_ort_format_is_a_directory_of_its_own(model: Path, run: Run) -> None
     asked = ("--budget", "3MB", "--format", "onnx", "--context", 64, "--no-verify", "--ort", "--json")
     done = run(*asked)
     assert done.code == 0, done.err
-    made = json.loads(done.out)["ort"]
+    made = json.loads(done.out)["companions"]["ort"]
     written = {file.name: file.stat().st_size for file in (model / made["out"]).iterdir()}
     assert made["files"] == written
     assert written.keys() >= {"model.ort", "required_operators_and_types.config", "tokenizer.json"}

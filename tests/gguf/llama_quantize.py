@@ -28,8 +28,8 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.weight_types import types_of
 from converters.gguf import converter
-from converters.gguf.ggml_library import TYPE_IDS
 from converters.gguf.imatrix import read_imatrix
+from converters.gguf.types import TYPE_IDS
 from tests.support import make_model, make_plan, make_scores
 
 GOLDENS = Path(__file__).with_name("goldens.json")

@@ -18,9 +18,9 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
 from acip_export.model.torch_model import pooled
 from acip_export.planning import PlanRequest
-from acip_export.planning.memory import runtime_memory
 from acip_export.ranking import rank_model
 from converters.gguf import converter
+from converters.gguf.format import GGUF
 from converters.gguf.runtimes.llama_encoder import LlamaEncoderSession
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
 from tests.support import CORPUS, dense, make_bundle, make_plan
@@ -112,7 +112,7 @@ def test_memory(tmp_path: Path, hidden: int, ffn: int, tokens: int) -> None:
     with LlamaEncoderSession(directory, runtime, threads=1) as session:
         session.outputs([[2] + [7] * (tokens - 2) + [3]])
         found = session.buffers
-    expected = runtime_memory("gguf", Checkpoint.open(model).shape, runtime)
+    expected = GGUF.memory.serving(Checkpoint.open(model).shape, runtime)
     assert found.kv_cache == expected.kv_cache == 0
     # llama.cpp logs hundredths of a MiB. An upper bound, and no more than half as much again.
     rounding = 0.005 * 2**20

@@ -15,9 +15,9 @@ from acip_export.artifacts.bundle import load_bundle
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning.memory import runtime_memory
 from converters.gguf import converter
 from converters.gguf.arrange import ADAPTER_FILE, FACTORED_ARCHITECTURES, MODEL_FILE
+from converters.gguf.format import GGUF
 from converters.gguf.run_commands import run_commands
 from converters.gguf.runtimes import c_api as llama_capi
 from converters.gguf.runtimes import llama_cpp
@@ -171,7 +171,7 @@ def test_memory_formulas_hold_for_pairs(models: dict[str, Path], tmp_path: Path)
     bundle, out = export(models["llama"], "factored", pairs("q8_0", "q8_0"), tmp_path)
     weights = sum(decision.nbytes for decision in bundle.plan.tensors)
     for runtime in (Serving(64, "f16", 16), Serving(256, "q8_0", 128)):
-        expected = runtime_memory("gguf", Checkpoint.open(models["llama"]).shape, runtime)
+        expected = GGUF.memory.serving(Checkpoint.open(models["llama"]).shape, runtime)
         with LlamaCppSession(out, runtime, threads=1) as session:
             assert session.buffers is not None
             assert session.buffers.compute <= expected.compute + 0.01 * 2**20  # it logs hundredths of a MiB

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import gguf
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ import torch
 from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.weight_types import types_of, weight_type
 from benchmarks.format_errors import gaussian, relative_mse
+from converters.gguf import converter
 from converters.gguf import ggml_library as ggml
+from converters.gguf.types import TYPE_IDS
 
 FORMATS = {form.name: form for form in types_of("gguf")}
 # Building ggml's lookup tables for these takes seconds.
@@ -20,7 +24,7 @@ SLOW = {"iq1_m", "iq1_s", "iq2_s", "iq2_xs"}
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_table_agrees_with_gguf_py(name: str) -> None:
     number = gguf.GGMLQuantizationType[name.upper()]
-    assert ggml.TYPE_IDS[name] == number
+    assert TYPE_IDS[name] == number
     assert (FORMATS[name].block, FORMATS[name].block_bytes) == gguf.GGML_QUANT_SIZES[number]
 
 
@@ -65,6 +69,36 @@ def test_portable_fallback_gives_the_same_bytes(name: str, monkeypatch: pytest.M
     native = ggml.quantize(weight, name)
     monkeypatch.setattr(ggml, "load_library", lambda: None)
     assert np.array_equal(ggml.quantize(weight, name), native)
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "few levels", "zeros", "tiny"])
+def test_portable_fallback_weighs_as_ggml_does(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.from_numpy(gaussian(24, 416))  # blocks that end within a row's importance
+    if kind == "heavy tails":
+        weight = weight**5
+    elif kind == "few levels":  # ties between scales
+        weight = (2 * weight).round() / 2
+    elif kind == "zeros":
+        weight[:, :64] = 0
+    elif kind == "tiny":
+        weight = weight * 1e-16
+    importance = torch.rand(416, generator=torch.Generator().manual_seed(1)) ** 4
+    native, plain = ggml.quantize(weight, name, importance), ggml.quantize(weight, name)
+    assert np.array_equal(native, plain) == (name == "q8_0")
+    monkeypatch.setattr(ggml, "load_library", lambda: None)
+    assert np.array_equal(ggml.quantize(weight, name, importance), native)
+
+
+def test_a_library_that_is_not_trusted_is_not_named_as_the_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert converter.quantizer() == f"xllamacpp {version('xllamacpp')}"
+    ggml.load_library.cache_clear()
+    monkeypatch.setattr(ggml, "_self_check", lambda _library: "other blocks")
+    try:
+        named = converter.quantizer()
+    finally:
+        ggml.load_library.cache_clear()
+    assert named == f"gguf {version('gguf')}"
 
 
 def test_other_types_need_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from acip_export.api import convert_bundle
 from acip_export.artifacts.plan import Serving
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning.memory import runtime_memory
+from converters.gguf.format import GGUF
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from tests.support import dense, make_bundle, make_model, make_plan
 
@@ -53,7 +53,7 @@ def test_formulas_bound_the_log(arch: str, settings: dict[str, object], tmp_path
     for cache_type in ("f16", "q8_0", "f32"):
         for context, batch in ((200, 200), (512, 16), (1024, 512), (4096, 128)):
             runtime = Serving(context, cache_type, batch)
-            expected = runtime_memory("gguf", shape, runtime)
+            expected = GGUF.memory.serving(shape, runtime)
             with LlamaCppSession(tmp_path / "e", runtime, every_logit=False) as session:
                 found = session.buffers
             assert found is not None

@@ -75,7 +75,7 @@ def test_node_chooses_the_tokens_of_llama_cpp(layout: str, exports: dict[str, Pa
     done = generate(exports[layout], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     answer = json.loads(done.stdout.splitlines()[-1])
-    with LlamaCppSession(exports[layout], load_plan(exports[layout] / "plan.json").runtime, threads=1) as session:
+    with LlamaCppSession(exports[layout], load_plan(exports[layout] / "plan.json").serving, threads=1) as session:
         assert answer["input"] == session.tokenize(PROMPT)
         assert answer["output"] == session.greedy(answer["input"], TOKENS)
     assert len(set(answer["output"])) > 4

@@ -21,14 +21,14 @@ from acip_export import api as pipeline
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision, load_plan
 from acip_export.errors import ModelFileError, UsageError
-from acip_export.formats.registry import converter as converter_of
+from acip_export.formats.registry import export_format
 from acip_export.inspection import read_anatomy
 from acip_export.inspection.gguf_split import PartName, part_names, read_parts
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, Problem
-from acip_export.planning.splitting import PART_HEAD, fits_a_file, split_notes
 from converters.gguf import converter
 from converters.gguf.arrange import ADAPTER_FILE, MODEL_FILE, Item, model_file
+from converters.gguf.options import PART_HEAD, file_notes, tensor_limit
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from converters.gguf.runtimes.llama_encoder import LlamaEncoderSession
 from converters.gguf.runtimes.llama_server import ServerSession
@@ -189,8 +189,8 @@ def test_what_planning_keeps_free_for_the_head_is_enough() -> None:
     *_, last = files.values()
     assert len(last.specs) == 1
     assert 0.7 * PART_HEAD < last.nbytes - nbytes <= PART_HEAD
-    assert fits_a_file(100, {"split_max_size": str(100 + PART_HEAD)})
-    assert not fits_a_file(101, {"split_max_size": str(100 + PART_HEAD)})
+    limit = tensor_limit({"split_max_size": str(100 + PART_HEAD)})
+    assert limit is not None and limit.nbytes == 100
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def plan_of(model: Path, layout: str, size: int | None, rule: Rule | None = None
     options |= {} if size is None else {"split_max_size": str(size)}
     made = dataclasses.replace(make_plan(model, "gguf", layout, rule or RULES[layout]), options=options)
     checkpoint = Checkpoint.open(model).with_options(options)
-    files = converter.predict_files(checkpoint, layout, made.tensors, made.runtime)
+    files = converter.predict_files(checkpoint, layout, made.tensors, made.serving)
     total = sum(files.values())
     return dataclasses.replace(
         made, files=files, planned_bytes=total, memory_bytes=total, breakdown={"weights": total}, budget_bytes=2 * total
@@ -302,7 +302,7 @@ def test_programs_are_told_the_first_part(exports: Callable[[str, int | None], P
     export = exports("lora", SIZE)
     plan = load_plan(export / "plan.json")
     count = len(plan.files) - 1
-    texts = {c.program: c for c in converter_of("gguf").run_commands(plan, Path("out"))}
+    texts = {c.program: c for c in export_format("gguf").run_commands(plan, Path("out"))}
     first = f"out/model-00001-of-{count:05d}.gguf"
     for program in ("llama-server", "llama-cli", "llama-cpp-python", "node-llama-cpp"):
         assert first in texts[program].text
@@ -313,7 +313,7 @@ def test_programs_are_told_the_first_part(exports: Callable[[str, int | None], P
     assert "ADAPTER ./out/adapter.gguf" in texts["Ollama"].text
     assert "0.30" in texts["Ollama"].note
     whole = load_plan(exports("lora", None) / "plan.json")
-    assert not any("0.30" in c.note for c in converter_of("gguf").run_commands(whole, Path("out")))
+    assert not any("0.30" in c.note for c in export_format("gguf").run_commands(whole, Path("out")))
 
 
 def test_planning_takes_types_that_fit_a_file(model: Path) -> None:
@@ -340,10 +340,10 @@ def test_an_adapter_is_one_file_and_the_plan_says_so(model: Path) -> None:
     plan = plan_of(model, "lora", SIZE, wide)
     assert plan.files[ADAPTER_FILE] > SIZE
     assert max(size for name, size in plan.files.items() if name != ADAPTER_FILE) <= SIZE
-    (note,) = split_notes(plan.files, plan.options)
+    (note,) = file_notes(plan.files, plan.options)
     assert note.startswith(f"adapter.gguf has {plan.files[ADAPTER_FILE]:,} bytes")
     assert "one file only" in note
-    assert split_notes(plan.files, {}) == ()
+    assert file_notes(plan.files, {}) == ()
 
 
 # --- from the command line

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from acip_export.weight_types import types_of
 from converters.gguf import writer
-from converters.gguf.ggml_library import TYPE_IDS
+from converters.gguf.types import TYPE_IDS
 from converters.gguf.writer import GgufWriter, TensorSpec
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)

@@ -6,6 +6,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -24,7 +25,7 @@ from acip_export.inspection.gguf import GGML_TYPES
 from acip_export.inspection.onnx import ONNX_TYPES
 from acip_export.inspection.read import choice
 from acip_export.weight_types import types_of
-from converters.gguf.ggml_library import TYPE_IDS
+from converters.gguf.types import TYPE_IDS
 from tests.check.models import SMALL, make_onnx, write_gguf, write_onnx, write_safetensors
 from tests.support import dense, make_bundle, make_model, make_plan, make_scores
 
@@ -135,6 +136,15 @@ def test_safetensors_scores_plan_bundle_and_directories(tmp_path: Path) -> None:
     planned = kinds[tmp_path / "plan.json"]
     assert [t.nbytes for t in planned.tensors] == [d.nbytes for d in plan.tensors]
     assert [t.type for t in planned.tensors] == [choice(d) for d in plan.tensors]
+
+
+def test_a_plans_loss_has_its_unit(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "tiny", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    plan = make_plan(model, "gguf", "stock", dense(type="f32"))
+    encoder = replace(plan, task="embedding")
+    for each, unit in ((plan, "nats per token"), (encoder, "cosine distance per text")):
+        save_plan(each, tmp_path / f"{unit}.json")
+        assert f" {unit} above" in read_anatomy(tmp_path / f"{unit}.json").facts["predicted loss"]
 
 
 def test_export_does_not_count_its_papers(tmp_path: Path) -> None:

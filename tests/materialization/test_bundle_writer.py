@@ -20,6 +20,7 @@ from acip_export.materialization import bundle_writer as stream
 from acip_export.materialization import materialize_bundle
 from acip_export.materialization.factors import basis_moments, dense_weight, factor_pair
 from acip_export.model.checkpoint import Checkpoint
+from converters.onnx.converter import round_trip
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
 
 IDS = torch.arange(40)[None]
@@ -94,6 +95,23 @@ def test_adapters_scaled_by_what_is_dropped(model: Path, tmp_path: Path) -> None
         constant = replace(module, adapter_b=share * module.adapter_b, adapter_scaling="constant")
         scaled, same = (factor_pair(weight, m, moments, ((0, kept),), adapters=True) for m in (module, constant))
         torch.testing.assert_close(scaled.up @ scaled.down, same.up @ same.down, atol=0, rtol=0)
+
+
+def test_a_correction_is_fitted_to_the_types_of_the_plans_format(model: Path, tmp_path: Path) -> None:
+    fields = {"representation": "residual", "rank": 16, "up_type": "int8", "down_type": "int8"}
+    plan = make_plan(model, "onnx", "factored", everywhere(type="int2", embedding_type="f32", **fields))
+    checkpoint, name = Checkpoint.open(model), "model.layers.0.mlp.up_proj.weight"
+    materialize_bundle(checkpoint, make_scores(model), plan, tmp_path / "b", round_trip=round_trip)
+    bundle = Bundle.open(tmp_path / "b")
+    base, pair = bundle.read(name), [bundle.read(name.replace("weight", f"{s}.weight")) for s in ("up", "down")]
+    alone, corrected = (
+        (checkpoint.read(name) - rounded).square().mean()
+        for rounded in (
+            round_trip(checkpoint.read(name), "int2", None),
+            round_trip(base, "int2", None) + round_trip(pair[0], "int8", None) @ round_trip(pair[1], "int8", None),
+        )
+    )
+    assert corrected < 0.95 * alone
 
 
 def test_whitened_components_are_optimal_in_their_norm() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from acip_export.artifacts.bundle import Bundle, load_bundle
-from acip_export.formats.registry import converter
+from acip_export.formats.registry import export_format
 from acip_export.lowrank.components import components
 from acip_export.materialization import materialize_bundle
 from acip_export.materialization.factors import Norm, Pair
@@ -48,7 +48,7 @@ def test_refitted_pairs_lose_less(target: str, up: str, down: str, problem: tupl
     pair, norm = problem
     formats = weight_type(target, up), weight_type(target, down)
     importance = norm.inputs.diagonal().float()
-    round_trip = converter(target).round_trip
+    round_trip = export_format(target).round_trip
     plain, rotated, alternated = (
         refit(pair, norm, importance, *formats, round_trip, rounds=rounds, rotate=rotate)
         for rounds, rotate in ((0, False), (0, True), (3, False))
@@ -80,7 +80,7 @@ def test_the_bundle_rounds_to_what_was_fitted(target: str, layout: str, fields: 
     model = make_model(tmp_path / "model", num_hidden_layers=1)
     embedding = "f16" if target == "gguf" else "f32"
     plan = make_plan(model, target, layout, everywhere(rank=RANK, embedding_type=embedding, **fields))
-    scores, checkpoint, round_trip = make_scores(model), Checkpoint.open(model), converter(target).round_trip
+    scores, checkpoint, round_trip = make_scores(model), Checkpoint.open(model), export_format(target).round_trip
     materialize_bundle(checkpoint, scores, plan, tmp_path / "plain")
     materialize_bundle(checkpoint, scores, plan, tmp_path / "fitted", round_trip=round_trip)
     float_model = load_bundle(tmp_path / "plain")
@@ -101,6 +101,6 @@ def test_a_rounded_factor_of_zeros_is_survived() -> None:
     pair = Pair(torch.zeros(64, 32), torch.zeros(32, 64))
     norm = Norm(torch.eye(64, dtype=torch.float64), torch.eye(64, dtype=torch.float64))
     form = weight_type("onnx", "int4")
-    fitted = refit(pair, norm, torch.ones(64), form, form, converter("onnx").round_trip)
+    fitted = refit(pair, norm, torch.ones(64), form, form, export_format("onnx").round_trip)
     assert np.isfinite(fitted.loss)
     assert torch.isfinite(fitted.pair.up).all()

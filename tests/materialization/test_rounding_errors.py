@@ -22,11 +22,12 @@ from acip_export.artifacts.rounding_errors import (
     save_rounding_errors,
 )
 from acip_export.artifacts.scores import ScoreFile, load_scores
-from acip_export.formats.registry import converter
+from acip_export.formats.registry import export_format
 from acip_export.materialization.factors import Norm
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, make_plan
 from acip_export.weight_types import weight_type
+from converters.gguf import ggml_library
 from tests.planning.test_planner import overhead
 from tests.support import make_model, make_scores
 
@@ -57,7 +58,7 @@ def test_dense_losses_are_those_of_all_rows(target: str, model: Path, measured: 
         norm = Norm.of(module, scores.second_moments)
         energy = norm.loss(weight)  # identity moments: rounding all of it away
         for form in REQUESTS[target].types:
-            rounded = converter(target).round_trip(weight, form, torch.from_numpy(module.input_moment))
+            rounded = export_format(target).round_trip(weight, form, torch.from_numpy(module.input_moment))
             exact = module.sensitivity * norm.loss(rounded - weight) / energy
             # 128 rows of 512 or all of them: errors of rows differ by about a tenth.
             assert measured[target].dense[f"{name}.weight"][form] == pytest.approx(exact, rel=0.1)
@@ -187,3 +188,20 @@ def test_the_plan_follows_what_was_measured(model: Path) -> None:
     plan = make_plan(checkpoint, scores, request, overhead, errors)
     assert {d.name: d.type for d in plan.tensors}[tensor] == "q8_0"
     assert weight_type("gguf", "q8_0").nbytes(512, 256) == next(d.nbytes for d in plan.tensors if d.name == tensor)
+
+
+def test_a_plan_without_the_quantizer_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(model, tmp_path / "m")
+    for cache in (tmp_path / "m").glob("*.rounding-*.json"):
+        cache.unlink()
+    checkpoint, scores = Checkpoint.open(tmp_path / "m"), load_scores(tmp_path / "m" / "tiny.acip")
+    request = PlanRequest("gguf", 600_000, "file", types=("q8_0", "q4_0", "f16"))
+    with monkeypatch.context() as patch:
+        patch.setattr(ggml_library, "load_library", lambda: None)
+        gaussian = pipeline.plan_export(checkpoint, scores, request)
+    (said,) = [note for note in gaussian.notes if "Gaussian" in note]
+    rounded = sum(d.type in ("q8_0", "q4_0") for d in gaussian.tensors)
+    assert f"{rounded} of {rounded} quantized matrices" in said
+    assert not any("Gaussian" in note for note in pipeline.plan_export(checkpoint, scores, request).notes)
+    pairs = replace(request, layout="lora", types=("q8_0", "q2_k"))
+    assert not any("Gaussian" in note for note in pipeline.plan_export(checkpoint, scores, pairs).notes)

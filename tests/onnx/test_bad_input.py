@@ -9,7 +9,7 @@ import pytest
 
 from acip_export import api as pipeline
 from acip_export.api.plan import _loadable
-from acip_export.cli.options import PlanFlags
+from acip_export.cli.plan_options import PlanFlags
 from acip_export.errors import OutputError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from converters.onnx import converter, ort_format

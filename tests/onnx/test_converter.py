@@ -17,7 +17,7 @@ import torch
 from acip_export.artifacts.bundle import Bundle, load_bundle, stored_tensors
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
-from acip_export.formats.registry import Progress
+from acip_export.formats.protocol import Progress
 from acip_export.formats.session import Logits, Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.weight_types import weight_type

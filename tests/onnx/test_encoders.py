@@ -200,7 +200,7 @@ def test_bad_input(tmp_path: Path) -> None:
         pipeline.plan_export(checkpoint, scores, PlanRequest("onnx", 10**4))
     odd = make_encoder(tmp_path / "odd", hidden_act="swish")
     decisions = tuple(TensorDecision(n, t.shape, "dense", 0, type="f32") for n, t in checkpoint.tensors.items())
-    runtime = make_plan(odd, "onnx", "factored", lambda _n, _s: {"representation": "dense", "type": "f32"}).runtime
+    runtime = make_plan(odd, "onnx", "factored", lambda _n, _s: {"representation": "dense", "type": "f32"}).serving
     with pytest.raises(UnsupportedError, match="activation 'swish'"):
         converter.predict_files(Checkpoint.open(odd), "factored", decisions, runtime)
     with pytest.raises(UnsupportedError, match="decides nothing"):

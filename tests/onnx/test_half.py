@@ -15,11 +15,11 @@ import torch
 from acip_export.api import export_model, plan_export
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
-from acip_export.formats.targets import TARGETS
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from acip_export.verification.metrics import compare_logits
 from converters.onnx import converter
+from converters.onnx.backends import OTHERS, PROVIDERS
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, SIZES, Export
@@ -76,7 +76,7 @@ def test_transformers_js_keeps_the_cache_in_the_graphs_precision(tmp_path: Path)
     assert answer["tokens"] == expected
 
 
-@pytest.mark.parametrize("backend", [known.name for known in TARGETS["onnx"].backends if known.provider])
+@pytest.mark.parametrize("backend", [known.name for known in OTHERS if known.name in PROVIDERS])
 def test_planned_for_a_graphics_card(tmp_path: Path, backend: str) -> None:
     model = make_model(tmp_path / "m", **SIZES)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
@@ -98,8 +98,8 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", **SIZES)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
     for message, request in {
-        "has no target 'tpu'; it has: cpu, webgpu": PlanRequest("onnx", 10**6, backend="tpu"),
-        "gguf has no target 'webgpu'": PlanRequest("gguf", 10**6, backend="webgpu"),
+        "has no backend 'tpu'; it has: cpu, webgpu": PlanRequest("onnx", 10**6, backend="tpu"),
+        "gguf has no backend 'webgpu'": PlanRequest("gguf", 10**6, backend="webgpu"),
         "no type 'int4' here; it has: f16": PlanRequest("onnx", 10**6, backend="webgpu", types=("int4",)),
         "int8-f16 is not exported: DirectML": PlanRequest("onnx", 10**6, backend="dml", types=("int8-f16",)),
         "CUDA multiply 4 and 8 bits": PlanRequest("onnx", 10**6, backend="cuda", types=("uint2-b64-f16",)),
@@ -109,8 +109,8 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match=re.escape(message)):
             plan_export(checkpoint, scores, request)
     made = export(tmp_path / "x", "llama", {}, "f16").bundle.plan
-    plain = replace(made.runtime, backend="cpu", cache_type="f32")
+    plain = replace(made.serving, backend="cpu", cache_type="f32")
     with pytest.raises(UnsupportedError, match="plan again with  --backend cpu"):
         converter.predict_files(checkpoint, "factored", made.tensors, plain)
     with pytest.raises(UnsupportedError, match="use --cache-type f16"):
-        converter.predict_files(checkpoint, "factored", made.tensors, replace(made.runtime, cache_type="f32"))
+        converter.predict_files(checkpoint, "factored", made.tensors, replace(made.serving, cache_type="f32"))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from acip_export.artifacts.bundle import Bundle
-from acip_export.planning.memory_onnx import activation_bytes, leftover_bytes, logit_bytes, packed_bytes, tied_bytes
 from acip_export.weight_types import weight_type
 from converters.onnx import converter
+from converters.onnx.memory import activation_bytes, leftover_bytes, logit_bytes, packed_bytes, tied_bytes
 from tests.support import dense, make_bundle, make_model, make_plan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")

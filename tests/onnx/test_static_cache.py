@@ -16,10 +16,10 @@ import torch
 from acip_export.api import export_model, plan_export
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
-from acip_export.formats.targets import STATIC_CACHE
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from converters.onnx import converter
+from converters.onnx.backends import STATIC_CACHE
 from converters.onnx.companion_files import MODEL_FILE
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession

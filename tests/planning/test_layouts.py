@@ -11,13 +11,13 @@ from acip_export.api.plan import other_floors
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError
-from acip_export.formats.registry import converter
-from acip_export.formats.targets import AUTO, TARGETS
+from acip_export.formats.protocol import AUTO
+from acip_export.formats.registry import export_format, export_formats
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, make_plan
 from tests.support import make_model, make_scores
 
-GGUF = TARGETS["gguf"]
+GGUF = export_format("gguf")
 
 
 def names(layout: str | None, runtime: str | None) -> list[str]:
@@ -40,7 +40,7 @@ def test_a_named_layout_needs_no_runtime_but_no_wrong_one() -> None:
 
 
 def test_every_layout_is_run_by_something_and_exists() -> None:
-    for target in TARGETS.values():
+    for target in export_formats():
         run = {name for layouts in target.runtimes.values() for name in layouts}
         assert run == {layout.name for layout in target.layouts}
 
@@ -89,6 +89,6 @@ def test_a_budget_that_only_another_format_fits(ranked: tuple[Checkpoint, ScoreF
         plan_export(*ranked, replace(request, budget_bytes=floor - 1))
     assert "--format onnx" not in str(neither.value)
     # The other format has a plan of exactly that size. (Without measured rounding errors, which change no sizes.)
-    checkpoint, files = ranked[0], converter("onnx").predict_files
+    checkpoint, files = ranked[0], export_format("onnx").predict_files
     plan = make_plan(*ranked, PlanRequest("onnx", floor, "file"), lambda t, r: files(checkpoint, "factored", t, r))
     assert plan.planned_bytes == floor

@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from acip_export.artifacts.plan import RUNTIME_PARTS, BudgetScope, Plan, Serving, TensorDecision, decision_bytes
-from acip_export.cli.options import PlanFlags
+from acip_export.cli.plan_options import PlanFlags
 from acip_export.errors import InfeasibleBudgetError
-from acip_export.formats.registry import converter
-from acip_export.formats.targets import TARGETS
+from acip_export.formats.registry import export_format, export_formats
 from acip_export.planning import PlanRequest, Problem, make_plan
 from acip_export.planning.memory import memory_breakdown
 from tests.planning.problems import MAX_CONTEXT, Shape, examples, made_up_scores, shapes, weightless
@@ -24,7 +23,7 @@ SCOPES: tuple[BudgetScope, ...] = get_args(BudgetScope)
 # Every (target, layout, backend) that can be planned for.
 WAYS = [
     (target.name, layout.name, backend)
-    for target in TARGETS.values()
+    for target in export_formats()
     for layout in target.layouts
     for backend in (None, *(known.name for known in target.backends))
 ]
@@ -43,7 +42,7 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     name, layout, backend = draw(st.sampled_from(WAYS))
-    target = TARGETS[name].on(backend)
+    target = export_format(name).on(backend)
     types = st.lists(st.sampled_from(target.types), unique=True, max_size=4).map(tuple)
     # Floats fit rows of any length, so that no shape is refused.
     fitting = tuple(form for form in target.types if form in ("f32", "f16"))[:1]
@@ -63,7 +62,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 def problem_of(case: Case, directory: Path) -> Problem:
     checkpoint = weightless(case.shape, directory)
-    files = converter(case.request.format).predict_files
+    files = export_format(case.request.format).predict_files
 
     def predict(tensors: tuple[TensorDecision, ...], serving: Serving) -> dict[str, int]:
         return files(checkpoint, str(case.request.layout), tensors, serving)
@@ -84,7 +83,7 @@ def check(problem: Problem, request: PlanRequest, plan: Plan) -> None:
     assert [d.nbytes for d in plan.tensors] == [decision_bytes(d, plan.format) for d in plan.tensors]
     assert plan.files == problem.predict_files(plan.tensors, plan.serving)
     assert plan.planned_bytes == sum(plan.files.values())
-    again = memory_breakdown(plan.format, problem.checkpoint, plan.tensors, plan.planned_bytes, plan.serving)
+    again = memory_breakdown(problem.format, problem.checkpoint, plan.tensors, plan.planned_bytes, plan.serving)
     assert plan.breakdown == again
     assert min(again.values()) >= 0
     own = sum(again[part] for part in RUNTIME_PARTS)
@@ -168,12 +167,12 @@ def test_devices(directory: Path, case: Case, memory: int, usable: float) -> Non
     )
     request = PlanFlags(device="thing", devices=file, format_=case.request.format).request()
     assert request.budget_scope == "process"
-    layout = TARGETS[request.format].layouts_for(None, request.runtime)[0].name
+    layout = export_format(request.format).layouts_for(None, request.runtime)[0].name
     checkpoint = weightless(case.shape, directory)
     scores = made_up_scores(checkpoint, case.seed)
 
     def predict(tensors: tuple[TensorDecision, ...], serving: Serving) -> dict[str, int]:
-        return converter(request.format).predict_files(checkpoint, layout, tensors, serving)
+        return export_format(request.format).predict_files(checkpoint, layout, tensors, serving)
 
     try:
         plan = make_plan(checkpoint, scores, request, predict)

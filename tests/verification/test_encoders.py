@@ -14,11 +14,10 @@ from acip_export import api as pipeline
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import save_plan
 from acip_export.errors import RuntimeCrashError, VerificationError
+from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
-from acip_export.planning.runtime_base import process_base
 from acip_export.ranking import automatic_config, rank_model
-from acip_export.verification.encoders import ENCODER_SESSIONS
 from acip_export.verification.export import EvaluationText, verify_export
 from acip_export.verification.process import measure_process
 from acip_export.verification.structure import check_structure
@@ -72,8 +71,9 @@ def test_report(encoded: MakeExport, target: str) -> None:
     assert report.similarity is not None and 0.8 < report.similarity < 1
     memory = runtime.memory
     assert memory is not None and memory.within_budget is None  # the budget is one of files
-    name = ENCODER_SESSIONS[target][0]
-    base = process_base(target, Checkpoint.open(made.model), name).total
+    session = export_format(target).encoder_session
+    assert session is not None
+    base = export_format(target).memory.process(Checkpoint.open(made.model), session.runtime).total
     assert memory.predicted_bytes == made.plan.memory_bytes + base == made.plan.process_bytes
     # The bound holds; page caches and allocators move peaks by up to 1 MB from run to run.
     assert memory.peak_bytes <= memory.predicted_bytes + 1_000_000
@@ -104,8 +104,9 @@ def test_memory_of_a_large_vocabulary(tmp_path: Path) -> None:
         checkpoint, scores, PlanRequest("gguf", 200_000_000, budget_scope="process", context=300)
     )
     pipeline.export_model(checkpoint, scores, plan, tmp_path / "export", verify=False)
-    _, module, name = ENCODER_SESSIONS["gguf"]
-    memory = measure_process(module, name, tmp_path / "export").memory
+    session = export_format("gguf").encoder_session
+    assert session is not None
+    memory = measure_process(session.module, session.name, tmp_path / "export").memory
     assert memory is not None
     # As above; what stays on the disk of library and vocabulary is a third of the rest at most.
     assert 0.7 * plan.process_bytes <= memory.peak_bytes <= plan.process_bytes + 1_000_000
@@ -153,9 +154,10 @@ def test_a_damaged_file_takes_nobody_along(encoded: MakeExport, tmp_path: Path, 
     shutil.copytree(made.export, copy)
     file = copy / {"gguf": "model.gguf", "onnx": "onnx/model.onnx"}[target]
     file.write_bytes(file.read_bytes()[:2000])
-    _, module, name = ENCODER_SESSIONS[target]
+    session = export_format(target).encoder_session
+    assert session is not None
     with pytest.raises((VerificationError, RuntimeCrashError), match=r"cannot|was ended by"):
-        measure_process(module, name, copy)
+        measure_process(session.module, session.name, copy)
 
 
 def test_batches_are_those_of_the_plan(encoded: MakeExport) -> None:

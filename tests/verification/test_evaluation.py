@@ -11,7 +11,7 @@ import torch
 
 from acip_export.artifacts.bundle import Bundle, load_bundle
 from acip_export.errors import MissingExtraError, UsageError
-from acip_export.formats.registry import converter
+from acip_export.formats.registry import export_format
 from acip_export.text.packing import load_tokenizer
 from acip_export.verification import harness as evaluation
 from acip_export.verification.export import verify_export
@@ -63,7 +63,7 @@ def test_a_local_task_gives_what_the_bundle_says(exported: MakeExport, task: Pat
     found = evaluation.run_tasks(made.bundle, [str(task)])
     assert set(found) == {"tiny_choice"}
     # The same choice by hand: the most likely continuation.
-    model = load_bundle(made.bundle, converter(Bundle.open(made.bundle).plan.format).round_trip)
+    model = load_bundle(made.bundle, export_format(Bundle.open(made.bundle).plan.format).round_trip)
     tokenizer = load_tokenizer(made.bundle)
 
     def loglikelihood(question: str, choice: str) -> float:

@@ -17,11 +17,12 @@ import torch
 from acip_export import api as pipeline
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import Plan, save_plan
+from acip_export.artifacts.report import Report
 from acip_export.check.config import load_config
 from acip_export.check.quality import read_quality
 from acip_export.errors import BundleError
 from acip_export.verification import metrics as measure
-from acip_export.verification.export import Report, verify_export
+from acip_export.verification.export import verify_export
 from acip_export.verification.structure import check_structure
 from tests.support import CORPUS
 from tests.verification.conftest import CONTEXT, Made, MakeExport

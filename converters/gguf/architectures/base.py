@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import MissingExtraError, UnsupportedError
-from acip_export.formats.targets import longest_context
 from acip_export.model.checkpoint import ModelShape
 from converters.gguf.architectures.rope import Floats, Rope, read_rope, rope_keys, rope_tensors
+from converters.gguf.windows import llama_context
 from converters.gguf.writer import Metadata, Value, booleans, float32, uint32
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Family:
         self.check(config, shape)
         rope = rope_keys(self.rope(config, shape), shape)
         keys = {
-            "context_length": uint32(longest_context("gguf", shape)),
+            "context_length": uint32(llama_context(shape)),
             "embedding_length": uint32(shape.hidden),
             "block_count": uint32(shape.layers),
             "feed_forward_length": uint32(shape.ffn),

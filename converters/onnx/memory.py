@@ -20,11 +20,60 @@ Measured on the processor. Graphs in float16, for graphics cards, are taken to h
 
 from __future__ import annotations
 
-from acip_export.artifacts.plan import Serving
-from acip_export.model.checkpoint import ModelShape
-from acip_export.weight_types import WeightType
+from acip_export.artifacts.plan import Serving, TensorDecision
+from acip_export.formats.protocol import ProcessBase, ServingMemory, TensorMemory
+from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.units import ceil_div
+from acip_export.weight_types import WeightType, weight_type
+from converters.process_memory import RuntimeBase
 
 _PACKED_BLOCK_BYTES = 8
+RUNTIMES = {
+    "onnxruntime-genai": RuntimeBase(
+        "0.18.0 with onnxruntime 1.31.1, Linux x86_64", 38_400_000, 135, 135, building=0.6
+    ),
+    "onnxruntime": RuntimeBase("onnxruntime 1.31.1, Linux x86_64", 32_500_000, 0, 0),
+}
+# What plans are made for: models that generate, and encoders.
+_GENERATOR, _ENCODER = "onnxruntime-genai", "onnxruntime"
+
+
+class OnnxMemory:
+    """The memory model of onnxruntime; see :class:`acip_export.formats.protocol.MemoryModel`."""
+
+    def serving(self, shape: ModelShape, serving: Serving) -> ServingMemory:
+        """Return cache and buffers for one sequence of ``serving.context`` tokens."""
+        if not shape.generates:
+            return ServingMemory(0, encoder_bytes(shape, serving), 4 * serving.prompt_batch * shape.hidden)
+        # A graph computes in the precision of its cache.
+        kv_cache = 2 * shape.kv_heads * shape.head_dim * _item_bytes(serving) * shape.layers * serving.context
+        compute = activation_bytes(shape, serving)
+        if not shape.fused_attention:
+            # A longer cache is made while the old one is there.
+            compute += plain_attention_bytes(shape, serving) + kv_cache
+        return ServingMemory(kv_cache, compute, logit_bytes(shape, serving))
+
+    def beside(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:
+        """Return what onnxruntime packs of a tensor, and what packing takes."""
+        if len(decision.shape) != 2:
+            return TensorMemory()
+        rows, columns = decision.shape
+        parts = (
+            [(rows, columns, decision.type)]
+            if decision.rank is None
+            else [(decision.rank, columns, decision.down_type), (rows, decision.rank, decision.up_type)]
+        )
+        products = [(m, n, weight_type("onnx", name or "")) for m, n, name in parts]
+        kept = sum(packed_bytes(*product) for product in products)
+        if tied_head:
+            kept += tied_bytes(*products[0])
+        packed = tied_head or not embedding
+        loading = max(loading_bytes(*product) for product in products) if packed else 0
+        return TensorMemory(kept, max(leftover_bytes(*product) for product in products), loading)
+
+    def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
+        """Return what the runtime holds whatever the plan."""
+        return RUNTIMES[runtime or (_GENERATOR if checkpoint.shape.generates else _ENCODER)].of(checkpoint)
 
 
 def packed_bytes(rows: int, columns: int, form: WeightType) -> int:
@@ -71,7 +120,7 @@ def logit_bytes(shape: ModelShape, serving: Serving) -> int:
 
 
 def _item_bytes(serving: Serving) -> int:
-    """A graph computes in the precision of its cache."""
+    """Return the bytes of a number: a graph computes in the precision of its cache."""
     return 2 if serving.cache_type == "f16" else 4
 
 
@@ -82,4 +131,4 @@ def encoder_bytes(shape: ModelShape, serving: Serving) -> int:
 
 
 def _blocks(rows: int, columns: int, form: WeightType) -> int:
-    return rows * -(-columns // form.block)
+    return rows * ceil_div(columns, form.block)

@@ -1,0 +1,255 @@
+"""The four verbs: rank a model, plan an export, write it, prove it. Paths are text or :class:`~pathlib.Path`.
+
+    >>> import acip_export
+    >>> scores = acip_export.rank("model", "text.txt")
+    >>> plan = acip_export.plan("model", scores, budget="900MB", format="onnx")
+    >>> report = acip_export.export(plan, "export", model="model", scores=scores)
+    >>> report.passed
+    True
+
+Every error is a class of :mod:`acip_export.errors`; its message says what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from acip_export.api.progress import ProgressCallback, quiet
+from acip_export.artifacts.plan import BudgetScope, Plan
+from acip_export.artifacts.scores import ScoreFile, find_scores, load_scores
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.units import parse_bytes
+
+if TYPE_CHECKING:
+    from acip_export.artifacts.report import Report
+
+Location = str | os.PathLike[str]
+_NONE: Mapping[str, Any] = MappingProxyType({})
+_LONGEST_WAIT = 600.0
+
+
+def rank(
+    model: Location | Checkpoint,
+    data: Location,
+    *,
+    out: Location | None = None,
+    algorithm: str = "acip",
+    field: str | None = None,
+    context: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    settings: Mapping[str, Any] = _NONE,
+    force: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    **options: Any,
+) -> ScoreFile:
+    """Learn which components of a model matter: one run serves every size afterwards.
+
+    Args:
+        model: a model directory, or a Hugging Face id (``revision`` and ``token`` are the hub's).
+        data: calibration text: a file (plain, ``.jsonl``, ``.parquet``), a directory of them, a Hugging Face data set,
+            or ``self``: text sampled from the model.
+        out: where the score file is written; ``None``: it is only returned.
+        algorithm: ``acip`` learns the order; see ``acip-export rank --help`` for those that need no training.
+        field: of records: the text, or a chat. context: tokens per window; ``None``: 512, or the model's limit.
+        seed: of everything random. device: of torch; ``auto``: a GPU where there is one.
+        settings: hyper-parameters of ``acip``, in place of those that suit the model.
+        force: replace an existing score file.
+        options: the others of :func:`acip_export.ranking.rank_model`: ``precision``, ``progress``, ``resume``, ...
+
+    Raises:
+        UsageError: unknown algorithm, or ``out`` exists. DataError, MissingExtraError: the text.
+        CheckpointError, UnsupportedError: the model. RankingError: the run diverged.
+    """
+    from acip_export.ranking import DataConfig, automatic_config, rank_model
+
+    checkpoint = open_model(model, revision, token)
+    return rank_model(
+        checkpoint.path,
+        os.fspath(data),
+        algorithm=algorithm,  # type: ignore[arg-type]  # checked there, with the names that are known
+        acip=replace(automatic_config(checkpoint), **settings) if algorithm == "acip" else None,
+        calibration=DataConfig(context=context, seed=seed, field=field),
+        device=device,
+        out=None if out is None else Path(out),
+        force=force,
+        **options,
+    )
+
+
+def plan(
+    model: Location | Checkpoint,
+    scores: Location | ScoreFile | None = None,
+    *,
+    budget: str | int,
+    format: str,
+    scope: BudgetScope = "memory",
+    layout: str | None = None,
+    types: Sequence[str] = (),
+    runtime: str | None = None,
+    backend: str | None = None,
+    context: int | None = None,
+    cache_type: str | None = None,
+    prompt_batch: int | None = None,
+    options: Mapping[str, str] = _NONE,
+    progress: ProgressCallback = quiet,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Plan:
+    """Decide what becomes of every tensor, so that the export fits a budget and loses as little as possible.
+
+    Args:
+        model, revision, token: as in :func:`rank`.
+        scores: what :func:`rank` returned or wrote; ``None``: the one beside the model.
+        budget: ``"900MB"``, ``"2GiB"``, or bytes. scope: what it covers: ``memory``: files, cache and buffers;
+            ``process``: the runtime too; ``file``: only the files.
+        format: ``gguf``, ``onnx``, or an installed one. layout, types, runtime, backend: of the format;
+            ``acip-export formats`` lists them.
+        context: tokens of KV cache; ``None``: the model's, at most 4096. cache_type: of the cache. prompt_batch: prompt
+            tokens processed together; ``None``: suits the budget.
+        options: settings that only this format knows, as its flags are called (``split_max_size``).
+
+    Raises:
+        InfeasibleBudgetError: no plan fits; the message says what would.
+        ScoreFileError: not of this model. UsageError, UnsupportedError: what was asked contradicts itself or the model.
+    """
+    from acip_export.api.plan import plan_export
+    from acip_export.formats.registry import export_format
+    from acip_export.planning import PlanRequest
+
+    checkpoint = open_model(model, revision, token)
+    parsers = {option.name: option.parse for option in export_format(format).options}
+    request = PlanRequest(
+        format,
+        budget if isinstance(budget, int) else parse_bytes(budget),
+        scope,
+        runtime=runtime,
+        backend=backend,
+        layout=layout,
+        types=tuple(types),
+        context=context,
+        cache_type=cache_type,
+        prompt_batch=prompt_batch,
+        options={name: parsers.get(name, str)(text) for name, text in options.items()},
+    )
+    return plan_export(checkpoint, open_scores(checkpoint, scores), request, progress)
+
+
+def export(
+    plan: Plan | Location,
+    out: Location,
+    *,
+    model: Location | Checkpoint = ".",
+    scores: Location | ScoreFile | None = None,
+    text: Location | None = None,
+    tasks: Sequence[str] = (),
+    verify: bool = True,
+    force: bool = False,
+    timeout: float = _LONGEST_WAIT,
+    cache: Location | None = None,
+    progress: ProgressCallback = quiet,
+) -> Report | None:
+    """Write a plan's export into ``out`` and prove it in its runtimes; it appears whole or not at all.
+
+    Args:
+        plan: what :func:`plan` returned, or a ``plan.json``. model, scores: that it was made from.
+        text: to measure perplexity and divergence from the dense model on. tasks: of lm-evaluation-harness.
+        verify: open the export in its runtimes and compare. timeout: seconds that a runtime may take.
+        force: replace an existing export. cache: directory that keeps the factors for other sizes.
+
+    Returns:
+        The report, also in ``out`` (``report.json``, ``report.html``, ``README.md``); ``None`` without ``verify``.
+
+    Raises:
+        UsageError: ``out`` exists. VerificationError: bytes or numbers are not what was planned.
+        PlanFileError, CheckpointError, ScoreFileError: plan, model and score file do not belong together.
+    """
+    from acip_export.api.export import export_model
+    from acip_export.api.verify import evaluation_text
+
+    checkpoint, known = open_model(model), _open_plan(plan)
+    return export_model(
+        checkpoint,
+        open_scores(checkpoint, scores),
+        known,
+        Path(out),
+        force,
+        verify,
+        None if text is None else evaluation_text(checkpoint.path, Path(text), known.serving.context),
+        tasks,
+        timeout,
+        progress=progress,
+        cache=None if cache is None else Path(cache),
+    )
+
+
+def verify(
+    export: Location,
+    *,
+    model: Location | Checkpoint = ".",
+    scores: Location | ScoreFile | None = None,
+    bundle: Location | None = None,
+    text: Location | None = None,
+    tasks: Sequence[str] = (),
+    timeout: float = _LONGEST_WAIT,
+    progress: ProgressCallback = quiet,
+) -> Report:
+    """Prove an export that was made earlier: its files, its numbers in the real runtimes, its memory and its speed.
+
+    Args:
+        export: its directory. model, scores: that it was made from. bundle: its bundle; ``None``: made again.
+        text, tasks, timeout: as in :func:`export`.
+
+    Returns:
+        The report, also written as ``report.json``; ``report.passed`` says whether every check held.
+
+    Raises:
+        PlanFileError: ``export`` has no plan. BundleError, CheckpointError, ScoreFileError: of something else.
+        RuntimeCrashError, RuntimeHangError: a runtime died or did not answer.
+    """
+    from acip_export.api.verify import verify_directory
+
+    return verify_directory(
+        Path(export),
+        model,
+        scores,
+        None if bundle is None else Path(bundle),
+        None if text is None else Path(text),
+        tasks,
+        timeout,
+        progress,
+    )
+
+
+def open_model(model: Location | Checkpoint, revision: str | None = None, token: str | None = None) -> Checkpoint:
+    """Open a model directory or a Hugging Face id; an opened one stays as it is.
+
+    Raises:
+        CheckpointError: not a model directory, or an id that cannot be fetched.
+    """
+    if isinstance(model, Checkpoint):
+        return model
+    return Checkpoint.open(os.fspath(model), revision=revision, token=token)
+
+
+def open_scores(checkpoint: Checkpoint, scores: Location | ScoreFile | None) -> ScoreFile:
+    """Open a score file; ``None``: the only one beside the model.
+
+    Raises:
+        ScoreFileError: none, several, or a damaged one.
+    """
+    if isinstance(scores, ScoreFile):
+        return scores
+    return load_scores(find_scores(checkpoint.path) if scores is None else Path(scores))
+
+
+def _open_plan(plan: Plan | Location) -> Plan:
+    from acip_export.artifacts.plan import load_plan
+
+    return plan if isinstance(plan, Plan) else load_plan(Path(plan))

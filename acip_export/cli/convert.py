@@ -1,0 +1,31 @@
+"""``acip-export convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from acip_export.cli import output as console
+from acip_export.cli.options import Force, Json
+
+
+def convert(
+    bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: ./export/FORMAT.")] = None,
+    json: Json = False,
+    force: Force = False,
+) -> None:
+    """Write a bundle in its target's format.
+
+    acip-export convert bundle -o export/gguf
+    """
+    from acip_export import api as pipeline
+    from acip_export.artifacts.bundle import Bundle
+
+    target = out or Path("export") / Bundle.open(bundle).plan.format
+    with console.stage_bars() as progress:
+        made = pipeline.convert_bundle(bundle, target, force, progress)
+    data = {"out": str(target), "files": dict(made.files)}
+    console.done(data, json, f"{made.planned_bytes:,} bytes, as planned, written to {target}")

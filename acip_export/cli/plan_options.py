@@ -1,0 +1,232 @@
+"""The flags of the main job and of ``plan``, which are one dataclass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from acip_export.artifacts.plan import BudgetScope
+from acip_export.cli.options import DeviceFile, Model, Scores
+from acip_export.devices import Device, find_device, load_devices
+from acip_export.errors import UsageError
+from acip_export.formats.protocol import AUTO
+from acip_export.formats.registry import export_format, export_formats, format_names
+from acip_export.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from acip_export.planning import PlanRequest
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    """Everything that a plan is asked for with. A field is a flag; :func:`takes_plan_flags` puts them on a command."""
+
+    model: Model = "."
+    scores: Scores = None
+    budget: Annotated[str | None, typer.Option(help="Bytes with a unit: 4GB, 900MB, 2GiB.")] = None
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Sets budget, format, context and types; flags override. See  devices."),
+    ] = None
+    devices: DeviceFile = None
+    budget_scope: Annotated[
+        BudgetScope | None,
+        typer.Option(
+            "--budget-scope",
+            help="What the budget covers: files, cache and buffers (memory, the default); the runtime too (process, "
+            "the default of --device); only files.",
+        ),
+    ] = None
+    format_: Annotated[
+        str | None, typer.Option("--format", "-f", help="File format: gguf, onnx, or an installed one; see formats.")
+    ] = None
+    runtime: Annotated[str | None, typer.Option("--runtime", help="What will run it; see  acip-export formats.")] = None
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="ONNX: cpu (the default), mobile, webgpu, cuda, dml, qnn-friendly.")
+    ] = None
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", help="Layout of the format; auto: the best predicted that the runtime runs."),
+    ] = None
+    types: Annotated[
+        str, typer.Option("--types", help="Types to choose from, by comma. Default: the device's or the format's.")
+    ] = ""
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of KV cache. Default: the model's, at most 4096 or the device's.")
+    ] = None
+    cache_type: Annotated[str | None, typer.Option(help="Type of the KV cache.")] = None
+    prompt_batch: Annotated[
+        int | None, typer.Option(help="Prompt tokens processed together. Default: suits the budget.")
+    ] = None
+    # What only one format understands, as typed: a flag for every option of an installed format.
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything was asked for at all."""
+        return (self.budget or self.device or self.format_) is not None
+
+    def request(self) -> PlanRequest:
+        """The flags as one request, completed from the device.
+
+        Raises:
+            UsageError: a flag is missing or malformed, or flags contradict each other. DeviceFileError.
+        """
+        device = self._device()
+        format_name = self._format(device)
+        (types,) = self._type_sets(1)
+        return self._request(device, format_name, self._budget(device), self.layout, types)
+
+    def sweep_requests(self) -> list[tuple[str, PlanRequest]]:
+        """One request for every line of a sweep, labelled: formats, layouts and sets of types, all that were not named.
+
+        Raises:
+            UsageError: as :meth:`request`, or a budget. UnsupportedError: no such layout or runtime.
+        """
+        if self.budget is not None:
+            raise UsageError("--sweep plans for every budget; leave --budget out")
+        device = self._device()
+        formats = [self._format(device)] if self.format_ or device else format_names()
+        requests = []
+        for name in formats:
+            for layout in export_format(name).layouts_for(self.layout or AUTO, self.runtime):
+                for types in self._type_sets(None):
+                    label = f"{name}, {layout.name}" + (f": {', '.join(types)}" if types else "")
+                    requests.append((label, self._request(device, name, 1, layout.name, types)))
+        return requests
+
+    def _type_sets(self, most: int | None) -> list[tuple[str, ...]]:
+        sets = [
+            tuple(name.strip().lower() for name in names.split(",") if name.strip()) for names in self.types.split(";")
+        ]
+        if most is not None and len(sets) > most:
+            raise UsageError(f"--types {self.types!r} has several sets; they are the lines of a  --sweep")
+        return sets
+
+    def _request(
+        self, device: Device | None, format_name: str, budget: int, layout: str | None, types: tuple[str, ...]
+    ) -> PlanRequest:
+        from acip_export.planning import DEFAULT_CONTEXT, PlanRequest
+
+        if self.prompt_batch is not None and self.prompt_batch < 1:
+            raise UsageError(f"--prompt-batch {self.prompt_batch} must be at least 1")
+        if device is not None and not types:
+            types = device.types.get(format_name, ())
+        return PlanRequest(
+            format=format_name,
+            budget_bytes=budget,
+            budget_scope=self.budget_scope or ("memory" if device is None else "process"),
+            runtime=self.runtime if self.runtime or device is None else device.runtimes.get(format_name),
+            backend=self.backend,
+            layout=layout,
+            types=types,
+            context=self.context,
+            cache_type=self.cache_type,
+            prompt_batch=self.prompt_batch,
+            default_context=DEFAULT_CONTEXT if device is None else device.context,
+            device=None if device is None else device.name,
+            whole_prompts=device is not None and format_name in device.whole_prompts,
+            largest_file=None if device is None else device.largest_file,
+            options=self._options(format_name),
+        )
+
+    def _options(self, format_name: str) -> dict[str, str]:
+        """Return the options as a plan stores them.
+
+        An option that the format does not have is kept as typed: planning refuses it by name.
+        """
+        known = {option.name: option.parse for option in export_format(format_name).options}
+        return {name: known.get(name, str)(text) for name, text in self.options.items()}
+
+    def _device(self) -> Device | None:
+        if self.device is None:
+            if self.devices is not None:
+                raise UsageError("--devices FILE only adds devices to choose from; choose one with  --device NAME")
+            return None
+        return find_device(self.device, load_devices(self.devices))
+
+    def _format(self, device: Device | None) -> str:
+        if self.format_ is None:
+            if device is None:
+                raise UsageError(f"no format; choose one with  --format {'|'.join(format_names())}")
+            return device.default_format
+        if device is not None and self.format_ in format_names() and self.format_ not in device.runtimes:
+            raise UsageError(
+                f"{device.name} runs {' and '.join(device.runtimes)}, not {self.format_}; "
+                "leave --format or --device out"
+            )
+        return self.format_
+
+    def _budget(self, device: Device | None) -> int:
+        if self.budget is None:
+            if device is None:
+                raise UsageError(
+                    "no budget; give one with  --budget 4GB,  or name a device with  --device raspberry-pi-5-8gb\n"
+                    "acip-export devices  lists them"
+                )
+            return device.budget_bytes
+        budget = parse_bytes(self.budget)
+        if device is not None and self.budget_scope != "file" and budget > device.memory_bytes:
+            raise UsageError(
+                f"--budget {self.budget} is more than {device.name} has: {format_bytes(device.memory_bytes)} "
+                f"({device.memory_bytes} bytes)"
+            )
+        return budget
+
+
+def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every flag of :class:`PlanFlags`, passed as its parameter ``flags``.
+
+    Typer reads signatures, so the command gets one in which the fields, and a flag for every option of an installed
+    format, stand in place of ``flags``; and one for every companion in place of ``companions``, the names of those
+    that were asked for.
+    """
+    hints = get_type_hints(PlanFlags, include_extras=True)
+    shared = [
+        _flag(each.name, hints[each.name], inspect.Parameter.empty if each.default is MISSING else each.default)
+        for each in fields(PlanFlags)
+        if each.name != "options"
+    ]
+    options = {option.name: option for known in export_formats() for option in known.options}
+    companions = {companion.name: companion for known in export_formats() for companion in known.companions}
+    of_formats = [
+        _flag(option.name, Annotated[str | None, typer.Option(option.flag, help=option.help, metavar=option.metavar)])
+        for option in options.values()
+    ]
+    of_companions = [
+        _flag(companion.name, Annotated[bool, typer.Option(f"--{companion.name}", help=companion.help)], False)
+        for companion in companions.values()
+    ]
+    own = inspect.signature(command, eval_str=True)
+    takes_companions = "companions" in own.parameters
+    parameters: list[inspect.Parameter] = []
+    for parameter in own.parameters.values():
+        if parameter.name == "flags":
+            parameters += [*shared, *of_formats]
+        elif parameter.name == "companions":
+            parameters += of_companions
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def wrapper(**values: Any) -> None:
+        typed = {name: values.pop(name) for name in options}
+        given = {name: text for name, text in typed.items() if text is not None}
+        flags = PlanFlags(**{parameter.name: values.pop(parameter.name) for parameter in shared}, options=given)
+        if takes_companions:
+            values["companions"] = tuple(name for name in companions if values.pop(name))
+        command(flags=flags, **values)
+
+    del wrapper.__wrapped__  # its annotations would hide the new ones
+    wrapper.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
+    return wrapper
+
+
+def _flag(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

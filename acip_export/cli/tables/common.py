@@ -1,0 +1,49 @@
+"""Tables that several subjects share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from acip_export.check.compare import signed
+from acip_export.cli import output as console
+from acip_export.inspection import TensorChange
+from acip_export.units import format_bytes
+
+
+def plain_table(*columns: str, title: str | None = None, show_header: bool = True) -> Table:
+    table = Table(
+        *columns,
+        title=title,
+        title_justify="left",
+        show_header=show_header,
+        box=None,
+        padding=(0, 1),
+        header_style="dim",
+    )
+    for column in table.columns:
+        column.overflow = "fold"  # names are what a reader came for
+    return table
+
+
+def size_text(count: int | None) -> str:
+    return "" if count is None else format_bytes(count)
+
+
+def show_changes(changes: Sequence[TensorChange], shown: int) -> None:
+    table = plain_table("tensor", "was", "is", "change", "")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for change in changes[:shown]:
+        table.add_row(
+            escape(change.name),
+            size_text(None if change.before is None else change.before.nbytes),
+            size_text(None if change.after is None else change.after.nbytes),
+            signed(change.delta),
+            escape(change.what),
+        )
+    console.out.print(table)
+    if len(changes) > shown:
+        console.out.print(f"  and {len(changes) - shown} more", style="dim")

@@ -1,0 +1,29 @@
+"""Print the formats with their layouts, runtimes and types."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from acip_export.cli import output as console
+from acip_export.formats.registry import export_formats
+
+
+def show_formats() -> None:
+    """Targets with their layouts and types."""
+    for known in export_formats():
+        console.out.print(f"[bold]{known.name}[/]  {known.description}; KV cache: {', '.join(known.cache_types)}")
+        for layout in known.layouts:
+            console.out.print(f"  layout {layout.name}: {layout.description}", markup=False)
+        for runtime, layouts in known.runtimes.items():
+            console.out.print(f"  runtime {runtime}: {', '.join(layouts)}", markup=False)
+        for backend in known.backends:
+            console.out.print(f"  backend {backend.name}: {backend.description}", markup=False)
+        for option in known.options:
+            console.out.print(f"  option {option.flag}: {option.help}", markup=False)
+        table = Table(
+            "type", "bits/weight", "block", "rounding error", "", box=None, padding=(0, 2), header_style="dim"
+        )
+        for f in known.weight_types:
+            default = "default" if f.name in known.types else "refused" if f.name in known.refused else ""
+            table.add_row(f.name, f"{f.bits_per_weight:.3f}", str(f.block), f"{f.relative_mse**0.5:.4f}", default)
+        console.out.print(table)

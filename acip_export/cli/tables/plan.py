@@ -1,0 +1,121 @@
+"""Print a plan: where the bytes of its budget go, and what becomes of the tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from acip_export.cli import output as console
+from acip_export.units import format_bytes
+
+_WITHIN_LAYER = re.compile(r"^.*\blayers?\.\d+\.")
+
+if TYPE_CHECKING:
+    from acip_export.artifacts.plan import Plan, TensorDecision
+
+
+def show_plan(plan: Plan, verbose: bool) -> None:
+    """The budget, where its bytes go, and what was chosen, folded by kind of layer."""
+    title = f"{plan.model} → {plan.format} ({plan.layout})"
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    table.add_row("budget", format_bytes(plan.budget_bytes), f"{plan.budget_bytes:,} bytes of {plan.budget_scope}")
+    for name, size in plan.breakdown.items():
+        if size == 0:
+            continue
+        table.add_row(
+            f"  {name.replace('_', ' ')}", format_bytes(size), "" if plan.counts(name) else "not in the budget"
+        )
+    used = plan.used_bytes
+    table.add_row("used", format_bytes(used), f"{used / plan.budget_bytes:.2%} of the budget")
+    table.add_row("left", format_bytes(plan.certificate.bytes_left), _upgrade(plan))
+    table.add_row("files", format_bytes(plan.planned_bytes), f"{plan.size_ratio:.3f} of the dense model's bytes")
+    bound = f"(lower bound {plan.certificate.lower_bound:.4f})"
+    if plan.predicted_perplexity is not None:
+        quality = f"{plan.predicted_loss:.4f} {plan.loss_unit} above dense {bound}"
+        table.add_row("predicted perplexity", f"{plan.predicted_perplexity:.2f}", quality)
+    else:
+        bound = f"(lower bound {plan.certificate.lower_bound:.2e})"
+        table.add_row("predicted loss", f"{plan.predicted_loss:.2e}", f"{plan.loss_unit} {bound}")
+    serving = plan.serving
+    table.add_row(
+        "runtime",
+        f"{serving.context} tokens",
+        f"KV cache {serving.cache_type}, prompts in batches of {serving.prompt_batch}"
+        if plan.task == "causal"
+        else f"a text, {serving.prompt_batch} in a batch of texts",
+    )
+    console.out.print(table)
+    console.out.print()
+    console.out.print(_tensor_table(plan) if verbose else _folded_table(plan))
+    for line in (*plan.notes, *_held_back(plan)):
+        console.out.print(f"• {line}", markup=False)
+
+
+def _held_back(plan: Plan) -> Iterator[str]:
+    """Why the plan is not better: what else is in the budget, and what the target forbids."""
+    buffers = plan.breakdown["compute"] + plan.breakdown["output"] if plan.certificate.alternatives else 0
+    for other in plan.certificate.alternatives:
+        if other.change.startswith("--prompt-batch"):
+            part = f"buffers take {buffers / plan.budget_bytes:.0%} of the budget"
+        else:
+            part = f"the KV cache takes {plan.breakdown['kv_cache'] / plan.budget_bytes:.0%} of the budget"
+        quality = (
+            f"loss {other.predicted_loss:.4f}"
+            if other.predicted_perplexity is None
+            else f"perplexity {other.predicted_perplexity:.2f}"
+        )
+        yield f"{part}; predicted with  {other.change}:  {quality}"
+    by_tensors: dict[tuple[str, str], list[str]] = {}
+    for refusal in plan.certificate.refused_types:
+        which = refusal.example if refusal.tensors == 1 else f"{refusal.example} and {refusal.tensors - 1} more"
+        by_tensors.setdefault((which, refusal.reason), []).append(refusal.type)
+    for (which, reason), types in by_tensors.items():
+        yield f"{which}: not {', '.join(types)} ({reason})"
+
+
+def _upgrade(plan: Plan) -> str:
+    if plan.certificate.next_upgrade is None:
+        return "nothing left to improve"
+    return f"next upgrade: {plan.certificate.next_upgrade} (+{format_bytes(plan.certificate.next_upgrade_bytes or 0)})"
+
+
+def _choice(decision: TensorDecision) -> str:
+    if decision.rank is None:
+        return str(decision.type)
+    formats = (
+        decision.down_type if decision.down_type == decision.up_type else (f"{decision.down_type}·{decision.up_type}")
+    )
+    return f"r{decision.rank} {formats}"
+
+
+def _folded_table(plan: Plan) -> Table:
+    """Tensors that differ only in their layer number share a row."""
+    groups: dict[str, list[TensorDecision]] = defaultdict(list)
+    for decision in plan.tensors:
+        if len(decision.shape) == 2:
+            groups[_WITHIN_LAYER.sub("", decision.module)].append(decision)
+    table = Table("tensors", "n", "shape", "bytes", "what they become", box=None, padding=(0, 2), header_style="dim")
+    for name, members in groups.items():
+        counts: dict[str, int] = defaultdict(int)
+        for member in members:
+            counts[_choice(member)] += 1
+        chosen = ", ".join(choice if n == 1 else f"{n}x {choice}" for choice, n in counts.items())
+        rows, columns = members[0].shape
+        size = format_bytes(sum(member.nbytes for member in members))
+        table.add_row(name, str(len(members)), f"{rows}x{columns}", size, chosen)
+    return table
+
+
+def _tensor_table(plan: Plan) -> Table:
+    table = Table("tensor", "shape", "bytes", "becomes", box=None, padding=(0, 2), header_style="dim")
+    for decision in plan.tensors:
+        shape = "x".join(str(extent) for extent in decision.shape)
+        table.add_row(decision.name, shape, f"{decision.nbytes:,}", _choice(decision))
+    return table

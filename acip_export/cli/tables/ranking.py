@@ -1,0 +1,35 @@
+"""Print what a ranking measured."""
+
+from __future__ import annotations
+
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from acip_export.cli import output as console
+
+if TYPE_CHECKING:
+    from acip_export.artifacts.scores import ScoreFile
+
+
+def show_ranking(scores: ScoreFile, file: Path) -> None:
+    """The measured curve, and what to do next."""
+    causal = scores.task == "causal"
+
+    def shown(loss: float) -> str:
+        return f"{exp(loss):.2f}" if causal else f"{loss:.4f}"
+
+    columns = ["parameters kept", "perplexity" if causal else scores.loss_unit, "with adapters"]
+    if scores.curve[0].spearman is not None:
+        columns += ["Spearman of similarities", "mean error of similarities"]
+    table = Table(*columns, box=None, padding=(0, 2), header_style="dim")
+    for point in scores.curve:
+        row = [f"{point.ratio:.0%}", shown(point.loss)]
+        row.append("" if point.loss_with_adapters is None else shown(point.loss_with_adapters))
+        if point.spearman is not None and point.similarity_error is not None:
+            row += [f"{point.spearman:.4f}", f"{point.similarity_error:.4f}"]
+        table.add_row(*row)
+    console.out.print(table)
+    console.out.print(f"score file written to {file}; next:  acip-export --budget 4GB --format gguf", markup=False)

@@ -1,0 +1,57 @@
+"""Print what a verification measured, and how to run an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from acip_export.cli import output as console
+from acip_export.units import format_bytes
+
+if TYPE_CHECKING:
+    from acip_export.artifacts.plan import Plan
+    from acip_export.artifacts.report import Report
+
+
+def show_reports(reports: list[Report]) -> None:
+    """One row per runtime and export."""
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for column in ("export", "budget", "planned", "written", "runtime", "perplexity", "dense", "KL", "tok/s"):
+        table.add_column(column, justify="left" if column in ("export", "runtime") else "right", no_wrap=True)
+    for report in reports:
+        dense = "" if report.dense_perplexity is None else f"{report.dense_perplexity.perplexity:.2f}"
+        for runtime in report.runtimes:
+            table.add_row(
+                f"{report.format} {report.layout}",
+                format_bytes(report.budget_bytes),
+                f"{report.planned_bytes:,}",
+                f"{report.written_bytes:,}",
+                runtime.runtime,
+                "" if runtime.perplexity is None else f"{runtime.perplexity.perplexity:.2f}",
+                dense,
+                "" if runtime.agreement is None else f"{runtime.agreement.mean_kl:.1e}",
+                # What an encoder does is read.
+                "" if runtime.speed is None else f"{runtime.speed.decode or runtime.speed.prefill:.0f}",
+            )
+    console.out.print(table)
+    for report in reports:
+        if report.similarity is not None and report.similarity_spearman is not None:
+            error = report.similarity_error or 0.0
+            console.out.print(
+                f"{report.format} {report.layout}: embeddings {report.similarity:.5f} similar to the dense model's; "
+                f"similarities of texts kept: Spearman {report.similarity_spearman:.5f}, mean error {error:.5f}"
+            )
+
+
+def show_export(plan: Plan, directory: Path) -> None:
+    """Where the export is, and how to run it."""
+    from acip_export.formats.registry import export_format
+
+    console.out.print(f"\n[bold]{format_bytes(plan.planned_bytes)}[/] in {directory}, as planned. Run it with:")
+    commands = export_format(plan.format).run_commands(plan, directory)
+    for command in [c for c in commands if c.language == "console"] or commands[:1]:
+        console.out.print(command.text, markup=False, soft_wrap=True)
+        if command.note:
+            console.out.print(f"  ({command.note})", markup=False, style="dim")

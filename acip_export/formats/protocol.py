@@ -1,0 +1,460 @@
+"""What the rest of the program needs to know about a file format, as one object.
+
+A package adds a format by offering an instance of :class:`ExportFormat` as an entry point of the group
+``acip_export.formats``. Its module is imported for every command, so it imports nothing heavy: converters, runtimes and
+torch are imported inside the methods that need them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from acip_export.artifacts.plan import Plan, Representation, Serving, TensorDecision
+from acip_export.errors import UnsupportedError
+from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.weight_types import WeightType
+
+if TYPE_CHECKING:
+    import torch
+
+    from acip_export.artifacts.bundle import Bundle
+
+# The layout that stands for "the best predicted of all layouts that the runtime runs".
+AUTO = "auto"
+# The backend that a format's own fields describe.
+DEFAULT_BACKEND = "cpu"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a long conversion: ``done`` of ``total`` bytes, now at tensor ``item``."""
+
+    done: int
+    total: int
+    item: str
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to arrange a model in files.
+
+    Attributes:
+        low_rank: the representation that carries factor pairs; ``None`` when the layout has none.
+        base_type: type of the all-zero base below a LoRA.
+        rank_multiple: ranks are multiples of this (the largest block that the pair's types need is taken if larger).
+        residual_pairs: types and ranks of low-rank corrections over a quantized base (both factors of one type).
+        note: what a user has to know before choosing it.
+    """
+
+    name: str
+    description: str
+    low_rank: Representation | None
+    base_type: str | None = None
+    rank_multiple: int = 32
+    residual_pairs: tuple[tuple[str, int], ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes inside a runtime, where that decides what the file may hold.
+
+    Attributes:
+        types, embedding_types, vector_type, cache_types, refused: as those of :class:`ExportFormat`.
+    """
+
+    name: str
+    description: str
+    types: tuple[str, ...]
+    embedding_types: tuple[str, ...]
+    vector_type: str
+    cache_types: Mapping[str, tuple[int, int]]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting that only one format knows: a flag of the command line and a key of ``plan.options``.
+
+    Attributes:
+        name: the key; the flag has hyphens for underscores.
+        parse: turns what the user typed into what the plan stores; raises UsageError.
+    """
+
+    name: str
+    help: str
+    metavar: str = "TEXT"
+    parse: Callable[[str], str] = str
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A second directory that can be made from a finished export, beside it: ``OUT-NAME``.
+
+    Attributes:
+        name: the flag that asks for it, and the end of the directory's name.
+        check: raises UnsupportedError when it cannot be made of files of these bytes.
+        write: writes it from an export into a new directory (``force``: in place of an old one); bytes by file.
+    """
+
+    name: str
+    help: str
+    check: Callable[[Mapping[str, int]], None]
+    write: Callable[[Path, Path, bool], dict[str, int]]
+
+
+@dataclass(frozen=True)
+class SessionClass:
+    """A runtime that opens exports, named so that it is imported only where it runs.
+
+    Attributes:
+        runtime: the name under which its memory is known to the format's memory model.
+        module, name: of a class that is called with an export's directory and its serving settings; see
+            :mod:`acip_export.formats.session`.
+    """
+
+    runtime: str
+    module: str
+    name: str
+
+    def open(self, export: Path, serving: Serving) -> Any:
+        """Import the class and open an export with it."""
+        return getattr(import_module(self.module), self.name)(export, serving)
+
+
+@dataclass(frozen=True)
+class RunCommand:
+    """How one program runs an export.
+
+    Attributes:
+        program: its name. language: of ``text``, as Markdown's fences call it: console, python, javascript, dockerfile.
+        text: ready to copy. note: what else the program needs, or an empty string.
+    """
+
+    program: str
+    language: str
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ServingMemory:
+    """Bytes that a runtime holds beside the weights for one sequence of the whole context."""
+
+    kv_cache: int
+    compute: int
+    output: int
+
+    @property
+    def total(self) -> int:
+        return self.kv_cache + self.compute + self.output
+
+
+@dataclass(frozen=True)
+class TensorMemory:
+    """Bytes that a runtime holds of one tensor beside its stored numbers.
+
+    Attributes:
+        kept: for as long as the model is loaded.
+        once: held once, for the tensor that needs most of it.
+        loading: held once while loading, for the tensor that needs most of it.
+    """
+
+    kept: int = 0
+    once: int = 0
+    loading: int = 0
+
+
+@dataclass(frozen=True)
+class ProcessBase:
+    """Bytes of a process beside the model's own.
+
+    Attributes:
+        library: code, sessions and allocators: everything that no model changes.
+        tokenizer: its tables. building: what they take while they are built, themselves included.
+    """
+
+    library: int
+    tokenizer: int
+    building: int
+
+    @property
+    def total(self) -> int:
+        return self.library + self.tokenizer
+
+
+class MemoryModel(Protocol):
+    """What a format's runtimes hold, in bytes. Pure formulas, upper bounds."""
+
+    def serving(self, shape: ModelShape, serving: Serving) -> ServingMemory:
+        """Return cache and buffers for one sequence of ``serving.context`` tokens."""
+        ...
+
+    def beside(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:
+        """Return what is held of a tensor beside its stored numbers.
+
+        Args:
+            embedding: rows of the tensor are looked up. tied_head: and the head reads it too.
+        """
+        ...
+
+    def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
+        """Return what a runtime holds whatever the plan; ``None``: the one that plans are made for."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorLimit:
+    """The largest tensor that a file of the user's choosing can hold.
+
+    Attributes:
+        nbytes: of the tensor. reason: why a type is refused that makes a tensor larger.
+        too_small: the message when nothing is left of a tensor; called with its name and its least bytes.
+    """
+
+    nbytes: int
+    reason: str
+    too_small: Callable[[str, int], str]
+
+
+def applies_window(shape: ModelShape, windowed: frozenset[str] | None) -> bool:
+    """Tell whether a model has a sliding window that a runtime applies: those of the classes ``windowed``, or all."""
+    return shape.sliding_window is not None and (windowed is None or shape.architecture in windowed)
+
+
+def longest_context(shape: ModelShape, windowed: frozenset[str] | None) -> int:
+    """Return the tokens up to which such a runtime computes what the model does.
+
+    One that does not know a model's sliding window attends to everything: the same only within the window.
+    """
+    if shape.sliding_window is None or applies_window(shape, windowed):
+        return shape.max_context
+    return min(shape.max_context, shape.sliding_window)
+
+
+@dataclass(frozen=True)
+class ExportFormat(ABC):
+    """A file format: what plans may choose, what runs it, what it costs, and how it is written.
+
+    The fields describe the default backend; :meth:`on` gives the format as another backend has it.
+
+    Attributes:
+        weight_types: every type that it can store, most precise first.
+        types: names of those that a plan chooses from when the user names none, most precise first.
+        embedding_types: types that the embedding (and a head tied to it) may take.
+        vector_type: type of norms and biases.
+        cache_types: bytes of a KV cache entry as ``(numerator, denominator)``; the first is the default.
+        layouts: the first is the default.
+        runtimes: the layouts that each runtime runs, its default first; the first runtime is the default.
+        float_tolerance: how far logits of an export with float weights may be from the bundle's.
+        float_kl: or how far its predictions may be, in nats per token, where the runtime rounds its cache.
+        sessions: runtimes of language models; the first one measures quality. encoder_session: that of encoders.
+        memory: what its runtimes hold.
+        refused: types that what runs the format has no kernel for, and why that matters.
+        windowed: Hugging Face classes whose sliding windows the runtime applies; ``None``: all of them.
+        library, tags: of model cards.
+    """
+
+    name: str
+    description: str
+    weight_types: tuple[WeightType, ...]
+    types: tuple[str, ...]
+    embedding_types: tuple[str, ...]
+    vector_type: str
+    cache_types: Mapping[str, tuple[int, int]]
+    layouts: tuple[Layout, ...]
+    runtimes: Mapping[str, tuple[str, ...]]
+    float_tolerance: float
+    sessions: tuple[SessionClass, ...]
+    memory: MemoryModel
+    encoder_session: SessionClass | None = None
+    float_kl: float | None = None
+    backends: tuple[Backend, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    windowed: frozenset[str] | None = None
+    options: tuple[Option, ...] = ()
+    companions: tuple[Companion, ...] = ()
+    library: str = ""
+    tags: tuple[str, ...] = ()
+
+    # What a plan may choose.
+
+    def on(self, backend: str | None) -> ExportFormat:
+        """Return the format as one backend has it; ``None``: the default.
+
+        Raises:
+            UnsupportedError: no such backend.
+        """
+        if backend is None or backend == DEFAULT_BACKEND:
+            return self
+        for known in self.backends:
+            if known.name == backend:
+                return replace(
+                    self,
+                    types=known.types,
+                    embedding_types=known.embedding_types,
+                    vector_type=known.vector_type,
+                    cache_types=known.cache_types,
+                    refused=known.refused,
+                )
+        names = ", ".join((DEFAULT_BACKEND, *(known.name for known in self.backends)))
+        raise UnsupportedError(f"{self.name} has no backend {backend!r}; it has: {names}")
+
+    def type(self, name: str) -> WeightType:
+        """Return a type by name. Raises KeyError for one that the format does not have."""
+        for known in self.weight_types:
+            if known.name == name:
+                return known
+        raise KeyError(name)
+
+    def layout(self, name: str | None) -> Layout:
+        """Return a layout by name; ``None``: the default. Raises UnsupportedError for one that the format has not."""
+        if name is None:
+            return self.layouts[0]
+        for layout in self.layouts:
+            if layout.name == name:
+                return layout
+        known = ", ".join(layout.name for layout in self.layouts)
+        raise UnsupportedError(f"{self.name} has no layout {name!r}; it has: {known}")
+
+    def layouts_for(self, layout: str | None, runtime: str | None) -> tuple[Layout, ...]:
+        """Return the layouts to plan for: the named one, or with ``auto`` every one that the runtime runs.
+
+        Without a runtime, a named layout may be any; otherwise it is the default runtime.
+
+        Raises:
+            UnsupportedError: no such layout or runtime, or that runtime does not run that layout.
+        """
+        if runtime is not None and runtime not in self.runtimes:
+            raise UnsupportedError(f"{self.name} has no runtime {runtime!r}; it has: {', '.join(self.runtimes)}")
+        runs = self.runtimes[runtime or next(iter(self.runtimes))]
+        if layout == AUTO:
+            return tuple(self.layout(name) for name in runs)
+        chosen = self.layout(layout or runs[0])
+        if runtime is not None and chosen.name not in runs:
+            others = [name for name, layouts in self.runtimes.items() if chosen.name in layouts]
+            raise UnsupportedError(
+                f"{runtime} does not run the layout {chosen.name!r}; choose  --runtime {' or '.join(others)}"
+            )
+        return (chosen,)
+
+    def check_options(self, options: Mapping[str, str]) -> None:
+        """Raise UnsupportedError for an option that the format does not have."""
+        known = {option.name for option in self.options}
+        for name in options:
+            if name not in known:
+                raise UnsupportedError(f"{self.name} exports have no --{name.replace('_', '-')}")
+
+    def choose_types(self, names: tuple[str, ...]) -> tuple[WeightType, ...]:
+        """Return the types that the user named, or the default ones.
+
+        Raises:
+            UnsupportedError: unknown names, and types without a kernel.
+        """
+        # A graph computes in one precision, so types of the other one are not to be had.
+        items = {self.type(name).item_bytes for name in self.types}
+        known = [t.name for t in self.weight_types if t.item_bytes in items and t.name not in self.refused]
+        for name in names:
+            if name in self.refused:
+                raise UnsupportedError(f"{name} is not exported: {self.refused[name]}. Use: {', '.join(known)}")
+            if name not in known:
+                raise UnsupportedError(f"{self.name} has no type {name!r} here; it has: {', '.join(known)}")
+        return tuple(self.type(name) for name in (names or self.types))
+
+    def applies_window(self, shape: ModelShape) -> bool:
+        """Tell whether the model has a sliding window that the runtime knows of."""
+        return applies_window(shape, self.windowed)
+
+    def longest_context(self, shape: ModelShape) -> int:
+        """Return the tokens up to which the runtime computes what the model does."""
+        return longest_context(shape, self.windowed)
+
+    def tensor_limit(self, options: Mapping[str, str]) -> TensorLimit | None:  # noqa: ARG002 - for formats that split
+        """Return the limit that the user's options put on a tensor; ``None``: none."""
+        return None
+
+    def file_notes(self, files: Mapping[str, int], options: Mapping[str, str]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return what a user has to know about files of these bytes, a sentence each."""
+        return ()
+
+    def is_exact(self, plan: Plan) -> bool:
+        """Tell whether every matrix of a plan keeps its numbers, but for those of an all-zero base."""
+        base = self.layout(plan.layout).base_type
+        used = {name for d in plan.tensors for name in (d.type, d.up_type, d.down_type) if name and name != base}
+        return all(self.type(name).relative_mse == 0 for name in used)
+
+    # How it is written. Prediction and conversion go through the same code for names, metadata and order, so that the
+    # prediction cannot drift from what is written.
+
+    def prepare(
+        self,
+        checkpoint: Checkpoint,  # noqa: ARG002
+        backend: str,  # noqa: ARG002
+        context: int,  # noqa: ARG002
+        progress: ProgressCallback,  # noqa: ARG002
+    ) -> tuple[str, ...]:
+        """Do what takes long and is the same for all plans of a model, and keep it for the next time.
+
+        Returns:
+            What a user has to know about exports of this model, a sentence each.
+
+        Raises:
+            UnsupportedError, MissingExtraError: as :meth:`predict_files`.
+        """
+        return ()
+
+    @abstractmethod
+    def predict_files(
+        self, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
+    ) -> dict[str, int]:
+        """Return the exact bytes of every file that :meth:`convert` will write, by path below the export directory.
+
+        Raises:
+            UnsupportedError: the architecture, tokenizer or a decision cannot be expressed.
+            MissingExtraError: a package that the prediction needs is not installed.
+        """
+
+    @abstractmethod
+    def convert(self, bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
+        """Write the export into the existing, empty directory ``out``. Peak memory: a few of the largest tensor.
+
+        Raises:
+            UnsupportedError, MissingExtraError: as :meth:`predict_files`.
+        """
+
+    @abstractmethod
+    def round_trip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+        """Return the numbers that :meth:`convert` stores, as the runtime reads them.
+
+        See :class:`acip_export.rounding.RoundTrip`.
+        """
+
+    @abstractmethod
+    def quantizer(self) -> str:
+        """Return name and version of what :meth:`round_trip` rounds with: measured errors are good for no other."""
+
+    # What is done with it.
+
+    @abstractmethod
+    def missing_tensors(self, export: Path, bundle: Bundle) -> tuple[int, Sequence[str]]:
+        """Return how many tensors the plan asks for, and one sentence for each that is not there as planned.
+
+        Raises:
+            ModelFileError: a file cannot be read.
+        """
+
+    @abstractmethod
+    def run_commands(self, plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
+        """Return how every program runs the export within the plan's memory; the recommended one first."""

@@ -1,0 +1,92 @@
+"""GGUF as the rest of the program sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision
+from acip_export.formats.protocol import ExportFormat, ProgressCallback, RunCommand, SessionClass, TensorLimit
+from acip_export.model.checkpoint import Checkpoint
+from converters.gguf import options
+from converters.gguf.layouts import LAYOUTS
+from converters.gguf.memory import LlamaMemory
+from converters.gguf.types import GGML
+from converters.gguf.windows import WINDOWED
+
+if TYPE_CHECKING:
+    import torch
+
+    from acip_export.artifacts.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class GgufFormat(ExportFormat):
+    """What llama.cpp runs. Conversion is in :mod:`converters.gguf.converter`."""
+
+    def tensor_limit(self, options_: Mapping[str, str]) -> TensorLimit | None:
+        return options.tensor_limit(options_)
+
+    def file_notes(self, files: Mapping[str, int], options_: Mapping[str, str]) -> tuple[str, ...]:
+        return options.file_notes(files, options_)
+
+    def predict_files(
+        self, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
+    ) -> dict[str, int]:
+        from converters.gguf import converter
+
+        return converter.predict_files(checkpoint, layout, tensors, serving)
+
+    def convert(self, bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
+        from converters.gguf import converter
+
+        converter.convert(bundle, out, progress)
+
+    def round_trip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+        from converters.gguf import converter
+
+        return converter.round_trip(weight, name, importance)
+
+    def quantizer(self) -> str:
+        from converters.gguf import converter
+
+        return converter.quantizer()
+
+    def missing_tensors(self, export: Path, bundle: Bundle) -> tuple[int, Sequence[str]]:
+        from converters.gguf.structure import missing_tensors
+
+        return missing_tensors(export, bundle)
+
+    def run_commands(self, plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
+        from converters.gguf.run_commands import run_commands
+
+        return run_commands(plan, directory)
+
+
+_CACHE_TYPES = {"f16": (2, 1), "q8_0": (34, 32), "f32": (4, 1)}
+
+GGUF = GgufFormat(
+    name="gguf",
+    description="files of llama.cpp: one of dense tensors, or with factor pairs",
+    weight_types=GGML,
+    types=("f16", "q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q4_0", "q3_k", "iq3_xxs", "q2_k", "iq2_xxs"),
+    embedding_types=("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k"),
+    vector_type="f32",
+    cache_types=_CACHE_TYPES,
+    layouts=LAYOUTS,
+    runtimes={"llama.cpp": ("stock", "lora"), "acip-llama.cpp": ("factored", "stock", "lora")},
+    # llama.cpp's tanh form of GELU is from a float16 table; its attention rounds K and V to float16: large logits move
+    # further, and mean as little as small ones. The KL is sixty times what the rounding costs on a trained model, a
+    # thousandth of what four-bit weights do.
+    float_tolerance=2e-2,
+    float_kl=1e-5,
+    sessions=(SessionClass("llama.cpp", "converters.gguf.runtimes.llama_cpp", "LlamaCppSession"),),
+    encoder_session=SessionClass("llama.cpp", "converters.gguf.runtimes.llama_encoder", "LlamaEncoderSession"),
+    memory=LlamaMemory(_CACHE_TYPES),
+    windowed=WINDOWED,
+    options=options.OPTIONS,
+    library="gguf",
+    tags=("gguf", "llama.cpp"),
+)

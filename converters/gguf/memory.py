@@ -1,0 +1,93 @@
+"""What llama.cpp holds for an export beside its files. Pure formulas, upper bounds.
+
+Source: its own log lines, for the versions in constraints.txt; a test compares them with the installed version's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from acip_export.artifacts.plan import Serving, TensorDecision
+from acip_export.formats.protocol import ProcessBase, ServingMemory, TensorMemory
+from acip_export.model.checkpoint import Checkpoint, ModelShape
+from acip_export.units import ceil_div
+from converters.gguf.windows import llama_applies_window
+from converters.process_memory import RuntimeBase
+
+# llama.cpp rounds the cells of its KV cache up to this.
+_CACHE_CELLS = 256
+# Positions, token ids, output ids and the like, per token of a prompt batch; at most 184 were seen.
+_SMALL_TENSORS = 192
+# With two threads; each further one adds 0.4 MB. Tokens and merges are strings in hash tables; what they take is beside
+# the tokenizer's bytes in the files, which plans count as well and which no runtime keeps in memory.
+RUNTIMES = {"llama.cpp": RuntimeBase("xllamacpp 2026.10.11549, Linux x86_64", 17_500_000, 280, 110)}
+RECOMMENDED = "llama.cpp"
+
+
+class LlamaMemory:
+    """The memory model of llama.cpp; see :class:`acip_export.formats.protocol.MemoryModel`."""
+
+    def __init__(self, cache_types: Mapping[str, tuple[int, int]]) -> None:
+        self._cache_types = cache_types
+
+    def serving(self, shape: ModelShape, serving: Serving) -> ServingMemory:
+        """Return cache and buffers for one sequence of ``serving.context`` tokens."""
+        if not shape.generates:
+            return _encoder(shape, serving)
+        numerator, denominator = self._cache_types[serving.cache_type]
+        per_cell = 2 * shape.kv_heads * shape.head_dim * numerator
+        batch = min(serving.prompt_batch, serving.context)
+        cells = _rounded(serving.context)
+        # The widest moment of the graph, in float32: the gated FFN or the attention (queries, their rotated copy and
+        # output, keys and values), beside six streams of the hidden size. Then the mask. Holds for 168 random shapes,
+        # LoRA adapters included. Logits are computed for the last token only: llama.cpp reserves address space for
+        # those of the whole batch, but serving never touches it.
+        attention = (3 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        windowed = _window_cells(shape, batch, cells)
+        full_layers = shape.layers - (sum(shape.sliding_layers) if windowed else 0)
+        widest = max(3 * shape.ffn, attention) + 6 * shape.hidden
+        per_prompt_token = 4 * widest + 2 * (cells + windowed) + _SMALL_TENSORS
+        compute = batch * per_prompt_token + _cache_buffers(shape, serving.cache_type, cells, windowed)
+        compute += 4 * (shape.vocabulary + shape.hidden)
+        all_cells = full_layers * cells + (shape.layers - full_layers) * windowed
+        return ServingMemory(per_cell * all_cells // denominator, compute, 4 * shape.vocabulary)
+
+    def beside(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:  # noqa: ARG002
+        """Return nothing: llama.cpp maps the stored numbers and, with repacking off, keeps nothing else."""
+        return TensorMemory()
+
+    def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
+        """Return what the runtime holds whatever the plan."""
+        return RUNTIMES[runtime or RECOMMENDED].of(checkpoint)
+
+
+def _encoder(shape: ModelShape, serving: Serving) -> ServingMemory:
+    """Count no cache; ``prompt_batch`` tokens, of texts of at most ``context``, are computed together."""
+    tokens = serving.prompt_batch
+    # Attention, or the FFN's wide vector, beside five streams of the hidden size; the mask. Flash attention keeps no
+    # scores.
+    per_token = 4 * (max(shape.ffn, shape.hidden) + 5 * shape.hidden) + 2 * _rounded(tokens) + _SMALL_TENSORS
+    # Encoding makes every token an output, and room for its logits, though no head computes any: 31 MB for 256 tokens
+    # of BERT's vocabulary. The log tells of one token only, from when the context is made.
+    return ServingMemory(0, tokens * per_token, 4 * tokens * (shape.hidden + shape.vocabulary))
+
+
+def _window_cells(shape: ModelShape, batch: int, cells: int) -> int:
+    """Return the KV cache cells of a layer with a sliding window; 0 where llama.cpp has no such layer."""
+    if shape.sliding_window is None or not llama_applies_window(shape):
+        return 0
+    return _rounded(min(cells, shape.sliding_window + batch))
+
+
+def _rounded(cells: int) -> int:
+    return ceil_div(cells, _CACHE_CELLS) * _CACHE_CELLS
+
+
+def _cache_buffers(shape: ModelShape, cache_type: str, cells: int, windowed: int) -> int:
+    """Return what a cache type needs in the compute buffer, whatever the batch."""
+    if cache_type == "f32":
+        return 2 * 2 * cells * shape.kv_heads * shape.head_dim  # one layer's K and V, cast to float16
+    if cache_type == "q8_0":
+        caches = 2 if windowed else 1
+        return caches * 2 * 4 * shape.head_dim**2  # the rotations that make K and V easy to quantize
+    return 0

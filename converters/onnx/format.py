@@ -1,0 +1,109 @@
+"""ONNX as the rest of the program sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision
+from acip_export.formats.protocol import (
+    Companion,
+    ExportFormat,
+    Layout,
+    ProgressCallback,
+    RunCommand,
+    SessionClass,
+)
+from acip_export.model.checkpoint import Checkpoint
+from converters.onnx.backends import CPU, OTHERS
+from converters.onnx.memory import OnnxMemory
+from converters.onnx.types import NUMBERS
+
+if TYPE_CHECKING:
+    import torch
+
+    from acip_export.artifacts.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class OnnxFormat(ExportFormat):
+    """What onnxruntime runs. Conversion is in :mod:`converters.onnx.converter`."""
+
+    def prepare(
+        self, checkpoint: Checkpoint, backend: str, context: int, progress: ProgressCallback
+    ) -> tuple[str, ...]:
+        from converters.onnx import converter
+
+        return converter.prepare(checkpoint, backend, context, progress)
+
+    def predict_files(
+        self, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
+    ) -> dict[str, int]:
+        from converters.onnx import converter
+
+        return converter.predict_files(checkpoint, layout, tensors, serving)
+
+    def convert(self, bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
+        from converters.onnx import converter
+
+        converter.convert(bundle, out, progress)
+
+    def round_trip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+        from converters.onnx import converter
+
+        return converter.round_trip(weight, name, importance)
+
+    def quantizer(self) -> str:
+        from converters.onnx import converter
+
+        return converter.quantizer()
+
+    def missing_tensors(self, export: Path, bundle: Bundle) -> tuple[int, Sequence[str]]:
+        from converters.onnx.structure import missing_tensors
+
+        return missing_tensors(export, bundle)
+
+    def run_commands(self, plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
+        from converters.onnx import converter
+
+        return converter.run_commands(plan, directory)
+
+
+def _check_ort(files: Mapping[str, int]) -> None:
+    from converters.onnx.ort_format import check_size
+
+    check_size(files)
+
+
+def _write_ort(export: Path, out: Path, force: bool) -> dict[str, int]:
+    from converters.onnx.ort_format import write_ort
+
+    return write_ort(export, out, force)
+
+
+ONNX = OnnxFormat(
+    name="onnx",
+    description="a graph and its numbers for onnxruntime, onnxruntime-genai, transformers.js and optimum",
+    weight_types=NUMBERS,
+    types=CPU.types,
+    embedding_types=CPU.embedding_types,
+    vector_type=CPU.vector_type,
+    cache_types=CPU.cache_types,
+    layouts=(Layout("factored", "factor pairs as two MatMul or MatMulNBits nodes, dense weights as one", "factored"),),
+    runtimes={"onnxruntime": ("factored",)},
+    # float32 in another order.
+    float_tolerance=1e-4,
+    sessions=(
+        SessionClass("onnxruntime", "converters.onnx.runtimes.onnxruntime", "OnnxRuntimeSession"),
+        SessionClass("onnxruntime-genai", "converters.onnx.runtimes.genai", "GenaiSession"),
+    ),
+    encoder_session=SessionClass("onnxruntime", "converters.onnx.runtimes.onnx_encoder", "OnnxEncoderSession"),
+    memory=OnnxMemory(),
+    backends=OTHERS,
+    refused=CPU.refused,
+    companions=(Companion("ort", "ONNX: also OUT-ort, for reduced onnxruntime builds.", _check_ort, _write_ort),),
+    library="onnx",
+    tags=("onnx", "onnxruntime"),
+)

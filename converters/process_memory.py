@@ -1,0 +1,38 @@
+"""What a runtime's process holds whatever the plan: its library, its own heap, its tokenizer's tables. Measured.
+
+The figures are those of the Python packages on one platform, measured by ``make bench-memory``; another build of the
+same runtime (a phone's, say) differs by a few MiB either way. A test measures again and turns red when a version moves
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from acip_export.formats.protocol import ProcessBase
+from acip_export.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class RuntimeBase:
+    """One runtime's share of a process, beside the interpreter that drives it.
+
+    Attributes:
+        measured_with: packages and platform.
+        library: bytes of code, sessions and allocators: everything that no model changes.
+        token, merge: bytes that the tokenizer keeps for each token and each merge.
+        building: share of that which building the tokenizer takes besides, and frees.
+    """
+
+    measured_with: str
+    library: int
+    token: int
+    merge: int
+    building: float = 0.0
+
+    def of(self, checkpoint: Checkpoint) -> ProcessBase:
+        """Return what the runtime holds for one model."""
+        size = checkpoint.tokenizer_size
+        tokenizer = self.token * max(size.tokens, checkpoint.shape.vocabulary) + self.merge * size.merges
+        return ProcessBase(self.library, tokenizer, tokenizer + math.ceil(self.building * tokenizer))

@@ -1,0 +1,1 @@
+"""A format of somebody else's: ``weights.safetensors`` beside the model's configuration, run by transformers."""
