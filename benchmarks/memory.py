@@ -41,7 +41,7 @@ from acip_export.formats.registry import export_format
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import task_of
-from acip_export.planning.memory import memory_breakdown, uncounted_bytes
+from acip_export.planning.memory import ModelMemory, uncounted_bytes
 from acip_export.units import format_bytes
 from acip_export.verification.process import ProcessFigures, measure_process
 
@@ -151,7 +151,8 @@ def make_plan(checkpoint: Checkpoint, case: Case, serving: Serving) -> Plan:
 
 
 def with_memory(plan: Plan, checkpoint: Checkpoint, serving: Serving) -> Plan:
-    breakdown = memory_breakdown(export_format(plan.format), checkpoint, plan.tensors, plan.planned_bytes, serving)
+    memory = ModelMemory.of(export_format(plan.format), checkpoint)
+    breakdown = memory.breakdown(plan.tensors, plan.planned_bytes, serving)
     own = sum(breakdown[part] for part in RUNTIME_PARTS)
     return replace(plan, serving=serving, breakdown=breakdown, memory_bytes=sum(breakdown.values()) - own)
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,11 @@ from acip_export.artifacts.scores import (
     load_scores,
     save_scores,
 )
-from acip_export.errors import InfeasibleBudgetError
 from acip_export.formats.registry import export_format, export_formats
 from acip_export.io.atomic import DTYPE_BYTES
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import task_of
-from acip_export.planning import PlanRequest
+from acip_export.planning import Budget, DoesNotFit, PlanRequest, resolve
 from acip_export.planning.candidates import pair_types, residual_bases
 from acip_export.weight_types import types_of
 
@@ -264,14 +263,14 @@ def budget_use(model: Path) -> dict[str, Any]:
     checkpoint, scores = Checkpoint.open(model), load_scores(model / f"{model.name}.acip")
     found: dict[str, Any] = {}
     for name, (target, layout) in LAYOUTS.items():
-        request = PlanRequest(target, 1, "file", layout=layout, context=512)
-        problem = planning_problem(checkpoint, scores, request)
+        question = resolve(PlanRequest(target, layout=layout, context=512), checkpoint)
+        problem = planning_problem(checkpoint, scores, question)
         used: dict[str, float] = {}
         for share in SHARES:
             budget = round(share * checkpoint.weight_bytes)
             try:
-                plan = problem.plan(replace(request, budget_bytes=budget))
-            except InfeasibleBudgetError:
+                plan = problem.plan(Budget(budget, "file"), question.rule.at_every_budget(512))
+            except DoesNotFit:
                 continue
             if plan.certificate.next_upgrade is not None:
                 used[f"{share:.0%}"] = round(plan.used_bytes / budget, 6)

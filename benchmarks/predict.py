@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
 from acip_export.api import evaluation_text, materialize_bundle, plan_export
 from acip_export.artifacts.bundle import load_bundle
 from acip_export.artifacts.scores import load_scores
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.embedding_similarity import spearman
 from acip_export.model.torch_model import load_causal_lm
 from acip_export.planning import PlanRequest
 
@@ -78,7 +78,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         measured = np.array([r["measured_loss"] for r in part])
         found[name] = {
             "plans": len(part),
-            "spearman": round(float(spearmanr(predicted, measured).statistic), 4),
+            "spearman": round(spearman(predicted, measured), 4),
             "mean_error_of_log_perplexity": round(float(np.abs(predicted - measured).mean()), 4),
             "mean_measured": round(float(measured.mean()), 4),
             "bias": round(float((predicted - measured).mean()), 4),

@@ -39,9 +39,8 @@ import acip_export
 from acip_export.api import evaluation_text, export_model, planning_problem
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile, load_scores
-from acip_export.errors import InfeasibleBudgetError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest, Problem, preset
+from acip_export.planning import Budget, DoesNotFit, PlanRequest, Problem, Question, preset, resolve
 from acip_export.verification.metrics import log_softmax
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,31 +89,28 @@ def series(
 ) -> Iterator[tuple[str, str, Plan]]:
     """Every plan to be measured: its series, its label, itself."""
     case = CASES[target]
-    largest = 4 * checkpoint.weight_bytes
-    everything = PlanRequest(target, largest, "file", layout=case["plans"]["plan"], types=presets, context=CONTEXT)
+    everything = resolve(PlanRequest(target, layout=case["plans"]["plan"], types=presets, context=CONTEXT), checkpoint)
     one_type = planning_problem(checkpoint, scores, everything)
     budgets = {f"{share:.1%} of bf16": round(share * checkpoint.weight_bytes) for share in shares}
-    for name in presets:
-        plan = preset(one_type, name).plan(everything)
-        budgets[f"bytes of {name}"] = plan.planned_bytes
-        yield "preset", name, plan
+    for type_ in one_type.space.types:
+        plan = preset(one_type, type_).largest("file", everything.rule.at_every_budget(CONTEXT))
+        budgets[f"bytes of {type_.name}"] = plan.planned_bytes
+        yield "preset", type_.name, plan
     for name, layout in case["plans"].items():
-        request = PlanRequest(target, largest, "file", layout=layout, context=CONTEXT)
-        yield from at_budgets(name, planning_problem(checkpoint, scores, request), request, budgets)
+        question = resolve(PlanRequest(target, layout=layout, context=CONTEXT), checkpoint)
+        yield from at_budgets(name, planning_problem(checkpoint, scores, question), question, budgets)
     layout, kind = case["ranks"]
-    ranks = PlanRequest(target, largest, "file", layout=layout, types=(kind,), context=CONTEXT)
+    ranks = resolve(PlanRequest(target, layout=layout, types=(kind,), context=CONTEXT), checkpoint)
     yield from at_budgets(f"ranks at {kind}", planning_problem(checkpoint, scores, ranks), ranks, budgets)
 
 
 def at_budgets(
-    name: str, problem: Problem, request: PlanRequest, budgets: dict[str, int]
+    name: str, problem: Problem, question: Question, budgets: dict[str, int]
 ) -> Iterator[tuple[str, str, Plan]]:
-    from dataclasses import replace
-
-    for label, budget in budgets.items():
+    for label, nbytes in budgets.items():
         try:
-            yield name, label, problem.plan(replace(request, budget_bytes=budget))
-        except InfeasibleBudgetError:
+            yield name, label, problem.plan(Budget(nbytes, "file"), question.rule.at_every_budget(CONTEXT))
+        except DoesNotFit:
             continue  # below this series' smallest size: it has no point there
 
 

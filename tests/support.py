@@ -27,9 +27,9 @@ from acip_export.artifacts.scores import (
 )
 from acip_export.lowrank.components import components
 from acip_export.materialization import materialize_bundle
-from acip_export.model.architectures import EMBEDDINGS, HEAD
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import task_of
+from acip_export.model.tensor_names import EMBEDDINGS, HEAD
 from benchmarks.ruled_plan import ruled_plan
 from converters.gguf.runtimes import c_api as llama_capi
 

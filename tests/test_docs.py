@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
+
+from acip_export.version import __version__
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(file.relative_to(ROOT).as_posix() for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -85,3 +88,11 @@ def test_commands_in_the_documentation_exist() -> None:
             used = {word.partition("=")[0] for word in words if re.fullmatch(r"--?[a-z][a-z-]*(=.*)?", word)}
             wrong += [f"{name}: {line}: {flag}" for flag in used - flags[command] - {"--help", "-h"}]
     assert wrong == []
+
+
+def test_the_version_stands_in_one_place() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "acip_export.version.__version__"}
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [__version__]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acip_export.errors import UsageError
-from acip_export.units import format_bytes, parse_bytes
+from acip_export.units import ceil_div, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,9 @@ def test_bytes_round_trip(count: int) -> None:
     assert parse_bytes(f"{count}B") == count
     # Three significant digits are shown.
     assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=6e-3)
+
+
+@given(st.integers(0, 2**70), st.integers(1, 2**40))
+def test_ceil_div_is_the_least_number_of_blocks_that_holds_all(count: int, size: int) -> None:
+    blocks = ceil_div(count, size)
+    assert blocks * size >= count > (blocks - 1) * size

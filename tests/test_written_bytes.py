@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,12 @@ from hypothesis import strategies as st
 
 from acip_export.api import convert_bundle
 from acip_export.artifacts.names import PLAN_FILE
-from acip_export.artifacts.plan import Plan, TensorDecision, decision_bytes
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision, decision_bytes
 from acip_export.artifacts.rounding_errors import RoundingErrors, residual_key
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest, Problem
+from acip_export.planning import Budget, PlanRequest, Problem, resolve
 from acip_export.planning.candidates import Candidates, residual_bases
 from acip_export.weight_types import types_of, weight_type
 from tests.planning.problems import EXHAUSTIVE, Shape, examples, shapes
@@ -55,7 +54,7 @@ def tried_types(target: str, backend: str | None) -> tuple[str, ...]:
     return tuple(every) if EXHAUSTIVE else known.types
 
 
-def plans_with_every_kind(problem: Problem, request: PlanRequest) -> Iterator[Plan]:
+def plans_with_every_kind(problem: Problem, serving: Serving) -> Iterator[Plan]:
     """As few plans as it takes for every kind of candidate to be chosen somewhere: by layers, embedding and head."""
     kinds = [kinds_of(candidates) for candidates in problem.candidates]
     groups = ["layer" if c.module is not None else c.name for c in problem.candidates]
@@ -69,7 +68,8 @@ def plans_with_every_kind(problem: Problem, request: PlanRequest) -> Iterator[Pl
             pending[group].pop(chosen, None)
             picks[id(candidates)] = known[chosen]
         # With one candidate left for each tensor there is one plan.
-        yield problem.only(lambda c, option, picks=picks: option is picks[id(c)]).plan(request)  # type: ignore[misc]
+        alone = problem.only(lambda c, option, picks=picks: option is picks[id(c)])  # type: ignore[misc]
+        yield alone.largest("file", serving)
 
 
 def tied_and_untied() -> Iterator[tuple[str, str, str | None, bool]]:
@@ -86,16 +86,11 @@ def test_every_candidate_kind(target: str, layout: str, backend: str | None, tie
     model = make_model(tmp_path / "model", tie_word_embeddings=tied, num_hidden_layers=3, intermediate_size=256)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
     types = tried_types(target, backend)
-    request = PlanRequest(target, 2**40, "file", backend=backend, layout=layout, types=types, context=64)
-    problem = Problem.of(
-        checkpoint,
-        scores,
-        request,
-        lambda tensors, runtime: export_format(target).predict_files(checkpoint, layout, tensors, runtime),
-        every_correction(target, layout, types, scores),
-    )
+    question = resolve(PlanRequest(target, backend=backend, layout=layout, types=types, context=64), checkpoint)
+    corrections = every_correction(target, layout, types, scores)
+    problem = Problem.of(checkpoint, scores, question.space, corrections)
     written: set[str | None] = set()
-    for number, plan in enumerate(plans_with_every_kind(problem, request)):
+    for number, plan in enumerate(plans_with_every_kind(problem, question.rule.at_every_budget(512))):
         bundle = make_bundle(model, plan, tmp_path / f"bundle{number}", scores)
         convert_bundle(bundle.path, tmp_path / f"export{number}", check=False)
         assert sizes(tmp_path / f"export{number}") == plan.files
@@ -123,15 +118,13 @@ def test_planned_exports(
     directory = tmp_path_factory.mktemp("planned")
     model = make_model(directory / "model", shape.arch, seed=seed, **shape.settings)
     checkpoint, scores = Checkpoint.open(model), make_scores(model, adapters=seed % 2 == 0, seed=seed)
-    request = PlanRequest(target, 2**40, "file", backend=backend, layout=layout, context=64)
-    problem = Problem.of(
-        checkpoint,
-        scores,
-        request,
-        lambda tensors, runtime: export_format(target).predict_files(checkpoint, layout, tensors, runtime),
+    question = resolve(PlanRequest(target, backend=backend, layout=layout, context=64), checkpoint)
+    problem, serving = (
+        Problem.of(checkpoint, scores, question.space),
+        question.rule.at_every_budget(512),
     )
-    floor, _ = problem.floor(request)
-    plan = problem.plan(replace(request, budget_bytes=floor + int(share * checkpoint.weight_bytes)))
+    floor = problem.floor("file", serving)
+    plan = problem.plan(Budget(floor.nbytes + int(share * checkpoint.weight_bytes), "file"), serving)
     bundle = make_bundle(model, plan, directory / "bundle", scores)
     convert_bundle(bundle.path, directory / "export", check=False)
     assert sizes(directory / "export") == plan.files

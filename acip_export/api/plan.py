@@ -12,94 +12,104 @@ from acip_export.api.rounding import rounding_errors
 from acip_export.artifacts.names import SWEEP
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import AcipError, InfeasibleBudgetError, MissingExtraError, UnsupportedError
-from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
-from acip_export.formats.registry import export_format, format_names
+from acip_export.errors import (
+    AcipError,
+    CheckpointError,
+    MissingExtraError,
+    OutputError,
+    UnsupportedError,
+    UsageError,
+)
+from acip_export.formats.protocol import ExportFormat
+from acip_export.formats.registry import format_names
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import (
+    Budget,
+    DoesNotFit,
+    Floor,
     PlanRequest,
-    PredictFiles,
     Problem,
+    Question,
+    SearchSpace,
+    ServingRule,
+    Suggestion,
     SweepLine,
-    choose_context,
+    infeasible,
     make_plan,
     preset_points,
+    resolve,
     sweep,
 )
 from acip_export.units import format_bytes
 
 
 def planning_problem(
-    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+    checkpoint: Checkpoint, scores: ScoreFile, question: Question, progress: ProgressCallback = quiet
 ) -> Problem:
-    """What all budgets of ``request``'s target, layout and types share: measured rounding errors, exact file sizes.
+    """Make what all budgets of a question's first search space share: measured rounding errors, exact file sizes.
 
-    Raises as :func:`acip_export.planning.make_plan`, but for the budget.
+    Raises:
+        ScoreFileError: the score file is of another model.
+        UsageError, UnsupportedError: the model cannot be exported with these types.
+        MissingExtraError: a package that the prediction of files needs is not installed.
     """
-    target = export_format(request.format, request.backend)
-    layout = target.layouts_for(request.layout, request.runtime)[0].name
-    request = replace(request, layout=layout)
-    checkpoint = checkpoint.with_options(request.options)
-    _prepare(target, checkpoint, request, progress)
-    return Problem.of(
-        checkpoint,
-        scores,
-        request,
-        _prediction(target, checkpoint, layout),
-        rounding_errors(checkpoint, scores, request, progress),
-    )
+    space = question.spaces[0]
+    checkpoint = checkpoint.with_options(space.options)
+    _prepare(checkpoint, space.format, question.rule, progress)
+    errors = rounding_errors(checkpoint, scores, space, progress)
+    return Problem.of(checkpoint, scores, space, errors)
 
 
 def plan_export(
     checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
 ) -> Plan:
-    """Plan with measured rounding errors and the exact file sizes of the target's converter; with the layout ``auto``,
+    """Plan with measured rounding errors and the exact file sizes of the format; with the layout ``auto``,
     the best predicted of all.
 
-    Raises as :func:`acip_export.planning.make_plan`; with ``auto`` only if no layout has a plan. And
-        UnsupportedError: a file would be larger than ``request.largest_file``.
+    Raises:
+        InfeasibleBudgetError: no layout has a plan that fits; names the smallest budget that does, what dominates it,
+            and what would fit.
+        ScoreFileError: the score file is of another model.
+        UsageError, UnsupportedError: the request contradicts itself, the model or the format; or a file would be larger
+            than ``request.largest_file``.
     """
-    target = export_format(request.format, request.backend)
-    target.check_options(request.options)
-    layouts = target.layouts_for(request.layout, request.runtime)
+    question = resolve(request, checkpoint)
+    budget, rule = question.budget, question.rule
     checkpoint = checkpoint.with_options(request.options)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
-    notes = _prepare(target, checkpoint, request, progress)
+    notes = _prepare(checkpoint, question.spaces[0].format, rule, progress)
 
-    def plan(layout: str) -> Plan:
-        asked, predict = replace(request, layout=layout), _prediction(target, checkpoint, layout)
-        if (
-            target.tensor_limit(request.options) is not None
-        ):  # one that is too small is refused before anything is measured
-            Problem.of(checkpoint, scores, asked, predict).floor(asked)
-        errors = rounding_errors(checkpoint, scores, asked, progress)
-        made = make_plan(checkpoint, scores, asked, predict, errors, lambda: other_floors(checkpoint, scores, request))
-        return replace(made, notes=(*made.notes, *notes))
+    def problem_of(space: SearchSpace) -> Problem:
+        if space.format.tensor_limit(space.options):  # one that is too small is refused before anything is measured
+            unmeasured = Problem.of(checkpoint, scores, space)
+            unmeasured.floor(budget.scope, rule.serving(budget, unmeasured.memory))
+        return Problem.of(checkpoint, scores, space, rounding_errors(checkpoint, scores, space, progress))
 
-    if len(layouts) == 1:
-        return _loadable(plan(layouts[0].name), request)
     plans: list[Plan] = []
-    refusals: list[InfeasibleBudgetError] = []
+    refused: list[tuple[Floor, Problem]] = []
     unsupported: list[UnsupportedError] = []
-    for layout in layouts:
+    for space in question.spaces:
         try:
-            plans.append(plan(layout.name))
-        except InfeasibleBudgetError as error:
-            refusals.append(error)
-        except UnsupportedError as error:
-            unsupported.append(error)
+            problem = problem_of(space)
+            plans.append(make_plan(problem, budget, rule))
+        except DoesNotFit as reason:
+            refused.append((reason.floor, problem))
+        except UnsupportedError as reason:
+            unsupported.append(reason)
     if not plans:
-        if refusals:
-            raise min(refusals, key=lambda error: error.smallest_feasible_bytes)
-        raise unsupported[0]
-    best = min(plans, key=lambda made: made.predicted_loss)
-    compared = ", ".join(f"{made.layout} {made.predicted_loss:.4f}" for made in plans)
-    best = replace(best, notes=(*best.notes, f"predicted loss by layout: {compared} {best.loss_unit}"))
-    return _loadable(best, request)
+        if not refused:
+            raise unsupported[0]
+        floor, problem = min(refused, key=lambda each: each[0].nbytes)
+        raise infeasible(problem, budget, rule, floor, other_formats(checkpoint, scores, request))
+    best = min(plans, key=lambda plan: plan.predicted_loss)
+    if len(question.spaces) > 1:
+        compared = ", ".join(f"{plan.layout} {plan.predicted_loss:.4f}" for plan in plans)
+        notes = (*notes, f"predicted loss by layout: {compared} {best.loss_unit}")
+    return _loadable(replace(best, device=request.device, notes=(*best.notes, *notes)), request)
 
 
 def _loadable(plan: Plan, request: PlanRequest) -> Plan:
-    """``plan``, if the device loads files as large as its own."""
+    """Return ``plan``, if the device loads files as large as its own."""
     name, size = max(plan.files.items(), key=lambda item: item[1])
     if request.largest_file is not None and size > request.largest_file:
         raise UnsupportedError(
@@ -110,8 +120,8 @@ def _loadable(plan: Plan, request: PlanRequest) -> Plan:
     return plan
 
 
-def other_floors(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> list[tuple[str, int]]:
-    """Flags for every other format, and its smallest budget in the same scope and for the same context.
+def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> list[Suggestion]:
+    """Return every other format, with its smallest budget in the same scope and for the same context.
 
     Formats that the model or the installation does not support are left out. What only the requested format knows of
     (types, layout and the like) falls to the other's defaults, and the flags say so.
@@ -125,7 +135,7 @@ def other_floors(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest
         **{name.replace("_", "-"): value for name, value in request.options.items()},
     }
     without = ", ".join(f"--{name}" for name, value in own.items() if value)
-    found: list[tuple[str, int]] = []
+    suggestions: list[Suggestion] = []
     for name in format_names():
         if name != request.format:
             changed = replace(
@@ -133,31 +143,29 @@ def other_floors(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest
             )
             try:
                 floor = _floor(checkpoint.with_options({}), scores, changed)
-            except AcipError:
-                continue
-            found.append((f"--format {name}" + (f"  without {without}" if without else ""), floor))
-    return found
+            except OutputError:
+                raise  # a full disk is nothing about a format
+            except (UnsupportedError, MissingExtraError, CheckpointError, UsageError):
+                continue  # CheckpointError: a tokenizer that only this format reads; UsageError: too long a context
+            suggestions.append(Suggestion(f"--format {name}" + (f"  without {without}" if without else ""), floor))
+    return suggestions
 
 
 def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> int:
-    """The smallest budget, which needs no rounding errors. Raises as :func:`plan_export`, but for the budget."""
-    target = export_format(request.format)
-    layout = target.layouts[0].name
-    asked = replace(request, layout=layout)
-    return Problem.of(checkpoint, scores, asked, _prediction(target, checkpoint, layout)).floor(asked)[0]
-
-
-def _prediction(target: ExportFormat, checkpoint: Checkpoint, layout: str) -> PredictFiles:
-    return lambda tensors, runtime: target.predict_files(checkpoint, layout, tensors, runtime)
+    """Return the smallest budget of the default layout, which needs no rounding errors."""
+    question = resolve(request, checkpoint)
+    problem = Problem.of(checkpoint, scores, question.spaces[0])
+    return problem.floor(question.scope, question.rule.serving(question.budget, problem.memory)).nbytes
 
 
 def _prepare(
-    target: ExportFormat, checkpoint: Checkpoint, request: PlanRequest, progress: ProgressCallback
+    checkpoint: Checkpoint, format: ExportFormat, rule: ServingRule, progress: ProgressCallback
 ) -> tuple[str, ...]:
-    return target.prepare(
+    """Let the format do what is the same for all plans; return what a user has to know about this model's exports."""
+    return format.prepare(
         checkpoint,
-        request.backend or DEFAULT_BACKEND,
-        choose_context(checkpoint, request),
+        rule.backend,
+        rule.context,
         lambda p: progress(StageProgress("graph", p.done, p.total, p.item)),
     )
 
@@ -179,13 +187,14 @@ def sweep_sizes(
     refusals: list[AcipError] = []
     for label, request in requests:
         try:
-            problem = planning_problem(checkpoint, scores, request, progress)
-            line = sweep(problem, request, label, progress=_steps_of(label, progress))
+            question = resolve(request, checkpoint)
+            problem = planning_problem(checkpoint, scores, question, progress)
+            line = sweep(problem, question.rule, question.scope, label, progress=_steps_of(label, progress))
         except (UnsupportedError, MissingExtraError) as error:
             refusals.append(error)
             continue
         first = all(line.format != other.format for other in lines)
-        lines.append(replace(line, presets=preset_points(problem, request)) if first else line)
+        lines.append(replace(line, presets=preset_points(problem, question.rule, question.scope)) if first else line)
     if not lines:
         raise refusals[0]
     return lines
@@ -219,32 +228,30 @@ def sweep_document(
 def planned_sizes(
     checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, types: tuple[str, ...] = (), count: int = 16
 ) -> tuple[Plan, ...]:
-    """Plans at ``count`` budgets, from the smallest feasible one to the largest that is of use, for the same runtime.
+    """Plan for ``count`` budgets, from the smallest feasible one to the largest that is of use, at the same serving.
 
     Args:
-        types: that ``plan`` chose from, if not the target's own.
+        types: those that ``plan`` chose from, if not the format's own.
     """
-    base = PlanRequest(
+    serving, scope = plan.serving, plan.budget_scope
+    request = PlanRequest(
         format=plan.format,
-        budget_bytes=1,
-        budget_scope=plan.budget_scope,
+        budget_scope=scope,
         layout=plan.layout,
         types=types,
-        context=plan.serving.context,
-        cache_type=plan.serving.cache_type,
-        backend=plan.serving.backend,
-        prompt_batch=plan.serving.prompt_batch,
+        context=serving.context,
+        cache_type=serving.cache_type,
+        backend=serving.backend,
+        prompt_batch=serving.prompt_batch,
         options=plan.options,
     )
-    problem = planning_problem(checkpoint, scores, base)
-    smallest, _ = problem.floor(base)
-    full = problem.plan(replace(base, budget_bytes=2**62), exact=False)
-    largest = full.used_bytes
-    made: dict[int, Plan] = {}
+    problem = planning_problem(checkpoint, scores, resolve(request, checkpoint))
+    smallest, largest = problem.floor(scope, serving).nbytes, problem.largest(scope, serving)
+    plans = {}
     for step in range(count - 1):
         # Equal factors: most of what happens to quality happens at the small sizes.
-        budget = round(smallest * (largest / smallest) ** (step / (count - 1)))
-        found = problem.plan(replace(base, budget_bytes=max(budget, smallest)), exact=False)
-        made[found.used_bytes] = found
-    made[largest] = replace(full, budget_bytes=largest, certificate=replace(full.certificate, bytes_left=0))
-    return tuple(made[used] for used in sorted(made))
+        nbytes = round(smallest * (largest.used_bytes / smallest) ** (step / (count - 1)))
+        smaller = problem.plan(Budget(max(nbytes, smallest), scope), serving, exact=False)
+        plans[smaller.used_bytes] = smaller
+    plans[largest.used_bytes] = largest
+    return tuple(plans[used] for used in sorted(plans))

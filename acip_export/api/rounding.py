@@ -17,7 +17,7 @@ from acip_export.artifacts.rounding_errors import (
 from acip_export.artifacts.scores import ScoreFile, load_scores
 from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest
+from acip_export.planning import PlanRequest, SearchSpace, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -26,20 +26,18 @@ _measured_last: tuple[ScoreFile, RoundingErrors] | None = None
 
 
 def rounding_errors(
-    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = quiet
+    checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace, progress: ProgressCallback = quiet
 ) -> RoundingErrors:
-    """What the target's quantizer costs on this model, for everything that ``request`` may choose.
+    """Measure what the format's quantizer costs on this model, for everything that ``space`` offers.
 
     Read from the cache beside the score file; what it lacks is measured once and added to it. Without the quantizer
     the answer is what the cache has.
     """
     global _measured_last
-    from acip_export.formats.registry import export_format
     from acip_export.planning.candidates import choose_embedding_types, pair_types, residual_bases
 
     scores.check_model(checkpoint)
-    target = export_format(request.format, request.backend)
-    types, layout = target.choose_types(request.types), target.layout(request.layout)
+    target, types, layout = space.format, space.types, space.layout
     quantizer = target.quantizer()
     cache = None if scores.file is None else cache_file(scores.file, target.name)
     known = RoundingErrors(target.name, quantizer, scores.sha256)
@@ -97,6 +95,6 @@ def measure_rounding_errors(checkpoint: Checkpoint, scores: Path, progress: Prog
     opened = load_scores(scores)
     for name in format_names():
         try:
-            rounding_errors(checkpoint, opened, PlanRequest(name, 1), progress)
+            rounding_errors(checkpoint, opened, resolve(PlanRequest(name), checkpoint).space, progress)
         except (MissingExtraError, UnsupportedError) as reason:
             logger.info("rounding errors of %s are not measured: %s", name, reason)

@@ -97,7 +97,7 @@ class PlanFlags:
             for layout in export_format(name).layouts_for(self.layout or AUTO, self.runtime):
                 for types in self._type_sets(None):
                     label = f"{name}, {layout.name}" + (f": {', '.join(types)}" if types else "")
-                    requests.append((label, self._request(device, name, 1, layout.name, types)))
+                    requests.append((label, self._request(device, name, None, layout.name, types)))
         return requests
 
     def _type_sets(self, most: int | None) -> list[tuple[str, ...]]:
@@ -109,7 +109,7 @@ class PlanFlags:
         return sets
 
     def _request(
-        self, device: Device | None, format_name: str, budget: int, layout: str | None, types: tuple[str, ...]
+        self, device: Device | None, format_name: str, budget: int | None, layout: str | None, types: tuple[str, ...]
     ) -> PlanRequest:
         from acip_export.planning import DEFAULT_CONTEXT, PlanRequest
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from acip_export.errors import ModelFileError
+from acip_export.model.tensor_names import without_numbers
 
 ANATOMY_VERSION = 2
 
 Kind = Literal["gguf", "onnx", "safetensors", "model", "bundle", "export", "scores", "plan"]
 
-_LAYER_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 _LONGEST_FACT = 200
 
 
@@ -79,7 +78,7 @@ class Anatomy:
 
     def by_group(self) -> tuple[Share, ...]:
         """Tensors that differ only in their layer number together, largest group first."""
-        return self._shares(lambda tensor: layer_group(tensor.name))
+        return self._shares(lambda tensor: without_numbers(tensor.name))
 
     def by_type(self) -> tuple[Share, ...]:
         return self._shares(lambda tensor: tensor.type)
@@ -104,11 +103,6 @@ class Anatomy:
             "overhead_bytes": self.overhead_bytes,
             **dataclasses.asdict(self),
         }
-
-
-def layer_group(name: str) -> str:
-    """``blk.3.attn_q.weight`` and its like of every other layer: ``blk.*.attn_q.weight``."""
-    return _LAYER_NUMBER.sub("*", name)
 
 
 def checked_name(raw: bytes, where: str) -> str:

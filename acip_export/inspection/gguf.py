@@ -16,6 +16,7 @@ from pathlib import Path
 from acip_export.errors import ModelFileError
 from acip_export.inspection.anatomy import checked_name, fact
 from acip_export.inspection.mapped_file import map_file
+from acip_export.units import ceil_div
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -127,7 +128,7 @@ def _parse(data: mmap.mmap, file: Path) -> GgufHead:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise ModelFileError(f"{file} is damaged: general.alignment is {alignment!r}, expected a power of two")
-    start = -(-head.position // alignment) * alignment
+    start = ceil_div(head.position, alignment) * alignment
     return GgufHead(version, metadata, encoded, _place(infos, start, alignment, len(data), file))
 
 

@@ -15,6 +15,7 @@ from acip_export.errors import ModelFileError
 from acip_export.inspection.anatomy import TensorPart, checked_name, fact
 from acip_export.inspection.mapped_file import map_file
 from acip_export.inspection.protobuf import BYTES, VARINT, Message
+from acip_export.units import ceil_div
 
 _DEEPEST_GRAPH = 16
 
@@ -154,7 +155,7 @@ class _Walk:
         if any(extent >= 1 << 63 for extent in shape):
             raise ModelFileError(f"{self._file} is damaged: tensor {name!r} has a negative extent")
         type_name, bits = ONNX_TYPES.get(type_id, (f"type {type_id}", 0))
-        needed = -(-prod(shape) * bits // 8) if bits else None
+        needed = ceil_div(prod(shape) * bits, 8) if bits else None
         where, nbytes = self._name, listed if raw is None else raw
         if external:
             where, offset, nbytes = self._locate(name, external, needed)

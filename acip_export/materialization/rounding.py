@@ -16,6 +16,7 @@ from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.tensor_names import layer_of
 from acip_export.rounding import RoundTrip
 from acip_export.weight_types import WeightType, weight_type
 
@@ -107,12 +108,8 @@ def _spread(modules: list[str]) -> list[str]:
 def _nearest(module: str, measured: list[str]) -> str:
     """The measured module of the same kind that is closest in depth; ``measured`` is in the order of depth."""
     same = [name for name in measured if _kind(name) == _kind(module)]
-    depth = _depth(module)
-    return min(same, key=lambda name: abs(_depth(name) - depth))
-
-
-def _depth(module: str) -> int:
-    return next((int(part) for part in module.split(".") if part.isdigit()), 0)
+    depth = layer_of(module) or 0
+    return min(same, key=lambda name: abs((layer_of(name) or 0) - depth))
 
 
 def _rows(total: int, columns: int) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from acip_export.errors import UnsupportedError
+from acip_export.model.tensor_names import layer_of
 
 # Our key: the others' keys. Where none is there or its value is null, the key has no entry.
 _KEYS: Mapping[str, tuple[str, ...]] = {
@@ -49,23 +50,10 @@ _BASE = {"bloom": "transformer.", "gpt2": "transformer.", "openai-gpt": "transfo
 _RENAMED = {"gpt_neox": ("embed_out.", "lm_head.")}
 # Their linear layers are transformers' Conv1D, which stores (in, out).
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
-_NUMBERED = re.compile(r"(^|\.)\d+\.")
 # Masks and frequencies that older versions of transformers saved with the weights: computed today. Vectors with the
 # masks' names would be biases.
 _COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
 _MASKS = re.compile(r"\.(attn|attention|self_attention)\.(masked_)?bias$")
-
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tokens_embed.weight",
-)
-"""How names of input embeddings end."""
-
-HEAD = "lm_head.weight"
-"""The head over the vocabulary of models that generate, whatever else they call by other names."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +115,6 @@ def stored_names(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         if _COMPUTED.search(name) or (_MASKS.search(name) and len(shape) != 1):
             continue
         prefix = "" if whole or name.startswith("lm_head.") else base
-        transposed = kind in _TRANSPOSED and len(shape) == 2 and _NUMBERED.search(name) is not None
+        transposed = kind in _TRANSPOSED and len(shape) == 2 and layer_of(name) is not None
         found[prefix + name.replace(*renamed)] = Stored(name, transposed)
     return found

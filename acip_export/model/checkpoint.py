@@ -17,6 +17,7 @@ from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object, safetensors_header
 from acip_export.model.architectures import fuses_attention, refuse_experts, stored_names, with_common_keys
 from acip_export.model.encoder import is_encoder, kind_of
+from acip_export.model.tensor_names import layer_of
 from acip_export.model.tied_head import without_repeated_head
 from acip_export.model.tokenizer_size import TokenizerSize, tokenizer_size
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 # Config keys that say who wrote the file, not what the model is.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "_commit_hash")
-_NUMBERED_LAYER = re.compile(r"(^|\.)\d+\.")
 _FINGERPRINT_SAMPLE = 4096
 
 # What transformers assumes where config.json is silent, by ``model_type``; a test compares it with transformers.
@@ -159,7 +159,7 @@ class Checkpoint:
         found = {
             name.removesuffix(".weight"): (info.shape[0], info.shape[1])
             for name, info in self.tensors.items()
-            if name.endswith(".weight") and len(info.shape) == 2 and _NUMBERED_LAYER.search(name)
+            if name.endswith(".weight") and len(info.shape) == 2 and layer_of(name) is not None
         }
         return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 

@@ -33,8 +33,6 @@ def compare_similarities(embeddings: npt.NDArray[np.floating], dense: npt.NDArra
     Raises:
         ValueError: fewer than three texts, which have no ranks to compare.
     """
-    from scipy.stats import spearmanr
-
     if len(dense) < 3:
         raise ValueError(f"{len(dense)} texts are too few to compare similarities, at least 3 are needed")
     a, b = _unit(embeddings), _unit(dense)
@@ -42,10 +40,26 @@ def compare_similarities(embeddings: npt.NDArray[np.floating], dense: npt.NDArra
     ours, theirs = (a[:_MOST_TEXTS] @ a[:_MOST_TEXTS].T)[pairs], (b[:_MOST_TEXTS] @ b[:_MOST_TEXTS].T)[pairs]
     return Similarity(
         pairs=len(ours),
-        spearman=float(spearmanr(ours, theirs).statistic),
+        spearman=spearman(ours, theirs),
         mean_error=float(np.abs(ours - theirs).mean()),
         mean_distance=float(1 - (a * b).sum(1).mean()),
     )
+
+
+def spearman(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
+    """Return the rank correlation of two vectors; ties share their mean rank.
+
+    It is NaN where ranks say nothing: all values of one vector are equal, or one is not finite.
+    """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()) or a.min() == a.max() or b.min() == b.max():
+        return float("nan")
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    mean_rank: npt.NDArray[np.float64] = np.cumsum(counts) - (counts - 1) / 2
+    return mean_rank[places]
 
 
 def _unit(vectors: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from acip_export.errors import CheckpointError
-from acip_export.model.architectures import EMBEDDINGS, HEAD
+from acip_export.model.tensor_names import HEAD, MASKED_HEAD, is_embedding
 
 if TYPE_CHECKING:
     from acip_export.model.checkpoint import TensorInfo
 
-_HEADS = (HEAD, "cls.predictions.decoder.weight")
+_HEADS = (HEAD, MASKED_HEAD)
 # A head that was trained on differs everywhere; a gigabyte need not be read to see it.
 _STRETCHES, _STRETCH = 256, 4096
 
@@ -30,7 +30,7 @@ def without_repeated_head(path: Path, tensors: Mapping[str, Info]) -> dict[str, 
         CheckpointError: the stored head has other numbers than the embedding.
     """
     head = next((name for name in _HEADS if name in tensors), None)
-    embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
+    embedding = next((name for name in tensors if is_embedding(name)), None)
     if head is None or embedding is None:
         return dict(tensors)
     if not _same(path, tensors[head], tensors[embedding]):

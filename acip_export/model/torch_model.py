@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.errors import CheckpointError, UnsupportedError
-from acip_export.model.architectures import HEAD
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import Pooling, is_encoder, kind_of
+from acip_export.model.tensor_names import HEAD, MASKED_HEAD
 
 
 class FactoredLinear(nn.Module):
@@ -133,7 +133,7 @@ def pooled(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
 
 def tied_names(checkpoint: Checkpoint) -> set[str]:
     """Parameters that a checkpoint may leave out because another one holds their numbers."""
-    heads = (HEAD,) if checkpoint.shape.generates else ("cls.predictions.decoder.weight",)
+    heads = (HEAD,) if checkpoint.shape.generates else (MASKED_HEAD,)
     return {*(heads if checkpoint.shape.tied_embeddings else ()), "cls.predictions.decoder.bias"}
 
 

@@ -1,18 +1,34 @@
-"""Shapes, scores and a budget in, plan out. Imports no torch."""
+"""Shapes, scores and a budget in, plan out. Reads and writes no files, says nothing to the user, imports no torch.
 
-from acip_export.planning.planner import DEFAULT_CONTEXT, PlanRequest, PredictFiles, Problem, choose_context, make_plan
+:func:`resolve` turns what a user asks for into a search space, a rule for the serving settings and a budget;
+:class:`Problem` is everything that one search space has to offer for one model, and plans for any budget.
+"""
+
+from acip_export.planning.advice import Suggestion, infeasible
+from acip_export.planning.budget import Budget, ServingRule
+from acip_export.planning.planner import make_plan
 from acip_export.planning.presets import preset
+from acip_export.planning.problem import DoesNotFit, Floor, Problem
+from acip_export.planning.request import DEFAULT_CONTEXT, PlanRequest, Question, resolve
+from acip_export.planning.space import SearchSpace
 from acip_export.planning.sweep import SweepLine, preset_points, sweep
 
 __all__ = [
     "DEFAULT_CONTEXT",
+    "Budget",
+    "DoesNotFit",
+    "Floor",
     "PlanRequest",
-    "PredictFiles",
     "Problem",
+    "Question",
+    "SearchSpace",
+    "ServingRule",
+    "Suggestion",
     "SweepLine",
-    "choose_context",
+    "infeasible",
     "make_plan",
     "preset",
     "preset_points",
+    "resolve",
     "sweep",
 ]

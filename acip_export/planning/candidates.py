@@ -1,9 +1,9 @@
-"""Everything that could become of each tensor: representation x rank x format, with exact bytes and predicted loss."""
+"""Everything that could become of each tensor: representation x rank x type, with exact bytes and predicted loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -14,47 +14,69 @@ from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import UnsupportedError
 from acip_export.formats.protocol import ExportFormat, Layout
-from acip_export.model.architectures import EMBEDDINGS, HEAD
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning.memory import is_embedding
+from acip_export.model.tensor_names import EMBEDDINGS, HEAD, is_embedding
+from acip_export.planning.space import SearchSpace
+from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
 # More ranks than this per layer refine the plan less than the block sizes coarsen it.
 _MOST_RANKS = 48
 
 
+@dataclass(frozen=True)
+class CountedBytes:
+    """Bytes of the candidates of one tensor, as a budget counts them; (n,) each.
+
+    Attributes:
+        nbytes: what is there for as long as the model is loaded.
+        once: what is held once for all tensors, for the one that needs most of it.
+        loading: what is held once while loading, for the tensor that needs most of it.
+    """
+
+    nbytes: IntArray
+    once: IntArray
+    loading: IntArray
+
+
 @dataclass(frozen=True, eq=False)
-class Options:
-    """What could become of every tensor of one shape: decisions without name and kept units."""
+class CandidateTable:
+    """What could become of every tensor of one shape: decisions without name and kept components."""
 
     decisions: tuple[TensorDecision, ...]
-    _held: dict[tuple[str, bool, bool], tuple[IntArray, IntArray, IntArray]] = field(default_factory=dict, repr=False)
-    _subsets: dict[tuple[int, ...], Options] = field(default_factory=dict, repr=False)
+    _held: dict[tuple[str, bool, bool], CountedBytes] = field(default_factory=dict, init=False, repr=False)
+    _subsets: dict[tuple[int, ...], CandidateTable] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
-    def nbytes(self) -> IntArray:
+    def stored(self) -> IntArray:
         """(n,) stored bytes."""
-        return np.array([option.nbytes for option in self.decisions], np.int64)
+        return np.array([decision.nbytes for decision in self.decisions], np.int64)
 
     @cached_property
-    def low_rank(self) -> npt.NDArray[np.bool_]:
-        """(n,)"""
-        return np.array([option.rank is not None for option in self.decisions], np.bool_)
+    def low_rank(self) -> BoolArray:
+        """(n,) whether a candidate has a pair of factors."""
+        return np.array([decision.rank is not None for decision in self.decisions], np.bool_)
 
-    def beside(self, target: ExportFormat, embedding: bool, tied_head: bool) -> tuple[IntArray, IntArray, IntArray]:
-        """Return (n,) each of :class:`acip_export.formats.protocol.TensorMemory`: kept, once and loading."""
-        key = (target.name, embedding, tied_head)
+    def held(self, format: ExportFormat, embedding: bool, tied_head: bool) -> CountedBytes:
+        """Return what a runtime of the format holds beside the stored bytes."""
+        key = (format.name, embedding, tied_head)
         if key not in self._held:
-            held = [astuple(target.memory.beside(option, embedding, tied_head)) for option in self.decisions]
-            kept, once, loading = np.array(held, np.int64).reshape(-1, 3).T
-            self._held[key] = (kept, once, loading)
+            held = [format.memory.beside(decision, embedding, tied_head) for decision in self.decisions]
+            self._held[key] = CountedBytes(
+                nbytes=np.array([tensor.kept for tensor in held], np.int64),
+                once=np.array([tensor.once for tensor in held], np.int64),
+                loading=np.array([tensor.loading for tensor in held], np.int64),
+            )
         return self._held[key]
 
-    def subset(self, kept: tuple[int, ...]) -> Options:
+    def subset(self, kept: tuple[int, ...]) -> CandidateTable:
+        """Return the table of the candidates with these numbers."""
         if kept not in self._subsets:
-            self._subsets[kept] = Options(tuple(self.decisions[i] for i in kept))
+            self._subsets[kept] = CandidateTable(tuple(self.decisions[i] for i in kept))
         return self._subsets[kept]
 
 
@@ -63,42 +85,39 @@ class Candidates:
     """The candidates of one tensor.
 
     Attributes:
-        name: of the tensor.
+        name: the tensor's.
         table: what they are; tensors of the same shape share it.
         loss: (n,) predicted loss of each.
+        module: the scores of the linear layer that the tensor is of, if it was ranked.
         tied_head: the tensor is an embedding that the head reads too.
     """
 
     name: str
-    table: Options
-    loss: npt.NDArray[np.float64]
+    table: CandidateTable
+    loss: FloatArray
     module: ModuleScores | None
     tied_head: bool = False
 
     @property
     def options(self) -> tuple[TensorDecision, ...]:
-        """Without name and kept units, which :meth:`decision` fills in."""
+        """The decisions, without name and kept components, which :meth:`decision` fills in."""
         return self.table.decisions
 
-    def nbytes(self, target: ExportFormat, scope: str) -> IntArray:
-        """(n,) stored bytes, and in memory what the runtime keeps beside them for as long as it runs."""
-        return self.table.nbytes if scope == "file" else self.table.nbytes + self._beside(target)[0]
-
-    def peaks(self, target: ExportFormat, scope: str) -> tuple[IntArray, IntArray]:
-        """(n,) what is held once, for the largest matrix, and (n,) once while loading."""
-        _, once, loading = self._beside(target)
-        return (np.zeros_like(once), np.zeros_like(loading)) if scope == "file" else (once, loading)
-
-    def _beside(self, target: ExportFormat) -> tuple[IntArray, IntArray, IntArray]:
-        return self.table.beside(target, is_embedding(self.name), self.tied_head)
+    def counted(self, format: ExportFormat, *, files_only: bool) -> CountedBytes:
+        """Return the stored bytes, and unless only files count what the runtime holds beside them."""
+        stored = self.table.stored
+        if files_only:
+            return CountedBytes(stored, np.zeros_like(stored), np.zeros_like(stored))
+        held = self.table.held(format, is_embedding(self.name), self.tied_head)
+        return replace(held, nbytes=stored + held.nbytes)
 
     def only(self, allowed: Callable[[Candidates, TensorDecision], bool]) -> Candidates:
-        """The candidates that ``allowed(self, option)`` lets through."""
+        """Return the candidates that ``allowed(self, option)`` lets through."""
         kept = tuple(i for i, option in enumerate(self.options) if allowed(self, option))
         return replace(self, table=self.table.subset(kept), loss=self.loss[list(kept)])
 
     def decision(self, chosen: int) -> TensorDecision:
-        """The option with the tensor's name and the kept units written down."""
+        """Return a candidate with the tensor's name and the kept components written down."""
         option = replace(self.options[chosen], name=self.name)
         if option.rank is None or self.module is None or option.representation == "residual":
             return option
@@ -106,32 +125,32 @@ class Candidates:
         return replace(option, kept=kept)
 
 
-def _ranges(units: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
-    breaks = np.flatnonzero(np.diff(units) != 1)
-    starts = units[np.r_[0, breaks + 1]]
-    stops = units[np.r_[breaks, len(units) - 1]] + 1
-    return tuple((int(a), int(b)) for a, b in zip(starts, stops, strict=True))
+def _ranges(components: IntArray) -> tuple[tuple[int, int], ...]:
+    """Return sorted numbers as ``[start, stop)`` ranges."""
+    breaks = np.flatnonzero(np.diff(components) != 1)
+    starts = components[np.r_[0, breaks + 1]]
+    stops = components[np.r_[breaks, len(components) - 1]] + 1
+    return tuple((int(start), int(stop)) for start, stop in zip(starts, stops, strict=True))
 
 
 def build_candidates(
     checkpoint: Checkpoint,
     scores: ScoreFile,
-    losses: dict[str, npt.NDArray[np.float64]],
-    target: ExportFormat,
-    layout: Layout,
-    types: tuple[WeightType, ...],
+    losses: dict[str, FloatArray],
+    space: SearchSpace,
     errors: RoundingErrors,
 ) -> tuple[Candidates, ...]:
-    """One entry per tensor of the checkpoint, in its order.
+    """Make the candidates of every tensor of the checkpoint, in its order.
 
     Args:
-        losses: of dropping each component. errors: measured on this model; where they are silent, the table of formats
-            speaks.
+        losses: the loss of dropping each component, by module.
+        errors: what rounding costs, measured on this model; what it lacks is taken from the types' own errors.
 
     Raises:
-        UnsupportedError: no allowed format can hold a tensor's rows.
+        UnsupportedError: no allowed type can hold a tensor's rows.
     """
-    embedding_types = choose_embedding_types(target, types)
+    layout, types = space.layout, space.types
+    embedding_types = choose_embedding_types(space.format, types)
     # Tables of positions, and an encoder's heads, whose rounding no ranking measures; runtimes add some as they are.
     tables = set(checkpoint.tensors) - set(scores.embedding_sensitivity)
     if checkpoint.shape.generates:
@@ -147,31 +166,31 @@ def build_candidates(
             tied = checkpoint.shape.tied_embeddings and is_embedding(name)
             built.append(replace(embedding, tied_head=tied))
         else:
-            vector = target.type(target.vector_type)
+            vector = space.format.type(space.format.vector_type)
             built.append(_dense(name, info.shape, 0.0, (vector,), None, errors))
     return tuple(built)
 
 
-def choose_embedding_types(target: ExportFormat, types: tuple[WeightType, ...]) -> tuple[WeightType, ...]:
-    """What the embedding may take: of the allowed types those that it can, or else all that it can."""
-    return tuple(f for f in types if f.name in target.embedding_types) or tuple(
-        target.type(name) for name in target.embedding_types
+def choose_embedding_types(format: ExportFormat, types: tuple[WeightType, ...]) -> tuple[WeightType, ...]:
+    """Return what the embedding may take: of the allowed types those that it can, or else all that it can."""
+    return tuple(t for t in types if t.name in format.embedding_types) or tuple(
+        format.type(name) for name in format.embedding_types
     )
 
 
 def pair_types(types: tuple[WeightType, ...]) -> tuple[tuple[str, str], ...]:
-    """Every combination of types of (down, up) that a candidate may have; floats, which do not round, left out."""
+    """Return every combination of types of (down, up) that a candidate may have, but for floats, which do not round."""
     ranks = range(32, 257, 32)  # every remainder that a block size can leave
-    found = {(down.name, up.name): None for down in types for rank in ranks for up in _partners(down, types, rank)}
-    floats = {f.name for f in types if f.is_float}
-    return tuple(pair for pair in found if not set(pair) <= floats)
+    pairs = {(down.name, up.name): None for down in types for rank in ranks for up in _partners(down, types, rank)}
+    floats = {t.name for t in types if t.is_float}
+    return tuple(pair for pair in pairs if not set(pair) <= floats)
 
 
 def residual_bases(layout: Layout, types: tuple[WeightType, ...]) -> tuple[str, ...]:
-    """Types of the bases whose low-rank correction is a candidate."""
-    if not {f.name for f in types} & {name for name, _ in layout.residual_pairs}:
+    """Return the types of the bases whose low-rank correction is a candidate."""
+    if not {t.name for t in types} & {name for name, _ in layout.residual_pairs}:
         return ()
-    return tuple(f.name for f in types if not f.is_float)
+    return tuple(t.name for t in types if not t.is_float)
 
 
 def _dense(
@@ -182,89 +201,118 @@ def _dense(
     module: ModuleScores | None,
     errors: RoundingErrors,
 ) -> Candidates:
-    table, fitting = _dense_options(shape, types)
+    """Make the candidates of a tensor that is one matrix."""
+    fitting = _fitting_types(shape, types)
     if not fitting:
-        names = ", ".join(f"{f.name} (blocks of {f.block})" for f in types)
+        names = ", ".join(f"{t.name} (blocks of {t.block})" for t in types)
         raise UnsupportedError(
             f"{name}: rows of {shape[-1]} weights fit none of the allowed types: {names}.\nAllow another with  --types"
         )
-    loss = np.array([errors.dense_loss(name, f.name, sensitivity * f.relative_mse) for f in fitting])
-    return Candidates(name, table, loss, module)
+    loss = np.array([errors.dense_loss(name, t.name, sensitivity * t.relative_mse) for t in fitting])
+    return Candidates(name, _dense_table(shape, types), loss, module)
+
+
+def _fitting_types(shape: tuple[int, ...], types: tuple[WeightType, ...]) -> tuple[WeightType, ...]:
+    return tuple(t for t in types if t.fits(shape[-1]))
 
 
 @lru_cache(maxsize=256)
-def _dense_options(shape: tuple[int, ...], types: tuple[WeightType, ...]) -> tuple[Options, tuple[WeightType, ...]]:
+def _dense_table(shape: tuple[int, ...], types: tuple[WeightType, ...]) -> CandidateTable:
     rows, columns = shape if len(shape) == 2 else (1, shape[0])
-    fitting = tuple(f for f in types if f.fits(columns))
-    return (
-        Options(tuple(TensorDecision("", shape, "dense", f.nbytes(rows, columns), type=f.name) for f in fitting)),
-        fitting,
+    return CandidateTable(
+        tuple(
+            TensorDecision("", shape, "dense", t.nbytes(rows, columns), type=t.name)
+            for t in _fitting_types(shape, types)
+        )
     )
 
 
 def _linear(
     name: str,
     module: ModuleScores,
-    losses: npt.NDArray[np.float64],
+    losses: FloatArray,
     layout: Layout,
     types: tuple[WeightType, ...],
     errors: RoundingErrors,
 ) -> Candidates:
+    """Make the candidates of a ranked layer: dense, and what the layout has of pairs and corrected bases."""
     dense = _dense(name, module.shape, module.sensitivity, types, module, errors)
     if layout.low_rank is None:
         return dense
-    shared, of = _linear_options(module.shape, len(losses), layout, types), name.removesuffix(".weight")
+    shared, layer = _linear_table(module.shape, len(losses), layout, types), name.removesuffix(".weight")
     dropped = np.r_[np.cumsum(losses[module.order][::-1])[::-1], 0.0]
     up_rounding = np.cumsum(module.up_sensitivity[module.order], dtype=np.float64)
     down_rounding = np.cumsum(module.down_sensitivity[module.order], dtype=np.float64)
     pairs = shared.up_mse * up_rounding[shared.rank - 1] + shared.down_mse * down_rounding[shared.rank - 1]
-    for (down, up), at in shared.pairs:
-        pairs[at] *= errors.pair_ratios(of, down, up, shared.rank[at] / len(losses))
-    ratios = [errors.residual_ratio(of, base, rank / len(losses)) for _, base, rank in shared.residuals]
-    measured = [ratio is not None for ratio in ratios]
-    residuals = [
-        dense.loss[number] * ratio
-        for (number, _, _), ratio in zip(shared.residuals, ratios, strict=True)
-        if ratio is not None
-    ]
+    for group in shared.pairs:
+        ratios = errors.pair_ratios(layer, group.down, group.up, shared.rank[group.numbers] / len(losses))
+        pairs[group.numbers] *= ratios
+    corrections: list[float] = []
+    unmeasured: list[int] = []
+    first = len(shared.table.decisions) - len(shared.corrections)
+    for number, correction in enumerate(shared.corrections, first):
+        ratio = errors.residual_ratio(layer, correction.type, correction.rank / len(losses))
+        if ratio is None:
+            unmeasured.append(number)
+        else:
+            corrections.append(dense.loss[correction.base] * ratio)
     table = shared.table
-    if not all(measured):
-        first = len(table.decisions) - len(ratios)
-        table = table.subset((*range(first), *(first + int(i) for i in np.flatnonzero(measured))))
-    return Candidates(name, table, np.r_[dense.loss, dropped[shared.rank] + pairs, residuals], module)
+    if unmeasured:
+        table = table.subset(tuple(i for i in range(len(table.decisions)) if i not in unmeasured))
+    return Candidates(name, table, np.r_[dense.loss, dropped[shared.rank] + pairs, corrections], module)
+
+
+@dataclass(frozen=True)
+class _PairTypes:
+    """The pairs of one combination of types: their ``numbers`` among all pairs."""
+
+    down: str
+    up: str
+    numbers: IntArray
+
+
+@dataclass(frozen=True)
+class _Correction:
+    """A low-rank correction of a base: the number of the dense candidate that is the base, and its type."""
+
+    base: int
+    type: str
+    rank: int
 
 
 @dataclass(frozen=True, eq=False)
-class _LinearOptions:
+class _LinearTable:
     """What the candidates of all linear layers of one shape share.
 
     Attributes:
         table: dense matrices, then pairs, then corrected bases.
-        rank, up_mse, down_mse: (pairs,) rank and relative errors of each pair. pairs: by types of (down, up), which
-            pairs have them.
-        residuals: number of the dense candidate, its type and the rank of its correction.
+        rank: (pairs,) the rank of each pair.
+        up_mse, down_mse: (pairs,) relative errors of each pair's types.
+        pairs: which pairs are of which types.
+        corrections: one for each corrected base.
     """
 
-    table: Options
+    table: CandidateTable
     rank: IntArray
-    up_mse: npt.NDArray[np.float64]
-    down_mse: npt.NDArray[np.float64]
-    pairs: tuple[tuple[tuple[str, str], IntArray], ...]
-    residuals: tuple[tuple[int, str, int], ...]
+    up_mse: FloatArray
+    down_mse: FloatArray
+    pairs: tuple[_PairTypes, ...]
+    corrections: tuple[_Correction, ...]
 
 
 @lru_cache(maxsize=256)
-def _linear_options(
+def _linear_table(
     shape: tuple[int, ...], components: int, layout: Layout, types: tuple[WeightType, ...]
-) -> _LinearOptions:
+) -> _LinearTable:
     rows, columns = shape
-    dense = _dense_options(shape, types)[0].decisions
+    dense = _dense_table(shape, types).decisions
     largest = max(option.nbytes for option in dense)
     base = None if layout.base_type is None else weight_type(types[0].format, layout.base_type)
     fits = base is None or base.fits(columns)
     base_bytes = base.nbytes(rows, columns) if base is not None and fits else 0
-    options: list[TensorDecision] = []
-    errors: list[tuple[float, float]] = []
+    pairs: list[TensorDecision] = []
+    up_mse: list[float] = []
+    down_mse: list[float] = []
     for rank in _ranks(components, layout.rank_multiple) if fits else ():
         for down in types:
             if not down.fits(columns):
@@ -273,7 +321,7 @@ def _linear_options(
                 nbytes = base_bytes + up.nbytes(rows, rank) + down.nbytes(rank, columns)
                 if nbytes >= largest:
                     continue
-                options.append(
+                pairs.append(
                     TensorDecision(
                         "",
                         shape,
@@ -285,58 +333,52 @@ def _linear_options(
                         down_type=down.name,
                     )
                 )
-                errors.append((up.relative_mse, down.relative_mse))
+                up_mse.append(up.relative_mse)
+                down_mse.append(down.relative_mse)
     by_types: dict[tuple[str, str], list[int]] = {}
-    for number, option in enumerate(options):
-        by_types.setdefault((str(option.down_type), str(option.up_type)), []).append(number)
-    corrected = _residuals(shape, components, layout, types, dense) if fits else []
-    corrected = [(number, option) for number, option in corrected if option.nbytes < largest]
-    mse = np.array(errors).reshape(-1, 2)
-    return _LinearOptions(
-        Options((*dense, *options, *(option for _, option in corrected))),
-        np.array([option.rank for option in options], np.int64),
-        mse[:, 0],
-        mse[:, 1],
-        tuple((key, np.array(numbers)) for key, numbers in by_types.items()),
-        tuple((number, str(option.type), option.rank or 0) for number, option in corrected),
+    for number, pair in enumerate(pairs):
+        by_types.setdefault((str(pair.down_type), str(pair.up_type)), []).append(number)
+    corrected: list[TensorDecision] = []
+    corrections: list[_Correction] = []
+    for number, option in enumerate(dense) if fits else ():
+        for decision in _corrected(option, components, layout, types):
+            if decision.nbytes < largest:
+                corrected.append(decision)
+                corrections.append(_Correction(number, str(decision.type), decision.rank or 0))
+    return _LinearTable(
+        CandidateTable((*dense, *pairs, *corrected)),
+        np.array([pair.rank for pair in pairs], np.int64),
+        np.array(up_mse, np.float64),
+        np.array(down_mse, np.float64),
+        tuple(_PairTypes(down, up, np.array(numbers)) for (down, up), numbers in by_types.items()),
+        tuple(corrections),
     )
 
 
-def _residuals(
-    shape: tuple[int, ...],
-    components: int,
-    layout: Layout,
-    types: tuple[WeightType, ...],
-    dense: tuple[TensorDecision, ...],
-) -> list[tuple[int, TensorDecision]]:
-    """Number of the base, and the base with a low-rank correction."""
-    rows, columns = shape
-    allowed = {f.name: f for f in types}
-    found = []
-    for number, option in enumerate(dense):
-        for pair, rank in layout.residual_pairs:
-            form = allowed.get(pair)
-            if form is None or not (form.fits(columns) and form.fits(rank)) or 2 * rank > components:
-                continue
-            nbytes = option.nbytes + form.nbytes(rows, rank) + form.nbytes(rank, columns)
-            found.append(
-                (
-                    number,
-                    replace(option, representation="residual", nbytes=nbytes, rank=rank, up_type=pair, down_type=pair),
-                )
-            )
-    return found
+def _corrected(
+    base: TensorDecision, components: int, layout: Layout, types: tuple[WeightType, ...]
+) -> Iterator[TensorDecision]:
+    """Yield ``base`` with each low-rank correction that the layout has and that pays."""
+    rows, columns = base.shape
+    allowed = {t.name: t for t in types}
+    for name, rank in layout.residual_pairs:
+        pair = allowed.get(name)
+        if pair is None or not (pair.fits(columns) and pair.fits(rank)) or 2 * rank > components:
+            continue
+        nbytes = base.nbytes + pair.nbytes(rows, rank) + pair.nbytes(rank, columns)
+        yield replace(base, representation="residual", nbytes=nbytes, rank=rank, up_type=name, down_type=name)
 
 
 def _ranks(components: int, multiple: int) -> list[int]:
-    """Multiples of ``multiple``, evenly thinned where a wide layer has very many."""
-    step = multiple * max(1, -(-components // (multiple * _MOST_RANKS)))
+    """Return multiples of ``multiple``, evenly thinned where a wide layer has very many."""
+    step = multiple * max(1, ceil_div(components, multiple * _MOST_RANKS))
     return list(range(step, components, step))
 
 
 def _partners(down: WeightType, types: tuple[WeightType, ...], rank: int) -> list[WeightType]:
-    """Formats for ``up`` worth pairing with ``down``: its own where the rank fits its block, else the two closest."""
+    """Return the types for ``up`` worth pairing with ``down``: its own where the rank fits its block, else the two
+    closest."""
     if down.fits(rank):
         return [down]
-    fitting = [f for f in types if f.fits(rank)]
-    return sorted(fitting, key=lambda f: abs(f.bits_per_weight - down.bits_per_weight))[:2]
+    fitting = [t for t in types if t.fits(rank)]
+    return sorted(fitting, key=lambda t: abs(t.bits_per_weight - down.bits_per_weight))[:2]

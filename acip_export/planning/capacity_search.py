@@ -9,17 +9,18 @@ plan is the best of those solutions whose exact bytes are within it. More budget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from acip_export.artifacts.plan import TensorDecision
+from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.formats.protocol import ExportFormat
-from acip_export.planning.candidates import Candidates
+from acip_export.planning.candidates import BoolArray, Candidates, FloatArray, IntArray
+from acip_export.planning.export_sizes import ExportSizes
 from acip_export.planning.knapsack import LOSS_QUANTUM, Allocation, Choices, Knapsack
+from acip_export.units import ceil_div
 
 # Marks are this share of the smallest plan apart: what they leave unspent is a thousandth of a per cent.
 _MARKS = 1 << 16
@@ -34,7 +35,7 @@ class Solution:
     """One allocation with its exact files.
 
     Attributes:
-        repacked: what the runtime keeps of the weights beside the files.
+        repacked: what the runtime holds of the weights beside the files.
         used: bytes that count against the budget, without the fixed ones.
     """
 
@@ -46,19 +47,18 @@ class Solution:
 
     @property
     def file_bytes(self) -> int:
+        """Bytes of all files together."""
         return sum(self.files.values())
 
     @property
     def stored(self) -> int:
+        """Bytes of the tensors alone."""
         return sum(decision.nbytes for decision in self.decisions)
 
     @property
     def overhead(self) -> int:
         """What the allocation did not foresee."""
         return self.used - self.allocation.nbytes
-
-
-Exactly = Callable[[Allocation], Solution]
 
 
 @dataclass(frozen=True)
@@ -68,155 +68,232 @@ class Limit:
     once: int
     loading: int
 
+    def held(self, running: int) -> int:
+        """Return what a choice may hold once where ``running`` bytes of loading are used again."""
+        return self.once + max(0, self.loading - running)
+
 
 @dataclass(frozen=True)
 class Table:
-    """All candidates of a model as one scope counts them. What a limit needs is made when it is asked for, and kept.
+    """All candidates of a model as one scope counts them.
 
     Attributes:
-        groups: of each tensor; bytes with what the file has around a pair.
-        once, loading: (n,) of every candidate, one tensor after the other: what is held for the largest matrix alone.
+        candidates: one entry for each tensor.
+        groups: the choices of each tensor; their bytes include what files have around a pair.
+        once, loading: (n,) what each candidate holds once, one tensor after the other.
+        files_only: whether the scope counts nothing but files.
     """
 
+    candidates: tuple[Candidates, ...]
     groups: tuple[Choices, ...]
-    once: npt.NDArray[np.int64]
-    loading: npt.NDArray[np.int64]
-    _knapsacks: dict[Limit | None, Knapsack] = field(default_factory=dict, repr=False, compare=False)
+    once: IntArray
+    loading: IntArray
+    files_only: bool
+    _knapsacks: dict[Limit | None, Knapsack] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, candidates: Sequence[Candidates], target: ExportFormat, scope: str, around_pair: int) -> Table:
-        groups = []
-        for candidate in candidates:
-            nbytes = candidate.nbytes(target, scope) + around_pair * candidate.table.low_rank
-            groups.append(Choices(nbytes, np.round(candidate.loss / LOSS_QUANTUM) * LOSS_QUANTUM))
-        peaks = [candidate.peaks(target, scope) for candidate in candidates]
-        return cls(tuple(groups), np.concatenate([p[0] for p in peaks]), np.concatenate([p[1] for p in peaks]))
+    def of(
+        cls,
+        candidates: tuple[Candidates, ...],
+        format: ExportFormat,
+        *,
+        files_only: bool,
+        around_pair: int,
+        building: int,
+    ) -> Table:
+        """Count the candidates of every tensor.
+
+        Args:
+            around_pair: bytes that files have around a low-rank layer beyond those around a dense one.
+            building: bytes that building the tokenizer takes while loading, whatever is chosen.
+        """
+        counted = [candidate.counted(format, files_only=files_only) for candidate in candidates]
+        groups = tuple(
+            Choices(
+                each.nbytes + around_pair * candidate.table.low_rank,
+                np.round(candidate.loss / LOSS_QUANTUM) * LOSS_QUANTUM,
+            )
+            for candidate, each in zip(candidates, counted, strict=True)
+        )
+        loading = np.concatenate([each.loading for each in counted])
+        if not files_only:
+            loading = np.maximum(loading, building)
+        return cls(candidates, groups, np.concatenate([each.once for each in counted]), loading, files_only)
 
     @cached_property
-    def starts(self) -> npt.NDArray[np.int64]:
+    def starts(self) -> IntArray:
+        """(groups,) where each tensor's candidates begin."""
         return np.cumsum([0, *(len(group.loss) for group in self.groups[:-1])])
 
     @cached_property
-    def nbytes(self) -> npt.NDArray[np.int64]:
+    def nbytes(self) -> IntArray:
+        """(n,) bytes of each candidate."""
         return np.concatenate([group.nbytes for group in self.groups])
 
     @cached_property
-    def loss(self) -> npt.NDArray[np.float64]:
+    def loss(self) -> FloatArray:
+        """(n,) loss of each candidate."""
         return np.concatenate([group.loss for group in self.groups])
 
+    def decisions(self, allocation: Allocation) -> tuple[TensorDecision, ...]:
+        """Return what the allocation chose for each tensor."""
+        return tuple(c.decision(i) for c, i in zip(self.candidates, allocation.chosen, strict=True))
+
     def smallest(self) -> Allocation:
+        """Return the choice of the fewest bytes."""
         knapsack = self.knapsack(None)
         least = knapsack.solve(knapsack.smallest)
         assert least is not None  # the smallest candidates add up to it
         return least
 
     def peak(self, chosen: Sequence[int], running: int) -> int:
-        """What a choice holds once: ``running`` bytes of loading are used again by what comes after it."""
+        """Return what a choice holds once: ``running`` bytes of loading are used again by what comes after it."""
         at = self.starts + np.array(chosen)
-        return int(self.once[at].max()) + max(0, int(self.loading[at].max()) - running)
+        return Limit(int(self.once[at].max()), int(self.loading[at].max())).held(running)
 
     def limits(self, running: int) -> list[Limit | None]:
-        """Pairs of limits that choices may be held to; ``None`` where nothing is held once."""
+        """Return limits that choices may be held to; only ``None`` where nothing is held once."""
         if not self.once.any() and not (self.loading > running).any():
             return [None]
         once, loading = _levels(self.once, self.starts, 0), _levels(self.loading, self.starts, running)
         limits = [Limit(a, b) for a in once for b in loading]
         return [limit for limit in limits if np.logical_or.reduceat(self._within(limit), self.starts).all()]
 
-    def _within(self, limit: Limit) -> npt.NDArray[np.bool_]:
-        return (self.once <= limit.once) & (self.loading <= limit.loading)
-
     def knapsack(self, limit: Limit | None) -> Knapsack:
-        """Of the candidates within the limit."""
+        """Return the knapsack of the candidates within the limit, made once."""
         if limit not in self._knapsacks:
             allowed = None if limit is None else np.split(self._within(limit), self.starts[1:])
             self._knapsacks[limit] = Knapsack(self.groups, allowed)
         return self._knapsacks[limit]
 
+    def least_loss(self, limit: Limit | None) -> float:
+        """Return the least loss of any choice within the limit, whatever it takes."""
+        loss = self.loss if limit is None else np.where(self._within(limit), self.loss, np.inf)
+        return float(np.minimum.reduceat(loss, self.starts).sum())
+
     def bounds(self, limits: Sequence[Limit | None], room: int, running: int) -> list[float]:
-        """Below the loss of every choice that keeps within each limit and, with what it holds once, within ``room``."""
+        """Bound the loss of every choice that keeps within each limit and, with what it holds once, within ``room``,
+        from below."""
         price = self.knapsack(None).price(room - min(_held(limit, running) for limit in limits))
         cost = self.loss + price * self.nbytes
-        found = []
+        bounds = []
         for limit in limits:
-            allowed = cost
-            if limit is not None:
-                allowed = np.where(self._within(limit), cost, np.inf)
+            allowed = cost if limit is None else np.where(self._within(limit), cost, np.inf)
             least = np.minimum.reduceat(allowed, self.starts)
             unsure = 1e-12 * (float(np.abs(least).sum()) + price * abs(room))
-            found.append(float(least.sum()) - price * (room - _held(limit, running)) - unsure)
-        return found
+            bounds.append(float(least.sum()) - price * (room - _held(limit, running)) - unsure)
+        return bounds
+
+    def _within(self, limit: Limit) -> BoolArray:
+        return (self.once <= limit.once) & (self.loading <= limit.loading)
 
 
-def _levels(held: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], ignored: int) -> list[int]:
-    """Values worth a limit, up to ``ignored`` as one; the largest excludes nothing."""
+def _levels(held: IntArray, starts: IntArray, ignored: int) -> list[int]:
+    """Return values worth a limit, up to ``ignored`` as one; the largest excludes nothing."""
     least = max(ignored, int(np.minimum.reduceat(held, starts).max()))
     levels = sorted({least, *(int(value) for value in np.unique(held[held > least]))})
-    thinned = levels[:: -(-len(levels) // _MOST_LIMITS)]
+    thinned = levels[:: ceil_div(len(levels), _MOST_LIMITS)]
     return thinned if thinned[-1] == levels[-1] else [*thinned, levels[-1]]
 
 
 def _held(limit: Limit | None, running: int) -> int:
-    return 0 if limit is None else limit.once + max(0, limit.loading - running)
+    return 0 if limit is None else limit.held(running)
 
 
-def solve(table: Table, smallest: Solution, room: int, running: int, exactly: Exactly, exact: bool) -> Solution:
-    """The best of the solutions at all marks whose exact bytes are within ``room``.
+@dataclass(frozen=True)
+class Search:
+    """Finds the best choice within any room, for one set of candidates and one serving.
 
-    Args:
-        smallest: of the smallest bytes; within ``room``. running: see :meth:`Table.peak`.
-        exact: see :meth:`Knapsack.solve`; without it larger budgets may have slightly greater losses.
-
-    Returns:
-        The solution; its allocation's bound is on all of them.
+    A room is what a budget leaves for the choice: the budget without the bytes that no choice changes.
     """
-    base = smallest.allocation.nbytes
-    around = smallest.overhead - table.peak(smallest.allocation.chosen, running)
-    limits = table.limits(running)
-    best, bound = smallest, float("inf")
-    for floor, limit in sorted(
-        zip(table.bounds(limits, room - around, running), limits, strict=True), key=lambda pair: pair[0]
-    ):
-        if floor > best.allocation.loss:
-            bound = min(bound, floor)
-            break
-        knapsack, top = table.knapsack(limit), room - around - _held(limit, running)
-        bound = min(bound, max(floor, knapsack.lower_bound(top)))
-        found = _at_marks(knapsack, base, top, room, smallest, best, exactly, exact)
-        if found is not None:
-            best = found
-    allocation = best.allocation
-    lower = min(bound, allocation.loss)
-    proven = Allocation(allocation.chosen, allocation.nbytes, allocation.loss, lower, allocation.proven)
-    return Solution(proven, best.decisions, best.files, best.repacked, best.used)
 
+    table: Table
+    sizes: ExportSizes
+    serving: Serving
 
-def _at_marks(
-    knapsack: Knapsack,
-    base: int,
-    top: int,
-    room: int,
-    smallest: Solution,
-    best: Solution,
-    exactly: Exactly,
-    exact: bool,
-) -> Solution | None:
-    """The solution at the highest mark up to ``top`` that fits, if it is better than ``best``."""
-    apart = max(1, base // _MARKS)
-    mark = (min(top, knapsack.largest) - base) // apart
-    if top >= knapsack.largest:
-        mark += 1  # the first mark that has room for everything
-    tried = 0
-    while mark >= 0:
-        allocation = knapsack.solve(base + mark * apart, exact)
-        if allocation is None or allocation.loss >= best.allocation.loss:
+    @cached_property
+    def running(self) -> int:
+        """Bytes of loading that what comes after it uses again, see :meth:`Table.peak`."""
+        return self.sizes.memory.running(self.serving)
+
+    @cached_property
+    def smallest(self) -> Solution:
+        """The choice of the fewest bytes."""
+        return self.measured(self.table.smallest())
+
+    def best(self, room: int, *, exact: bool = True) -> Solution | None:
+        """Return the best of the solutions at all marks whose exact bytes are within ``room``; ``None``: none is.
+
+        Its allocation's lower bound is below all of them.
+
+        Args:
+            exact: see :meth:`Knapsack.solve`; without it larger budgets may have slightly greater losses.
+        """
+        smallest = self.smallest
+        if smallest.used > room:
             return None
-        solution = exactly(allocation)
-        # Below the smallest budget there are no plans, even if one with more numbers should have less around them.
-        if smallest.used <= solution.used <= room:
-            return solution
-        tried += 1
-        # At every mark down to its own bytes the same solution is found.
-        excess = max(0, solution.used - room) if tried > _PATIENCE else 0
-        mark = min(mark - 1, (allocation.nbytes - 1 - base) // apart, mark - excess // apart)
-    return None
+        around = smallest.overhead - self.table.peak(smallest.allocation.chosen, self.running)
+        limits = self.table.limits(self.running)
+        floors = self.table.bounds(limits, room - around, self.running)
+        marks = _Marks(self, room, exact)
+        best, bound = smallest, float("inf")
+        for floor, limit in sorted(zip(floors, limits, strict=True), key=lambda pair: pair[0]):
+            if floor > best.allocation.loss:
+                bound = min(bound, floor)
+                break
+            knapsack, top = self.table.knapsack(limit), room - around - _held(limit, self.running)
+            bound = min(bound, max(floor, knapsack.lower_bound(top)))
+            best = marks.better(best, knapsack, top) or best
+        lower_bound = min(bound, best.allocation.loss)
+        return replace(best, allocation=replace(best.allocation, lower_bound=lower_bound))
+
+    def largest(self) -> Solution:
+        """Return the solution of least loss, whatever it takes; of several, one that holds little at once."""
+        limit = min(self.table.limits(self.running), key=self.table.least_loss)
+        knapsack = self.table.knapsack(limit)
+        allocation = knapsack.solve(knapsack.largest)
+        assert allocation is not None  # the best candidates add up to it
+        if allocation.loss >= self.smallest.allocation.loss:
+            return self.smallest
+        solution = self.measured(allocation)
+        return solution if solution.used >= self.smallest.used else self.smallest
+
+    def measured(self, allocation: Allocation) -> Solution:
+        """Return the allocation with its exact files."""
+        decisions = self.table.decisions(allocation)
+        files = self.sizes.files(decisions, self.serving)
+        repacked = self.sizes.memory.held(decisions, self.serving).total
+        used = sum(files.values()) + (0 if self.table.files_only else repacked)
+        return Solution(allocation, decisions, files, repacked, used)
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """The marks of a search, the highest first, until one has a solution within the room."""
+
+    search: Search
+    room: int
+    exact: bool
+
+    def better(self, best: Solution, knapsack: Knapsack, top: int) -> Solution | None:
+        """Return the solution at the highest mark up to ``top`` that fits, if it is better than ``best``."""
+        smallest = self.search.smallest
+        base = smallest.allocation.nbytes
+        apart = max(1, base // _MARKS)
+        mark = (min(top, knapsack.largest) - base) // apart
+        if top >= knapsack.largest:
+            mark += 1  # the first mark that has room for everything
+        tried = 0
+        while mark >= 0:
+            allocation = knapsack.solve(base + mark * apart, self.exact)
+            if allocation is None or allocation.loss >= best.allocation.loss:
+                return None
+            solution = self.search.measured(allocation)
+            # Below the smallest budget there are no plans, even if one with more numbers should have less around them.
+            if smallest.used <= solution.used <= self.room:
+                return solution
+            tried += 1
+            # At every mark down to its own bytes the same solution is found.
+            excess = max(0, solution.used - self.room) if tried > _PATIENCE else 0
+            mark = min(mark - 1, (allocation.nbytes - 1 - base) // apart, mark - excess // apart)
+        return None

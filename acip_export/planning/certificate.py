@@ -1,154 +1,90 @@
-"""Why a plan is not better, and what would make an infeasible budget fit. Every figure is planned, none is guessed."""
+"""What is known about how good a solution is, from the candidates alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from acip_export.artifacts.plan import Alternative, Certificate, Plan, Refusal
-from acip_export.errors import AcipError, InfeasibleBudgetError
-from acip_export.units import format_bytes
-
-if TYPE_CHECKING:
-    from acip_export.planning.planner import PlanRequest, Problem
-
-# Nobody is helped by less.
-_LEAST_CONTEXT = 64
-_MOST_SUGGESTIONS = 3
-# A part of the memory that takes less than this share of the budget holds nothing back.
-_NOTEWORTHY = 0.02
+from acip_export.artifacts.plan import Certificate, Refusal, TensorDecision
+from acip_export.planning.candidates import Candidates
+from acip_export.planning.capacity_search import Solution, Table
+from acip_export.planning.knapsack import Knapsack, pareto
+from acip_export.planning.space import SearchSpace
 
 
-def explain(problem: Problem, request: PlanRequest, plan: Plan) -> Certificate:
-    """The plan's certificate with what other settings would give, and the types that tensors could not take."""
-    return replace(
-        plan.certificate,
-        alternatives=_alternatives(problem, request, plan),
-        refused_types=refused_types(problem, request),
-    )
+@dataclass(frozen=True)
+class Upgrade:
+    """A single change that would improve a plan: the decision in words, the bytes that it takes more, the loss that it
+    saves."""
+
+    decision: str
+    nbytes: int
+    gain: float
 
 
-def infeasible(problem: Problem, request: PlanRequest) -> InfeasibleBudgetError:
-    """The floor, its breakdown, and settings and other formats for which a plan was found to fit."""
-    needed, parts = problem.floor(request)
-    largest = max(parts, key=lambda part: parts[part])
-    lines = "\n".join(f"  {name:<28}{format_bytes(size):>10}" for name, size in parts.items() if size)
-    fitting: list[str] = []
-    kinds: set[str] = set()
-    for kind, change, changed in _changes(problem, request):
-        if kind in kinds or len(fitting) == _MOST_SUGGESTIONS:
-            continue
-        floor = _floor(problem, changed, kind == "types")
-        if floor is not None and floor <= request.budget_bytes:
-            kinds.add(kind)
-            fitting.append(f"  {change:<50}{format_bytes(floor):>10} and more")
-    for change, floor in problem.other_floors():
-        if floor <= request.budget_bytes:
-            fitting.append(f"  {change:<50}{format_bytes(floor):>10} and more")
-    found = (
-        "These settings fit:\n" + "\n".join(fitting)
-        if fitting
-        else f"No context, cache type, prompt batch or type of {problem.format.name} makes it fit, and no other format."
-    )
-    return InfeasibleBudgetError(
-        f"no plan fits {format_bytes(request.budget_bytes)} ({request.budget_bytes} bytes).\n"
-        f"The smallest feasible budget is {needed} bytes ({format_bytes(needed)}), most of it {largest}:\n{lines}\n"
-        f"{found}\nOr  --budget {needed}B",
-        needed,
-    )
+def next_upgrade(table: Table, solution: Solution, left: int) -> Upgrade | None:
+    """Return the change that saves most for its bytes, of those that take more than is ``left``."""
+    best: Upgrade | None = None
+    for candidate, choices, chosen in zip(table.candidates, table.groups, solution.allocation.chosen, strict=True):
+        for other in pareto(choices):
+            gain = float(choices.loss[chosen] - choices.loss[other])
+            extra = int(choices.nbytes[other] - choices.nbytes[chosen])
+            if gain > 0 and extra > left and (best is None or gain / extra > best.gain / best.nbytes):
+                best = Upgrade(describe(candidate.decision(int(other))), extra, gain)
+    return best
 
 
-def _floor(problem: Problem, request: PlanRequest, other_types: bool) -> int | None:
-    from acip_export.planning.planner import Problem as Problems
-
-    try:
-        if other_types:
-            problem = Problems.of(problem.checkpoint, problem.scores, request, problem.predict_files)
-        return problem.floor(request)[0]
-    except AcipError:
-        return None  # the change is not possible, so it is no suggestion
+def loss_of_quantization_alone(table: Table, solution: Solution, left: int) -> float | None:
+    """Return the summed loss of the best choice without low rank; ``None``: none takes what ``solution`` leaves."""
+    dense = [~candidate.table.low_rank for candidate in table.candidates]
+    if not all(mask.any() for mask in dense):
+        return None
+    allocation = Knapsack(table.groups, dense).solve(solution.allocation.nbytes + left, exact=False)
+    return None if allocation is None else allocation.loss
 
 
-def _changes(problem: Problem, request: PlanRequest) -> Iterator[tuple[str, str, PlanRequest]]:
-    """Kind of change, flags, and the request with them, the least intrusive first."""
-    serving, _ = problem.settings(request)
-    if request.types:
-        names = ",".join(problem.format.types)
-        yield "types", f"--types {names}", replace(request, types=problem.format.types)
-    if request.budget_scope == "file":
-        return
-    cache = _smaller_cache(problem, serving.cache_type)
-    if cache is not None:
-        yield "cache", f"--cache-type {cache}", replace(request, cache_type=cache)
-    if problem.checkpoint.shape.generates:
-        if serving.prompt_batch > 8:
-            yield "batch", "--prompt-batch 8", replace(request, prompt_batch=8)
-        for context in _shorter(serving.context):
-            yield "context", f"--context {context}", replace(request, context=context)
-        if cache is not None:
-            for context in _shorter(serving.context):
-                both = replace(request, context=context, cache_type=cache, prompt_batch=8)
-                yield "all", f"--context {context} --cache-type {cache} --prompt-batch 8", both
+def describe(decision: TensorDecision) -> str:
+    """Put a decision in words: ``layers.0.mlp.up_proj: rank 128, q8_0 x q8_0``."""
+    if decision.rank is None:
+        return f"{decision.module}: dense {decision.type}"
+    return f"{decision.module}: rank {decision.rank}, {decision.down_type} x {decision.up_type}"
 
 
-def _shorter(context: int) -> Iterator[int]:
-    while context > _LEAST_CONTEXT:
-        context //= 2
-        yield context
-
-
-def _smaller_cache(problem: Problem, cache_type: str) -> str | None:
-    sizes = {name: numerator / bits for name, (numerator, bits) in problem.format.cache_types.items()}
-    smallest = min(sizes, key=lambda name: sizes[name])
-    return smallest if sizes[smallest] < sizes[cache_type] else None
-
-
-def _alternatives(problem: Problem, request: PlanRequest, plan: Plan) -> tuple[Alternative, ...]:
-    """Settings that leave more room for weights, where that room is worth anything."""
-    if plan.certificate.next_upgrade is None or request.budget_scope == "file":
-        return ()
-    changes: list[tuple[str, PlanRequest]] = []
-    serving, least = plan.serving, _NOTEWORTHY * request.budget_bytes
-    same = replace(request, context=serving.context, prompt_batch=serving.prompt_batch)
-    if plan.breakdown["kv_cache"] > least and problem.checkpoint.shape.generates:
-        cache = _smaller_cache(problem, serving.cache_type)
-        if cache is not None:
-            changes.append((f"--cache-type {cache}", replace(same, cache_type=cache)))
-        if serving.context > _LEAST_CONTEXT:
-            half = serving.context // 2
-            changes.append(
-                (f"--context {half}", replace(same, context=half, prompt_batch=min(half, serving.prompt_batch)))
-            )
-    buffers = plan.breakdown["compute"] + plan.breakdown["output"]
-    if buffers > least and serving.prompt_batch > 8 and problem.checkpoint.shape.generates:
-        changes.append(("--prompt-batch 8", replace(same, prompt_batch=8)))
-    found = []
-    for change, changed in changes:
-        better = problem.plan(changed, exact=False)
-        if better.predicted_loss < plan.predicted_loss:
-            found.append(Alternative(change, better.predicted_loss, better.predicted_perplexity))
-    return tuple(found)
-
-
-def refused_types(problem: Problem, request: PlanRequest) -> tuple[Refusal, ...]:
-    """Types that were allowed and that some matrices cannot take, with the reason."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    limit = problem.format.tensor_limit(request.options)
-    for candidate in problem.candidates:
+def refused_types(space: SearchSpace, candidates: tuple[Candidates, ...]) -> tuple[Refusal, ...]:
+    """Return the types that were allowed and that some matrices cannot take, with the reason."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    limit = space.format.tensor_limit(space.options)
+    for candidate in candidates:
         first = candidate.options[0]
         if len(first.shape) != 2:
             continue
+        rows, columns = first.shape
         offered = {option.type for option in candidate.options if option.rank is None}
-        for form in problem.format.choose_types(request.types):
-            if form.name in offered:
+        for allowed in space.types:
+            if allowed.name in offered:
                 continue
-            rows, columns = first.shape
-            if not form.fits(columns):
-                reason = f"rows of {columns} weights are no multiple of blocks of {form.block}"
-            elif limit is not None and form.nbytes(rows, columns) > limit.nbytes:
+            if not allowed.fits(columns):
+                reason = f"rows of {columns} weights are no multiple of blocks of {allowed.block}"
+            elif limit is not None and allowed.nbytes(rows, columns) > limit.nbytes:
                 reason = limit.reason
             else:
                 reason = "this format has no such embeddings, heads or tables"
-            reasons.setdefault((form.name, reason), []).append(candidate.name)
-    return tuple(Refusal(name, len(tensors), tensors[0], why) for (name, why), tensors in reasons.items())
+            refused.setdefault((allowed.name, reason), []).append(candidate.name)
+    return tuple(Refusal(name, len(tensors), tensors[0], why) for (name, why), tensors in refused.items())
+
+
+def low_rank_note(solution: Solution, certificate: Certificate, loss: float, unit: str, *, compared: bool) -> str:
+    """Say in a sentence what low rank does for a plan of a layout that has it.
+
+    Args:
+        loss: the plan's predicted loss, in ``unit``.
+        compared: whether quantization alone was planned, for the certificate.
+    """
+    factored = sum(decision.rank is not None for decision in solution.decisions)
+    if factored == 0:
+        return "low rank does not pay at this budget: quantization alone is predicted to be better"
+    if not compared:
+        return f"{factored} layers are low rank"
+    alone = certificate.quantization_only_loss
+    if alone is None:
+        return f"{factored} layers are low rank; quantization alone does not fit this budget"
+    return f"{factored} layers are low rank: predicted loss {loss:.4f} instead of {alone:.4f} {unit}"

@@ -23,7 +23,7 @@ LOSS_QUANTUM = 2.0**-40
 
 @dataclass(frozen=True)
 class Choices:
-    """The candidates of one group: ``nbytes`` (n,) int64 and ``loss`` (n,) float64, in any order."""
+    """The candidates of one group, in any order: ``nbytes`` (n,) int64 and ``loss`` (n,) float64."""
 
     nbytes: npt.NDArray[np.int64]
     loss: npt.NDArray[np.float64]
@@ -31,8 +31,10 @@ class Choices:
 
 @dataclass(frozen=True)
 class Allocation:
-    """``chosen[g]`` is a candidate number of group ``g``. No choice within the capacity has a loss below
-    ``lower_bound``; ``proven``: none has a loss below ``loss``."""
+    """A choice: ``chosen[g]`` is a candidate number of group ``g``.
+
+    No choice within the capacity has a loss below ``lower_bound``; ``proven``: none has a loss below ``loss``.
+    """
 
     chosen: tuple[int, ...]
     nbytes: int
@@ -42,7 +44,7 @@ class Allocation:
 
 
 def pareto(choices: Choices) -> npt.NDArray[np.int64]:
-    """Numbers of the candidates that no other one beats, by growing bytes and strictly falling loss."""
+    """Return the numbers of the candidates that no other one beats, by growing bytes and strictly falling loss."""
     order = np.lexsort((choices.loss, choices.nbytes))  # stable: equal ones stay in order
     loss = choices.loss[order]
     return order[np.r_[True, loss[1:] < np.minimum.accumulate(loss)[:-1]]]
@@ -53,15 +55,15 @@ def _front(choices: Choices, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.i
 
 
 def allocate(groups: Sequence[Choices], capacity: int, exact: bool = True) -> Allocation | None:
-    """:meth:`Knapsack.solve` for a single capacity."""
+    """Solve for a single capacity, see :meth:`Knapsack.solve`."""
     return Knapsack(groups).solve(capacity, exact)
 
 
 class Knapsack:
-    """One problem for many capacities.
+    """One set of choices, solved for many capacities.
 
     Args:
-        allowed: (n,) of each group, whether a candidate may be chosen; default: all. One of each group, at least.
+        allowed: (n,) for each group, whether a candidate may be chosen; default: all. One of each group, at least.
 
     Attributes:
         smallest, largest: bytes of the smallest choice, and of the smallest one of least loss.
@@ -87,7 +89,7 @@ class Knapsack:
         self._slope = gain / extra
 
     def solve(self, capacity: int, exact: bool = True) -> Allocation | None:
-        """The best choice within ``capacity`` bytes, or ``None`` when even the smallest candidates do not fit.
+        """Return the best choice within ``capacity`` bytes, or ``None`` when even the smallest candidates do not fit.
 
         Without ``exact`` it is the relaxation's integral part, filled up: within one candidate of the best.
         """
@@ -104,11 +106,11 @@ class Knapsack:
         return self._allocation(chosen, bound, proven)
 
     def lower_bound(self, capacity: int) -> float:
-        """Below the loss of every choice within ``capacity``; infinite if there is none."""
+        """Return a bound below the loss of every choice within ``capacity``; infinite if there is none."""
         return self._relax(capacity)[2] if self.smallest <= capacity else float("inf")
 
     def price(self, capacity: int) -> float:
-        """What a byte is worth at ``capacity``: loss per byte of the relaxation's next upgrade."""
+        """Return what a byte is worth at ``capacity``: loss per byte of the relaxation's next upgrade."""
         return self._relax(max(capacity, self.smallest))[1]
 
     def _allocation(self, chosen: npt.NDArray[np.int64], bound: float, proven: bool) -> Allocation:
@@ -117,7 +119,7 @@ class Knapsack:
         return Allocation(picks, int(self._nbytes[chosen].sum()), loss, min(bound, loss), proven)
 
     def _steps(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """All steps between neighbours on the hulls, the best first: position that it leads to, bytes, gain."""
+        """Return all steps between neighbours on the hulls, the best first: position that it leads to, bytes, gain."""
         steps: list[tuple[float, int, int, float]] = []
         nbytes, loss = self._nbytes.tolist(), self._loss.tolist()
         for start, stop in pairwise([*self._starts.tolist(), len(nbytes)]):
@@ -132,7 +134,7 @@ class Knapsack:
         )
 
     def _relax(self, capacity: int) -> tuple[npt.NDArray[np.int64], float, float]:
-        """Integral part, price (loss per byte) and value of the linear relaxation."""
+        """Return integral part, price (loss per byte) and value of the linear relaxation."""
         left = capacity - self.smallest
         taken = int(np.searchsorted(self._step_extra, left, side="right"))
         chosen = self._starts.copy()
@@ -159,7 +161,7 @@ class Knapsack:
 
 
 def _hull(nbytes: list[int], loss: list[float], start: int, stop: int) -> list[int]:
-    """Positions of the lower convex hull of the Pareto front from ``start`` to ``stop``."""
+    """Return the positions of the lower convex hull of the Pareto front from ``start`` to ``stop``."""
     hull: list[int] = []
     for i in range(start, stop):
         while len(hull) >= 2:

@@ -25,11 +25,11 @@ FloatArray = npt.NDArray[np.float64]
 def search(
     starts: IntArray, nbytes: IntArray, loss: FloatArray, capacity: int, price: float, known: IntArray
 ) -> tuple[IntArray, bool]:
-    """The choice of least loss, and of least bytes among these, and whether that is proven.
+    """Return the choice of least loss, and of least bytes among these, and whether that is proven.
 
     Args:
         starts: (groups,) where each group begins in ``nbytes`` and ``loss``, which hold each group's Pareto front.
-        price: of a byte, from the relaxation; any that is not negative is right, its own prunes most.
+        price: what the relaxation says a byte is worth; any that is not negative is right, its own prunes most.
         known: (groups,) positions of a choice within ``capacity``.
     """
     found, proven = known, False

@@ -2,7 +2,7 @@
 
 With H = E[x x^T] and G = E[g g^T], a change dW costs 1/2 tr(G dW H dW^T). The score file holds that number for each
 dropped component, scaled here to the curve that was measured when the model was ranked, and for rounding each weight
-or factor with a relative mean square error of one; what the formats' errors are was measured on the model
+or factor with a relative mean square error of one; what the types' errors are was measured on the model
 (:mod:`acip_export.artifacts.rounding_errors`). A plan's predicted loss is the sum.
 """
 
@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def component_losses(scores: ScoreFile) -> dict[str, FloatArray]:
-    """Loss of dropping each component, made consistent with the global order and scaled to the measured curve.
+    """Return the loss of dropping each component, consistent with the global order and scaled to the measured curve.
 
     The second-order estimate knows the size of things, the learned order knows their sequence: the least-squares
     non-decreasing fit of the estimates along the order has both. Where the order came from the estimates it changes
@@ -39,7 +39,7 @@ def component_losses(scores: ScoreFile) -> dict[str, FloatArray]:
 
 
 def isotonic(values: FloatArray) -> FloatArray:
-    """The least-squares non-decreasing fit: neighbouring blocks that fall are pooled until none does (Ayer 1955).
+    """Fit non-decreasing values by least squares: neighbouring blocks that fall are pooled until none does (Ayer 1955).
 
     Whole runs are pooled at a time, as most of a million components are in order already.
     """
@@ -54,21 +54,21 @@ def isotonic(values: FloatArray) -> FloatArray:
 
 
 def _scaled(scores: ScoreFile, losses: dict[str, FloatArray]) -> dict[str, FloatArray]:
-    """Each component's loss times (measured / estimated) of the step of the curve that drops it first."""
+    """Scale each component's loss by (measured / estimated) of the step of the curve that drops it first."""
     scaled = {name: values.copy() for name, values in losses.items()}
     dropped = {name: np.zeros(len(values), bool) for name, values in losses.items()}
     before, factor = 0.0, 1.0
     for point in scores.curve[1:]:
         new: dict[str, npt.NDArray[np.int64]] = {}
-        for name, units in _dropped_at(scores, point.ratio):
-            new[name] = units[~dropped[name][units]]
-            dropped[name][units] = True
-        estimate = sum(float(losses[name][units].sum()) for name, units in new.items())
+        for name, components in _dropped_at(scores, point.ratio):
+            new[name] = components[~dropped[name][components]]
+            dropped[name][components] = True
+        estimate = sum(float(losses[name][components].sum()) for name, components in new.items())
         measured = max(before, _measured(point) - scores.curve[0].loss)
         if estimate > 0:
             factor = float(np.clip((measured - before) / estimate, *_FACTORS))
-        for name, units in new.items():
-            scaled[name][units] *= factor
+        for name, components in new.items():
+            scaled[name][components] *= factor
         before = measured
     for name, done in dropped.items():
         scaled[name][~done] *= factor
@@ -76,7 +76,7 @@ def _scaled(scores: ScoreFile, losses: dict[str, FloatArray]) -> dict[str, Float
 
 
 def _dropped_at(scores: ScoreFile, ratio: float) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
-    """The components that a cut of the curve drops: none of a module whose pair would be larger than its weight."""
+    """Yield the components that a cut of the curve drops: none where the pair would be larger than the weight."""
     for name, rank in scores.ranks_at(ratio).items():
         module = scores.modules[name]
         if rank * sum(module.shape) < module.shape[0] * module.shape[1]:
@@ -84,7 +84,7 @@ def _dropped_at(scores: ScoreFile, ratio: float) -> Iterator[tuple[str, npt.NDAr
 
 
 def _measured(point: CurvePoint) -> float:
-    """With adapters where they help: the plan takes them there."""
+    """Return the loss with adapters where they help: the plan takes them there."""
     return point.loss if point.loss_with_adapters is None else min(point.loss, point.loss_with_adapters)
 
 
@@ -96,8 +96,8 @@ class Calibration:
     on the scale did not allow.
 
     Attributes:
-        estimated, measured: (n,) both start at 0 and never fall. adapters_help: (n,) whether the adapters lowered the
-            loss at that point.
+        estimated, measured: (n,) both start at 0 and never fall.
+        adapters_help: (n,) whether the adapters lowered the loss at that point.
         dense_loss: nats per token of the dense model, on the curve's text.
     """
 
@@ -107,7 +107,7 @@ class Calibration:
     dense_loss: float
 
     def loss(self, estimate: float) -> float:
-        """Between points linear; beyond the last, on along the last segment."""
+        """Map linearly between points; beyond the last, on along the last segment."""
         if len(self.estimated) < 2:
             return estimate
         if estimate <= self.estimated[-1]:
@@ -117,7 +117,7 @@ class Calibration:
         return float(self.measured[-1] + (estimate - self.estimated[-1]) * rise / run)
 
     def adapters(self, estimate: float) -> bool:
-        """Whether the adapters helped at the measured point closest to ``estimate``."""
+        """Return whether the adapters helped at the measured point closest to ``estimate``."""
         return self.adapters_help[int(np.argmin(np.abs(self.estimated - estimate)))]
 
 
@@ -126,7 +126,8 @@ def calibrate(scores: ScoreFile, losses: dict[str, FloatArray]) -> Calibration:
     dense = scores.curve[0].loss
     points: list[tuple[float, float, bool]] = [(0.0, 0.0, False)]
     for point in scores.curve[1:]:
-        estimate = sum(float(losses[name][units].sum()) for name, units in _dropped_at(scores, point.ratio))
+        dropped = _dropped_at(scores, point.ratio)
+        estimate = sum(float(losses[name][components].sum()) for name, components in dropped)
         with_adapters = point.loss if point.loss_with_adapters is None else point.loss_with_adapters
         points.append((estimate, _measured(point) - dense, with_adapters < point.loss))
     points.sort()

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.planning.candidates import Candidates
-from acip_export.planning.planner import Problem
+from acip_export.planning.problem import Problem
+from acip_export.weight_types import WeightType
 
 
-def preset(problem: Problem, name: str) -> Problem:
-    """Every matrix dense in the type ``name``.
+def preset(problem: Problem, type_: WeightType) -> Problem:
+    """Store every matrix dense in one type of the problem's search space.
 
     A tensor that cannot take it gets the smallest type that is at least as precise, or else the most precise one that
-    it can, as with the tools that this stands for. ``problem`` must have been made with ``name`` among its types.
+    it can, as with the tools that this stands for.
     """
-    bits = problem.format.type(name).bits_per_weight
+
+    def width(option: TensorDecision) -> float:
+        return problem.space.format.type(str(option.type)).bits_per_weight
 
     def chosen(candidates: Candidates) -> TensorDecision:
         dense = [option for option in candidates.options if option.rank is None]
-        same = next((option for option in dense if option.type == name), None)
+        same = next((option for option in dense if option.type == type_.name), None)
         if same is not None:
             return same
-
-        def width(option: TensorDecision) -> float:
-            return problem.format.type(str(option.type)).bits_per_weight
-
-        enough = [option for option in dense if width(option) >= bits]
+        enough = [option for option in dense if width(option) >= type_.bits_per_weight]
         return min(enough, key=width) if enough else max(dense, key=width)
 
     picks = {id(candidates): chosen(candidates) for candidates in problem.candidates}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from acip_export.artifacts.plan import Plan
-from acip_export.errors import AcipError
-from acip_export.planning.planner import PlanRequest, Problem
+from acip_export.artifacts.plan import BudgetScope, Plan
+from acip_export.errors import UnsupportedError
+from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.presets import preset
+from acip_export.planning.problem import Problem
 
 # Beyond this many tensors the exact finish costs more time than it moves a point of the curve.
 _EXACT_TENSORS = 100
 # Prompts in batches of the same size at every budget: a curve must not bend because prompts become faster.
 _PROMPT_BATCH = 32
-_NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,13 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SweepLine:
-    """``points`` by growing bytes and falling loss. ``presets``: one type for everything, by name."""
+    """The plans of one search space.
+
+    Attributes:
+        types: names of the weight types that plans chose from.
+        points: by growing bytes and falling loss.
+        presets: one type for everything, by name.
+    """
 
     label: str
     format: str
@@ -42,56 +48,51 @@ class SweepLine:
 
 def sweep(
     problem: Problem,
-    request: PlanRequest,
+    rule: ServingRule,
+    scope: BudgetScope,
     label: str,
     steps: int = 40,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> SweepLine:
-    """Plans from the smallest feasible budget to the last one that improves anything, ``steps`` of them.
+    """Plan for the smallest feasible budget, for the last one that improves anything, and between: ``steps`` of them.
 
     All share the candidates. Sizes grow by equal factors: most of what happens to quality happens at the small ones.
 
     Args:
-        request: its budget is not read. progress: called with steps done and all.
+        progress: called with steps done and all.
 
     Raises:
-        UsageError, UnsupportedError: as :func:`acip_export.planning.make_plan`.
+        UnsupportedError: the format's converter cannot express a decision.
     """
-    request = _same_batch(problem, request)
+    serving = rule.at_every_budget(_PROMPT_BATCH)
     exact = len(problem.candidates) <= _EXACT_TENSORS
-    smallest, _ = problem.floor(replace(request, budget_bytes=_NO_LIMIT))
-    largest = problem.plan(replace(request, budget_bytes=_NO_LIMIT), exact=False).used_bytes
+    smallest, largest = problem.floor(scope, serving).nbytes, problem.largest(scope, serving).used_bytes
     points: list[SweepPoint] = []
-    for step, budget in enumerate(_budgets(smallest, largest, steps)):
-        point = _point(problem.plan(replace(request, budget_bytes=budget), exact=exact))
+    for step, nbytes in enumerate(_sizes(smallest, largest, steps)):
+        point = _point(problem.plan(Budget(nbytes, scope), serving, exact=exact))
         if not points or point.predicted_loss < points[-1].predicted_loss:
             points.append(point)
         progress(step + 1, steps)
-    return SweepLine(label, problem.format.name, problem.layout.name, request.types, tuple(points), {})
+    space = problem.space
+    types = tuple(type_.name for type_ in space.types)
+    return SweepLine(label, space.format.name, space.layout.name, types, tuple(points), {})
 
 
-def preset_points(problem: Problem, request: PlanRequest) -> dict[str, SweepPoint]:
-    """The target's types one by one, evaluated by the same predictor; types that no matrix can take are left out."""
-    request = _same_batch(problem, request)
-    found: dict[str, SweepPoint] = {}
-    for form in problem.format.choose_types(request.types):
+def preset_points(problem: Problem, rule: ServingRule, scope: BudgetScope) -> dict[str, SweepPoint]:
+    """Evaluate the problem's types one by one, by the same predictor; types that no matrix can take are left out."""
+    serving = rule.at_every_budget(_PROMPT_BATCH)
+    points: dict[str, SweepPoint] = {}
+    for type_ in problem.space.types:
         try:
-            plan = preset(problem, form.name).plan(replace(request, budget_bytes=_NO_LIMIT), exact=False)
-        except AcipError:
+            plan = preset(problem, type_).largest(scope, serving)
+        except UnsupportedError:
             continue
-        if any(decision.type == form.name and len(decision.shape) == 2 for decision in plan.tensors):
-            found[form.name] = _point(plan)
-    return found
+        if any(decision.type == type_.name and len(decision.shape) == 2 for decision in plan.tensors):
+            points[type_.name] = _point(plan)
+    return points
 
 
-def _same_batch(problem: Problem, request: PlanRequest) -> PlanRequest:
-    if request.prompt_batch is not None or not problem.checkpoint.shape.generates:
-        return request
-    serving, _ = problem.settings(replace(request, budget_bytes=_NO_LIMIT))
-    return replace(request, prompt_batch=min(_PROMPT_BATCH, serving.context))
-
-
-def _budgets(smallest: int, largest: int, steps: int) -> Iterator[int]:
+def _sizes(smallest: int, largest: int, steps: int) -> Iterator[int]:
     for step in range(steps):
         share = step / (steps - 1)
         yield min(max(round(smallest ** (1 - share) * largest**share), smallest), largest) if share < 1 else largest

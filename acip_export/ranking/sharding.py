@@ -7,7 +7,6 @@ first two are averaged as they are without sharding.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
 from itertools import groupby
 
@@ -17,17 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from acip_export.errors import UnsupportedError
-
-_BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
+from acip_export.model.tensor_names import block_of
 
 
 def by_block(modules: Iterable[str]) -> list[tuple[str, list[str]]]:
     """Modules in a model's order, by the numbered block that they are in."""
 
     def block(name: str) -> str:
-        found = _BLOCK.match(name)
+        found = block_of(name)
         assert found is not None  # Checkpoint.linear_modules are in numbered blocks
-        return found[0]
+        return found
 
     return [(name, list(members)) for name, members in groupby(modules, block)]
 

@@ -21,12 +21,10 @@ from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
 from acip_export.artifacts.report import Report, load_report
 from acip_export.artifacts.scores import RankedOn, Setting
 from acip_export.errors import InputError
-from acip_export.inspection.anatomy import fact, layer_group
+from acip_export.inspection.anatomy import fact
 from acip_export.io.inputs import Count, Finite, NotNegative, PositiveFloat, ReadOnly, Share
+from acip_export.model.tensor_names import layer_of, within_layer, without_numbers
 from acip_export.weight_types import weight_type
-
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
-
 
 # Ratios of the ranked layers' parameters -> for each, the share of components that the ranking keeps, by module.
 ScoreMap = Callable[[Sequence[float]], Sequence[Mapping[str, float]]]
@@ -341,11 +339,11 @@ def _measured(export: Exported, point: int) -> Measured | None:
 
 def _matrix(decision: TensorDecision) -> tuple[str, int, str, int, int]:
     """Experts and the like are further numbers in a name; they share a column of the heat map."""
-    match = _LAYER.search(decision.module)
+    module, layer = decision.module, layer_of(decision.module)
     rows, columns = decision.shape
-    if match is None:
-        return fact(decision.module), -1, fact(decision.module.rpartition(".")[2]), rows, columns
-    return fact(decision.module), int(match[1]), fact(layer_group(match[2])), rows, columns
+    if layer is None:
+        return fact(module), -1, fact(module.rpartition(".")[2]), rows, columns
+    return fact(module), layer, fact(without_numbers(within_layer(module))), rows, columns
 
 
 def _types(decision: TensorDecision) -> str:

@@ -22,7 +22,7 @@ from acip_export.artifacts.plan import Plan, Serving, load_plan
 from acip_export.artifacts.report import Speed
 from acip_export.errors import AcipError, MissingExtraError
 from acip_export.formats.session import ProbedSession
-from acip_export.model.architectures import EMBEDDINGS
+from acip_export.model.tensor_names import is_embedding
 
 _NEW_TOKENS = 32
 # Short contexts are filled again for a better measurement of speed, as long as that is cheap.
@@ -54,7 +54,7 @@ def spread_tokens(vocabulary: int, count: int) -> list[int]:
 def measure(session_class: Callable[[Path, Serving], ProbedSession], export: Path, plan: Plan) -> dict[str, Any]:
     """The figures, as :class:`acip_export.verification.process.ProcessFigures` reads them."""
     serving = plan.serving
-    vocabulary = max(decision.shape[0] for decision in plan.tensors if decision.name.endswith(EMBEDDINGS))
+    vocabulary = max(decision.shape[0] for decision in plan.tensors if is_embedding(decision.name))
     generates = plan.task == "causal"
     new_tokens = min(_NEW_TOKENS, serving.context // 2) if generates else 0
     prompt = spread_tokens(vocabulary, serving.context - new_tokens if generates else serving.prompt_batch)

@@ -17,6 +17,7 @@ from acip_export.inspection.gguf_split import files_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.weight_types import weight_type
 from converters.gguf.architectures import Change, family_of
+from converters.gguf.architectures.base import TOKEN_EMBEDDING
 from converters.gguf.base_file import BaseFile, open_base, planned_names
 from converters.gguf.layouts import low_rank_of
 from converters.gguf.writer import TensorSpec
@@ -179,7 +180,7 @@ def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint, layout: 
     formats = [(decision.type, decision.shape[-1])] if decision.representation != "factored" else []
     if decision.representation != "dense":
         # The embedding is looked up, never multiplied by. The head can be factored, but no LoRA is put on it.
-        whole_only = ("token_embd.weight",) + (
+        whole_only = (TOKEN_EMBEDDING,) + (
             ("output.weight",) if decision.representation in ("lora", "residual") else ()
         )
         if name in whole_only or len(decision.shape) != 2:
@@ -203,7 +204,7 @@ def _check(decision: TensorDecision, name: str, checkpoint: Checkpoint, layout: 
         raise UnsupportedError(f"{decision.name}: llama.cpp needs vectors in f32, the plan has {decision.type}")
     if name in _FLOAT_TABLES and decision.type != "f32":
         raise UnsupportedError(f"{decision.name}: llama.cpp needs this table in f32, the plan has {decision.type}")
-    if name == "token_embd.weight" and decision.shape[0] != checkpoint.shape.vocabulary:
+    if name == TOKEN_EMBEDDING and decision.shape[0] != checkpoint.shape.vocabulary:
         raise UnsupportedError(
             f"{decision.name} has {decision.shape[0]} rows, config.json names {checkpoint.shape.vocabulary} tokens"
         )

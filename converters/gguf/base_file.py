@@ -20,6 +20,7 @@ from acip_export.errors import MissingExtraError, ModelFileError, UnsupportedErr
 from acip_export.inspection.gguf import GgufHead, PlacedTensor
 from acip_export.inspection.gguf_split import SPLIT_KEYS, PartName, part_names, read_parts
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.tensor_names import layer_of
 from acip_export.weight_types import types_of
 from converters.gguf import ggml_library as ggml
 from converters.gguf.architectures.base import Change, interleaved_rows, some
@@ -136,7 +137,7 @@ def planned_names(base: BaseFile, checkpoint: Checkpoint, tensors: Sequence[Tens
             continue
         name = table.get_name(decision.name, try_suffixes=(".weight",))
         if name not in shapes:
-            lost += [decision.name] if ".layers." in decision.name or ".h." in decision.name else []
+            lost += [decision.name] if layer_of(decision.name) is not None else []
         elif shapes[name] != decision.shape:
             raise ModelFileError(
                 f"{base.path} is of another model: {name} is {shapes[name]}, {decision.name} is {decision.shape}"

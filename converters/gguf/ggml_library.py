@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import MissingExtraError, UnsupportedError
+from acip_export.units import ceil_div
 from acip_export.weight_types import types_of, weight_type
 from converters.gguf import portable
 from converters.gguf.types import TYPE_IDS
@@ -183,7 +184,7 @@ def quantize(
             elif _quantize_rows(library, name, chunk, target, weights) != target.nbytes:
                 raise AssertionError(f"ggml wrote another number of bytes than {name} takes")
 
-    count = min(threads or processors(), -(-rows // step))
+    count = min(threads or processors(), ceil_div(rows, step))
     with ThreadPoolExecutor(max(count, 1)) as pool:
         for done in [pool.submit(work) for _ in range(count)]:
             done.result()

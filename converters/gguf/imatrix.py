@@ -18,8 +18,9 @@ from acip_export.errors import ImatrixError, ModelFileError
 from acip_export.inspection.gguf import MAGIC, PlacedTensor, read_head
 from acip_export.io.atomic import new_file
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.units import ceil_div
 from converters.gguf.architectures import family_of
-from converters.gguf.architectures.base import some
+from converters.gguf.architectures.base import TOKEN_EMBEDDING, some
 from converters.gguf.base_file import open_base, planned_names
 from converters.gguf.ggml_library import Floats
 from converters.gguf.readback import check_structure
@@ -27,7 +28,7 @@ from converters.gguf.writer import GgufWriter, Metadata, TensorSpec, string, str
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 # What llama-imatrix may have besides the layers' (--process-output): read from the embedding where both are tied.
-_OUTER = {"output.weight", "token_embd.weight"}
+_OUTER = {"output.weight", TOKEN_EMBEDDING}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def write_imatrix(
     metadata: Metadata = {
         "general.type": string("imatrix"),
         "imatrix.datasets": strings([measured.source]),
-        "imatrix.chunk_count": uint32(-(-measured.tokens // measured.chunk)),
+        "imatrix.chunk_count": uint32(ceil_div(measured.tokens, measured.chunk)),
         "imatrix.chunk_size": uint32(measured.chunk),
     }
     specs = [TensorSpec(name, values.shape, "f32") for name, values in numbers.items()]

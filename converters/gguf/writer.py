@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from acip_export.units import ceil_div
 from acip_export.weight_types import weight_type
 from converters.gguf.types import TYPE_IDS
 
@@ -107,7 +108,7 @@ class TensorSpec:
 
 
 def padded(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT
+    return ceil_div(count, ALIGNMENT) * ALIGNMENT
 
 
 def offsets(tensors: Sequence[TensorSpec]) -> list[int]:

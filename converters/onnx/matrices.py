@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from acip_export.artifacts.bundle import stored_tensors
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
+from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
 from converters.onnx.quantize import dequantize, quantize, scale_type
 
@@ -50,7 +51,7 @@ class Matrix:
 
     @property
     def blocks(self) -> int:
-        return -(-self.columns // self.type.block)
+        return ceil_div(self.columns, self.type.block)
 
     @property
     def block_code_bytes(self) -> int:
@@ -91,7 +92,7 @@ class MatrixPart:
             case "scales":
                 return matrix.rows, matrix.blocks
             case "zeros":
-                return matrix.rows, -(-matrix.blocks * matrix.bits // 8)
+                return matrix.rows, ceil_div(matrix.blocks * matrix.bits, 8)
 
     @property
     def dtype(self) -> np.dtype[np.uint8] | np.dtype[np.float32] | np.dtype[np.float16]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.inspection import read_anatomy
-from acip_export.model.architectures import HEAD
+from acip_export.model.tensor_names import HEAD, layer_of
 from converters.onnx.matrices import Form, MatrixPart, matrices_of
-
-_LAYER = re.compile(r"(?<![A-Za-z0-9])(?:layers?|h|blocks?)[./](\d+)[./]")
 
 
 def missing_tensors(export: Path, bundle: Bundle) -> tuple[int, list[str]]:
@@ -41,8 +38,8 @@ def missing_tensors(export: Path, bundle: Bundle) -> tuple[int, list[str]]:
 
 def _layer(name: str, layers: int) -> int | None:
     """``None`` outside the layers; the model builder calls the last norm a part of one layer more."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found and int(found[1]) < layers else None
+    layer = layer_of(name)
+    return layer if layer is not None and layer < layers else None
 
 
 def _initializers(decision: TensorDecision) -> list[list[tuple[str, tuple[int, ...]]]]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from acip_export import api as pipeline
 from acip_export.cli import main as cli
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest
+from acip_export.planning import PlanRequest, resolve
 from tests.ranking.support import calibration_text
 from tests.support import Run, make_model, make_scores
 
@@ -28,7 +28,8 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model(tmp_path_factory.mktemp("models") / "tiny")
     scores = make_scores(model)
     for target in ("gguf", "onnx"):  # measured once, not in every copy; a plan from the cache needs no torch
-        pipeline.rounding_errors(Checkpoint.open(model), scores, PlanRequest(target, 1))
+        checkpoint = Checkpoint.open(model)
+        pipeline.rounding_errors(checkpoint, scores, resolve(PlanRequest(target), checkpoint).space)
     return model
 
 

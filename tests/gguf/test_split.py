@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from acip_export import api as pipeline
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import Plan, Serving, TensorDecision, load_plan
+from acip_export.artifacts.plan import Plan, Serving, load_plan
 from acip_export.errors import ModelFileError, UsageError
 from acip_export.formats.registry import export_format
 from acip_export.inspection import read_anatomy
 from acip_export.inspection.gguf_split import PartName, part_names, read_parts
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest, Problem
+from acip_export.planning import Budget, PlanRequest, Problem, resolve
 from converters.gguf import converter
 from converters.gguf.arrange import ADAPTER_FILE, MODEL_FILE, Item, model_file
 from converters.gguf.options import PART_HEAD, file_notes, tensor_limit
@@ -145,31 +145,27 @@ def test_planned_exports_keep_to_the_size(
     model = make_model(directory / "model", shape.arch, **shape.settings)
     scores = make_scores(model)
 
-    def problem_of(size: int) -> tuple[Problem, PlanRequest]:
+    serving = Serving(64, "f16", 64)
+
+    def problem_of(size: int) -> Problem:
         options = {"split_max_size": str(size)}
-        request = PlanRequest("gguf", 2**40, "file", layout=layout, context=64, options=options)
         checkpoint = Checkpoint.open(model).with_options(options)
-
-        def predict(tensors: tuple[TensorDecision, ...], serving: Serving) -> dict[str, int]:
-            return converter.predict_files(checkpoint, layout, tensors, serving)
-
-        return Problem.of(checkpoint, scores, request, predict), request
+        space = resolve(PlanRequest("gguf", layout=layout, options=options), checkpoint).space
+        return Problem.of(checkpoint, scores, space)
 
     least, refusals = 1, 0
     while True:
         try:
-            problem, request = problem_of(least)
-            floor, _ = problem.floor(request)
+            problem_of(least).floor("file", serving)
             break
         except UsageError as error:
             least = int(re.search(r"at least  (\d+)B", str(error))[1])  # type: ignore[index]
             refusals += 1
     assert refusals > 0
     size = int(least * (Checkpoint.open(model).weight_bytes / least) ** share)
-    problem, request = problem_of(size)
-    floor, _ = problem.floor(request)
-    wanted = floor + int(budget * Checkpoint.open(model).weight_bytes)
-    plan = problem.plan(dataclasses.replace(request, budget_bytes=wanted))
+    problem = problem_of(size)
+    wanted = problem.floor("file", serving).nbytes + int(budget * Checkpoint.open(model).weight_bytes)
+    plan = problem.plan(Budget(wanted, "file"), serving)
     assert plan.planned_bytes <= wanted
     bundle = make_bundle(model, plan, directory / "bundle", scores)
     pipeline.convert_bundle(bundle.path, directory / "export")  # compares with the planned bytes
@@ -352,7 +348,9 @@ def test_an_adapter_is_one_file_and_the_plan_says_so(model: Path) -> None:
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model(tmp_path_factory.mktemp("ranked") / "tiny")
-    pipeline.rounding_errors(Checkpoint.open(model), make_scores(model), PlanRequest("gguf", 1, types=TYPES))
+    checkpoint = Checkpoint.open(model)
+    space = resolve(PlanRequest("gguf", types=TYPES), checkpoint).space
+    pipeline.rounding_errors(checkpoint, make_scores(model), space)
     return model
 
 

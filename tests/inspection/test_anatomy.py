@@ -20,7 +20,6 @@ from onnx import TensorProto, helper
 from acip_export.artifacts.plan import save_plan
 from acip_export.errors import InputError, ModelFileError
 from acip_export.inspection import read_anatomy
-from acip_export.inspection.anatomy import layer_group
 from acip_export.inspection.gguf import GGML_TYPES
 from acip_export.inspection.onnx import ONNX_TYPES
 from acip_export.inspection.read import choice
@@ -165,15 +164,6 @@ def test_directory_with_two_models_tells_them_apart(tmp_path: Path) -> None:
     write_gguf(tmp_path / "sub" / "b.gguf", {"only.weight": (1, 256, "F32"), "output.weight": (1, 256, "F32")})
     names = {t.name for t in read_anatomy(tmp_path).tensors}
     assert {"a.gguf: output.weight", "sub/b.gguf: output.weight", "only.weight"} <= names
-
-
-def test_groups_fold_layer_numbers_only() -> None:
-    assert layer_group("blk.12.attn_q.weight") == "blk.*.attn_q.weight"
-    assert (
-        layer_group("model.layers.3.mlp.up_proj.MatMulNBits.qweight")
-        == "model.layers.*.mlp.up_proj.MatMulNBits.qweight"
-    )
-    assert layer_group("/model/layers.3/conv1d/w2") == "/model/layers.*/conv1d/w2"
 
 
 @pytest.mark.parametrize("write", [write_gguf, write_onnx, write_safetensors])

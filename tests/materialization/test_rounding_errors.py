@@ -25,10 +25,10 @@ from acip_export.artifacts.scores import ScoreFile, load_scores
 from acip_export.formats.registry import export_format
 from acip_export.materialization.factors import Norm
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest, make_plan
+from acip_export.planning import PlanRequest, resolve
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library
-from tests.planning.test_planner import overhead
+from tests.planning.problems import planned
 from tests.support import make_model, make_scores
 
 REQUESTS = {
@@ -44,10 +44,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def measure(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> RoundingErrors:
+    return pipeline.rounding_errors(checkpoint, scores, resolve(request, checkpoint).space)
+
+
 @pytest.fixture(scope="module")
 def measured(model: Path) -> dict[str, RoundingErrors]:
     checkpoint, scores = Checkpoint.open(model), load_scores(model / "tiny.acip")
-    return {name: pipeline.rounding_errors(checkpoint, scores, request) for name, request in REQUESTS.items()}
+    return {name: measure(checkpoint, scores, request) for name, request in REQUESTS.items()}
 
 
 @pytest.mark.parametrize("target", REQUESTS)
@@ -80,16 +84,16 @@ def test_corrections_are_measured_and_planned(model: Path) -> None:
     """The adapter layout's bases with a low-rank correction: only where it was measured what they gain."""
     checkpoint, scores = Checkpoint.open(model), load_scores(model / "tiny.acip")
     request = PlanRequest("gguf", 700_000, "file", layout="lora", types=("q8_0", "q2_k"))
-    errors = pipeline.rounding_errors(checkpoint, scores, request)
+    errors = measure(checkpoint, scores, request)
     ratios = [errors.residual_ratio("model.layers.0.mlp.up_proj", "q2_k", share) for share in (0.0, 0.1, 0.25)]
     assert ratios[0] == 1
     assert ratios == sorted(ratios, reverse=True)
     assert errors.residual_ratio("model.layers.0.mlp.up_proj", "q3_k", 0.1) is None
-    plans = {name: make_plan(checkpoint, scores, request, overhead, e) for name, e in (("with", errors), ("no", None))}
+    plans = {name: planned(checkpoint, scores, request, e) for name, e in (("with", errors), ("no", None))}
     assert not any(d.representation == "residual" for d in plans["no"].tensors)
     cheap = dict.fromkeys(("q2_k+", "q8_0+"), ((0.0, 1.0), (0.05, 0.001)))
     better = replace(errors, pairs=dict.fromkeys(scores.modules, cheap))
-    chosen = [d for d in make_plan(checkpoint, scores, request, overhead, better).tensors if d.rank]
+    chosen = [d for d in planned(checkpoint, scores, request, better).tensors if d.rank]
     assert any(d.representation == "residual" for d in chosen)
     assert all(d.nbytes == decision_bytes(d, "gguf") for d in chosen)
 
@@ -98,10 +102,10 @@ def test_measured_once(model: Path, measured: dict[str, RoundingErrors]) -> None
     file = cache_file(model / "tiny.acip", "onnx")
     before = file.read_bytes(), file.stat().st_mtime_ns
     checkpoint, scores = Checkpoint.open(model), load_scores(model / "tiny.acip")
-    again = pipeline.rounding_errors(checkpoint, scores, REQUESTS["onnx"])
+    again = measure(checkpoint, scores, REQUESTS["onnx"])
     assert again == measured["onnx"]
     assert before == (file.read_bytes(), file.stat().st_mtime_ns)
-    more = pipeline.rounding_errors(checkpoint, scores, replace(REQUESTS["onnx"], types=("int8", "int2")))
+    more = measure(checkpoint, scores, replace(REQUESTS["onnx"], types=("int8", "int2")))
     assert {"int8", "int4", "int2"} <= more.dense["model.layers.0.mlp.up_proj.weight"].keys()
     assert load_rounding_errors(file, "onnx", more.quantizer, more.scores_sha256) == more
 
@@ -117,7 +121,7 @@ def test_a_directory_that_cannot_be_written_to(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    errors = pipeline.rounding_errors(Checkpoint.open(copy), load_scores(copy / "tiny.acip"), REQUESTS["onnx"])
+    errors = measure(Checkpoint.open(copy), load_scores(copy / "tiny.acip"), REQUESTS["onnx"])
     assert errors.dense
     assert "measured again next time" in caplog.text
 
@@ -181,11 +185,11 @@ def test_the_plan_follows_what_was_measured(model: Path) -> None:
     scores: ScoreFile = load_scores(model / "tiny.acip")
     request = PlanRequest("gguf", 500_000, "file", types=("q8_0", "q4_0", "q3_k"))
     tensor = "model.layers.0.mlp.up_proj.weight"
-    chosen = {d.name: d.type for d in make_plan(checkpoint, scores, request, overhead).tensors}
+    chosen = {d.name: d.type for d in planned(checkpoint, scores, request).tensors}
     assert chosen[tensor] != "q8_0"
     bad = dict.fromkeys(("q4_0", "q3_k"), 50.0) | {"q8_0": 1e-6}
-    errors = RoundingErrors(format="gguf", quantizer="", scores_sha256=scores.sha256, dense={tensor: bad})
-    plan = make_plan(checkpoint, scores, request, overhead, errors)
+    errors = RoundingErrors("gguf", "", scores.sha256, {tensor: bad})
+    plan = planned(checkpoint, scores, request, errors)
     assert {d.name: d.type for d in plan.tensors}[tensor] == "q8_0"
     assert weight_type("gguf", "q8_0").nbytes(512, 256) == next(d.nbytes for d in plan.tensors if d.name == tensor)
 

@@ -23,7 +23,7 @@ from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of, task_of
 from acip_export.model.torch_model import load_dense, pooled
-from acip_export.planning import PlanRequest
+from acip_export.planning import PlanRequest, resolve
 from acip_export.ranking import rank_model
 from converters.onnx import converter
 from converters.onnx.converter import MODEL_FILE, Options
@@ -163,9 +163,10 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
     )
     checkpoint = Checkpoint.open(model)
     # Measured on the weights once, then read from beside the score file.
-    pipeline.rounding_errors(checkpoint, pipeline.open_scores(checkpoint, None), PlanRequest("onnx", 1))
+    space = resolve(PlanRequest("onnx"), checkpoint).space
+    pipeline.rounding_errors(checkpoint, pipeline.open_scores(checkpoint, None), space)
     code = (
-        "import sys; from acip_export import pipeline; from acip_export.model.checkpoint import Checkpoint\n"
+        "import sys; from acip_export import api as pipeline; from acip_export.model.checkpoint import Checkpoint\n"
         "from acip_export.planning import PlanRequest\n"
         f"c = Checkpoint.open({str(model)!r})\n"
         "pipeline.plan_export(c, pipeline.open_scores(c, None), PlanRequest('onnx', 10**6))\n"

@@ -20,8 +20,8 @@ from acip_export.api.progress import StageProgress
 from acip_export.artifacts.bundle import load_bundle
 from acip_export.errors import UnsupportedError
 from acip_export.formats.session import Windows
-from acip_export.model.architectures import EMBEDDINGS, HEAD
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.tensor_names import EMBEDDINGS, HEAD
 from acip_export.planning import PlanRequest
 from acip_export.verification.metrics import compare_logits
 from converters.onnx import converter

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from acip_export.artifacts.plan import Plan, TensorDecision
+from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import CurvePoint, ModuleScores, RankedModel, RankedOn, ScoreFile
 from acip_export.model.checkpoint import Checkpoint, TensorInfo
 from acip_export.model.encoder import task_of
+from acip_export.planning import PlanRequest, Problem, SearchSpace, make_plan, resolve
 from tests.support import make_tokenizer
 
 # ``make test-exhaustive`` asks for hundreds of examples and every slow type; ``make test`` for some of both.
@@ -148,3 +152,25 @@ def made_up_scores(checkpoint: Checkpoint, seed: int) -> ScoreFile:
         },
         second_moments={},
     )
+
+
+def overhead(decisions: tuple[TensorDecision, ...]) -> dict[str, int]:
+    """File bytes that, as in the real formats, depend a little on what was decided."""
+    around = sum(64 + len(str(d.nbytes)) + (40 if d.rank else 0) for d in decisions)
+    return {"model": sum(d.nbytes for d in decisions) + around, "config": 777}
+
+
+def with_overhead(space: SearchSpace) -> SearchSpace:
+    """The search space in a format whose files have :func:`overhead` around their tensors."""
+    format = copy.copy(space.format)
+    object.__setattr__(format, "predict_files", lambda _checkpoint, _layout, tensors, _serving: overhead(tensors))
+    return replace(space, format=format)
+
+
+def planned(
+    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, errors: RoundingErrors | None = None
+) -> Plan:
+    """The plan with :func:`overhead` around its tensors."""
+    question = resolve(request, checkpoint)
+    problem = Problem.of(checkpoint, scores, with_overhead(question.space), errors)
+    return make_plan(problem, question.budget, question.rule)

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from acip_export.api import plan_export
-from acip_export.api.plan import other_floors
+from acip_export.api.plan import other_formats
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError
 from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest, make_plan
+from acip_export.planning import PlanRequest, Problem, make_plan, resolve
 from tests.support import make_model, make_scores
 
 GGUF = export_format("gguf")
@@ -80,15 +80,15 @@ def test_auto_fails_only_when_no_layout_fits(ranked: tuple[Checkpoint, ScoreFile
 
 def test_a_budget_that_only_another_format_fits(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     """ONNX has factor pairs by default, so it goes further down than dense q8_0."""
-    request = PlanRequest("gguf", 1, "file", types=("q8_0",))
-    ((flags, floor),) = other_floors(*ranked, request)
-    assert flags == "--format onnx  without --types"
-    with pytest.raises(InfeasibleBudgetError, match=f"These settings fit:(.|\n)*{flags}"):
-        plan_export(*ranked, replace(request, budget_bytes=floor))
+    request = PlanRequest("gguf", 1000, "file", types=("q8_0",))
+    (onnx,) = other_formats(*ranked, request)
+    assert onnx.flags == "--format onnx  without --types"
+    with pytest.raises(InfeasibleBudgetError, match=f"These settings fit:(.|\n)*{onnx.flags}"):
+        plan_export(*ranked, replace(request, budget_bytes=onnx.floor))
     with pytest.raises(InfeasibleBudgetError) as neither:
-        plan_export(*ranked, replace(request, budget_bytes=floor - 1))
+        plan_export(*ranked, replace(request, budget_bytes=onnx.floor - 1))
     assert "--format onnx" not in str(neither.value)
     # The other format has a plan of exactly that size. (Without measured rounding errors, which change no sizes.)
-    checkpoint, files = ranked[0], export_format("onnx").predict_files
-    plan = make_plan(*ranked, PlanRequest("onnx", floor, "file"), lambda t, r: files(checkpoint, "factored", t, r))
-    assert plan.planned_bytes == floor
+    question = resolve(PlanRequest("onnx", onnx.floor, "file"), ranked[0])
+    problem = Problem.of(*ranked, question.space)
+    assert make_plan(problem, question.budget, question.rule).planned_bytes == onnx.floor

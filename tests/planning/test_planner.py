@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from acip_export.artifacts.plan import (
     RUNTIME_PARTS,
     Plan,
-    Serving,
-    TensorDecision,
     decision_bytes,
     decode_plan,
     dumps_plan,
@@ -19,16 +17,11 @@ from acip_export.artifacts.plan import (
     save_plan,
 )
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import InfeasibleBudgetError, PlanFileError, ScoreFileError, UnsupportedError, UsageError
+from acip_export.errors import PlanFileError, ScoreFileError, UnsupportedError, UsageError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest, make_plan
+from acip_export.planning import DoesNotFit, PlanRequest, Problem, infeasible, make_plan, resolve
+from tests.planning.problems import overhead, planned, with_overhead
 from tests.support import make_model, make_scores
-
-
-def overhead(decisions: tuple[TensorDecision, ...], _serving: Serving) -> dict[str, int]:
-    """File bytes that, as in the real formats, depend a little on what was decided."""
-    around = sum(64 + len(str(d.nbytes)) + (40 if d.rank else 0) for d in decisions)
-    return {"model": sum(d.nbytes for d in decisions) + around, "config": 777}
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +31,13 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, ScoreF
 
 
 REQUESTS = [
-    PlanRequest("gguf", 0),
-    PlanRequest("gguf", 0, layout="lora", types=("q8_0",)),
-    PlanRequest("gguf", 0, types=("q4_k", "q6_k"), cache_type="q8_0"),
-    PlanRequest("onnx", 0),
-    PlanRequest("onnx", 0, types=("int8",), budget_scope="file"),
-    PlanRequest("onnx", 0, types=("f32",)),
-    PlanRequest("onnx", 0, budget_scope="process"),
+    PlanRequest("gguf"),
+    PlanRequest("gguf", layout="lora", types=("q8_0",)),
+    PlanRequest("gguf", types=("q4_k", "q6_k"), cache_type="q8_0"),
+    PlanRequest("onnx"),
+    PlanRequest("onnx", types=("int8",), budget_scope="file"),
+    PlanRequest("onnx", types=("f32",)),
+    PlanRequest("onnx", budget_scope="process"),
 ]
 
 
@@ -55,19 +48,19 @@ def test_never_above_budget_and_monotone(
 ) -> None:
     asked = replace(request_, budget_bytes=budget, context=context, prompt_batch=16)
     try:
-        plan = make_plan(*ranked, asked, overhead)
-    except InfeasibleBudgetError as error:
-        assert error.smallest_feasible_bytes > budget
-        smallest = make_plan(*ranked, replace(asked, budget_bytes=error.smallest_feasible_bytes), overhead)
+        plan = planned(*ranked, asked)
+    except DoesNotFit as refused:
+        assert refused.floor.nbytes > budget
+        smallest = planned(*ranked, replace(asked, budget_bytes=refused.floor.nbytes))
         assert smallest.certificate.bytes_left == 0
         return
     used = plan.used_bytes
     assert used <= budget
     assert plan.certificate.bytes_left == budget - used
-    assert plan.planned_bytes == sum(overhead(plan.tensors, plan.serving).values())
+    assert plan.planned_bytes == sum(overhead(plan.tensors).values())
     assert all(d.nbytes == decision_bytes(d, plan.format) for d in plan.tensors)
     assert [d.name for d in plan.tensors] == list(ranked[0].tensors)
-    larger = make_plan(*ranked, replace(asked, budget_bytes=budget + more), overhead)
+    larger = planned(*ranked, replace(asked, budget_bytes=budget + more))
     assert larger.predicted_loss <= plan.predicted_loss
     # What plan.json holds is the plan.
     assert decode_plan(dumps_plan(plan).encode(), "here") == plan
@@ -76,22 +69,23 @@ def test_never_above_budget_and_monotone(
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 def test_a_process_budget_pays_for_the_runtime_first(ranked: tuple[Checkpoint, ScoreFile], target: str) -> None:
     """The same plan as for the memory alone, out of a budget that is larger by the runtime's own parts."""
-    memory = make_plan(*ranked, PlanRequest(target, 2_000_000, context=64), overhead)
+    memory = planned(*ranked, PlanRequest(target, 2_000_000, context=64))
     base = sum(memory.breakdown[part] for part in RUNTIME_PARTS)
     assert memory.process_bytes == memory.memory_bytes + base
-    process = make_plan(*ranked, PlanRequest(target, 2_000_000 + base, "process", context=64), overhead)
+    process = planned(*ranked, PlanRequest(target, 2_000_000 + base, "process", context=64))
     assert process.tensors == memory.tensors
     assert process.serving == memory.serving
     # What other settings would give is listed where they take a noteworthy share of the budget, which differs.
     assert replace(process.certificate, alternatives=()) == replace(memory.certificate, alternatives=())
     assert process.used_bytes == process.process_bytes <= process.budget_bytes
-    with pytest.raises(InfeasibleBudgetError, match="runtime and its tokenizer") as caught:
-        make_plan(*ranked, PlanRequest(target, base, "process", context=64), overhead)
-    assert caught.value.smallest_feasible_bytes > base
+    with pytest.raises(DoesNotFit) as caught:
+        planned(*ranked, PlanRequest(target, base, "process", context=64))
+    assert caught.value.floor.nbytes > base
+    assert caught.value.floor.parts["runtime and its tokenizer"] == base
 
 
 def test_kept_units_are_a_prefix_of_the_modules_order(ranked: tuple[Checkpoint, ScoreFile]) -> None:
-    plan = make_plan(*ranked, PlanRequest("onnx", 900_000, "file", types=("int8",)), overhead)
+    plan = planned(*ranked, PlanRequest("onnx", 900_000, "file", types=("int8",)))
     factored = [d for d in plan.tensors if d.rank is not None]
     assert factored
     for decision in factored:
@@ -104,19 +98,19 @@ def test_adapters_make_up_for_dropped_components_only(ranked: tuple[Checkpoint, 
     checkpoint, scores = ranked
     helped = replace(scores, curve=tuple(replace(p, loss_with_adapters=p.loss - 0.01) for p in scores.curve))
     coarse = PlanRequest("gguf", 700_000, "file", types=("q2_k",))
-    assert not make_plan(checkpoint, helped, coarse, overhead).adapters
-    cut = make_plan(checkpoint, helped, PlanRequest("onnx", 900_000, "file", types=("int8",)), overhead)
+    assert not planned(checkpoint, helped, coarse).adapters
+    cut = planned(checkpoint, helped, PlanRequest("onnx", 900_000, "file", types=("int8",)))
     assert any(d.kept for d in cut.tensors)
     assert cut.adapters
 
 
 def test_the_same_question_has_the_same_answer(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     request = PlanRequest("gguf", 2_000_000)
-    assert make_plan(*ranked, request, overhead) == make_plan(*ranked, request, overhead)
+    assert planned(*ranked, request) == planned(*ranked, request)
 
 
 def test_low_rank_that_does_not_pay_is_said(ranked: tuple[Checkpoint, ScoreFile]) -> None:
-    plan = make_plan(*ranked, PlanRequest("onnx", 10_000_000, "file"), overhead)
+    plan = planned(*ranked, PlanRequest("onnx", 10_000_000, "file"))
     assert not any(d.rank for d in plan.tensors)
     assert "does not pay" in plan.notes[0]
 
@@ -124,7 +118,7 @@ def test_low_rank_that_does_not_pay_is_said(ranked: tuple[Checkpoint, ScoreFile]
 @pytest.mark.parametrize(
     ("request_", "error", "says"),
     [
-        (PlanRequest("gguf", 10_000), InfeasibleBudgetError, "smallest feasible budget is"),
+        (PlanRequest("gguf"), UsageError, "no budget"),
         (PlanRequest("gguf", 9_000_000, types=("int4",)), UnsupportedError, "no type 'int4'"),
         (PlanRequest("gguf", 9_000_000, layout="spiral"), UnsupportedError, "no layout"),
         (PlanRequest("coreml", 9_000_000), UnsupportedError, "unknown format"),
@@ -137,24 +131,40 @@ def test_refusals(
     ranked: tuple[Checkpoint, ScoreFile], request_: PlanRequest, error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):
-        make_plan(*ranked, request_, overhead)
+        planned(*ranked, request_)
+
+
+def test_a_refused_budget_is_explained(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    """By the floor and its parts, and by what would fit."""
+    request = PlanRequest("gguf", 400_000, types=("q8_0",), context=256, prompt_batch=64)
+    question = resolve(request, ranked[0])
+    problem = Problem.of(*ranked, with_overhead(question.space))
+    with pytest.raises(DoesNotFit) as refused:
+        make_plan(problem, question.budget, question.rule)
+    error = infeasible(problem, question.budget, question.rule, refused.value.floor)
+    assert error.smallest_feasible_bytes == refused.value.floor.nbytes == sum(refused.value.floor.parts.values())
+    assert "no plan fits 400 kB (400000 bytes)" in str(error)
+    assert "No context, cache type, prompt batch or type of gguf makes it fit" in str(error)
+    roomier = replace(question.budget, nbytes=refused.value.floor.nbytes - 1)
+    flags = ("--types f16,", "--cache-type q8_0", "--prompt-batch 8")
+    assert all(flag in str(infeasible(problem, roomier, question.rule, refused.value.floor)) for flag in flags)
 
 
 def test_rows_that_fit_no_block_are_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "odd", hidden_size=160, intermediate_size=320, head_dim=40, num_hidden_layers=1)
     with pytest.raises(UnsupportedError, match="rows of 160 weights fit none"):
-        make_plan(Checkpoint.open(model), make_scores(model), PlanRequest("gguf", 9_000_000, types=("q4_k",)), overhead)
+        planned(Checkpoint.open(model), make_scores(model), PlanRequest("gguf", 9_000_000, types=("q4_k",)))
 
 
 def test_scores_of_another_model(ranked: tuple[Checkpoint, ScoreFile], tmp_path: Path) -> None:
     other = Checkpoint.open(make_model(tmp_path / "other", seed=7))
     with pytest.raises(ScoreFileError, match="was made for"):
-        make_plan(other, ranked[1], PlanRequest("gguf", 9_000_000), overhead)
+        planned(other, ranked[1], PlanRequest("gguf", 9_000_000))
 
 
 @pytest.fixture
 def saved(ranked: tuple[Checkpoint, ScoreFile], tmp_path: Path) -> tuple[Plan, Path]:
-    plan = make_plan(*ranked, PlanRequest("onnx", 900_000, "file", types=("int8",)), overhead)
+    plan = planned(*ranked, PlanRequest("onnx", 900_000, "file", types=("int8",)))
     save_plan(plan, tmp_path / "plan.json")
     return plan, tmp_path / "plan.json"
 

@@ -11,12 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from acip_export.artifacts.plan import RUNTIME_PARTS, BudgetScope, Plan, Serving, TensorDecision, decision_bytes
+from acip_export.artifacts.plan import RUNTIME_PARTS, BudgetScope, Plan, Serving, decision_bytes
 from acip_export.cli.plan_options import PlanFlags
-from acip_export.errors import InfeasibleBudgetError
+from acip_export.formats.protocol import DEFAULT_BACKEND
 from acip_export.formats.registry import export_format, export_formats
-from acip_export.planning import PlanRequest, Problem, make_plan
-from acip_export.planning.memory import memory_breakdown
+from acip_export.planning import Budget, DoesNotFit, PlanRequest, Problem, make_plan, resolve
 from tests.planning.problems import MAX_CONTEXT, Shape, examples, made_up_scores, shapes, weightless
 
 SCOPES: tuple[BudgetScope, ...] = get_args(BudgetScope)
@@ -38,6 +37,17 @@ class Case:
     request: PlanRequest
     share: float
 
+    @property
+    def scope(self) -> BudgetScope:
+        return self.request.budget_scope
+
+    @property
+    def serving(self) -> Serving:
+        """Every case fixes its settings."""
+        request = self.request
+        assert request.context is not None and request.cache_type is not None and request.prompt_batch is not None
+        return Serving(request.context, request.cache_type, request.prompt_batch, request.backend or DEFAULT_BACKEND)
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
@@ -48,8 +58,7 @@ def cases(draw: st.DrawFn) -> Case:
     fitting = tuple(form for form in target.types if form in ("f32", "f16"))[:1]
     request = PlanRequest(
         name,
-        0,
-        draw(st.sampled_from(SCOPES)),
+        budget_scope=draw(st.sampled_from(SCOPES)),
         backend=backend,
         layout=layout,
         types=draw(st.one_of(st.just(()), types.map(lambda chosen: tuple(dict.fromkeys((*fitting, *chosen)))))),
@@ -62,35 +71,31 @@ def cases(draw: st.DrawFn) -> Case:
 
 def problem_of(case: Case, directory: Path) -> Problem:
     checkpoint = weightless(case.shape, directory)
-    files = export_format(case.request.format).predict_files
-
-    def predict(tensors: tuple[TensorDecision, ...], serving: Serving) -> dict[str, int]:
-        return files(checkpoint, str(case.request.layout), tensors, serving)
-
-    return Problem.of(checkpoint, made_up_scores(checkpoint, case.seed), case.request, predict)
+    space = resolve(case.request, checkpoint).space
+    return Problem.of(checkpoint, made_up_scores(checkpoint, case.seed), space)
 
 
-def budgets(problem: Problem, case: Case, *factors: float) -> list[int]:
+def budgets(problem: Problem, case: Case, *factors: float) -> list[Budget]:
     """Feasible ones: what the case's share adds to the floor, times each factor."""
-    floor, _ = problem.floor(replace(case.request, budget_bytes=2**62))
+    floor = problem.floor(case.scope, case.serving)
     extra = case.share * problem.checkpoint.weight_bytes
-    return [floor + int(factor * extra) for factor in factors]
+    return [Budget(floor.nbytes + int(factor * extra), case.scope) for factor in factors]
 
 
-def check(problem: Problem, request: PlanRequest, plan: Plan) -> None:
+def check(problem: Problem, budget: Budget, plan: Plan) -> None:
     """What every plan is, said once more from the decisions alone."""
     assert [d.name for d in plan.tensors] == list(problem.checkpoint.tensors)
     assert [d.nbytes for d in plan.tensors] == [decision_bytes(d, plan.format) for d in plan.tensors]
-    assert plan.files == problem.predict_files(plan.tensors, plan.serving)
+    assert plan.files == problem.sizes.files(plan.tensors, plan.serving)
     assert plan.planned_bytes == sum(plan.files.values())
-    again = memory_breakdown(problem.format, problem.checkpoint, plan.tensors, plan.planned_bytes, plan.serving)
+    again = problem.memory.breakdown(plan.tensors, plan.planned_bytes, plan.serving)
     assert plan.breakdown == again
     assert min(again.values()) >= 0
     own = sum(again[part] for part in RUNTIME_PARTS)
     assert plan.process_bytes == plan.memory_bytes + own == sum(again.values())
     # The scope's total is the sum of the parts that it counts, and the budget holds it.
     assert plan.used_bytes == sum(size for part, size in again.items() if plan.counts(part))
-    assert plan.used_bytes + plan.certificate.bytes_left == request.budget_bytes
+    assert plan.used_bytes + plan.certificate.bytes_left == plan.budget_bytes == budget.nbytes
     assert plan.certificate.bytes_left >= 0
     assert plan.certificate.lower_bound <= plan.predicted_loss * (1 + 1e-9) + 1e-12
 
@@ -110,23 +115,25 @@ def test_plans_keep_every_promise(directory: Path, case: Case) -> None:
     problem = problem_of(case, directory)
     before = float("inf")
     for budget in budgets(problem, case, 0, 0.5, 1, 1.01):
-        request = replace(case.request, budget_bytes=budget)
-        plan = problem.plan(request)
-        check(problem, request, plan)
+        plan = problem.plan(budget, case.serving)
+        check(problem, budget, plan)
         assert plan.predicted_loss <= before
         before = plan.predicted_loss
-    assert problem_of(case, directory).plan(request) == plan
+    assert problem_of(case, directory).plan(budget, case.serving) == plan
+    largest = problem.largest(case.scope, case.serving)
+    check(problem, Budget(largest.used_bytes, case.scope), largest)
+    assert largest.predicted_loss <= before
 
 
 def test_more_bytes_than_what_is_around_pairs(directory: Path) -> None:
     """What a graph has around a pair is more than around a dense layer. A planner that solved again with what its last
     solution left over ended here with 0.0100 nats after 0.0091 of a smaller budget."""
     shape = Shape("qwen2", 2, 256, 2, 2, 128, 256, 512, tied=True)
-    request = PlanRequest("onnx", 0, "file", layout="factored", context=1, cache_type="f32", prompt_batch=8)
+    request = PlanRequest("onnx", budget_scope="file", layout="factored", context=1, cache_type="f32", prompt_batch=8)
     case = Case(shape, 56, request, 0.12002815515051397)
     problem = problem_of(case, directory)
     found = budgets(problem, case, *sorted((*(step / 100 for step in range(0, 204, 4)), 0.5, 1.01)))
-    losses = [problem.plan(replace(request, budget_bytes=budget)).predicted_loss for budget in found]
+    losses = [problem.plan(budget, case.serving).predicted_loss for budget in found]
     assert losses == sorted(losses, reverse=True)
     assert len(set(losses)) > 25
 
@@ -137,10 +144,10 @@ def test_below_the_floor_there_is_no_plan(directory: Path, case: Case, short: in
     """The refusal names the floor, at which a plan exists that leaves nothing over."""
     problem = problem_of(case, directory)
     (floor,) = budgets(problem, case, 0)
-    with pytest.raises(InfeasibleBudgetError) as refused:
-        problem.plan(replace(case.request, budget_bytes=max(1, floor - short)))
-    assert refused.value.smallest_feasible_bytes == floor
-    assert problem.plan(replace(case.request, budget_bytes=floor)).certificate.bytes_left == 0
+    with pytest.raises(DoesNotFit) as refused:
+        problem.plan(replace(floor, nbytes=max(1, floor.nbytes - short)), case.serving)
+    assert refused.value.floor.nbytes == floor.nbytes == sum(refused.value.floor.parts.values())
+    assert problem.plan(floor, case.serving).certificate.bytes_left == 0
 
 
 @settings(PROPERTY, max_examples=examples(8, 80))
@@ -151,7 +158,7 @@ def test_what_a_scope_leaves_out_is_spent(directory: Path, case: Case) -> None:
     problem = problem_of(case, directory)
     (budget,) = budgets(problem, replace(case, request=replace(case.request, budget_scope="process")), 1)
     for scope in ("file", "memory", "process"):
-        losses.append(problem.plan(replace(case.request, budget_scope=scope, budget_bytes=budget)).predicted_loss)
+        losses.append(problem.plan(replace(budget, scope=scope), case.serving).predicted_loss)
     assert losses == sorted(losses)
 
 
@@ -167,18 +174,15 @@ def test_devices(directory: Path, case: Case, memory: int, usable: float) -> Non
     )
     request = PlanFlags(device="thing", devices=file, format_=case.request.format).request()
     assert request.budget_scope == "process"
-    layout = export_format(request.format).layouts_for(None, request.runtime)[0].name
     checkpoint = weightless(case.shape, directory)
+    question = resolve(request, checkpoint)
     scores = made_up_scores(checkpoint, case.seed)
-
-    def predict(tensors: tuple[TensorDecision, ...], serving: Serving) -> dict[str, int]:
-        return export_format(request.format).predict_files(checkpoint, layout, tensors, serving)
-
+    problem = Problem.of(checkpoint, scores, question.space)
     try:
-        plan = make_plan(checkpoint, scores, request, predict)
-    except InfeasibleBudgetError as refused:
-        assert refused.smallest_feasible_bytes > request.budget_bytes
+        plan = make_plan(problem, question.budget, question.rule)
+    except DoesNotFit as refused:
+        assert refused.floor.nbytes > question.budget.nbytes
         return
-    assert plan.process_bytes <= request.budget_bytes == int(memory * 10**6 * Fraction(repr(usable)))
+    assert plan.process_bytes <= question.budget.nbytes == int(memory * 10**6 * Fraction(repr(usable)))
     assert plan.serving.context <= case.request.context  # type: ignore[operator]
-    check(Problem.of(checkpoint, scores, request, predict), request, plan)
+    check(problem, question.budget, plan)

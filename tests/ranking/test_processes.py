@@ -45,7 +45,7 @@ import gc, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
-from acip_export import factor_cache
+from acip_export.lowrank import cache as factor_cache
 from acip_export.ranking import AcipConfig, rank_model
 from acip_export.ranking.masked_linear import MaskedLinear
 from acip_export.ranking.processes import launched_rank

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from acip_export.cli import output as console
+from acip_export.model.tensor_names import within_layer
 from acip_export.units import format_bytes
-
-_WITHIN_LAYER = re.compile(r"^.*\blayers?\.\d+\.")
 
 if TYPE_CHECKING:
     from acip_export.artifacts.plan import Plan, TensorDecision
@@ -100,7 +98,7 @@ def _folded_table(plan: Plan) -> Table:
     groups: dict[str, list[TensorDecision]] = defaultdict(list)
     for decision in plan.tensors:
         if len(decision.shape) == 2:
-            groups[_WITHIN_LAYER.sub("", decision.module)].append(decision)
+            groups[within_layer(decision.module)].append(decision)
     table = Table("tensors", "n", "shape", "bytes", "what they become", box=None, padding=(0, 2), header_style="dim")
     for name, members in groups.items():
         counts: dict[str, int] = defaultdict(int)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int64]
 
-_OUTER = ("token_embd.weight", "output_norm.weight")
+TOKEN_EMBEDDING = "token_embd.weight"
+_OUTER = (TOKEN_EMBEDDING, "output_norm.weight")
 PRE_NORMS = ("attn_norm.weight", "ffn_norm.weight")
 POST_NORMS = ("post_attention_norm.weight", "post_ffw_norm.weight")
 ATTENTION = ("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight")

@@ -9,14 +9,14 @@ from typing import Any
 from acip_export.errors import UnsupportedError
 from acip_export.model.checkpoint import ModelShape
 from acip_export.model.encoder import Encoder
-from converters.gguf.architectures.base import ATTENTION, ATTENTION_BIASES, Family
+from converters.gguf.architectures.base import ATTENTION, ATTENTION_BIASES, TOKEN_EMBEDDING, Family
 from converters.gguf.architectures.rope import Floats
 from converters.gguf.writer import Metadata, boolean, float32, strings, uint32
 
 _NORMS = tuple(f"{name}.{kind}" for name in ("attn_output_norm", "layer_output_norm") for kind in ("weight", "bias"))
 _FFN = ("ffn_up.weight", "ffn_up.bias", "ffn_down.weight", "ffn_down.bias")
 _OUTER = (
-    "token_embd.weight",
+    TOKEN_EMBEDDING,
     "position_embd.weight",
     "token_types.weight",
     "token_embd_norm.weight",

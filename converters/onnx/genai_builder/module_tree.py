@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
-from acip_export.model.architectures import HEAD
+from acip_export.model.tensor_names import DECODER_EMBEDDING, HEAD
 from converters.onnx.matrices import Matrix, matrices_of
-
-_EMBEDDING = "model.embed_tokens.weight"
 
 ReadVector = Callable[[str], Tensor]
 
@@ -91,9 +89,9 @@ def make_skeleton(
     if tied:
         decisions.pop(HEAD, None)
     _check_names(set(decisions), {name for name, _ in model.named_parameters()}, type(model).__name__)
-    embedding = _embedding(decisions[_EMBEDDING])
+    embedding = _embedding(decisions[DECODER_EMBEDDING])
     if tied:
-        decisions[HEAD] = decisions[_EMBEDDING]
+        decisions[HEAD] = decisions[DECODER_EMBEDDING]
     half = embedding.type.item_bytes == 2
     form = "f16" if half else "f32"
     vectors = {name: _vector(d, form, read_vector) for name, d in decisions.items() if len(d.shape) == 1}

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.model.encoder import Encoder
+from acip_export.model.tensor_names import MASKED_HEAD
 from converters.onnx.graph.decided import IR_VERSION, MICROSOFT, OPSET, Contents, DecidedGraph
 
 _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -181,6 +182,5 @@ def _predicted(graph: _Graph, hidden: ir.Value, config: Mapping[str, Any], encod
     hidden = graph.activation(config, hidden, "/cls/predictions/transform")
     hidden = graph.norm(f"{head}.transform.LayerNorm", hidden, float(config.get("layer_norm_eps", 1e-12)))
     name = "/cls/predictions/decoder/MatMul"
-    untied = f"{head}.decoder.weight"
-    logits = graph.head(untied if untied in graph.decisions else encoder.word_embeddings, hidden, name)
+    logits = graph.head(MASKED_HEAD if MASKED_HEAD in graph.decisions else encoder.word_embeddings, hidden, name)
     return graph.node("Add", [logits, graph.vector(f"{head}.bias")], "/cls/predictions/Add")

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.artifacts.plan import TensorDecision
-from acip_export.model.architectures import HEAD
 from acip_export.model.checkpoint import ModelShape
+from acip_export.model.tensor_names import DECODER_EMBEDDING, HEAD
+from acip_export.units import ceil_div
 from acip_export.version import __version__
 from converters.onnx.companion_files import DATA_FILE
 from converters.onnx.matrices import BESIDE, Matrix, MatrixPart, matrices_of
@@ -31,7 +32,6 @@ _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _QK_NORM = ("qwen3",)
 # Scaled positions change the numbers in the tables, never their sizes.
 _ROPE_TYPES = ("default", "linear", "llama3")
-_EMBEDDING = "model.embed_tokens.weight"
 _LOCATION = Path(DATA_FILE).name
 
 _FLOAT, _UINT8, _INT32, _INT64 = 1, 2, 6, 7
@@ -96,7 +96,7 @@ def _varint(value: int) -> int:
     """Bytes of a varint; negative numbers take ten."""
     if 0 <= value < 128:
         return 1
-    return 10 if value < 0 else max(1, -(-value.bit_length() // 7))
+    return 10 if value < 0 else max(1, ceil_div(value.bit_length(), 7))
 
 
 def _field(length: int) -> int:
@@ -248,7 +248,7 @@ class _Outline:
         return self._initializer(name, part.shape, _UINT8 if part.dtype.itemsize == 1 else _FLOAT)
 
     def _embedding(self, tied: bool) -> str:
-        decision = self._take(_EMBEDDING)
+        decision = self._take(DECODER_EMBEDDING)
         matrix = self._lookup(decision)
         if matrix is None:
             return ""
@@ -420,7 +420,7 @@ class _Outline:
         return self._linear(f"{module}.down_proj", f"{stem}/down_proj", f"{product}/output_0")
 
     def _head(self, source: str, tied: bool) -> None:
-        decision = self._decisions.get(_EMBEDDING) if tied else self._take(HEAD)
+        decision = self._decisions.get(DECODER_EMBEDDING) if tied else self._take(HEAD)
         if tied and HEAD in self._decisions:
             self._used.add(HEAD)  # a checkpoint may store the tied head too; the graph does not
         matrix = self._lookup(decision)
@@ -430,7 +430,7 @@ class _Outline:
         if not tied:
             self._product(matrix, name, source, "logits")
         elif matrix.type.is_float:
-            inputs = (source, "model.embed_tokens.weight")
+            inputs = (source, DECODER_EMBEDDING)
             self._node("FusedMatMul", name, inputs, ("logits",), _integer("transB", 1), _MICROSOFT)
         else:
             parts = [f"model.embed_tokens.{part}" for part in ("qweight", *(BESIDE[form] for form in matrix.beside))]

@@ -22,8 +22,8 @@ from google.protobuf.message import DecodeError
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.io.atomic import keep, user_cache
-from acip_export.model.architectures import HEAD
 from acip_export.model.checkpoint import ModelShape
+from acip_export.model.tensor_names import HEAD
 from acip_export.version import __version__
 from converters.onnx.graph.decided import EMBEDDING, IR_VERSION, LINEAR, MARKS, MICROSOFT, OPSET, Contents, DecidedGraph
 

@@ -1,0 +1,139 @@
+"""What a user asks for, and what it means for a model: resolved here, once, before anything is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from acip_export.artifacts.plan import BudgetScope
+from acip_export.errors import UsageError
+from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
+from acip_export.formats.registry import export_format
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import encoder_of
+from acip_export.planning.budget import Budget, ServingRule
+from acip_export.planning.space import SearchSpace
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asks for. Everything but the format may be left out.
+
+    Attributes:
+        format: the name of a file format.
+        budget_bytes: the most that the plan may take; ``None``: no single budget, as for a sweep of all of them.
+        budget_scope: what the budget covers: all of the process, what it holds for this model, or the files.
+        runtime: a runtime of the format; ``None``: its default.
+        backend: what computes the export (``cpu``, ``webgpu``, ...); ``None``: the format's default.
+        layout: a layout of the format; ``auto``: every one that the runtime runs; ``None``: the runtime's default.
+        types: names of the weight types to choose from; empty: the format's defaults.
+        context: tokens; ``None``: the model's, at most ``default_context``.
+        cache_type: the type of the KV cache; ``None``: the format's default.
+        prompt_batch: prompt tokens that are computed together; ``None``: chosen to suit the budget.
+        default_context: the most tokens of context that are planned for without being asked.
+        device: the name of the device that the budget is of, if it is of one.
+        whole_prompts: prompts are computed in one piece, whatever their length; then the prompt batch is the context.
+        largest_file: bytes of the largest file that can be loaded; ``None``: any.
+        options: for the format; :attr:`acip_export.formats.protocol.ExportFormat.options` names them.
+    """
+
+    format: str
+    budget_bytes: int | None = None
+    budget_scope: BudgetScope = "memory"
+    runtime: str | None = None
+    backend: str | None = None
+    layout: str | None = None
+    types: tuple[str, ...] = ()
+    context: int | None = None
+    cache_type: str | None = None
+    prompt_batch: int | None = None
+    default_context: int = DEFAULT_CONTEXT
+    device: str | None = None
+    whole_prompts: bool = False
+    largest_file: int | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request in the planner's terms, with every name looked up and every default filled in.
+
+    Attributes:
+        spaces: one for each layout to plan for.
+        rule: the serving settings, up to what depends on the budget.
+        scope: what a budget covers.
+        nbytes: the budget's; ``None``: the question is about all budgets.
+    """
+
+    spaces: tuple[SearchSpace, ...]
+    rule: ServingRule
+    scope: BudgetScope
+    nbytes: int | None
+
+    @property
+    def space(self) -> SearchSpace:
+        """The only search space.
+
+        Raises:
+            UsageError: the layout ``auto`` stands for several.
+        """
+        space, *others = self.spaces
+        if others:
+            names = ", ".join(each.layout.name for each in self.spaces)
+            raise UsageError(f"one plan is for one layout: {names}")
+        return space
+
+    @property
+    def budget(self) -> Budget:
+        """The budget.
+
+        Raises:
+            UsageError: the request has none.
+        """
+        if self.nbytes is None:
+            raise UsageError("no budget; give one with  --budget 4GB")
+        return Budget(self.nbytes, self.scope)
+
+
+def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
+    """Look up what ``request`` names and settle what it leaves open, for one model.
+
+    Raises:
+        UnsupportedError: no such format, backend, runtime, layout, type or option.
+        UsageError: the model cannot be served with these settings.
+    """
+    format = export_format(request.format, request.backend)
+    format.check_options(request.options)
+    backend = request.backend or DEFAULT_BACKEND
+    types = format.choose_types(request.types)
+    spaces = tuple(
+        SearchSpace(format, layout, types, backend, request.options)
+        for layout in format.layouts_for(request.layout, request.runtime)
+    )
+    return Question(spaces, _rule(request, format, backend, checkpoint), request.budget_scope, request.budget_bytes)
+
+
+def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: Checkpoint) -> ServingRule:
+    encoder = encoder_of(checkpoint)
+    longest = format.longest_context(checkpoint.shape) if encoder is None else encoder.max_length
+    context = min(longest, request.default_context) if request.context is None else request.context
+    if not 0 < context <= longest:
+        why = (
+            ""
+            if encoder is not None or longest == checkpoint.shape.max_context
+            else f"; {format.name} has no sliding window for it"
+        )
+        raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")
+    cache_type = request.cache_type or next(iter(format.cache_types))
+    if cache_type not in format.cache_types:
+        known = ", ".join(format.cache_types)
+        raise UsageError(f"{format.name} has no KV cache type {cache_type!r}; it has: {known}")
+    if encoder is not None and request.prompt_batch is not None and request.prompt_batch < context:
+        raise UsageError(
+            f"--prompt-batch {request.prompt_batch} is less than a text of --context {context} tokens, which an "
+            "encoder reads in one piece; give more, or a shorter --context"
+        )
+    whole = request.whole_prompts or encoder is not None
+    return ServingRule(context, cache_type, backend, request.prompt_batch, whole)
