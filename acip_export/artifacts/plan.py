@@ -32,7 +32,7 @@ Range = tuple[Count, Positive]
 # Tokens; runtimes count them in 32 bits.
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 # Longest name of a file in bytes, by every common file system.
-_LONGEST_FILE_NAME = 255
+LONGEST_FILE_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -323,5 +323,5 @@ def _is_file_name(name: str) -> bool:
         and not path.is_absolute()
         and ".." not in path.parts
         and name not in ("", ".", *PAPERS)
-        and all(len(part.encode()) <= _LONGEST_FILE_NAME for part in path.parts)
+        and all(len(part.encode()) <= LONGEST_FILE_NAME for part in path.parts)
     )

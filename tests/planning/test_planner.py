@@ -172,6 +172,15 @@ def saved(ranked: tuple[Checkpoint, ScoreFile], tmp_path: Path) -> tuple[Plan, P
 def test_plan_file_round_trip(saved: tuple[Plan, Path]) -> None:
     plan, file = saved
     assert load_plan(file) == plan
+    described = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert [part for part in plan.breakdown if f"`{part}`" not in described] == []
+
+
+def test_a_plan_is_read_only(saved: tuple[Plan, Path]) -> None:
+    for plan in (saved[0], load_plan(saved[1])):
+        for mapping in (plan.files, plan.breakdown, plan.options):
+            with pytest.raises(TypeError):
+                mapping["more"] = 1  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
