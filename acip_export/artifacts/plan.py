@@ -6,7 +6,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import chain
+from operator import lt
 from pathlib import Path, PurePosixPath
 from typing import Annotated, ClassVar, Literal
 
@@ -298,10 +299,11 @@ def _decision_problems(decision: TensorDecision, format_name: str) -> Iterator[s
         return
     if kept is not None and decision.representation in ("factored", "lora"):
         bounds = list(chain.from_iterable(kept))
-        if any(start >= stop for start, stop in pairwise(bounds)) or bounds[-1] > components:
+        count = sum(bounds[1::2]) - sum(bounds[::2])
+        if not all(map(lt, bounds, bounds[1:])) or bounds[-1] > components:
             yield f"kept must be growing ranges below {components}, none empty"
-        elif sum(stop - start for start, stop in kept) != rank:
-            yield f"kept are {sum(stop - start for start, stop in kept)} components, its rank is {rank}"
+        elif count != rank:
+            yield f"kept are {count} components, its rank is {rank}"
     elif kept is not None:
         yield f"{decision.representation}, and yet made of kept components"
     try:

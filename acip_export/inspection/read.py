@@ -17,7 +17,7 @@ from acip_export.inspection.gguf_split import PartName, read_gguf
 from acip_export.inspection.mapped_file import map_file
 from acip_export.inspection.onnx import read_onnx
 from acip_export.io.atomic import read_safetensors_header
-from acip_export.io.inputs import read_input, read_json
+from acip_export.io.inputs import open_input, read_input, read_json
 
 _SUFFIXES = (".gguf", ".onnx", ".safetensors")
 
@@ -38,8 +38,6 @@ def read_anatomy(path: Path) -> Anatomy:
     try:
         if path.is_dir():
             return _directory(path)
-        if not path.exists():
-            raise ModelFileError(f"{path} does not exist")
         if path.suffix == ".json":
             return _plan(path)
         kind, (tensors, facts, more) = _file(path, path.name)
@@ -50,7 +48,7 @@ def read_anatomy(path: Path) -> Anatomy:
 
 def _file(file: Path, name: str) -> tuple[Kind, _Contents]:
     """By content where it tells, by suffix otherwise: an ONNX file has no magic bytes."""
-    with file.open("rb") as stream:
+    with open_input(file, ModelFileError) as stream:
         start = stream.read(9)
     if start[:4] == MAGIC or file.suffix == ".gguf":
         return "gguf", read_gguf(file, name)

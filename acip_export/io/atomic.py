@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Meta
 
 from acip_export.errors import InputError, OutputError, UsageError
-from acip_export.io.inputs import Count, decode_json, open_input
+from acip_export.io.inputs import Count, decode_json, open_input, read_foreign_json
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +110,7 @@ def read_json_object(file: Path, error: type[InputError]) -> dict[str, Any]:
     Raises:
         error: unreadable, not JSON, or something else than an object.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as reason:
-        raise error(f"{file} cannot be read as JSON: {reason}") from reason
+    data = read_foreign_json(file, error)
     if not isinstance(data, dict):
         raise error(f"{file} holds a {type(data).__name__}, expected a JSON object")
     return data

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, BinaryIO, TypeVar
@@ -101,6 +101,22 @@ def decode_json(data: bytes, kind: type[_T], where: str, error: Failure) -> _T:
         raise error(f"{where} is no JSON: {_why_not(data) or reason}") from None
 
 
+def read_foreign_json(file: Path, error: Failure) -> Any:
+    """Parse a JSON file of others as their own libraries do: with infinities, and with keys that nobody here knows.
+
+    Raises:
+        error: as :func:`open_input`, or it is no JSON, or one that no library takes.
+    """
+    data = read_input(file, error)
+    try:
+        parsed = json.loads(data.removeprefix(_BYTE_ORDER_MARK))
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{file} cannot be read as JSON: {_why_not(data) or reason}") from reason
+    if _HALF_A_PAIR.search(data):
+        raise error(f"{file} cannot be read as JSON: {_why_not(data)}")
+    return parsed
+
+
 def decode_strictly(data: bytes, kind: type[_T], where: str, error: Failure, also: tuple[str, ...] = ()) -> _T:
     """Decode a document of our own: as :func:`decode_json`, and no key may be unknown, or stand in an object twice.
 
@@ -125,21 +141,24 @@ def decode_strictly(data: bytes, kind: type[_T], where: str, error: Failure, als
 
 def refuse_unknown_keys(raw: Any, value: object, where: str, error: Failure, also: tuple[str, ...] = ()) -> None:
     """Raises ``error`` if ``raw``, from which ``value`` was decoded, has keys that it did not take."""
-    known = builtins(value)
-    place = _unknown_key(raw, {**dict.fromkeys(also), **known} if also else known, "$")
+    if isinstance(raw, dict):
+        raw = {key: inner for key, inner in raw.items() if key not in also}
+    place = _unknown_key(raw, value, "$")
     if place:
         raise error(f"{where}: {place}: unknown key")
 
 
-def _unknown_key(raw: Any, known: Any, place: str) -> str:
+def _unknown_key(raw: Any, value: Any, place: str) -> str:
+    """Look where there are objects; ``value`` has mappings or dataclasses there."""
     if isinstance(raw, dict):
+        known = value if isinstance(value, Mapping) else vars(value)
         for key, inner in raw.items():
             if key not in known:
                 return f"{place}.{key}"
-            if found := _unknown_key(inner, known[key], f"{place}.{key}"):
+            if isinstance(inner, dict | list) and (found := _unknown_key(inner, known[key], f"{place}.{key}")):
                 return found
     elif isinstance(raw, list) and raw and isinstance(raw[0], dict):
-        for index, (inner, of_it) in enumerate(zip(raw, known, strict=True)):
+        for index, (inner, of_it) in enumerate(zip(raw, value, strict=True)):
             if found := _unknown_key(inner, of_it, f"{place}[{index}]"):
                 return found
     return ""
