@@ -16,7 +16,7 @@
     │   ├── ExtensionError             the llama.cpp checkout that our extension goes into
     │   └── BaselineError              acip-check.lock.json, or what --against names
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
-    ├── UnsupportedError           5   the target cannot express what was asked
+    ├── UnsupportedError           5   the format cannot express what was asked
     ├── VerificationError          6   the export is not what was promised
     │   ├── RuntimeCrashError          its runtime died: the message has the signal and the end of its output
     │   └── RuntimeHangError           its runtime gave no answer in time

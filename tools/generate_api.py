@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "api.md"
@@ -24,7 +27,7 @@ def reference() -> str:
             continue
         value = getattr(acip_export, name)
         is_class = inspect.isclass(value)
-        signature = "" if is_class else str(inspect.signature(value)).replace("'", "").replace("mappingproxy({})", "{}")
+        signature = "" if is_class else _signature(value)
         text = inspect.getdoc(value) or ""
         title = f"class {name}" if is_class else name
         parts.append(f"## `{title}`\n")
@@ -32,6 +35,12 @@ def reference() -> str:
             parts.append(f"```python\n{_folded(name, signature)}\n```\n")
         parts.append(f"```text\n{text}\n```\n")
     return "\n".join(parts)
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    """Return the signature as it is written, without the addresses of functions, which differ from run to run."""
+    text = str(inspect.signature(function)).replace("'", "").replace("mappingproxy({})", "{}")
+    return re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", text)
 
 
 def _folded(name: str, signature: str) -> str:

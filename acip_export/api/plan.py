@@ -23,6 +23,7 @@ from acip_export.errors import (
 from acip_export.formats.protocol import ExportFormat
 from acip_export.formats.registry import format_names
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.opening import check_checkpoint
 from acip_export.planning import (
     Budget,
     DoesNotFit,
@@ -162,6 +163,8 @@ def _prepare(
     checkpoint: Checkpoint, format: ExportFormat, rule: ServingRule, progress: ProgressCallback
 ) -> tuple[str, ...]:
     """Let the format do what is the same for all plans; return what a user has to know about this model's exports."""
+    check_checkpoint(checkpoint)
+    format.check_model(checkpoint)
     return format.prepare(
         checkpoint,
         rule.backend,

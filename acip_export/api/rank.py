@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.io.inputs import builtins
 from acip_export.model.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    pass
 
 
 def ranking_summary(scores: ScoreFile) -> dict[str, Any]:

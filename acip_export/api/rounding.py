@@ -21,30 +21,25 @@ from acip_export.planning import PlanRequest, SearchSpace, resolve
 
 logger = logging.getLogger(__name__)
 
-# The last scores that are in no file, and what was measured for them: every budget asks again.
-_measured_last: tuple[ScoreFile, RoundingErrors] | None = None
-
 
 def rounding_errors(
     checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace, progress: ProgressCallback = quiet
 ) -> RoundingErrors:
     """Measure what the format's quantizer costs on this model, for everything that ``space`` offers.
 
-    Read from the cache beside the score file; what it lacks is measured once and added to it. Without the quantizer
-    the answer is what the cache has.
+    Read from the cache beside the score file; what it lacks is measured once and added to it. Scores that are in no
+    file keep what was measured themselves. Without the quantizer the answer is what is known.
     """
-    global _measured_last
     from acip_export.planning.candidates import choose_embedding_types, pair_types, residual_bases
 
     scores.check_model(checkpoint)
     target, types, layout = space.format, space.types, space.layout
     quantizer = target.quantizer()
     cache = None if scores.file is None else cache_file(scores.file, target.name)
-    known = RoundingErrors(target.name, quantizer, scores.sha256)
     if cache is not None:
         known = load_rounding_errors(cache, target.name, quantizer, scores.sha256)
-    elif _measured_last is not None and _measured_last[0] is scores and _measured_last[1].format == target.name:
-        known = _measured_last[1]
+    else:
+        known = scores.rounding_errors.get(target.name) or RoundingErrors(target.name, quantizer, scores.sha256)
     embedding_types = choose_embedding_types(target, types)
     dense = {
         name: tuple(
@@ -81,7 +76,7 @@ def rounding_errors(
     if cache is not None:
         save_rounding_errors(measured, cache)
     else:
-        _measured_last = (scores, measured)
+        scores.rounding_errors[target.name] = measured
     return measured
 
 

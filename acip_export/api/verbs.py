@@ -12,6 +12,7 @@ Every error is a class of :mod:`acip_export.errors`; its message says what was f
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,11 +23,14 @@ from typing import TYPE_CHECKING, Any
 from acip_export.api.progress import ProgressCallback, quiet
 from acip_export.artifacts.plan import BudgetScope, Plan
 from acip_export.artifacts.scores import ScoreFile, find_scores, load_scores
+from acip_export.errors import CheckpointError, MissingExtraError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.units import parse_bytes
 
 if TYPE_CHECKING:
     from acip_export.artifacts.report import Report
+
+logger = logging.getLogger(__name__)
 
 Location = str | os.PathLike[str]
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -67,9 +71,12 @@ def rank(
         UsageError: unknown algorithm, or ``out`` exists. DataError, MissingExtraError: the text.
         CheckpointError, UnsupportedError: the model. RankingError: the run diverged.
     """
+    from acip_export.model.opening import check_checkpoint
     from acip_export.ranking import DataConfig, automatic_config, rank_model
 
     checkpoint = open_model(model, revision, token)
+    check_checkpoint(checkpoint)
+    _warn_of_formats(checkpoint)
     return rank_model(
         checkpoint.path,
         os.fspath(data),
@@ -247,6 +254,19 @@ def open_scores(checkpoint: Checkpoint, scores: Location | ScoreFile | None) -> 
     if isinstance(scores, ScoreFile):
         return scores
     return load_scores(find_scores(checkpoint.path) if scores is None else Path(scores))
+
+
+def _warn_of_formats(checkpoint: Checkpoint) -> None:
+    """Name the formats that cannot hold the model, before hours go into its ranking."""
+    from acip_export.formats.registry import export_formats
+
+    for known in export_formats():
+        try:
+            known.check_model(checkpoint)
+        except (UnsupportedError, CheckpointError) as reason:
+            logger.warning("%s has no export as %s: %s", checkpoint.path, known.name, reason)
+        except MissingExtraError:
+            continue
 
 
 def _open_plan(plan: Plan | Location) -> Plan:

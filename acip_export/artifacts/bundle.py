@@ -8,11 +8,10 @@ adapter has a base that is not zero).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from acip_export.artifacts.document import Artifact, read_artifact
 from acip_export.artifacts.names import (
@@ -26,7 +25,7 @@ from acip_export.artifacts.names import (
 )
 from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
 from acip_export.errors import BundleError, PlanFileError
-from acip_export.io.atomic import HeaderEntry, read_safetensors_header, sha256_of
+from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import RoundTrip
 
@@ -64,7 +63,7 @@ class Bundle:
         self.plan = plan
         self.manifest = manifest
         self.tensors = tensors
-        self.config: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        self.config = read_json_object(path / CONFIG_FILE, BundleError)
 
     @classmethod
     def open(cls, path: Path, verify_hash: bool = False) -> Bundle:

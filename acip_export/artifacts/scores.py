@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from acip_export.artifacts.document import Header, check_header
 from acip_export.artifacts.names import SCORE_FILE_SUFFIX, SCORES
+from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, new_file, read_safetensors_header
 from acip_export.io.inputs import Count, Finite, Positive, Share, builtins, convert, decode_strictly, read_only
@@ -157,6 +158,8 @@ class ScoreFile:
         sha256: identifies the file: over its header, every tensor but the second moments, and the first 4 KiB of each
             of those.
         file: that it was read from.
+        rounding_errors: what was measured for scores that are in no file, by format; for others a cache beside the file
+            has it.
     """
 
     model: RankedModel
@@ -170,6 +173,7 @@ class ScoreFile:
     second_moments: Mapping[str, FloatArray]
     sha256: str = ""
     file: Path | None = field(default=None, compare=False)
+    rounding_errors: dict[str, RoundingErrors] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def basis(self) -> str:

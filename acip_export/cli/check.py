@@ -13,6 +13,7 @@ from acip_export.check.markdown import markdown, summary
 from acip_export.check.outputs import check_json, github_annotations, junit
 from acip_export.check.run import run_check, update_lock
 from acip_export.cli import output as console
+from acip_export.cli.options import Debug, Json
 from acip_export.cli.tables.check import show_check
 from acip_export.errors import UsageError, VerificationError
 from acip_export.io.atomic import new_file
@@ -31,8 +32,9 @@ def check(
         str | None, typer.Option("--markdown", metavar="FILE", help="Comment for a pull request; - is stdout.")
     ] = None,
     junit_to: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="JUnit XML.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every tensor that changed.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Fail when a model has grown or become worse than agreed, and say which tensors did it.
 

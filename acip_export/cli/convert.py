@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Force, Json
+from acip_export.cli.options import Debug, Force, Json
 
 
 def convert(
@@ -16,6 +16,7 @@ def convert(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: ./export/FORMAT.")] = None,
     json: Json = False,
     force: Force = False,
+    debug: Debug = False,
 ) -> None:
     """Write a bundle in its target's format.
 

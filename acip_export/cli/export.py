@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Cache, Force, Json, Tasks, Text, Timeout, Verbose, names
+from acip_export.cli.options import Cache, Debug, Force, Json, Tasks, Text, Timeout, Verbose, names
 from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
 from acip_export.cli.tables.plan import show_plan
 from acip_export.cli.tables.report import show_export, show_reports
@@ -42,7 +42,7 @@ def export(
     json: Json = False,
     force: Force = False,
     verbose: Verbose = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
     """Export a ranked model so that it fits a budget.

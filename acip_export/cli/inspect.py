@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from acip_export.cli import output as console
+from acip_export.cli.options import Debug, Json
 from acip_export.cli.tables.inspect import change_json, show_anatomy, show_difference
 from acip_export.inspection import Anatomy, diff_tensors, read_anatomy
 from acip_export.inspection.diff import stored_tensors
@@ -21,7 +22,8 @@ def inspect(
         Path | None, typer.Argument(metavar="[PATH]", help="A second one: what differs, tensor by tensor.")
     ] = None,
     top: Annotated[int, typer.Option(help="Largest tensors, or changes, to list.", min=0)] = 10,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Show where the bytes of any model are, or what differs between two.
 

@@ -25,6 +25,7 @@ from acip_export.cli import (
     verify,
 )
 from acip_export.cli import output as console
+from acip_export.cli.options import ErrorBoundary
 from acip_export.errors import AcipError
 
 EXIT_INTERRUPTED = 130
@@ -68,7 +69,7 @@ class _Interruption:
 
 def main() -> None:
     """Entry point with the one error boundary."""
-    debug = "--debug" in sys.argv
+    boundary = ErrorBoundary()
     interruption = _Interruption()
     # Unwinding removes half-written output; the default action of SIGTERM would leave it.
     signal.signal(signal.SIGTERM, interruption)
@@ -81,12 +82,12 @@ def main() -> None:
             # A console without UTF-8 shows question marks; it is no reason to fail.
             stream.reconfigure(errors="replace")
     try:
-        app()
+        app(obj=boundary)
     except BaseException as error:
         if interruption.happened or isinstance(error, KeyboardInterrupt):
             console.note("interrupted; nothing was left half-written")
             sys.exit(EXIT_INTERRUPTED)
-        if debug or not isinstance(error, Exception):
+        if boundary.debug or not isinstance(error, Exception):
             raise
         if not isinstance(error, AcipError):
             error = AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback")

@@ -9,7 +9,7 @@ import typer
 
 from acip_export.artifacts.plan import load_plan
 from acip_export.cli import output as console
-from acip_export.cli.options import Cache, Force, Json, Model, Scores
+from acip_export.cli.options import Cache, Debug, Force, Json, Model, Scores
 from acip_export.io.atomic import refuse_existing
 from acip_export.model.checkpoint import Checkpoint
 
@@ -22,6 +22,7 @@ def materialize(
     cache: Cache = None,
     json: Json = False,
     force: Force = False,
+    debug: Debug = False,
 ) -> None:
     """Write the bundle of a plan: the factorized model in PyTorch's numbers.
 

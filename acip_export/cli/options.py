@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,26 @@ Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Directory that keeps the SVDs, for other sizes and rankings.")
 ]
+
+
+@dataclass
+class ErrorBoundary:
+    """What the commands tell the error boundary around them: the ``obj`` of their contexts.
+
+    Attributes:
+        debug: whether an error is shown with its traceback.
+    """
+
+    debug: bool = False
+
+
+def _show_tracebacks(context: typer.Context, value: bool) -> bool:
+    boundary = context.ensure_object(ErrorBoundary)
+    boundary.debug = boundary.debug or value  # given before the command or after it
+    return value
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_show_tracebacks, is_eager=True)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor.")]
 Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perplexity and divergence on.")]
 Tasks = Annotated[
@@ -28,3 +49,8 @@ DeviceFile = Annotated[
 def names(listed: str) -> tuple[str, ...]:
     """The names of a flag that takes several, by comma."""
     return tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
+def type_names(listed: str) -> tuple[str, ...]:
+    """Return the weight types of a flag, which users may write in capitals."""
+    return names(listed.lower())

@@ -10,7 +10,7 @@ import typer
 
 from acip_export.artifacts.plan import save_plan
 from acip_export.cli import output as console
-from acip_export.cli.options import Force, Json, Verbose
+from acip_export.cli.options import Debug, Force, Json, Verbose
 from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
 from acip_export.cli.tables.plan import show_plan
 from acip_export.io.atomic import new_file, refuse_existing
@@ -30,6 +30,7 @@ def plan(
     json: Json = False,
     force: Force = False,
     verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Show where every byte of a budget would go.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from acip_export.artifacts.plan import BudgetScope
-from acip_export.cli.options import DeviceFile, Model, Scores
+from acip_export.cli.options import DeviceFile, Model, Scores, type_names
 from acip_export.devices import Device, find_device, load_devices
 from acip_export.errors import UsageError
 from acip_export.formats.protocol import AUTO
@@ -101,9 +101,7 @@ class PlanFlags:
         return requests
 
     def _type_sets(self, most: int | None) -> list[tuple[str, ...]]:
-        sets = [
-            tuple(name.strip().lower() for name in names.split(",") if name.strip()) for names in self.types.split(";")
-        ]
+        sets = [type_names(listed) for listed in self.types.split(";")]
         if most is not None and len(sets) > most:
             raise UsageError(f"--types {self.types!r} has several sets; they are the lines of a  --sweep")
         return sets

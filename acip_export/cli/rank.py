@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Cache, Force, Json
+from acip_export.cli.options import Cache, Debug, Force, Json
 from acip_export.cli.tables.ranking import show_ranking
 from acip_export.errors import UsageError
 from acip_export.model.checkpoint import Checkpoint
@@ -64,6 +64,7 @@ def rank(
     ] = True,
     json: Json = False,
     force: Force = False,
+    debug: Debug = False,
 ) -> None:
     """Learn which components matter: one run, one score file, any size afterwards.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Json, Model, Scores
+from acip_export.cli.options import Debug, Json, Model, Scores, type_names
 
 
 def report(
@@ -24,6 +24,7 @@ def report(
         str, typer.Option("--types", help="Types that these sizes may take, by comma. Default: the target's.")
     ] = "",
     json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Write report.html and the model card README.md of an export again.
 
@@ -35,10 +36,11 @@ def report(
     from acip_export.report.page import read_export
 
     plan = read_export(export_dir).plan
-    names = tuple(name.strip().lower() for name in types.split(",") if name.strip())
     checkpoint, opened = pipeline.ranked_model_of(plan, model, scores)
     planned = (
-        () if checkpoint is None or opened is None else pipeline.planned_sizes(checkpoint, opened, plan, names, sizes)
+        ()
+        if checkpoint is None or opened is None
+        else pipeline.planned_sizes(checkpoint, opened, plan, type_names(types), sizes)
     )
     if not planned:
         console.note("no model with a score file here: other sizes are those of the report that was there, if any")

@@ -10,7 +10,7 @@ import typer
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import load_plan
 from acip_export.cli import output as console
-from acip_export.cli.options import Json, Model, Scores, Tasks, Text, Timeout, names
+from acip_export.cli.options import Debug, Json, Model, Scores, Tasks, Text, Timeout, names
 from acip_export.cli.tables.report import show_reports
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 
@@ -24,6 +24,7 @@ def verify(
     tasks: Tasks = "",
     timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Prove an export in its real runtime, and write report.json: files, logits, quality, memory, time, speed.
 

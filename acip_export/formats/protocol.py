@@ -398,6 +398,15 @@ class ExportFormat(ABC):
     # How it is written. Prediction and conversion go through the same code for names, metadata and order, so that the
     # prediction cannot drift from what is written.
 
+    def check_model(self, checkpoint: Checkpoint) -> None:  # noqa: B027
+        """Refuse a model of which this format can hold no export, whatever is planned. A ranking asks before it starts.
+
+        What no format can hold is refused by :func:`acip_export.model.opening.check_checkpoint`.
+
+        Raises:
+            UnsupportedError, CheckpointError, MissingExtraError: as :meth:`predict_files`.
+        """
+
     def prepare(
         self,
         checkpoint: Checkpoint,  # noqa: ARG002

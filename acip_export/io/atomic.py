@@ -22,7 +22,9 @@ import msgspec
 from msgspec import Meta
 
 from acip_export.errors import InputError, OutputError, UsageError
+from acip_export.io.frozen import frozen
 from acip_export.io.inputs import Count, decode_json, open_input, read_foreign_json
+from acip_export.io.placeholders import refuse_placeholder
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ DTYPE_BYTES = {
     "I8": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
     "I16": 2,
     "U16": 2,
     "F16": 2,
@@ -43,6 +46,8 @@ DTYPE_BYTES = {
     "U64": 8,
     "F64": 8,
 }
+# Parts of a byte: in quantized checkpoints only, which are read to be named.
+_DTYPE_BITS = {**{name: 8 * nbytes for name, nbytes in DTYPE_BYTES.items()}, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _LARGEST_HEADER = 100_000_000
 _MOST_DIMENSIONS = 64
 
@@ -64,6 +69,7 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
         error: with a message that says what is wrong, for anything that is not a whole, well-formed file.
     """
     try:
+        refuse_placeholder(file, error)
         with open_input(file, error) as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
@@ -75,7 +81,15 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
     raw = decode_json(header, dict[str, msgspec.Raw], f"{file}: header", error)
     metadata = decode_json(bytes(raw.pop("__metadata__", b"{}")), dict[str, str], f"{file}: metadata", error)
     entries = {name: _entry(file, name, value, 8 + length, error) for name, value in raw.items()}
-    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != end:
+            how = "overlaps what is" if entry.offset < end else "leaves a gap to what is"
+            raise error(
+                f"{file} is damaged: tensor {name!r} {how} before it (at byte {entry.offset}, expected at {end}); "
+                "fetch or save the file again"
+            )
+        end += entry.nbytes
     if end != size:
         raise error(f"{file} is truncated or padded: {size} bytes, {end} expected from its header")
     return entries, metadata
@@ -97,23 +111,26 @@ class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def _entry(file: Path, name: str, value: msgspec.Raw, start: int, error: type[InputError]) -> HeaderEntry:
     stored = decode_json(bytes(value), _Stored, f"{file}: header entry of {name!r}", error)
     shape, dtype, (begin, end) = stored.shape, stored.dtype, stored.data_offsets
-    if dtype not in DTYPE_BYTES:
+    if dtype not in _DTYPE_BITS:
         raise error(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}")
-    if end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+    if 8 * (end - begin) != prod(shape) * _DTYPE_BITS[dtype]:
         raise error(f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
     return HeaderEntry(shape, dtype, start + begin, end - begin)
 
 
-def read_json_object(file: Path, error: type[InputError]) -> dict[str, Any]:
-    """The JSON object in ``file``.
+def read_json_object(file: Path, error: type[InputError]) -> Mapping[str, Any]:
+    """The JSON object in ``file``, read-only at every level; see :func:`acip_export.io.frozen.thawed`.
 
     Raises:
         error: unreadable, not JSON, or something else than an object.
     """
+    if file.is_file():
+        refuse_placeholder(file, error)
     data = read_foreign_json(file, error)
     if not isinstance(data, dict):
         raise error(f"{file} holds a {type(data).__name__}, expected a JSON object")
-    return data
+    found: Mapping[str, Any] = frozen(data)
+    return found
 
 
 def sha256_of(file: Path) -> str:

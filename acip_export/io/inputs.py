@@ -102,14 +102,14 @@ def decode_json(data: bytes, kind: type[_T], where: str, error: Failure) -> _T:
 
 
 def read_foreign_json(file: Path, error: Failure) -> Any:
-    """Parse a JSON file of others as their own libraries do: with infinities, and with keys that nobody here knows.
+    """Parse a JSON file of others as their own libraries do: infinities are read, and byte order marks are not.
 
     Raises:
         error: as :func:`open_input`, or it is no JSON, or one that no library takes.
     """
     data = read_input(file, error)
     try:
-        parsed = json.loads(data.removeprefix(_BYTE_ORDER_MARK))
+        parsed = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as reason:
         raise error(f"{file} cannot be read as JSON: {_why_not(data) or reason}") from reason
     if _HALF_A_PAIR.search(data):
@@ -191,7 +191,15 @@ def convert(value: Any, kind: type[_T], where: str, error: Failure) -> _T:
 
 def builtins(value: Any) -> Any:
     """Turn a value of a schema into dictionaries, lists and scalars, in the order of its fields."""
-    return msgspec.to_builtins(value, enc_hook=dict, order=None)
+    return msgspec.to_builtins(value, enc_hook=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """What msgspec does not know: read-only mappings, and subclasses such as PyTorch's version and NumPy's float."""
+    for known, plain in ((Mapping, dict), (str, str), (float, float)):
+        if isinstance(value, known):
+            return plain(value)
+    raise TypeError(f"a {type(value).__name__} is no value of JSON")
 
 
 def read_only(value: Any) -> Any:

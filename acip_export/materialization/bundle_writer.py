@@ -17,6 +17,7 @@ from acip_export.artifacts.plan import Plan, TensorDecision, dumps_plan
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import CheckpointError, PlanFileError
 from acip_export.io.atomic import SafetensorsWriter, new_directory, refuse_existing, sha256_of
+from acip_export.io.frozen import thawed
 from acip_export.io.prefetch import one_ahead
 from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import Whitening, whitened_components
@@ -82,7 +83,7 @@ def materialize_bundle(
                     writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
                 progress(MaterializeProgress(index + 1, len(plan.tensors), decision.name))
         _save_importance(importance, directory / IMPORTANCE_FILE)
-        (directory / CONFIG_FILE).write_text(json.dumps(checkpoint.config, indent=2), encoding="utf-8")
+        (directory / CONFIG_FILE).write_text(json.dumps(thawed(checkpoint.config), indent=2), encoding="utf-8")
         for name in (*TOKENIZER_FILES, *sentence_files(checkpoint.path)):
             if (checkpoint.path / name).is_file():
                 (directory / name).parent.mkdir(exist_ok=True)

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object, safetensors_header
+from acip_export.io.frozen import frozen, thawed
 from acip_export.model.architectures import fuses_attention, refuse_experts, stored_names, with_common_keys
+from acip_export.model.config_fields import check_config
 from acip_export.model.encoder import is_encoder, kind_of
 from acip_export.model.tensor_names import layer_of
 from acip_export.model.tied_head import without_repeated_head
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 # Config keys that say who wrote the file, not what the model is.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "_commit_hash")
 _FINGERPRINT_SAMPLE = 4096
+_WEIGHTS_FILE = "model.safetensors"
+_PART = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 # What transformers assumes where config.json is silent, by ``model_type``; a test compares it with transformers.
 CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -35,7 +39,7 @@ CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
     "mistral": {"sliding_window": 4096},
     "qwen2": {"use_sliding_window": False},
-    "qwen3": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False, "head_dim": 128},
     "smollm3": {"use_sliding_window": False, "tie_word_embeddings": True},
 }
 
@@ -106,7 +110,7 @@ class Checkpoint:
 
     Attributes:
         path: the directory.
-        config: ``config.json`` as read.
+        config: ``config.json`` as read; nothing can write into it.
         tensors: every tensor of every shard, by Hugging Face name.
         options: what the user told the converter of a target that the directory does not say; see the converter.
     """
@@ -114,13 +118,13 @@ class Checkpoint:
     def __init__(
         self,
         path: Path,
-        config: dict[str, Any],
-        tensors: dict[str, TensorInfo],
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
         options: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.path = path
-        self.config = config
-        self.tensors: Mapping[str, TensorInfo] = tensors
+        self.config: Mapping[str, Any] = frozen(config)
+        self.tensors = tensors
         self.options = options
 
     @classmethod
@@ -144,7 +148,7 @@ class Checkpoint:
         return cls(path, config, without_repeated_head(path, tensors) if _ties_head(config) else tensors)
 
     def with_options(self, options: Mapping[str, str]) -> Checkpoint:
-        return Checkpoint(self.path, self.config, dict(self.tensors), options)
+        return Checkpoint(self.path, self.config, self.tensors, options)
 
     @property
     def name(self) -> str:
@@ -203,7 +207,7 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         config = {k: v for k, v in self.config.items() if k not in _VOLATILE_CONFIG_KEYS}
-        digest.update(json.dumps(config, sort_keys=True).encode())
+        digest.update(json.dumps(thawed(config), sort_keys=True).encode())
         for name in sorted(self.tensors):
             info = self.tensors[name]
             digest.update(f"{name}|{info.dtype}|{info.shape}|".encode())
@@ -286,33 +290,49 @@ def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> Mapping[str, Any]:
     file = path / "config.json"
     if not file.exists():
         raise CheckpointError(
             f"{path} has no config.json: it is not a Hugging Face model directory.\n"
             "Give one with  --model DIR  or change into it"
         )
-    return read_json_object(file, CheckpointError)
+    config = read_json_object(file, CheckpointError)
+    check_config(file, config)
+    return config
 
 
 def _read_index(path: Path) -> dict[str, TensorInfo]:
-    shards = sorted(path.glob("*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            # A name with a separator could point outside the directory.
-            shards = [path / Path(str(name)).name for name in named]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
-    if not shards:
-        raise CheckpointError(f"{path} has no *.safetensors; convert the weights with transformers' save_pretrained")
     tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
+    for shard in _shards(path):
         for name, info in safetensors_header(shard, CheckpointError).items():
             tensors[name] = TensorInfo(info.shape, info.dtype, shard.name, info.offset, info.nbytes)
     return tensors
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files that transformers loads: the single one, or those that the index names."""
+    single, index = path / _WEIGHTS_FILE, path / f"{_WEIGHTS_FILE}.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        named = read_json_object(index, CheckpointError).get("weight_map")
+        if not isinstance(named, Mapping) or not named or not all(isinstance(name, str) for name in named.values()):
+            raise CheckpointError(f"{index} is not a safetensors index: weight_map names a file for no tensor")
+        # A name with a separator could point outside the directory.
+        return [path / Path(name).name for name in sorted(set(named.values()))]
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    if not others:
+        raise CheckpointError(f"{path} has no *.safetensors; convert the weights with transformers' save_pretrained")
+    some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    raise CheckpointError(
+        f"{path} has {some}, but neither {single.name} nor {index.name}, which names the files of a model.\n"
+        + (
+            f"Rename it to {single.name}"
+            if len(others) == 1 and _PART.search(others[0]) is None
+            else f"Fetch {index.name} and all files that it names"
+        )
+    )
 
 
 def _download(model: str, revision: str | None, token: str | None) -> Path:

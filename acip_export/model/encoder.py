@@ -100,6 +100,11 @@ def encoder_of(checkpoint: Checkpoint) -> Encoder | None:
     return Encoder(kind, prefix, pooling, min(length, positions))
 
 
+def pools_tokens(model: Path) -> bool:
+    """Whether sentence-transformers' files say that tokens are pooled into one vector a text."""
+    return any(step == "Pooling" for step, _ in _steps(model))
+
+
 def sentence_files(model: Path) -> list[str]:
     """The files below ``model`` that sentence-transformers reads beside the transformer and its tokenizer."""
     names = (_MODULES_FILE, _LENGTH_FILE, "config_sentence_transformers.json")
@@ -117,12 +122,7 @@ def _pooling(model: Path) -> Pooling:
         return Pooling("mean", True)
     mode: PoolingMode = "mean"
     normalize = False
-    try:
-        modules = json.loads(file.read_text(encoding="utf-8"))
-        steps = [(str(step["type"]).rpartition(".")[2], str(step["path"])) for step in modules]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no list of modules: {error!r}") from error
-    for step, path in steps:
+    for step, path in _steps(model):
         if step == "Pooling":
             mode = _mode(model / path / "config.json")
         elif step == "Normalize":
@@ -133,6 +133,18 @@ def _pooling(model: Path) -> Pooling:
                 "Remove the step to compress the model below it"
             )
     return Pooling(mode, normalize)
+
+
+def _steps(model: Path) -> list[tuple[str, str]]:
+    """What follows each other, and the directory of its settings; nothing without ``modules.json``."""
+    file = model / _MODULES_FILE
+    if not file.is_file():
+        return []
+    try:
+        modules = json.loads(file.read_text(encoding="utf-8"))
+        return [(str(step["type"]).rpartition(".")[2], str(step["path"])) for step in modules]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is no list of modules: {error!r}") from error
 
 
 def _mode(file: Path) -> PoolingMode:

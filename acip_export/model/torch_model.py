@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.io.frozen import thawed
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import Pooling, is_encoder, kind_of
+from acip_export.model.rope import rope_fields
 from acip_export.model.tensor_names import HEAD, MASKED_HEAD
 
 
@@ -43,14 +45,46 @@ class FactoredLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def causal_lm(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
+def causal_lm(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
     """An untrained model of ``config`` in evaluation mode, for ``load_state_dict``."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    fields = dict(config)
-    parsed = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model: nn.Module = AutoModelForCausalLM.from_config(parsed, dtype=dtype)  # type: ignore[no-untyped-call]
+    model: nn.Module = AutoModelForCausalLM.from_config(transformers_config(config), dtype=dtype)  # type: ignore[no-untyped-call]
     return _with_linear_layers(model).eval()
+
+
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """The parsed configuration, made from a copy: transformers writes into nested values.
+
+    Raises:
+        UnsupportedError: transformers does not know the model type. CheckpointError: it refuses the fields.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    fields = thawed(config)
+    kind = fields.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise UnsupportedError(f"config.json: transformers {transformers.__version__} knows no model_type {kind!r}")
+    try:
+        return CONFIG_MAPPING[kind](**fields)
+    except Exception as reason:  # each configuration checks in its own way
+        raise CheckpointError(f"config.json: transformers refuses it: {reason}") from reason
+
+
+def expected_parameters(config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """Shapes of what transformers' causal language model of ``config`` reads, and names that may be stored besides.
+
+    Raises:
+        UnsupportedError, CheckpointError: transformers cannot build one.
+    """
+    try:
+        with torch.device("meta"):
+            model = causal_lm(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as reason:
+        raise UnsupportedError(f"transformers cannot build a model of this config.json: {reason}") from reason
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return shapes, frozenset(name for name, _ in model.named_buffers())
 
 
 def _with_linear_layers(model: nn.Module) -> nn.Module:
@@ -69,16 +103,12 @@ def _with_linear_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def untrained_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
+def untrained_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
     """An untrained model of ``config``, causal language model or encoder, for ``load_state_dict``."""
     if not is_encoder(config):
         return causal_lm(config, dtype)
-    import transformers
-
-    fields = dict(config)
-    parsed = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     options = {"add_pooling_layer": False} if kind_of(config) == "embedding" else {}
-    model: nn.Module = _encoder_class(config)._from_config(parsed, dtype=dtype, **options)
+    model: nn.Module = _encoder_class(config)._from_config(transformers_config(config), dtype=dtype, **options)
     return model.eval()
 
 
@@ -137,17 +167,16 @@ def tied_names(checkpoint: Checkpoint) -> set[str]:
     return {*(heads if checkpoint.shape.tied_embeddings else ()), "cls.predictions.decoder.bias"}
 
 
-def with_fixed_positions(config: dict[str, Any], context: int) -> dict[str, Any]:
+def with_fixed_positions(config: Mapping[str, Any], context: int) -> Mapping[str, Any]:
     """The configuration as runtimes read it: longrope's factors are chosen once, by the context that is served.
 
     ``transformers`` chooses them by the length of each text, so a short text in a long context would differ.
     """
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = config.get(key) or {}
-    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    if "long_factor" not in rope or original is None or context <= int(original):
+    rope = rope_fields(config)
+    if "long_factor" not in rope or context <= int(rope["original_max_position_embeddings"]):
         return config
-    return {**config, key: {**rope, "short_factor": rope["long_factor"]}}
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    return {**config, key: {**config[key], "short_factor": rope["long_factor"]}}
 
 
 def load_causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | Literal["auto"]) -> nn.Module:

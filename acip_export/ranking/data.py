@@ -79,7 +79,7 @@ def sample_data(
             f"at least {_LEAST_WINDOWS * context:,} are needed ({_LEAST_WINDOWS} windows of {context})"
         )
     first = checkpoint.config.get("bos_token_id")
-    first = first[0] if isinstance(first, list) else first
+    first = first[0] if isinstance(first, tuple) else first
     vocabulary = checkpoint.shape.vocabulary
     text = sample_text(model, first, vocabulary, context, config.self_tokens, config.seed, progress)
     return _split(checkpoint, text, config, evaluation)

@@ -52,10 +52,6 @@ def load_model(
     if precision == "auto":
         precision = "float32" if device.type == "cpu" and small else "model"
     model = load_dense(checkpoint, torch.float32 if precision == "float32" else "auto").to(home or device)
-    if not checkpoint.linear_modules:
-        raise UnsupportedError(
-            f"{checkpoint.path} has no linear layers in numbered blocks, so there is nothing to rank"
-        )
     for name, shape in checkpoint.linear_modules.items():
         try:
             module = model.get_submodule(name)

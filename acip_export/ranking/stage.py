@@ -28,6 +28,8 @@ from acip_export.io.atomic import refuse_existing, remove_leftovers
 from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import pack_moment
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.opening import check_checkpoint
+from acip_export.model.torch_model import transformers_config
 from acip_export.ranking.acip_defaults import automatic_config
 from acip_export.ranking.acip_run import AcipRun, advance
 from acip_export.ranking.algorithms.first_order import first_order_changes, zero_sum_scores
@@ -119,6 +121,8 @@ def rank_model(
     calibration = calibration or DataConfig()
     processes = start_processes(device)
     checkpoint = Checkpoint.open(model)
+    check_checkpoint(checkpoint)
+    transformers_config(checkpoint.config)  # what transformers refuses, before a tokenizer is looked for
     if processes.mesh is not None and not checkpoint.shape.generates:
         raise UnsupportedError(f"{checkpoint.path} is an encoder, which fits on one device; launch with  --multi_gpu")
     config = (acip or automatic_config(checkpoint)) if algorithm == "acip" else None

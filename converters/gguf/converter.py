@@ -53,6 +53,16 @@ _QUANTIZATION_VERSION = 2
 FACTORED_VERSION = 1
 
 
+def check_model(checkpoint: Checkpoint) -> None:
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
+    if open_base(checkpoint) is not None:
+        return
+    family = family_of(checkpoint.shape.architecture)
+    family.tensor_names(checkpoint.tensors, checkpoint.shape)
+    family.constants(checkpoint.config, checkpoint.shape)
+    _model_keys(checkpoint)
+
+
 def predict_files(
     checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
 ) -> dict[str, int]:
@@ -145,14 +155,17 @@ def _metadata(file: str, checkpoint: Checkpoint, items: Sequence[Item], identity
         return {**head, "adapter.type": string("lora"), "adapter.lora.alpha": float32(0.0)}
     if base is not None:
         return base.keys(head)
-    family = family_of(shape.architecture)
     if any(item.spec.name.endswith(FACTOR_SUFFIXES) for item in items):
         head["acip.factored.version"] = uint32(FACTORED_VERSION)
-    encoder = encoder_of(checkpoint)
-    if encoder is not None:
-        head |= family.encoder_keys(encoder, checkpoint.config)
+    return {**head, **_model_keys(checkpoint)}
+
+
+def _model_keys(checkpoint: Checkpoint) -> Metadata:
+    """What llama.cpp has to know about the model and its tokenizer."""
+    shape, encoder = checkpoint.shape, encoder_of(checkpoint)
+    family = family_of(shape.architecture)
     return {
-        **head,
+        **({} if encoder is None else family.encoder_keys(encoder, checkpoint.config)),
         **family.hyperparameters(checkpoint.config, shape),
         **tokenizer_metadata(
             checkpoint.path, checkpoint.config, shape.vocabulary, checkpoint.options.get("pre_tokenizer")

@@ -32,6 +32,11 @@ class GgufFormat(ExportFormat):
     def file_notes(self, files: Mapping[str, int], options_: Mapping[str, str]) -> tuple[str, ...]:
         return options.file_notes(files, options_)
 
+    def check_model(self, checkpoint: Checkpoint) -> None:
+        from converters.gguf import converter
+
+        converter.check_model(checkpoint)
+
     def predict_files(
         self, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
     ) -> dict[str, int]:

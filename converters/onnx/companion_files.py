@@ -15,6 +15,7 @@ from typing import Any
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object
+from acip_export.io.frozen import thawed
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
 from converters.onnx.backends import PROVIDERS
@@ -87,7 +88,7 @@ def _config(config: Mapping[str, Any], serving: Serving) -> dict[str, Any]:
     }
 
 
-def _tokenizer_config(config: dict[str, Any], serving: Serving) -> dict[str, Any]:
+def _tokenizer_config(config: Mapping[str, Any], serving: Serving) -> dict[str, Any]:
     name = config.get("tokenizer_class", _NEW_TOKENIZER_CLASS)
     return {
         **config,
@@ -112,7 +113,7 @@ def _special_tokens(
         return ids.get(_token_text(tokenizer.get(f"{role}_token")))
 
     found = resolve("eos")
-    ends: list[int] = found if isinstance(found, list) else [] if found is None else [found]
+    ends: list[int] = list(found) if isinstance(found, tuple) else [] if found is None else [found]
     of_tokenizer = ids.get(_token_text(tokenizer.get("eos_token")))
     if of_tokenizer is not None and of_tokenizer not in ends:
         ends = [of_tokenizer, *ends]
@@ -128,7 +129,7 @@ def _special_tokens(
 
 
 def _token_text(token: Any) -> str:
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+    return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")
 
 
 def _genai_config(
@@ -188,7 +189,7 @@ def _providers(serving: Serving) -> list[dict[str, dict[str, str]]]:
     return [] if provider is None else [{provider: {}}]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Mapping[str, Any]:
     return read_json_object(file, CheckpointError) if file.is_file() else {}
 
 
@@ -207,4 +208,4 @@ def _added_tokens_of(file: Path, modified: int, size: int) -> dict[str, int]:  #
 
 
 def _json(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(thawed(data), indent=2, ensure_ascii=False) + "\n").encode()

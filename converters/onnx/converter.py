@@ -1,7 +1,7 @@
 """Bundle to ONNX: a directory for onnxruntime, onnxruntime-genai, transformers.js and optimum.
 
-The prediction adds up the graph that is written (:mod:`converters.onnx.graph.size`); where it cannot, that very graph
-is built from shapes alone and serialized.
+The prediction measures the graph that is written: both are a marked graph, made once for a configuration, with the
+plan's nodes in place of its marks (:mod:`converters.onnx.graph.substitute`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import encoder_of
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
-from converters.onnx.backends import STATIC_CACHE, backend_of
+from converters.onnx.backends import backend_of
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE, small_files
 from converters.onnx.genai_builder.families import FAMILIES
 from converters.onnx.genai_builder.release import check_release
-from converters.onnx.graph.size import GraphBytes, outline
 from converters.onnx.types import NUMBERS
 
 if TYPE_CHECKING:
     import torch
 
     from converters.onnx.genai_builder.module_tree import ReadVector
-    from converters.onnx.writer import Contents, Packed
+    from converters.onnx.graph.decided import Contents
+    from converters.onnx.writer import Packed
 
 LAYOUT = "factored"
 # What runs the graphs that the model builder does not make.
@@ -57,21 +57,40 @@ class Options:
 
 
 def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: ProgressCallback) -> tuple[str, ...]:
-    """See :class:`acip_export.formats.protocol.ExportFormat`. Tracing takes from ten seconds to minutes, once."""
+    """See :class:`acip_export.formats.protocol.ExportFormat`.
+
+    Once for a configuration, the model builder takes seconds, and tracing from ten seconds to minutes.
+    """
     _check_execution(checkpoint, backend)
-    if not checkpoint.shape.generates or has_builder(checkpoint):
+    if not checkpoint.shape.generates:
         return ()
     _check_packages()
-    from converters.onnx.graph.substitute import is_traced, traced
+    from converters.onnx.graph.marked import marked_graph
 
     progress(Progress(0, 1, checkpoint.shape.architecture))
-    if not is_traced(checkpoint.config, context):
-        traced(checkpoint.config, context)
+    if has_builder(checkpoint):
+        from converters.onnx.genai_builder.decoder import marked_decoder
+
+        half = "f16" in backend_of(backend).cache_types
+        recipe = marked_decoder(checkpoint.config, checkpoint.shape, backend, half, context)
+    else:
+        from converters.onnx.tracing.decoder import traced
+
+        recipe = traced(checkpoint.config, context)
+    marked_graph(recipe)
     progress(Progress(1, 1, checkpoint.shape.architecture))
+    if has_builder(checkpoint):
+        return ()
     return (
         f"through torch.onnx.export, as onnxruntime-genai's builder does not know a {checkpoint.shape.architecture}: "
         "slower, because less of it is fused",
     )
+
+
+def check_model(checkpoint: Checkpoint) -> None:
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
+    _check_packages()
+    small_files(checkpoint, Serving(checkpoint.shape.max_context, "f32", 1))
 
 
 def predict_files(
@@ -82,17 +101,12 @@ def predict_files(
     _check_types(tensors, serving)
     if has_builder(checkpoint):
         check_release()
-    known = None
-    if serving.backend != STATIC_CACHE:
-        known = outline(checkpoint.config, checkpoint.shape, tensors, serving.context)
-    if known is None:
-        packed, _ = _graph(checkpoint, tensors, serving, Options(), read_vector=None)
-        known = GraphBytes(len(packed.protobuf), packed.data_bytes)
+    packed, _ = _graph(checkpoint, tensors, serving, Options(), read_vector=None)
     sizes = {
         name: len(content) if isinstance(content, bytes) else content.stat().st_size
         for name, content in small_files(checkpoint, serving).items()
     }
-    return {**sizes, MODEL_FILE: known.protobuf, DATA_FILE: known.data}
+    return {**sizes, MODEL_FILE: len(packed.protobuf), DATA_FILE: packed.data_bytes}
 
 
 def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Options | None = None) -> None:
@@ -182,33 +196,21 @@ def _graph(
     from converters.onnx.writer import pack
 
     _check_execution(checkpoint, serving.backend)
+    config, shape, level = checkpoint.config, checkpoint.shape, options.accuracy_level
     encoder = encoder_of(checkpoint)
     if encoder is not None:
         from converters.onnx.graph.encoder import build_encoder
 
-        model, parts = build_encoder(checkpoint.config, encoder, tensors, options.accuracy_level)
-        return pack(model, parts, Path(DATA_FILE).name), parts
+        model, contents = build_encoder(config, encoder, tensors, level)
+    elif has_builder(checkpoint):
+        from converters.onnx.genai_builder.decoder import build_decoder
 
-    if not has_builder(checkpoint):
-        from converters.onnx.graph.substitute import build_traced
+        model, contents = build_decoder(config, shape, tensors, serving, level, read_vector)
+    else:
+        from converters.onnx.tracing.decoder import build_traced
 
-        model, parts = build_traced(
-            checkpoint.config, checkpoint.shape, tensors, serving.context, options.accuracy_level
-        )
-        return pack(model, parts, Path(DATA_FILE).name), parts
-
-    from converters.onnx.genai_builder.builder import build_graph
-    from converters.onnx.genai_builder.module_tree import make_skeleton
-
-    skeleton = make_skeleton(checkpoint.config, tensors, serving.context, read_vector)
-    # The builder knows float16 with fused attention for graphics cards only, and phones as any processor.
-    provider = {STATIC_CACHE: "webgpu", "mobile": DEFAULT_BACKEND}.get(serving.backend, serving.backend)
-    graph, contents = build_graph(skeleton, provider, options.accuracy_level)
-    if serving.backend == STATIC_CACHE:
-        from converters.onnx.graph.static_cache import with_static_cache
-
-        with_static_cache(graph, serving.context)
-    return pack(graph, contents, Path(DATA_FILE).name), contents
+        model, contents = build_traced(config, shape, tensors, serving.context, level)
+    return pack(model, Path(DATA_FILE).name), contents
 
 
 def has_builder(checkpoint: Checkpoint) -> bool:

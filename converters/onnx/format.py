@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 class OnnxFormat(ExportFormat):
     """What onnxruntime runs. Conversion is in :mod:`converters.onnx.converter`."""
 
+    def check_model(self, checkpoint: Checkpoint) -> None:
+        from converters.onnx import converter
+
+        converter.check_model(checkpoint)
+
     def prepare(
         self, checkpoint: Checkpoint, backend: str, context: int, progress: ProgressCallback
     ) -> tuple[str, ...]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-from numpy.typing import NDArray
+import onnx
 
 from acip_export.version import __version__
+from converters.onnx.graph.decided import Content
 from converters.onnx.matrices import MatrixPart, MatrixReader, Vector
-
-Contents = Mapping[str, MatrixPart | Vector | NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -30,30 +28,30 @@ class Packed:
     data_bytes: int
 
 
-def pack(graph: ir.Model, contents: Contents, location: str) -> Packed:
+def pack(model: onnx.ModelProto, location: str) -> Packed:
     """Give every initializer its offset in the file ``location`` beside the graph, and serialize the graph.
 
     onnxruntime needs no alignment of external data, so there is no padding and the sizes are sums.
     """
     offset = 0
-    for name, value in graph.graph.initializers.items():
-        content = contents[name]
-        nbytes = prod(content.shape) * content.dtype.itemsize
-        value.const_value = ir.ExternalTensor(
-            location,
-            offset,
-            nbytes,
-            ir.DataType.from_numpy(content.dtype),
-            shape=ir.Shape(content.shape),
-            name=name,
-        )
+    for tensor in model.graph.initializer:
+        nbytes = prod(tensor.dims) * _item_bytes(tensor.data_type)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", str(offset)), ("length", str(nbytes))):
+            tensor.external_data.add(key=key, value=value)
         offset += nbytes
-    # The builder would write the revision of whatever git repository surrounds it.
-    graph.producer_name, graph.producer_version = "acip-export", __version__
-    return Packed(ir.serde.serialize_model(graph).SerializeToString(deterministic=True), offset)
+    model.producer_name, model.producer_version = "acip-export", __version__
+    return Packed(model.SerializeToString(deterministic=True), offset)
 
 
-def write_data(file: Path, contents: Contents, reader: MatrixReader, progress: Callable[[int, str], None]) -> None:
+@cache
+def _item_bytes(kind: int) -> int:
+    return int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
+
+
+def write_data(
+    file: Path, contents: Mapping[str, Content], reader: MatrixReader, progress: Callable[[int, str], None]
+) -> None:
     """Stream the initializers into ``file``; ``progress(bytes written so far, initializer)`` after each one."""
     with file.open("wb") as stream:
         for name, content in contents.items():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from acip_export import api as pipeline
 from acip_export.cli import main as cli
+from acip_export.errors import CheckpointError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
 from tests.ranking.support import calibration_text
@@ -467,3 +468,30 @@ def test_every_command_has_help_with_an_example(run: Run) -> None:
         assert shown.code == 0
         if command != "formats":
             assert f"acip-export {command} " in shown.out
+
+
+@pytest.mark.parametrize("command", [str(c.callback and c.callback.__name__) for c in cli.app.registered_commands])
+def test_every_command_shows_debug_in_its_help(command: str, run: Run) -> None:
+    assert "--debug" in run(command, "--help").out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--budget", "3MB", "--format", "gguf", "--debug"),
+        ("--debug", "plan", "--budget", "3MB", "--format", "gguf"),
+        ("--budget", "3MB", "--format", "gguf", "--debug"),
+    ],
+)
+def test_debug_shows_the_traceback(words: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    """It may stand before the command or after it."""
+    model = ("--model", tmp_path / "nothing")
+    where = words.index("--budget")
+    with pytest.raises(CheckpointError):
+        run(*words[:where], *model, *words[where:])
+    plain = run(*(word for word in (*words[:where], *model, *words[where:]) if word != "--debug"))
+    assert plain.code == 3 and "Traceback" not in plain.err
+
+
+def test_a_value_that_reads_debug_is_no_flag(run: Run) -> None:
+    assert run("inspect", "--", "--debug").code == 3

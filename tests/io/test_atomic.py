@@ -81,7 +81,7 @@ def _header(header: object, data: bytes = b"") -> bytes:
 
 
 BAD = {
-    "empty": (b"", "truncated"),
+    "empty": (b"", "is empty; download it again"),
     "short": (b"\x01\x02", "truncated"),
     "huge header": ((2**62).to_bytes(8, "little") + b"{}", "truncated"),
     "not json": (len(b"nonsense").to_bytes(8, "little") + b"nonsense", "no JSON"),

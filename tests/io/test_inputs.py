@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 
 from acip_export.artifacts.bundle import Bundle
@@ -17,7 +19,7 @@ from acip_export.check.lock import load_lock
 from acip_export.devices import load_devices
 from acip_export.errors import AcipError, InputError, UsageError
 from acip_export.inspection import read_anatomy
-from acip_export.io.inputs import LARGEST_DOCUMENT, read_input
+from acip_export.io.inputs import LARGEST_DOCUMENT, builtins, read_input
 
 Place = Callable[[Path], Path]
 
@@ -115,3 +117,13 @@ def test_a_file_is_read_whole_up_to_the_limit(tmp_path: Path) -> None:
     assert read_input(tmp_path / "b", InputError, limit=5) == b"12345"
     with pytest.raises(InputError, match="has 5 bytes, expected at most 4"):
         read_input(tmp_path / "a", InputError, limit=4)
+
+
+def test_values_become_plain_ones() -> None:
+    """PyTorch's version and NumPy's numbers are subclasses that JSON's own writer takes."""
+    version, number = type("Version", (str,), {})("2.13"), np.float64(0.5)
+    found = builtins({"a": MappingProxyType({"b": (version, number)})})
+    assert found == {"a": {"b": ("2.13", 0.5)}}
+    assert [type(value) for value in found["a"]["b"]] == [str, float]
+    with pytest.raises(TypeError, match="no value of JSON"):
+        builtins({"a": object()})

@@ -110,6 +110,20 @@ def test_measured_once(model: Path, measured: dict[str, RoundingErrors]) -> None
     assert load_rounding_errors(file, "onnx", more.quantizer, more.scores_sha256) == more
 
 
+def test_scores_in_no_file_are_measured_once_each(model: Path, measured: dict[str, RoundingErrors]) -> None:
+    checkpoint, stored = Checkpoint.open(model), load_scores(model / "tiny.acip")
+    space = resolve(PlanRequest("onnx", 900_000, "file", types=("int8",)), checkpoint).space
+    first, second = replace(stored, file=None), replace(stored, file=None)
+    counts = []
+    for scores in (first, second, first, second):
+        steps: list[object] = []
+        errors = pipeline.rounding_errors(checkpoint, scores, space, steps.append)
+        assert all(types["int8"] == measured["onnx"].dense[name]["int8"] for name, types in errors.dense.items())
+        counts.append(len(steps))
+    assert counts[0] == counts[1] > 0 == counts[2] == counts[3]
+    assert not replace(first, data={}).rounding_errors  # other scores: measured anew
+
+
 def test_a_directory_that_cannot_be_written_to(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

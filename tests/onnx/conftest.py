@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,16 @@ from converters.onnx import converter
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
 
 CONTEXT, PROMPT_BATCH = 48, 16
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No marked graph is kept from earlier runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 # Small, with a head size that is not hidden / heads, and rows that are no multiple of the larger blocks.
 SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "num_attention_heads": 4}
 # Exact products: differences from the reference are rounding only.

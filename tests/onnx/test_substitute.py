@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,9 +23,10 @@ from acip_export.model.tensor_names import EMBEDDINGS, HEAD
 from acip_export.planning import PlanRequest
 from acip_export.verification.metrics import compare_logits
 from converters.onnx import converter
-from converters.onnx.graph.substitute import traced
+from converters.onnx.graph.marked import marked_graph
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
+from converters.onnx.tracing.decoder import traced
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH
 from tests.planning.problems import EXHAUSTIVE
 from tests.support import make_bundle, make_plan, make_scores, make_tokenizer
@@ -52,14 +51,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # Two that differ in everything; tracing takes ten seconds of a processor for each.
 RUN = tuple(CASES) if EXHAUSTIVE else ("gpt2", "bloom")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is kept from earlier runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def make_other(directory: Path, kind: str, **overrides: Any) -> Path:
@@ -126,7 +117,7 @@ def test_runtimes_agree_with_the_bundle(tmp_path: Path, kind: str) -> None:
             if file.is_file()
         }
         assert written == converter.predict_files(checkpoint, plan.layout, plan.tensors, plan.serving)
-    nodes = onnx.ModelProto.FromString(traced(checkpoint.config, CONTEXT)).graph.node
+    nodes = marked_graph(traced(checkpoint.config, CONTEXT)).graph.node
     attends = sum(node.op_type == "GroupQueryAttention" for node in nodes)
     assert attends == (checkpoint.shape.layers if checkpoint.shape.fused_attention else 0)
 
@@ -136,8 +127,10 @@ def test_another_process_traces_the_same_bytes(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_other(tmp_path / "m", "gpt2"))
     script = (
         "import sys; from acip_export.model.checkpoint import Checkpoint\n"
-        "from converters.onnx.graph.substitute import traced\n"
-        f"sys.stdout.buffer.write(traced(Checkpoint.open(sys.argv[1]).config, {CONTEXT}))"
+        "from converters.onnx.graph.marked import marked_graph\n"
+        "from converters.onnx.tracing.decoder import traced\n"
+        f"graph = marked_graph(traced(Checkpoint.open(sys.argv[1]).config, {CONTEXT}))\n"
+        "sys.stdout.buffer.write(graph.SerializeToString(deterministic=True))"
     )
     other = subprocess.run(
         [sys.executable, "-c", script, checkpoint.path],
@@ -146,7 +139,8 @@ def test_another_process_traces_the_same_bytes(tmp_path: Path) -> None:
         check=True,
     )
     assert list((tmp_path / "cache").rglob("*.onnx"))
-    assert other.stdout == traced(checkpoint.config, CONTEXT)
+    ours = marked_graph(traced(checkpoint.config, CONTEXT))
+    assert other.stdout == ours.SerializeToString(deterministic=True)
 
 
 def test_from_a_budget_to_a_verified_export(tmp_path: Path) -> None:

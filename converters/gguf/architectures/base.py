@@ -114,6 +114,11 @@ class Family:
             else:
                 unmapped.append(name)
         missing = sorted(required - taken)
+        if missing == ["output.weight"] and shape.tied_embeddings and not unmapped:
+            raise UnsupportedError(
+                f"llama.cpp's {self.name!r} needs a head of its own, and config.json ties it to the embedding "
+                "(tie_word_embeddings): use  --format onnx,  or store the embedding as lm_head.weight too and untie it"
+            )
         if unmapped or missing:
             raise UnsupportedError(
                 f"the model's tensors are not those of llama.cpp's {self.name!r}: "

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from acip_export.errors import UnsupportedError
 from acip_export.model.checkpoint import ModelShape
+from acip_export.model.rope import rope_fields
 from converters.gguf.writer import Value, float32, string, uint32
 
 Floats = npt.NDArray[np.float32]
@@ -45,7 +46,7 @@ class Rope:
 def read_rope(
     config: Mapping[str, Any], shape: ModelShape, kinds: tuple[str, ...], layer_type: str, theta: float = 10000.0
 ) -> Rope:
-    """From either generation of config.json.
+    """What config.json asks for.
 
     Args:
         kinds: what llama.cpp computes for this architecture.
@@ -55,23 +56,14 @@ def read_rope(
     Raises:
         UnsupportedError: another kind.
     """
-    parameters = dict(config.get("rope_parameters") or {})
-    if layer_type in parameters:
-        parameters = dict(parameters[layer_type])
-    scaling = config.get("rope_scaling") if layer_type == "full_attention" else None
-    fields = dict(scaling or {}) | parameters
-    kind = str(fields.get("rope_type") or fields.get("type") or "default")
-    kind = {"su": "longrope"}.get(kind, kind)  # the name that Phi-3's first configs used
+    fields = rope_fields(config, layer_type)
+    kind = fields["rope_type"]
     if kind not in kinds:
         raise UnsupportedError(
             f"llama.cpp computes no rotary embedding {kind!r} for this architecture; it does: {', '.join(kinds)}"
         )
-    fields.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
-    legacy_theta = config.get("rope_theta") if layer_type == "full_attention" else config.get("rope_local_base_freq")
-    share = fields.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return Rope(
-        kind, float(fields.get("rope_theta") or legacy_theta or theta), int(shape.head_dim * float(share)), fields
-    )
+    rotated = int(shape.head_dim * float(fields["partial_rotary_factor"]))
+    return Rope(kind, float(fields.get("rope_theta") or theta), rotated, fields)
 
 
 def rope_keys(rope: Rope, shape: ModelShape) -> dict[str, Value]:

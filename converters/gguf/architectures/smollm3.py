@@ -21,7 +21,7 @@ class SmolLM3(Family):
         if list(rotated) != [int((layer + 1) % _STEP != 0) for layer in range(shape.layers)]:
             raise UnsupportedError(
                 f"llama.cpp's 'smollm3' leaves every {_STEP}th layer without rotary embedding; "
-                f"config.json rotates {rotated}"
+                f"config.json rotates {list(rotated)}"
             )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from acip_export.errors import CheckpointError, ModelFileError, UnsupportedError
 from acip_export.io.atomic import read_json_object
+from acip_export.io.frozen import thawed
 from acip_export.io.inputs import open_input
 from converters.gguf.tokenizer.bpe import bpe_metadata, is_byte_level
 from converters.gguf.tokenizer.common import Source
@@ -39,7 +40,7 @@ def tokenizer_metadata(model: Path, config: Mapping[str, Any], vocabulary: int, 
         raise CheckpointError(
             f"{model} has no tokenizer.json or tokenizer.model; save the tokenizer with transformers' save_pretrained"
         )
-    ids = json.dumps({key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")})
+    ids = json.dumps(thawed({key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}))
     return _metadata(model, ids, vocabulary, pre, stamps)
 
 
@@ -107,7 +108,7 @@ def _chat_template(model: Path, options: Mapping[str, Any]) -> str | None:
         except UnicodeDecodeError as reason:
             raise CheckpointError(f"{file} is no UTF-8: {reason.reason} at byte {reason.start}") from None
     template = options.get("chat_template")
-    if isinstance(template, list):
+    if isinstance(template, tuple):
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default")
     return template if isinstance(template, str) else None

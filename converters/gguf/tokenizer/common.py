@@ -82,11 +82,11 @@ def special_keys(
 
     def find(name: str) -> int | None:
         token = source.options.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, Mapping) else token
         if isinstance(token, str) and token in ids:
             return ids[token]
         number = source.config_ids.get(name)
-        number = number[0] if isinstance(number, list) and number else number
+        number = number[0] if isinstance(number, (list, tuple)) and number else number
         return int(number) if isinstance(number, int) and 0 <= number < len(tokens) else None
 
     eos = ids[suffix] if suffix is not None else find("eos")

@@ -262,7 +262,7 @@ def _wrapping(source: Source) -> dict[str, Any]:
 
     def token(side: str, default: bool) -> list[dict[str, Any]]:
         found = source.options.get(f"{side}_token") or {"bos": "<s>", "eos": "</s>"}[side]
-        content = found["content"] if isinstance(found, dict) else found
+        content = found["content"] if isinstance(found, Mapping) else found
         return [{"SpecialToken": {"id": content}}] if source.options.get(f"add_{side}_token", default) else []
 
     return {"type": "TemplateProcessing", "single": [*token("bos", True), {"Sequence": {}}, *token("eos", False)]}

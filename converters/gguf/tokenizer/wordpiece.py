@@ -73,5 +73,5 @@ def _marked(token: str) -> str:
 
 
 def _id_of(token: Any, ids: Mapping[str, int]) -> int | None:
-    text = token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, Mapping) else token
     return ids.get(text) if isinstance(text, str) else None

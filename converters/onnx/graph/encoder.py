@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import onnx_ir as ir
+import onnx
+from onnx import TensorProto
 
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.model.encoder import Encoder
 from acip_export.model.tensor_names import MASKED_HEAD
-from converters.onnx.graph.decided import IR_VERSION, MICROSOFT, OPSET, Contents, DecidedGraph
+from converters.onnx.graph.decided import IR_VERSION, MICROSOFT, OPSET, Contents, DecidedGraph, shaped
 
 _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu": ("Gelu", {}),
@@ -26,11 +27,12 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("Relu", {}),
 }
 _BATCH, _SEQUENCE = "batch_size", "sequence_length"
+_IDS, _MASK, _TYPES = _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def build_encoder(
     config: Mapping[str, Any], encoder: Encoder, tensors: Sequence[TensorDecision], accuracy_level: int
-) -> tuple[ir.Model, Contents]:
+) -> tuple[onnx.ModelProto, Contents]:
     """The graph, and the contents of its initializers in the order in which they are stored.
 
     Args:
@@ -71,44 +73,35 @@ def _check_config(config: Mapping[str, Any]) -> None:
 class _Graph(DecidedGraph):
     """With the inputs, activations and outputs of encoders."""
 
-    def __init__(self, tensors: Sequence[TensorDecision], accuracy_level: int) -> None:
-        super().__init__(tensors, accuracy_level)
-        self.inputs = {
-            name: ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([_BATCH, _SEQUENCE]))
-            for name in ("input_ids", "attention_mask", "token_type_ids")
-        }
-
-    def activation(self, config: Mapping[str, Any], x: ir.Value, name: str) -> ir.Value:
+    def activation(self, config: Mapping[str, Any], x: str, name: str) -> str:
         kind, attributes = _ACTIVATIONS[config.get("hidden_act", "gelu")]
         return self.node(kind, [x], f"{name}/{kind}", **attributes)
 
-    def output(self, name: str, value: ir.Value, shape: Sequence[int | str]) -> ir.Value:
-        found = self.node("Identity", [value], f"/{name}")
-        found.name, found.type, found.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
-        return found
+    def output(self, name: str, value: str, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
+        self.node("Identity", [value], f"/{name}", output=name)
+        return shaped(name, TensorProto.FLOAT, shape)
 
-    def model(self, outputs: Sequence[ir.Value]) -> ir.Model:
+    def model(self, outputs: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
         if self.unused:
             raise UnsupportedError(
                 f"ONNX has no place for {min(self.unused)} in this encoder; the config says otherwise"
             )
-        graph = ir.Graph(
-            list(self.inputs.values()),
-            outputs,
-            nodes=self.nodes,
-            initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
-            name="encoder",
-        )
-        return ir.Model(graph, ir_version=IR_VERSION)
+        model = onnx.ModelProto(ir_version=IR_VERSION)
+        for domain, release in (("", OPSET), (MICROSOFT, 1)):
+            model.opset_import.add(domain=domain, version=release)
+        model.graph.name = "encoder"
+        model.graph.input.extend(shaped(name, TensorProto.INT64, (_BATCH, _SEQUENCE)) for name in _INPUTS)
+        model.graph.output.extend(outputs)
+        self.write(model.graph)
+        return model
 
 
-def _transformer(graph: _Graph, config: Mapping[str, Any], encoder: Encoder) -> tuple[ir.Value, ir.Value]:
+def _transformer(graph: _Graph, config: Mapping[str, Any], encoder: Encoder) -> tuple[str, str]:
     """Token vectors, and the mask of keys for attention, (batch, sequence) int32."""
-    ids, epsilon = graph.inputs["input_ids"], float(config.get("layer_norm_eps", 1e-12))
+    epsilon = float(config.get("layer_norm_eps", 1e-12))
     prefix = f"{encoder.prefix}embeddings"
-    words = graph.lookup(encoder.word_embeddings, ids, f"/{prefix}/word_embeddings")
-    length = graph.node("Shape", [ids], f"/{prefix}/Shape", start=1, end=2)
+    words = graph.lookup(encoder.word_embeddings, _IDS, f"/{prefix}/word_embeddings")
+    length = graph.node("Shape", [_IDS], f"/{prefix}/Shape", start=1, end=2)
     positions = graph.node(
         "Slice",
         [graph.table(f"{prefix}.position_embeddings.weight"), graph.integers(0), length, graph.integers(0)],
@@ -116,13 +109,13 @@ def _transformer(graph: _Graph, config: Mapping[str, Any], encoder: Encoder) -> 
     )
     types = graph.node(
         "Gather",
-        [graph.table(f"{prefix}.token_type_embeddings.weight"), graph.inputs["token_type_ids"]],
+        [graph.table(f"{prefix}.token_type_embeddings.weight"), _TYPES],
         f"/{prefix}/token_type_embeddings/Gather",
     )
     sum_ = graph.node("Add", [words, types], f"/{prefix}/Add")
     hidden = graph.node("Add", [sum_, positions], f"/{prefix}/Add_1")
     hidden = graph.norm(f"{prefix}.LayerNorm", hidden, epsilon)
-    mask = graph.node("Cast", [graph.inputs["attention_mask"]], "/attention_mask/Cast", to=int(ir.DataType.INT32))
+    mask = graph.node("Cast", [_MASK], "/attention_mask/Cast", to=int(TensorProto.INT32))
     for index in range(int(config["num_hidden_layers"])):
         layer = f"{encoder.prefix}encoder.layer.{index}"
         stem = f"/{layer.replace('.', '/')}"
@@ -146,18 +139,18 @@ def _transformer(graph: _Graph, config: Mapping[str, Any], encoder: Encoder) -> 
     return hidden, mask
 
 
-def _pooled(graph: _Graph, hidden: ir.Value, mask: ir.Value, encoder: Encoder) -> ir.Value:
+def _pooled(graph: _Graph, hidden: str, mask: str, encoder: Encoder) -> str:
     assert encoder.pooling is not None
     if encoder.pooling.mode == "cls":
         vector = graph.node("Gather", [hidden, graph.integer(0)], "/pooling/Gather", axis=1)
     else:
         column = graph.node("Unsqueeze", [mask, graph.integers(-1)], "/pooling/Unsqueeze")
         if encoder.pooling.mode == "max":
-            real = graph.node("Cast", [column], "/pooling/Cast", to=int(ir.DataType.BOOL))
+            real = graph.node("Cast", [column], "/pooling/Cast", to=int(TensorProto.BOOL))
             kept = graph.node("Where", [real, hidden, graph.number(float("-inf"))], "/pooling/Where")
             vector = graph.node("ReduceMax", [kept, graph.integers(1)], "/pooling/ReduceMax", keepdims=0)
         else:
-            weight = graph.node("Cast", [column], "/pooling/Cast", to=int(ir.DataType.FLOAT))
+            weight = graph.node("Cast", [column], "/pooling/Cast", to=int(TensorProto.FLOAT))
             kept = graph.node("Mul", [hidden, weight], "/pooling/Mul")
             total = graph.node("ReduceSum", [kept, graph.integers(1)], "/pooling/ReduceSum", keepdims=0)
             count = graph.node("ReduceSum", [weight, graph.integers(1)], "/pooling/ReduceSum_1", keepdims=0)
@@ -170,13 +163,13 @@ def _pooled(graph: _Graph, hidden: ir.Value, mask: ir.Value, encoder: Encoder) -
     return graph.node("Div", [vector, norm], "/normalize/Div")
 
 
-def _classified(graph: _Graph, hidden: ir.Value) -> ir.Value:
+def _classified(graph: _Graph, hidden: str) -> str:
     first = graph.node("Gather", [hidden, graph.integer(0)], "/pooler/Gather", axis=1)
     pooled = graph.node("Tanh", [graph.linear("bert.pooler.dense", first)], "/pooler/Tanh")
     return graph.linear("classifier", pooled)
 
 
-def _predicted(graph: _Graph, hidden: ir.Value, config: Mapping[str, Any], encoder: Encoder) -> ir.Value:
+def _predicted(graph: _Graph, hidden: str, config: Mapping[str, Any], encoder: Encoder) -> str:
     head = "cls.predictions"
     hidden = graph.linear(f"{head}.transform.dense", hidden)
     hidden = graph.activation(config, hidden, "/cls/predictions/transform")
