@@ -20,8 +20,9 @@ _HEAD = """\
 # The command line
 
 Results go to stdout, progress and diagnostics to stderr. Every command that reports something has `--json`: exactly one
-JSON document on stdout. Existing output is refused without `--force`. Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input,
-4 infeasible budget, 5 unsupported by the format, 6 verification or check failed, 7 missing extra, 130 interrupted.
+JSON document on stdout. Existing output is refused without `--force`, and with it only what acip-export wrote is
+replaced. Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 infeasible budget, 5 unsupported by the format,
+6 verification or check failed, 7 missing extra, 130 interrupted.
 """
 
 

@@ -11,13 +11,15 @@ from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.rank import rounding_scores
 from acip_export.api.report import write_report
 from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.export_directory import EXPORT_KIND
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import VerificationError
 from acip_export.formats.registry import export_format
-from acip_export.io.atomic import new_directory, refuse_existing, scratch_directory
+from acip_export.io.atomic import scratch_directory
+from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification import export as verification
 from acip_export.verification.export import EvaluationText
@@ -61,11 +63,12 @@ def convert_bundle(
     Raises:
         BundleError, PlanFileError: the bundle is damaged.
         VerificationError: the files are not byte for byte as large as planned.
-        UsageError: ``out`` exists and ``force`` is false.
+        UsageError: ``out`` may not be written; see :func:`acip_export.io.outputs.claim_output`.
     """
-    refuse_existing(out, force)
+    claim_output(out, EXPORT_KIND, force, (bundle,))
     opened = Bundle.open(bundle, verify_hash=True)
-    with new_directory(out, force) as directory:
+    output = claim_output(out, EXPORT_KIND, force, (bundle, *opened.plan.options.values()))
+    with output.new_directory() as directory:
         _convert(opened, directory, progress, check)
     return opened.plan
 
@@ -107,10 +110,12 @@ def export_model(
         The report, also written as ``report.json``, ``report.html`` and ``README.md``; ``None`` without ``verify``.
 
     Raises:
+        UsageError: ``out`` may not be written; see :func:`acip_export.io.outputs.claim_output`.
         VerificationError: bytes or numbers are not what was planned; nothing is left behind.
     """
-    refuse_existing(out, force)
-    with scratch_directory(out, ".bundle") as scratch, new_directory(out, force) as directory:
+    read = (scores.file, cache, *tasks, *plan.options.values())
+    output = claim_output(out, EXPORT_KIND, force, read, checkpoint.path)
+    with scratch_directory(output.place, ".bundle") as scratch, output.new_directory() as directory:
         bundle = scratch / "bundle"
         materialize_bundle(checkpoint, scores, plan, bundle, progress=progress, cache=cache)
         _convert(Bundle.open(bundle), directory, progress, check=True)

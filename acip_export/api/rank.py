@@ -8,6 +8,7 @@ from typing import Any
 
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.io.inputs import builtins
+from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 
 
@@ -26,12 +27,13 @@ def write_imatrix(checkpoint: Checkpoint, scores: ScoreFile, out: Path, force: b
     """Write the input moments of ``scores`` as llama.cpp's importance matrix; returns how many matrices it has.
 
     Raises:
-        UsageError: ``out`` exists and ``force`` is false.
+        UsageError: ``out`` may not be written; see :func:`acip_export.io.outputs.claim_output`.
         ScoreFileError: of another model.
         UnsupportedError: an architecture whose tensors have no known names in llama.cpp.
     """
     from converters.gguf import imatrix
 
+    claim_output(out, imatrix.IMATRIX_KIND, force, (scores.file,), checkpoint.path)
     scores.check_model(checkpoint)
     moments = {name: module.input_moment for name, module in scores.modules.items()}
     # What the moments were measured on; rankings that do not say used all of their text.

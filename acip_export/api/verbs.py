@@ -64,11 +64,11 @@ def rank(
         field: of records: the text, or a chat. context: tokens per window; ``None``: 512, or the model's limit.
         seed: of everything random. device: of torch; ``auto``: a GPU where there is one.
         settings: hyper-parameters of ``acip``, in place of those that suit the model.
-        force: replace an existing score file.
+        force: replace an earlier score file.
         options: the others of :func:`acip_export.ranking.rank_model`: ``precision``, ``progress``, ``resume``, ...
 
     Raises:
-        UsageError: unknown algorithm, or ``out`` exists. DataError, MissingExtraError: the text.
+        UsageError: unknown algorithm, or ``out`` may not be written. DataError, MissingExtraError: the text.
         CheckpointError, UnsupportedError: the model. RankingError: the run diverged.
     """
     from acip_export.model.opening import check_checkpoint
@@ -168,19 +168,24 @@ def export(
         plan: what :func:`plan` returned, or a ``plan.json``. model, scores: that it was made from.
         text: to measure perplexity and divergence from the dense model on. tasks: of lm-evaluation-harness.
         verify: open the export in its runtimes and compare. timeout: seconds that a runtime may take.
-        force: replace an existing export. cache: directory that keeps the factors for other sizes.
+        force: replace an earlier export. cache: directory that keeps the factors for other sizes.
 
     Returns:
         The report, also in ``out`` (``report.json``, ``report.html``, ``README.md``); ``None`` without ``verify``.
 
     Raises:
-        UsageError: ``out`` exists. VerificationError: bytes or numbers are not what was planned.
+        UsageError: ``out`` may not be written. VerificationError: bytes or numbers are not what was planned.
         PlanFileError, CheckpointError, ScoreFileError: plan, model and score file do not belong together.
     """
     from acip_export.api.export import export_model
     from acip_export.api.verify import evaluation_text
+    from acip_export.artifacts.export_directory import EXPORT_KIND
+    from acip_export.io.outputs import claim_output
 
-    checkpoint, known = open_model(model), _open_plan(plan)
+    checkpoint = open_model(model)
+    read = (*(each for each in (plan, scores) if isinstance(each, str | os.PathLike)), text, cache, *tasks)
+    claim_output(Path(out), EXPORT_KIND, force, read, checkpoint.path)
+    known = _open_plan(plan)
     return export_model(
         checkpoint,
         open_scores(checkpoint, scores),

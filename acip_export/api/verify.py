@@ -9,6 +9,7 @@ from pathlib import Path
 from acip_export.api.export import materialize_bundle
 from acip_export.api.progress import ProgressCallback, StageProgress, quiet
 from acip_export.api.verbs import Location, open_model, open_scores
+from acip_export.artifacts.export_directory import claim_papers
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import Report, save_report
@@ -62,9 +63,12 @@ def verify_directory(
     is compared with the dense model.
 
     Raises:
-        PlanFileError: ``export`` has no plan. ScoreFileError, CheckpointError: the bundle cannot be made again.
+        UsageError: ``export`` has a report, page or card that is not ours. PlanFileError: it has no plan.
+        ScoreFileError, CheckpointError: the bundle cannot be made again.
         Others as :func:`acip_export.verification.export.verify_export`.
     """
+    scores_file = scores.file if isinstance(scores, ScoreFile) else scores
+    claim_papers(export, (scores_file, bundle, text, *tasks))
     plan = load_plan(export / PLAN_FILE)
     checkpoint = _base_model(model, plan, required=bundle is None)
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from acip_export.artifacts.document import Artifact, read_artifact
+from acip_export.artifacts.document import Artifact, listed_files, read_artifact
 from acip_export.artifacts.names import (
     BUNDLE,
     CONFIG_FILE,
@@ -26,6 +26,8 @@ from acip_export.artifacts.names import (
 from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
 from acip_export.errors import BundleError, PlanFileError
 from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
+from acip_export.io.inputs import Count
+from acip_export.io.outputs import DirectoryKind, FileKind, json_kind
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import RoundTrip
 
@@ -47,6 +49,18 @@ class Manifest(Artifact):
     source_dtype: str
     weights_sha256: str
     importance_sha256: str
+    files: Mapping[str, Count]
+
+
+_MANIFEST_KIND = json_kind("a bundle's manifest", BUNDLE.artifact)
+
+
+def _contents(directory: Path) -> Mapping[str, int | FileKind]:
+    files = listed_files(directory / MANIFEST_FILE, BUNDLE)
+    return {**files, MANIFEST_FILE: _MANIFEST_KIND} if files else {}
+
+
+BUNDLE_KIND = DirectoryKind("a bundle", _contents)
 
 
 class Bundle:

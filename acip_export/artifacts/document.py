@@ -9,8 +9,8 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 
 from acip_export.artifacts.names import ArtifactName
-from acip_export.errors import AcipError
-from acip_export.io.inputs import Failure, ReadOnly, builtins, decode_json, decode_strictly, read_input
+from acip_export.errors import AcipError, InputError
+from acip_export.io.inputs import Failure, ReadOnly, builtins, decode_json, decode_strictly, read_input, read_json
 
 
 class Artifact(ReadOnly):
@@ -61,6 +61,22 @@ def decode_artifact(
 
     check_header(header_of(data, where, fail), kind.NAME, where, error, version_error)
     return decode_strictly(data, kind, where, fail, ("artifact", "version"))
+
+
+class _Listing(msgspec.Struct, frozen=True):
+    """A document that lists files with their bytes."""
+
+    artifact: str
+    files: dict[str, int]
+
+
+def listed_files(file: Path, name: ArtifactName) -> dict[str, int]:
+    """What a document says about the files beside it, in any version; empty where it is not ``name``."""
+    try:
+        listing = read_json(file, _Listing, InputError)
+    except InputError:
+        return {}
+    return listing.files if listing.artifact == name.artifact else {}
 
 
 def check_header(

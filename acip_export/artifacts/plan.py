@@ -16,10 +16,12 @@ from msgspec import Meta
 from acip_export.artifacts.document import Artifact, decode_artifact
 from acip_export.artifacts.names import PAPERS, PLAN, ArtifactName
 from acip_export.errors import PlanFileError
-from acip_export.io.atomic import new_file
 from acip_export.io.inputs import Count, Finite, NotNegative, Positive, PositiveFloat, read_input
+from acip_export.io.outputs import claim_output, json_kind
 from acip_export.model.task import LOSS_UNITS, Task
 from acip_export.weight_types import WeightType, weight_type
+
+PLAN_KIND = json_kind(PLAN.noun, PLAN.artifact)
 
 Representation = Literal["dense", "factored", "lora", "residual"]
 # What a budget covers: the files; files, caches and buffers; or all of the process, the runtime's own parts included.
@@ -200,8 +202,8 @@ class Plan(Artifact):
 
 
 def save_plan(plan: Plan, file: Path, force: bool = False) -> None:
-    """Write atomically; refuses an existing file unless ``force``."""
-    with new_file(file, force) as temporary:
+    """Write atomically; raises UsageError as :func:`acip_export.io.outputs.claim_output`."""
+    with claim_output(file, PLAN_KIND, force).new_file() as temporary:
         temporary.write_text(dumps_plan(plan), encoding="utf-8")
 
 

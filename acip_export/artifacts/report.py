@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from acip_export.artifacts.document import Artifact, read_artifact
+from acip_export.artifacts.export_directory import claim_papers
 from acip_export.artifacts.names import REPORT, REPORT_FILE, ArtifactName
 from acip_export.artifacts.plan import BudgetScope, Name
 from acip_export.errors import InputError
-from acip_export.io.atomic import new_file
 from acip_export.io.inputs import Count, Finite, NotNegative, PositiveFloat, Share
 from acip_export.model.task import LOSS_UNITS, Task
 
@@ -247,6 +247,6 @@ def find_report(model: Path) -> Path | None:
 
 
 def save_report(report: Report, export: Path) -> None:
-    """Write ``report.json`` into the export, in place of an earlier one."""
-    with new_file(export / REPORT_FILE, force=True) as file:
+    """Write ``report.json`` into the export, in place of an earlier one of ours."""
+    with claim_papers(export)[REPORT_FILE].new_file() as file:
         file.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -25,11 +25,14 @@ from acip_export.artifacts.document import Header, check_header
 from acip_export.artifacts.names import SCORE_FILE_SUFFIX, SCORES
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.errors import ScoreFileError
-from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, new_file, read_safetensors_header
+from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, read_safetensors_header
 from acip_export.io.inputs import Count, Finite, Positive, Share, builtins, convert, decode_strictly, read_only
+from acip_export.io.outputs import claim_output, safetensors_kind
 from acip_export.lowrank.order import GlobalOrder
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.task import LOSS_UNITS, Task
+
+SCORES_KIND = safetensors_kind(SCORES.noun, SCORES.artifact)
 
 FloatArray = npt.NDArray[np.float32]
 AdapterScaling = Literal["constant", "dropped"]
@@ -254,7 +257,7 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
-    """Write atomically; refuses an existing file unless ``force``."""
+    """Write atomically; raises UsageError as :func:`acip_export.io.outputs.claim_output`."""
     tensors: dict[str, FloatArray] = {}
     layout: dict[str, ModuleEntry] = {}
     for name, module in scores.modules.items():
@@ -290,7 +293,7 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
             {name: {k: v for k, v in builtins(entry).items() if v is not None} for name, entry in layout.items()}
         ),
     }
-    with new_file(file, force) as temporary:
+    with claim_output(file, SCORES_KIND, force).new_file() as temporary:
         # The library's writer puts the metadata in random order; equal scores are to give equal files.
         declared = {name: ("F32", value.shape) for name, value in tensors.items()}
         with SafetensorsWriter(temporary, declared, metadata) as writer:

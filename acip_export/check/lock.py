@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -15,8 +16,14 @@ from acip_export.check.quality import Quality
 from acip_export.check.snapshot import FileRecord, Snapshot
 from acip_export.errors import BaselineError, BaselineVersionError
 from acip_export.inspection.diff import Stored
-from acip_export.io.atomic import new_file
 from acip_export.io.inputs import Count, builtins, read_input
+from acip_export.io.outputs import FileKind, claim_output
+
+# After a merge conflict it may be no JSON any more; it is written anew then.
+LOCK_KIND = FileKind(
+    "a baseline",
+    re.compile(rb'<{7} |\s*\{(\s*[<|=>]{7}.*\n)?\s*"artifact"\s*:\s*"%b"' % re.escape(LOCK.artifact.encode())),
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Lock(Artifact):
 
 def save_lock(snapshots: Mapping[str, Snapshot], file: Path) -> None:
     """Write atomically; equal snapshots give equal bytes."""
-    with new_file(file, force=True) as temporary:
+    with claim_output(file, LOCK_KIND, True, base=file.parent).new_file() as temporary:
         temporary.write_text(dumps_lock(snapshots), encoding="utf-8")
 
 

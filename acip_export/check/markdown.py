@@ -5,15 +5,18 @@ may become markup, a link or a mention.
 from __future__ import annotations
 
 import html
+import re
 
 from acip_export.check.compare import Result, signed
 from acip_export.check.run import Outcome
 from acip_export.inspection.diff import TensorChange
+from acip_export.io.outputs import FileKind
 from acip_export.markdown import code, plain
 from acip_export.units import format_bytes
 
 # A later run finds its own comment by this line and replaces it.
 MARKER = "<!-- acip-export check -->"
+COMMENT_KIND = FileKind("a comment of a check", re.compile(MARKER.encode()))
 
 # GitHub refuses comments of more than 65,536 characters.
 _LONGEST = 60_000

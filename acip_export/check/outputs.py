@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
@@ -10,8 +11,10 @@ from xml.etree import ElementTree
 from acip_export.artifacts.names import CHECK
 from acip_export.check.compare import Result
 from acip_export.check.run import Outcome
+from acip_export.io.outputs import FileKind
 
 _SUITE = "acip-export check"
+JUNIT_KIND = FileKind("JUnit XML", re.compile(rb'<\?xml [^>]*>\s*<testsuites name="%b"' % _SUITE.encode()))
 
 
 def check_json(outcome: Outcome) -> dict[str, Any]:

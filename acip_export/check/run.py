@@ -11,11 +11,12 @@ from acip_export.artifacts.names import LOCK, REPORT, REPORT_FILE
 from acip_export.artifacts.report import find_report
 from acip_export.check.compare import Result, evaluate, missing, same_sizes, unreadable, without_baseline_limits
 from acip_export.check.config import Config, Entry
-from acip_export.check.lock import decode_lock, load_lock, save_lock
+from acip_export.check.lock import LOCK_KIND, decode_lock, load_lock, save_lock
 from acip_export.check.quality import read_quality
 from acip_export.check.snapshot import FileRecord, Snapshot, take_snapshot, with_hashes
 from acip_export.errors import BaselineError, BaselineVersionError, InputError, VerificationError
 from acip_export.io.inputs import read_input
+from acip_export.io.outputs import claim_output
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def update_lock(config: Config) -> Outcome:
     Raises:
         VerificationError: a model is missing or unreadable; the lock file is as it was.
         BaselineVersionError: the old lock file is of an unknown version.
+        UsageError: what is there is no lock file, or one of the files that are read.
     """
+    claim_output(config.lock, LOCK_KIND, True, files_read(config), config.root)
     old = _old_baseline(config)
     entries = list(expand(config, Baseline(config.lock.name, {})))
     snapshots: dict[str, Snapshot] = {}
@@ -94,6 +97,11 @@ def update_lock(config: Config) -> Outcome:
         raise VerificationError(f"{config.lock} was not written:\n{lines}")
     save_lock(snapshots, config.lock)
     return outcome
+
+
+def files_read(config: Config) -> list[Path]:
+    """The configuration and the models that it names; patterns may match anything, and are left out."""
+    return [config.file, *(config.root / entry.path for entry in config.entries if not entry.is_glob)]
 
 
 def expand(config: Config, baseline: Baseline) -> Iterator[Entry]:

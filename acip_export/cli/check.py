@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from acip_export.check.config import find_config, load_config
-from acip_export.check.markdown import markdown, summary
-from acip_export.check.outputs import check_json, github_annotations, junit
-from acip_export.check.run import run_check, update_lock
+from acip_export.check.markdown import COMMENT_KIND, markdown, summary
+from acip_export.check.outputs import JUNIT_KIND, check_json, github_annotations, junit
+from acip_export.check.run import files_read, run_check, update_lock
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json
 from acip_export.cli.tables.check import show_check
 from acip_export.errors import UsageError, VerificationError
-from acip_export.io.atomic import new_file
+from acip_export.io.outputs import Output, claim_output
 
 
 def check(
@@ -47,11 +47,16 @@ def check(
     if json and markdown_to == "-":
         raise UsageError("--json and --markdown - would both write to stdout; give --markdown a file")
     loaded = load_config(config or find_config(Path()))
+    comment_to = Path(markdown_to) if markdown_to not in (None, "-") else None
+    read = [*files_read(loaded), loaded.lock, against]
+    # Reports are made anew by every run, so an older one is replaced.
+    comment_file = claim_output(comment_to, COMMENT_KIND, True, read, loaded.root) if comment_to else None
+    junit_file = claim_output(junit_to, JUNIT_KIND, True, [*read, comment_to], loaded.root) if junit_to else None
     outcome = update_lock(loaded) if update else run_check(loaded, against)
-    if markdown_to is not None and markdown_to != "-":
-        _write(Path(markdown_to), markdown(outcome))
-    if junit_to is not None:
-        _write(junit_to, junit(outcome))
+    if comment_file is not None:
+        _write(comment_file, markdown(outcome))
+    if junit_file is not None:
+        _write(junit_file, junit(outcome))
     if json:
         console.print_json(check_json(outcome))
     elif markdown_to == "-":
@@ -67,7 +72,6 @@ def check(
         raise VerificationError(f"{summary(outcome)}: {', '.join(result.name for result in outcome.failed)}")
 
 
-def _write(file: Path, text: str) -> None:
-    """Reports are made anew by every run, so an older one is replaced."""
-    with new_file(file, force=True) as temporary:
+def _write(output: Output, text: str) -> None:
+    with output.new_file() as temporary:
         temporary.write_text(text, encoding="utf-8")

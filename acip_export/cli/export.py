@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from acip_export.artifacts.export_directory import EXPORT_KIND
 from acip_export.cli import output as console
 from acip_export.cli.options import Cache, Debug, Force, Json, Tasks, Text, Timeout, Verbose, names
 from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
@@ -15,7 +16,7 @@ from acip_export.cli.tables.report import show_export, show_reports
 from acip_export.errors import UsageError
 from acip_export.formats.protocol import Companion
 from acip_export.formats.registry import export_format, export_formats
-from acip_export.io.atomic import refuse_existing
+from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 from acip_export.version import __version__
@@ -68,8 +69,10 @@ def export(
     directory = out or Path("export") / request.format
     beside = _companions(request.format, companions, directory)
     if not dry_run:
-        for output in (directory, *beside.values()):
-            refuse_existing(output, force)
+        read = (*flags.inputs, text, cache, *names(tasks))
+        claim_output(directory, EXPORT_KIND, force, read, flags.model)
+        for companion, place in beside.items():
+            claim_output(place, companion.kind, force, read, flags.model)
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
     with console.stage_bars() as progress:
@@ -124,4 +127,4 @@ def _companions(format_name: str, names: tuple[str, ...], directory: Path) -> di
         if name not in known:
             having = [each.name for each in export_formats() if name in {c.name for c in each.companions}]
             raise UsageError(f"--{name} goes with  --format {' or '.join(having)}, not {format_name}")
-    return {known[name]: directory.with_name(f"{directory.name}-{name}") for name in names}
+    return {known[name]: directory.parent / f"{directory.name}-{name}" for name in names}

@@ -9,7 +9,7 @@ import typer
 
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Force, Json, Model
-from acip_export.io.atomic import refuse_existing
+from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 
 
@@ -30,8 +30,9 @@ def imatrix(
     The other way, to round with a matrix that llama-imatrix made: acip-export --format gguf --imatrix FILE.
     """
     from acip_export import api as pipeline
+    from converters.gguf.imatrix import IMATRIX_KIND
 
-    refuse_existing(out, force)
+    claim_output(out, IMATRIX_KIND, force, (scores,), model)
     checkpoint = Checkpoint.open(model)
     count = pipeline.write_imatrix(checkpoint, pipeline.open_scores(checkpoint, scores), out, force)
     console.done({"out": str(out), "matrices": count}, json, f"importance of {count} matrices written to {out}")

@@ -10,7 +10,7 @@ import typer
 from acip_export.artifacts.plan import load_plan
 from acip_export.cli import output as console
 from acip_export.cli.options import Cache, Debug, Force, Json, Model, Scores
-from acip_export.io.atomic import refuse_existing
+from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 
 
@@ -29,8 +29,9 @@ def materialize(
     acip-export materialize plan.json -o bundle
     """
     from acip_export import api as pipeline
+    from acip_export.artifacts.bundle import BUNDLE_KIND
 
-    refuse_existing(out, force)
+    claim_output(out, BUNDLE_KIND, force, (plan_file, scores, cache), model)
     checkpoint = Checkpoint.open(model)
     with console.stage_bars() as progress:
         pipeline.materialize_bundle(

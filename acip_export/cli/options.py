@@ -11,7 +11,7 @@ import typer
 Model = Annotated[str, typer.Option("--model", "-m", help="Model directory or Hugging Face id.", show_default=True)]
 Scores = Annotated[Path | None, typer.Option(help="Score file. Default: the *.acip beside the model.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what acip-export wrote there.")]
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Directory that keeps the SVDs, for other sizes and rankings.")
 ]

@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
-from acip_export.artifacts.plan import save_plan
+from acip_export.artifacts.names import SWEEP
+from acip_export.artifacts.plan import PLAN_KIND, save_plan
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Force, Json, Verbose
 from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
 from acip_export.cli.tables.plan import show_plan
-from acip_export.io.atomic import new_file, refuse_existing
+from acip_export.io.outputs import claim_output, json_kind
 from acip_export.model.checkpoint import Checkpoint
+
+_SWEEP_KIND = json_kind(SWEEP.noun, SWEEP.artifact)
 
 
 @takes_plan_flags
@@ -49,7 +52,7 @@ def plan(
         return
     request = flags.request()
     if out is not None:
-        refuse_existing(out, force)
+        claim_output(out, PLAN_KIND, force, flags.inputs, flags.model)
     checkpoint = Checkpoint.open(flags.model)
     with console.stage_bars() as progress:
         made = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, flags.scores), request, progress)
@@ -70,9 +73,9 @@ def _sweep(flags: PlanFlags, out: Path | None, json: bool, force: bool) -> None:
     drawing = None if json and out is None else out or Path("sweep.png")
     if drawing is not None:
         sweep_plot.check_suffix(drawing)
+        for file, kind in ((drawing, sweep_plot.DRAWING_KIND), (drawing.with_suffix(".json"), _SWEEP_KIND)):
+            claim_output(file, kind, force, flags.inputs, flags.model)
         sweep_plot.require_matplotlib()
-        for file in (drawing, drawing.with_suffix(".json")):
-            refuse_existing(file, force)
     checkpoint = Checkpoint.open(flags.model)
     scores = pipeline.open_scores(checkpoint, flags.scores)
     with console.stage_bars() as progress:
@@ -82,7 +85,7 @@ def _sweep(flags: PlanFlags, out: Path | None, json: bool, force: bool) -> None:
         title = f"{checkpoint.name}: size and predicted quality"
         scope = requests[0][1].budget_scope
         sweep_plot.draw(lines, title, scope, scores.loss_unit, drawing, force)
-        with new_file(drawing.with_suffix(".json"), force) as temporary:
+        with claim_output(drawing.with_suffix(".json"), _SWEEP_KIND, force).new_file() as temporary:
             temporary.write_text(dumps(document, indent=1) + "\n", encoding="utf-8")
     if json:
         console.print_json(document)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -65,6 +66,11 @@ class PlanFlags:
     ] = None
     # What only one format understands, as typed: a flag for every option of an installed format.
     options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[str | Path | None, ...]:
+        """The files that are named, among other settings; outputs must be none of them."""
+        return self.scores, self.devices, *self.options.values()
 
     @property
     def asks(self) -> bool:

@@ -76,8 +76,9 @@ def rank(
     """
     from acip_export import api as pipeline
     from acip_export.api import verbs
+    from acip_export.io.outputs import claim_output
     from acip_export.ranking import parse_settings
-    from acip_export.ranking.logs import json_log, tensorboard_log, to_all
+    from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
     from acip_export.ranking.processes import launched_rank
 
     if data is None:
@@ -97,6 +98,8 @@ def rank(
         raise UsageError(f"--{flag} is a setting of acip; --algorithm {algorithm} has none")
     checkpoint = Checkpoint.open(model)
     target = out or checkpoint.path / f"{checkpoint.name}.acip"
+    if log_json is not None:
+        log_json = claim_output(log_json, LOG_KIND, True, (data, target, cache), checkpoint.path).place
     # Of several processes one draws and logs, as one writes.
     is_main = launched_rank() == 0
     try:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from acip_export.errors import MissingExtraError, UsageError
-from acip_export.io.atomic import new_file
+from acip_export.io.outputs import FileKind, claim_output
 from acip_export.planning.sweep import SweepLine, SweepPoint
 from acip_export.units import format_bytes
 
 SUFFIXES = (".png", ".svg")
+_WRITER = "acip-export plan --sweep"
+DRAWING_KIND = FileKind("a drawing of a sweep", re.compile(rb"(?s)(\x89PNG|<\?xml ).*%b" % _WRITER.encode()))
 # Readable next to each other, in grey, and with the common colour blindnesses (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # A curve that runs off to the top says nothing; the interesting part is within this factor of the best.
@@ -88,9 +91,10 @@ def draw(lines: Sequence[SweepLine], title: str, scope: str, unit: str, file: Pa
             [], [], "o", markersize=4.5, color="white", markeredgecolor="#495057", label="one type for everything"
         )
         axis.legend(frameon=False, loc="upper right")
-        with new_file(file, force) as temporary:
+        with claim_output(file, DRAWING_KIND, force).new_file() as temporary:
             kind = file.suffix.lower().removeprefix(".")
-            figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+            metadata = {"Creator": _WRITER, "Date": None} if kind == "svg" else {"Software": _WRITER}
+            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
         plt.close(figure)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from acip_export.artifacts.plan import Plan, Representation, Serving, TensorDecision
 from acip_export.errors import UnsupportedError
+from acip_export.io.outputs import DirectoryKind
 from acip_export.model.checkpoint import Checkpoint, ModelShape
 from acip_export.weight_types import WeightType
 
@@ -105,12 +106,14 @@ class Companion:
 
     Attributes:
         name: the flag that asks for it, and the end of the directory's name.
+        kind: how one of ours is told from other directories.
         check: raises UnsupportedError when it cannot be made of files of these bytes.
         write: writes it from an export into a new directory (``force``: in place of an old one); bytes by file.
     """
 
     name: str
     help: str
+    kind: DirectoryKind
     check: Callable[[Mapping[str, int]], None]
     write: Callable[[Path, Path, bool], dict[str, int]]
 

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Self
 import msgspec
 from msgspec import Meta
 
-from acip_export.errors import InputError, OutputError, UsageError
+from acip_export.errors import InputError, OutputError
 from acip_export.io.frozen import frozen
 from acip_export.io.inputs import Count, decode_json, open_input, read_foreign_json
 from acip_export.io.placeholders import refuse_placeholder
@@ -138,16 +138,6 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def refuse_existing(target: Path, force: bool) -> None:
-    """Called before any heavy work.
-
-    Raises:
-        UsageError: ``target`` exists and ``force`` is false.
-    """
-    if target.exists() and not force and not (target.is_dir() and not any(target.iterdir())):
-        raise UsageError(f"{target} already exists; add --force to replace it, or choose another place with -o")
-
-
 class SafetensorsWriter:
     """Writes a safetensors file tensor by tensor; nothing but the tensor at hand is in memory.
 
@@ -246,36 +236,69 @@ def scratch_directory(target: Path, suffix: str) -> Iterator[Path]:
         with _room(target):
             yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextmanager
-def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
+def new_directory(target: Path, allow: Callable[[], None] = _nothing) -> Iterator[Path]:
     """Yield a temporary directory beside ``target`` that becomes ``target`` when the block ends without an exception.
 
     On any exception, Ctrl-C included, the temporary directory is removed and an existing ``target`` is untouched.
 
+    Args:
+        allow: raises where ``target`` may not be replaced; asked at the end too, as something may have come there.
+
     Raises:
-        UsageError: ``target`` exists and ``force`` is false. OutputError: it cannot be made, or the disk is full.
+        OutputError: it cannot be made or replaced, or the disk is full.
     """
-    refuse_existing(target, force)
+    allow()
     with scratch_directory(target, ".tmp") as temporary:
         yield temporary
+        allow()
         temporary.chmod(0o755)
+        _exchange(temporary, target)
+
+
+def _exchange(new: Path, target: Path) -> None:
+    """Put ``new`` where ``target`` is, by renames: what was there is back if they fail, and removed when they have not.
+
+    A crash between the two leaves the old directory, whole, beside the place.
+    """
+    old = new.with_suffix(".old")
+    try:
         if target.exists():
-            # Two renames instead of a delete: a crash in between leaves the old directory under a visible name.
-            old = temporary.with_suffix(".old")
             target.replace(old)
-            temporary.replace(target)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(target)
+        new.replace(target)
+    except OSError as reason:
+        raise _not_replaced(target, reason) from reason
+    finally:
+        if old.exists():
+            if target.exists():
+                _remove(old)
+            else:
+                old.replace(target)
+
+
+def _remove(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    except BaseException:  # Ctrl-C in the middle: nothing of it is to stay
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _not_replaced(target: Path, reason: OSError) -> OutputError:
+    return OutputError(f"{target} cannot be replaced: {reason.strerror}; it is as it was. Choose another place with -o")
 
 
 @contextmanager
-def new_file(target: Path, force: bool = False) -> Iterator[Path]:
+def new_file(target: Path, allow: Callable[[], None] = _nothing) -> Iterator[Path]:
     """Like :func:`new_directory`, for one file."""
-    refuse_existing(target, force)
+    allow()
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
         try:
@@ -285,8 +308,12 @@ def new_file(target: Path, force: bool = False) -> Iterator[Path]:
             raise _no_output(target, reason) from reason
         with _room(target):
             yield temporary
+        allow()
         temporary.chmod(0o644)
-        temporary.replace(target)
+        try:
+            temporary.replace(target)
+        except OSError as reason:
+            raise _not_replaced(target, reason) from reason
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -298,7 +325,7 @@ def keep(file: Path, data: bytes, otherwise: str) -> None:
     what is done again then.
     """
     try:
-        with new_file(file, force=True) as temporary:
+        with new_file(file) as temporary:
             temporary.write_bytes(data)
     except (OSError, OutputError) as reason:
         logger.warning("%s is not kept (%s); %s again next time", file, reason, otherwise)
@@ -311,5 +338,7 @@ def user_cache() -> Path:
 
 def remove_leftovers(target: Path) -> None:
     """Remove what processes that were killed while they wrote ``target`` left of it; no other may be writing it."""
-    for temporary in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):
-        temporary.unlink(missing_ok=True)
+    digit = "[0-9a-f]"
+    for temporary in target.parent.glob(f".{glob.escape(target.name)}.{8 * digit}.tmp"):
+        if temporary.is_file():
+            temporary.unlink(missing_ok=True)

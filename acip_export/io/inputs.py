@@ -196,9 +196,10 @@ def builtins(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """What msgspec does not know: read-only mappings, and subclasses such as PyTorch's version and NumPy's float."""
-    for known, plain in ((Mapping, dict), (str, str), (float, float)):
-        if isinstance(value, known):
-            return plain(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, str | float):
+        return str(value) if isinstance(value, str) else float(value)
     raise TypeError(f"a {type(value).__name__} is no value of JSON")
 
 

@@ -45,7 +45,7 @@ class FactorCache:
 
             found = whitened_components(weight, right, left)
             tensors = {"up": found.up, "down": found.down, "singular": found.singular}
-            with new_file(file, force=True) as temporary:
+            with new_file(file) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         return found
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from acip_export.artifacts.bundle import Manifest, check_context, stored_of, stored_tensors
+from acip_export.artifacts.bundle import BUNDLE_KIND, Manifest, check_context, stored_of, stored_tensors
 from acip_export.artifacts.names import CONFIG_FILE, IMPORTANCE_FILE, MANIFEST_FILE, PLAN_FILE, WEIGHTS_FILE
 from acip_export.artifacts.plan import Plan, TensorDecision, dumps_plan
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import CheckpointError, PlanFileError
-from acip_export.io.atomic import SafetensorsWriter, new_directory, refuse_existing, sha256_of
+from acip_export.io.atomic import SafetensorsWriter, sha256_of
 from acip_export.io.frozen import thawed
+from acip_export.io.outputs import claim_output, sizes_below
 from acip_export.io.prefetch import one_ahead
 from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import Whitening, whitened_components
@@ -58,16 +59,16 @@ def materialize_bundle(
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
 
     Raises:
-        UsageError: ``out`` exists and ``force`` is false.
+        UsageError: ``out`` may not be written; see :func:`acip_export.io.outputs.claim_output`.
         ScoreFileError, PlanFileError: they do not belong to this model.
         CheckpointError: a weight is damaged or not finite.
     """
-    refuse_existing(out, force)
+    output = claim_output(out, BUNDLE_KIND, force, (scores.file, cache, *plan.options.values()), checkpoint.path)
     scores.check_model(checkpoint)
     check_plan(checkpoint, plan)
     importance: dict[str, Tensor] = {}
     factors = FactorCache(cache)
-    with new_directory(out, force) as directory:
+    with output.new_directory() as directory:
         declared = {
             name: (_stored_dtype(checkpoint, scores, plan, decision), shape)
             for decision in plan.tensors
@@ -97,6 +98,7 @@ def materialize_bundle(
             source_dtype=source_dtype(checkpoint),
             weights_sha256=writer.sha256,
             importance_sha256=sha256_of(directory / IMPORTANCE_FILE),
+            files=sizes_below(directory),
         )
         (directory / MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from acip_export.errors import MissingExtraError, UsageError
+from acip_export.io.outputs import FileKind
 from acip_export.ranking.config import Progress, ProgressCallback
+
+LOG_KIND = FileKind("a log of a ranking", re.compile(rb'\{"time": [\d.]+, "phase": '))
 
 
 @contextmanager

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from acip_export.errors import RankingError
 from acip_export.io.atomic import new_file, read_safetensors_header
+from acip_export.io.outputs import safetensors_kind
 from acip_export.ranking.acip_run import AcipRun
 
 _FORMAT = "acip-run"
+RUN_KIND = safetensors_kind("a stored run", _FORMAT)
 
 
 def run_file(out: Path) -> Path:
@@ -57,7 +59,7 @@ class Checkpoints:
 
         metadata = {"artifact": _FORMAT, "identity": self.identity, "counters": json.dumps(run.counters())}
         tensors = {**_optimizer_tensors(run), **run.tensors()}
-        with new_file(self.file, force=True) as temporary:
+        with new_file(self.file) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
     def load(self, run: AcipRun) -> None:

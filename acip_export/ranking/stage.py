@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from acip_export.artifacts.scores import (
+    SCORES_KIND,
     FloatArray,
     ModuleScores,
     RankedModel,
@@ -24,7 +25,8 @@ from acip_export.artifacts.scores import (
     save_scores,
 )
 from acip_export.errors import RankingError, UnsupportedError, UsageError
-from acip_export.io.atomic import refuse_existing, remove_leftovers
+from acip_export.io.atomic import remove_leftovers
+from acip_export.io.outputs import claim_output
 from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import pack_moment
 from acip_export.model.checkpoint import Checkpoint
@@ -54,7 +56,7 @@ from acip_export.ranking.load import checkpoint_activations, load_model
 from acip_export.ranking.masked_linear import AdapterShape
 from acip_export.ranking.out_of_memory import out_of_memory_named
 from acip_export.ranking.processes import Processes, start_processes
-from acip_export.ranking.run_state import Checkpoints, interrupts_between_steps, run_file
+from acip_export.ranking.run_state import RUN_KIND, Checkpoints, interrupts_between_steps, run_file
 from acip_export.ranking.sharding import shard_dense
 from acip_export.ranking.statistics import Statistics, collect_statistics
 from acip_export.version import __version__
@@ -100,8 +102,9 @@ def rank_model(
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
 
     Raises:
-        UsageError: unknown algorithm, or ``out`` exists. DataError, MissingExtraError: the text. CheckpointError,
-            UnsupportedError: the model, or units that are not singular components. RankingError: the run diverged.
+        UsageError: unknown algorithm, or ``out`` may not be written. DataError, MissingExtraError: the text.
+            CheckpointError, UnsupportedError: the model, or units that are not singular components. RankingError: the
+            run diverged.
     """
     if algorithm != "acip" and algorithm not in TRAINING_FREE_BASES:
         known = ", ".join(["acip", *TRAINING_FREE_BASES])
@@ -112,7 +115,9 @@ def rank_model(
             "rank singular components with  --units singular"
         )
     if out is not None:
-        refuse_existing(out, force)
+        read = (data, evaluation, cache)
+        claim_output(out, SCORES_KIND, force, read, model)
+        claim_output(run_file(out), RUN_KIND, True, read, model)
     if resume and (out is None or algorithm != "acip"):
         raise UsageError("only a run of acip that writes a score file can be resumed; give  --out FILE")
     if checkpoint_every < 1:

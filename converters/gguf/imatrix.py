@@ -7,6 +7,7 @@ Source: llama.cpp, tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ import numpy as np
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import ImatrixError, ModelFileError
 from acip_export.inspection.gguf import MAGIC, PlacedTensor, read_head
-from acip_export.io.atomic import new_file
 from acip_export.io.inputs import open_input
+from acip_export.io.outputs import FileKind, claim_output
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.units import ceil_div
 from converters.gguf.architectures import family_of
@@ -27,6 +28,11 @@ from converters.gguf.ggml_library import Floats
 from converters.gguf.readback import check_structure
 from converters.gguf.writer import GgufWriter, Metadata, TensorSpec, string, strings, uint32
 
+# llama-imatrix does not write this key: a matrix that it measured for hours is told from ours by it.
+_WRITER = "acip-export imatrix"
+IMATRIX_KIND = FileKind(
+    "an importance matrix", re.compile(rb"(?s)GGUF.*general\.quantized_by.{12}%b" % _WRITER.encode())
+)
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 # What llama-imatrix may have besides the layers' (--process-output): read from the embedding where both are tied.
 _OUTER = {"output.weight", TOKEN_EMBEDDING}
@@ -54,7 +60,7 @@ def write_imatrix(
         moments: (in,) float32 mean squares of the inputs of every linear module, by its Hugging Face name.
 
     Raises:
-        UsageError: ``out`` exists and ``force`` is false.
+        UsageError: ``out`` may not be written; see :func:`acip_export.io.outputs.claim_output`.
         UnsupportedError: an architecture whose tensors have no known names in llama.cpp.
     """
     names = _gguf_names(checkpoint)
@@ -65,12 +71,13 @@ def write_imatrix(
         numbers[name + _COUNTS] = np.full((1, 1), measured.tokens, np.float32)
     metadata: Metadata = {
         "general.type": string("imatrix"),
+        "general.quantized_by": string(_WRITER),
         "imatrix.datasets": strings([measured.source]),
         "imatrix.chunk_count": uint32(ceil_div(measured.tokens, measured.chunk)),
         "imatrix.chunk_size": uint32(measured.chunk),
     }
     specs = [TensorSpec(name, values.shape, "f32") for name, values in numbers.items()]
-    with new_file(out, force) as temporary:
+    with claim_output(out, IMATRIX_KIND, force, base=checkpoint.path).new_file() as temporary:
         with GgufWriter(temporary, metadata, specs) as writer:
             for name, values in numbers.items():
                 writer.write(name, values.view(np.uint8))

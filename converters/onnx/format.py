@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from acip_export.formats.protocol import (
 from acip_export.model.checkpoint import Checkpoint
 from converters.onnx.backends import CPU, OTHERS
 from converters.onnx.memory import OnnxMemory
+from converters.onnx.ort_format import ORT_KIND, check_size, write_ort
 from converters.onnx.types import NUMBERS
 
 if TYPE_CHECKING:
@@ -76,17 +77,7 @@ class OnnxFormat(ExportFormat):
         return converter.run_commands(plan, directory)
 
 
-def _check_ort(files: Mapping[str, int]) -> None:
-    from converters.onnx.ort_format import check_size
-
-    check_size(files)
-
-
-def _write_ort(export: Path, out: Path, force: bool) -> dict[str, int]:
-    from converters.onnx.ort_format import write_ort
-
-    return write_ort(export, out, force)
-
+_ORT = Companion("ort", "ONNX: also OUT-ort, for reduced onnxruntime builds.", ORT_KIND, check_size, write_ort)
 
 ONNX = OnnxFormat(
     name="onnx",
@@ -108,7 +99,7 @@ ONNX = OnnxFormat(
     memory=OnnxMemory(),
     backends=OTHERS,
     refused=CPU.refused,
-    companions=(Companion("ort", "ONNX: also OUT-ort, for reduced onnxruntime builds.", _check_ort, _write_ort),),
+    companions=(_ORT,),
     library="onnx",
     tags=("onnx", "onnxruntime"),
 )

@@ -8,6 +8,7 @@ Source: onnxruntime's documentation, "ORT model format" and "Custom build: reduc
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from acip_export.artifacts.names import PAPERS
 from acip_export.errors import UnsupportedError
-from acip_export.io.atomic import new_directory
+from acip_export.io.outputs import DirectoryKind, FileKind, claim_output, sizes_below
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE
 
 ORT_FILE = "model.ort"
@@ -24,6 +25,20 @@ OPERATORS_FILE = "required_operators_and_types.config"
 # Flatbuffers address their content with signed 32-bit offsets.
 _LARGEST = 2**31 - 1
 _SHOWN = 1500
+# The list of operators is the one file that takes comments: in them it says what was written beside it.
+_OPERATORS_KIND = FileKind("a list of operators", re.compile(rb"# acip-export: "))
+_LISTED = re.compile(r"^# acip-export: (\d+) (.+)$", re.MULTILINE)
+
+
+def _contents(directory: Path) -> Mapping[str, int | FileKind]:
+    file = directory / OPERATORS_FILE
+    if not file.is_file() or not _OPERATORS_KIND.wrote(file):
+        return {}
+    listed = _LISTED.findall(file.read_text(encoding="utf-8", errors="replace"))
+    return {**{name: int(size) for size, name in listed}, OPERATORS_FILE: _OPERATORS_KIND}
+
+
+ORT_KIND = DirectoryKind("an export in the ORT format", _contents)
 
 
 def write_ort(export: Path, out: Path, force: bool = False) -> dict[str, int]:
@@ -32,17 +47,19 @@ def write_ort(export: Path, out: Path, force: bool = False) -> dict[str, int]:
     Raises:
         UnsupportedError: the export is no ONNX export, is larger than the format can address, or onnxruntime's
             conversion fails; its output is part of the message.
-        UsageError: ``out`` exists and ``force`` is not given.
+        UsageError: ``out`` may not be written; see :func:`acip_export.io.outputs.claim_output`.
     """
     parts = [export / MODEL_FILE, export / DATA_FILE]
     if not all(part.is_file() for part in parts):
         raise UnsupportedError(f"{export} is no ONNX export: the ORT format is made from {MODEL_FILE} and {DATA_FILE}")
+    output = claim_output(out, ORT_KIND, force, (export,))
     check_size({MODEL_FILE: parts[0].stat().st_size, DATA_FILE: parts[1].stat().st_size})
-    with new_directory(out, force) as directory:
+    with output.new_directory() as directory:
         _convert(parts[0], directory)
         for file in sorted(export.glob("*")):
             if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in PAPERS:
                 shutil.copyfile(file, directory / file.name)
+        _list_files(directory)
     return {file.name: file.stat().st_size for file in sorted(out.iterdir())}
 
 
@@ -72,3 +89,11 @@ def _convert(model: Path, directory: Path) -> None:
     operators.unlink()
     kept = "".join(line for line in lines if not line.startswith("#"))
     (directory / OPERATORS_FILE).write_text(kept, encoding="utf-8")
+
+
+def _list_files(directory: Path) -> None:
+    operators = directory / OPERATORS_FILE
+    sizes = sizes_below(directory)
+    del sizes[OPERATORS_FILE]
+    lines = "".join(f"# acip-export: {size} {name}\n" for name, size in sizes.items())
+    operators.write_text(lines + operators.read_text(encoding="utf-8"), encoding="utf-8")

@@ -88,6 +88,7 @@ MANIFEST = Manifest(
     source_dtype="BF16",
     weights_sha256="3" * 64,
     importance_sha256="4" * 64,
+    files={"model.safetensors": 1000},
 )
 ROUNDING_ERRORS = RoundingErrors(
     "gguf",

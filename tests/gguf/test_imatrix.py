@@ -49,6 +49,7 @@ def test_what_was_written_comes_back(model: Path, tmp_path: Path) -> None:
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert fields == {
         "general.type": "imatrix",
+        "general.quantized_by": "acip-export imatrix",
         "imatrix.datasets": ["calibration.txt"],
         "imatrix.chunk_count": 10,
         "imatrix.chunk_size": 512,

@@ -29,7 +29,7 @@ def stock(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def adapter(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lora(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     rule = everywhere(representation="lora", type="q1_0", rank=32, up_type="f32", down_type="f32", embedding_type="f32")
     return export(models["llama"], "lora", rule, tmp_path_factory.mktemp("lora"))[1]
 
@@ -105,19 +105,19 @@ def test_buffer_lines_are_added_up() -> None:
     )
 
 
-def test_adapter_memory_is_counted(adapter: Path) -> None:
-    with LlamaCppSession(adapter, RUNTIME, threads=1) as session:
+def test_adapter_memory_is_counted(lora: Path) -> None:
+    with LlamaCppSession(lora, RUNTIME, threads=1) as session:
         assert session.buffers is not None
-        written = (adapter / "adapter.gguf").stat().st_size
+        written = (lora / "adapter.gguf").stat().st_size
         assert session.buffers.adapter == pytest.approx(written, rel=0.02)
 
 
-def test_damaged_files_are_refused_with_llama_cpps_words(stock: Path, adapter: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_refused_with_llama_cpps_words(stock: Path, lora: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes((stock / "model.gguf").read_bytes()[:200_000])
     with pytest.raises(VerificationError, match=r"cannot be loaded; llama\.cpp says:\n.*"):
         LlamaCppSession(tmp_path, RUNTIME)
     (tmp_path / "model.gguf").write_bytes((stock / "model.gguf").read_bytes())
-    (tmp_path / "adapter.gguf").write_bytes((adapter / "adapter.gguf").read_bytes()[:1000])
+    (tmp_path / "adapter.gguf").write_bytes((lora / "adapter.gguf").read_bytes()[:1000])
     with pytest.raises(VerificationError, match=r"adapter\.gguf cannot be loaded"):
         LlamaCppSession(tmp_path, RUNTIME)
 

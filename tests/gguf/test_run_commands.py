@@ -75,7 +75,7 @@ def test_ollama_reads_its_modelfile(plan: Plan, directory: str) -> None:
         text = texts(with_layout(plan, layout), Path(directory))["Ollama"]
         instructions = modelfile.parse(text)
         names = [name for name, _ in instructions]
-        assert names == ["from"] + ["adapter"] * (layout == "adapter") + ["parameter"] * 2
+        assert names == ["from"] + ["adapter"] * (layout == "lora") + ["parameter"] * 2
         for name, value in instructions:
             if name != "parameter":
                 # Absolute, or relative to the Modelfile: anything else is the name of a model.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from acip_export.errors import CheckpointError, UsageError
+from acip_export.errors import CheckpointError
 from acip_export.io.atomic import SafetensorsWriter, new_directory, new_file, read_safetensors_header, sha256_of
 
 
@@ -28,16 +28,14 @@ def test_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (target / "a").read_text() == "1"
 
 
-def test_existing_directory_is_refused_then_replaced(tmp_path: Path) -> None:
+def test_existing_directory_is_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("kept")
-    with pytest.raises(UsageError, match="--force"), new_directory(target):
-        pytest.fail("must not start")
-    with pytest.raises(Exploded), new_directory(target, force=True):
+    with pytest.raises(Exploded), new_directory(target):
         raise Exploded
     assert (target / "old").read_text() == "kept"
-    with new_directory(target, force=True) as directory:
+    with new_directory(target) as directory:
         (directory / "new").write_text("1")
     assert [f.name for f in target.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [target]
@@ -46,9 +44,7 @@ def test_existing_directory_is_refused_then_replaced(tmp_path: Path) -> None:
 def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old")
-    with pytest.raises(UsageError), new_file(target):
-        pytest.fail("must not start")
-    with pytest.raises(Exploded), new_file(target, force=True) as temporary:
+    with pytest.raises(Exploded), new_file(target) as temporary:
         temporary.write_text("half")
         raise Exploded
     assert target.read_text() == "old"

@@ -89,7 +89,7 @@ def test_the_file_layer(tmp_path: Path) -> None:
     with no_file_larger_than(1000):
         with (
             pytest.raises(OutputError, match="kept cannot be written"),
-            new_file(tmp_path / "kept", force=True) as file,
+            new_file(tmp_path / "kept") as file,
         ):
             file.write_bytes(bytes(2000))
         with pytest.raises(OutputError, match="out cannot be written"), new_directory(tmp_path / "out") as directory:

@@ -171,7 +171,7 @@ def test_every_consumer_is_told_the_same(make_export: MakeExport) -> None:
 
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"model_type": "spiral"}, "transformers cannot build a spiral model"),
+    "architecture": ({"model_type": "spiral"}, "knows no model_type 'spiral'"),
     "rope": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "cannot build a llama model"),
     "more layers": ({"num_hidden_layers": 3}, "model.layers.2"),
     "fewer layers": ({"num_hidden_layers": 1}, "model.layers.1"),

@@ -63,7 +63,7 @@ def test_bad_input(exports: Exports, export: Path, run: Run, tmp_path: Path) -> 
 
 
 def test_verify_writes_them_too(exports: Exports, export: Path, run: Run) -> None:
-    (export / PAGE_FILE).write_text("old")
+    (export / PAGE_FILE).unlink()
     done = run("verify", "export", "--model", exports.checkpoint.path)
     assert done.code == 0, done.err
     assert _points(export) == 1

@@ -142,7 +142,7 @@ def test_structure_finds_what_size_does_not(
     shutil.copytree(made.export, copy)
     assert callable(damage)
     damage(copy)
-    structure, failures = check_structure(copy, Bundle.open(made.bundle))
+    structure, failures = check_structure(export_format(target), copy, Bundle.open(made.bundle))
     assert structure is not None and structure.found < structure.tensors
     assert re.search(message, failures[0])
 

@@ -21,6 +21,7 @@ from acip_export.artifacts.report import Report
 from acip_export.check.config import load_config
 from acip_export.check.quality import read_quality
 from acip_export.errors import BundleError
+from acip_export.formats.registry import export_format
 from acip_export.verification import metrics as measure
 from acip_export.verification.export import verify_export
 from acip_export.verification.structure import check_structure
@@ -154,7 +155,7 @@ def test_structure_finds_what_size_does_not(
     shutil.copytree(made.export, copy)
     assert callable(damage)
     damage(copy)
-    (structure, failures) = check_structure(copy, Bundle.open(made.bundle))
+    (structure, failures) = check_structure(export_format(target), copy, Bundle.open(made.bundle))
     assert failures
     assert re.search(message, failures[0])
     assert structure is not None

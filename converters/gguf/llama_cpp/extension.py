@@ -196,7 +196,7 @@ def apply_extension(checkout: Path, revert: bool = False, check: bool = False) -
     if not check:
         for name, change in changes.items():
             if change is not Change.NONE:
-                with new_file(root / name, force=True) as temporary:
+                with new_file(root / name) as temporary:
                     temporary.write_text(texts[name], encoding="utf-8", newline="")
     return changes
 

@@ -1,0 +1,37 @@
+"""An export's directory: the files of its plan, and the papers beside them, which no budget counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+
+from acip_export.artifacts.document import listed_files
+from acip_export.artifacts.names import CARD_FILE, PAGE_FILE, PLAN, PLAN_FILE, REPORT, REPORT_FILE
+from acip_export.artifacts.plan import PLAN_KIND
+from acip_export.io.outputs import DirectoryKind, FileKind, Output, claim_output, json_kind
+
+REPORT_KIND = json_kind(REPORT.noun, REPORT.artifact)
+# The title of the page, and the front matter of the card.
+PAGE_KIND = FileKind("a report's page", re.compile(rb"(?si)<!doctype html>.*acip-export</title>"))
+CARD_KIND = FileKind("a model card", re.compile(rb'(?s)---\n.*^quantized_by: "acip-export"$', re.MULTILINE))
+_PAPERS = {REPORT_FILE: REPORT_KIND, PAGE_FILE: PAGE_KIND, CARD_FILE: CARD_KIND}
+
+
+def _contents(directory: Path) -> Mapping[str, int | FileKind]:
+    files = listed_files(directory / PLAN_FILE, PLAN)
+    return {**files, PLAN_FILE: PLAN_KIND, **_PAPERS} if files else {}
+
+
+EXPORT_KIND = DirectoryKind("an export", _contents)
+
+
+def claim_papers(export: Path, inputs: Iterable[str | PathLike[str] | None] = ()) -> dict[str, Output]:
+    """The report, the page and the card of an export, by name: written anew without asking, if they are ours.
+
+    Raises:
+        UsageError: one of them is somebody else's, or an input; see :func:`acip_export.io.outputs.claim_output`.
+    """
+    read = tuple(inputs)
+    return {name: claim_output(export / name, kind, True, read, export) for name, kind in _PAPERS.items()}
