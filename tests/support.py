@@ -199,7 +199,7 @@ def make_plan(
     for name, info in checkpoint.tensors.items():
         fields = decide(name, info.shape) if len(info.shape) == 2 else {"representation": "dense", "type": "f32"}
         fields = {"nbytes": 0, **fields}
-        if fields.get("rank") is not None:
+        if fields.get("rank") is not None and fields["representation"] != "residual":
             fields["kept"] = ((0, fields["rank"]),)
         draft = TensorDecision(name, info.shape, **fields)
         decisions.append(TensorDecision(name, info.shape, **{**fields, "nbytes": decision_bytes(draft, target)}))

@@ -18,7 +18,8 @@ from acip_export.io.atomic import read_json_object, safetensors_header
 from acip_export.io.frozen import frozen, thawed
 from acip_export.model.architectures import fuses_attention, refuse_experts, stored_names, with_common_keys
 from acip_export.model.config_fields import check_config
-from acip_export.model.encoder import is_encoder, kind_of
+from acip_export.model.encoder import is_encoder, kind_of, task_of
+from acip_export.model.task import Task
 from acip_export.model.tensor_names import layer_of
 from acip_export.model.tied_head import without_repeated_head
 from acip_export.model.tokenizer_size import TokenizerSize, tokenizer_size
@@ -85,7 +86,7 @@ class ModelShape:
     Attributes:
         sliding_window: tokens that windowed layers attend to, the current one included; ``None``: no such layer.
         sliding_layers: for every layer whether it is windowed; empty without a window.
-        tied_embeddings: the head reads the embedding. generates: token by token, with a KV cache; encoders do not.
+        tied_embeddings: the head reads the embedding. task: what the model is for.
         fused_attention: an ONNX graph attends in place on one cache, and keeps no scores.
     """
 
@@ -101,8 +102,13 @@ class ModelShape:
     tied_embeddings: bool
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
-    generates: bool = True
+    task: Task = "causal"
     fused_attention: bool = True
+
+    @property
+    def generates(self) -> bool:
+        """Whether it writes token by token, with a KV cache; encoders do not."""
+        return self.task == "causal"
 
 
 class Checkpoint:
@@ -190,7 +196,7 @@ class Checkpoint:
                 sliding_window=window,
                 sliding_layers=windowed,
                 tied_embeddings=_ties_head(config),
-                generates=not is_encoder(config),
+                task=task_of(self.config),
                 fused_attention=fuses_attention(config),
             )
         except KeyError as missing:

@@ -65,14 +65,15 @@ class Encoder:
         return f"{self.prefix}embeddings.word_embeddings.weight"
 
 
-def is_encoder(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is that of an encoder that this tool knows."""
-    return _class_of(config) in _CLASSES
-
-
 def task_of(config: Mapping[str, Any]) -> Task:
     """What the model of a ``config.json`` is for."""
-    return kind_of(config) if is_encoder(config) else "causal"
+    found = _CLASSES.get(_class_of(config))
+    return "causal" if found is None else found[0]
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is that of an encoder that this tool knows."""
+    return task_of(config) != "causal"
 
 
 def kind_of(config: Mapping[str, Any]) -> EncoderKind:

@@ -340,7 +340,7 @@ def test_hostile_names_stay_text(hostile: Path) -> None:
 def test_page_without_sizes_or_measurements(exports: Exports, tmp_path: Path) -> None:
     """One export, no score file, never verified: no slider, no curve, and no complaint."""
     plan = read_export(exports.directories[0]).plan
-    file, _ = write_papers(build_page(Exported(dataclasses.replace(plan, predicted_perplexity=None), {})), tmp_path)
+    file, _ = write_papers(build_page(Exported(dataclasses.replace(plan, predicted_perplexity=None), None)), tmp_path)
     with open_page() as tab:
         _open(tab, file)
         assert tab.is_hidden("#slider-row")
