@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from acip_export.api.verbs import export, plan, rank, verify
     from acip_export.artifacts.bundle import Bundle, load_bundle
     from acip_export.artifacts.plan import Plan, load_plan, save_plan
+    from acip_export.artifacts.report import Report, load_report
     from acip_export.artifacts.scores import ScoreFile, load_scores, save_scores
     from acip_export.errors import (
         AcipError,
@@ -32,14 +33,13 @@ if TYPE_CHECKING:
     from acip_export.formats.protocol import ExportFormat
     from acip_export.formats.registry import export_formats
     from acip_export.model.checkpoint import Checkpoint
-    from acip_export.verification.export import Report
 
 _MODULES = {
     "acip_export.api.verbs": ("rank", "plan", "export", "verify"),
     "acip_export.artifacts.scores": ("ScoreFile", "load_scores", "save_scores"),
     "acip_export.artifacts.plan": ("Plan", "load_plan", "save_plan"),
     "acip_export.artifacts.bundle": ("Bundle", "load_bundle"),
-    "acip_export.verification.export": ("Report",),
+    "acip_export.artifacts.report": ("Report", "load_report"),
     "acip_export.model.checkpoint": ("Checkpoint",),
     "acip_export.formats.registry": ("export_formats",),
     "acip_export.formats.protocol": ("ExportFormat",),
@@ -63,6 +63,7 @@ __all__ = [  # noqa: RUF022  (the verbs first, then what they give and take, the
     "load_scores",
     "load_plan",
     "load_bundle",
+    "load_report",
     "save_scores",
     "save_plan",
     "ScoreFile",

@@ -8,25 +8,56 @@ from __future__ import annotations
 
 import os
 import sys
-import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta
+
+from acip_export.artifacts.plan import Tokens
 from acip_export.errors import AcipError, DeviceFileError, UsageError
 from acip_export.formats.registry import export_format, format_names
+from acip_export.io.inputs import convert, decode_toml, read_input
 from acip_export.units import parse_bytes
 
 DEVICES_VARIABLE = "ACIP_EXPORT_DEVICES"
 BUILT_IN = "built in"
 
-_SOURCES = ("memory", "usable", "types")
-_OPTIONAL = {"types", "context", "largest_file", "whole_prompts"}
-_FIELDS = {"name", "title", "class", "memory", "usable", "runtimes", "source"} | _OPTIONAL
+Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\S")]
+
+
+class Sources(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where three figures of a device come from, in words or as addresses."""
+
+    memory: Text
+    usable: Text
+    types: Text
+
+
+class DeviceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A ``[[device]]`` as it is written down; see :class:`Device`."""
+
+    name: Text
+    title: Text
+    kind: Text = msgspec.field(name="class")
+    memory: Text
+    usable: Annotated[float, Meta(gt=0, le=1)]
+    runtimes: Annotated[dict[Text, Text], Meta(min_length=1)]
+    types: dict[Text, Annotated[tuple[Text, ...], Meta(min_length=1)]] = {}
+    context: Tokens = 4096
+    largest_file: Text | None = None
+    whole_prompts: tuple[Text, ...] = ()
+    source: Sources
+
+
+class DeviceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of devices."""
+
+    device: Annotated[tuple[DeviceTable, ...], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -100,16 +131,12 @@ def load_devices(extra: Path | None = None) -> dict[str, Device]:
     Raises:
         DeviceFileError: a file that was named is missing, or any file is malformed.
     """
-    table = files("acip_export").joinpath("devices.toml").read_text(encoding="utf-8")
+    table = files("acip_export").joinpath("devices.toml").read_bytes()
     devices = {device.name: device for device in _parse(table, BUILT_IN)}
     named = os.environ.get(DEVICES_VARIABLE)
     found = [user_file()] if user_file().is_file() else []
     for file in (*found, *([Path(named)] if named else []), *([extra] if extra else [])):
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as reason:
-            raise DeviceFileError(f"the device file {file} cannot be read: {reason}") from reason
-        devices |= {device.name: device for device in _parse(text, str(file))}
+        devices |= {device.name: device for device in _parse(read_input(file, DeviceFileError), str(file))}
     return devices
 
 
@@ -124,16 +151,9 @@ def find_device(name: str, devices: dict[str, Device]) -> Device:
     raise UsageError(f"unknown device {name!r}. {hint}\nacip-export devices  lists all {len(devices)}")
 
 
-def _parse(text: str, where: str) -> list[Device]:
-    try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as reason:
-        raise DeviceFileError(f"{where} is not TOML: {reason}") from reason
-    unknown = set(data) - {"device"}
-    entries = data.get("device")
-    if unknown or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise DeviceFileError(f"{where} must hold [[device]] tables and nothing else; found: {', '.join(data) or '-'}")
-    devices = [_device(entry, number, where) for number, entry in enumerate(entries, 1)]
+def _parse(data: bytes, where: str) -> list[Device]:
+    document = convert(decode_toml(data, where, DeviceFileError), DeviceFile, where, _expected)
+    devices = [_device(table, f"{where}: $.device[{index}]", where) for index, table in enumerate(document.device)]
     names = [device.name for device in devices]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -141,72 +161,44 @@ def _parse(text: str, where: str) -> list[Device]:
     return devices
 
 
-def _device(entry: dict[str, Any], number: int, where: str) -> Device:
-    label = f"{where}: device {entry.get('name') or number!r}"
+def _expected(message: str) -> DeviceFileError:
+    return DeviceFileError(f"{message}\nA file of devices holds [[device]] tables, and only those; see docs/devices.md")
 
-    def fail(message: str) -> DeviceFileError:
-        return DeviceFileError(f"{label}: {message}")
 
-    unknown, missing = set(entry) - _FIELDS, _FIELDS - _OPTIONAL - set(entry)
-    if unknown:
-        raise fail(f"unknown field {sorted(unknown)[0]!r}; known: {', '.join(sorted(_FIELDS))}")
-    if missing:
-        raise fail(f"{', '.join(sorted(missing))} missing")
-    for field in ("name", "title", "class", "memory"):
-        if not isinstance(entry[field], str) or not entry[field].strip():
-            raise fail(f"{field} must be text, found {entry[field]!r}")
-    largest = entry.get("largest_file")
-    if largest is not None and not isinstance(largest, str):
-        raise fail(f"largest_file must be text, found {largest!r}")
-    try:
-        memory = parse_bytes(entry["memory"], "memory")
-        largest_file = None if largest is None else parse_bytes(largest, "largest_file")
-    except AcipError as reason:
-        raise fail(str(reason)) from reason
-    usable = entry["usable"]
-    if isinstance(usable, bool) or not isinstance(usable, int | float) or not 0 < usable <= 1:
-        raise fail(f"usable must be a share between 0 and 1, found {usable!r}")
-    context = entry.get("context", 4096)
-    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
-        raise fail(f"context must be a number of tokens, found {context!r}")
-    runtimes, sources = entry["runtimes"], entry["source"]
-    if not isinstance(runtimes, dict) or not runtimes or not all(isinstance(r, str) for r in runtimes.values()):
-        raise fail('runtimes must name what runs each format, for example { gguf = "llama.cpp" }')
+def _device(table: DeviceTable, place: str, where: str) -> Device:
+    runtimes = table.runtimes
     for name, runtime in runtimes.items():
         if name not in format_names():
-            raise fail(f"unknown format {name!r}; known: {', '.join(format_names())}")
+            raise DeviceFileError(f"{place}: unknown format {name!r}; known: {', '.join(format_names())}")
         known = export_format(name).runtimes
         if runtime not in known:
-            raise fail(f"unknown runtime {runtime!r} of {name}; known: {', '.join(known)}")
-    whole = entry.get("whole_prompts", [])
-    if not isinstance(whole, list) or not set(map(str, whole)) <= set(runtimes):
-        raise fail(f"whole_prompts must list formats of runtimes ({', '.join(runtimes)}), found {whole!r}")
-    if not isinstance(sources, dict) or sorted(sources) != sorted(_SOURCES) or not all(sources.values()):
-        raise fail(f"source must say where {', '.join(_SOURCES)} come from, each in words or as an address")
+            raise DeviceFileError(f"{place}: unknown runtime {runtime!r} of {name}; known: {', '.join(known)}")
+    for field, formats in (("whole_prompts", table.whole_prompts), ("types", table.types)):
+        if not set(formats) <= set(runtimes):
+            raise DeviceFileError(f"{place}.{field} must be for formats of runtimes ({', '.join(runtimes)})")
+    for name, types in table.types.items():
+        try:
+            export_format(name).choose_types(types)
+        except AcipError as reason:
+            raise DeviceFileError(f"{place}.types.{name}: {reason}") from reason
     return Device(
-        name=entry["name"],
-        title=entry["title"],
-        kind=entry["class"],
-        memory_bytes=memory,
-        usable=Fraction(str(usable)),
+        name=table.name,
+        title=table.title,
+        kind=table.kind,
+        memory_bytes=_bytes(table.memory, f"{place}.memory"),
+        usable=Fraction(str(table.usable)),
         runtimes=dict(runtimes),
-        types=_types(entry.get("types", {}), runtimes, fail),
-        context=context,
-        sources={name: str(sources[name]) for name in _SOURCES},
-        largest_file=largest_file,
-        whole_prompts=tuple(whole),
+        types=dict(table.types),
+        context=table.context,
+        sources=msgspec.structs.asdict(table.source),
+        largest_file=None if table.largest_file is None else _bytes(table.largest_file, f"{place}.largest_file"),
+        whole_prompts=table.whole_prompts,
         defined_in=where,
     )
 
 
-def _types(types: Any, runtimes: dict[str, str], fail: Callable[[str], DeviceFileError]) -> dict[str, tuple[str, ...]]:
-    if not isinstance(types, dict) or not set(types) <= set(runtimes):
-        raise fail(f"types must be lists by format, for formats of runtimes ({', '.join(runtimes)})")
-    for target, names in types.items():
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise fail(f"types.{target} must be a list of type names")
-        try:
-            export_format(target).choose_types(tuple(names))
-        except AcipError as reason:
-            raise fail(f"types.{target}: {reason}") from reason
-    return {target: tuple(names) for target, names in types.items()}
+def _bytes(quantity: str, place: str) -> int:
+    try:
+        return parse_bytes(quantity, place)
+    except UsageError as reason:
+        raise DeviceFileError(str(reason)) from reason

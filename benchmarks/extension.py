@@ -113,6 +113,7 @@ def write(model: Checkpoint, form: str, ranks: tuple[int, int] | None, layout: s
     plan = Plan(
         format="gguf",
         layout=layout,
+        task="causal",
         model="random",
         model_fingerprint="0" * 64,
         scores_sha256="0" * 64,

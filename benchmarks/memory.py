@@ -28,10 +28,19 @@ from ruled_plan import ruled_plan
 
 from acip_export.api import convert_bundle
 from acip_export.artifacts.plan import RUNTIME_PARTS, Plan, Serving, TensorDecision, decision_bytes, save_plan
-from acip_export.artifacts.scores import ModuleScores, ScoreFile, load_scores, save_scores
+from acip_export.artifacts.scores import (
+    CurvePoint,
+    ModuleScores,
+    RankedModel,
+    RankedOn,
+    ScoreFile,
+    load_scores,
+    save_scores,
+)
 from acip_export.formats.registry import export_format
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import task_of
 from acip_export.planning.memory import ModelMemory, uncounted_bytes
 from acip_export.units import format_bytes
 from acip_export.verification.process import ProcessFigures, measure_process
@@ -101,11 +110,12 @@ def made_up_scores(checkpoint: Checkpoint, file: Path) -> ScoreFile:
             adapter_b=None,
         )
     scores = ScoreFile(
-        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=task_of(checkpoint.config),
         algorithm={"name": "magnitude", "basis": "svd", "seed": 0},
-        data={"source": "none", "sha256": "0" * 64, "tokens": 0},
+        data=RankedOn(source="none", sha256="0" * 64, tokens=0),
         versions={},
-        curve=(),
+        curve=(CurvePoint(1.0, 0.0),),
         modules=modules,
         embedding_sensitivity={},
         second_moments={},

@@ -33,7 +33,8 @@ def export(model: Path, out: Path, weighted: bool) -> None:
     """The bundle lies beside the export and is removed. Not ``weighted``: as llama.cpp rounds without an imatrix."""
     from safetensors.torch import save_file
 
-    from acip_export.artifacts.bundle import IMPORTANCE_FILE, Bundle
+    from acip_export.artifacts.bundle import Bundle
+    from acip_export.artifacts.names import IMPORTANCE_FILE
     from acip_export.materialization import materialize_bundle
     from converters.gguf import converter
 

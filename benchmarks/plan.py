@@ -35,10 +35,19 @@ from acip_export.artifacts.rounding_errors import (
     residual_key,
     save_rounding_errors,
 )
-from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
+from acip_export.artifacts.scores import (
+    CurvePoint,
+    ModuleScores,
+    RankedModel,
+    RankedOn,
+    ScoreFile,
+    load_scores,
+    save_scores,
+)
 from acip_export.formats.registry import export_format, export_formats
 from acip_export.io.atomic import DTYPE_BYTES
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import task_of
 from acip_export.planning import Budget, DoesNotFit, PlanRequest, resolve
 from acip_export.planning.candidates import pair_types, residual_bases
 from acip_export.weight_types import types_of
@@ -161,9 +170,10 @@ def make_scores(model: Path) -> Path:
         )
     total = sum(float(module.drop_loss.sum()) for module in modules.values())
     scores = ScoreFile(
-        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=task_of(checkpoint.config),
         algorithm={"name": "acip", "basis": "kfac", "seed": 0},
-        data={"source": "none", "sha256": "0" * 64, "tokens": 0},
+        data=RankedOn(source="none", sha256="0" * 64, tokens=0),
         versions={"acip-export": "benchmark"},
         curve=tuple(CurvePoint(r / 10, 2 + total * (1 - r / 10) ** 2) for r in range(10, 1, -1)),
         modules=modules,

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import transformers
 
-from acip_export.artifacts.scores import CAUSAL_UNIT, ScoreFile
+from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking import AcipConfig, DataConfig, automatic_config, rank_model
 from acip_export.ranking.load import linear_weights
@@ -76,7 +76,7 @@ def quality(scores: ScoreFile) -> dict[str, list[float | None]]:
     def rounded(values: Iterable[float | None]) -> list[float | None]:
         return [None if value is None else round(value, 5) for value in values]
 
-    if scores.loss_unit != CAUSAL_UNIT:
+    if scores.task != "causal":
         return {
             "distance": rounded(point.loss for point in scores.curve),
             "distance_with_adapters": rounded(adapted),

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acip_export.artifacts.plan import Certificate, Plan, Serving, TensorDecision
-from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile
+from acip_export.artifacts.scores import CurvePoint, ModuleScores, RankedModel, RankedOn, ScoreFile
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import task_of
 
 
 def ruled_plan(
@@ -28,6 +29,7 @@ def ruled_plan(
     return Plan(
         format=target,
         layout=layout,
+        task=task_of(checkpoint.config),
         model=checkpoint.name,
         model_fingerprint=checkpoint.fingerprint,
         scores_sha256="0" * 64,
@@ -58,9 +60,10 @@ def uniform_scores(
         moments = np.ones(shape[1], np.float32), np.ones(shape[0], np.float32)
         modules[name] = ModuleScores(shape, loss, loss, loss, loss, 1.0, *moments)
     return ScoreFile(
-        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=task_of(checkpoint.config),
         algorithm={"name": "magnitude", "basis": "svd", "seed": 0},
-        data={"source": "none", "sha256": "0" * 64, "tokens": 1},
+        data=RankedOn(source="none", sha256="0" * 64, tokens=1),
         versions={"acip-export": version("acip-export")},
         curve=(CurvePoint(1.0, 3.0), CurvePoint(0.5, 4.0)),
         modules=modules,

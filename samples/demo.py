@@ -23,13 +23,13 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import acip_export
 from acip_export.api import evaluation_text, export_model, plan_export, write_report
+from acip_export.artifacts.report import Report
 from acip_export.artifacts.scores import ScoreFile, load_scores
 from acip_export.cli import output as console
 from acip_export.errors import ScoreFileError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from acip_export.units import format_bytes, parse_bytes
-from acip_export.verification.export import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"

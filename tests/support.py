@@ -16,10 +16,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision, decision_bytes
-from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile, load_scores, save_scores
+from acip_export.artifacts.scores import (
+    CurvePoint,
+    ModuleScores,
+    RankedModel,
+    RankedOn,
+    ScoreFile,
+    load_scores,
+    save_scores,
+)
 from acip_export.lowrank.components import components
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import task_of
 from acip_export.model.tensor_names import EMBEDDINGS, HEAD
 from benchmarks.ruled_plan import ruled_plan
 from converters.gguf.runtimes import c_api as llama_capi
@@ -155,9 +164,10 @@ def make_scores(model: Path, file: Path | None = None, adapters: bool = False, s
         )
     total = sum(float(m.drop_loss.sum()) for m in modules.values())
     scores = ScoreFile(
-        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=task_of(checkpoint.config),
         algorithm={"name": "magnitude", "basis": "svd", "seed": seed},
-        data={"source": "none", "sha256": "0" * 64, "tokens": 0},
+        data=RankedOn(source="none", sha256="0" * 64, tokens=0),
         versions={"acip-export": "test"},
         curve=tuple(CurvePoint(r, 3 + total * (1 - r) ** 2) for r in (1.0, 0.8, 0.6, 0.4, 0.2)),
         modules=modules,
@@ -189,7 +199,7 @@ def make_plan(
     for name, info in checkpoint.tensors.items():
         fields = decide(name, info.shape) if len(info.shape) == 2 else {"representation": "dense", "type": "f32"}
         fields = {"nbytes": 0, **fields}
-        if fields.get("rank") is not None:
+        if fields.get("rank") is not None and fields["representation"] != "residual":
             fields["kept"] = ((0, fields["rank"]),)
         draft = TensorDecision(name, info.shape, **fields)
         decisions.append(TensorDecision(name, info.shape, **{**fields, "nbytes": decision_bytes(draft, target)}))

@@ -66,31 +66,32 @@ def test_later_files_win(camera: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("[[device]]", "[device]", "[[device]] tables"),
+        ("[[device]]", "[device]", "$.device: expected array, got object"),
         ("[[device]]", "[[gadget]]", "gadget"),
-        ('name = "camera"', "name = 3", "name must be text"),
-        ('name = "camera"', "", "name missing"),
+        ('name = "camera"', "name = 3", "$.device[0].name: expected str, got int"),
+        ('name = "camera"', "", "missing required field name"),
         ('"1GiB"', '"1"', "has no unit"),
-        ('"1GiB"', "1073741824", "memory must be text"),
-        ("usable = 0.4", "usable = 1.4", "between 0 and 1"),
-        ("usable = 0.4", "usable = true", "between 0 and 1"),
-        ("usable = 0.4", "usable = 0", "between 0 and 1"),
+        ('"1GiB"', "1073741824", "$.device[0].memory: expected str, got int"),
+        ("usable = 0.4", "usable = 1.4", "$.device[0].usable: expected float <= 1.0"),
+        ("usable = 0.4", "usable = true", "$.device[0].usable: expected float, got bool"),
+        ("usable = 0.4", "usable = 0", "$.device[0].usable: expected float > 0.0"),
+        ("usable = 0.4", "usable = nan", "$.device[0].usable: expected float"),
         ('gguf = "llama.cpp"', 'coreml = "x"', "unknown format 'coreml'"),
-        ('{ gguf = "llama.cpp" }', "{}", "runtimes must name"),
+        ('{ gguf = "llama.cpp" }', "{}", "$.device[0].runtimes: expected object of length >= 1"),
         ('"llama.cpp"', '"llama.c"', "unknown runtime 'llama.c'"),
         ('["q8_0", "q4_0"]', '["q8_0", "q4_5"]', "no type 'q4_5'"),
-        ('["q8_0", "q4_0"]', "[]", "list of type names"),
+        ('["q8_0", "q4_0"]', "[]", "expected array of length >= 1"),
         ("types.gguf", "types.onnx", "formats of runtimes"),
-        ("context = 512", "context = 0", "number of tokens"),
-        ("context = 512", "largest_file = 2", "largest_file must be text"),
+        ("context = 512", "context = 0", "$.device[0].context: expected int >= 1"),
+        ("context = 512", "largest_file = 2", "$.device[0].largest_file: expected str | null, got int"),
         ("context = 512", 'largest_file = "2"', "largest_file"),
         ("context = 512", 'whole_prompts = ["onnx"]', "formats of runtimes (gguf)"),
-        ("context = 512", "colour = 1", "unknown field 'colour'"),
-        (', types = "benchmark"', "", "source must say"),
-        ('"benchmark"', '""', "source must say"),
-        ("context = 512", "context = ", "not TOML"),
+        ("context = 512", "colour = 1", "unknown field colour"),
+        (', types = "benchmark"', "", "$.device[0].source: object missing required field types"),
+        ('"benchmark"', '""', "$.device[0].source.types: expected str of length >= 1"),
+        ("context = 512", "context = ", "is no TOML"),
         (ENTRY, ENTRY + ENTRY, "twice"),
-        (ENTRY, "", "[[device]] tables"),
+        (ENTRY, "", "missing required field device"),
     ],
 )
 def test_malformed_files(camera: Path, old: str, new: str, says: str) -> None:
@@ -103,10 +104,10 @@ def test_malformed_files(camera: Path, old: str, new: str, says: str) -> None:
 
 
 def test_missing_and_binary_files(camera: Path) -> None:
-    with pytest.raises(DeviceFileError, match="cannot be read"):
+    with pytest.raises(DeviceFileError, match="does not exist"):
         load_devices(camera.with_name("nowhere.toml"))
     camera.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DeviceFileError, match="cannot be read"):
+    with pytest.raises(DeviceFileError, match="is no UTF-8"):
         load_devices(camera)
 
 

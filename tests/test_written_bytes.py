@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from acip_export.api import convert_bundle
+from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision, decision_bytes
 from acip_export.artifacts.rounding_errors import RoundingErrors, residual_key
 from acip_export.artifacts.scores import ScoreFile
@@ -17,7 +18,6 @@ from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, Problem, resolve
 from acip_export.planning.candidates import Candidates, residual_bases
-from acip_export.verification.export import EXPORT_PLAN_FILE
 from acip_export.weight_types import types_of, weight_type
 from tests.planning.problems import EXHAUSTIVE, Shape, examples, shapes
 from tests.planning.test_properties import WAYS
@@ -42,7 +42,7 @@ def kinds_of(candidates: Candidates) -> dict[Kind, TensorDecision]:
 
 def sizes(directory: Path) -> dict[str, int]:
     """Bytes of an export's files, the copy of its plan left out."""
-    files = (file for file in directory.rglob("*") if file.is_file() and file.name != EXPORT_PLAN_FILE)
+    files = (file for file in directory.rglob("*") if file.is_file() and file.name != PLAN_FILE)
     return {str(file.relative_to(directory)): file.stat().st_size for file in files}
 
 
@@ -103,7 +103,9 @@ def every_correction(target: str, layout: str, types: tuple[str, ...], scores: S
     """Corrections of bases are candidates where they were measured; here everywhere."""
     bases = residual_bases(export_format(target).layout(layout), tuple(weight_type(target, name) for name in types))
     pairs = {residual_key(base): ((0.5, 0.5),) for base in bases}
-    return RoundingErrors(target, "none", scores.sha256, pairs=dict.fromkeys(scores.modules, pairs))
+    return RoundingErrors(
+        format=target, quantizer="none", scores_sha256=scores.sha256, pairs=dict.fromkeys(scores.modules, pairs)
+    )
 
 
 @settings(deadline=None, max_examples=examples(6, 100), suppress_health_check=list(HealthCheck))

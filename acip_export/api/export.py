@@ -9,9 +9,11 @@ from pathlib import Path
 from acip_export.api.plan import planned_sizes
 from acip_export.api.rank import rounding_scores
 from acip_export.api.report import write_report
-from acip_export.artifacts.bundle import PLAN_FILE, Bundle
+from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.export_directory import EXPORT_KIND
+from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import VerificationError
 from acip_export.formats.registry import export_format
@@ -20,7 +22,7 @@ from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
 from acip_export.verification import export as verification
-from acip_export.verification.export import EvaluationText, Report
+from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 
 
@@ -73,7 +75,7 @@ def convert_bundle(
 
 def _convert(bundle: Bundle, directory: Path, progress: ProgressCallback, check: bool) -> None:
     export_format(bundle.plan.format).convert(bundle, directory, progress)
-    shutil.copyfile(bundle.path / PLAN_FILE, directory / verification.EXPORT_PLAN_FILE)
+    shutil.copyfile(bundle.path / PLAN_FILE, directory / PLAN_FILE)
     failures = verification.check_bytes(directory, bundle.plan) if check else []
     if failures:
         raise VerificationError("the export is not as planned:\n" + "\n".join(f"  {line}" for line in failures))
@@ -127,7 +129,7 @@ def export_model(
             progress=progress,
         )
         verification.require_passed(report)
-        verification.save_report(report, directory)
+        save_report(report, directory)
         planned = planned_sizes(checkpoint, scores, plan, types) if sizes is None else sizes
         write_report(directory, checkpoint, scores, sizes=planned)
         return report

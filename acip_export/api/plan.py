@@ -8,6 +8,7 @@ from typing import Any
 
 from acip_export.api.rank import rounding_scores
 from acip_export.api.rounding import rounding_errors
+from acip_export.artifacts.names import SWEEP
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import (
@@ -211,8 +212,8 @@ def sweep_document(
     """What a sweep is written as; docs/plan.md describes it."""
     request = requests[0][1]
     return {
-        "artifact": "acip-sweep",
-        "version": 2,
+        "artifact": SWEEP.artifact,
+        "version": SWEEP.version,
         "model": checkpoint.name,
         "model_fingerprint": checkpoint.fingerprint,
         "scores_sha256": scores.sha256,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from acip_export.artifacts.scores import ScoreFile
+from acip_export.io.inputs import builtins
 from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 
@@ -14,10 +15,11 @@ from acip_export.model.checkpoint import Checkpoint
 def ranking_summary(scores: ScoreFile) -> dict[str, Any]:
     """What a score file says about itself, ready for JSON."""
     return {
-        "model": dict(scores.model),
+        "model": builtins(scores.model),
+        "task": scores.task,
         "algorithm": dict(scores.algorithm),
-        "data": dict(scores.data),
-        "curve": [asdict(point) for point in scores.curve],
+        "data": builtins(scores.data),
+        "curve": builtins(scores.curve),
     }
 
 
@@ -35,9 +37,9 @@ def write_imatrix(checkpoint: Checkpoint, scores: ScoreFile, out: Path, force: b
     scores.check_model(checkpoint)
     moments = {name: module.input_moment for name, module in scores.modules.items()}
     # What the moments were measured on; rankings that do not say used all of their text.
-    tokens = int(scores.algorithm.get("statistics_tokens") or scores.data.get("tokens") or 0) or 1
-    chunk = min(int(scores.algorithm.get("context") or tokens), tokens)
-    measured = imatrix.Measured(str(scores.data.get("source", "unknown")), tokens, chunk)
+    tokens = scores.ranked_by.statistics_tokens or scores.data.tokens or 1
+    chunk = min(scores.ranked_by.context or tokens, tokens)
+    measured = imatrix.Measured(scores.data.source, tokens, chunk)
     return imatrix.write_imatrix(checkpoint, moments, measured, out, force)
 
 

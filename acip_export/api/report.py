@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acip_export.api.verbs import Location, open_model, open_scores
-from acip_export.artifacts.export_directory import PAGE_FILE
+from acip_export.artifacts.names import PAGE_FILE
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import CheckpointError, ScoreFileError
+from acip_export.errors import CheckpointError, InputError, ScoreFileError
+from acip_export.io.inputs import read_input
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.report import Exported, Ranking, build_page, write_papers
 from acip_export.report.origin import hub_id, license_of
@@ -63,7 +64,7 @@ def write_report(
     """
     root = export if export.is_dir() else export.parent
     earlier = root / PAGE_FILE
-    before = embedded(earlier.read_text(encoding="utf-8", errors="replace")) if earlier.is_file() else None
+    before = embedded(read_input(earlier, InputError).decode("utf-8", "replace")) if earlier.is_file() else None
     found: list[Exported] = [read_export(path) for path in (root, *others)]
     page = build_page(
         found[0],
@@ -78,12 +79,12 @@ def write_report(
 
 def ranking_facts(scores: ScoreFile, checkpoint: Checkpoint | None) -> Ranking:
     return Ranking(
-        dict(scores.algorithm),
-        dict(scores.data),
-        dict(scores.versions),
-        tuple((point.ratio, point.loss, point.loss_with_adapters) for point in scores.curve),
-        license_of(checkpoint.path) if checkpoint else "",
-        hub_id(checkpoint.path) if checkpoint else "",
+        algorithm=scores.algorithm,
+        data=scores.data,
+        versions=scores.versions,
+        curve=tuple((point.ratio, point.loss, point.loss_with_adapters) for point in scores.curve),
+        license=license_of(checkpoint.path) if checkpoint else "",
+        hub=hub_id(checkpoint.path) if checkpoint else "",
     )
 
 

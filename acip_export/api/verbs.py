@@ -28,7 +28,7 @@ from acip_export.progress import ProgressCallback, silent
 from acip_export.units import parse_bytes
 
 if TYPE_CHECKING:
-    from acip_export.verification.export import Report
+    from acip_export.artifacts.report import Report
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from acip_export.api.export import materialize_bundle
 from acip_export.api.verbs import Location, open_model, open_scores
 from acip_export.artifacts.export_directory import claim_papers
+from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
+from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import CheckpointError
 from acip_export.formats.session import Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
 from acip_export.verification import export as verification
-from acip_export.verification.export import EvaluationText, Report
+from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 
 _LONGEST_WINDOW = 1024
@@ -67,7 +69,7 @@ def verify_directory(
     """
     scores_file = scores.file if isinstance(scores, ScoreFile) else scores
     claim_papers(export, (scores_file, bundle, text, *tasks))
-    plan = load_plan(export / verification.EXPORT_PLAN_FILE)
+    plan = load_plan(export / PLAN_FILE)
     checkpoint = _base_model(model, plan, required=bundle is None)
     with tempfile.TemporaryDirectory() as scratch:
         if bundle is None:
@@ -82,7 +84,7 @@ def verify_directory(
             timeout=timeout,
             progress=progress,
         )
-    verification.save_report(report, export)
+    save_report(report, export)
     return report
 
 

@@ -8,15 +8,26 @@ adapter has a base that is not zero).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
+from acip_export.artifacts.document import Artifact, listed_files, read_artifact
+from acip_export.artifacts.names import (
+    BUNDLE,
+    CONFIG_FILE,
+    IMPORTANCE_FILE,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    WEIGHTS_FILE,
+    ArtifactName,
+)
 from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
-from acip_export.errors import BundleError
+from acip_export.errors import BundleError, PlanFileError
 from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
-from acip_export.io.outputs import DirectoryKind, FileKind, json_kind, json_object, listed_sizes
+from acip_export.io.inputs import Count
+from acip_export.io.outputs import DirectoryKind, FileKind, json_kind
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import RoundTrip
 
@@ -24,19 +35,29 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-BUNDLE_VERSION = 2
-WEIGHTS_FILE = "model.safetensors"
-IMPORTANCE_FILE = "importance.safetensors"
-PLAN_FILE = "plan.json"
-MANIFEST_FILE = "bundle.json"
-_MANIFEST_KIND = json_kind("a bundle's manifest", "acip-bundle")
+
+@dataclass(frozen=True)
+class Manifest(Artifact):
+    """``bundle.json``: what the bundle was made of and by, and the SHA-256 of its numbers."""
+
+    NAME: ClassVar[ArtifactName] = BUNDLE
+
+    tool: str
+    model: str
+    model_fingerprint: str
+    scores_sha256: str
+    source_dtype: str
+    weights_sha256: str
+    importance_sha256: str
+    files: Mapping[str, Count]
+
+
+_MANIFEST_KIND = json_kind("a bundle's manifest", BUNDLE.artifact)
 
 
 def _contents(directory: Path) -> Mapping[str, int | FileKind]:
-    manifest = json_object(directory / MANIFEST_FILE)
-    if manifest.get("artifact") != "acip-bundle":
-        return {}
-    return {**listed_sizes(manifest.get("files")), MANIFEST_FILE: _MANIFEST_KIND}
+    files = listed_files(directory / MANIFEST_FILE, BUNDLE)
+    return {**files, MANIFEST_FILE: _MANIFEST_KIND} if files else {}
 
 
 BUNDLE_KIND = DirectoryKind("a bundle", _contents)
@@ -46,17 +67,17 @@ class Bundle:
     """An opened bundle. Holds no weights; :meth:`read` gets one tensor.
 
     Attributes:
-        path, plan, manifest: the directory, its plan, the parsed ``bundle.json``.
+        path, plan, manifest: the directory, its plan, its ``bundle.json``.
         checkpoint: the same directory seen as a model directory (config, tokenizer).
         tensors: header entries of the weights, by name.
     """
 
-    def __init__(self, path: Path, plan: Plan, manifest: Mapping[str, Any], tensors: Mapping[str, HeaderEntry]) -> None:
+    def __init__(self, path: Path, plan: Plan, manifest: Manifest, tensors: Mapping[str, HeaderEntry]) -> None:
         self.path = path
         self.plan = plan
         self.manifest = manifest
         self.tensors = tensors
-        self.config = read_json_object(path / "config.json", BundleError)
+        self.config = read_json_object(path / CONFIG_FILE, BundleError)
 
     @classmethod
     def open(cls, path: Path, verify_hash: bool = False) -> Bundle:
@@ -66,22 +87,15 @@ class Bundle:
             BundleError: not a bundle, damaged, of another version, or its weights do not fit its plan.
             PlanFileError: its plan is damaged.
         """
-        manifest_file = path / MANIFEST_FILE
-        try:
-            manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-            version = manifest["version"]
-            if version == BUNDLE_VERSION:
-                hashes = {WEIGHTS_FILE: manifest["weights_sha256"], IMPORTANCE_FILE: manifest["importance_sha256"]}
-        except FileNotFoundError:
-            raise BundleError(f"{path} is no bundle: it has no {MANIFEST_FILE}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{manifest_file} is damaged: {error!r}") from error
-        if version != BUNDLE_VERSION:
-            raise BundleError(f"{path} is a bundle of version {version}, this tool reads {BUNDLE_VERSION}")
+        if not (path / MANIFEST_FILE).exists():
+            raise BundleError(f"{path} is no bundle: it has no {MANIFEST_FILE}")
+        manifest = read_artifact(path / MANIFEST_FILE, Manifest, BundleError)
         plan = load_plan(path / PLAN_FILE)
         tensors, _ = read_safetensors_header(path / WEIGHTS_FILE, BundleError)
         bundle = cls(path, plan, manifest, tensors)
         bundle._check_shapes()
+        check_context(plan, bundle.as_checkpoint())
+        hashes = {WEIGHTS_FILE: manifest.weights_sha256, IMPORTANCE_FILE: manifest.importance_sha256}
         for name, expected in hashes.items() if verify_hash else ():
             if not (path / name).is_file():
                 raise BundleError(f"{path} has no {name}; materialize again")
@@ -102,7 +116,7 @@ class Bundle:
     @property
     def source_dtype(self) -> str:
         """safetensors dtype of the base model's weights, for example ``BF16``."""
-        return str(self.manifest["source_dtype"])
+        return self.manifest.source_dtype
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype."""
@@ -122,6 +136,15 @@ class Bundle:
     def as_checkpoint(self) -> Checkpoint:
         """Config and tokenizer, through the interface that predictions use."""
         return Checkpoint(self.path, self.config, {}, self.plan.options)
+
+
+def check_context(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Raises PlanFileError for a context beyond the model's: a runtime would ask for the memory of all its tokens."""
+    longest = checkpoint.shape.max_context
+    if plan.serving.context > longest:
+        raise PlanFileError(
+            f"the plan's context is {plan.serving.context} tokens, {checkpoint.path} was made for {longest}; plan again"
+        )
 
 
 def stored_tensors(name: str, shape: tuple[int, ...], rank: int | None) -> dict[str, tuple[int, ...]]:

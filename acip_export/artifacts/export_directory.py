@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 
+from acip_export.artifacts.document import listed_files
+from acip_export.artifacts.names import CARD_FILE, PAGE_FILE, PLAN, PLAN_FILE, REPORT, REPORT_FILE
 from acip_export.artifacts.plan import PLAN_KIND
-from acip_export.io.outputs import DirectoryKind, FileKind, Output, claim_output, json_kind, json_object, listed_sizes
+from acip_export.io.outputs import DirectoryKind, FileKind, Output, claim_output, json_kind
 
-PLAN_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE = "plan.json", "report.json", "report.html", "README.md"
-
-REPORT_KIND = json_kind("a report", "acip-report")
+REPORT_KIND = json_kind(REPORT.noun, REPORT.artifact)
 # The title of the page, and the front matter of the card.
 PAGE_KIND = FileKind("a report's page", re.compile(rb"(?si)<!doctype html>.*acip-export</title>"))
 CARD_KIND = FileKind("a model card", re.compile(rb'(?s)---\n.*^quantized_by: "acip-export"$', re.MULTILINE))
@@ -20,10 +20,8 @@ _PAPERS = {REPORT_FILE: REPORT_KIND, PAGE_FILE: PAGE_KIND, CARD_FILE: CARD_KIND}
 
 
 def _contents(directory: Path) -> Mapping[str, int | FileKind]:
-    plan = json_object(directory / PLAN_FILE)
-    if plan.get("artifact") != "acip-plan":
-        return {}
-    return {**listed_sizes(plan.get("files")), PLAN_FILE: PLAN_KIND, **_PAPERS}
+    files = listed_files(directory / PLAN_FILE, PLAN)
+    return {**files, PLAN_FILE: PLAN_KIND, **_PAPERS} if files else {}
 
 
 EXPORT_KIND = DirectoryKind("an export", _contents)

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+from itertools import chain
+from operator import lt
+from pathlib import Path, PurePosixPath
+from typing import Annotated, ClassVar, Literal
 
+from msgspec import Meta
+
+from acip_export.artifacts.document import Artifact, decode_artifact
+from acip_export.artifacts.names import PAPERS, PLAN, ArtifactName
 from acip_export.errors import PlanFileError
+from acip_export.io.inputs import Count, Finite, NotNegative, Positive, PositiveFloat, read_input
 from acip_export.io.outputs import claim_output, json_kind
-from acip_export.weight_types import weight_type
+from acip_export.model.task import LOSS_UNITS, Task
+from acip_export.weight_types import WeightType, weight_type
 
-PLAN_VERSION = 2
-PLAN_KIND = json_kind("a plan", "acip-plan")
-_CAUSAL_UNIT = "nats per token"
+PLAN_KIND = json_kind(PLAN.noun, PLAN.artifact)
 
 Representation = Literal["dense", "factored", "lora", "residual"]
 # What a budget covers: the files; files, caches and buffers; or all of the process, the runtime's own parts included.
 BudgetScope = Literal["process", "memory", "file"]
 # Keys of the breakdown that no plan changes: they count in the scope "process" only.
 RUNTIME_PARTS = ("runtime_library", "runtime_tokenizer")
-_REPRESENTATIONS = get_args(Representation)
+
+Name = Annotated[str, Meta(min_length=1, max_length=1000)]
+# Of components, half-open.
+Range = tuple[Count, Positive]
+# Tokens; runtimes count them in 32 bits.
+Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+# Longest name of a file in bytes, by every common file system.
+LONGEST_FILE_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -44,15 +56,15 @@ class TensorDecision:
         nbytes: exact bytes of the stored numbers.
     """
 
-    name: str
-    shape: tuple[int, ...]
+    name: Name
+    shape: Annotated[tuple[Positive, ...], Meta(min_length=1, max_length=2)]
     representation: Representation
-    nbytes: int
-    type: str | None = None
-    rank: int | None = None
-    up_type: str | None = None
-    down_type: str | None = None
-    kept: tuple[tuple[int, int], ...] | None = None
+    nbytes: Count
+    type: Name | None = None
+    rank: Positive | None = None
+    up_type: Name | None = None
+    down_type: Name | None = None
+    kept: Annotated[tuple[Range, ...], Meta(min_length=1)] | None = None
 
     @property
     def module(self) -> str:
@@ -70,10 +82,10 @@ class Serving:
         backend: what computes inside the runtime; see :class:`acip_export.formats.protocol.Backend`.
     """
 
-    context: int
-    cache_type: str
-    prompt_batch: int
-    backend: str = "cpu"
+    context: Tokens
+    cache_type: Name
+    prompt_batch: Tokens
+    backend: Name = "cpu"
 
 
 @dataclass(frozen=True)
@@ -81,16 +93,16 @@ class Alternative:
     """What the same budget would give with another setting; ``change`` is the flag that asks for it."""
 
     change: str
-    predicted_loss: float
-    predicted_perplexity: float | None
+    predicted_loss: Finite
+    predicted_perplexity: PositiveFloat | None
 
 
 @dataclass(frozen=True)
 class Refusal:
     """A type that was allowed, and that ``tensors`` matrices (``example`` is one) cannot take."""
 
-    type: str
-    tensors: int
+    type: Name
+    tensors: Positive
     example: str
     reason: str
 
@@ -110,17 +122,17 @@ class Certificate:
         refused_types: what constraints of the target ruled out.
     """
 
-    bytes_left: int
-    lower_bound: float
+    bytes_left: Count
+    lower_bound: Finite
     next_upgrade: str | None = None
-    next_upgrade_bytes: int | None = None
-    quantization_only_loss: float | None = None
+    next_upgrade_bytes: Count | None = None
+    quantization_only_loss: Finite | None = None
     alternatives: tuple[Alternative, ...] = ()
     refused_types: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Artifact):
     """A complete plan.
 
     Attributes:
@@ -140,34 +152,35 @@ class Plan:
         options: what the user told the target's converter beyond the model directory (:attr:`Checkpoint.options`).
     """
 
-    format: str
-    layout: str
-    model: str
-    model_fingerprint: str
-    scores_sha256: str
-    budget_bytes: int
+    NAME: ClassVar[ArtifactName] = PLAN
+
+    format: Name
+    layout: Name
+    task: Task
+    model: Name
+    model_fingerprint: Name
+    scores_sha256: Name
+    budget_bytes: Positive
     budget_scope: BudgetScope
-    planned_bytes: int
-    memory_bytes: int
-    files: Mapping[str, int]
-    breakdown: Mapping[str, int]
-    predicted_loss: float
-    predicted_perplexity: float | None
-    size_ratio: float
+    planned_bytes: Count
+    memory_bytes: Count
+    files: Mapping[str, Count]
+    breakdown: Mapping[Name, Count]
+    predicted_loss: Finite
+    predicted_perplexity: PositiveFloat | None
+    size_ratio: NotNegative
     adapters: bool
     serving: Serving
     certificate: Certificate
     tensors: tuple[TensorDecision, ...]
-    notes: tuple[str, ...] = field(default=())
-    loss_unit: str = _CAUSAL_UNIT
+    notes: tuple[str, ...] = ()
+    device: Name | None = None
+    options: Mapping[Name, str] = field(default_factory=dict)
 
     @property
-    def generates(self) -> bool:
-        """Whether the model is a causal one; encoders are ranked by losses of other units."""
-        return self.loss_unit == _CAUSAL_UNIT
-
-    device: str | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
+    def loss_unit(self) -> str:
+        """What losses are counted in."""
+        return LOSS_UNITS[self.task]
 
     @property
     def process_bytes(self) -> int:
@@ -186,9 +199,6 @@ class Plan:
         if self.budget_scope == "file":
             return part in ("weights", "tokenizer_and_metadata")
         return self.budget_scope == "process" or part not in RUNTIME_PARTS
-
-    def to_json(self) -> dict[str, Any]:
-        return {"artifact": "acip-plan", "version": PLAN_VERSION, **dataclasses.asdict(self)}
 
 
 def save_plan(plan: Plan, file: Path, force: bool = False) -> None:
@@ -210,94 +220,112 @@ def load_plan(file: str | os.PathLike[str]) -> Plan:
     """Read and check a plan.
 
     Raises:
-        PlanFileError: unreadable, unknown version or key, or numbers that contradict each other.
+        PlanFileError: unreadable, unknown version or key, or values that contradict each other.
     """
     file = Path(file)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanFileError(f"{file} does not exist; make it with  acip-export plan --budget … -o {file}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PlanFileError(f"{file} cannot be read as JSON: {error}") from error
-    return plan_from_json(data, str(file))
+    missing = f"; make it with  acip-export plan --budget … -o {file}"
+    return decode_plan(read_input(file, PlanFileError, missing=missing), str(file))
 
 
-def plan_from_json(data: Any, where: str) -> Plan:
-    """Build a plan from parsed JSON; ``where`` names its origin in messages."""
-    if not isinstance(data, dict) or data.get("artifact") != "acip-plan":
-        raise PlanFileError(f"{where} is not a plan: its format is not acip-plan")
-    if data.get("version") != PLAN_VERSION:
-        raise PlanFileError(f"{where} is a plan of version {data.get('version')}, expected {PLAN_VERSION}; plan again")
-    data = {k: v for k, v in data.items() if k not in ("artifact", "version")}
-    try:
-        data["tensors"] = tuple(_decision_from_json(t) for t in data["tensors"])
-        data["serving"] = Serving(**data["serving"])
-        data["certificate"] = _certificate_from_json(data["certificate"])
-        data["notes"] = tuple(data.get("notes", ()))
-        plan = Plan(**data)
-        _check(plan)
-    except (KeyError, TypeError, ValueError) as error:
-        raise PlanFileError(f"{where} is damaged or was edited by hand: {error}") from error
+def decode_plan(data: bytes, where: str) -> Plan:
+    """Build a plan from JSON; ``where`` names its origin in messages. Raises as :func:`load_plan`."""
+    plan = decode_artifact(data, Plan, where, PlanFileError)
+    problem = next(_problems(plan), None)
+    if problem is not None:
+        raise PlanFileError(f"{where}: {problem}; it is damaged or was edited by hand: plan again")
     return plan
 
 
-def _certificate_from_json(data: dict[str, Any]) -> Certificate:
-    return Certificate(
-        **{
-            **data,
-            "alternatives": tuple(Alternative(**each) for each in data.get("alternatives", ())),
-            "refused_types": tuple(Refusal(**each) for each in data.get("refused_types", ())),
-        }
-    )
-
-
-def _decision_from_json(data: dict[str, Any]) -> TensorDecision:
-    kept = data.get("kept")
-    return TensorDecision(
-        **{
-            **data,
-            "shape": tuple(data["shape"]),
-            "kept": None if kept is None else tuple((int(a), int(b)) for a, b in kept),
-        }
-    )
-
-
-def decision_bytes(decision: TensorDecision, target: str) -> int:
+def decision_bytes(decision: TensorDecision, format_name: str) -> int:
     """The bytes of a decision by the table in :mod:`acip_export.weight_types`.
 
     Raises:
-        ValueError: the decision contradicts itself, or a row does not fit its format.
-        KeyError: unknown format.
+        ValueError: the decision contradicts itself, its format has no such type, or a row does not fit it.
     """
-    if decision.representation not in _REPRESENTATIONS:
-        raise ValueError(f"{decision.name}: unknown representation {decision.representation!r}")
     rows, columns = decision.shape if len(decision.shape) == 2 else (1, decision.shape[0])
     total = 0
     if decision.representation != "factored":
         if decision.type is None:
-            raise ValueError(f"{decision.name}: {decision.representation} without a format")
-        total += weight_type(target, decision.type).nbytes(rows, columns)
+            raise ValueError(f"{decision.representation} without a type")
+        total += _type(format_name, decision.type).nbytes(rows, columns)
     if decision.representation != "dense":
         if not decision.rank or decision.up_type is None or decision.down_type is None:
-            raise ValueError(f"{decision.name}: {decision.representation} without rank and formats")
-        total += weight_type(target, decision.up_type).nbytes(rows, decision.rank)
-        total += weight_type(target, decision.down_type).nbytes(decision.rank, columns)
+            raise ValueError(f"{decision.representation} without rank and types")
+        total += _type(format_name, decision.up_type).nbytes(rows, decision.rank)
+        total += _type(format_name, decision.down_type).nbytes(decision.rank, columns)
     return total
 
 
-def _check(plan: Plan) -> None:
-    for decision in plan.tensors:
-        expected = decision_bytes(decision, plan.format)
-        if decision.nbytes != expected:
-            raise ValueError(f"{decision.name} has nbytes {decision.nbytes}, its decision takes {expected}")
+def _type(format_name: str, name: str) -> WeightType:
+    try:
+        return weight_type(format_name, name)
+    except KeyError:
+        raise ValueError(f"{format_name} has no type {name!r}") from None
+
+
+def _problems(plan: Plan) -> Iterator[str]:
+    """What is wrong although every value has its type; each begins with the place."""
+    for index, decision in enumerate(plan.tensors):
+        for problem in _decision_problems(decision, plan.format):
+            yield f"$.tensors[{index}] ({decision.name}): {problem}"
+    names = [decision.name for decision in plan.tensors]
+    if len(set(names)) < len(names):
+        yield f"$.tensors: {next(name for name in names if names.count(name) > 1)} is decided about twice"
+    for name in plan.files:
+        if not _is_file_name(name):
+            yield f"$.files: {name!r} is no name of a file below the export's directory"
     memory = {name: size for name, size in plan.breakdown.items() if name not in RUNTIME_PARTS}
-    for total, parts, what in (
-        (plan.planned_bytes, plan.files, "files"),
-        (plan.memory_bytes, memory, "breakdown"),
+    for key, total, parts, what in (
+        ("planned_bytes", plan.planned_bytes, plan.files, "files"),
+        ("memory_bytes", plan.memory_bytes, memory, "breakdown"),
     ):
         if total != sum(parts.values()):
-            raise ValueError(f"the {what} add up to {sum(parts.values())} bytes, not {total}")
-    if plan.budget_scope not in get_args(BudgetScope):
-        raise ValueError(f"unknown budget scope {plan.budget_scope!r}")
+            yield f"$.{key}: the {what} add up to {sum(parts.values())} bytes, not {total}"
     if plan.used_bytes > plan.budget_bytes:
-        raise ValueError(f"it uses {plan.used_bytes} bytes of a budget of {plan.budget_bytes}")
+        yield f"$.budget_bytes: it uses {plan.used_bytes} bytes of a budget of {plan.budget_bytes}"
+
+
+def _decision_problems(decision: TensorDecision, format_name: str) -> Iterator[str]:
+    rank, kept = decision.rank, decision.kept
+    low_rank = decision.representation != "dense"
+    if low_rank and len(decision.shape) != 2:
+        yield f"{decision.representation}, but it has no two dimensions"
+        return
+    if not low_rank and (rank, kept, decision.up_type, decision.down_type) != (None, None, None, None):
+        yield "dense, and yet of a rank"
+    if decision.representation == "factored" and decision.type is not None:
+        yield f"factored, and yet of the type {decision.type}"
+    components = min(decision.shape)
+    if rank is not None and rank > components:
+        yield f"its rank is {rank}, of {components} components"
+        return
+    if kept is not None and decision.representation in ("factored", "lora"):
+        bounds = list(chain.from_iterable(kept))
+        count = sum(bounds[1::2]) - sum(bounds[::2])
+        if not all(map(lt, bounds, bounds[1:])) or bounds[-1] > components:
+            yield f"kept must be growing ranges below {components}, none empty"
+        elif count != rank:
+            yield f"kept are {count} components, its rank is {rank}"
+    elif kept is not None:
+        yield f"{decision.representation}, and yet made of kept components"
+    try:
+        expected = decision_bytes(decision, format_name)
+    except ValueError as reason:
+        yield str(reason)
+    else:
+        if decision.nbytes != expected:
+            yield f"nbytes is {decision.nbytes}, its decision takes {expected}"
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it names a file that an export may have: below its directory, and none of its papers."""
+    path = PurePosixPath(name)
+    return (
+        name == str(path)
+        and name.isprintable()
+        and "\\" not in name
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and name not in ("", ".", *PAPERS)
+        and all(len(part.encode()) <= LONGEST_FILE_NAME for part in path.parts)
+    )

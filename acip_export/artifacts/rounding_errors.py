@@ -8,27 +8,33 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import log
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
+from acip_export.artifacts.document import Artifact, decode_artifact
+from acip_export.artifacts.names import ROUNDING_ERRORS, ArtifactName
 from acip_export.artifacts.plan import TensorDecision
+from acip_export.errors import InputError
 from acip_export.io.atomic import keep
+from acip_export.io.inputs import NotNegative, Share, read_input
 
 logger = logging.getLogger(__name__)
 
-ROUNDING_ERRORS_VERSION = 2
 # Ratios are interpolated in their logarithm; a pair that rounds without any error has this one.
 _LEAST_RATIO = 1e-6
 
-Ratios = tuple[tuple[float, float], ...]
+Ratios = Annotated[tuple[tuple[Share, NotNegative], ...], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
-class RoundingErrors:
+class RoundingErrors(Artifact):
     """Measured errors for one score file and one target.
 
     Attributes:
@@ -39,10 +45,12 @@ class RoundingErrors:
             correction loses, over what the base loses alone.
     """
 
+    NAME: ClassVar[ArtifactName] = ROUNDING_ERRORS
+
     format: str
     quantizer: str
     scores_sha256: str
-    dense: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    dense: Mapping[str, Mapping[str, NotNegative]] = field(default_factory=dict)
     pairs: Mapping[str, Mapping[str, Ratios]] = field(default_factory=dict)
 
     def dense_loss(self, tensor: str, name: str, expected: float) -> float:
@@ -83,12 +91,10 @@ class RoundingErrors:
 
     def merged(self, other: RoundingErrors) -> RoundingErrors:
         """Both measurements in one; ``other`` wins."""
-        return RoundingErrors(
-            self.format,
-            self.quantizer,
-            self.scores_sha256,
-            {n: {**self.dense.get(n, {}), **other.dense.get(n, {})} for n in {**self.dense, **other.dense}},
-            {n: {**self.pairs.get(n, {}), **other.pairs.get(n, {})} for n in {**self.pairs, **other.pairs}},
+        return replace(
+            self,
+            dense={n: {**self.dense.get(n, {}), **other.dense.get(n, {})} for n in {**self.dense, **other.dense}},
+            pairs={n: {**self.pairs.get(n, {}), **other.pairs.get(n, {})} for n in {**self.pairs, **other.pairs}},
         )
 
 
@@ -114,41 +120,29 @@ def cache_file(scores: Path, target: str) -> Path:
 
 def load_rounding_errors(file: Path, target: str, quantizer: str, scores_sha256: str) -> RoundingErrors:
     """What the cache knows; empty when there is none, or when it is of another model, quantizer or version."""
-    nothing = RoundingErrors(target, quantizer, scores_sha256)
+    nothing = RoundingErrors(format=target, quantizer=quantizer, scores_sha256=scores_sha256)
+    if not file.exists():
+        return nothing
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        same = (
-            data["artifact"] == "acip-rounding-errors"
-            and data["version"] == ROUNDING_ERRORS_VERSION
-            and (data["format"], data["quantizer"], data["scores_sha256"]) == (target, quantizer, scores_sha256)
-        )
-        if not same:
-            return nothing
-        return RoundingErrors(
-            target,
-            quantizer,
-            scores_sha256,
-            {name: {t: _loss(v) for t, v in types.items()} for name, types in data["dense"].items()},
-            {
-                name: {key: tuple((float(s), _loss(r)) for s, r in points) for key, points in pairs.items()}
-                for name, pairs in data["pairs"].items()
-            },
-        )
-    except FileNotFoundError:
+        known = decode_artifact(read_input(file, InputError), RoundingErrors, str(file), InputError, _OtherVersionError)
+        if any(
+            a >= b for pairs in known.pairs.values() for points in pairs.values() for (a, _), (b, _) in pairwise(points)
+        ):
+            raise InputError(f"{file}: $.pairs: the ranks of measured points do not grow")
+    except _OtherVersionError:
         return nothing
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except InputError as error:
         # A cache: it is made again, not mourned.
-        logger.warning("%s is damaged and is measured again: %r", file, error)
+        logger.warning("%s; it is measured again", error)
         return nothing
+    same = (known.format, known.quantizer, known.scores_sha256) == (target, quantizer, scores_sha256)
+    return known if same else nothing
 
 
-def _loss(value: float) -> float:
-    if not 0 <= float(value) < float("inf"):
-        raise ValueError(f"{value} is no loss")
-    return float(value)
+class _OtherVersionError(InputError):
+    """The cache was written by another version of this tool."""
 
 
 def save_rounding_errors(errors: RoundingErrors, file: Path) -> None:
     """Write atomically, replacing what is there; a directory that cannot be written to is no error."""
-    document = {"artifact": "acip-rounding-errors", "version": ROUNDING_ERRORS_VERSION, **asdict(errors)}
-    keep(file, (json.dumps(document, indent=1) + "\n").encode(), "rounding errors are measured")
+    keep(file, (json.dumps(errors.to_json(), indent=1) + "\n").encode(), "rounding errors are measured")

@@ -1,7 +1,7 @@
 """The score file (``*.acip``): what the ranking stage learned about a model. See docs/score-file.md.
 
-A safetensors file. Its header metadata holds five JSON documents (``model``, ``algorithm``, ``data``, ``versions``,
-``curve``); its tensors are named ``MODULE/…`` after the Hugging Face module they belong to.
+A safetensors file. Its header metadata holds six JSON documents (``model``, ``algorithm``, ``data``, ``versions``,
+``curve``, ``modules``); its tensors are named ``MODULE/…`` after the Hugging Face module they belong to.
 """
 
 from __future__ import annotations
@@ -10,28 +10,34 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
+from acip_export.artifacts.document import Header, check_header
+from acip_export.artifacts.names import SCORE_FILE_SUFFIX, SCORES
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, read_safetensors_header
+from acip_export.io.inputs import Count, Finite, Positive, Share, builtins, convert, decode_strictly, read_only
 from acip_export.io.outputs import claim_output, safetensors_kind
 from acip_export.lowrank.order import GlobalOrder
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.task import LOSS_UNITS, Task
 
-SCORES_VERSION = 2
-SCORES_KIND = safetensors_kind("a score file", "acip-scores")
-SCORE_FILE_SUFFIX = ".acip"
-CAUSAL_UNIT = "nats per token"
+SCORES_KIND = safetensors_kind(SCORES.noun, SCORES.artifact)
 
 FloatArray = npt.NDArray[np.float32]
 AdapterScaling = Literal["constant", "dropped"]
+Basis = Literal["svd", "input", "kfac"]
+Setting = str | int | Finite | bool | None | tuple[Finite, ...]
 
 
 def adapter_share(scaling: AdapterScaling, kept: int, components: int) -> float:
@@ -100,11 +106,42 @@ class CurvePoint:
             :class:`acip_export.model.embedding_similarity.Similarity`.
     """
 
-    ratio: float
-    loss: float
-    loss_with_adapters: float | None = None
-    spearman: float | None = None
-    similarity_error: float | None = None
+    ratio: Share
+    loss: Finite
+    loss_with_adapters: Finite | None = None
+    spearman: Finite | None = None
+    similarity_error: Finite | None = None
+
+
+@dataclass(frozen=True)
+class RankedModel:
+    """The model that was ranked."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class RankedOn:
+    """The text of the ranking; ``sha256`` is of the tokens where the model wrote it itself."""
+
+    source: str
+    sha256: str
+    documents: Count | None = field(default=None, kw_only=True)
+    tokens: Count
+
+
+class RankedBy(msgspec.Struct, frozen=True):
+    """Of :attr:`ScoreFile.algorithm` what this tool goes by; the rest is for people.
+
+    Attributes:
+        context: tokens of a window. statistics_tokens: that second moments were measured on.
+    """
+
+    name: str
+    basis: Basis
+    context: Count | None = None
+    statistics_tokens: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -112,9 +149,8 @@ class ScoreFile:
     """A whole score file.
 
     Attributes:
-        model: ``name`` and ``fingerprint`` of the base model.
+        task: what the model is for.
         algorithm: ``name``, ``basis`` and every hyper-parameter, seed included.
-        data: identity of the calibration data (``source``, ``sha256``, ``tokens``).
         versions: of the tool and the libraries.
         curve: measured, from ratio 1 downwards.
         modules: by Hugging Face module name.
@@ -129,9 +165,10 @@ class ScoreFile:
             has it.
     """
 
-    model: Mapping[str, str]
-    algorithm: Mapping[str, Any]
-    data: Mapping[str, Any]
+    model: RankedModel
+    task: Task
+    algorithm: Mapping[str, Setting]
+    data: RankedOn
     versions: Mapping[str, str]
     curve: tuple[CurvePoint, ...]
     modules: Mapping[str, ModuleScores]
@@ -143,17 +180,17 @@ class ScoreFile:
 
     @property
     def basis(self) -> str:
-        return str(self.algorithm["basis"])
+        return self.ranked_by.basis
+
+    @cached_property
+    def ranked_by(self) -> RankedBy:
+        """The algorithm's own fields."""
+        return convert(dict(self.algorithm), RankedBy, f"{self.file or 'scores'}: algorithm", ScoreFileError)
 
     @property
     def loss_unit(self) -> str:
-        """Of every loss in the file: ``nats per token`` of a causal model; encoders have others."""
-        return str(self.algorithm.get("loss_unit", CAUSAL_UNIT))
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether the losses are those of a next token, so that their exponentials are perplexities."""
-        return self.loss_unit == CAUSAL_UNIT
+        """What every loss in the file is counted in."""
+        return LOSS_UNITS[self.task]
 
     @cached_property
     def global_order(self) -> GlobalOrder:
@@ -175,11 +212,11 @@ class ScoreFile:
         """
         expected = checkpoint.linear_modules
         missing = sorted(set(expected) - set(self.modules))
-        if self.model.get("fingerprint") != checkpoint.fingerprint:
+        if self.model.fingerprint != checkpoint.fingerprint:
             raise ScoreFileError(
-                f"the score file was made for {self.model.get('name')!r} "
-                f"({self.model.get('fingerprint', '')[:12]}…), not for {checkpoint.path} "
-                f"({checkpoint.fingerprint[:12]}…).\nRank this model:  acip-export rank {checkpoint.path} --data TEXT"
+                f"the score file was made for {self.model.name!r} ({self.model.fingerprint[:12]}…), not for "
+                f"{checkpoint.path} ({checkpoint.fingerprint[:12]}…).\n"
+                f"Rank this model:  acip-export rank {checkpoint.path} --data TEXT"
             )
         if missing:
             raise ScoreFileError(f"the score file lacks {len(missing)} modules of the model, first {missing[0]!r}")
@@ -188,17 +225,49 @@ class ScoreFile:
                 raise ScoreFileError(f"{name} has shape {shape}, the score file has {self.modules[name].shape}")
 
 
-_MOMENT = "second_moment/"
+_MOMENT, _EMBEDDING = "second_moment/", "/embedding_sensitivity"
 _MOMENT_SAMPLE = 4096
 _VECTORS = ("scores", "drop_loss", "up_sensitivity", "down_sensitivity")
+_T = TypeVar("_T")
+_Curve = Annotated[tuple[CurvePoint, ...], Meta(min_length=1)]
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """What the header says about a module: its shape, and the keys of its second moments, or empty."""
+
+    shape: tuple[Positive, Positive]
+    input: str
+    gradient: str
+    adapter_scaling: AdapterScaling | None = None
+
+
+class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The header's strings; all but the first three are JSON."""
+
+    artifact: str
+    version: str
+    task: Task
+    model: str
+    algorithm: str
+    data: str
+    versions: str
+    curve: str
+    modules: str
 
 
 def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
     """Write atomically; raises UsageError as :func:`acip_export.io.outputs.claim_output`."""
     tensors: dict[str, FloatArray] = {}
-    layout: dict[str, dict[str, Any]] = {}
+    layout: dict[str, ModuleEntry] = {}
     for name, module in scores.modules.items():
-        layout[name] = {"shape": module.shape, "input": module.input_key, "gradient": module.gradient_key}
+        adapters = module.adapter_a is not None and module.adapter_b is not None
+        layout[name] = ModuleEntry(
+            shape=module.shape,
+            input=module.input_key,
+            gradient=module.gradient_key,
+            adapter_scaling=module.adapter_scaling if adapters else None,
+        )
         for vector in _VECTORS:
             tensors[f"{name}/singular/{vector}"] = getattr(module, vector)
         tensors[f"{name}/sensitivity"] = np.array([module.sensitivity], np.float32)
@@ -207,20 +276,22 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
         if module.adapter_a is not None and module.adapter_b is not None:
             tensors[f"{name}/adapter/a"] = module.adapter_a
             tensors[f"{name}/adapter/b"] = module.adapter_b
-            layout[name]["adapter_scaling"] = module.adapter_scaling
     for name, sensitivity in scores.embedding_sensitivity.items():
-        tensors[f"{name}/embedding_sensitivity"] = np.array([sensitivity], np.float32)
+        tensors[f"{name}{_EMBEDDING}"] = np.array([sensitivity], np.float32)
     for key, triangle in scores.second_moments.items():
         tensors[f"{_MOMENT}{key}"] = triangle
     metadata = {
-        "artifact": "acip-scores",
-        "version": str(SCORES_VERSION),
-        "model": json.dumps(dict(scores.model)),
-        "algorithm": json.dumps(dict(scores.algorithm)),
-        "data": json.dumps(dict(scores.data)),
-        "versions": json.dumps(dict(scores.versions)),
-        "curve": json.dumps([asdict(point) for point in scores.curve]),
-        "modules": json.dumps(layout),
+        "artifact": SCORES.artifact,
+        "version": str(SCORES.version),
+        "task": scores.task,
+        "model": json.dumps(builtins(scores.model)),
+        "algorithm": json.dumps(builtins(scores.algorithm)),
+        "data": json.dumps(builtins(scores.data)),
+        "versions": json.dumps(builtins(scores.versions)),
+        "curve": json.dumps(builtins(scores.curve)),
+        "modules": json.dumps(
+            {name: {k: v for k, v in builtins(entry).items() if v is not None} for name, entry in layout.items()}
+        ),
     }
     with claim_output(file, SCORES_KIND, force).new_file() as temporary:
         # The library's writer puts the metadata in random order; equal scores are to give equal files.
@@ -238,12 +309,10 @@ def load_scores(file: str | os.PathLike[str]) -> ScoreFile:
     """
     file = Path(file)
     entries, metadata = read_safetensors_header(file, ScoreFileError)
-    if metadata.get("artifact") != "acip-scores":
-        raise ScoreFileError(f"{file} is a safetensors file, but no score file (format {metadata.get('artifact')!r})")
-    if metadata.get("version") != str(SCORES_VERSION):
-        raise ScoreFileError(
-            f"{file} is a score file of version {metadata.get('version')}, this tool reads {SCORES_VERSION}; rank again"
-        )
+    version = metadata.get("version")  # text, as all metadata of safetensors
+    known = SCORES.version if version == str(SCORES.version) else version
+    check_header(Header(metadata.get("artifact"), known), SCORES, str(file), ScoreFileError)
+    documents = convert(metadata, Metadata, f"{file}: metadata", ScoreFileError)
     wrong = [name for name, entry in entries.items() if entry.dtype != "F32"]
     if wrong:
         raise ScoreFileError(f"{file}: {wrong[0]!r} is {entries[wrong[0]].dtype}, expected F32")
@@ -251,52 +320,72 @@ def load_scores(file: str | os.PathLike[str]) -> ScoreFile:
         file, {name.removeprefix(_MOMENT): entry for name, entry in entries.items() if name.startswith(_MOMENT)}
     )
     tensors = {name: _read(file, name, entry) for name, entry in entries.items() if not name.startswith(_MOMENT)}
-    try:
-        layout = json.loads(metadata["modules"])
-        return ScoreFile(
-            model=json.loads(metadata["model"]),
-            algorithm=json.loads(metadata["algorithm"]),
-            data=json.loads(metadata["data"]),
-            versions=json.loads(metadata["versions"]),
-            curve=tuple(CurvePoint(**point) for point in json.loads(metadata["curve"])),
-            modules={name: _module(file, name, entry, tensors, moments) for name, entry in layout.items()},
-            embedding_sensitivity={
-                name.removesuffix("/embedding_sensitivity"): float(value[0])
+
+    def document(name: str, kind: type[_T]) -> _T:
+        return decode_strictly(getattr(documents, name).encode(), kind, f"{file}: {name}", ScoreFileError)
+
+    curve = document("curve", _Curve)
+    if curve[0].ratio != 1 or any(a.ratio <= b.ratio for a, b in pairwise(curve)):
+        raise ScoreFileError(f"{file}: curve: its ratios must fall from 1; rank again")
+    modules = document("modules", dict[str, ModuleEntry])
+    if not modules:
+        raise ScoreFileError(f"{file}: modules: it has none; rank again")
+    scores = ScoreFile(
+        model=document("model", RankedModel),
+        task=documents.task,
+        algorithm=read_only(document("algorithm", dict[str, Setting])),
+        data=document("data", RankedOn),
+        versions=read_only(document("versions", dict[str, str])),
+        curve=curve,
+        modules=read_only({name: _module(file, name, entry, tensors, moments) for name, entry in modules.items()}),
+        embedding_sensitivity=read_only(
+            {
+                name.removesuffix(_EMBEDDING): _scalar(file, name, value)
                 for name, value in tensors.items()
-                if name.endswith("/embedding_sensitivity")
-            },
-            second_moments=moments,
-            sha256=_identity(file, entries, tensors),
-            file=file,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ScoreFileError(f"{file} is damaged: {error!r}") from error
+                if name.endswith(_EMBEDDING)
+            }
+        ),
+        second_moments=moments,
+        sha256=_identity(file, entries, tensors),
+        file=file,
+    )
+    _ = scores.ranked_by
+    return scores
 
 
 class _SecondMoments(Mapping[str, FloatArray]):
     """Second moments, read and checked when asked for: of a large model they are gigabytes, and plans need none."""
 
     def __init__(self, file: Path, entries: Mapping[str, HeaderEntry]) -> None:
-        self._file, self._entries = file, entries
+        self._file, self.entries = file, entries
 
     def __getitem__(self, key: str) -> FloatArray:
-        return _read(self._file, _MOMENT + key, self._entries[key])
+        return _read(self._file, _MOMENT + key, self.entries[key])
 
     def __contains__(self, key: object) -> bool:
-        return key in self._entries  # Mapping's own would read the tensor
+        return key in self.entries  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
 
 def _read(file: Path, name: str, entry: HeaderEntry) -> FloatArray:
-    values = np.fromfile(file, "<f4", entry.nbytes // 4, offset=entry.offset).reshape(entry.shape)
+    try:
+        values = np.fromfile(file, "<f4", entry.nbytes // 4, offset=entry.offset).reshape(entry.shape)
+    except (OSError, ValueError) as reason:
+        raise ScoreFileError(f"{file}: {name!r} cannot be read: {reason}") from reason
     if not np.isfinite(values).all():
         raise ScoreFileError(f"{file}: {name!r} holds NaN or infinity; rank again")
     return values
+
+
+def _scalar(file: Path, name: str, value: FloatArray) -> float:
+    if value.shape != (1,):
+        raise ScoreFileError(f"{file}: {name} has shape {value.shape}, expected (1,)")
+    return float(value[0])
 
 
 def _identity(file: Path, entries: Mapping[str, HeaderEntry], tensors: Mapping[str, FloatArray]) -> str:
@@ -315,9 +404,9 @@ def _identity(file: Path, entries: Mapping[str, HeaderEntry], tensors: Mapping[s
 def _module(
     file: Path,
     name: str,
-    entry: dict[str, Any],
+    entry: ModuleEntry,
     tensors: dict[str, FloatArray],
-    moments: Mapping[str, FloatArray],
+    moments: _SecondMoments,
 ) -> ModuleScores:
     def get(suffix: str, expected: tuple[int, ...]) -> FloatArray:
         tensor = tensors.get(f"{name}/{suffix}")
@@ -327,16 +416,17 @@ def _module(
             raise ScoreFileError(f"{file}: {name}/{suffix} has shape {tensor.shape}, expected {expected}")
         return tensor
 
-    out, inputs = (int(extent) for extent in entry["shape"])
+    out, inputs = entry.shape
     units = min(out, inputs)
     adapter_a = tensors.get(f"{name}/adapter/a")
-    rank = 0 if adapter_a is None else adapter_a.shape[0]
-    scaling = entry.get("adapter_scaling", "constant")
-    if scaling not in get_args(AdapterScaling):
-        raise ScoreFileError(f"{file}: the adapters of {name!r} are scaled by {scaling!r}, which this tool cannot")
-    for key in (entry["input"], entry["gradient"]):
+    if adapter_a is not None and (adapter_a.ndim != 2 or adapter_a.size == 0):
+        raise ScoreFileError(f"{file}: {name}/adapter/a has shape {adapter_a.shape}, expected (rank, {inputs})")
+    rank = 0 if adapter_a is None else len(adapter_a)
+    for key, width in ((entry.input, inputs), (entry.gradient, out)):
         if key and key not in moments:
             raise ScoreFileError(f"{file}: the second moment {key!r} of {name!r} is missing")
+        if key and moments.entries[key].shape != (width * (width + 1) // 2,):
+            raise ScoreFileError(f"{file}: the second moment {key!r} is not the triangle of a {width} x {width} matrix")
     vectors = {vector: get(f"singular/{vector}", (units,)) for vector in _VECTORS}
     return ModuleScores(
         shape=(out, inputs),
@@ -344,11 +434,11 @@ def _module(
         sensitivity=float(get("sensitivity", (1,))[0]),
         input_moment=get("input_moment", (inputs,)),
         gradient_moment=get("gradient_moment", (out,)),
-        input_key=entry["input"],
-        gradient_key=entry["gradient"],
+        input_key=entry.input,
+        gradient_key=entry.gradient,
         adapter_a=None if adapter_a is None else get("adapter/a", (rank, inputs)),
         adapter_b=None if adapter_a is None else get("adapter/b", (out, rank)),
-        adapter_scaling=scaling,
+        adapter_scaling=entry.adapter_scaling or "constant",
     )
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta
+
+from acip_export.artifacts.plan import LONGEST_FILE_NAME
 from acip_export.errors import UsageError
+from acip_export.io.inputs import Count, Finite, PositiveFloat, convert, read_toml
 from acip_export.units import format_bytes, parse_bytes
 
 CONFIG_FILE = "acip-check.toml"
@@ -19,7 +22,8 @@ LOCK_FILE = "acip-check.lock.json"
 
 Missing = Literal["fail", "skip"]
 
-KEYS = ("name", "path", "glob", "max_bytes", "max_growth", "min_recovery", "max_load_time_ratio", "missing")
+Text = Annotated[str, Meta(min_length=1, max_length=1000)]
+Number = Count | Finite
 _LIMITS = ("max_bytes", "max_growth", "min_recovery", "max_load_time_ratio")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _EXAMPLE = """[[check]]
@@ -28,6 +32,43 @@ path = "export/gguf"
 max_bytes = "900MB"
 max_growth = ["1%", "5MB"]
 min_recovery = 0.95"""
+
+
+class EntryTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A ``[[check]]`` as it is written down; see :class:`Entry`. Numbers of bytes are accepted to be explained."""
+
+    name: Text | None = None
+    path: Text | None = None
+    glob: Text | None = None
+    max_bytes: Number | Text | None = None
+    max_growth: Number | Text | tuple[Text, ...] | None = None
+    min_recovery: Number | Text | None = None
+    max_load_time_ratio: PositiveFloat | None = None
+    missing: Missing = "fail"
+
+
+class CheckFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``acip-check.toml``."""
+
+    check: tuple[EntryTable, ...]
+
+
+class OwnTool(msgspec.Struct, frozen=True):
+    """``[tool.acip-export]``."""
+
+    check: Any = None
+
+
+class Tools(msgspec.Struct, frozen=True):
+    """``[tool]`` of a pyproject.toml; the others' tables are none of our business."""
+
+    acip_export: OwnTool = msgspec.field(name="acip-export", default=OwnTool())
+
+
+class Project(msgspec.Struct, frozen=True):
+    """A pyproject.toml."""
+
+    tool: Tools = Tools()
 
 
 @dataclass(frozen=True)
@@ -101,7 +142,7 @@ def find_config(directory: Path) -> Path:
         UsageError: there is none, or there are two.
     """
     own, project = directory / CONFIG_FILE, directory / "pyproject.toml"
-    in_project = project.is_file() and _section(_read_toml(project)) is not None
+    in_project = project.is_file() and _section(project) is not None
     if own.is_file() and in_project:
         raise UsageError(f"both {own} and {project} configure the check; keep one of them")
     if own.is_file():
@@ -117,16 +158,14 @@ def load_config(file: Path) -> Config:
     Raises:
         UsageError: unreadable, unknown keys, wrong types, limits that contradict each other or are no limits.
     """
-    document = _read_toml(file)
-    raw = _section(document) if file.name == "pyproject.toml" else document.get("check")
-    if isinstance(raw, dict):
-        raw = [raw]
-    if not isinstance(raw, list) or not raw or not all(isinstance(item, dict) for item in raw):
+    in_project = file.name == "pyproject.toml"
+    document = {"check": _section(file)} if in_project else read_toml(file, UsageError)
+    raw = document.get("check")
+    if not raw or not isinstance(raw, dict | list):
         raise UsageError(f"{file} has no [[check]] entries. Write one, for example:\n\n{_EXAMPLE}")
-    if file.name != "pyproject.toml" and set(document) != {"check"}:
-        unknown = ", ".join(sorted(set(document) - {"check"}))
-        raise UsageError(f"{file} has the unknown key {unknown}; it holds [[check]] entries only")
-    entries = tuple(_entry(item, f"{file}, entry {number}") for number, item in enumerate(raw, 1))
+    document["check"] = raw if isinstance(raw, list) else [raw]
+    tables = convert(document, CheckFile, str(file), _expected).check
+    entries = tuple(_entry(table, f"{file}: $.check[{index}]") for index, table in enumerate(tables))
     for attribute in ("name", "path"):
         values = [getattr(entry, attribute) for entry in entries]
         twice = sorted({value for value in values if values.count(value) > 1})
@@ -135,60 +174,53 @@ def load_config(file: Path) -> Config:
     return Config(file, entries)
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{file} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file} cannot be read as TOML: {error}") from error
+def _section(project: Path) -> Any:
+    """``[tool.acip-export.check]`` of a pyproject.toml."""
+    document = convert(read_toml(project, UsageError), Project, str(project), UsageError)
+    return document.tool.acip_export.check
 
 
-def _section(document: Mapping[str, Any]) -> Any:
-    tool = document.get("tool", {})
-    return tool.get("acip-export", {}).get("check") if isinstance(tool, dict) else None
+def _expected(message: str) -> UsageError:
+    return UsageError(f"{message}; an entry has the keys {', '.join(EntryTable.__struct_fields__)}, see docs/check.md")
 
 
-def _entry(raw: Mapping[str, Any], where: str) -> Entry:
-    unknown = sorted(set(raw) - set(KEYS))
-    if unknown:
-        raise UsageError(f"{where} has the unknown key {unknown[0]!r}; known: {', '.join(KEYS)}")
-    for key in ("name", "path", "glob"):
-        if key in raw and (not isinstance(raw[key], str) or not raw[key] or not raw[key].isprintable()):
-            raise UsageError(f"{where}: {key} must be a text, it is {raw[key]!r}")
-    if ("path" in raw) == ("glob" in raw):
+def _entry(table: EntryTable, where: str) -> Entry:
+    if (table.path is None) == (table.glob is None):
         raise UsageError(f"{where} needs a path or a glob, and not both")
-    path = raw.get("path") or raw["glob"]
+    path = table.path or table.glob or ""
     parts = Path(path).parts
-    if Path(path).is_absolute() or ".." in parts:
+    if not all(text.isprintable() for text in (path, table.name or "")):
+        raise UsageError(f"{where}: path and name must be printable, they are {path!r} and {table.name!r}")
+    if (table.glob and not parts) or Path(path).is_absolute() or ".." in parts:
         raise UsageError(f"{where}: {path} must lie below the configuration's directory")
     if any("**" in part and part != "**" for part in parts):
         raise UsageError(f"{where}: ** stands for directories and must be alone between slashes: {path}")
-    if not any(limit in raw for limit in _LIMITS):
+    if parts.count("**") > 1:
+        raise UsageError(f"{where}: {path} has ** more than once; one stands for any number of directories")
+    if any(len(part.encode()) > LONGEST_FILE_NAME for part in parts):
+        raise UsageError(f"{where}: {path} has a name of more than {LONGEST_FILE_NAME} bytes, which no file has")
+    if all(getattr(table, limit) is None for limit in _LIMITS):
         raise UsageError(f"{where} has no limit, so nothing could fail; give one of: {', '.join(_LIMITS)}")
-    missing = raw.get("missing", "fail")
-    if missing not in ("fail", "skip"):
-        raise UsageError(f'{where}: missing is {missing!r}, expected "fail" or "skip"')
     return Entry(
-        name=raw.get("name", path),
+        name=table.name or path,
         path=path,
-        is_glob="glob" in raw,
-        max_bytes=_bytes(raw["max_bytes"], f"{where}: max_bytes") if "max_bytes" in raw else None,
-        max_growth=_growth(raw["max_growth"], f"{where}: max_growth") if "max_growth" in raw else None,
-        min_recovery=_recovery(raw["min_recovery"], f"{where}: min_recovery") if "min_recovery" in raw else None,
-        max_load_time_ratio=_ratio(raw["max_load_time_ratio"], where) if "max_load_time_ratio" in raw else None,
-        missing=missing,
+        is_glob=table.glob is not None,
+        max_bytes=None if table.max_bytes is None else _bytes(table.max_bytes, f"{where}.max_bytes"),
+        max_growth=None if table.max_growth is None else _growth(table.max_growth, f"{where}.max_growth"),
+        min_recovery=None if table.min_recovery is None else _recovery(table.min_recovery, f"{where}.min_recovery"),
+        max_load_time_ratio=table.max_load_time_ratio,
+        missing=table.missing,
     )
 
 
-def _bytes(value: object, what: str) -> int:
+def _bytes(value: Number | str, what: str) -> int:
     if not isinstance(value, str):
         raise UsageError(f'{what} is {value!r}; write it with its unit, for example "900MB"')
     return parse_bytes(value, what)
 
 
-def _growth(value: object, what: str) -> Growth:
-    parts = value if isinstance(value, list) else [value]
+def _growth(value: Number | str | tuple[str, ...], what: str) -> Growth:
+    parts = value if isinstance(value, tuple) else (value,)
     relative: list[Fraction] = []
     absolute: list[int] = []
     for part in parts:
@@ -202,15 +234,10 @@ def _growth(value: object, what: str) -> Growth:
     return Growth(relative[0] if relative else None, absolute[0] if absolute else None)
 
 
-def _recovery(value: object, what: str) -> float:
+def _recovery(value: Number | str, what: str) -> float:
+    share = value
     if isinstance(value, str) and (match := _PERCENT.fullmatch(value.strip())):
-        value = float(match[1]) / 100
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        share = float(match[1]) / 100
+    if isinstance(share, str) or not 0 < share <= 1:
         raise UsageError(f'{what} is {value!r}; expected a share of the dense model\'s quality, 0.95 or "95%"')
-    return float(value)
-
-
-def _ratio(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise UsageError(f"{where}: max_load_time_ratio is {value!r}; expected a number such as 1.5")
-    return float(value)
+    return float(share)

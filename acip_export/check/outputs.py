@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
+from acip_export.artifacts.names import CHECK
 from acip_export.check.compare import Result
-from acip_export.check.run import CHECK_VERSION, Outcome
+from acip_export.check.run import Outcome
 from acip_export.io.outputs import FileKind
 
 _SUITE = "acip-export check"
@@ -19,8 +20,8 @@ JUNIT_KIND = FileKind("JUnit XML", re.compile(rb'<\?xml [^>]*>\s*<testsuites nam
 def check_json(outcome: Outcome) -> dict[str, Any]:
     """The document of ``check --json``; see docs/check.md."""
     return {
-        "artifact": "acip-check",
-        "version": CHECK_VERSION,
+        "artifact": CHECK.artifact,
+        "version": CHECK.version,
         "config": outcome.config,
         "baseline": outcome.source,
         "passed": outcome.passed,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from acip_export.artifacts.document import header_of
+from acip_export.artifacts.names import LOCK, REPORT, REPORT_FILE
+from acip_export.artifacts.report import find_report
 from acip_export.check.compare import Result, evaluate, missing, same_sizes, unreadable, without_baseline_limits
 from acip_export.check.config import Config, Entry
-from acip_export.check.lock import LOCK_ARTIFACT, LOCK_KIND, load_lock, parse_lock, save_lock
-from acip_export.check.quality import find_report, read_quality
+from acip_export.check.lock import LOCK_KIND, decode_lock, load_lock, save_lock
+from acip_export.check.quality import read_quality
 from acip_export.check.snapshot import FileRecord, Snapshot, take_snapshot, with_hashes
 from acip_export.errors import BaselineError, BaselineVersionError, InputError, VerificationError
+from acip_export.io.inputs import read_input
 from acip_export.io.outputs import claim_output
-
-CHECK_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _with_quality(snapshot: Snapshot, model: Path) -> tuple[Snapshot, str]:
     """The snapshot with its report's figures, or why there are none."""
     report = find_report(model)
     if report is None:
-        return snapshot, f"{snapshot.path} has no report.json"
+        return snapshot, f"{snapshot.path} has no {REPORT_FILE}"
     try:
         quality = read_quality(report)
     except InputError as error:
@@ -206,14 +207,11 @@ def _model_snapshot(model: Path, path: str) -> Snapshot:
 
 def _from_json(path: Path, config: Config) -> dict[str, Snapshot] | None:
     """A lock file's or a report's contents; ``None`` for other JSON, which may be a plan."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaselineError(f"{path} cannot be read as JSON: {error}") from error
-    found = data.get("artifact") if isinstance(data, dict) else None
-    if found == LOCK_ARTIFACT:
-        return parse_lock(data, path)
-    if found == "acip-report":
+    data = read_input(path, BaselineError)
+    found = header_of(data, str(path), BaselineError).artifact
+    if found == LOCK.artifact:
+        return decode_lock(data, path)
+    if found == REPORT.artifact:
         quality = read_quality(path)
         entry = _only(config, path)
         return {entry.name: Snapshot(entry.path, "", "", {"": FileRecord(quality.written_bytes)}, {}, quality)}

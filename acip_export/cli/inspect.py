@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from acip_export.artifacts.names import ANATOMY_DIFF
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json
 from acip_export.cli.tables.inspect import change_json, show_anatomy, show_difference
@@ -43,8 +44,8 @@ def inspect(
     if json:
         console.print_json(
             {
-                "artifact": "acip-anatomy-diff",
-                "version": 1,
+                "artifact": ANATOMY_DIFF.artifact,
+                "version": ANATOMY_DIFF.version,
                 "before": _totals(first),
                 "after": _totals(second),
                 "delta": second.total_bytes - first.total_bytes,

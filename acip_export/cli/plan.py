@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from acip_export.artifacts.names import SWEEP
 from acip_export.artifacts.plan import PLAN_KIND, save_plan
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Force, Json, Verbose
@@ -16,7 +17,7 @@ from acip_export.cli.tables.plan import show_plan
 from acip_export.io.outputs import claim_output, json_kind
 from acip_export.model.checkpoint import Checkpoint
 
-_SWEEP_KIND = json_kind("a sweep", "acip-sweep")
+_SWEEP_KIND = json_kind(SWEEP.noun, SWEEP.artifact)
 
 
 @takes_plan_flags

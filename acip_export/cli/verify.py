@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import load_plan
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json, Model, Scores, Tasks, Text, Timeout, names
@@ -30,11 +31,11 @@ def verify(
     acip-export verify export/gguf --text held-out.txt
     """
     from acip_export import api as pipeline
-    from acip_export.verification.export import EXPORT_PLAN_FILE, require_passed
+    from acip_export.verification.export import require_passed
 
     with console.stage_bars() as progress:
         report = pipeline.verify_directory(export_dir, model, scores, bundle, text, names(tasks), timeout, progress)
-    plan = load_plan(export_dir / EXPORT_PLAN_FILE)
+    plan = load_plan(export_dir / PLAN_FILE)
     checkpoint, opened = pipeline.ranked_model_of(plan, model, scores)
     pipeline.write_report(export_dir, checkpoint, opened)
     if json:

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from acip_export.artifacts.report import Speed
+
 Windows = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Vectors = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second on this machine: of a prompt of ``prompt_tokens``, then of ``new_tokens`` one by one.
-
-    Encoders generate nothing: their ``decode`` is ``None``, and ``prompt_tokens`` are those of texts of full length.
-    """
-
-    prefill: float
-    decode: float | None
-    prompt_tokens: int
-    new_tokens: int
 
 
 class ProbedSession(Protocol):

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from acip_export.artifacts.names import ANATOMY
 from acip_export.errors import ModelFileError
 from acip_export.model.tensor_names import without_numbers
-
-ANATOMY_VERSION = 2
 
 Kind = Literal["gguf", "onnx", "safetensors", "model", "bundle", "export", "scores", "plan"]
 
@@ -96,8 +95,8 @@ class Anatomy:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "artifact": "acip-anatomy",
-            "version": ANATOMY_VERSION,
+            "artifact": ANATOMY.artifact,
+            "version": ANATOMY.version,
             "total_bytes": self.total_bytes,
             "tensor_bytes": self.tensor_bytes,
             "overhead_bytes": self.overhead_bytes,

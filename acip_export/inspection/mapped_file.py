@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from acip_export.errors import ModelFileError
+from acip_export.io.inputs import open_input
 from acip_export.io.placeholders import refuse_placeholder
 
 
@@ -19,11 +20,9 @@ def map_file(file: Path) -> Iterator[mmap.mmap]:
         ModelFileError: missing, empty, unreadable, or a Git LFS pointer in place of the file.
     """
     try:
-        with file.open("rb") as stream:
-            refuse_placeholder(file, ModelFileError)
+        refuse_placeholder(file, ModelFileError)
+        with open_input(file, ModelFileError) as stream:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise ModelFileError(f"{file} does not exist") from None
     except OSError as error:
         raise ModelFileError(f"{file} cannot be read: {error}") from error
     with data:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
+from acip_export.artifacts.document import header_of
+from acip_export.artifacts.names import CONFIG_FILE, MANIFEST_FILE, PAPERS, PLAN, PLAN_FILE, SCORES
 from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
-from acip_export.errors import ModelFileError
+from acip_export.errors import ModelFileError, PlanFileError
 from acip_export.inspection.anatomy import Anatomy, Kind, TensorPart, checked_name, fact
 from acip_export.inspection.gguf import MAGIC
 from acip_export.inspection.gguf_split import PartName, read_gguf
 from acip_export.inspection.mapped_file import map_file
 from acip_export.inspection.onnx import read_onnx
 from acip_export.io.atomic import read_safetensors_header
+from acip_export.io.inputs import open_input, read_input, read_json
 
-_PLAN_FILE, _BUNDLE_FILE = "plan.json", "bundle.json"
-# What an export's directory holds for people and tools, and no device needs.
-PAPERS = frozenset({_PLAN_FILE, "report.json", "report.html", "README.md"})
 _SUFFIXES = (".gguf", ".onnx", ".safetensors")
 
 _Contents = tuple[tuple[TensorPart, ...], dict[str, str], dict[str, int]]
@@ -37,8 +38,6 @@ def read_anatomy(path: Path) -> Anatomy:
     try:
         if path.is_dir():
             return _directory(path)
-        if not path.exists():
-            raise ModelFileError(f"{path} does not exist")
         if path.suffix == ".json":
             return _plan(path)
         kind, (tensors, facts, more) = _file(path, path.name)
@@ -49,7 +48,7 @@ def read_anatomy(path: Path) -> Anatomy:
 
 def _file(file: Path, name: str) -> tuple[Kind, _Contents]:
     """By content where it tells, by suffix otherwise: an ONNX file has no magic bytes."""
-    with file.open("rb") as stream:
+    with open_input(file, ModelFileError) as stream:
         start = stream.read(9)
     if start[:4] == MAGIC or file.suffix == ".gguf":
         return "gguf", read_gguf(file, name)
@@ -57,7 +56,7 @@ def _file(file: Path, name: str) -> tuple[Kind, _Contents]:
         return "onnx", read_onnx(file, name)
     if start[8:9] == b"{" or file.suffix in (".safetensors", ".acip"):
         tensors, facts = _safetensors(file, name)
-        return "scores" if facts.get("artifact") == "acip-scores" else "safetensors", (tensors, facts, {})
+        return "scores" if facts.get("artifact") == SCORES.artifact else "safetensors", (tensors, facts, {})
     raise ModelFileError(f"{file} is no GGUF, ONNX, safetensors or score file, and no plan (*.json) either")
 
 
@@ -66,9 +65,7 @@ def _safetensors(file: Path, name: str) -> tuple[tuple[TensorPart, ...], dict[st
         pass
     entries, metadata = read_safetensors_header(file, ModelFileError)
     tensors = tuple(
-        TensorPart(
-            checked_name(key.encode("utf-8", "surrogatepass"), str(file)), entry.shape, entry.dtype, entry.nbytes, name
-        )
+        TensorPart(checked_name(key.encode(), str(file)), entry.shape, entry.dtype, entry.nbytes, name)
         for key, entry in entries.items()
     )
     return tensors, {fact(key): fact(value) for key, value in metadata.items() if key != "modules"}
@@ -101,7 +98,7 @@ def _plan_facts(plan: Plan) -> dict[str, str]:
 
 
 def _directory(root: Path) -> Anatomy:
-    is_export = _holds_plan(root) and not (root / _BUNDLE_FILE).is_file()
+    is_export = _holds_plan(root) and not (root / MANIFEST_FILE).is_file()
     at_top = any(root.glob("*.safetensors"))
     found = root.glob("*") if at_top else root.rglob("*")
     files = {
@@ -115,8 +112,8 @@ def _directory(root: Path) -> Anatomy:
     models = {name: file for name, file in files.items() if file.suffix in _SUFFIXES and not _later_part(file)}
     if not models:
         raise ModelFileError(f"{root} holds no model: no {', '.join(f'*{s}' for s in _SUFFIXES)}")
-    kind: Kind = "bundle" if (root / _BUNDLE_FILE).is_file() else "export" if is_export else "model"
-    facts = _plan_facts(load_plan(root / _PLAN_FILE)) if kind in ("bundle", "export") else _config_facts(root)
+    kind: Kind = "bundle" if (root / MANIFEST_FILE).is_file() else "export" if is_export else "model"
+    facts = _plan_facts(load_plan(root / PLAN_FILE)) if kind in ("bundle", "export") else _config_facts(root)
     tensors: list[TensorPart] = []
     for name, file in models.items():
         _, (parts, file_facts, _) = _file(file, name)
@@ -134,20 +131,29 @@ def _later_part(file: Path) -> bool:
 
 def _holds_plan(root: Path) -> bool:
     try:
-        data = json.loads((root / _PLAN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        data = read_input(root / PLAN_FILE, PlanFileError)
+        return bool(header_of(data, PLAN_FILE, PlanFileError).artifact == PLAN.artifact)
+    except PlanFileError:
         return False
-    return isinstance(data, dict) and data.get("artifact") == "acip-plan"
+
+
+class _Config(msgspec.Struct, frozen=True):
+    """What a ``config.json`` says that people want to see."""
+
+    architectures: list[str] | None = None
+    model_type: str | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    vocab_size: int | None = None
 
 
 def _config_facts(root: Path) -> dict[str, str]:
     """Of a Hugging Face model directory; nothing where there is no readable config."""
     try:
-        config = json.loads((root / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(root / CONFIG_FILE, _Config, ModelFileError)
+    except ModelFileError:
         return {}
-    keys = ("architectures", "model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    return {key: fact(config[key]) for key in keys if key in config} if isinstance(config, dict) else {}
+    return {key: fact(value) for key, value in msgspec.structs.asdict(config).items() if value is not None}
 
 
 def _unique(tensors: list[TensorPart]) -> tuple[TensorPart, ...]:

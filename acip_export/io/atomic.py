@@ -16,10 +16,14 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+import msgspec
+from msgspec import Meta
 
 from acip_export.errors import InputError, OutputError
 from acip_export.io.frozen import frozen
+from acip_export.io.inputs import Count, decode_json, open_input, read_foreign_json
 from acip_export.io.placeholders import refuse_placeholder
 
 logger = logging.getLogger(__name__)
@@ -45,6 +49,7 @@ DTYPE_BYTES = {
 # Parts of a byte: in quantized checkpoints only, which are read to be named.
 _DTYPE_BITS = {**{name: 8 * nbytes for name, nbytes in DTYPE_BYTES.items()}, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _LARGEST_HEADER = 100_000_000
+_MOST_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -64,24 +69,17 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
         error: with a message that says what is wrong, for anything that is not a whole, well-formed file.
     """
     try:
-        size = file.stat().st_size
         refuse_placeholder(file, error)
-        with file.open("rb") as stream:
+        with open_input(file, error) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                 raise error(f"{file} is truncated or no safetensors file: {size} bytes, header of {length} expected")
-            raw = json.loads(stream.read(length))
-    except FileNotFoundError:
-        raise error(f"{file} does not exist") from None
+            header = stream.read(length)
     except OSError as reason:
         raise error(f"{file} cannot be read: {reason}") from reason
-    except (ValueError, RecursionError) as reason:
-        raise error(f"{file} is no safetensors file: its header is not JSON ({reason})") from reason
-    if not isinstance(raw, dict):
-        raise error(f"{file} is no safetensors file: its header is no JSON object")
-    metadata = raw.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise error(f"{file} has malformed metadata: expected strings")
+    raw = decode_json(header, dict[str, msgspec.Raw], f"{file}: header", error)
+    metadata = decode_json(bytes(raw.pop("__metadata__", b"{}")), dict[str, str], f"{file}: metadata", error)
     entries = {name: _entry(file, name, value, 8 + length, error) for name, value in raw.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -102,16 +100,20 @@ def safetensors_header(file: Path, error: type[InputError]) -> dict[str, HeaderE
     return read_safetensors_header(file, error)[0]
 
 
-def _entry(file: Path, name: str, value: Any, start: int, error: type[InputError]) -> HeaderEntry:
-    try:
-        shape = tuple(int(extent) for extent in value["shape"])
-        begin, end = (int(position) for position in value["data_offsets"])
-        dtype = str(value["dtype"])
-    except (TypeError, KeyError, ValueError) as reason:
-        raise error(f"{file}: the header entry of {name!r} is malformed") from reason
+class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor's entry in the header, as the format has it."""
+
+    dtype: str
+    shape: Annotated[tuple[Count, ...], Meta(max_length=_MOST_DIMENSIONS)]
+    data_offsets: tuple[Count, Count]
+
+
+def _entry(file: Path, name: str, value: msgspec.Raw, start: int, error: type[InputError]) -> HeaderEntry:
+    stored = decode_json(bytes(value), _Stored, f"{file}: header entry of {name!r}", error)
+    shape, dtype, (begin, end) = stored.shape, stored.dtype, stored.data_offsets
     if dtype not in _DTYPE_BITS:
         raise error(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}")
-    if min(shape, default=0) < 0 or begin < 0 or 8 * (end - begin) != prod(shape) * _DTYPE_BITS[dtype]:
+    if 8 * (end - begin) != prod(shape) * _DTYPE_BITS[dtype]:
         raise error(f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
     return HeaderEntry(shape, dtype, start + begin, end - begin)
 
@@ -124,10 +126,7 @@ def read_json_object(file: Path, error: type[InputError]) -> Mapping[str, Any]:
     """
     if file.is_file():
         refuse_placeholder(file, error)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as reason:
-        raise error(f"{file} cannot be read as JSON: {reason}") from reason
+    data = read_foreign_json(file, error)
     if not isinstance(data, dict):
         raise error(f"{file} holds a {type(data).__name__}, expected a JSON object")
     found: Mapping[str, Any] = frozen(data)

@@ -6,20 +6,17 @@ recognised stands beside the code that writes them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from acip_export.errors import OutputError, UsageError
 from acip_export.io import atomic
 
 _HEAD = 65_536
-_LARGEST_JSON = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -171,22 +168,6 @@ def claim_output(
         raise OutputError(f"{out} cannot be written: {reason}; choose another place") from reason
     output.check()
     return output
-
-
-def json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file that may be anybody's; empty where there is none."""
-    with suppress(OSError, ValueError, RecursionError):
-        if file.is_file() and file.stat().st_size <= _LARGEST_JSON:
-            data = json.loads(file.read_bytes())
-            return data if isinstance(data, dict) else {}
-    return {}
-
-
-def listed_sizes(sizes: object) -> dict[str, int]:
-    """Bytes by name, as a file that may be anybody's lists them; empty where it does not."""
-    if not isinstance(sizes, dict):
-        return {}
-    return {str(name): size for name, size in sizes.items() if isinstance(size, int)}
 
 
 def sizes_below(directory: Path) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from acip_export.errors import InputError
+from acip_export.io.inputs import open_input
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
@@ -12,16 +13,13 @@ _START = 256
 
 
 def refuse_placeholder(file: Path, error: type[InputError]) -> None:
-    """Look at the first bytes of ``file``, which exists.
+    """Look at the first bytes of ``file``.
 
     Raises:
-        error: they are those of a pointer or a web page, or there are none, or the file cannot be read.
+        error: they are those of a pointer or a web page, there are none, or the file cannot be opened.
     """
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(_START)
-    except OSError as reason:
-        raise error(f"{file} cannot be read: {reason}") from reason
+    with open_input(file, error) as stream:
+        start = stream.read(_START)
     again = "download it again, for example with  hf download OWNER/NAME"
     if not start:
         raise error(f"{file} is empty; {again}")

@@ -9,16 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from acip_export.artifacts.bundle import (
-    BUNDLE_KIND,
-    BUNDLE_VERSION,
-    IMPORTANCE_FILE,
-    MANIFEST_FILE,
-    PLAN_FILE,
-    WEIGHTS_FILE,
-    stored_of,
-    stored_tensors,
-)
+from acip_export.artifacts.bundle import BUNDLE_KIND, Manifest, check_context, stored_of, stored_tensors
+from acip_export.artifacts.names import CONFIG_FILE, IMPORTANCE_FILE, MANIFEST_FILE, PLAN_FILE, WEIGHTS_FILE
 from acip_export.artifacts.plan import Plan, TensorDecision, dumps_plan
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import CheckpointError, PlanFileError
@@ -82,25 +74,23 @@ def materialize_bundle(
                     writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
                 progress(Progress("materialize", index + 1, len(plan.tensors), decision.name))
         _save_importance(importance, directory / IMPORTANCE_FILE)
-        (directory / "config.json").write_text(json.dumps(thawed(checkpoint.config), indent=2), encoding="utf-8")
+        (directory / CONFIG_FILE).write_text(json.dumps(thawed(checkpoint.config), indent=2), encoding="utf-8")
         for name in (*TOKENIZER_FILES, *sentence_files(checkpoint.path)):
             if (checkpoint.path / name).is_file():
                 (directory / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint.path / name, directory / name)
         (directory / PLAN_FILE).write_text(dumps_plan(plan), encoding="utf-8")
-        manifest = {
-            "artifact": "acip-bundle",
-            "version": BUNDLE_VERSION,
-            "tool": __version__,
-            "model": plan.model,
-            "model_fingerprint": checkpoint.fingerprint,
-            "scores_sha256": scores.sha256,
-            "source_dtype": source_dtype(checkpoint),
-            "weights_sha256": writer.sha256,
-            "importance_sha256": sha256_of(directory / IMPORTANCE_FILE),
-            "files": sizes_below(directory),
-        }
-        (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        manifest = Manifest(
+            tool=__version__,
+            model=plan.model,
+            model_fingerprint=checkpoint.fingerprint,
+            scores_sha256=scores.sha256,
+            source_dtype=source_dtype(checkpoint),
+            weights_sha256=writer.sha256,
+            importance_sha256=sha256_of(directory / IMPORTANCE_FILE),
+            files=sizes_below(directory),
+        )
+        (directory / MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
     return out
 
 
@@ -113,6 +103,7 @@ def check_plan(checkpoint: Checkpoint, plan: Plan) -> None:
     if decided != expected:
         different = sorted(n for n in decided.keys() | expected.keys() if decided.get(n) != expected.get(n))
         raise PlanFileError(f"the plan does not fit {checkpoint.path}: {different[0]} differs; plan again")
+    check_context(plan, checkpoint)
 
 
 def source_dtype(checkpoint: Checkpoint) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,9 +79,7 @@ def measure_rounding(
         done += 1
     progress(Progress(_STAGE, total, total))
     everywhere = {name: ratios[_nearest(name, measured)] for name in modules}
-    return wanted.merged(
-        RoundingErrors(wanted.format, wanted.quantizer, wanted.scores_sha256, dense=found, pairs=everywhere)
-    )
+    return wanted.merged(replace(wanted, dense=found, pairs=everywhere))
 
 
 def _kind(module: str) -> str:

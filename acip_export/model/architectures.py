@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from acip_export.model.task import EncoderKind
 from acip_export.model.windows import (
     WindowRule,
     all_but_every,
@@ -19,8 +20,6 @@ from acip_export.model.windows import (
     no_layer,
     upper_layers,
 )
-
-EncoderKind = Literal["embedding", "masked-lm", "classification"]
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _MORE_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")

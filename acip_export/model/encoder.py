@@ -6,15 +6,18 @@ transformer (pooling, normalisation), ``1_Pooling/config.json`` how tokens becom
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object
-from acip_export.model.architectures import ARCHITECTURES, EncoderKind
+from acip_export.io.inputs import Count, read_json
+from acip_export.model.architectures import ARCHITECTURES
+from acip_export.model.task import EncoderKind, Task
 
 if TYPE_CHECKING:
     from acip_export.model.checkpoint import Checkpoint
@@ -31,6 +34,19 @@ _POOLING_KEYS: dict[str, PoolingMode] = {
     "pooling_mode_max_tokens": "max",
 }
 _MODULES_FILE, _LENGTH_FILE = "modules.json", "sentence_bert_config.json"
+
+
+class _Step(msgspec.Struct, frozen=True):
+    """A step of ``modules.json``: its class, and the directory of its settings."""
+
+    type: str
+    path: str
+
+
+class _Length(msgspec.Struct, frozen=True):
+    """Of ``sentence_bert_config.json``."""
+
+    max_seq_length: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -62,9 +78,15 @@ class Encoder:
         return f"{self.prefix}embeddings.word_embeddings.weight"
 
 
+def task_of(config: Mapping[str, Any]) -> Task:
+    """What the model of a ``config.json`` is for."""
+    found = _CLASSES.get(_class_of(config))
+    return "causal" if found is None else found[0]
+
+
 def is_encoder(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is that of an encoder that this tool knows."""
-    return _class_of(config) in _CLASSES
+    return task_of(config) != "causal"
 
 
 def kind_of(config: Mapping[str, Any]) -> EncoderKind:
@@ -87,7 +109,7 @@ def encoder_of(checkpoint: Checkpoint) -> Encoder | None:
     positions = int(checkpoint.config.get("max_position_embeddings", 512))
     length = positions
     if (checkpoint.path / _LENGTH_FILE).is_file():
-        length = int(read_json_object(checkpoint.path / _LENGTH_FILE, CheckpointError).get("max_seq_length") or length)
+        length = read_json(checkpoint.path / _LENGTH_FILE, _Length, CheckpointError).max_seq_length or length
     pooling = _pooling(checkpoint.path) if kind == "embedding" else None
     return Encoder(kind, prefix, pooling, min(length, positions))
 
@@ -132,11 +154,8 @@ def _steps(model: Path) -> list[tuple[str, str]]:
     file = model / _MODULES_FILE
     if not file.is_file():
         return []
-    try:
-        modules = json.loads(file.read_text(encoding="utf-8"))
-        return [(str(step["type"]).rpartition(".")[2], str(step["path"])) for step in modules]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no list of modules: {error!r}") from error
+    steps = read_json(file, tuple[_Step, ...], CheckpointError)
+    return [(step.type.rpartition(".")[2], step.path) for step in steps]
 
 
 def _mode(file: Path) -> PoolingMode:

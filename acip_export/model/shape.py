@@ -9,7 +9,8 @@ from typing import Any
 
 from acip_export.errors import UnsupportedError
 from acip_export.model.architectures import architecture_of
-from acip_export.model.encoder import is_encoder, kind_of
+from acip_export.model.encoder import is_encoder, kind_of, task_of
+from acip_export.model.task import Task
 
 # Our key: the others' keys. Where none is there or its value is null, the key has no entry.
 _KEYS: Mapping[str, tuple[str, ...]] = {
@@ -31,7 +32,7 @@ class ModelShape:
         architecture: the Hugging Face class.
         sliding_window: tokens that windowed layers attend to, the current one included; ``None``: no such layer.
         sliding_layers: for every layer whether it is windowed; empty without a window.
-        tied_embeddings: the head reads the embedding. generates: token by token, with a KV cache; encoders do not.
+        tied_embeddings: the head reads the embedding. task: what the model is for.
         fused_attention: an ONNX graph attends in place on one cache, and keeps no scores.
     """
 
@@ -47,8 +48,13 @@ class ModelShape:
     tied_embeddings: bool
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
-    generates: bool = True
+    task: Task = "causal"
     fused_attention: bool = True
+
+    @property
+    def generates(self) -> bool:
+        """Whether it writes token by token, with a KV cache; encoders do not."""
+        return self.task == "causal"
 
 
 def model_shape(config: Mapping[str, Any], path: Path = Path()) -> ModelShape:
@@ -80,7 +86,7 @@ def model_shape(config: Mapping[str, Any], path: Path = Path()) -> ModelShape:
             sliding_window=window,
             sliding_layers=windowed,
             tied_embeddings=ties_head(config),
-            generates=not is_encoder(config),
+            task=task_of(config),
             fused_attention=architecture_of(text).fused_attention,
         )
     except KeyError as missing:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+import msgspec
+
+from acip_export.errors import CheckpointError
+from acip_export.io.inputs import read_json
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,17 @@ class TokenizerSize:
 
     tokens: int = 0
     merges: int = 0
+
+
+class _Tables(msgspec.Struct, frozen=True):
+    vocab: dict[str, msgspec.Raw] | list[msgspec.Raw] | None = None
+    merges: list[msgspec.Raw] | None = None
+
+
+class _Tokenizer(msgspec.Struct, frozen=True):
+    """What is counted of ``tokenizer.json``."""
+
+    model: _Tables
 
 
 def tokenizer_size(model: Path) -> TokenizerSize:
@@ -27,9 +42,9 @@ def tokenizer_size(model: Path) -> TokenizerSize:
 
 @lru_cache(maxsize=8)
 def _tokenizer_size_of(file: Path, modified: int, size: int) -> TokenizerSize:  # noqa: ARG001 - part of the key
-    """Parse once: a real vocabulary takes half a second. A damaged file is the converter's to refuse; it has none."""
+    """Read once. A damaged file is the converter's to refuse; it has none."""
     try:
-        model = json.loads(file.read_text(encoding="utf-8"))["model"]
-        return TokenizerSize(len(model.get("vocab") or ()), len(model.get("merges") or ()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        model = read_json(file, _Tokenizer, CheckpointError).model
+    except CheckpointError:
         return TokenizerSize()
+    return TokenizerSize(len(model.vocab or ()), len(model.merges or ()))

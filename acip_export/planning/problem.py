@@ -185,7 +185,9 @@ class Problem:
             files=solution.files,
             breakdown=self.memory.breakdown(solution.decisions, solution.file_bytes, serving),
             predicted_loss=loss,
-            predicted_perplexity=exp(min(self.calibration.dense_loss + loss, 700.0)) if scores.is_causal else None,
+            predicted_perplexity=exp(min(self.calibration.dense_loss + loss, 700.0))
+            if scores.task == "causal"
+            else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
             adapters=self._adapters(solution.decisions),
             serving=serving,
@@ -193,7 +195,7 @@ class Problem:
             certificate=certificate,
             tensors=solution.decisions,
             notes=(note, *filter(None, [space.layout.note]), *space.format.file_notes(solution.files, space.options)),
-            loss_unit=scores.loss_unit,
+            task=scores.task,
         )
 
     def _adapters(self, decisions: tuple[TensorDecision, ...]) -> bool:

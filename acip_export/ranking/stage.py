@@ -11,7 +11,15 @@ import torch
 import transformers
 from torch import nn
 
-from acip_export.artifacts.scores import SCORES_KIND, CurvePoint, ModuleScores, ScoreFile, save_scores
+from acip_export.artifacts.scores import (
+    SCORES_KIND,
+    CurvePoint,
+    ModuleScores,
+    RankedModel,
+    RankedOn,
+    ScoreFile,
+    save_scores,
+)
 from acip_export.errors import UnsupportedError, UsageError
 from acip_export.io.atomic import remove_leftovers
 from acip_export.io.outputs import claim_output
@@ -170,21 +178,21 @@ def _score_file(
 ) -> ScoreFile:
     checkpoint, data = context.checkpoint, context.data
     return ScoreFile(
-        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=context.task.name,
         algorithm={
             "name": algorithm.name,
             "basis": algorithm.basis,
             **ranking.settings,
             **asdict(context.calibration),
             "context": data.training.shape[1],
-            "loss_unit": context.task.unit,
         },
-        data={
-            "source": data.text.source,
-            "sha256": data.text.sha256,
-            "documents": data.text.documents,
-            "tokens": data.text.tokens,
-        },
+        data=RankedOn(
+            source=data.text.source,
+            sha256=data.text.sha256,
+            documents=data.text.documents,
+            tokens=data.text.tokens,
+        ),
         versions={
             "acip-export": __version__,
             "torch": torch.__version__,

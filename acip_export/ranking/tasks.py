@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acip_export.artifacts.scores import CAUSAL_UNIT
 from acip_export.model.embedding_similarity import Similarity, compare_similarities
 from acip_export.model.encoder import Encoder
+from acip_export.model.task import Task as TaskName
 from acip_export.model.torch_model import pooled
 from acip_export.ranking.losses import next_token_loss, token_cross_entropy, token_divergence
 
@@ -41,13 +41,11 @@ class Task(ABC):
     """What a model is for.
 
     Attributes:
-        name: as artifacts store it. unit: what losses are in, for people.
-        padding: the token that fills windows up, if any does.
+        name: as artifacts store it. padding: the token that fills windows up, if any does.
         labelled: whether texts bring their own labels, so that a loss needs no dense model to compare with.
     """
 
-    name: ClassVar[str]
-    unit: ClassVar[str]
+    name: ClassVar[TaskName]
     labelled: ClassVar[bool] = False
     padding: int | None = None
 
@@ -107,7 +105,6 @@ class CausalTask(Task):
     """Predict the next token."""
 
     name = "causal"
-    unit = CAUSAL_UNIT
     labelled = True
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
@@ -142,7 +139,6 @@ class EmbeddingTask(_EncoderTask):
     """Make one vector of a text."""
 
     name = "embedding"
-    unit = "cosine distance per text"
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         assert self.encoder.pooling is not None
@@ -178,7 +174,6 @@ class ClassificationTask(_EncoderTask):
     """Choose a class for a text."""
 
     name = "classification"
-    unit = "nats per text"
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         logits: Tensor = self.run(model, windows).logits
@@ -192,7 +187,6 @@ class MaskedTask(_EncoderTask):
     """Predict masked tokens. The windows hold mask tokens already; their logits are the outputs."""
 
     name = "masked-lm"
-    unit = "nats per masked token"
 
     @property
     def mask_token(self) -> int:

@@ -4,13 +4,10 @@ Neither has a figure of its own: all come from ``plan.json``, ``report.json`` an
 ``report.html`` where the score file is out of reach.
 """
 
-from acip_export.artifacts.export_directory import CARD_FILE, PAGE_FILE
 from acip_export.report.page import Exported, Page, Ranking, build_page, read_export
 from acip_export.report.write import write_papers
 
 __all__ = [
-    "CARD_FILE",
-    "PAGE_FILE",
     "Exported",
     "Page",
     "Ranking",

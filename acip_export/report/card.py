@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from acip_export.formats.protocol import RunCommand
 from acip_export.formats.registry import export_format
 from acip_export.markdown import plain
+from acip_export.model.task import Task
 from acip_export.report.page import Page
 from acip_export.report.rows import Row, file_rows, provenance, runtime_rows
 from acip_export.units import format_bytes
 from acip_export.version import __version__
+
+# As Hugging Face names tasks.
+_PIPELINE_TAGS: Mapping[Task, str] = {
+    "causal": "text-generation",
+    "embedding": "sentence-similarity",
+    "classification": "text-classification",
+    "masked-lm": "fill-mask",
+}
 
 
 def render(page: Page, commands: Iterable[RunCommand]) -> str:
@@ -41,11 +50,11 @@ def render(page: Page, commands: Iterable[RunCommand]) -> str:
         "",
         f"- The memory figure holds for {plan.serving.context} tokens of context, a KV cache of type "
         f"{plan.serving.cache_type} and prompts in batches of {plan.serving.prompt_batch}; longer contexts need more.",
-        *(f"- {plain(str(note))}" for note in report.get("notes") or ()),
+        *(f"- {plain(note)}" for note in (report.notes if report is not None else ())),
         "- Compression changes what a model says. Quality was measured as given above and nowhere else; what the base "
         "model cannot or must not do holds for this one too.",
     ]
-    if not report:
+    if report is None:
         lines += ["- These files were not verified in a runtime."]
     lines += ["", "## Provenance", ""]
     lines += [f"- {key}: {plain(value)}" for key, value in provenance(page).items()]
@@ -56,14 +65,11 @@ def _front_matter(page: Page) -> list[str]:
     """YAML whose strings are written as JSON, which YAML includes: no name can break out."""
     plan, ranking = page.own.plan, page.ranking
     hub, license_ = ("", "") if ranking is None else (ranking.hub, ranking.license)
-    # What a model that does neither is for, as a classifier, no plan says: no tag is better than a wrong one.
-    embeds = page.own.report.get("similarity") is not None
-    task = "text-generation" if plan.predicted_perplexity is not None else "sentence-similarity" if embeds else ""
     fields: list[tuple[str, object]] = [
         ("base_model", hub or plan.model),
         ("base_model_relation", "quantized"),
         ("library_name", export_format(plan.format).library),
-        ("pipeline_tag", task),
+        ("pipeline_tag", _PIPELINE_TAGS[plan.task]),
         ("license", license_),
         ("quantized_by", "acip-export"),
         ("tags", [*export_format(plan.format).tags, "acip"]),
@@ -73,9 +79,12 @@ def _front_matter(page: Page) -> list[str]:
 
 def _table(page: Page) -> list[str]:
     lines = ["| | planned | measured | |", "| --- | ---: | ---: | --- |", *map(_row, file_rows(page.own))]
-    for runtime in page.own.report.get("runtimes") or ():
-        lines.append(f"| **{plain(str(runtime.get('runtime', '?')))}** | | | |")
-        lines += map(_row, runtime_rows(page, runtime))
+    report = page.own.report
+    if report is None:
+        return lines
+    for runtime in report.runtimes:
+        lines.append(f"| **{plain(runtime.runtime)}** | | | |")
+        lines += map(_row, runtime_rows(page, report, runtime))
     return lines
 
 

@@ -15,6 +15,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from acip_export.artifacts.report import Report, TaskMetric
 from acip_export.formats.protocol import RunCommand
 from acip_export.report.page import Page
 from acip_export.report.rows import Row, file_rows, provenance, runtime_rows
@@ -47,7 +48,7 @@ def render(page: Page, commands: Iterable[RunCommand]) -> str:
         "run": _run(commands),
         "provenance": _provenance(provenance(page)),
         "footer": escape(f"acip-export {__version__}"),
-        "data": _island(page.to_json()),
+        "data": _island(page.data().to_json()),
     }
     # One pass: what is put in is never looked at again.
     return _SLOT.sub(lambda slot: parts[slot[1]], _part("template.html"))
@@ -71,26 +72,25 @@ def _clean(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _verdict(report: Mapping[str, Any]) -> str:
-    if not report:
+def _verdict(report: Report | None) -> str:
+    if report is None:
         text = "planned and written, but not verified in a runtime; run  acip-export verify"
         return f'<p class="notice"><strong>Not measured:</strong> {escape(text)}</p>'
-    notes = "".join(f"<li>{escape(_clean(str(note)))}</li>" for note in report.get("notes") or ())
-    if report.get("passed") is True:
-        names = ", ".join(str(runtime.get("runtime", "?")) for runtime in report.get("runtimes") or ())
+    notes = "".join(f"<li>{escape(_clean(note))}</li>" for note in report.notes)
+    if report.passed:
+        names = ", ".join(runtime.runtime for runtime in report.runtimes)
         text = f"the files are byte for byte as planned, and were run in {names or 'no runtime'}."
         listed = f"<ul>{notes}</ul>" if notes else ""
         return f'<div class="notice good"><strong>Verified:</strong> {escape(_clean(text))}{listed}</div>'
-    failures = "".join(f"<li>{escape(_clean(str(failure)))}</li>" for failure in report.get("failures") or ())
+    failures = "".join(f"<li>{escape(_clean(failure))}</li>" for failure in report.failures)
     return f'<div class="notice bad"><strong>Not as planned</strong><ul>{failures}{notes}</ul></div>'
 
 
 def _measured(page: Page) -> str:
+    report = page.own.report
     groups: list[tuple[str, list[Row]]] = [("", file_rows(page.own))]
-    groups += [
-        (str(runtime.get("runtime", "?")), runtime_rows(page, runtime))
-        for runtime in page.own.report.get("runtimes") or ()
-    ]
+    if report is not None:
+        groups += [(runtime.runtime, runtime_rows(page, report, runtime)) for runtime in report.runtimes]
     lines = ["<table>", "<thead><tr><th></th><th>planned</th><th>measured</th></tr></thead>", "<tbody>"]
     for name, rows in groups:
         if name:
@@ -99,17 +99,17 @@ def _measured(page: Page) -> str:
             note = f"<small>{escape(_clean(row.note))}</small>" if row.note else ""
             cells = f"<td>{escape(row.planned)}</td><td>{escape(row.found)}</td>"
             lines.append(f'<tr><th scope="row">{escape(row.what)}{note}</th>{cells}</tr>')
-    return "\n".join([*lines, "</tbody>", "</table>", _tasks(page.own.report.get("tasks") or {})])
+    return "\n".join([*lines, "</tbody>", "</table>", _tasks(report.tasks if report is not None else None)])
 
 
-def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+def _tasks(tasks: Mapping[str, Mapping[str, TaskMetric]] | None) -> str:
     if not tasks:
         return ""
     lines = ["<h3>Tasks, on the bundle</h3>", "<table>", "<tbody>"]
     for task, metrics in tasks.items():
         for metric, result in metrics.items():
-            error = result.get("standard_error")
-            found = f"{result['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            error = "" if result.standard_error is None else f" ± {result.standard_error:.4f}"
+            found = f"{result.value:.4f}{error}"
             lines.append(f'<tr><th scope="row">{escape(_clean(f"{task}, {metric}"))}</th><td>{escape(found)}</td></tr>')
     return "\n".join([*lines, "</tbody>", "</table>"])
 

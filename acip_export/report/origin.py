@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
+
+from acip_export.errors import InputError
+from acip_export.io.inputs import open_input
 
 # As the hub's own cache names its directories: models--OWNER--NAME/snapshots/COMMIT.
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)$")
@@ -15,9 +19,9 @@ def license_of(model: Path) -> str:
     """The identifier in the front matter of the model's card; empty where there is none."""
     card = model / "README.md"
     try:
-        with card.open(encoding="utf-8", errors="replace") as stream:
-            text = stream.read(_LARGEST_CARD)
-    except OSError:
+        with open_input(card, InputError) as stream, io.TextIOWrapper(stream, "utf-8", "replace") as lines:
+            text = lines.read(_LARGEST_CARD)
+    except (InputError, OSError):
         return ""
     start, _, rest = text.partition("---")
     front, end, _ = rest.partition("\n---")

@@ -6,25 +6,25 @@ made and measured. It is embedded in the page as JSON, from which a later run ca
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from math import exp, isfinite
+from dataclasses import dataclass, replace
+from math import exp
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from msgspec import Meta
+
+from acip_export.artifacts.document import Artifact, decode_artifact
+from acip_export.artifacts.names import PAGE_DATA, PLAN_FILE, REPORT_FILE, ArtifactName
 from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
+from acip_export.artifacts.report import Report, load_report
+from acip_export.artifacts.scores import RankedOn, Setting
 from acip_export.errors import InputError
 from acip_export.inspection.anatomy import fact
-from acip_export.io.atomic import read_json_object
+from acip_export.io.inputs import Count, Finite, NotNegative, PositiveFloat, ReadOnly, Share
 from acip_export.model.tensor_names import layer_of, within_layer, without_numbers
 from acip_export.weight_types import weight_type
-
-DATA_FORMAT, DATA_VERSION = "acip-report-data", 2
-REPORT_FILE, PLAN_FILE = "report.json", "plan.json"
-_REPORT_VERSION = 2
-
 
 # Ratios of the ranked layers' parameters -> for each, the share of components that the ranking keeps, by module.
 ScoreMap = Callable[[Sequence[float]], Sequence[Mapping[str, float]]]
@@ -35,15 +35,15 @@ class Exported:
     """An export as its own files describe it.
 
     Attributes:
-        plan: its ``plan.json``. report: its ``report.json``, empty where it was never verified.
+        plan: its ``plan.json``. report: its ``report.json``, ``None`` where it was never verified.
     """
 
     plan: Plan
-    report: Mapping[str, Any]
+    report: Report | None
 
 
 @dataclass(frozen=True)
-class Ranking:
+class Ranking(ReadOnly):
     """What a score file says about itself: see :class:`acip_export.artifacts.scores.ScoreFile`.
 
     Attributes:
@@ -51,10 +51,10 @@ class Ranking:
         license: of the base model, as its card names it, or empty. hub: its Hugging Face id, or empty.
     """
 
-    algorithm: Mapping[str, Any]
-    data: Mapping[str, Any]
-    versions: Mapping[str, Any]
-    curve: tuple[tuple[float, float, float | None], ...]
+    algorithm: Mapping[str, Setting]
+    data: RankedOn
+    versions: Mapping[str, str]
+    curve: tuple[tuple[Share, Finite, Finite | None], ...]
     license: str = ""
     hub: str = ""
 
@@ -108,11 +108,57 @@ class Size:
 class Measured:
     """Quality of an export in its runtime; ``low`` and ``high`` are one standard error away, ``None`` without one."""
 
-    point: int
+    point: Count
     runtime: str
-    perplexity: float
-    low: float | None
-    high: float | None
+    perplexity: PositiveFloat
+    low: NotNegative | None
+    high: NotNegative | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A :class:`Size` in the page's JSON.
+
+    Attributes:
+        shown: the perplexity that the curve is drawn at. cells: bytes, position of the types in the page's, rank.
+    """
+
+    files: Count
+    memory: Count
+    used: Count
+    budget: Count
+    loss: Finite
+    perplexity: PositiveFloat | None
+    ratio: NotNegative
+    note: str
+    breakdown: tuple[tuple[str, Count, bool], ...]
+    vectors: Count
+    overhead: int
+    cells: tuple[tuple[Count, Count, Count], ...]
+    ranking_ratio: NotNegative | None = None
+    ranking: tuple[Share | None, ...] | None = None
+    shown: PositiveFloat | None
+
+
+@dataclass(frozen=True)
+class PageData(Artifact):
+    """What a page embeds; types are positions in a list, or a 7B model's page would be large."""
+
+    NAME: ClassVar[ArtifactName] = PAGE_DATA
+
+    model: str
+    fingerprint: str
+    format: str
+    layout: str
+    scope: str
+    unit: str
+    own: Count
+    tensors: tuple[tuple[str, Annotated[int, Meta(ge=-1)], str, Count, Count], ...]
+    types: tuple[tuple[str, NotNegative], ...]
+    points: tuple[Point, ...]
+    measured: tuple[Measured, ...]
+    dense: PositiveFloat | None
+    ranking: Ranking | None
 
 
 @dataclass(frozen=True)
@@ -140,36 +186,32 @@ class Page:
             return None
         return size.perplexity if self.dense_perplexity is None else self.dense_perplexity * exp(min(size.loss, 300.0))
 
-    def to_json(self) -> dict[str, Any]:
-        """What the page embeds; types are written as positions in a list, or a 7B model's page would be large."""
+    def data(self) -> PageData:
+        """What the page embeds."""
         types = sorted(self.bits, key=lambda name: (-self.bits[name], name))
         position = {name: index for index, name in enumerate(types)}
         plan = self.own.plan
-        return {
-            "artifact": DATA_FORMAT,
-            "version": DATA_VERSION,
-            "model": plan.model,
-            "fingerprint": plan.model_fingerprint,
-            "format": plan.format,
-            "layout": plan.layout,
-            "scope": plan.budget_scope,
-            "unit": plan.loss_unit,
-            "own": self.own_size,
-            "tensors": self.matrices,
-            "types": [[name, self.bits[name]] for name in types],
-            "points": [
-                {
-                    **asdict(size),
-                    "shown": self.predicted(size),
-                    "cells": [[cell.nbytes, position[cell.types], cell.rank] for cell in size.cells],
-                    "ranking": size.ranking and [None if r is None else round(r, 3) for r in size.ranking],
-                }
-                for size in self.sizes
-            ],
-            "measured": [asdict(measured) for measured in self.measured],
-            "dense": self.dense_perplexity,
-            "ranking": None if self.ranking is None else asdict(self.ranking),
-        }
+        return PageData(
+            model=plan.model,
+            fingerprint=plan.model_fingerprint,
+            format=plan.format,
+            layout=plan.layout,
+            scope=plan.budget_scope,
+            unit=plan.loss_unit,
+            own=self.own_size,
+            tensors=self.matrices,
+            types=tuple((name, self.bits[name]) for name in types),
+            points=tuple(self._point(size, position) for size in self.sizes),
+            measured=self.measured,
+            dense=self.dense_perplexity,
+            ranking=self.ranking,
+        )
+
+    def _point(self, size: Size, position: Mapping[str, int]) -> Point:
+        fields: dict[str, Any] = vars(size).copy()
+        fields["cells"] = tuple((cell.nbytes, position[cell.types], cell.rank) for cell in size.cells)
+        fields["ranking"] = size.ranking and tuple(None if r is None else round(r, 3) for r in size.ranking)
+        return Point(**fields, shown=self.predicted(size))
 
 
 def read_export(path: Path) -> Exported:
@@ -182,15 +224,9 @@ def read_export(path: Path) -> Exported:
     plan = load_plan(root / PLAN_FILE)
     file = root / REPORT_FILE
     if not file.exists():
-        return Exported(plan, {})
-    report = read_json_object(file, InputError)
-    found = report.get("artifact"), report.get("version")
-    if found != ("acip-report", _REPORT_VERSION):
-        raise InputError(
-            f"{file} is {found[0]!r} of version {found[1]}, expected 'acip-report' of version {_REPORT_VERSION}; "
-            "run  acip-export verify"
-        )
-    if report.get("planned_bytes") != plan.planned_bytes:
+        return Exported(plan, None)
+    report = load_report(file)
+    if report.planned_bytes != plan.planned_bytes:
         raise InputError(f"{file} is not of the plan beside it; run  acip-export verify  again")
     return Exported(plan, report)
 
@@ -201,7 +237,7 @@ def build_page(
     sizes: Sequence[Plan] = (),
     ranking: Ranking | None = None,
     score_map: ScoreMap | None = None,
-    before: Mapping[str, Any] | None = None,
+    before: PageData | None = None,
 ) -> Page:
     """Everything for one page.
 
@@ -229,12 +265,12 @@ def build_page(
         ordered = _with_ranking(ordered, matrices, score_map)
     where = {size.key: index for index, size in enumerate(ordered)}
     measured = {where[_key(e.plan)]: m for e in (*others, own) if (m := _measured(e, where[_key(e.plan)])) is not None}
-    dense = next((d for e in (own, *others) if (d := positive(e.report.get("dense_perplexity"))) is not None), None)
-    if usable is not None and usable.get("dense") == dense:  # the same text
+    dense = next((d for e in (own, *others) if (d := _dense(e)) is not None), None)
+    if usable is not None and usable.dense == dense:  # the same text
         measured = {m.point: m for m in _measured_before(usable, where)} | measured
     bits = {cell.types: _bits(own.plan.format, cell.types) for size in ordered for cell in size.cells}
     if ranking is None and usable is not None:
-        ranking = _ranking_before(usable)
+        ranking = usable.ranking
     return Page(
         own,
         ordered,
@@ -280,29 +316,25 @@ def size_of(plan: Plan) -> Size:
     )
 
 
-def positive(value: Any) -> float | None:
-    """The perplexity of a perplexity object of ``report.json``, ``None`` where there is none that makes sense."""
-    number = value.get("perplexity") if isinstance(value, Mapping) else None
-    usable = isinstance(number, int | float) and not isinstance(number, bool) and isfinite(number) and number > 0
-    return float(number) if usable and number is not None else None
-
-
 def _key(plan: Plan) -> tuple[int, int]:
     return plan.planned_bytes, plan.used_bytes
 
 
+def _dense(export: Exported) -> float | None:
+    dense = None if export.report is None else export.report.dense_perplexity
+    return None if dense is None else dense.perplexity
+
+
 def _measured(export: Exported, point: int) -> Measured | None:
-    for runtime in export.report.get("runtimes", ()):
-        value = positive(runtime.get("perplexity"))
-        if value is None:
-            continue
-        error = runtime["perplexity"].get("standard_error")
-        # Beside the dense model, what counts is the error of the difference: both were measured on the same tokens.
-        error = (runtime.get("divergence") or {}).get("loss_difference_standard_error") or error
-        known = isinstance(error, int | float) and isfinite(error)
-        low, high = (value * exp(-error), value * exp(error)) if known else (None, None)
-        return Measured(point, fact(runtime.get("runtime", "")), value, low, high)
-    return None
+    measured = None if export.report is None else export.report.perplexity
+    if measured is None:
+        return None
+    runtime, perplexity = measured
+    value, error = perplexity.perplexity, perplexity.standard_error
+    # Beside the dense model, what counts is the error of the difference: both were measured on the same tokens.
+    if runtime.divergence is not None:
+        error = runtime.divergence.loss_difference_standard_error or error
+    return Measured(point, fact(runtime.runtime), value, value * exp(-error), value * exp(error))
 
 
 def _matrix(decision: TensorDecision) -> tuple[str, int, str, int, int]:
@@ -342,55 +374,41 @@ def _same_page(own: Plan, other: Plan) -> None:
 _ISLAND = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 
-def embedded(html: str) -> dict[str, Any] | None:
+def embedded(html: str) -> PageData | None:
     """What a page made by this version embeds; ``None`` for any other text."""
     match = _ISLAND.search(html)
-    try:
-        data = json.loads(match[1]) if match else None
-    except (ValueError, RecursionError):
+    if match is None:
         return None
-    known = isinstance(data, dict) and (data.get("artifact"), data.get("version")) == (DATA_FORMAT, DATA_VERSION)
-    return data if known else None
+    try:
+        return decode_artifact(match[1].encode("utf-8", "replace"), PageData, "the page", InputError)
+    except InputError:
+        return None
 
 
-def _fits(before: Mapping[str, Any], plan: Plan) -> bool:
+def _fits(before: PageData, plan: Plan) -> bool:
     """Whether an earlier page is of the same thing, and whole."""
     expected = (plan.model_fingerprint, plan.format, plan.layout, plan.budget_scope)
-    if tuple(before.get(key) for key in ("fingerprint", "format", "layout", "scope")) != expected:
-        return False
-    try:
-        matrices = sum(len(d.shape) == 2 for d in plan.tensors)
-        _measured_before(before, {})
-        return all(len(size.cells) == matrices for size in _sizes_before(before))
-    except (KeyError, TypeError, ValueError, IndexError):
-        return False
+    matrices = sum(len(d.shape) == 2 for d in plan.tensors)
+    return (
+        (before.fingerprint, before.format, before.layout, before.scope) == expected
+        and all(len(point.cells) == matrices for point in before.points)
+        and all(point.ranking is None or len(point.ranking) == matrices for point in before.points)
+        and all(kind < len(before.types) for point in before.points for _, kind, _ in point.cells)
+        and all(measured.point < len(before.points) for measured in before.measured)
+    )
 
 
-def _sizes_before(data: Mapping[str, Any]) -> list[Size]:
-    names = [str(name) for name, _ in data["types"]]
-    keys = tuple(Size.__dataclass_fields__)
-    return [
-        Size(
-            **{
-                **{key: point[key] for key in keys},
-                "breakdown": tuple((str(name), int(size), bool(inside)) for name, size, inside in point["breakdown"]),
-                "cells": tuple(Cell(int(size), names[kind], int(rank)) for size, kind, rank in point["cells"]),
-                "ranking": point["ranking"] and tuple(point["ranking"]),
-            }
-        )
-        for point in data["points"]
-    ]
+def _sizes_before(data: PageData) -> list[Size]:
+    sizes = []
+    for point in data.points:
+        fields = vars(point).copy()
+        del fields["shown"]
+        fields["cells"] = tuple(Cell(size, data.types[kind][0], rank) for size, kind, rank in point.cells)
+        sizes.append(Size(**fields))
+    return sizes
 
 
-def _measured_before(data: Mapping[str, Any], where: Mapping[tuple[int, int], int]) -> list[Measured]:
-    places = [where.get((point["files"], point["used"])) for point in data["points"]]
-    kept = [(places[stored["point"]], stored) for stored in data["measured"]]
-    return [Measured(**{**stored, "point": place}) for place, stored in kept if place is not None]
-
-
-def _ranking_before(data: Mapping[str, Any]) -> Ranking | None:
-    stored = data.get("ranking")
-    try:
-        return None if stored is None else Ranking(**{**stored, "curve": tuple(tuple(p) for p in stored["curve"])})
-    except (KeyError, TypeError):
-        return None
+def _measured_before(data: PageData, where: Mapping[tuple[int, int], int]) -> list[Measured]:
+    places = [where.get((point.files, point.used)) for point in data.points]
+    kept = [(places[measured.point], measured) for measured in data.measured]
+    return [replace(measured, point=place) for place, measured in kept if place is not None]

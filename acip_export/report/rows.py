@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import PurePath
 from typing import Any
 
+from acip_export.artifacts.report import Report, RuntimeReport
 from acip_export.inspection.anatomy import fact
-from acip_export.report.page import Exported, Page, positive
+from acip_export.io.inputs import builtins
+from acip_export.report.page import Exported, Page
 from acip_export.units import format_bytes
 
 _NONE = "–"
@@ -27,93 +28,88 @@ class Row:
 
 def file_rows(export: Exported) -> list[Row]:
     """Bytes and structure; without a report only what was planned."""
-    plan, report = export.plan, export.report
-    written = report.get("written_bytes")
-    rows = [
-        Row(
-            "Files, bytes",
-            f"{plan.planned_bytes:,}",
-            _NONE if written is None else f"{written:,}",
-            "" if written is None else "equal" if written == plan.planned_bytes else "not equal",
-        )
-    ]
-    structure = report.get("structure")
-    if structure:
-        rows.append(Row("Tensors as planned", f"{structure['tensors']:,}", f"{structure['found']:,}"))
+    planned, report = export.plan.planned_bytes, export.report
+    if report is None:
+        return [Row("Files, bytes", f"{planned:,}", _NONE)]
+    same = "equal" if report.written_bytes == planned else "not equal"
+    rows = [Row("Files, bytes", f"{planned:,}", f"{report.written_bytes:,}", same)]
+    if report.structure is not None:
+        rows.append(Row("Tensors as planned", f"{report.structure.tensors:,}", f"{report.structure.found:,}"))
     return rows
 
 
-def runtime_rows(page: Page, runtime: Mapping[str, Any]) -> list[Row]:
+def runtime_rows(page: Page, report: Report, runtime: RuntimeReport) -> list[Row]:
     """What one runtime was found to do; a figure that was not measured has no row."""
     return [
         *_memory(runtime),
-        *_quality(page, runtime),
-        *_agreement(runtime.get("agreement") or {}),
+        *_quality(page, report, runtime),
+        *_agreement(runtime),
         *_speed(runtime),
     ]
 
 
-def _memory(runtime: Mapping[str, Any]) -> Iterator[Row]:
-    memory = runtime.get("memory") or {}
-    if (peak := _number(memory.get("peak_bytes"))) is None:
-        return
-    predicted = _number(memory.get("predicted_bytes"))
-    within = memory.get("within_budget")
-    fits = "" if within is None else "within the budget" if within else "above the budget"
-    yield Row("Peak memory of a process", _bytes(predicted), _bytes(peak), fits)
+def _memory(runtime: RuntimeReport) -> Iterator[Row]:
+    memory = runtime.memory
+    if memory is not None:
+        fits = {None: "", True: "within the budget", False: "above the budget"}[memory.within_budget]
+        yield Row(
+            "Peak memory of a process", format_bytes(memory.predicted_bytes), format_bytes(memory.peak_bytes), fits
+        )
 
 
-def _quality(page: Page, runtime: Mapping[str, Any]) -> Iterator[Row]:
-    own = positive(runtime.get("perplexity"))
+def _quality(page: Page, report: Report, runtime: RuntimeReport) -> Iterator[Row]:
+    own, divergence = runtime.perplexity, runtime.divergence
     if own is not None:
-        values = runtime["perplexity"]
         predicted = page.predicted(page.sizes[page.own_size])
         dense = "" if page.dense_perplexity is None else f"dense model: {page.dense_perplexity:.3f}; "
-        error = _number(values.get("standard_error"))
         yield Row(
             "Perplexity",
             _NONE if predicted is None else f"{predicted:.3f}",
-            f"{own:.3f}" + ("" if error is None else f" ± {own * error:.3f}"),
-            f"{dense}{values.get('tokens', 0):,} tokens",
+            f"{own.perplexity:.3f} ± {own.perplexity * own.standard_error:.3f}",
+            f"{dense}{own.tokens:,} tokens",
         )
-    divergence = runtime.get("divergence") or {}
-    if (difference := _number(divergence.get("loss_difference"))) is not None:
-        found = f"{difference:+.4f}{_plus_minus(divergence.get('loss_difference_standard_error'))}"
-        yield Row("Loss above the dense model", f"{page.own.plan.predicted_loss:+.4f}", found, page.own.plan.loss_unit)
-    if (kl := _number(divergence.get("mean_kl"))) is not None:
-        found = f"{kl:.4f}{_plus_minus(divergence.get('kl_standard_error'))}"
-        same = _number(divergence.get("same_top"))
-        note = "" if same is None else f"the most likely token is the same at {same:.1%} of the positions"
-        yield Row("KL divergence from the dense model", _NONE, found, note)
-    similarity = _number(page.own.report.get("similarity"))
-    if similarity is not None:
-        yield Row("Similarity to the dense model's embeddings", _NONE, f"{similarity:.4f}")
+    if divergence is not None:
+        yield Row(
+            "Loss above the dense model",
+            f"{page.own.plan.predicted_loss:+.4f}",
+            f"{divergence.loss_difference:+.4f} ± {divergence.loss_difference_standard_error:.4f}",
+            page.own.plan.loss_unit,
+        )
+        yield Row(
+            "KL divergence from the dense model",
+            _NONE,
+            f"{divergence.mean_kl:.4f} ± {divergence.kl_standard_error:.4f}",
+            f"the most likely token is the same at {divergence.same_top:.1%} of the positions",
+        )
+    if report.similarity is not None:
+        yield Row("Similarity to the dense model's embeddings", _NONE, f"{report.similarity:.4f}")
 
 
-def _agreement(agreement: Mapping[str, Any]) -> Iterator[Row]:
+def _agreement(runtime: RuntimeReport) -> Iterator[Row]:
     """With the bundle, the reference that was converted."""
-    if (kl := _number(agreement.get("mean_kl"))) is not None:
-        largest = _number(agreement.get("max_logit_difference"))
-        note = "" if largest is None else f"largest difference of a logit: {largest:.2g}"
-        yield Row("KL divergence from the bundle", _NONE, f"{kl:.1e}", note)
-    if agreement.get("greedy_tokens"):
-        found = f"{agreement.get('greedy_equal', 0)} of {agreement['greedy_tokens']}"
-        yield Row("Greedy tokens as the bundle's", _NONE, found, "before the first one that differs")
+    agreement = runtime.agreement
+    if agreement is None:
+        return
+    largest = f"largest difference of a logit: {agreement.max_logit_difference:.2g}"
+    yield Row("KL divergence from the bundle", _NONE, f"{agreement.mean_kl:.1e}", largest)
+    if agreement.greedy_tokens:
+        equal = f"{agreement.greedy_equal} of {agreement.greedy_tokens}"
+        yield Row("Greedy tokens as the bundle's", _NONE, equal, "before the first one that differs")
 
 
-def _speed(runtime: Mapping[str, Any]) -> Iterator[Row]:
-    speed = runtime.get("speed") or {}
-    for key, what in (("prefill", "Prompt, tokens per second"), ("decode", "Generation, tokens per second")):
-        if (value := _number(speed.get(key))) is not None:
-            yield Row(what, _NONE, f"{value:,.0f}")
-    if (seconds := _number(runtime.get("load_seconds"))) is not None:
-        yield Row("Load time", _NONE, f"{seconds:.2f} s")
+def _speed(runtime: RuntimeReport) -> Iterator[Row]:
+    speed = runtime.speed
+    if speed is not None:
+        yield Row("Prompt, tokens per second", _NONE, f"{speed.prefill:,.0f}")
+    if speed is not None and speed.decode is not None:
+        yield Row("Generation, tokens per second", _NONE, f"{speed.decode:,.0f}")
+    if runtime.load_seconds is not None:
+        yield Row("Load time", _NONE, f"{runtime.load_seconds:.2f} s")
 
 
 def provenance(page: Page) -> dict[str, str]:
     """Where it all came from, as words by name; hashes in full, for a machine to compare."""
     plan, report, ranking = page.own.plan, page.own.report, page.ranking
-    made = report.get("provenance") or {}
     serving = plan.serving
     pairs: dict[str, object] = {
         "Base model": plan.model,
@@ -123,9 +119,9 @@ def provenance(page: Page) -> dict[str, str]:
     if ranking is not None:
         settings = {k: v for k, v in ranking.algorithm.items() if k not in ("name", "basis")}
         pairs |= {
-            "Ranked by": f"{ranking.algorithm.get('name', '?')}, basis {ranking.algorithm.get('basis', '?')}",
+            "Ranked by": f"{ranking.algorithm['name']}, basis {ranking.algorithm['basis']}",
             "Ranking settings": _pairs(settings),
-            "Calibration data": _pairs(ranking.data),
+            "Calibration data": _pairs(builtins(ranking.data)),
             "Ranked with": _pairs(ranking.versions),
         }
     pairs |= {
@@ -134,17 +130,16 @@ def provenance(page: Page) -> dict[str, str]:
             f"{serving.context} tokens of context, KV cache {serving.cache_type}, "
             f"prompts in batches of {serving.prompt_batch}"
         ),
-        "Bundle, SHA-256": made.get("bundle_weights_sha256"),
-        "Made with": made.get("tool"),
-        "Measured with": _pairs(report.get("versions") or {}),
-        "Measured on": _pairs(report.get("machine") or {}),
-        "Text": _pairs(report.get("text") or {}),
     }
-    pairs |= {
-        f"{fact(file.get('name', '?'))}, SHA-256": file.get("sha256")
-        for file in report.get("files") or ()
-        if isinstance(file, Mapping)
-    }
+    if report is not None:
+        pairs |= {
+            "Bundle, SHA-256": report.provenance.bundle_weights_sha256,
+            "Made with": report.provenance.tool,
+            "Measured with": _pairs(report.versions),
+            "Measured on": _pairs(report.machine),
+            "Text": "" if report.text is None else _pairs(builtins(report.text)),
+        }
+        pairs |= {f"{fact(file.name)}, SHA-256": file.sha256 for file in report.files}
     return {key: _fact(value) for key, value in pairs.items() if value}
 
 
@@ -157,17 +152,3 @@ def _pairs(values: Mapping[str, Any]) -> str:
 def _fact(value: object) -> str:
     """Printable, and whole: settings of a ranking are long."""
     return "".join(c if c.isprintable() else " " for c in str(value))
-
-
-def _plus_minus(error: object) -> str:
-    number = _number(error)
-    return "" if number is None else f" ± {number:.4f}"
-
-
-def _bytes(count: float | None) -> str:
-    return _NONE if count is None else format_bytes(round(count))
-
-
-def _number(value: object) -> float | None:
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    return float(value) if usable and isinstance(value, int | float) else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from acip_export.artifacts.export_directory import CARD_FILE, PAGE_FILE, claim_papers
+from acip_export.artifacts.export_directory import claim_papers
+from acip_export.artifacts.names import CARD_FILE, PAGE_FILE
 from acip_export.formats.registry import export_format
 from acip_export.report import card, html
 from acip_export.report.page import Page

@@ -5,14 +5,16 @@ Read lazily and in a fixed order: files by path, rows as stored.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from acip_export.errors import DataError, MissingExtraError
+from acip_export.io.inputs import open_input
 
 _JSON_LINES = (".jsonl", ".ndjson")
 _PARQUET = (".parquet",)
@@ -74,19 +76,21 @@ def _read_file(file: Path, field: str | None) -> Iterator[Document]:
         elif suffix in _JSON_LINES:
             yield from _read_json_lines(file, field)
         else:
-            yield Document(file.read_text(encoding="utf-8"), str(file))
-    except FileNotFoundError:
-        raise DataError(
-            f"{file} does not exist; give a file, a directory, a Hugging Face data set or  self  with  --data"
-        ) from None
+            with _opened(file) as stream, io.TextIOWrapper(stream, encoding="utf-8") as text:
+                yield Document(text.read(), str(file))
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: {error}") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
 
 
+def _opened(file: Path) -> BinaryIO:
+    missing = "; give a file, a directory, a Hugging Face data set or  self  with  --data"
+    return open_input(file, DataError, missing)
+
+
 def _read_json_lines(file: Path, field: str | None) -> Iterator[Document]:
-    with file.open(encoding="utf-8") as lines:
+    with _opened(file) as stream, io.TextIOWrapper(stream, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -107,7 +111,7 @@ def _read_parquet(file: Path, field: str | None) -> Iterator[Document]:
     except ImportError:
         raise MissingExtraError("pyarrow", "data", "reading Parquet files") from None
     try:
-        with parquet.ParquetFile(file) as table:
+        with _opened(file) as stream, parquet.ParquetFile(stream) as table:
             columns = table.schema_arrow.names
             # Only what is used: other columns may hold images or embeddings.
             wanted = _field_of(columns, field, str(file))

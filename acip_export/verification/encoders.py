@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from acip_export.artifacts.names import MANIFEST_FILE
 from acip_export.artifacts.plan import Plan, Serving
+from acip_export.artifacts.report import Agreement
 from acip_export.formats.protocol import ExportFormat, SessionClass
 from acip_export.formats.session import EncoderSession, Vectors, Windows
 from acip_export.model.checkpoint import Checkpoint
@@ -17,7 +19,7 @@ from acip_export.model.embedding_similarity import Similarity, compare_similarit
 from acip_export.model.encoder import Encoder
 from acip_export.rounding import RoundTrip
 from acip_export.text.packing import load_tokenizer
-from acip_export.verification.metrics import Agreement, log_softmax
+from acip_export.verification.metrics import finite, log_softmax
 
 # Texts that every export is checked on, when the user gives none: several lengths, scripts and signs.
 _TEXTS = (
@@ -42,13 +44,13 @@ class EncoderFigures:
 
     Attributes:
         runtime: name and version. agreement: with the bundle, ``positions`` texts; ``mean_kl`` is the mean cosine
-            distance for embeddings, and nothing is generated.
+            distance for embeddings, and nothing is generated; ``None`` where outputs are no finite numbers.
         similarity: against the dense model, for embeddings with enough texts; else ``None``.
         failures: one sentence for each check that did not hold.
     """
 
     runtime: str
-    agreement: Agreement
+    agreement: Agreement | None
     similarity: Similarity | None
     failures: tuple[str, ...]
 
@@ -81,7 +83,7 @@ def verify_encoder(
     similarity = None
     if encoder.kind == "embedding" and dense is not None:
         similarity = compare_similarities(found, TorchEncoder(dense, encoder, None).outputs(texts))
-    return EncoderFigures(runtime, agreement, similarity, _failures(export_format, plan, runtime, agreement))
+    return EncoderFigures(runtime, finite(agreement), similarity, _failures(export_format, plan, runtime, agreement))
 
 
 class TorchEncoder:
@@ -90,7 +92,7 @@ class TorchEncoder:
     def __init__(self, path: Path, encoder: Encoder, round_trip: RoundTrip | None) -> None:
         import torch
 
-        from acip_export.artifacts.bundle import MANIFEST_FILE, load_bundle
+        from acip_export.artifacts.bundle import load_bundle
         from acip_export.model.torch_model import load_dense
 
         bundle = (path / MANIFEST_FILE).is_file()

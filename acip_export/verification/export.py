@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
-from typing import Any
 
-from acip_export.artifacts import export_directory
 from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.names import PAPERS, PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
+from acip_export.artifacts.report import (
+    Divergence,
+    FileReport,
+    Memory,
+    MemoryReport,
+    Perplexity,
+    Provenance,
+    Report,
+    RuntimeReport,
+    TextReport,
+)
 from acip_export.errors import BundleError, UnsupportedError, VerificationError
 from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
-from acip_export.formats.session import Logits, RuntimeSession, Speed, Windows
-from acip_export.inspection.read import PAPERS
+from acip_export.formats.session import Logits, RuntimeSession, Windows
 from acip_export.io.atomic import sha256_of
 from acip_export.model.embedding_similarity import Similarity
 from acip_export.model.encoder import Encoder, encoder_of
@@ -29,21 +38,10 @@ from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.units import format_bytes
 from acip_export.verification import harness as evaluation
 from acip_export.verification.encoders import verify_encoder
-from acip_export.verification.harness import TaskMetric
-from acip_export.verification.metrics import (
-    Agreement,
-    Divergence,
-    Perplexity,
-    compare_logits,
-    compare_with_dense,
-    perplexity,
-)
-from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, Memory, ProcessFigures, measure_process
-from acip_export.verification.structure import Structure, check_structure
+from acip_export.verification.metrics import compare_logits, compare_with_dense, finite, perplexity
+from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, ProcessFigures, measure_process
+from acip_export.verification.structure import check_structure
 from acip_export.version import __version__
-
-REPORT_VERSION = 2
-EXPORT_PLAN_FILE = export_directory.PLAN_FILE
 
 # Sampled by the reference itself: real text for the model, with no need for the user's.
 _SAMPLED_WINDOWS, _SAMPLED_TOKENS, _GREEDY_TOKENS = 2, 48, 16
@@ -74,111 +72,6 @@ class EvaluationText:
     windows: Windows
     source: str
     sha256: str
-
-
-@dataclass(frozen=True)
-class MemoryReport(Memory):
-    """A process against the plan.
-
-    Attributes:
-        predicted_bytes: the plan's, this runtime itself included.
-        within_budget: the peak without what the budget does not cover; ``None`` for budgets of files, and for graphs
-            that are meant for another processor than the one that was measured.
-    """
-
-    predicted_bytes: int
-    within_budget: bool | None
-
-
-@dataclass(frozen=True)
-class RuntimeReport:
-    """One runtime's figures. ``perplexity`` and ``divergence`` only where text was given, of the first runtime."""
-
-    runtime: str
-    load_seconds: float | None
-    agreement: Agreement
-    perplexity: Perplexity | None
-    divergence: Divergence | None
-    memory: MemoryReport | None
-    speed: Speed | None
-
-
-@dataclass(frozen=True)
-class FileReport:
-    """A file of the export; ``sha256`` and ``bytes`` are ``None`` when it is missing."""
-
-    name: str
-    bytes: int | None
-    planned_bytes: int
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class TextReport:
-    """See :class:`EvaluationText`; ``tokens``: in all windows together."""
-
-    source: str
-    sha256: str
-    windows: int
-    window_tokens: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What the export was made of and by."""
-
-    tool: str
-    model_fingerprint: str
-    scores_sha256: str
-    bundle_weights_sha256: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What ``report.json`` holds; docs/report.md says what each figure is.
-
-    Attributes:
-        passed: every check held. failures: one sentence for each that did not. notes: what could not be measured.
-        written_bytes, planned_bytes: of all files of the export.
-        bundle_perplexity, dense_perplexity: in PyTorch, on the same text.
-        similarity: encoders: mean cosine similarity of the export's embeddings to the dense model's.
-        similarity_spearman, similarity_error: of the similarities between texts, against the dense model's.
-        tasks: task -> metric -> value and standard error.
-    """
-
-    export: str
-    model: str
-    format: str
-    layout: str
-    budget_bytes: int
-    budget_scope: str
-    planned_bytes: int
-    written_bytes: int
-    memory_bytes: int
-    process_bytes: int
-    breakdown: Mapping[str, int]
-    predicted_loss: float
-    predicted_perplexity: float | None
-    passed: bool
-    failures: tuple[str, ...]
-    notes: tuple[str, ...]
-    files: tuple[FileReport, ...]
-    structure: Structure | None
-    provenance: Provenance
-    machine: Mapping[str, str | int | None]
-    versions: Mapping[str, str]
-    text: TextReport | None
-    runtimes: tuple[RuntimeReport, ...]
-    bundle_perplexity: Perplexity | None
-    dense_perplexity: Perplexity | None
-    similarity: float | None = None
-    similarity_spearman: float | None = None
-    similarity_error: float | None = None
-    tasks: Mapping[str, Mapping[str, TaskMetric]] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"artifact": "acip-report", "version": REPORT_VERSION, **dataclasses.asdict(self)}
 
 
 def written_files(export: Path, plan: Plan) -> dict[str, int]:
@@ -225,7 +118,7 @@ def verify_export(
     """
     if tasks:
         evaluation.require()
-    plan = load_plan(export / EXPORT_PLAN_FILE)
+    plan = load_plan(export / PLAN_FILE)
     made_of = Bundle.open(bundle, verify_hash=True)
     _check_same_plan(export, plan, made_of)
     written_as = export_format(plan.format)
@@ -239,11 +132,13 @@ def verify_export(
     elif not failures:
         found = _run(written_as, export, made_of, text, dense, timeout, progress)
     failures += found.failures
+    similarity = found.similarity
     return Report(
         export=export.name,
         model=plan.model,
         format=plan.format,
         layout=plan.layout,
+        task=plan.task,
         budget_bytes=plan.budget_bytes,
         budget_scope=plan.budget_scope,
         planned_bytes=plan.planned_bytes,
@@ -262,7 +157,7 @@ def verify_export(
             f"acip-export {__version__}",
             plan.model_fingerprint,
             plan.scores_sha256,
-            str(made_of.manifest["weights_sha256"]),
+            made_of.manifest.weights_sha256,
         ),
         machine={"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
         versions=_versions(),
@@ -270,11 +165,15 @@ def verify_export(
         runtimes=found.runtimes,
         bundle_perplexity=found.bundle_perplexity,
         dense_perplexity=found.dense_perplexity,
-        similarity=None if found.similarity is None else 1 - found.similarity.mean_distance,
-        similarity_spearman=None if found.similarity is None else found.similarity.spearman,
-        similarity_error=None if found.similarity is None else found.similarity.mean_error,
+        similarity=None if similarity is None else _finite(1 - similarity.mean_distance),
+        similarity_spearman=None if similarity is None else _finite(similarity.spearman),
+        similarity_error=None if similarity is None else _finite(similarity.mean_error),
         tasks=evaluation.run_tasks(bundle, tasks, progress) if tasks and not failures else None,
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -373,7 +272,7 @@ def _sample(
     prompt = [int(token) for token in windows[0][: max(1, windows.shape[1] // 3)]]
     continuation = reference.greedy(prompt, min(_GREEDY_TOKENS, context - len(prompt)))
     sample = _Sample(windows, list(reference.logits(windows)), prompt, continuation)
-    return sample, None if text is None else perplexity(reference.logits(text.windows), text.windows)
+    return sample, None if text is None else finite(perplexity(reference.logits(text.windows), text.windows))
 
 
 def _compare(
@@ -408,14 +307,14 @@ def _compare(
             RuntimeReport(
                 session.name,
                 measured.load_seconds,
-                agreement,
-                own,
-                divergence,
+                finite(agreement),
+                finite(own),
+                finite(divergence),
                 _memory_report(plan, measured.memory, uncounted),
                 measured.speed,
             )
         )
-    return tuple(reports), dense_perplexity
+    return tuple(reports), finite(dense_perplexity)
 
 
 def _quality(
@@ -447,7 +346,7 @@ def _memory_report(plan: Plan, memory: Memory | None, uncounted: int) -> MemoryR
 
 def _check_same_plan(export: Path, plan: Plan, bundle: Bundle) -> None:
     if plan != bundle.plan:
-        raise BundleError(f"{bundle.path} is the bundle of another plan than {export / EXPORT_PLAN_FILE}")
+        raise BundleError(f"{bundle.path} is the bundle of another plan than {export / PLAN_FILE}")
 
 
 def _files(export: Path, plan: Plan) -> tuple[FileReport, ...]:
@@ -474,6 +373,8 @@ def _versions() -> dict[str, str]:
 def _check_agreement(written_as: ExportFormat, plan: Plan, report: RuntimeReport) -> list[str]:
     """Float exports must equal the bundle; rounded ones must not be further off than rounding can take them."""
     agreement = report.agreement
+    if agreement is None:
+        return [f"{report.runtime}: its logits are no finite numbers"]
     failures = []
     if written_as.is_exact(plan):
         tolerance = written_as.float_tolerance
@@ -502,12 +403,6 @@ def _check_memory(plan: Plan, report: RuntimeReport) -> list[str]:
         f"{report.runtime}: its process took {format_bytes(memory.peak_bytes)}, {format_bytes(memory.predicted_bytes)} "
         f"were planned; the budget of {format_bytes(plan.budget_bytes)} ({plan.budget_scope}) does not hold"
     ]
-
-
-def save_report(report: Report, export: Path) -> None:
-    """Write ``report.json`` into the export, in place of an earlier one of ours."""
-    with export_directory.claim_papers(export)[export_directory.REPORT_FILE].new_file() as file:
-        file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def require_passed(report: Report) -> None:

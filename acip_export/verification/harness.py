@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from acip_export.artifacts.report import TaskMetric
 from acip_export.errors import MissingExtraError, UsageError
 from acip_export.progress import Progress, ProgressCallback, silent
-
-
-@dataclass(frozen=True)
-class TaskMetric:
-    """A result; ``standard_error`` is ``None`` where the harness gives none."""
-
-    value: float
-    standard_error: float | None
 
 
 def require() -> None:

@@ -2,67 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from math import exp, sqrt
+from math import exp, isfinite, sqrt
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from acip_export.artifacts.report import Agreement, Divergence, Perplexity
 from acip_export.formats.session import Logits, Windows
 
 # Numbers of a float64 copy of logits.
 _PIECE = 1 << 22
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How close two models are on the same tokens.
-
-    Attributes:
-        max_logit_difference: after removing each position's mean, which no probability depends on.
-        mean_kl: KL(reference || other), nats per token. same_top: share of positions with the same most likely token.
-        greedy_equal: leading tokens of a greedy continuation that agree, ``greedy_tokens`` of them compared.
-    """
-
-    positions: int
-    max_logit_difference: float
-    mean_kl: float
-    same_top: float
-    greedy_equal: int
-    greedy_tokens: int
+_Figures = TypeVar("_Figures", Agreement, Perplexity, Divergence)
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """Teacher-forced, non-overlapping windows, whose first tokens are context only.
-
-    Attributes:
-        standard_error: of ``mean_loss``, over tokens, taken as independent. tokens: that were predicted.
-    """
-
-    perplexity: float
-    mean_loss: float
-    standard_error: float
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far a model is from the dense one, position by position on the same text; nats per token.
-
-    Attributes:
-        mean_kl: KL(dense || export). loss_difference: export's minus dense model's. Standard errors are over tokens,
-            taken as independent; the difference is paired, so its error is far below that of either loss.
-        same_top: share of positions with the same most likely token.
-    """
-
-    mean_kl: float
-    kl_standard_error: float
-    loss_difference: float
-    loss_difference_standard_error: float
-    same_top: float
-    tokens: int
+def finite(figures: _Figures | None) -> _Figures | None:
+    """Return ``figures`` if all of them are finite numbers, else ``None``: nothing was measured."""
+    return figures if figures is not None and all(map(isfinite, dataclasses.astuple(figures))) else None
 
 
 def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:

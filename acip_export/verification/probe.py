@@ -17,9 +17,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, Serving, load_plan
+from acip_export.artifacts.report import Speed
 from acip_export.errors import AcipError, MissingExtraError
-from acip_export.formats.session import ProbedSession, Speed
+from acip_export.formats.session import ProbedSession
 from acip_export.model.tensor_names import is_embedding
 
 _NEW_TOKENS = 32
@@ -53,8 +55,9 @@ def measure(session_class: Callable[[Path, Serving], ProbedSession], export: Pat
     """The figures, as :class:`acip_export.verification.process.ProcessFigures` reads them."""
     serving = plan.serving
     vocabulary = max(decision.shape[0] for decision in plan.tensors if is_embedding(decision.name))
-    new_tokens = min(_NEW_TOKENS, serving.context // 2) if plan.generates else 0
-    prompt = spread_tokens(vocabulary, serving.context - new_tokens if plan.generates else serving.prompt_batch)
+    generates = plan.task == "causal"
+    new_tokens = min(_NEW_TOKENS, serving.context // 2) if generates else 0
+    prompt = spread_tokens(vocabulary, serving.context - new_tokens if generates else serving.prompt_batch)
     gc.collect()
     _forget_peak()
     before = resident("VmRSS")
@@ -88,13 +91,13 @@ def measure(session_class: Callable[[Path, Serving], ProbedSession], export: Pat
 def main() -> None:
     module, class_name, export, result = sys.argv[1:]
     try:
-        plan = load_plan(Path(export) / "plan.json")
-        data = measure(getattr(import_module(module), class_name), Path(export), plan)
+        plan = load_plan(Path(export) / PLAN_FILE)
+        answer: dict[str, Any] = {"figures": measure(getattr(import_module(module), class_name), Path(export), plan)}
     except MissingExtraError as error:
-        data = {"missing": error.fields}
+        answer = {"missing": error.fields}
     except AcipError as error:
-        data = {"error": str(error)}
-    Path(result).write_text(json.dumps(data), encoding="utf-8")
+        answer = {"error": str(error)}
+    Path(result).write_text(json.dumps(answer), encoding="utf-8")
 
 
 if __name__ == "__main__":

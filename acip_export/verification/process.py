@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,11 +10,14 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
+
+import msgspec
 
 from acip_export import version
+from acip_export.artifacts.report import Memory, Speed
 from acip_export.errors import MissingExtraError, RuntimeCrashError, RuntimeHangError, VerificationError
-from acip_export.formats.session import Speed
+from acip_export.io.inputs import NotNegative, read_json
 
 DEFAULT_TIMEOUT_SECONDS = 900.0
 _PROBE = "acip_export.verification.probe"
@@ -23,29 +25,21 @@ _TAIL_BYTES, _TAIL_LINES = 8192, 40
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Resident memory of the process, in bytes.
-
-    Attributes:
-        peak_bytes: above the interpreter's.
-        anonymous_bytes, file_bytes: at the end, allocated and mapped from files; the interpreter's included.
-        interpreter_bytes: resident before the runtime's library was loaded.
-    """
-
-    peak_bytes: int
-    anonymous_bytes: int
-    file_bytes: int
-    interpreter_bytes: int
-
-
-@dataclass(frozen=True)
 class ProcessFigures:
     """What one fresh process said. ``memory``: ``None`` where the system does not tell (``/proc`` is Linux's)."""
 
     runtime: str
-    load_seconds: float
+    load_seconds: NotNegative
     memory: Memory | None
     speed: Speed
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What the process writes: its figures, the fields of a MissingExtraError, or why there are none."""
+
+    figures: ProcessFigures | None = None
+    missing: tuple[str, str, str, str | None] | None = None
+    error: str = ""
 
 
 def measure_process(
@@ -68,7 +62,7 @@ def measure_process(
                 f"the process that ran {export} in {class_name} {_ending(status)}; the end of its output:\n"
                 f"{_tail(output)}\nThe export, or the runtime's build for this machine, is broken"
             )
-        return _parse(json.loads(result.read_text(encoding="utf-8")))
+        return _figures(read_json(result, Answer, RuntimeCrashError))
 
 
 def _run(command: list[str], output: BinaryIO, timeout: float, what: str) -> int:
@@ -127,15 +121,9 @@ def _tail(output: BinaryIO) -> str:
     return "\n".join(f"  {line}" for line in lines) or "  (none)"
 
 
-def _parse(data: dict[str, Any]) -> ProcessFigures:
-    if "missing" in data:
-        raise MissingExtraError(*data["missing"])
-    if "error" in data:
-        raise VerificationError(data["error"])
-    memory = data["memory"]
-    return ProcessFigures(
-        data["runtime"],
-        data["load_seconds"],
-        None if memory is None else Memory(**memory),
-        Speed(**data["speed"]),
-    )
+def _figures(answer: Answer) -> ProcessFigures:
+    if answer.missing is not None:
+        raise MissingExtraError(*answer.missing)
+    if answer.figures is None:
+        raise VerificationError(answer.error)
+    return answer.figures

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from acip_export.artifacts.bundle import MANIFEST_FILE, load_bundle
+from acip_export.artifacts.bundle import load_bundle
+from acip_export.artifacts.names import MANIFEST_FILE
 from acip_export.formats.session import Logits, Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import load_causal_lm

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.report import Structure
 from acip_export.errors import ModelFileError
 from acip_export.formats.protocol import ExportFormat
-
-
-@dataclass(frozen=True)
-class Structure:
-    """``tensors`` that the plan's decisions ask for; ``found``: those that are there as planned."""
-
-    tensors: int
-    found: int
 
 
 def check_structure(export_format: ExportFormat, export: Path, bundle: Bundle) -> tuple[Structure, list[str]]:

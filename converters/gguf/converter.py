@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from acip_export.artifacts.bundle import PLAN_FILE, Bundle
+from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.io.prefetch import one_ahead

@@ -17,6 +17,7 @@ import numpy as np
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import ImatrixError, ModelFileError
 from acip_export.inspection.gguf import MAGIC, PlacedTensor, read_head
+from acip_export.io.inputs import open_input
 from acip_export.io.outputs import FileKind, claim_output
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.units import ceil_div
@@ -114,7 +115,7 @@ def read_imatrix(file: Path) -> dict[str, Floats]:
 
 
 def _has_no_magic(file: Path) -> bool:
-    with file.open("rb") as stream:
+    with open_input(file, ImatrixError) as stream:
         return stream.read(len(MAGIC)) != MAGIC
 
 

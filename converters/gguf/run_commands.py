@@ -53,7 +53,7 @@ class _Program:
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
     """For every program that runs the plan's layout; the recommended one first."""
     parts = tuple(directory / name for name in model_files(plan.files) or (MODEL_FILE,))
-    if not plan.generates:
+    if plan.task != "causal":
         # The file says how to pool; a text has to fit into one batch.
         tokens = str(plan.serving.prompt_batch)
         options = ["-m", str(parts[0]), "-c", tokens, "-b", tokens, "-ub", tokens, "--no-repack"]

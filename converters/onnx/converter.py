@@ -229,7 +229,7 @@ def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None)
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
     """See :class:`acip_export.formats.protocol.ExportFormat`. Context and prompt batch are in ``genai_config.json``."""
     lines: tuple[str, ...]
-    if not plan.generates:
+    if plan.task != "causal":
         lines = (
             "import onnxruntime",
             "from transformers import AutoTokenizer",

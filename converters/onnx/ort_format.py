@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from acip_export.artifacts.names import PAPERS
 from acip_export.errors import UnsupportedError
 from acip_export.io.outputs import DirectoryKind, FileKind, claim_output, sizes_below
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE
@@ -56,7 +57,7 @@ def write_ort(export: Path, out: Path, force: bool = False) -> dict[str, int]:
     with output.new_directory() as directory:
         _convert(parts[0], directory)
         for file in sorted(export.glob("*")):
-            if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("report.json", "plan.json"):
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in PAPERS:
                 shutil.copyfile(file, directory / file.name)
         _list_files(directory)
     return {file.name: file.stat().st_size for file in sorted(out.iterdir())}

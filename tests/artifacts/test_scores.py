@@ -119,11 +119,11 @@ BAD: dict[Callable[[Tensors, Metadata], None], str] = {
     _with_short: "has shape",
     _without_scores: "no singular/drop_loss",
     _without_adapter: "no adapter/b",
-    _with_other_scaling: "scaled by 'twice', which this tool cannot",
-    _with_version: "version 99",
-    _with_format: "no score file",
-    _with_bad_json: "damaged",
-    _with_bad_modules: "damaged",
+    _with_other_scaling: "invalid enum value 'twice'",
+    _with_version: "version '99'",
+    _with_format: "not a score file",
+    _with_bad_json: "curve: ",
+    _with_bad_modules: "modules: ",
 }
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import typer.main
 
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision
+from acip_export.artifacts.report import Report
 from acip_export.cli.main import app
-from acip_export.verification.export import Report
 
 GLOSSARY = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text(encoding="utf-8")
 KINDS = {"plan": Plan, "serving": Serving, "tensor": TensorDecision, "report": Report}

@@ -190,7 +190,7 @@ BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_nothing, ("--device", "toaster"), 2, "unknown device 'toaster'"),
     (_nothing, ("--device", "raspberry-pi-5-8gb", "--budget", "9GiB"), 2, "more than raspberry-pi-5-8gb has"),
     (_nothing, (*FIT, "--devices", "mine.toml"), 2, "--device NAME"),
-    (_nothing, ("--device", "pixel-9-12gb", "--devices", "nowhere.toml"), 3, "nowhere.toml cannot be read"),
+    (_nothing, ("--device", "pixel-9-12gb", "--devices", "nowhere.toml"), 3, "nowhere.toml does not exist"),
     (_nothing, (*FIT, "--model", "nowhere"), 3, "nowhere"),
     (_nothing, (*FIT, "--scores", "nowhere.acip"), 3, "does not exist"),
     (_nothing, (*FIT, "--text", "nowhere.txt"), 3, "does not exist"),

@@ -58,7 +58,7 @@ def golden_model(directory: Path) -> tuple[Path, ScoreFile]:
         )
         for name, module in made.modules.items()
     }
-    return model, dataclasses.replace(made, modules=modules, data={"source": "none", "tokens": _TOKENS})
+    return model, dataclasses.replace(made, modules=modules, data=dataclasses.replace(made.data, tokens=_TOKENS))
 
 
 def matrices(model: Path) -> dict[str, str]:

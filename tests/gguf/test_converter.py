@@ -14,11 +14,12 @@ import torch
 
 from acip_export.artifacts.bundle import Bundle, load_bundle
 from acip_export.artifacts.plan import Serving
+from acip_export.artifacts.report import Agreement
 from acip_export.errors import UnsupportedError, VerificationError
 from acip_export.io.atomic import new_directory
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.verification.metrics import Agreement, compare_logits
+from acip_export.verification.metrics import compare_logits
 from converters.gguf import converter, readback
 from converters.gguf import ggml_library as ggml
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession

@@ -38,7 +38,7 @@ def _scores(model: Path) -> ScoreFile:
         for name, module in made.modules.items()
     }
     algorithm = {**made.algorithm, "statistics_tokens": 5000, "context": 512}
-    data = {"source": "calibration.txt", "sha256": "0" * 64, "tokens": 9000}
+    data = dataclasses.replace(made.data, source="calibration.txt", tokens=9000)
     return dataclasses.replace(made, modules=modules, algorithm=algorithm, data=data)
 
 

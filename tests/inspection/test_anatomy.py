@@ -140,8 +140,9 @@ def test_safetensors_scores_plan_bundle_and_directories(tmp_path: Path) -> None:
 def test_a_plans_loss_has_its_unit(tmp_path: Path) -> None:
     model = make_model(tmp_path / "tiny", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     plan = make_plan(model, "gguf", "stock", dense(type="f32"))
-    for unit in ("nats per token", "cosine distance per text"):
-        save_plan(replace(plan, loss_unit=unit), tmp_path / f"{unit}.json")
+    encoder = replace(plan, task="embedding")
+    for each, unit in ((plan, "nats per token"), (encoder, "cosine distance per text")):
+        save_plan(each, tmp_path / f"{unit}.json")
         assert f" {unit} above" in read_anatomy(tmp_path / f"{unit}.json").facts["predicted loss"]
 
 
@@ -310,15 +311,15 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "data above": ("m.onnx", _onnx(_outside("../other.bin")), "not beside the model"),
     "data nowhere": ("m.onnx", _onnx(_outside("weights.bin")), "not beside it"),
     "deep graphs": ("m.onnx", _nested(40), "nested deeper"),
-    "deep header": ("m.safetensors", _st(b"[" * 200_000), "not JSON"),
+    "deep header": ("m.safetensors", _st(b"[" * 200_000), "expected object, got array"),
     "surrogate name": (
         "m.safetensors",
         _st(b'{"\\ud800": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
-        "not UTF-8",
+        "half a surrogate pair",
     ),
     "other file": ("m.bin", b"\x80\x02}q\x00.", "is no GGUF"),
     "no plan": ("m.json", b"{}", "not a plan"),
-    "deep plan": ("m.json", b"[" * 200_000, "cannot be read as JSON"),
+    "deep plan": ("m.json", b"[" * 200_000, "expected object, got array"),
 }
 
 

@@ -80,16 +80,19 @@ BAD = {
     "empty": (b"", "is empty; download it again"),
     "short": (b"\x01\x02", "truncated"),
     "huge header": ((2**62).to_bytes(8, "little") + b"{}", "truncated"),
-    "not json": (len(b"nonsense").to_bytes(8, "little") + b"nonsense", "not JSON"),
-    "no object": (_header([1]), "no JSON object"),
+    "not json": (len(b"nonsense").to_bytes(8, "little") + b"nonsense", "no JSON"),
+    "no object": (_header([1]), "header: \\$: expected object"),
     "truncated data": (_header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"1234"), "truncated"),
     "padded data": (_header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"12345678"), "padded"),
     "wrong length": (_header({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}, b"1234"), "does not fill"),
-    "negative offset": (_header({"a": {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}}), "does not fill"),
-    "negative shape": (_header({"a": {"dtype": "U8", "shape": [-4, -1], "data_offsets": [0, 4]}}, b"1234"), "not fill"),
+    "negative offset": (_header({"a": {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}}), "expected int >= 0"),
+    "negative shape": (
+        _header({"a": {"dtype": "U8", "shape": [-4, -1], "data_offsets": [0, 4]}}, b"1234"),
+        "expected int >= 0",
+    ),
     "unknown dtype": (_header({"a": {"dtype": "F7", "shape": [4], "data_offsets": [0, 4]}}, b"1234"), "unknown dtype"),
-    "malformed entry": (_header({"a": {"dtype": "F32"}}), "malformed"),
-    "malformed metadata": (_header({"__metadata__": {"a": 1}}), "malformed metadata"),
+    "malformed entry": (_header({"a": {"dtype": "F32"}}), "missing required field"),
+    "malformed metadata": (_header({"__metadata__": {"a": 1}}), "metadata: .*expected str"),
 }
 
 

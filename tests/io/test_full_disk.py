@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from acip_export.api import convert_bundle, materialize_bundle, plan_export
-from acip_export.artifacts.bundle import WEIGHTS_FILE
+from acip_export.artifacts.names import WEIGHTS_FILE
 from acip_export.artifacts.plan import save_plan
 from acip_export.errors import OutputError
 from acip_export.io.atomic import new_directory, new_file

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from acip_export.api import convert_bundle
-from acip_export.artifacts.bundle import IMPORTANCE_FILE, MANIFEST_FILE, WEIGHTS_FILE, Bundle, load_bundle
-from acip_export.artifacts.scores import ScoreFile
+from acip_export.artifacts.bundle import Bundle, load_bundle
+from acip_export.artifacts.names import IMPORTANCE_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from acip_export.artifacts.scores import RankedModel, ScoreFile
 from acip_export.errors import BundleError, CheckpointError, PlanFileError, ScoreFileError, UsageError
 from acip_export.lowrank.components import components, pack_moment, unpack_moment
 from acip_export.materialization import bundle_writer as stream
@@ -230,7 +231,7 @@ def test_refusals_leave_nothing_behind(model: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanFileError, match="differs"):
         materialize_bundle(checkpoint, scores, replace(plan, tensors=plan.tensors[1:]), out)
     with pytest.raises(ScoreFileError):
-        materialize_bundle(checkpoint, replace(scores, model={"name": "x", "fingerprint": "0"}), plan, out)
+        materialize_bundle(checkpoint, replace(scores, model=RankedModel("x", "0")), plan, out)
     broken = make_model(tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 7] = float("nan")
@@ -239,7 +240,7 @@ def test_refusals_leave_nothing_behind(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="NaN"):
         materialize_bundle(
             Checkpoint.open(broken),
-            replace(scores, model={"name": "x", "fingerprint": Checkpoint.open(broken).fingerprint}),
+            replace(scores, model=RankedModel("x", Checkpoint.open(broken).fingerprint)),
             broken_plan,
             out,
         )

@@ -17,11 +17,11 @@ import torch
 from acip_export import api as pipeline
 from acip_export.artifacts.bundle import Bundle, load_bundle
 from acip_export.artifacts.plan import TensorDecision
-from acip_export.artifacts.scores import ModuleScores, ScoreFile
+from acip_export.artifacts.scores import ModuleScores, RankedModel, RankedOn, ScoreFile
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError, UsageError
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.encoder import encoder_of
+from acip_export.model.encoder import encoder_of, task_of
 from acip_export.model.torch_model import load_dense, pooled
 from acip_export.planning import PlanRequest, resolve
 from acip_export.ranking import rank_model
@@ -273,5 +273,14 @@ def unranked(checkpoint: Checkpoint) -> ScoreFile:
         )
         for name, (out, inputs) in checkpoint.linear_modules.items()
     }
-    identity = {"name": checkpoint.name, "fingerprint": checkpoint.fingerprint}
-    return ScoreFile(identity, {"name": "none", "basis": "svd"}, {}, {}, (), modules, {}, {})
+    return ScoreFile(
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=task_of(checkpoint.config),
+        algorithm={"name": "none", "basis": "svd"},
+        data=RankedOn(source="none", sha256="0" * 64, tokens=0),
+        versions={},
+        curve=(),
+        modules=modules,
+        embedding_sensitivity={},
+        second_moments={},
+    )

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.rounding_errors import RoundingErrors
-from acip_export.artifacts.scores import CurvePoint, ModuleScores, ScoreFile
+from acip_export.artifacts.scores import CurvePoint, ModuleScores, RankedModel, RankedOn, ScoreFile
 from acip_export.model.checkpoint import Checkpoint, TensorInfo
+from acip_export.model.encoder import task_of
 from acip_export.planning import PlanRequest, Problem, SearchSpace, make_plan, resolve
 from tests.support import make_tokenizer
 
@@ -137,9 +138,10 @@ def made_up_scores(checkpoint: Checkpoint, seed: int) -> ScoreFile:
         )
     total = sum(float(module.drop_loss.sum()) for module in modules.values())
     return ScoreFile(
-        model={"name": checkpoint.name, "fingerprint": checkpoint.fingerprint},
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=task_of(checkpoint.config),
         algorithm={"name": "magnitude", "basis": "svd", "seed": seed},
-        data={"source": "none", "sha256": "0" * 64, "tokens": 0},
+        data=RankedOn(source="none", sha256="0" * 64, tokens=0),
         versions={},
         curve=tuple(CurvePoint(r / 10, 3 + total * (1 - r / 10) ** 2) for r in range(10, 1, -1)),
         modules=modules,

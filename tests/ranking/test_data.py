@@ -232,7 +232,7 @@ def test_the_models_own_text_is_seeded_counted_and_likely(model: Path) -> None:
 def test_ranking_on_the_models_own_text(model: Path) -> None:
     calibration = DataConfig(context=32, statistics_tokens=1024, curve_tokens=256, self_tokens=2048)
     ranked = rank_model(model, "self", algorithm="kfac", calibration=calibration)
-    assert ranked.data["source"] == "self" and ranked.data["tokens"] == 2048
+    assert ranked.data.source == "self" and ranked.data.tokens == 2048
     with pytest.raises(DataError, match=r"100 tokens of the model's own are asked for, at least 256"):
         rank_model(model, "self", algorithm="kfac", calibration=DataConfig(context=32, self_tokens=100))
 
@@ -241,8 +241,8 @@ def test_field_reaches_the_ranking(model: Path, text: Path, tmp_path: Path) -> N
     content = text.read_text(encoding="utf-8")
     file = json_lines(tmp_path / "data.jsonl", [{"text": 1, "body": content}])
     ranked = rank_model(model, file, algorithm="magnitude", calibration=DataConfig(context=32, field="body"))
-    assert ranked.algorithm["field"] == "body" and ranked.data["documents"] == 1
-    assert ranked.data["sha256"] == hashlib.sha256(content.encode()).hexdigest()
+    assert ranked.algorithm["field"] == "body" and ranked.data.documents == 1
+    assert ranked.data.sha256 == hashlib.sha256(content.encode()).hexdigest()
     assert CALIBRATION.field is None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from acip_export.report import CARD_FILE, PAGE_FILE
+from acip_export.artifacts.names import CARD_FILE, PAGE_FILE
 from acip_export.report.page import embedded
 from tests.report.conftest import TYPES, Exports
 from tests.support import Run, make_model
@@ -23,7 +23,7 @@ def export(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def _points(export: Path) -> int:
     data = embedded((export / PAGE_FILE).read_text(encoding="utf-8"))
     assert data is not None
-    return len(data["points"])
+    return len(data.points)
 
 
 def test_rebuilt_from_the_score_file(exports: Exports, export: Path, run: Run) -> None:

@@ -11,15 +11,27 @@ import pytest
 
 from acip_export import api as pipeline
 from acip_export.api import report as reporting
+from acip_export.artifacts.names import CARD_FILE, PAGE_FILE, PAPERS
 from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.report import Report
+from acip_export.artifacts.scores import RankedOn
 from acip_export.errors import InputError, PlanFileError
-from acip_export.inspection.read import PAPERS
-from acip_export.report import CARD_FILE, PAGE_FILE, Exported, Ranking, build_page, card, read_export
+from acip_export.report import Exported, Ranking, build_page, card, read_export
 from acip_export.report.origin import hub_id, license_of
 from acip_export.report.page import embedded, size_of
 from tests.report.conftest import BUDGETS, TYPES, Exports
 
-RANKING = Ranking({"name": "kfac", "basis": "kfac"}, {"source": "a/b.txt"}, {"torch": "2"}, ((1.0, 2.0, None),))
+RANKING = Ranking(
+    {"name": "kfac", "basis": "kfac"},
+    RankedOn("a/b.txt", "0" * 64, 100),
+    {"torch": "2"},
+    ((1.0, 2.0, None),),
+)
+
+
+def _report(export: Exported) -> Report:
+    assert export.report is not None
+    return export.report
 
 
 def test_papers_do_not_count_as_bytes_of_the_export(exports: Exports) -> None:
@@ -63,13 +75,12 @@ def test_measured_figures_are_the_reports(exports: Exports) -> None:
     page = build_page(found[0], found[1:], exports.sizes)
     assert len(page.measured) == 2
     for export, measured in zip(found, page.measured, strict=True):
-        stored = export.report["runtimes"][0]["perplexity"]
-        assert measured.perplexity == stored["perplexity"]
+        assert measured.perplexity == _report(export).runtimes[0].perplexity.perplexity
         assert measured.low is not None
         assert measured.high is not None
         assert measured.low < measured.perplexity < measured.high
         assert page.sizes[measured.point].used == export.plan.used_bytes
-    dense = found[0].report["dense_perplexity"]["perplexity"]
+    dense = _report(found[0]).dense_perplexity.perplexity
     assert page.dense_perplexity == dense
     # Prediction and measurement are shown on the same text.
     own = page.sizes[page.own_size]
@@ -102,8 +113,9 @@ def test_a_page_is_read_back_when_the_score_file_is_gone(exports: Exports, tmp_p
     assert ((directory / PAGE_FILE).read_text(encoding="utf-8"), (directory / CARD_FILE).read_text("utf-8")) == first
     data = embedded(first[0])
     assert data is not None
-    assert data["ranking"]["license"] == "apache-2.0"
-    assert len(data["measured"]) == 2
+    assert data.ranking is not None
+    assert data.ranking.license == "apache-2.0"
+    assert len(data.measured) == 2
 
 
 @pytest.mark.parametrize(
@@ -126,7 +138,7 @@ def test_an_earlier_page_that_does_not_fit_is_not_used(exports: Exports, change:
     assert before is not None
     whole = build_page(own, before=before)
     assert len(whole.sizes) > 2
-    island = json.dumps({**before, **change}).replace("<", "\\u003c")
+    island = json.dumps({**before.to_json(), **change}).replace("<", "\\u003c")
     changed = embedded(f'<script type="application/json" id="data">{island}</script>')
     assert build_page(own, before=changed) == build_page(own)
 
@@ -165,8 +177,8 @@ def _edit(directory: Path, **changes: object) -> None:
     ("harm", "error", "says"),
     [
         (_no_plan, PlanFileError, "does not exist"),
-        (_damaged, InputError, "cannot be read as JSON"),
-        (_newer, InputError, "expected 'acip-report' of version 2"),
+        (_damaged, InputError, "is no JSON"),
+        (_newer, InputError, "version 3, this tool reads 2"),
         (_of_another_export, InputError, "not of the plan beside it"),
     ],
 )
@@ -194,16 +206,16 @@ def test_an_export_that_was_never_verified(exports: Exports, tmp_path: Path) -> 
 def test_without_perplexity_there_is_none(exports: Exports) -> None:
     """As for encoders: no plan predicts a perplexity, no report has one."""
     export = read_export(exports.directories[0])
-    plan: Plan = dataclasses.replace(export.plan, predicted_perplexity=None)
-    runtimes = [{**runtime, "perplexity": None} for runtime in export.report["runtimes"]]
-    report = {**export.report, "runtimes": runtimes, "dense_perplexity": None, "similarity": 0.98}
+    plan: Plan = dataclasses.replace(export.plan, task="embedding", predicted_perplexity=None)
+    runtimes = tuple(dataclasses.replace(runtime, perplexity=None) for runtime in _report(export).runtimes)
+    report = dataclasses.replace(_report(export), runtimes=runtimes, dense_perplexity=None, similarity=0.98)
     page = build_page(Exported(plan, report), ranking=RANKING)
     assert page.measured == ()
     assert page.predicted(page.sizes[0]) is None
-    assert page.to_json()["points"][0]["shown"] is None
+    assert page.data().points[0].shown is None
     assert 'pipeline_tag: "sentence-similarity"' in card.render(page, ())
-    unknown = build_page(Exported(plan, {**report, "similarity": None}))
-    assert "pipeline_tag" not in card.render(unknown, ())
+    classifier = build_page(Exported(dataclasses.replace(plan, task="classification"), None))
+    assert 'pipeline_tag: "text-classification"' in card.render(classifier, ())
 
 
 def test_origin_of_a_model(tmp_path: Path) -> None:

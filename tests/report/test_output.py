@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +14,10 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from acip_export.api import report as reporting
-from acip_export.report import CARD_FILE, PAGE_FILE, Exported, Page, Ranking, build_page, read_export, write_papers
+from acip_export.artifacts.names import CARD_FILE, PAGE_FILE
+from acip_export.artifacts.report import TaskMetric
+from acip_export.artifacts.scores import RankedOn
+from acip_export.report import Exported, Page, Ranking, build_page, read_export, write_papers
 from acip_export.report.page import embedded
 from tests.browser import open_page
 from tests.report.conftest import Exports
@@ -50,11 +52,19 @@ def hostile(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every text that a model, a runtime or a user can choose."""
     whole = full_page(exports)
     plan = dataclasses.replace(whole.own.plan, model=HOSTILE, notes=(HOSTILE,))
-    runtimes = [{**runtime, "runtime": HOSTILE} for runtime in whole.own.report["runtimes"]]
-    report = {**whole.own.report, "runtimes": runtimes, "passed": False, "failures": [HOSTILE], "notes": [HOSTILE]}
-    report |= {"tasks": {HOSTILE: {HOSTILE: {"value": 0.5, "standard_error": None}}}, "versions": {HOSTILE: HOSTILE}}
+    assert whole.own.report is not None
+    report = dataclasses.replace(
+        whole.own.report,
+        runtimes=tuple(dataclasses.replace(runtime, runtime=HOSTILE) for runtime in whole.own.report.runtimes),
+        passed=False,
+        failures=(HOSTILE,),
+        notes=(HOSTILE,),
+        tasks={HOSTILE: {HOSTILE: TaskMetric(0.5, None)}},
+        versions={HOSTILE: HOSTILE},
+    )
     bad = Exported(plan, report)
-    ranking = Ranking({"name": HOSTILE, "basis": HOSTILE}, {"source": HOSTILE}, {HOSTILE: HOSTILE}, (), "mit", "")
+    ranked_on = RankedOn(HOSTILE, HOSTILE, 1)
+    ranking = Ranking({"name": HOSTILE, "basis": HOSTILE}, ranked_on, {HOSTILE: HOSTILE}, (), "mit", "")
     matrices = tuple((HOSTILE + name, layer, HOSTILE + kind, m, n) for name, layer, kind, m, n in whole.matrices)
     breakdown = tuple((HOSTILE + name, size, inside) for name, size, inside in whole.sizes[0].breakdown)
     sizes = tuple(dataclasses.replace(size, note=HOSTILE, breakdown=breakdown) for size in whole.sizes)
@@ -88,16 +98,17 @@ def test_page_is_one_file_of_reasonable_size(page: Path) -> None:
 
 def test_embedded_figures_are_the_pages(exports: Exports, page: Path) -> None:
     data = embedded(page.read_text(encoding="utf-8"))
-    assert data == json.loads(json.dumps(full_page(exports).to_json()))
+    assert data == full_page(exports).data()
 
 
 def test_measured_table_without_javascript(exports: Exports, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     export = read_export(exports.directories[0])
-    assert f"<td>{export.plan.planned_bytes:,}</td><td>{export.report['written_bytes']:,}</td>" in text
-    for runtime in export.report["runtimes"]:
-        assert runtime["runtime"] in text
-    assert f"{export.report['runtimes'][0]['perplexity']['perplexity']:.3f}" in text
+    assert export.report is not None
+    assert f"<td>{export.plan.planned_bytes:,}</td><td>{export.report.written_bytes:,}</td>" in text
+    for runtime in export.report.runtimes:
+        assert runtime.runtime in text
+    assert f"{export.report.runtimes[0].perplexity.perplexity:.3f}" in text
     assert export.plan.scores_sha256 in text
 
 
@@ -329,7 +340,7 @@ def test_hostile_names_stay_text(hostile: Path) -> None:
 def test_page_without_sizes_or_measurements(exports: Exports, tmp_path: Path) -> None:
     """One export, no score file, never verified: no slider, no curve, and no complaint."""
     plan = read_export(exports.directories[0]).plan
-    file, _ = write_papers(build_page(Exported(dataclasses.replace(plan, predicted_perplexity=None), {})), tmp_path)
+    file, _ = write_papers(build_page(Exported(dataclasses.replace(plan, predicted_perplexity=None), None)), tmp_path)
     with open_page() as tab:
         _open(tab, file)
         assert tab.is_hidden("#slider-row")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def show_ranking(scores: ScoreFile, file: Path) -> None:
     """The measured curve, and what to do next."""
-    causal = scores.is_causal
+    causal = scores.task == "causal"
 
     def shown(loss: float) -> str:
         return f"{exp(loss):.2f}" if causal else f"{loss:.4f}"

@@ -12,7 +12,7 @@ from acip_export.units import format_bytes
 
 if TYPE_CHECKING:
     from acip_export.artifacts.plan import Plan
-    from acip_export.verification.export import Report
+    from acip_export.artifacts.report import Report
 
 
 def show_reports(reports: list[Report]) -> None:
@@ -31,7 +31,7 @@ def show_reports(reports: list[Report]) -> None:
                 runtime.runtime,
                 "" if runtime.perplexity is None else f"{runtime.perplexity.perplexity:.2f}",
                 dense,
-                f"{runtime.agreement.mean_kl:.1e}",
+                "" if runtime.agreement is None else f"{runtime.agreement.mean_kl:.1e}",
                 # What an encoder does is read.
                 "" if runtime.speed is None else f"{runtime.speed.decode or runtime.speed.prefill:.0f}",
             )

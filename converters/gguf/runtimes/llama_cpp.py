@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from acip_export.artifacts.plan import Serving
+from acip_export.artifacts.report import Speed
 from acip_export.errors import InputError, MissingExtraError, VerificationError
-from acip_export.formats.session import Logits, RuntimeSession, Speed, Windows
+from acip_export.formats.session import Logits, RuntimeSession, Windows
 from acip_export.inspection.gguf_split import read_parts
 from converters.gguf.arrange import ADAPTER_FILE, FACTOR_SUFFIXES, model_file
 from converters.gguf.ggml_library import library_path, processors

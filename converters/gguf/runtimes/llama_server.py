@@ -16,8 +16,9 @@ from typing import Any, Self
 import numpy as np
 
 from acip_export.artifacts.plan import Serving
+from acip_export.artifacts.report import Speed
 from acip_export.errors import VerificationError
-from acip_export.formats.session import Logits, Speed, Windows
+from acip_export.formats.session import Logits, Windows
 from converters.gguf.arrange import ADAPTER_FILE, model_file
 
 _PLAIN_LETTER, _BIAS = "a", 1e4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 from acip_export.errors import CheckpointError, ModelFileError, UnsupportedError
 from acip_export.io.atomic import read_json_object
 from acip_export.io.frozen import thawed
+from acip_export.io.inputs import open_input
 from converters.gguf.tokenizer.bpe import bpe_metadata, is_byte_level
 from converters.gguf.tokenizer.common import Source
 from converters.gguf.tokenizer.sentencepiece import model_file_metadata, sentencepiece_metadata
@@ -100,7 +102,11 @@ def _by_kind(source: Source, pre: str | None) -> Metadata:
 def _chat_template(model: Path, options: Mapping[str, Any]) -> str | None:
     file = model / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            with open_input(file, CheckpointError) as stream, io.TextIOWrapper(stream, encoding="utf-8") as text:
+                return text.read()
+        except UnicodeDecodeError as reason:
+            raise CheckpointError(f"{file} is no UTF-8: {reason.reason} at byte {reason.start}") from None
     template = options.get("chat_template")
     if isinstance(template, tuple):
         named = {entry.get("name"): entry.get("template") for entry in template}

@@ -16,6 +16,7 @@ from typing import Any
 
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.inspection.protobuf import BYTES, Field, Message
+from acip_export.io.inputs import read_input
 from converters.gguf.tokenizer.common import (
     Source,
     TokenType,
@@ -268,7 +269,7 @@ def _wrapping(source: Source) -> dict[str, Any]:
 
 
 def _read_model_file(file: Path) -> _ModelFile:
-    data = file.read_bytes()
+    data = read_input(file, CheckpointError)
     message = Message(data, str(file), 0, len(data))
     pieces: Pieces = {}
     trainer, normalizer = dict[int, Field](), dict[int, Field]()

@@ -11,8 +11,9 @@ from typing import Any, Self
 import numpy as np
 
 from acip_export.artifacts.plan import Serving
+from acip_export.artifacts.report import Speed
 from acip_export.errors import MissingExtraError, VerificationError
-from acip_export.formats.session import Logits, Speed, Windows
+from acip_export.formats.session import Logits, Windows
 
 
 class GenaiSession:

@@ -10,8 +10,9 @@ from typing import Any, Self
 import numpy as np
 
 from acip_export.artifacts.plan import Serving
+from acip_export.artifacts.report import Speed
 from acip_export.errors import VerificationError
-from acip_export.formats.session import Speed, Vectors, encoding_speed
+from acip_export.formats.session import Vectors, encoding_speed
 from converters.onnx.runtimes.onnxruntime import open_graph
 
 

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 
 from acip_export.artifacts.plan import Serving
+from acip_export.artifacts.report import Speed
 from acip_export.errors import MissingExtraError, VerificationError
-from acip_export.formats.session import Logits, Speed, Windows
+from acip_export.formats.session import Logits, Windows
+from acip_export.io.inputs import read_json
 from converters.onnx.companion_files import GENAI_CONFIG, MODEL_FILE
 
 Cache = dict[str, Any]
 
 
+class _Search(msgspec.Struct, frozen=True):
+    past_present_share_buffer: bool
+
+
+class _GenaiConfig(msgspec.Struct, frozen=True):
+    """How the cache is kept, of ``genai_config.json``."""
+
+    search: _Search
+
+
 def _in_place(export: Path) -> bool:
     """As genai is told."""
     file = export / GENAI_CONFIG
-    try:
-        return bool(json.loads(file.read_text(encoding="utf-8"))["search"]["past_present_share_buffer"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VerificationError(f"{file} does not say how the cache is kept: {error!r}") from error
+    return read_json(file, _GenaiConfig, VerificationError).search.past_present_share_buffer
 
 
 def _present(past: str) -> str:
