@@ -119,7 +119,7 @@ class Certificate:
         quantization_only_loss: predicted loss of the best plan without low rank at the same budget, ``None`` when no
             such plan fits.
         alternatives: other settings that would give a better plan at the same budget, each planned.
-        refused_types: what constraints of the target ruled out.
+        refused_types: what the format or its backend ruled out.
     """
 
     bytes_left: Count
@@ -136,9 +136,9 @@ class Plan(Artifact):
     """A complete plan.
 
     Attributes:
-        target: ``gguf`` or ``onnx``; ``layout``: a layout of that target.
+        format: of the export, and ``layout``: one of that format's.
         model_fingerprint: of the checkpoint that was planned for (:attr:`Checkpoint.fingerprint`).
-        scores_sha256: of the score file.
+        scores_sha256: of the score file; empty for scores that were never in a file.
         budget_bytes, budget_scope: what was asked.
         planned_bytes: bytes of all files of the export together; equals the sum over ``files``.
         memory_bytes: bytes that the runtime holds for this model; equals the sum over ``breakdown`` without the
@@ -149,7 +149,7 @@ class Plan(Artifact):
         adapters: whether the learned adapters are folded in.
         tensors: one decision per tensor of the checkpoint.
         device: name of the device whose memory was planned for, if it was one.
-        options: what the user told the target's converter beyond the model directory (:attr:`Checkpoint.options`).
+        options: what the user told the format beyond the model directory (:attr:`Checkpoint.options`).
     """
 
     NAME: ClassVar[ArtifactName] = PLAN
@@ -159,7 +159,7 @@ class Plan(Artifact):
     task: Task
     model: Name
     model_fingerprint: Name
-    scores_sha256: Name
+    scores_sha256: str
     budget_bytes: Positive
     budget_scope: BudgetScope
     planned_bytes: Count

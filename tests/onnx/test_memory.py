@@ -17,8 +17,8 @@ from tests.support import dense, make_bundle, make_model, make_plan
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
 CONTEXT, BATCH = 512, 256
-SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1, "vocab_size": 16000}
+SMALL = {"max_position_embeddings": CONTEXT, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+LARGE = {**SMALL, "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 16000}
 
 # Peak resident bytes of loading, one full prompt and a few tokens.
 PROBE = """
