@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -121,9 +122,24 @@ def _entry(file: Path, name: str, value: msgspec.Raw, start: int, error: type[In
 def read_json_object(file: Path, error: type[InputError]) -> Mapping[str, Any]:
     """The JSON object in ``file``, read-only at every level; see :func:`acip_export.io.frozen.thawed`.
 
+    What was read last is remembered: a plan asks for the same few files many times.
+
     Raises:
         error: unreadable, not JSON, or something else than an object.
     """
+    try:
+        found = file.stat()
+    except OSError:
+        return _read_json_object(file, error)
+    return _remembered_json_object(file, error, (found.st_ino, found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=16)
+def _remembered_json_object(file: Path, error: type[InputError], stamp: tuple[int, ...]) -> Mapping[str, Any]:  # noqa: ARG001 - part of the key
+    return _read_json_object(file, error)
+
+
+def _read_json_object(file: Path, error: type[InputError]) -> Mapping[str, Any]:
     if file.is_file():
         refuse_placeholder(file, error)
     data = read_foreign_json(file, error)

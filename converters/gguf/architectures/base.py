@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from converters.gguf.writer import Metadata, Value, booleans, float32, uint32
 
 if TYPE_CHECKING:
     import torch
+    from gguf import TensorNameMap
 
     from acip_export.model.encoder import Encoder
 
@@ -103,12 +105,7 @@ class Family:
             UnsupportedError: tensors that llama.cpp has no place for, or that it needs and the model lacks.
             MissingExtraError: gguf is not installed.
         """
-        try:
-            import gguf
-        except ImportError:
-            raise MissingExtraError("gguf", "gguf", "writing GGUF") from None
-
-        table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[self.name.upper()], shape.layers)
+        table = _name_table(self.name, shape.layers)
         mapped: dict[str, str] = {}
         unmapped: list[str] = []
         required = self._required(shape)
@@ -232,6 +229,16 @@ def window_keys(shape: ModelShape, period: int) -> dict[str, Value]:
     if shape.sliding_layers != tuple((layer + 1) % period != 0 for layer in range(shape.layers)):
         keys["attention.sliding_window_pattern"] = booleans(shape.sliding_layers)
     return keys
+
+
+@lru_cache(maxsize=4)
+def _name_table(architecture: str, layers: int) -> TensorNameMap:
+    """Return gguf's table of names; a plan asks for it many times, and it takes 30 ms to make."""
+    try:
+        import gguf
+    except ImportError:
+        raise MissingExtraError("gguf", "gguf", "writing GGUF") from None
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], layers)
 
 
 def _is_norm(name: str) -> bool:

@@ -9,10 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from acip_export.errors import CheckpointError, ModelFileError, UnsupportedError
 from acip_export.io.atomic import read_json_object
 from acip_export.io.frozen import thawed
-from acip_export.io.inputs import open_input
+from acip_export.io.inputs import open_input, read_foreign_json, read_json
 from converters.gguf.tokenizer.bpe import bpe_metadata, is_byte_level
 from converters.gguf.tokenizer.common import Source
 from converters.gguf.tokenizer.sentencepiece import model_file_metadata, sentencepiece_metadata
@@ -52,17 +54,34 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
+class _AddedToken(msgspec.Struct, frozen=True):
+    """Of ``added_tokens``: the text, and whether it swallows the blanks after it."""
+
+    content: str
+    rstrip: bool = False
+
+
+class _Tokenizer(msgspec.Struct, frozen=True):
+    """What the model's name depends on in ``tokenizer.json``."""
+
+    added_tokens: tuple[_AddedToken, ...] = ()
+
+
 def strips_after_special(model: Path) -> bool:
     """Whether special tokens swallow the blanks after them, in the one way that llama.cpp knows: Phi 3's.
 
     llama.cpp does so for models whose name says Phi 3, and refuses to load one that then lacks a token of Phi 3's.
     """
     file = model / "tokenizer.json"
-    if not file.is_file():
-        return False
-    added = {token["content"]: token for token in read_json_object(file, CheckpointError).get("added_tokens", ())}
+    stamp = _stamp(file)
+    return stamp is not None and _strips_after_special(file, stamp)
+
+
+@lru_cache(maxsize=4)
+def _strips_after_special(file: Path, stamp: tuple[int, int]) -> bool:  # noqa: ARG001 - part of the key
+    added = {token.content: token for token in read_json(file, _Tokenizer, CheckpointError).added_tokens}
     others = [token for content, token in added.items() if content not in _PHI3_PLAIN]
-    return added.keys() >= {*_PHI3_PLAIN, "</s>"} and all(token["rstrip"] for token in others)
+    return added.keys() >= {*_PHI3_PLAIN, "</s>"} and all(token.rstrip for token in others)
 
 
 @lru_cache(maxsize=4)
@@ -71,7 +90,7 @@ def _metadata(
 ) -> Metadata:
     options = {} if stamps[2] is None else read_json_object(model / "tokenizer_config.json", CheckpointError)
     file = model / ("tokenizer.model" if stamps[0] is None else "tokenizer.json")
-    tokenizer = {} if stamps[0] is None else read_json_object(file, CheckpointError)
+    tokenizer = {} if stamps[0] is None else read_foreign_json(file, CheckpointError)
     source = Source(tokenizer, options, json.loads(config_ids), vocabulary)
     try:
         metadata = dict(model_file_metadata(file, source) if stamps[0] is None else _by_kind(source, pre))
