@@ -26,7 +26,8 @@ import torch
 
 from acip_export.artifacts.bundle import stored_tensors
 from acip_export.artifacts.plan import Certificate, Plan, Serving, TensorDecision, decision_bytes, save_plan
-from acip_export.model.checkpoint import Checkpoint, TensorInfo
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.tensor_info import TensorInfo
 from converters.gguf import converter
 from converters.gguf.runtimes import c_api as llama_capi
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession

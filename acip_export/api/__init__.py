@@ -1,11 +1,11 @@
 """The chain of stages. What the command line does, as plain functions."""
 
 from acip_export.api.export import convert_bundle, export_model, materialize_bundle
+from acip_export.api.opening import open_model, open_scores
 from acip_export.api.plan import plan_export, planned_sizes, planning_problem, sweep_document, sweep_sizes
 from acip_export.api.rank import ranking_summary, write_imatrix
 from acip_export.api.report import ranked_model_of, write_report
 from acip_export.api.rounding import measure_rounding_errors, rounding_errors
-from acip_export.api.verbs import open_model, open_scores
 from acip_export.api.verify import evaluation_text, verify_directory
 
 __all__ = [

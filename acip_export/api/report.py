@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from acip_export.api.verbs import Location, open_model, open_scores
+from acip_export.api.opening import Location, open_model, open_scores
 from acip_export.artifacts.names import PAGE_FILE
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile

@@ -20,8 +20,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from acip_export.api.opening import Location, open_model, open_scores
 from acip_export.artifacts.plan import BudgetScope, Plan
-from acip_export.artifacts.scores import ScoreFile, find_scores, load_scores
+from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import CheckpointError, MissingExtraError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Location = str | os.PathLike[str]
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _LONGEST_WAIT = 600.0
 
@@ -237,28 +237,6 @@ def verify(
         timeout,
         progress,
     )
-
-
-def open_model(model: Location | Checkpoint, revision: str | None = None, token: str | None = None) -> Checkpoint:
-    """Open a model directory or a Hugging Face id; an opened one stays as it is.
-
-    Raises:
-        CheckpointError: not a model directory, or an id that cannot be fetched.
-    """
-    if isinstance(model, Checkpoint):
-        return model
-    return Checkpoint.open(os.fspath(model), revision=revision, token=token)
-
-
-def open_scores(checkpoint: Checkpoint, scores: Location | ScoreFile | None) -> ScoreFile:
-    """Open a score file; ``None``: the only one beside the model.
-
-    Raises:
-        ScoreFileError: none, several, or a damaged one.
-    """
-    if isinstance(scores, ScoreFile):
-        return scores
-    return load_scores(find_scores(checkpoint.path) if scores is None else Path(scores))
 
 
 def _warn_of_formats(checkpoint: Checkpoint) -> None:

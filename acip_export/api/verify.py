@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acip_export.api.export import materialize_bundle
-from acip_export.api.verbs import Location, open_model, open_scores
+from acip_export.api.opening import Location, open_model, open_scores
 from acip_export.artifacts.export_directory import claim_papers
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan

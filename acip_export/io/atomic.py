@@ -24,7 +24,7 @@ from msgspec import Meta
 
 from acip_export.errors import InputError, OutputError
 from acip_export.io.frozen import frozen
-from acip_export.io.inputs import Count, decode_json, open_input, read_foreign_json
+from acip_export.io.inputs import Count, Failure, decode_json, open_input, read_foreign_json
 from acip_export.io.placeholders import refuse_placeholder
 
 logger = logging.getLogger(__name__)
@@ -127,21 +127,16 @@ def read_json_object(file: Path, error: type[InputError]) -> Mapping[str, Any]:
     Raises:
         error: unreadable, not JSON, or something else than an object.
     """
-    try:
-        found = file.stat()
-    except OSError:
-        return _read_json_object(file, error)
-    return _remembered_json_object(file, error, (found.st_ino, found.st_mtime_ns, found.st_size))
+    stamp = None
+    if file.is_file():
+        refuse_placeholder(file, error)
+        status = file.stat()
+        stamp = status.st_ino, status.st_mtime_ns, status.st_size
+    return _json_object(file, error, stamp)  # type: ignore[arg-type] - a class can be hashed
 
 
 @lru_cache(maxsize=16)
-def _remembered_json_object(file: Path, error: type[InputError], stamp: tuple[int, ...]) -> Mapping[str, Any]:  # noqa: ARG001 - part of the key
-    return _read_json_object(file, error)
-
-
-def _read_json_object(file: Path, error: type[InputError]) -> Mapping[str, Any]:
-    if file.is_file():
-        refuse_placeholder(file, error)
+def _json_object(file: Path, error: Failure, stamp: tuple[int, int, int] | None) -> Mapping[str, Any]:  # noqa: ARG001 - part of the key
     data = read_foreign_json(file, error)
     if not isinstance(data, dict):
         raise error(f"{file} holds a {type(data).__name__}, expected a JSON object")

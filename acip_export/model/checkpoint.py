@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -17,9 +17,10 @@ from acip_export.errors import CheckpointError
 from acip_export.io.atomic import read_json_object, safetensors_header
 from acip_export.io.frozen import frozen, thawed
 from acip_export.model.config_fields import check_config
-from acip_export.model.encoder import is_encoder, kind_of
+from acip_export.model.encoder import Encoder, encoder_of, is_encoder, kind_of
 from acip_export.model.shape import ModelShape, model_shape, ties_head
 from acip_export.model.stored_names import stored_names
+from acip_export.model.tensor_info import TensorInfo
 from acip_export.model.tensor_names import layer_of, natural_key
 from acip_export.model.tied_head import without_repeated_head
 from acip_export.model.tokenizer_size import TokenizerSize, tokenizer_size
@@ -47,27 +48,6 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies.
-
-    Attributes:
-        shape: ``(out, in)`` for a linear weight.
-        dtype: the safetensors name, for example ``BF16``.
-        shard: file name below the model directory.
-        offset, nbytes: position of the data in the shard.
-        stored: its name there, if it is another one. transposed: it lies there as ``(in, out)``.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    shard: str
-    offset: int
-    nbytes: int
-    stored: str | None = None
-    transposed: bool = False
-
-
 class Checkpoint:
     """An opened model directory. Holds no weights.
 
@@ -75,7 +55,7 @@ class Checkpoint:
         path: the directory.
         config: ``config.json`` as read; nothing can write into it.
         tensors: every tensor of every shard, by Hugging Face name.
-        options: what the user told the converter of a target that the directory does not say; see the converter.
+        options: what the user told a format beyond what the directory says.
     """
 
     def __init__(
@@ -133,6 +113,11 @@ class Checkpoint:
     @cached_property
     def shape(self) -> ModelShape:
         return model_shape(self.config, self.path)
+
+    @cached_property
+    def encoder(self) -> Encoder | None:
+        """What it is if it is an encoder; raises as :func:`encoder_of`."""
+        return encoder_of(self.config, self.path)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -18,9 +18,6 @@ from acip_export.io.atomic import read_json_object
 from acip_export.io.inputs import Count, read_json
 from acip_export.model.architectures import ARCHITECTURES
 from acip_export.model.task import EncoderKind, Task
-
-if TYPE_CHECKING:
-    from acip_export.model.checkpoint import Checkpoint
 
 PoolingMode = Literal["mean", "cls", "max"]
 
@@ -94,23 +91,23 @@ def kind_of(config: Mapping[str, Any]) -> EncoderKind:
     return _CLASSES[_class_of(config)][0]
 
 
-def encoder_of(checkpoint: Checkpoint) -> Encoder | None:
-    """What ``checkpoint`` is if it is an encoder, ``None`` for every other model.
+def encoder_of(config: Mapping[str, Any], model: Path) -> Encoder | None:
+    """What the model directory with this ``config.json`` is if it is an encoder, ``None`` for every other model.
 
     Without ``modules.json`` an embedding is the mean of the token vectors, normalised.
 
     Raises:
         CheckpointError: damaged pooling files. UnsupportedError: a step that this tool does not know.
     """
-    found = _CLASSES.get(_class_of(checkpoint.config))
+    found = _CLASSES.get(_class_of(config))
     if found is None:
         return None
     kind, prefix = found
-    positions = int(checkpoint.config.get("max_position_embeddings", 512))
+    positions = int(config.get("max_position_embeddings", 512))
     length = positions
-    if (checkpoint.path / _LENGTH_FILE).is_file():
-        length = read_json(checkpoint.path / _LENGTH_FILE, _Length, CheckpointError).max_seq_length or length
-    pooling = _pooling(checkpoint.path) if kind == "embedding" else None
+    if (model / _LENGTH_FILE).is_file():
+        length = read_json(model / _LENGTH_FILE, _Length, CheckpointError).max_seq_length or length
+    pooling = _pooling(model) if kind == "embedding" else None
     return Encoder(kind, prefix, pooling, min(length, positions))
 
 

@@ -18,7 +18,7 @@ from acip_export.io.placeholders import refuse_placeholder
 from acip_export.model.architectures import architecture_of
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.config_fields import check_generation_config
-from acip_export.model.encoder import encoder_of, is_encoder, pools_tokens
+from acip_export.model.encoder import is_encoder, pools_tokens
 from acip_export.model.expected_tensors import Shapes, bias_key, expected_tensors
 from acip_export.model.rope import rope_fields
 from acip_export.model.tensor_names import HEAD
@@ -44,11 +44,11 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: files are missing, damaged or no files of a model; ``config.json`` and weights disagree.
         UnsupportedError: quantized weights, attention in both directions, embeddings made by a decoder, and what
-            :attr:`Checkpoint.shape` and :func:`encoder_of` refuse.
+            :attr:`Checkpoint.shape` and :attr:`Checkpoint.encoder` refuse.
     """
     _refuse_quantized(checkpoint)
     _check_attention(checkpoint)
-    if encoder_of(checkpoint) is None:
+    if checkpoint.encoder is None:
         _refuse_embedding_decoder(checkpoint)
     _check_tensors(checkpoint)
     if not checkpoint.linear_modules:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from acip_export.errors import CheckpointError
+from acip_export.model.tensor_info import TensorInfo
 from acip_export.model.tensor_names import HEAD, MASKED_HEAD, is_embedding
-
-if TYPE_CHECKING:
-    from acip_export.model.checkpoint import TensorInfo
 
 _HEADS = (HEAD, MASKED_HEAD)
 # A head that was trained on differs everywhere; a gigabyte need not be read to see it.
 _STRETCHES, _STRETCH = 256, 4096
 
-Info = TypeVar("Info", bound="TensorInfo")
+Info = TypeVar("Info", bound=TensorInfo)
 
 
 def without_repeated_head(path: Path, tensors: Mapping[str, Info]) -> dict[str, Info]:

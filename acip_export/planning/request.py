@@ -10,7 +10,6 @@ from acip_export.errors import UsageError
 from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.encoder import encoder_of
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.space import SearchSpace
 
@@ -116,7 +115,7 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
 
 
 def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: Checkpoint) -> ServingRule:
-    encoder = encoder_of(checkpoint)
+    encoder = checkpoint.encoder
     longest = format.longest_context(checkpoint.shape) if encoder is None else encoder.max_length
     context = min(longest, request.default_context) if request.context is None else request.context
     if not 0 < context <= longest:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from acip_export.errors import DataError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.encoder import Encoder, encoder_of
+from acip_export.model.encoder import Encoder
 from acip_export.progress import ProgressCallback, silent
 from acip_export.ranking.config import DataConfig
 from acip_export.ranking.self_text import SELF, sample_text
@@ -51,7 +51,7 @@ def read_data(
         DataError: unreadable text, or less than eight windows of it. MissingExtraError: a package that reads it.
         UnsupportedError: chats for a model without a chat template.
     """
-    encoder = encoder_of(checkpoint)
+    encoder = checkpoint.encoder
     if encoder is not None:
         return _texts(checkpoint.path, encoder, source, config, evaluation)
     context = window_length(checkpoint, config)
@@ -71,7 +71,7 @@ def sample_data(
     Raises:
         DataError: ``config.self_tokens`` are less than eight windows. UnsupportedError: an encoder, which samples none.
     """
-    if encoder_of(checkpoint) is not None:
+    if checkpoint.encoder is not None:
         raise UnsupportedError("an encoder generates no text; give it some with  --data FILE, one text a line")
     context = window_length(checkpoint, config)
     if config.self_tokens < _LEAST_WINDOWS * context:

@@ -13,7 +13,7 @@ import torch
 
 from acip_export.errors import RankingError
 from acip_export.ranking.acip_run import AcipRun, advance
-from acip_export.ranking.algorithms import Ranking
+from acip_export.ranking.algorithm import Ranking
 from acip_export.ranking.config import AcipConfig
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.factorized_model import Factorized

@@ -30,7 +30,8 @@ from acip_export.model.opening import check_checkpoint
 from acip_export.model.torch_model import transformers_config
 from acip_export.progress import ProgressCallback, silent
 from acip_export.ranking.acip_defaults import automatic_config
-from acip_export.ranking.algorithms import Algorithm, Ranking, find_algorithm, learned_algorithms
+from acip_export.ranking.algorithm import Algorithm, Ranking
+from acip_export.ranking.algorithms import find_algorithm, learned_algorithms
 from acip_export.ranking.config import AcipConfig, DataConfig, Precision
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.curve import adapter_pair, measure_curve

@@ -32,7 +32,7 @@ from acip_export.formats.registry import export_format
 from acip_export.formats.session import Logits, RuntimeSession, Windows
 from acip_export.io.atomic import sha256_of
 from acip_export.model.embedding_similarity import Similarity
-from acip_export.model.encoder import Encoder, encoder_of
+from acip_export.model.encoder import Encoder
 from acip_export.planning.memory import uncounted_bytes
 from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.units import format_bytes
@@ -123,7 +123,7 @@ def verify_export(
     _check_same_plan(export, plan, made_of)
     written_as = export_format(plan.format)
     failures = check_bytes(export, plan)
-    encoder = encoder_of(made_of.as_checkpoint())
+    encoder = made_of.as_checkpoint().encoder
     structure, differences = (None, []) if failures else check_structure(written_as, export, made_of)
     failures += differences
     found = _Found()

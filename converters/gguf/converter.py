@@ -20,7 +20,6 @@ from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.io.prefetch import one_ahead
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.encoder import encoder_of
 from acip_export.progress import Progress, ProgressCallback
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
@@ -162,7 +161,7 @@ def _metadata(file: str, checkpoint: Checkpoint, items: Sequence[Item], identity
 
 def _model_keys(checkpoint: Checkpoint) -> Metadata:
     """What llama.cpp has to know about the model and its tokenizer."""
-    shape, encoder = checkpoint.shape, encoder_of(checkpoint)
+    shape, encoder = checkpoint.shape, checkpoint.encoder
     family = family_of(shape.architecture)
     return {
         **({} if encoder is None else family.encoder_keys(encoder, checkpoint.config)),

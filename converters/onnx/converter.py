@@ -17,7 +17,6 @@ from acip_export.artifacts.plan import Plan, Serving, TensorDecision
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.formats.protocol import DEFAULT_BACKEND, RunCommand
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.encoder import encoder_of
 from acip_export.progress import Progress, ProgressCallback
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
@@ -193,7 +192,7 @@ def _graph(
 
     _check_execution(checkpoint, serving.backend)
     config, shape, level = checkpoint.config, checkpoint.shape, options.accuracy_level
-    encoder = encoder_of(checkpoint)
+    encoder = checkpoint.encoder
     if encoder is not None:
         from converters.onnx.graph.encoder import build_encoder
 

@@ -15,7 +15,6 @@ from acip_export.artifacts.bundle import load_bundle
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.encoder import encoder_of
 from acip_export.model.torch_model import pooled
 from acip_export.planning import PlanRequest
 from acip_export.ranking import rank_model
@@ -50,7 +49,7 @@ def export(model: Path, out: Path, words: str, linear: str) -> tuple[Path, Path]
 
 def reference(bundle: Path, ids: list[list[int]]) -> np.ndarray:
     model = load_bundle(bundle, converter.round_trip)
-    encoder = encoder_of(Checkpoint.open(bundle))
+    encoder = Checkpoint.open(bundle).encoder
     assert encoder is not None
     rows = []
     with torch.no_grad():

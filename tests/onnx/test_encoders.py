@@ -21,7 +21,7 @@ from acip_export.artifacts.scores import ModuleScores, RankedModel, RankedOn, Sc
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError, UsageError
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.encoder import encoder_of, task_of
+from acip_export.model.encoder import task_of
 from acip_export.model.torch_model import load_dense, pooled
 from acip_export.planning import PlanRequest, resolve
 from acip_export.ranking import rank_model
@@ -77,7 +77,7 @@ def expected(bundle: Path, inputs: dict[str, Any]) -> dict[str, Any]:
         output = reference(**tensors)
     if not hasattr(output, "last_hidden_state"):
         return {"logits": output.logits.numpy()}
-    encoder = encoder_of(Checkpoint.open(bundle))
+    encoder = Checkpoint.open(bundle).encoder
     assert encoder is not None and encoder.pooling is not None
     vector = pooled(output.last_hidden_state, tensors["attention_mask"].bool(), encoder.pooling)
     return {"last_hidden_state": output.last_hidden_state.numpy(), "sentence_embedding": vector.numpy()}
@@ -151,7 +151,7 @@ def expected_dense(model: Path, inputs: dict[str, Any]) -> Any:
     dense = load_dense(Checkpoint.open(model), torch.float32)
     with torch.no_grad():
         hidden = dense(**{name: torch.from_numpy(array) for name, array in inputs.items()}).last_hidden_state
-        encoder = encoder_of(Checkpoint.open(model))
+        encoder = Checkpoint.open(model).encoder
         assert encoder is not None and encoder.pooling is not None
         return pooled(hidden, torch.from_numpy(inputs["attention_mask"]).bool(), encoder.pooling).numpy()
 

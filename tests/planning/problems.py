@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import CurvePoint, ModuleScores, RankedModel, RankedOn, ScoreFile
-from acip_export.model.checkpoint import Checkpoint, TensorInfo
+from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import task_of
+from acip_export.model.tensor_info import TensorInfo
 from acip_export.planning import PlanRequest, Problem, SearchSpace, make_plan, resolve
 from tests.support import make_tokenizer
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 # A whole algorithm: components by their place in the basis, the same in every layer.
 ONE_FILE = """
 import numpy as np
-from acip_export.ranking.algorithms import Algorithm, Ranking
+from acip_export.ranking.algorithm import Algorithm, Ranking
 
 def score(context, factorized):
     scores = {name: np.arange(len(s), 0, -1, dtype=np.float32) for name, s in factorized.singular.items()}

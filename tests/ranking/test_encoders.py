@@ -17,7 +17,7 @@ from acip_export.artifacts.scores import load_scores
 from acip_export.errors import DataError, UnsupportedError, UsageError
 from acip_export.materialization.factors import basis_moments, factor_pair
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.encoder import Pooling, encoder_of
+from acip_export.model.encoder import Pooling
 from acip_export.progress import Progress
 from acip_export.ranking import AcipConfig, automatic_config, rank_model
 from acip_export.ranking.data import read_data
@@ -162,7 +162,7 @@ def test_padding_changes_nothing(encoder: Path, text: Path) -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
 def test_pooling_is_read_from_the_model(tmp_path: Path, pooling: str) -> None:
-    found = encoder_of(Checkpoint.open(make_encoder(tmp_path / "bert", pooling=pooling, normalize=False)))
+    found = Checkpoint.open(make_encoder(tmp_path / "bert", pooling=pooling, normalize=False)).encoder
     assert found is not None and found.pooling == Pooling(pooling, False) and found.max_length == 48  # type: ignore[arg-type]
 
 
@@ -188,7 +188,7 @@ def test_bad_input(encoder: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_embedding_task_ignores_scale(encoder: Path) -> None:
-    task = task_of(encoder_of(Checkpoint.open(encoder)), {"pad": 0})
+    task = task_of(Checkpoint.open(encoder).encoder, {"pad": 0})
     unit = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
     assert float(task.divergence(unit, unit)) == pytest.approx(0, abs=1e-6)
     assert float(task.divergence(-unit, unit)) == pytest.approx(8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from acip_export.ranking.algorithms import Algorithm
+from acip_export.ranking.algorithm import Algorithm
 from acip_export.ranking.algorithms.magnitude import score
 
 ALGORITHM = Algorithm(

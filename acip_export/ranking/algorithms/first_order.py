@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.ranking.algorithms import Algorithm, Ranking
+from acip_export.ranking.algorithm import Algorithm, Ranking
 
 if TYPE_CHECKING:
     from acip_export.ranking.context import RankContext

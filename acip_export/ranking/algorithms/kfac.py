@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from acip_export.ranking.algorithms import Algorithm, Ranking, as_scores
+from acip_export.ranking.algorithm import Algorithm, Ranking, as_scores
 
 if TYPE_CHECKING:
     from acip_export.ranking.context import RankContext
