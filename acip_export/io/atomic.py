@@ -132,7 +132,7 @@ def read_json_object(file: Path, error: type[InputError]) -> Mapping[str, Any]:
         refuse_placeholder(file, error)
         status = file.stat()
         stamp = status.st_ino, status.st_mtime_ns, status.st_size
-    return _json_object(file, error, stamp)  # type: ignore[arg-type] - a class can be hashed
+    return _json_object(file, error, stamp)  # type: ignore[arg-type]  # mypy: classes can be hashed
 
 
 @lru_cache(maxsize=16)
