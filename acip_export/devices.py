@@ -107,7 +107,7 @@ class Device:
             "usable": float(self.usable),
             "budget_bytes": self.budget_bytes,
             "runtimes": self.runtimes,
-            "types": {target: list(types) for target, types in self.types.items()},
+            "types": {format: list(types) for format, types in self.types.items()},
             "context": self.context,
             "largest_file": self.largest_file,
             "whole_prompts": list(self.whole_prompts),

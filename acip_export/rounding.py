@@ -1,4 +1,4 @@
-"""What a target's quantizer makes of a weight. Rounding belongs to the converters; the stages below them are handed it.
+"""What a format's quantizer makes of a weight. Rounding belongs to the converters; the stages below them are handed it.
 
 One function serves everybody who has to know the rounded numbers (the planner's error tables, the refit of factors, the
 reference that exports are compared with), and it is the very code that writes them.
@@ -19,7 +19,7 @@ class RoundTrip(Protocol):
         """float32 of the shape of ``weight`` (rows, columns), rows independent of each other.
 
         Args:
-            name: a weight format of the target.
+            name: a type of the format.
             importance: (columns,) weights of the squared rounding error, or ``None``.
 
         Raises:

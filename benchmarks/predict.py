@@ -98,7 +98,7 @@ def draw(document: dict[str, Any], file: Path) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for model, entry in document["models"].items():
         for r in entry["results"]:
-            groups.setdefault(f"{model}: {r['target']}, {r['layout']}", []).append(r)
+            groups.setdefault(f"{model}: {r['format']}, {r['layout']}", []).append(r)
     for marker, (name, rows) in zip("os^Dv<>pP*X" * 3, sorted(groups.items()), strict=False):
         axes.errorbar(
             [max(r["predicted_loss"], 1e-4) for r in rows],
@@ -141,15 +141,15 @@ def main() -> None:
         {} if args.again else {(r["format"], r["layout"], tuple(r["types"]), r["share"]): r for r in entry["results"]}
     )
     entry["results"] = []
-    for target, layout, types, shares in PLANS:
+    for fmt, layout, types, shares in PLANS:
         for share in shares:
             budget = int(share * sum(math.prod(t.shape) * 2 for t in checkpoint.tensors.values()))
-            request = PlanRequest(target, budget, "file", layout=layout, types=types, context=CONTEXT)
+            request = PlanRequest(fmt, budget, "file", layout=layout, types=types, context=CONTEXT)
             plan = plan_export(checkpoint, scores, request)
             tensors = plan.to_json()["tensors"]
-            known = before.get((target, layout, types, share))
+            known = before.get((fmt, layout, types, share))
             result = {
-                "format": target,
+                "format": fmt,
                 "layout": layout,
                 "types": list(types),
                 "share": share,
@@ -169,14 +169,14 @@ def main() -> None:
             else:
                 with tempfile.TemporaryDirectory() as scratch:
                     bundle = materialize_bundle(checkpoint, scores, plan, Path(scratch) / "bundle")
-                    difference = losses(load_bundle(bundle, export_format(target).round_trip), windows) - dense
+                    difference = losses(load_bundle(bundle, export_format(fmt).round_trip), windows) - dense
                 measured = float(difference.mean())
                 error = float(difference.std(ddof=1) / math.sqrt(len(difference)))
             entry["results"].append(
                 result | {"measured_loss": measured, "standard_error": error, "digest": _digest(tensors)}
             )
             print(
-                f"{target} {layout} {','.join(types) or 'default'} {share}: low rank {result['low_rank']}, "
+                f"{fmt} {layout} {','.join(types) or 'default'} {share}: low rank {result['low_rank']}, "
                 f"corrected {result['corrected']}, predicted {plan.predicted_loss:.4f}, "
                 f"measured {measured:.4f} +- {error:.4f}",
                 flush=True,

@@ -2,7 +2,7 @@
 
     python benchmarks/presets.py [--quick] [--model samples/llama samples/qwen3] [--only gguf]
 
-For every model and target, series of exports, measured in llama.cpp or onnxruntime on text that neither training
+For every model and format, series of exports, measured in llama.cpp or onnxruntime on text that neither training
 nor ranking saw:
 
 - plans at every budget of a sweep from 15 % to 100 % of the bf16 bytes, and at the bytes of every preset; for GGUF
@@ -54,7 +54,7 @@ SESSIONS = {
     "onnx": ("converters.onnx.runtimes.onnxruntime", "OnnxRuntimeSession"),
 }
 EXTENDED = "plan for extended llama.cpp"
-# target -> layouts of our plans by series, presets, and the layout and type of ACIP ranks alone.
+# format -> layouts of our plans by series, presets, and the layout and type of ACIP ranks alone.
 CASES: dict[str, dict[str, Any]] = {
     "gguf": {
         "plans": {"plan": "stock", EXTENDED: "factored"},
@@ -85,11 +85,11 @@ def ranked(checkpoint: Checkpoint, given: Path | None) -> ScoreFile:
 
 
 def series(
-    checkpoint: Checkpoint, scores: ScoreFile, target: str, shares: tuple[float, ...], presets: tuple[str, ...]
+    checkpoint: Checkpoint, scores: ScoreFile, fmt: str, shares: tuple[float, ...], presets: tuple[str, ...]
 ) -> Iterator[tuple[str, str, Plan]]:
     """Every plan to be measured: its series, its label, itself."""
-    case = CASES[target]
-    everything = resolve(PlanRequest(target, layout=case["plans"]["plan"], types=presets, context=CONTEXT), checkpoint)
+    case = CASES[fmt]
+    everything = resolve(PlanRequest(fmt, layout=case["plans"]["plan"], types=presets, context=CONTEXT), checkpoint)
     one_type = planning_problem(checkpoint, scores, everything)
     budgets = {f"{share:.1%} of bf16": round(share * checkpoint.weight_bytes) for share in shares}
     for type_ in one_type.space.types:
@@ -97,10 +97,10 @@ def series(
         budgets[f"bytes of {type_.name}"] = plan.planned_bytes
         yield "preset", type_.name, plan
     for name, layout in case["plans"].items():
-        question = resolve(PlanRequest(target, layout=layout, context=CONTEXT), checkpoint)
+        question = resolve(PlanRequest(fmt, layout=layout, context=CONTEXT), checkpoint)
         yield from at_budgets(name, planning_problem(checkpoint, scores, question), question, budgets)
     layout, kind = case["ranks"]
-    ranks = resolve(PlanRequest(target, layout=layout, types=(kind,), context=CONTEXT), checkpoint)
+    ranks = resolve(PlanRequest(fmt, layout=layout, types=(kind,), context=CONTEXT), checkpoint)
     yield from at_budgets(f"ranks at {kind}", planning_problem(checkpoint, scores, ranks), ranks, budgets)
 
 
@@ -170,14 +170,14 @@ def plot(document: dict[str, Any], file: Path) -> None:
 
     groups = sorted({(point["model"], point["format"]) for point in document["points"]}, key=lambda g: (g[1], g[0]))
     models = sorted({model for model, _ in groups})
-    targets = sorted({target for _, target in groups})
+    formats = sorted({fmt for _, fmt in groups})
     figure, axes = plt.subplots(
-        len(models), len(targets), figsize=(5.2 * len(targets), 3.6 * len(models)), squeeze=False, layout="constrained"
+        len(models), len(formats), figsize=(5.2 * len(formats), 3.6 * len(models)), squeeze=False, layout="constrained"
     )
     mpl.rcParams["svg.hashsalt"] = "presets"  # equal data, equal file
-    for model, target in groups:
-        axis = axes[models.index(model)][targets.index(target)]
-        points = [p for p in document["points"] if (p["model"], p["format"]) == (model, target)]
+    for model, fmt in groups:
+        axis = axes[models.index(model)][formats.index(fmt)]
+        points = [p for p in document["points"] if (p["model"], p["format"]) == (model, fmt)]
         ranks = next(p["series"] for p in points if p["series"].startswith("ranks"))
         for name, style in (
             ("plan", {"color": "#0b6e4f", "marker": "o", "markersize": 3.5, "linewidth": 1.8, "zorder": 3}),
@@ -213,7 +213,7 @@ def plot(document: dict[str, Any], file: Path) -> None:
         axis.grid(which="both", color="#e9ecef", linewidth=0.7)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-        runtime = {"gguf": "GGUF in llama.cpp", "onnx": "ONNX in onnxruntime"}[target]
+        runtime = {"gguf": "GGUF in llama.cpp", "onnx": "ONNX in onnxruntime"}[fmt]
         axis.set_title(f"{model}: {runtime}", fontsize=10, loc="left")
         axis.set_xlabel("file size, MB", fontsize=9)
         axis.set_ylabel("perplexity", fontsize=9)
@@ -227,10 +227,8 @@ def save(document: dict[str, Any], out: Path) -> None:
     """One line a point, so that a difference shows what changed."""
     groups = sorted({(point["model"], point["format"]) for point in document["points"]})
     document["comparison"] = {
-        f"{model}, {target}": comparison(
-            [p for p in document["points"] if (p["model"], p["format"]) == (model, target)]
-        )
-        for model, target in groups
+        f"{model}, {fmt}": comparison([p for p in document["points"] if (p["model"], p["format"]) == (model, fmt)])
+        for model, fmt in groups
     }
     head = json.dumps({k: v for k, v in document.items() if k != "points"}, indent=1)
     lines = ",\n  ".join(json.dumps(point) for point in document["points"])
@@ -243,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, nargs="+", default=[ROOT / "samples/llama", ROOT / "samples/qwen3"])
     parser.add_argument("--scores", type=Path, nargs="*", default=[], help="one for each model; default: ranked here")
-    parser.add_argument("--only", choices=sorted(CASES), help="one target")
+    parser.add_argument("--only", choices=sorted(CASES), help="one format")
     parser.add_argument("--tokens", type=int, default=16_384, help="of the evaluation text")
     parser.add_argument("--quick", action="store_true", help="four budgets, fewer presets, 4,096 tokens")
     parser.add_argument("--plot-only", action="store_true")
@@ -266,20 +264,20 @@ def main() -> None:
         checkpoint = Checkpoint.open(directory)
         scores = ranked(checkpoint, args.scores[number] if number < len(args.scores) else None)
         windows = evaluation_text(checkpoint.path, TEXTS / "evaluation.txt", CONTEXT, tokens).windows
-        for target, case in CASES.items():
-            if args.only and target != args.only:
+        for fmt, case in CASES.items():
+            if args.only and fmt != args.only:
                 continue
-            group, measured = (checkpoint.name, target), {p["identity"]: p for p in document["points"]}
+            group, measured = (checkpoint.name, fmt), {p["identity"]: p for p in document["points"]}
             before = [p for p in document["points"] if (p["model"], p["format"]) != group]
             points: list[dict[str, Any]] = []
             shares, presets = (QUICK_SHARES, case["quick"]) if args.quick else (SHARES, case["presets"])
-            for name, label, plan in series(checkpoint, scores, target, shares, presets):
+            for name, label, plan in series(checkpoint, scores, fmt, shares, presets):
                 key, started = identity(plan, scores, tokens), time.perf_counter()
                 losses = measured[key]["losses"] if key in measured else measure(checkpoint, scores, plan, windows)
                 points.append(
                     {
                         "model": checkpoint.name,
-                        "format": target,
+                        "format": fmt,
                         "series": name,
                         "label": label,
                         "bytes": plan.planned_bytes,
@@ -300,7 +298,7 @@ def main() -> None:
                 ]  # fmt: skip
                 save(document, args.out)
                 print(
-                    f"{checkpoint.name:8} {target:5} {name:15} {label:20} {plan.planned_bytes:>9,} bytes  "
+                    f"{checkpoint.name:8} {fmt:5} {name:15} {label:20} {plan.planned_bytes:>9,} bytes  "
                     f"perplexity {points[-1]['perplexity']:9.3f}  predicted {points[-1]['predicted']:9.3f}  "
                     f"{time.perf_counter() - started:5.1f} s",
                     flush=True,

@@ -17,7 +17,7 @@ from acip_export.model.encoder import task_of
 
 def ruled_plan(
     checkpoint: Checkpoint,
-    target: str,
+    fmt: str,
     layout: str,
     serving: Serving,
     tensors: tuple[TensorDecision, ...],
@@ -27,7 +27,7 @@ def ruled_plan(
     """A plan with these decisions, whose budget is the bytes of ``files`` if they are known."""
     total = sum(files.values())
     return Plan(
-        format=target,
+        format=fmt,
         layout=layout,
         task=task_of(checkpoint.config),
         model=checkpoint.name,

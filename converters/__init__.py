@@ -1,1 +1,1 @@
-"""Bundle in, export out: one sub-package per target."""
+"""Bundle in, export out: one sub-package per format."""

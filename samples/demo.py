@@ -62,16 +62,16 @@ def ranked(checkpoint: Checkpoint) -> ScoreFile:
 def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
     text = evaluation_text(checkpoint.path, SAMPLES / "text" / "evaluation.txt", CONTEXT, MEASURED_TOKENS)
     reports = []
-    for target, layout, types in (("gguf", "stock", ()), ("gguf", "lora", ("q8_0",)), ("onnx", "factored", ())):
+    for fmt, layout, types in (("gguf", "stock", ()), ("gguf", "lora", ("q8_0",)), ("onnx", "factored", ())):
         for budget in BUDGETS:
-            request = PlanRequest(target, parse_bytes(budget), layout=layout, types=types, context=CONTEXT)
+            request = PlanRequest(fmt, parse_bytes(budget), layout=layout, types=types, context=CONTEXT)
             plan = plan_export(checkpoint, scores, request)
             with console.stage_bars() as bars:
                 report = export_model(
                     checkpoint,
                     scores,
                     plan,
-                    WORK / f"{target}-{layout}-{budget}",
+                    WORK / f"{fmt}-{layout}-{budget}",
                     force=True,
                     text=text,
                     progress=bars,
@@ -79,7 +79,7 @@ def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
             assert report is not None
             reports.append(report)
             console.show_reports([report])
-        made = [WORK / f"{target}-{layout}-{budget}" for budget in BUDGETS]
+        made = [WORK / f"{fmt}-{layout}-{budget}" for budget in BUDGETS]
         for directory in made:
             # Each page shows what was measured at the other sizes, too.
             write_report(directory, checkpoint, scores, [other for other in made if other != directory])

@@ -35,10 +35,10 @@ def materialize_bundle(
     progress: ProgressCallback = silent,
     cache: Path | None = None,
 ) -> Path:
-    """Write the bundle of ``plan``, its factors fitted to what the target's quantizer makes of them.
+    """Write the bundle of ``plan``, its factors fitted to what the format's quantizer makes of them.
 
     Raises as :func:`acip_export.materialization.materialize_bundle`, and
-        MissingExtraError: the target's quantizer is not installed.
+        MissingExtraError: the format's quantizer is not installed.
         ImatrixError: see :func:`converters.gguf.imatrix.importance_of`.
     """
     from acip_export import materialization as materialize

@@ -179,7 +179,7 @@ def sweep_sizes(
     requests: Sequence[tuple[str, PlanRequest]],
     progress: ProgressCallback = silent,
 ) -> list[SweepLine]:
-    """The curve of sizes against predicted quality for every labelled request; the first of a target has its presets.
+    """The curve of sizes against predicted quality for every labelled request; the first of a format has its presets.
 
     Requests that the model or the installation does not support are left out, unless none is supported.
 

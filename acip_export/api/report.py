@@ -57,7 +57,7 @@ def write_report(
 
     Args:
         checkpoint, scores: of its model; without them, what an earlier ``report.html`` there says is kept.
-        others: exports of the same model, target and layout, whose measured figures are shown too.
+        others: exports of the same model, format and layout, whose measured figures are shown too.
 
     Raises:
         PlanFileError, InputError: a plan or report is damaged, or of something else.

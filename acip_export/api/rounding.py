@@ -1,4 +1,4 @@
-"""What the targets' quantizers cost on a model, measured once and kept beside its score file."""
+"""What the formats' quantizers cost on a model, measured once and kept beside its score file."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def rounding_errors(
     from acip_export.planning.candidates import choose_embedding_types, pair_types, residual_bases
 
     scores.check_model(checkpoint)
-    target, types, layout = space.format, space.types, space.layout
-    quantizer = target.quantizer()
-    cache = None if scores.file is None else cache_file(scores.file, target.name)
+    fmt, types, layout = space.format, space.types, space.layout
+    quantizer = fmt.quantizer()
+    cache = None if scores.file is None else cache_file(scores.file, fmt.name)
     if cache is not None:
-        known = load_rounding_errors(cache, target.name, quantizer, scores.sha256)
+        known = load_rounding_errors(cache, fmt.name, quantizer, scores.sha256)
     else:
-        known = scores.rounding_errors.get(target.name) or RoundingErrors(target.name, quantizer, scores.sha256)
-    embedding_types = choose_embedding_types(target, types)
+        known = scores.rounding_errors.get(fmt.name) or RoundingErrors(fmt.name, quantizer, scores.sha256)
+    embedding_types = choose_embedding_types(fmt, types)
     dense = {
         name: tuple(
             f.name
@@ -67,7 +67,7 @@ def rounding_errors(
             pairs,
             bases,
             layout.residual_pairs,
-            target.round_trip,
+            fmt.round_trip,
             progress,
         )
     except MissingExtraError as missing:
@@ -76,12 +76,12 @@ def rounding_errors(
     if cache is not None:
         save_rounding_errors(measured, cache)
     else:
-        scores.rounding_errors[target.name] = measured
+        scores.rounding_errors[fmt.name] = measured
     return measured
 
 
 def measure_rounding_errors(checkpoint: Checkpoint, scores: Path, progress: ProgressCallback = silent) -> None:
-    """Fill the caches beside a score file for the default layout and types of every target whose quantizer is here.
+    """Fill the caches beside a score file for the default layout and types of every format whose quantizer is here.
 
     Plans measure what is missing themselves; having it from the start makes the first one take seconds.
     """

@@ -176,7 +176,7 @@ def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Mod
     """The bundle as a float32 ``torch.nn.Module`` in evaluation mode: the reference for every export.
 
     Args:
-        round_trip: the quantizer of the plan's target, ``export_format(plan.format).round_trip``:
+        round_trip: the quantizer of the plan's format, ``export_format(plan.format).round_trip``:
             matrices then have the numbers that the export has. ``None``: as stored, before rounding.
 
     Raises:

@@ -35,7 +35,7 @@ Ratios = Annotated[tuple[tuple[Share, NotNegative], ...], Meta(min_length=1)]
 
 @dataclass(frozen=True)
 class RoundingErrors(Artifact):
-    """Measured errors for one score file and one target.
+    """Measured errors for one score file and one format.
 
     Attributes:
         quantizer: package and version that rounded. scores_sha256: of the score file.
@@ -113,14 +113,14 @@ def pair_key(down: str, up: str) -> str:
     return f"{down}*{up}"
 
 
-def cache_file(scores: Path, target: str) -> Path:
+def cache_file(scores: Path, fmt: str) -> Path:
     """``llama.acip`` -> ``llama.acip.rounding-gguf.json``."""
-    return scores.with_name(f"{scores.name}.rounding-{target}.json")
+    return scores.with_name(f"{scores.name}.rounding-{fmt}.json")
 
 
-def load_rounding_errors(file: Path, target: str, quantizer: str, scores_sha256: str) -> RoundingErrors:
+def load_rounding_errors(file: Path, fmt: str, quantizer: str, scores_sha256: str) -> RoundingErrors:
     """What the cache knows; empty when there is none, or when it is of another model, quantizer or version."""
-    nothing = RoundingErrors(format=target, quantizer=quantizer, scores_sha256=scores_sha256)
+    nothing = RoundingErrors(format=fmt, quantizer=quantizer, scores_sha256=scores_sha256)
     if not file.exists():
         return nothing
     try:
@@ -135,7 +135,7 @@ def load_rounding_errors(file: Path, target: str, quantizer: str, scores_sha256:
         # A cache: it is made again, not mourned.
         logger.warning("%s; it is measured again", error)
         return nothing
-    same = (known.format, known.quantizer, known.scores_sha256) == (target, quantizer, scores_sha256)
+    same = (known.format, known.quantizer, known.scores_sha256) == (fmt, quantizer, scores_sha256)
     return known if same else nothing
 
 

@@ -18,15 +18,15 @@ def convert(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write a bundle in its target's format.
+    """Write a bundle in the format that its plan names.
 
     acip-export convert bundle -o export/gguf
     """
     from acip_export import api as pipeline
     from acip_export.artifacts.bundle import Bundle
 
-    target = out or Path("export") / Bundle.open(bundle).plan.format
+    place = out or Path("export") / Bundle.open(bundle).plan.format
     with console.stage_bars() as progress:
-        made = pipeline.convert_bundle(bundle, target, force, progress)
-    data = {"out": str(target), "files": dict(made.files)}
-    console.done(data, json, f"{made.planned_bytes:,} bytes, as planned, written to {target}")
+        made = pipeline.convert_bundle(bundle, place, force, progress)
+    data = {"out": str(place), "files": dict(made.files)}
+    console.done(data, json, f"{made.planned_bytes:,} bytes, as planned, written to {place}")

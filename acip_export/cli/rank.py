@@ -100,9 +100,9 @@ def rank(
         flag = name.replace("_", "-") if name in chosen else f"set {name}"
         raise UsageError(f"--{flag} is a setting of {_LEARNED}; --algorithm {algorithm} has none")
     checkpoint = Checkpoint.open(model)
-    target = out or checkpoint.path / f"{checkpoint.name}.acip"
+    place = out or checkpoint.path / f"{checkpoint.name}.acip"
     if log_json is not None:
-        log_json = claim_output(log_json, LOG_KIND, True, (data, target, cache), checkpoint.path).place
+        log_json = claim_output(log_json, LOG_KIND, True, (data, place, cache), checkpoint.path).place
     # Of several processes one draws and logs, as one writes.
     is_main = launched_index() == 0
     try:
@@ -117,7 +117,7 @@ def rank(
             scores = verbs.rank(
                 checkpoint,
                 data,
-                out=target,
+                out=place,
                 algorithm=algorithm,
                 field=field,
                 context=context,
@@ -135,15 +135,15 @@ def rank(
     except KeyboardInterrupt:
         from acip_export.ranking.run_state import run_file
 
-        if is_main and run_file(target).exists():
-            console.note(f"the run is kept in {run_file(target)}; go on with the same command and  --resume")
+        if is_main and run_file(place).exists():
+            console.note(f"the run is kept in {run_file(place)}; go on with the same command and  --resume")
         raise
     if not is_main:
         return
     if measure_rounding:
         with console.stage_bars() as progress:
-            pipeline.measure_rounding_errors(checkpoint, target, progress)
+            pipeline.measure_rounding_errors(checkpoint, place, progress)
     if json:
-        console.print_json({"out": str(target), **pipeline.ranking_summary(scores)})
+        console.print_json({"out": str(place), **pipeline.ranking_summary(scores)})
     else:
-        show_ranking(scores, target)
+        show_ranking(scores, place)

@@ -44,7 +44,7 @@ def materialize_bundle(
     """Write the bundle of ``plan`` into the directory ``out``, whole or not at all.
 
     Args:
-        round_trip: the quantizer of the plan's target; factor pairs are then fitted to what it makes of them. ``None``
+        round_trip: the quantizer of the plan's format; factor pairs are then fitted to what it makes of them. ``None``
             leaves them as the ranking has them.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
 

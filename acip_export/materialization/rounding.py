@@ -1,4 +1,4 @@
-"""Measures what the target's quantizer costs on the weights and factors of this very model."""
+"""Measures what a format's quantizer costs on the weights and factors of this very model."""
 
 from __future__ import annotations
 

@@ -242,11 +242,11 @@ def build_page(
     """Everything for one page.
 
     Args:
-        others: measured exports of the same model, target and layout. sizes: plans of it that were not exported.
+        others: measured exports of the same model, format and layout. sizes: plans of it that were not exported.
         score_map: see :data:`ScoreMap`. before: what an earlier page embedded; used for what is not given.
 
     Raises:
-        InputError: an export or plan is of another model, target or layout.
+        InputError: an export or plan is of another model, format or layout.
     """
     for plan in (*(other.plan for other in others), *sizes):
         _same_page(own.plan, plan)

@@ -116,7 +116,7 @@ def matrices_of(decision: TensorDecision) -> tuple[tuple[str, Matrix], ...]:
     """The chain of a decision.
 
     Raises:
-        UnsupportedError: an adapter over a base, which this target does not have, or an unknown format.
+        UnsupportedError: an adapter over a base, which this format does not have, or an unknown type.
     """
     if decision.representation in ("lora", "residual"):
         raise UnsupportedError(f"{decision.name}: ONNX exports have no adapters; plan with  --layout factored")

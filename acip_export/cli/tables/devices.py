@@ -34,9 +34,9 @@ def show_device(device: Device) -> None:
     table.add_row("memory", memory, escape(device.sources["memory"]))
     table.add_row("usable", f"{float(device.usable):.0%}", escape(device.sources["usable"]))
     table.add_row("budget", budget, f"{device.budget_bytes:,} bytes for the model and its runtime")
-    for index, (target, runtime) in enumerate(device.runtimes.items()):
-        types = ", ".join(device.types.get(target, ("any",)))
-        table.add_row(f"{target}{' (default)' if index == 0 else ''}", escape(runtime), f"fast types: {escape(types)}")
+    for index, (fmt, runtime) in enumerate(device.runtimes.items()):
+        types = ", ".join(device.types.get(fmt, ("any",)))
+        table.add_row(f"{fmt}{' (default)' if index == 0 else ''}", escape(runtime), f"fast types: {escape(types)}")
     table.add_row("types", "", escape(device.sources["types"]))
     table.add_row("context", str(device.context), "tokens, unless --context says otherwise or the model takes fewer")
     if device.largest_file is not None:

@@ -9,7 +9,7 @@ from acip_export.formats.registry import export_formats
 
 
 def show_formats() -> None:
-    """Targets with their layouts and types."""
+    """Formats with their layouts and types."""
     for known in export_formats():
         console.out.print(f"[bold]{known.name}[/]  {known.description}; KV cache: {', '.join(known.cache_types)}")
         for layout in known.layouts:

@@ -57,7 +57,7 @@ def show_plan(plan: Plan, verbose: bool) -> None:
 
 
 def _held_back(plan: Plan) -> Iterator[str]:
-    """Why the plan is not better: what else is in the budget, and what the target forbids."""
+    """Why the plan is not better: what else is in the budget, and what the format or its backend forbids."""
     buffers = plan.breakdown["compute"] + plan.breakdown["output"] if plan.certificate.alternatives else 0
     for other in plan.certificate.alternatives:
         if other.change.startswith("--prompt-batch"):
