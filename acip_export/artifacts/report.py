@@ -60,11 +60,13 @@ class Divergence:
     Attributes:
         mean_kl: KL(dense || export). loss_difference: export's minus dense model's. Standard errors are over tokens,
             taken as independent; the difference is paired, so its error is far below that of either loss.
+        kl_999: the 99.9 % quantile of KL over positions: how bad the worst of a thousand are.
         same_top: share of positions with the same most likely token.
     """
 
     mean_kl: Finite
     kl_standard_error: NotNegative
+    kl_999: Finite
     loss_difference: Finite
     loss_difference_standard_error: NotNegative
     same_top: Share

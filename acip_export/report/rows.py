@@ -79,7 +79,10 @@ def _quality(page: Page, report: Report, runtime: RuntimeReport) -> Iterator[Row
             "KL divergence from the dense model",
             _NONE,
             f"{divergence.mean_kl:.4f} ± {divergence.kl_standard_error:.4f}",
-            f"the most likely token is the same at {divergence.same_top:.1%} of the positions",
+            f"99.9 % of the positions: at most {divergence.kl_999:.2f}",
+        )
+        yield Row(
+            "Same most likely token as the dense model", _NONE, f"{divergence.same_top:.1%}", "share of the positions"
         )
     if report.similarity is not None:
         yield Row("Similarity to the dense model's embeddings", _NONE, f"{report.similarity:.4f}")

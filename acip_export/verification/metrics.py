@@ -72,7 +72,11 @@ def compare_with_dense(
             columns.append(np.stack([-log_a[picked], -log_b[picked], kl, same]))
     dense_loss, loss, kl, same = np.concatenate(columns, axis=1)
     divergence = Divergence(
-        *_mean_and_error(kl), *_mean_and_error(loss - dense_loss), same_top=float(same.mean()), tokens=len(kl)
+        *_mean_and_error(kl),
+        float(np.quantile(kl, 0.999)),
+        *_mean_and_error(loss - dense_loss),
+        same_top=float(same.mean()),
+        tokens=len(kl),
     )
     return _perplexity(dense_loss), _perplexity(loss), divergence
 

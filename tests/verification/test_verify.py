@@ -103,6 +103,7 @@ def test_divergence_against_a_direct_calculation(monkeypatch: pytest.MonkeyPatch
         dense, own, found = measure.compare_with_dense(a, b, windows)
         assert found.mean_kl == pytest.approx(float(kl.mean()))
         assert found.kl_standard_error == pytest.approx(float(kl.std()) / len(kl) ** 0.5)
+        assert found.kl_999 == pytest.approx(float(torch.quantile(kl, 0.999)))
         assert found.same_top == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
         assert own == measure.perplexity(b, windows)
         assert dense == measure.perplexity(a, windows)
@@ -111,7 +112,7 @@ def test_divergence_against_a_direct_calculation(monkeypatch: pytest.MonkeyPatch
 def test_a_model_does_not_diverge_from_itself() -> None:
     logits = np.random.default_rng(1).normal(0, 2, (2, 9, 7)).astype(np.float32)
     found = measure.compare_with_dense(logits, logits, np.zeros((2, 9), np.int64))[2]
-    assert (found.mean_kl, found.loss_difference, found.same_top, found.tokens) == (0, 0, 1, 16)
+    assert (found.mean_kl, found.kl_999, found.loss_difference, found.same_top, found.tokens) == (0, 0, 0, 1, 16)
 
 
 def _rename_gguf(export: Path) -> None:
