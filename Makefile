@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
+.PHONY: bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -30,8 +30,11 @@ docs: $(STAMP) ## Write docs/cli.md and docs/api.md again, from commands and doc
 picture: $(STAMP) ## Take the picture of a report again, after  make demo
 	$(BIN)/python tools/take_picture.py
 
-test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+test: $(STAMP) ## Run the tests but the slow ones (10 minutes)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow"
+
+test-slow: $(STAMP) ## Run the slow ones: other environments, several processes, killed rankings, whole chains (10 minutes)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m slow
 
 test-exhaustive: $(STAMP) ## Hundreds of random plans and exports, every type that llama.cpp has, traced families, rankings killed at random (5 minutes)
 	ACIP_EXHAUSTIVE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests/planning/test_properties.py tests/test_written_bytes.py tests/ranking/test_run_state.py \

@@ -44,6 +44,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+@pytest.mark.slow
 def test_wheel_works_in_an_empty_environment(environment: Path, tmp_path: Path) -> None:
     assert _run(environment.parent / "acip-export", "--version", cwd=tmp_path).strip() == acip_export.__version__
     check = (

@@ -21,6 +21,8 @@ import yaml
 from acip_export.cli import main as cli
 from tests.support import CORPUS, make_model, make_scores
 
+pytestmark = pytest.mark.slow
+
 CI = Path(__file__).parents[2] / "samples" / "ci"
 MARKER = "<!-- acip-export check -->"
 

@@ -319,6 +319,7 @@ def test_interrupt_leaves_no_partial_export(signal_: signal.Signals, model: Path
     assert list(export.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_interrupted_ranking_is_resumed(model: Path, run: Run) -> None:
     _no_score_file(model)
     calibration_text(model / "text.txt")

@@ -16,6 +16,7 @@ from tests.gguf.tokenizers import training_text
 FAMILIES = ["mistral", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.filterwarnings("ignore:.*rope.*")
 def test_from_ranking_to_verified_export(case: str, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from tests.encoders import make_encoder
 from tests.onnx.consumers import optimum_onnx, transformers_js
 from tests.onnx.test_encoders import TEXTS, batch, expected, export, unranked
 
+pytestmark = pytest.mark.slow
+
 # Other builds of onnxruntime: float32 sums in another order, 3e-6 of values up to 6.
 TOLERANCE = 1e-5
 KINDS = ("embedding", "classification", "masked-lm")

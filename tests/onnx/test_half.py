@@ -76,6 +76,7 @@ def test_transformers_js_keeps_the_cache_in_the_graphs_precision(tmp_path: Path)
     assert answer["tokens"] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [known.name for known in OTHERS if known.name in PROVIDERS])
 def test_planned_for_a_graphics_card(tmp_path: Path, backend: str) -> None:
     model = make_model(tmp_path / "m", **SIZES)

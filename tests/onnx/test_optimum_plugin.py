@@ -29,6 +29,7 @@ def call(command: str, *arguments: object, cwd: Path) -> subprocess.CompletedPro
     return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_it_writes_what_acip_export_writes(model: Path) -> None:
     asked = ("--budget", "3MB", "--format", "gguf", "--context", 64, "--no-verify", "--json")
     results: list[dict[str, Any]] = []

@@ -31,6 +31,7 @@ def logits(model: Path, export: Any) -> Any:
     return session.run(["logits"], feeds)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["mixed", "asymmetric", "factored f32"])
 def test_the_ort_file_computes_what_the_export_does(make_export: MakeExport, tmp_path: Path, rule: str) -> None:
     export = make_export("llama", True, rule)

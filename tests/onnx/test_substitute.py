@@ -122,6 +122,7 @@ def test_runtimes_agree_with_the_bundle(tmp_path: Path, kind: str) -> None:
     assert attends == (checkpoint.shape.layers if checkpoint.shape.fused_attention else 0)
 
 
+@pytest.mark.slow
 def test_another_process_traces_the_same_bytes(tmp_path: Path) -> None:
     """A plan's bytes are those of the graph that another process writes."""
     checkpoint = Checkpoint.open(make_other(tmp_path / "m", "gpt2"))

@@ -99,6 +99,7 @@ def alone(model: Path, text: Path) -> ScoreFile:
     return rank_model(model, text, acip=AcipConfig(**SETTINGS), calibration=CALIBRATION)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "share"), [("--multi_gpu", 1.0), ("--use_fsdp --fsdp_version 2", 0.5)])
 def test_two_processes_rank_as_one(
     model: Path, text: Path, tmp_path: Path, alone: ScoreFile, mode: str, share: float
@@ -130,6 +131,7 @@ def test_two_processes_rank_as_one(
         assert two.loss == pytest.approx(one.loss, abs=0.02)
 
 
+@pytest.mark.slow
 def test_command_line_in_two_processes(model: Path, text: Path, tmp_path: Path) -> None:
     printed = launch("rank", model, "--data", text, "--context", 32, "--algorithm", "fisher", "-o", tmp_path / "a.acip")
     assert printed.count("score file written to") == 1

@@ -104,6 +104,7 @@ def test_log_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_what_to_lower(model: Path, text: Path) -> None:
     """A real limit on a real process: the allocator fails, and nothing else may be reported than that."""
     script = (
@@ -126,6 +127,7 @@ def test_out_of_memory_says_what_to_lower(model: Path, text: Path) -> None:
     assert "Lower  --batch (now 16384)  or  --context (now 8)" in done.stderr
 
 
+@pytest.mark.slow
 def test_out_of_memory_keeps_the_last_state(model: Path, text: Path, tmp_path: Path) -> None:
     script = (
         "import resource, sys, torch\n"

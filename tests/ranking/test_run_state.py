@@ -97,6 +97,7 @@ def start(model: Path, text: Path, out: Path, killed_in_save: int = 0) -> subpro
     return subprocess.Popen([sys.executable, "-c", SCRIPT, model, text, out, options, str(killed_in_save)])
 
 
+@pytest.mark.slow
 def test_killed_while_it_stores_its_state(model: Path, text: Path, tmp_path: Path, whole: Path) -> None:
     """SIGKILL, which nothing can catch, when half of the third state is on the disk: the second one is whole."""
     out = tmp_path / "scores.acip"
@@ -110,6 +111,7 @@ def test_killed_while_it_stores_its_state(model: Path, text: Path, tmp_path: Pat
     assert [file.name for file in tmp_path.iterdir()] == ["scores.acip"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(examples(1, 5)))
 def test_killed_at_any_moment_it_resumes_to_the_same_ranking(
     model: Path, text: Path, tmp_path: Path, whole: Path, seed: int

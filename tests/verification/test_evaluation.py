@@ -81,6 +81,7 @@ def test_a_local_task_gives_what_the_bundle_says(exported: MakeExport, task: Pat
     assert accuracy.standard_error is not None
 
 
+@pytest.mark.slow
 @needs_harness
 def test_unknown_tasks_say_so(exported: MakeExport) -> None:
     with pytest.raises(UsageError, match=r"missing\.yaml"):
