@@ -53,7 +53,7 @@ def ranked(checkpoint: Checkpoint) -> ScoreFile:
             console.note(f"score file of an earlier run: {file.relative_to(ROOT)}")
             return scores
     started = time.perf_counter()
-    with console.stage_bars() as bars:
+    with console.stage_progress() as bars:
         acip_export.rank(checkpoint, SAMPLES / "text" / "calibration.txt", out=file, force=True, progress=bars)
     console.note(f"ranked in {time.perf_counter() - started:.0f} s")
     return load_scores(file)
@@ -66,7 +66,7 @@ def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
         for budget in BUDGETS:
             request = PlanRequest(fmt, parse_bytes(budget), layout=layout, types=types, context=CONTEXT)
             plan = plan_export(checkpoint, scores, request)
-            with console.stage_bars() as bars:
+            with console.stage_progress() as bars:
                 report = export_model(
                     checkpoint,
                     scores,

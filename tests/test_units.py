@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acip_export.errors import UsageError
-from acip_export.units import ceil_div, format_bytes, parse_bytes
+from acip_export.units import ceil_div, format_bytes, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,11 @@ def test_bytes_round_trip(count: int) -> None:
 def test_ceil_div_is_the_least_number_of_blocks_that_holds_all(count: int, size: int) -> None:
     blocks = ceil_div(count, size)
     assert blocks * size >= count > (blocks - 1) * size
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5_369, "89 min"), (5_400, "1 h 30 min"), (86_400, "24 h 0 min")],
+)
+def test_seconds_as_people_say_them(seconds: float, expected: str) -> None:
+    assert format_seconds(seconds) == expected

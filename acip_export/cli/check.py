@@ -13,7 +13,7 @@ from acip_export.check.markdown import COMMENT_KIND, markdown, summary
 from acip_export.check.outputs import JUNIT_KIND, check_json, github_annotations, junit
 from acip_export.check.run import files_read, run_check, update_lock
 from acip_export.cli import output as console
-from acip_export.cli.options import Debug, Json
+from acip_export.cli.options import Debug, Json, Quiet
 from acip_export.cli.tables.check import show_check
 from acip_export.errors import UsageError, VerificationError
 from acip_export.io.outputs import Output, claim_output
@@ -34,6 +34,7 @@ def check(
     junit_to: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="JUnit XML.")] = None,
     json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every tensor that changed.")] = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Fail when a model has grown or become worse than agreed, and say which tensors did it.
@@ -65,7 +66,7 @@ def check(
         show_check(outcome, summary(outcome), verbose)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in github_annotations(outcome):
-            console.err.out(line, highlight=False)
+            console.annotate(line)
     if update:
         console.note(f"baseline written to {loaded.lock}; commit it")
     if not outcome.passed:

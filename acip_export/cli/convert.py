@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Debug, Force, Json
+from acip_export.cli.options import Debug, Force, Json, Quiet
 
 
 def convert(
@@ -16,6 +16,7 @@ def convert(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: ./export/FORMAT.")] = None,
     json: Json = False,
     force: Force = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write a bundle in the format that its plan names.
@@ -26,7 +27,7 @@ def convert(
     from acip_export.artifacts.bundle import Bundle
 
     place = out or Path("export") / Bundle.open(bundle).plan.format
-    with console.stage_bars() as progress:
+    with console.stage_progress() as progress:
         made = pipeline.convert_bundle(bundle, place, force, progress)
     data = {"out": str(place), "files": dict(made.files)}
     console.done(data, json, f"{made.planned_bytes:,} bytes, as planned, written to {place}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Debug, DeviceFile, Json
+from acip_export.cli.options import Debug, DeviceFile, Json, Quiet
 from acip_export.cli.tables.devices import show_device, show_devices
 from acip_export.devices import find_device, load_devices
 
@@ -16,6 +16,7 @@ def devices(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show one with its sources.")] = None,
     devices_: DeviceFile = None,
     json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """List the devices that --device knows, or show one with the source of every figure.

@@ -9,7 +9,7 @@ import typer
 
 from acip_export.artifacts.export_directory import EXPORT_KIND
 from acip_export.cli import output as console
-from acip_export.cli.options import Cache, Debug, Force, Json, Tasks, Text, Timeout, Verbose, names
+from acip_export.cli.options import Cache, Debug, Force, Json, Quiet, Tasks, Text, Timeout, Verbose, names
 from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
 from acip_export.cli.tables.plan import show_plan
 from acip_export.cli.tables.report import show_export, show_reports
@@ -43,6 +43,7 @@ def export(
     json: Json = False,
     force: Force = False,
     verbose: Verbose = False,
+    quiet: Quiet = False,
     debug: Debug = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
@@ -75,7 +76,7 @@ def export(
             claim_output(place, companion.kind, force, read, flags.model)
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
-    with console.stage_bars() as progress:
+    with console.stage_progress() as progress:
         plan = pipeline.plan_export(checkpoint, opened, request, progress)
     for companion in beside:
         companion.check(plan.files)
@@ -86,7 +87,7 @@ def export(
         if json:
             console.print_json(plan.to_json())
         return
-    with console.stage_bars() as progress:
+    with console.stage_progress() as progress:
         report = pipeline.export_model(
             checkpoint,
             opened,

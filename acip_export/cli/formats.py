@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Debug, Json
+from acip_export.cli.options import Debug, Json, Quiet
 from acip_export.cli.tables.formats import show_formats
 from acip_export.formats.registry import export_formats
 
 
-def formats(json: Json = False, debug: Debug = False) -> None:
+def formats(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """List the installed formats with their layouts, runtimes, backends, options and types."""
     if not json:
         show_formats()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Debug, Force, Json, Model
+from acip_export.cli.options import Debug, Force, Json, Model, Quiet
 from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 
@@ -21,6 +21,7 @@ def imatrix(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file.")] = Path("imatrix.gguf"),
     json: Json = False,
     force: Force = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write what a ranking measured as llama.cpp's importance matrix, for llama-quantize --imatrix.

@@ -9,7 +9,7 @@ import typer
 
 from acip_export.artifacts.names import ANATOMY_DIFF
 from acip_export.cli import output as console
-from acip_export.cli.options import Debug, Json
+from acip_export.cli.options import Debug, Json, Quiet
 from acip_export.cli.tables.inspect import change_json, show_anatomy, show_difference
 from acip_export.inspection import Anatomy, diff_tensors, read_anatomy
 from acip_export.inspection.diff import stored_tensors
@@ -24,6 +24,7 @@ def inspect(
     ] = None,
     top: Annotated[int, typer.Option(help="Largest tensors, or changes, to list.", min=0)] = 10,
     json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show where the bytes of any model are, or what differs between two.

@@ -70,6 +70,7 @@ class _Interruption:
 def main() -> None:
     """Entry point with the one error boundary."""
     boundary = ErrorBoundary()
+    console.be_quiet(False)
     interruption = _Interruption()
     # Unwinding removes half-written output; the default action of SIGTERM would leave it.
     signal.signal(signal.SIGTERM, interruption)

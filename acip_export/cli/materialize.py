@@ -9,7 +9,7 @@ import typer
 
 from acip_export.artifacts.plan import load_plan
 from acip_export.cli import output as console
-from acip_export.cli.options import Cache, Debug, Force, Json, Model, Scores
+from acip_export.cli.options import Cache, Debug, Force, Json, Model, Quiet, Scores
 from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 
@@ -22,6 +22,7 @@ def materialize(
     cache: Cache = None,
     json: Json = False,
     force: Force = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write the bundle of a plan: the factorized model in PyTorch's numbers.
@@ -33,7 +34,7 @@ def materialize(
 
     claim_output(out, BUNDLE_KIND, force, (plan_file, scores, cache), model)
     checkpoint = Checkpoint.open(model)
-    with console.stage_bars() as progress:
+    with console.stage_progress() as progress:
         pipeline.materialize_bundle(
             checkpoint, pipeline.open_scores(checkpoint, scores), load_plan(plan_file), out, force, progress, cache
         )

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from acip_export.cli import output as console
+
 Model = Annotated[str, typer.Option("--model", "-m", help="Model directory or Hugging Face id.", show_default=True)]
 Scores = Annotated[Path | None, typer.Option(help="Score file. Default: the *.acip beside the model.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -34,7 +36,17 @@ def _show_tracebacks(context: typer.Context, value: bool) -> bool:
     return value
 
 
+def _print_less(value: bool) -> bool:
+    if value:  # given before the command or after it
+        console.be_quiet(True)
+    return value
+
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_show_tracebacks, is_eager=True)]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print results and errors only.", callback=_print_less, is_eager=True),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor.")]
 Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perplexity and divergence on.")]
 Tasks = Annotated[

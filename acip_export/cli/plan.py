@@ -11,7 +11,7 @@ import typer
 from acip_export.artifacts.names import SWEEP
 from acip_export.artifacts.plan import PLAN_KIND, save_plan
 from acip_export.cli import output as console
-from acip_export.cli.options import Debug, Force, Json, Verbose
+from acip_export.cli.options import Debug, Force, Json, Quiet, Verbose
 from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
 from acip_export.cli.tables.plan import show_plan
 from acip_export.io.outputs import claim_output, json_kind
@@ -33,6 +33,7 @@ def plan(
     json: Json = False,
     force: Force = False,
     verbose: Verbose = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show where every byte of a budget would go.
@@ -54,7 +55,7 @@ def plan(
     if out is not None:
         claim_output(out, PLAN_KIND, force, flags.inputs, flags.model)
     checkpoint = Checkpoint.open(flags.model)
-    with console.stage_bars() as progress:
+    with console.stage_progress() as progress:
         made = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, flags.scores), request, progress)
     if out is not None:
         save_plan(made, out, force)
@@ -78,7 +79,7 @@ def _sweep(flags: PlanFlags, out: Path | None, json: bool, force: bool) -> None:
         sweep_plot.require_matplotlib()
     checkpoint = Checkpoint.open(flags.model)
     scores = pipeline.open_scores(checkpoint, flags.scores)
-    with console.stage_bars() as progress:
+    with console.stage_progress() as progress:
         lines = pipeline.sweep_sizes(checkpoint, scores, requests, progress)
     document = pipeline.sweep_document(checkpoint, scores, requests, lines)
     if drawing is not None:

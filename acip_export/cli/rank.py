@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Cache, Debug, Force, Json
+from acip_export.cli.options import Cache, Debug, Force, Json, Quiet
 from acip_export.cli.tables.ranking import show_ranking
 from acip_export.errors import UsageError
 from acip_export.model.checkpoint import Checkpoint
@@ -67,6 +67,7 @@ def rank(
     ] = True,
     json: Json = False,
     force: Force = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Learn which components matter: one run, one score file, any size afterwards.
@@ -109,7 +110,7 @@ def rank(
         with ExitStack() as stack:
             callbacks = []
             if is_main:
-                callbacks.append(stack.enter_context(console.stage_bars()))
+                callbacks.append(stack.enter_context(console.stage_progress()))
                 if log_json is not None:
                     callbacks.append(stack.enter_context(json_log(log_json)))
                 if tensorboard is not None:
@@ -141,7 +142,7 @@ def rank(
     if not is_main:
         return
     if measure_rounding:
-        with console.stage_bars() as progress:
+        with console.stage_progress() as progress:
             pipeline.measure_rounding_errors(checkpoint, place, progress)
     if json:
         console.print_json({"out": str(place), **pipeline.ranking_summary(scores)})

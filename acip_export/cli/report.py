@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Debug, Json, Model, Scores, type_names
+from acip_export.cli.options import Debug, Json, Model, Quiet, Scores, type_names
 
 
 def report(
@@ -24,6 +24,7 @@ def report(
         str, typer.Option("--types", help="Types that these sizes may take, by comma. Default: the format's.")
     ] = "",
     json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write report.html and the model card README.md of an export again.

@@ -10,7 +10,7 @@ import typer
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import load_plan
 from acip_export.cli import output as console
-from acip_export.cli.options import Debug, Json, Model, Scores, Tasks, Text, Timeout, names
+from acip_export.cli.options import Debug, Json, Model, Quiet, Scores, Tasks, Text, Timeout, names
 from acip_export.cli.tables.report import show_reports
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 
@@ -24,6 +24,7 @@ def verify(
     tasks: Tasks = "",
     timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Prove an export in its real runtime, and write report.json: files, logits, quality, memory, time, speed.
@@ -33,7 +34,7 @@ def verify(
     from acip_export import api as pipeline
     from acip_export.verification.export import require_passed
 
-    with console.stage_bars() as progress:
+    with console.stage_progress() as progress:
         report = pipeline.verify_directory(export_dir, model, scores, bundle, text, names(tasks), timeout, progress)
     plan = load_plan(export_dir / PLAN_FILE)
     checkpoint, opened = pipeline.ranked_model_of(plan, model, scores)

@@ -98,6 +98,8 @@ def test_the_life_of_a_baseline(place: Path, run: Run) -> None:
     assert (place / "acip-check.lock.json").read_bytes() == lock
 
     accepted = run("check", "--update")
+    assert "baseline written" in accepted.err
+    assert run("check", "--update", "--quiet").err == ""  # a note is no result
     assert (accepted.code, "+" in accepted.out) == (0, True)
     assert run("check").code == 0
     write_gguf(place / "m.gguf", SMALLER)

@@ -471,8 +471,15 @@ def test_every_command_has_help_with_an_example(run: Run) -> None:
 
 
 @pytest.mark.parametrize("command", [str(c.callback and c.callback.__name__) for c in cli.app.registered_commands])
-def test_every_command_shows_debug_in_its_help(command: str, run: Run) -> None:
-    assert "--debug" in run(command, "--help").out
+def test_every_command_can_be_debugged_and_quiet(command: str, run: Run) -> None:
+    shown = run(command, "--help").out
+    assert "--debug" in shown and "--quiet" in shown
+
+
+def test_quiet_prints_errors_all_the_same(run: Run, tmp_path: Path) -> None:
+    inspect = ("inspect", tmp_path / "nothing")
+    for words in ((*inspect, "--quiet"), ("-q", *inspect)):  # before the command or after it
+        assert run(*words).err.startswith("error: ")
 
 
 @pytest.mark.parametrize(
