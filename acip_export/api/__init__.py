@@ -6,7 +6,7 @@ from acip_export.api.plan import plan_export, planned_sizes, planning_problem, s
 from acip_export.api.rank import ranking_summary, write_imatrix
 from acip_export.api.report import ranked_model_of, write_report
 from acip_export.api.rounding import measure_rounding_errors, rounding_errors
-from acip_export.api.verify import evaluation_text, verify_directory
+from acip_export.api.verify import evaluation_text, text_to_measure, verify_directory
 
 __all__ = [
     "convert_bundle",
@@ -24,6 +24,7 @@ __all__ = [
     "rounding_errors",
     "sweep_document",
     "sweep_sizes",
+    "text_to_measure",
     "verify_directory",
     "write_imatrix",
     "write_report",

@@ -166,7 +166,8 @@ def export(
 
     Args:
         plan: what :func:`plan` returned, or a ``plan.json``. model, scores: that it was made from.
-        text: to measure perplexity and divergence from the dense model on. tasks: of lm-evaluation-harness.
+        text: to measure perplexity and divergence from the dense model on; ``None``: what the ranking held out, where
+            it is here. tasks: of lm-evaluation-harness.
         verify: open the export in its runtimes and compare. timeout: seconds that a runtime may take.
         force: replace an earlier export. cache: directory that keeps the factors for other sizes.
 
@@ -178,22 +179,23 @@ def export(
         PlanFileError, CheckpointError, ScoreFileError: plan, model and score file do not belong together.
     """
     from acip_export.api.export import export_model
-    from acip_export.api.verify import evaluation_text
+    from acip_export.api.verify import text_to_measure
     from acip_export.artifacts.export_directory import EXPORT_KIND
     from acip_export.io.outputs import claim_output
 
     checkpoint = open_model(model)
     read = (*(each for each in (plan, scores) if isinstance(each, str | os.PathLike)), text, cache, *tasks)
     claim_output(Path(out), EXPORT_KIND, force, read, checkpoint.path)
-    known = _open_plan(plan)
+    known, opened = _open_plan(plan), open_scores(checkpoint, scores)
+    given = None if text is None else Path(text)
     return export_model(
         checkpoint,
-        open_scores(checkpoint, scores),
+        opened,
         known,
         Path(out),
         force,
         verify,
-        None if text is None else evaluation_text(checkpoint.path, Path(text), known.serving.context),
+        text_to_measure(checkpoint, opened, given, known.serving.context) if verify or given else None,
         tasks,
         timeout,
         progress=progress,

@@ -13,7 +13,7 @@ from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import CheckpointError
+from acip_export.errors import CheckpointError, DataError, ScoreFileError
 from acip_export.formats.session import Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
@@ -22,6 +22,7 @@ from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 
 _LONGEST_WINDOW = 1024
+_MOST_HELD_OUT, _OPERATIONS = 4096, 4 * 10**12
 
 
 def evaluation_text(model: Path, text: Path, context: int, most_tokens: int = 32_768) -> EvaluationText:
@@ -45,6 +46,58 @@ def evaluation_text(model: Path, text: Path, context: int, most_tokens: int = 32
     packed = pack_text(model, text, window)
     windows: Windows = packed.windows[: max(1, most_tokens // window)].numpy()
     return EvaluationText(windows, text.name, packed.sha256)
+
+
+def text_to_measure(
+    checkpoint: Checkpoint, scores: ScoreFile, given: Path | None, context: int
+) -> EvaluationText | None:
+    """The user's text, else what the ranking held out; ``None`` where that is not here.
+
+    Raises:
+        DataError: of the text that was given; see :func:`evaluation_text`.
+    """
+    return (
+        held_out_text(checkpoint, scores, context)
+        if given is None
+        else evaluation_text(checkpoint.path, given, context)
+    )
+
+
+def held_out_text(checkpoint: Checkpoint, scores: ScoreFile, context: int) -> EvaluationText | None:
+    """Text that the ranking was not calibrated on, which its curve was measured on; ``None`` where it is not here.
+
+    So many tokens that a model takes a minute or two for them on two cores, windows as of :func:`evaluation_text`.
+    """
+    from acip_export.text.packing import MOST_TOKENS, pack_text
+
+    data, ranked_by = scores.data, scores.ranked_by
+    other = data.evaluation is not None
+    file = _found(data.evaluation or data.source, scores)
+    if file is None or not data.held_out or not ranked_by.context or not checkpoint.shape.generates:
+        return None
+    try:
+        if other:
+            text = pack_text(checkpoint.path, file, ranked_by.context)
+        else:
+            most = ranked_by.most_tokens or MOST_TOKENS
+            text = pack_text(checkpoint.path, file, ranked_by.context, 1, ranked_by.field, most)
+    except DataError:
+        return None
+    if text.sha256 != (data.evaluation_sha256 if other else data.sha256):
+        return None  # another text of the same name
+    kept = text.windows[: data.held_out] if other else text.windows[-data.held_out :]
+    window = min(context, _LONGEST_WINDOW, kept.numel())
+    parameters = checkpoint.weight_bytes // 2
+    count = max(1, min(_MOST_HELD_OUT, _OPERATIONS // (2 * parameters), kept.numel()) // window)
+    windows: Windows = kept.flatten()[: count * window].view(count, window).numpy()
+    name = f"{file.name}, {'' if other else 'its end, '}held out from the ranking"
+    return EvaluationText(windows, name, text.sha256)
+
+
+def _found(source: str, scores: ScoreFile) -> Path | None:
+    """The file of that path, or of that name beside the score file."""
+    beside = [] if scores.file is None else [scores.file.parent / Path(source).name]
+    return next((file for file in (Path(source), *beside) if file.is_file()), None)
 
 
 def verify_directory(
@@ -78,7 +131,7 @@ def verify_directory(
         report = verification.verify_export(
             export,
             bundle,
-            text=None if text is None else evaluation_text(bundle, text, plan.serving.context),
+            text=_text(text, bundle, plan, checkpoint, scores),
             dense=None if checkpoint is None else checkpoint.path,
             tasks=tasks,
             timeout=timeout,
@@ -86,6 +139,25 @@ def verify_directory(
         )
     save_report(report, export)
     return report
+
+
+def _text(
+    given: Path | None,
+    bundle: Path,
+    plan: Plan,
+    checkpoint: Checkpoint | None,
+    scores: Location | ScoreFile | None,
+) -> EvaluationText | None:
+    """The user's text, else what the ranking held out, where model and score file are here."""
+    if given is not None:
+        return evaluation_text(bundle, given, plan.serving.context)
+    if checkpoint is None:
+        return None
+    try:
+        opened = open_scores(checkpoint, scores)
+    except ScoreFileError:
+        return None
+    return held_out_text(checkpoint, opened, plan.serving.context)
 
 
 def _base_model(model: Location | Checkpoint, plan: Plan, required: bool) -> Checkpoint | None:

@@ -123,12 +123,20 @@ class RankedModel:
 
 @dataclass(frozen=True)
 class RankedOn:
-    """The text of the ranking; ``sha256`` is of the tokens where the model wrote it itself."""
+    """The text of the ranking; ``sha256`` is of the tokens where the model wrote it itself.
+
+    Attributes:
+        held_out: windows that the curve was measured on: the last ones of the text, or the first of ``evaluation``.
+        evaluation, evaluation_sha256: a text of its own for the curve, if there was one.
+    """
 
     source: str
     sha256: str
     documents: Count | None = field(default=None, kw_only=True)
     tokens: Count
+    held_out: Count | None = field(default=None, kw_only=True)
+    evaluation: str | None = field(default=None, kw_only=True)
+    evaluation_sha256: str | None = field(default=None, kw_only=True)
 
 
 class RankedBy(msgspec.Struct, frozen=True):
@@ -136,12 +144,15 @@ class RankedBy(msgspec.Struct, frozen=True):
 
     Attributes:
         context: tokens of a window. statistics_tokens: that second moments were measured on.
+        field, most_tokens: how the text was read.
     """
 
     name: str
     basis: Basis
     context: Count | None = None
     statistics_tokens: Count | None = None
+    field: str | None = None
+    most_tokens: Count | None = None
 
 
 @dataclass(frozen=True)

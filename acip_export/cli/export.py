@@ -80,7 +80,8 @@ def export(
         plan = pipeline.plan_export(checkpoint, opened, request, progress)
     for companion in beside:
         companion.check(plan.files)
-    measured_on = None if text is None else pipeline.evaluation_text(checkpoint.path, text, plan.serving.context)
+    wanted = text is not None or (verify and not dry_run)
+    measured_on = pipeline.text_to_measure(checkpoint, opened, text, plan.serving.context) if wanted else None
     if not json:
         show_plan(plan, verbose)
     if dry_run:

@@ -48,7 +48,10 @@ Quiet = Annotated[
     typer.Option("--quiet", "-q", help="Print results and errors only.", callback=_print_less, is_eager=True),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor.")]
-Text = Annotated[Path | None, typer.Option("--text", help="Text to measure perplexity and divergence on.")]
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", help="Text to measure perplexity and divergence on. Default: what the ranking held out."),
+]
 Tasks = Annotated[
     str, typer.Option("--tasks", help="Tasks of lm-evaluation-harness, by comma: names, or YAML files of your own.")
 ]

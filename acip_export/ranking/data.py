@@ -33,6 +33,7 @@ class CalibrationData:
 
     Attributes:
         statistics: the first windows of ``training``. task: what the model is for.
+        evaluation: the text that is held out, if it is another one.
     """
 
     text: PackedText
@@ -40,6 +41,7 @@ class CalibrationData:
     held_out: Tensor
     statistics: Tensor
     task: Task = CAUSAL
+    evaluation: PackedText | None = None
 
 
 def read_data(
@@ -101,8 +103,9 @@ def _split(
 ) -> CalibrationData:
     context = text.windows.shape[1]
     if evaluation is not None:
-        held_out = pack_text(checkpoint.path, evaluation, context).windows[: max(1, config.curve_tokens // context)]
-        return _calibration(text, text.windows, held_out, config)
+        other = pack_text(checkpoint.path, evaluation, context)
+        held_out = other.windows[: max(1, config.curve_tokens // context)]
+        return replace(_calibration(text, text.windows, held_out, config), evaluation=other)
     count = len(text.windows)
     tail = max(1, min(config.curve_tokens // context, count // _LARGEST_HELD_OUT_SHARE))
     return _calibration(text, text.windows[: count - tail], text.windows[count - tail :], config)

@@ -193,6 +193,9 @@ def _score_file(
             sha256=data.text.sha256,
             documents=data.text.documents,
             tokens=data.text.tokens,
+            held_out=len(data.held_out),
+            evaluation=None if data.evaluation is None else data.evaluation.source,
+            evaluation_sha256=None if data.evaluation is None else data.evaluation.sha256,
         ),
         versions={
             "acip-export": __version__,
