@@ -53,6 +53,13 @@ def test_every_default_type_runs_in_stock_llama_cpp() -> None:
     assert {weight_type("gguf", name).block for name in GGUF.narrow_types} == {32}
 
 
+def test_the_documentation_lists_them() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gguf.md").read_text(encoding="utf-8")
+    lines = {line.split("|")[1].split(":")[0].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    for columns, row in ((256, "multiples of 256"), (576, "other multiples of 32")):
+        assert set(lines[row].split("|")[2].replace("`", "").split()) == names(allowed().of_row(columns))
+
+
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A model whose layers read rows of 288 and of 512 weights."""
