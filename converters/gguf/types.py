@@ -49,8 +49,10 @@ GGML: tuple[GgmlType, ...] = (
     _ggml("bf16", 2.77e-6, file_type=32),
     _ggml("q8_0", 2.86e-5, file_type=7),
     _ggml("q6_k", 2.98e-4, file_type=18),
+    _ggml("q5_1", 1.14e-3, file_type=9),
     _ggml("q5_k", 1.25e-3, file_type=16),
     _ggml("q5_0", 1.63e-3, file_type=8),
+    _ggml("q4_1", 4.88e-3, file_type=3),
     _ggml("q4_k", 5.00e-3, file_type=14),
     _ggml("q4_0", 6.66e-3, file_type=2),
     _ggml("iq4_nl", 5.58e-3, file_type=25),
@@ -70,4 +72,8 @@ GGML: tuple[GgmlType, ...] = (
     _ggml("mxfp4", 1.32e-2, file_type=38),
 )
 TYPE_IDS = {row.name: row.type_id for row in GGML}
+# What converters.gguf.block_codes can choose the codes of; a test compares.
+FEEDBACK_TYPES = frozenset(
+    ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
+)
 FILE_TYPES = {row.name: row.file_type for row in GGML}
