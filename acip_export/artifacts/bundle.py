@@ -1,9 +1,9 @@
 """The bundle: a materialized model, and the numeric reference for every export. See docs/bundle.md.
 
 A directory with ``config.json``, the tokenizer's files, ``plan.json``, ``bundle.json`` (provenance and hashes),
-``model.safetensors``, ``importance.safetensors`` and, for error feedback, ``feedback.safetensors``. A dense weight keeps its name (``M.weight``); a factor pair is
-``M.up.weight`` (out, rank) and ``M.down.weight`` (rank, in), and stands for ``up @ down`` (plus ``M.weight``, where an
-adapter has a base that is not zero).
+``model.safetensors``, ``importance.safetensors`` and, for error feedback, ``feedback.safetensors``. A dense weight
+keeps its name (``M.weight``); a factor pair is ``M.up.weight`` (out, rank) and ``M.down.weight`` (rank, in), and stands
+for ``up @ down`` (plus ``M.weight``, where an adapter has a base that is not zero).
 """
 
 from __future__ import annotations

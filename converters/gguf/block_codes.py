@@ -17,6 +17,7 @@ from acip_export.weight_types import weight_type
 
 Bytes = npt.NDArray[np.uint8]
 
+_FOUR, _LOW = np.uint8(4), np.uint8(15)
 # ggml's kvalues_iq4nl.
 _IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
@@ -80,14 +81,15 @@ def _scale_and_offset(blocks: Bytes) -> tuple[Floats, Floats]:
 def _nibbles(codes: Bytes, width: int) -> Bytes:
     """Pack four bits of ``2 * width`` codes at a time: the first ``width`` are the low halves of as many bytes."""
     pairs = codes.reshape(len(codes), -1, 2, width)
-    packed: Bytes = (pairs[:, :, 0] & 15) | (pairs[:, :, 1] << 4)
+    packed: Bytes = (pairs[:, :, 0] & _LOW) | (pairs[:, :, 1] << _FOUR)
     return packed.reshape(len(codes), -1)
 
 
 def _quarters(codes: Bytes) -> Bytes:
     """Pack two bits of 128 codes at a time: 32 bytes, the first 32 codes lowest."""
-    fours = codes.reshape(len(codes), -1, 4, 32) & 3
-    packed: Bytes = fours[:, :, 0] | (fours[:, :, 1] << 2) | (fours[:, :, 2] << 4) | (fours[:, :, 3] << 6)
+    fours = codes.reshape(len(codes), -1, 4, 32) & np.uint8(3)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    packed: Bytes = np.bitwise_or.reduce(fours << shifts, axis=2)
     return packed.reshape(len(codes), -1)
 
 
@@ -110,7 +112,7 @@ def _pack_nibbles(start: int) -> Callable[[Bytes, Bytes], None]:
 
 def _pack_five_bits(start: int) -> Callable[[Bytes, Bytes], None]:
     def pack(blocks: Bytes, codes: Bytes) -> None:
-        blocks[:, start : start + 4] = np.packbits(codes >> 4, axis=1, bitorder="little")
+        blocks[:, start : start + 4] = np.packbits(codes >> _FOUR, axis=1, bitorder="little")
         blocks[:, start + 4 :] = _nibbles(codes, 16)
 
     return pack
@@ -137,7 +139,7 @@ def _pack_q4_k(blocks: Bytes, codes: Bytes) -> None:
 
 
 def _pack_q5_k(blocks: Bytes, codes: Bytes) -> None:
-    blocks[:, 16:48] = _bit_planes(codes >> 4)
+    blocks[:, 16:48] = _bit_planes(codes >> _FOUR)
     blocks[:, 48:] = _nibbles(codes, 32)
 
 
@@ -148,7 +150,7 @@ def _scales_q6_k(blocks: Bytes) -> tuple[Floats, None]:
 
 def _pack_q6_k(blocks: Bytes, codes: Bytes) -> None:
     blocks[:, :128] = _nibbles(codes, 64)
-    blocks[:, 128:192] = _quarters(codes >> 4)
+    blocks[:, 128:192] = _quarters(codes >> _FOUR)
 
 
 def _scales_q3_k(blocks: Bytes) -> tuple[Floats, None]:
@@ -160,7 +162,7 @@ def _scales_q3_k(blocks: Bytes) -> tuple[Floats, None]:
 
 
 def _pack_q3_k(blocks: Bytes, codes: Bytes) -> None:
-    blocks[:, :32] = _bit_planes(codes >> 2)
+    blocks[:, :32] = _bit_planes(codes >> np.uint8(2))
     blocks[:, 32:96] = _quarters(codes)
 
 

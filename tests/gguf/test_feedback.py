@@ -96,10 +96,20 @@ def test_without_a_factor_nothing_changes() -> None:
         assert np.array_equal(quantize(weight, "q4_0", inputs), expected)
     # Inputs that know nothing about each other: no column can make up for another.
     inputs = moments_of(torch.diag(importance.double()))
-    assert np.array_equal(round_trip(weight, "q8_0", inputs), round_trip(weight, "q8_0", InputMoments(importance)))
+    assert np.array_equal(quantize(weight, "q5_0", inputs), _nearest(weight, "q5_0", importance))
     # A type whose codes are not chosen here.
     wide = InputMoments(importance, moments_of(moment(COLUMNS, 8, 0)).feedback)
     assert np.array_equal(quantize(weight, "iq3_xxs", wide), ggml.quantize(weight, "iq3_xxs", importance))
+
+
+def _nearest(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> ggml.Bytes:
+    """The nearest code under the scale as it is stored; ggml's own codes are of the scale before it was rounded."""
+    data, known = ggml.quantize(weight, name, importance), BLOCK_CODES[name]
+    blocks = blocks_of(data, name)
+    steps = np.repeat(known.scales(blocks)[0].reshape(len(weight), -1), known.group, axis=1)
+    codes = np.rint(weight.numpy() * (1 / steps)).clip(known.lowest, known.highest)
+    known.put(blocks, codes.astype(np.int8))
+    return data
 
 
 def test_threads_and_rows_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +150,7 @@ def test_singular_moments_are_damped() -> None:
     nearest = round_trip(weight, "q4_0", InputMoments(inputs.importance))
     assert cost(weight, back, second) < 0.1 * cost(weight, nearest, second)
     nothing = moments_of(torch.zeros(COLUMNS, COLUMNS))
-    assert np.array_equal(quantize(weight, "q8_0", nothing), ggml.quantize(weight, "q8_0"))
+    assert np.array_equal(quantize(weight, "q5_0", nothing), _nearest(weight, "q5_0", nothing.importance))
 
 
 def test_moments_that_are_none_are_refused() -> None:
