@@ -173,7 +173,7 @@ def test_a_factor_checks_itself() -> None:
     for damaged, message in (
         (FeedbackFactor(factor.order, factor.codes[1:], factor.steps), "2015 codes"),
         (FeedbackFactor(np.zeros_like(factor.order), factor.codes, factor.steps), "every column once"),
-        (FeedbackFactor(factor.order, factor.codes, factor.steps * np.float32(np.inf)), "not finite"),
+        (FeedbackFactor(factor.order, factor.codes, np.full_like(factor.steps, np.inf)), "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             damaged.check("m")
