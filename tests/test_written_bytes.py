@@ -18,7 +18,7 @@ from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, Problem, resolve
 from acip_export.planning.candidates import Candidates, residual_bases
-from acip_export.weight_types import types_of, weight_type
+from acip_export.weight_types import AllowedTypes, types_of, weight_type
 from tests.planning.problems import EXHAUSTIVE, Shape, examples, shapes
 from tests.planning.test_properties import WAYS
 from tests.support import make_bundle, make_model, make_scores
@@ -101,7 +101,9 @@ def test_every_candidate_kind(target: str, layout: str, backend: str | None, tie
 
 def every_correction(target: str, layout: str, types: tuple[str, ...], scores: ScoreFile) -> RoundingErrors:
     """Corrections of bases are candidates where they were measured; here everywhere."""
-    bases = residual_bases(export_format(target).layout(layout), tuple(weight_type(target, name) for name in types))
+    allowed = AllowedTypes(tuple(weight_type(target, name) for name in types))
+    columns = {module.shape[1] for module in scores.modules.values()}
+    bases = residual_bases(export_format(target).layout(layout), allowed, columns)
     pairs = {residual_key(base): ((0.5, 0.5),) for base in bases}
     return RoundingErrors(
         format=target, quantizer="none", scores_sha256=scores.sha256, pairs=dict.fromkeys(scores.modules, pairs)

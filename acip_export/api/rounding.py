@@ -60,10 +60,10 @@ def rounding_errors(
     Read from the cache beside the score file; what it lacks is measured once and added to it. Scores that are in no
     file keep what was measured themselves. Without the quantizer the answer is what is known.
     """
-    from acip_export.planning.candidates import choose_embedding_types, pair_types, residual_bases
+    from acip_export.planning.candidates import pair_types, residual_bases
 
     scores.check_model(checkpoint)
-    fmt, types, layout = space.format, space.types, space.layout
+    fmt, types, layout = space.format, space.allowed, space.layout
     feedback_types = fmt.feedback_types if space.rounding == "feedback" else frozenset()
     quantizer = fmt.quantizer() + (f", error feedback {FEEDBACK_VERSION}" if feedback_types else "")
     kept_as = f"{fmt.name} {space.rounding}"
@@ -72,18 +72,19 @@ def rounding_errors(
         known = load_rounding_errors(cache, fmt.name, quantizer, scores.sha256)
     else:
         known = scores.rounding_errors.get(kept_as) or RoundingErrors(fmt.name, quantizer, scores.sha256)
-    embedding_types = choose_embedding_types(fmt, types)
+    embedding_types = space.allowed_in_embedding
     dense = {
         name: tuple(
             f.name
-            for f in (embedding_types if name in scores.embedding_sensitivity else types)
-            if f.fits(info.shape[1]) and not (f.needs_importance and name in scores.embedding_sensitivity)
+            for f in (embedding_types if name in scores.embedding_sensitivity else types).of_row(info.shape[1])
+            if not (f.needs_importance and name in scores.embedding_sensitivity)
         )
         for name, info in checkpoint.tensors.items()
         if name in scores.embedding_sensitivity or name.removesuffix(".weight") in scores.modules
     }
-    pairs = () if layout.low_rank is None else pair_types(types)
-    bases = residual_bases(layout, types)
+    columns = sorted({module.shape[1] for module in scores.modules.values()})
+    pairs = () if layout.low_rank is None else pair_types(types, columns)
+    bases = residual_bases(layout, types, columns)
     keys = [*(pair_key(*pair) for pair in pairs), *map(residual_key, bases)]
     if known.covers(dense, keys, scores.modules):
         return known

@@ -243,6 +243,7 @@ class ExportFormat(ABC):
         weight_types: every type that it can store, most precise first.
         types: names of those that a plan chooses from when the user names none, most precise first.
         embedding_types: types that the embedding (and a head tied to it) may take.
+        narrow_types: types with smaller blocks, which join the default ones for rows that not all of those fit.
         vector_type: type of norms and biases.
         cache_types: bytes of a KV cache entry as ``(numerator, denominator)``; the first is the default.
         layouts: the first is the default.
@@ -270,6 +271,7 @@ class ExportFormat(ABC):
     memory: MemoryModel
     encoder_session: SessionClass | None = None
     float_kl: float | None = None
+    narrow_types: tuple[str, ...] = ()
     backends: tuple[Backend, ...] = ()
     feedback_types: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -294,6 +296,7 @@ class ExportFormat(ABC):
                     self,
                     types=known.types,
                     embedding_types=known.embedding_types,
+                    narrow_types=(),
                     vector_type=known.vector_type,
                     cache_types=known.cache_types,
                     refused=known.refused,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
@@ -18,7 +18,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import EMBEDDINGS, HEAD, is_embedding
 from acip_export.planning.space import SearchSpace
 from acip_export.units import ceil_div
-from acip_export.weight_types import WeightType, weight_type
+from acip_export.weight_types import AllowedTypes, WeightType, undominated, weight_type
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -149,8 +149,8 @@ def build_candidates(
     Raises:
         UnsupportedError: no allowed type can hold a tensor's rows.
     """
-    layout, types = space.layout, space.types
-    embedding_types = choose_embedding_types(space.format, types)
+    layout, types = space.layout, space.allowed
+    embedding_types = space.allowed_in_embedding
     # Tables of positions, and an encoder's heads, whose rounding no ranking measures; runtimes add some as they are.
     tables = set(checkpoint.tensors) - set(scores.embedding_sensitivity)
     if checkpoint.shape.generates:
@@ -167,42 +167,39 @@ def build_candidates(
             built.append(replace(embedding, tied_head=tied))
         else:
             vector = space.format.type(space.format.vector_type)
-            built.append(_dense(name, info.shape, 0.0, (vector,), None, errors))
+            built.append(_dense(name, info.shape, 0.0, AllowedTypes((vector,)), None, errors))
     return tuple(built)
 
 
-def choose_embedding_types(format: ExportFormat, types: tuple[WeightType, ...]) -> tuple[WeightType, ...]:
-    """Return what the embedding may take: of the allowed types those that it can, or else all that it can."""
-    return tuple(t for t in types if t.name in format.embedding_types) or tuple(
-        format.type(name) for name in format.embedding_types
-    )
+def pair_types(types: AllowedTypes, columns: Iterable[int]) -> tuple[tuple[str, str], ...]:
+    """Return every combination of types of (down, up) that a candidate may have in layers with rows of these lengths.
 
-
-def pair_types(types: tuple[WeightType, ...]) -> tuple[tuple[str, str], ...]:
-    """Return every combination of types of (down, up) that a candidate may have, but for floats, which do not round."""
+    Those of floats alone are left out: they do not round.
+    """
     ranks = range(32, 257, 32)  # every remainder that a block size can leave
-    pairs = {(down.name, up.name): None for down in types for rank in ranks for up in _partners(down, types, rank)}
+    downs = {down: None for width in columns for down in undominated(types.of_row(width))}
+    pairs = {(down.name, up.name): None for down in downs for rank in ranks for up in _partners(down, types, rank)}
     floats = {t.name for t in types if t.is_float}
     return tuple(pair for pair in pairs if not set(pair) <= floats)
 
 
-def residual_bases(layout: Layout, types: tuple[WeightType, ...]) -> tuple[str, ...]:
-    """Return the types of the bases whose low-rank correction is a candidate."""
+def residual_bases(layout: Layout, types: AllowedTypes, columns: Iterable[int]) -> tuple[str, ...]:
+    """Return the types of the bases whose low-rank correction is a candidate in layers with rows of these lengths."""
     if not {t.name for t in types} & {name for name, _ in layout.residual_pairs}:
         return ()
-    return tuple(t.name for t in types if not t.is_float)
+    return tuple({t.name: None for width in columns for t in types.of_row(width) if not t.is_float})
 
 
 def _dense(
     name: str,
     shape: tuple[int, ...],
     sensitivity: float,
-    types: tuple[WeightType, ...],
+    types: AllowedTypes,
     module: ModuleScores | None,
     errors: RoundingErrors,
 ) -> Candidates:
     """Make the candidates of a tensor that is one matrix."""
-    fitting = _fitting_types(shape, types)
+    fitting = types.of_row(shape[-1])
     if not fitting:
         names = ", ".join(f"{t.name} (blocks of {t.block})" for t in types)
         raise UnsupportedError(
@@ -212,18 +209,11 @@ def _dense(
     return Candidates(name, _dense_table(shape, types), loss, module)
 
 
-def _fitting_types(shape: tuple[int, ...], types: tuple[WeightType, ...]) -> tuple[WeightType, ...]:
-    return tuple(t for t in types if t.fits(shape[-1]))
-
-
 @lru_cache(maxsize=256)
-def _dense_table(shape: tuple[int, ...], types: tuple[WeightType, ...]) -> CandidateTable:
+def _dense_table(shape: tuple[int, ...], types: AllowedTypes) -> CandidateTable:
     rows, columns = shape if len(shape) == 2 else (1, shape[0])
     return CandidateTable(
-        tuple(
-            TensorDecision("", shape, "dense", t.nbytes(rows, columns), type=t.name)
-            for t in _fitting_types(shape, types)
-        )
+        tuple(TensorDecision("", shape, "dense", t.nbytes(rows, columns), type=t.name) for t in types.of_row(columns))
     )
 
 
@@ -232,7 +222,7 @@ def _linear(
     module: ModuleScores,
     losses: FloatArray,
     layout: Layout,
-    types: tuple[WeightType, ...],
+    types: AllowedTypes,
     errors: RoundingErrors,
 ) -> Candidates:
     """Make the candidates of a ranked layer: dense, and what the layout has of pairs and corrected bases."""
@@ -301,22 +291,18 @@ class _LinearTable:
 
 
 @lru_cache(maxsize=256)
-def _linear_table(
-    shape: tuple[int, ...], components: int, layout: Layout, types: tuple[WeightType, ...]
-) -> _LinearTable:
+def _linear_table(shape: tuple[int, ...], components: int, layout: Layout, types: AllowedTypes) -> _LinearTable:
     rows, columns = shape
     dense = _dense_table(shape, types).decisions
     largest = max(option.nbytes for option in dense)
-    base = None if layout.base_type is None else weight_type(types[0].format, layout.base_type)
+    base = None if layout.base_type is None else weight_type(types.types[0].format, layout.base_type)
     fits = base is None or base.fits(columns)
     base_bytes = base.nbytes(rows, columns) if base is not None and fits else 0
     pairs: list[TensorDecision] = []
     up_mse: list[float] = []
     down_mse: list[float] = []
     for rank in _ranks(components, layout.rank_multiple) if fits else ():
-        for down in types:
-            if not down.fits(columns):
-                continue
+        for down in undominated(types.of_row(columns)):
             for up in _partners(down, types, rank):
                 nbytes = base_bytes + up.nbytes(rows, rank) + down.nbytes(rank, columns)
                 if nbytes >= largest:
@@ -355,9 +341,7 @@ def _linear_table(
     )
 
 
-def _corrected(
-    base: TensorDecision, components: int, layout: Layout, types: tuple[WeightType, ...]
-) -> Iterator[TensorDecision]:
+def _corrected(base: TensorDecision, components: int, layout: Layout, types: AllowedTypes) -> Iterator[TensorDecision]:
     """Yield ``base`` with each low-rank correction that the layout has and that pays."""
     rows, columns = base.shape
     allowed = {t.name: t for t in types}
@@ -375,10 +359,10 @@ def _ranks(components: int, multiple: int) -> list[int]:
     return list(range(step, components, step))
 
 
-def _partners(down: WeightType, types: tuple[WeightType, ...], rank: int) -> list[WeightType]:
+def _partners(down: WeightType, types: AllowedTypes, rank: int) -> list[WeightType]:
     """Return the types for ``up`` worth pairing with ``down``: its own where the rank fits its block, else the two
     closest."""
     if down.fits(rank):
         return [down]
-    fitting = [t for t in types if t.fits(rank)]
+    fitting = undominated(types.of_row(rank))
     return sorted(fitting, key=lambda t: abs(t.bits_per_weight - down.bits_per_weight))[:2]

@@ -5,7 +5,16 @@ from __future__ import annotations
 from rich.table import Table
 
 from acip_export.cli import output as console
+from acip_export.formats.protocol import ExportFormat
 from acip_export.formats.registry import export_formats
+
+
+def _use(known: ExportFormat, name: str) -> str:
+    if name in known.types:
+        return "default"
+    if name in known.narrow_types:
+        return "default for rows that larger blocks do not fit"
+    return "refused" if name in known.refused else ""
 
 
 def show_formats() -> None:
@@ -24,6 +33,7 @@ def show_formats() -> None:
             "type", "bits/weight", "block", "rounding error", "", box=None, padding=(0, 2), header_style="dim"
         )
         for f in known.weight_types:
-            default = "default" if f.name in known.types else "refused" if f.name in known.refused else ""
-            table.add_row(f.name, f"{f.bits_per_weight:.3f}", str(f.block), f"{f.relative_mse**0.5:.4f}", default)
+            table.add_row(
+                f.name, f"{f.bits_per_weight:.3f}", str(f.block), f"{f.relative_mse**0.5:.4f}", _use(known, f.name)
+            )
         console.out.print(table)
