@@ -65,7 +65,7 @@ def rounding_errors(
     scores.check_model(checkpoint)
     fmt, types, layout = space.format, space.allowed, space.layout
     feedback_types = fmt.feedback_types if space.rounding == "feedback" else frozenset()
-    quantizer = fmt.quantizer() + (f", error feedback {FEEDBACK_VERSION}" if feedback_types else "")
+    quantizer = fmt.quantizer() + (f", error feedback and channel scales {FEEDBACK_VERSION}" if feedback_types else "")
     kept_as = f"{fmt.name} {space.rounding}"
     cache = None if scores.file is None else cache_file(scores.file, fmt.name, space.rounding)
     if cache is not None:
@@ -89,12 +89,14 @@ def rounding_errors(
     if known.covers(dense, keys, scores.modules):
         return known
 
+    from acip_export.materialization.channel_scales import scale_channels
     from acip_export.materialization.rounding import measure_rounding
 
+    read, read_with = scale_channels(checkpoint, scores) if feedback_types else (checkpoint, scores)
     try:
         measured = measure_rounding(
-            checkpoint,
-            scores,
+            read,
+            read_with,
             known,
             dense,
             pairs,

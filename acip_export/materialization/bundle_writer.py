@@ -28,6 +28,7 @@ from acip_export.io.outputs import claim_output, sizes_below
 from acip_export.io.prefetch import one_ahead
 from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
 from acip_export.materialization.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
 from acip_export.materialization.feedback import FeedbackFactors, FeedbackWriter, matrices_with_feedback
 from acip_export.materialization.refit import balanced, refit
@@ -70,11 +71,14 @@ def materialize_bundle(
     check_plan(checkpoint, plan)
     importance: dict[str, Tensor] = {}
     factors = FactorCache(cache)
+    read, origin = checkpoint, scores.sha256
+    if plan.rounding == "feedback" and feedback_types:
+        read, scores = scale_channels(checkpoint.with_options(plan.options), scores, plan)
     matrices = matrices_with_feedback(plan, scores, feedback_types)
     feedback = FeedbackFactors(scores)
     with output.new_directory() as directory:
         declared = {
-            name: (_stored_dtype(checkpoint, scores, plan, decision), shape)
+            name: (_stored_dtype(read, scores, plan, decision), shape)
             for decision in plan.tensors
             for name, shape in stored_of(decision).items()
         }
@@ -84,7 +88,7 @@ def materialize_bundle(
         ):
             made = one_ahead(
                 lambda decision: _numbers(
-                    checkpoint, scores, plan, decision, round_trip, importance, factors, feedback, matrices
+                    read, scores, plan, decision, round_trip, importance, factors, feedback, matrices
                 ),
                 plan.tensors,
             )
@@ -104,7 +108,7 @@ def materialize_bundle(
             tool=__version__,
             model=plan.model,
             model_fingerprint=checkpoint.fingerprint,
-            scores_sha256=scores.sha256,
+            scores_sha256=origin,
             source_dtype=source_dtype(checkpoint),
             weights_sha256=writer.sha256,
             importance_sha256=sha256_of(directory / IMPORTANCE_FILE),
@@ -143,7 +147,8 @@ def _has_adapter(scores: ScoreFile, plan: Plan, decision: TensorDecision) -> boo
 
 
 def _stored_dtype(checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, decision: TensorDecision) -> str:
-    exact = decision.rank is None and not _has_adapter(scores, plan, decision)
+    scaled = isinstance(checkpoint, ScaledCheckpoint) and decision.name in checkpoint.scaled
+    exact = decision.rank is None and not scaled and not _has_adapter(scores, plan, decision)
     return checkpoint.tensors[decision.name].dtype if exact else "F32"
 
 

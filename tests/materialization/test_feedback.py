@@ -60,6 +60,12 @@ def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
     return load_scores(file)
 
 
+def key_of(scores: ScoreFile, module: str) -> str:
+    """What the bundle calls the input of a whole matrix: its channels are scaled, unless heads tie them."""
+    key = scores.modules[module].input_key
+    return key if module.endswith("o_proj") else f"{key}, scaled"
+
+
 def planned(model: Path, rounding: str = "feedback", **fields: object) -> Plan:
     rule = dense(type="q4_0", embedding_type="f16") if not fields else everywhere(embedding_type="f16", **fields)
     layout = "factored" if fields else "stock"
@@ -77,7 +83,7 @@ def written(model: Path, scores: ScoreFile, plan: Plan, directory: Path) -> tupl
 
 def test_the_bundle_has_one_factor_for_every_input(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
     bundle, _ = written(model, scores, planned(model), tmp_path)
-    matrices = {f"{name}.weight": module.input_key for name, module in scores.modules.items()}
+    matrices = {f"{name}.weight": key_of(scores, name) for name in scores.modules}
     assert bundle.manifest.feedback == matrices
     with safe_open(bundle.path / FEEDBACK_FILE, framework="numpy") as file:
         assert {name.rpartition("/")[0] for name in file.keys()} == set(matrices.values())  # noqa: SIM118
@@ -142,10 +148,10 @@ def test_damaged_factors_are_refused(model: Path, scores: ScoreFile, tmp_path: P
     bundle, _ = written(model, scores, planned(model), tmp_path)
     file = bundle.path / FEEDBACK_FILE
     tensors = load_file(file)
-    other = scores.modules[DOWN].input_key
-    mixed = {name: tensors[name.replace(scores.modules[QUERY].input_key, other)] for name in tensors}
+    own, other = key_of(scores, QUERY), key_of(scores, DOWN)
+    mixed = {name: tensors[name.replace(own, other)] for name in tensors}
     for damaged, message in (
-        (mixed, f"factor {scores.modules[QUERY].input_key!r} is of"),
+        (mixed, f"factor {own!r} is of"),
         ({name: value for name, value in tensors.items() if not name.endswith("order")}, "is damaged"),
         ({name: 0 * value for name, value in tensors.items()}, "name every column once"),
     ):
@@ -164,7 +170,7 @@ def test_damaged_factors_are_refused(model: Path, scores: ScoreFile, tmp_path: P
 def test_moments_that_are_none_are_refused_by_name(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
     key = scores.modules[QUERY].input_key
     broken = replace(scores, second_moments={**scores.second_moments, key: -scores.second_moments[key]})
-    with pytest.raises(ScoreFileError, match=f"the second moment '{key}' is none"):
+    with pytest.raises(ScoreFileError, match=f"the second moment '{key}, scaled' is none"):
         pipeline.materialize_bundle(Checkpoint.open(model), broken, planned(model), tmp_path / "b")
     with pytest.raises(ScoreFileError, match=r"needs second moments.*--rounding nearest"):
         pipeline.materialize_bundle(Checkpoint.open(model), make_scores(model), planned(model), tmp_path / "b")
