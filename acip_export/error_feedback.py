@@ -120,7 +120,8 @@ def _inverse(upper: torch.Tensor) -> torch.Tensor:
 
     size = len(upper)
     if size <= _BLOCK:
-        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype), upper=True)
+        solved: torch.Tensor = torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype), upper=True)
+        return solved
     half = size // 2
     found = torch.zeros_like(upper)
     found[:half, :half] = first = _inverse(upper[:half, :half])
@@ -208,7 +209,8 @@ class TableGrid:
 
     @cached_property
     def _middles(self) -> Floats:
-        return (self.levels[1:] + self.levels[:-1]) / 2
+        middles: Floats = (self.levels[1:] + self.levels[:-1]) * np.float32(0.5)
+        return middles
 
     @cached_property
     def _inverse(self) -> Floats:

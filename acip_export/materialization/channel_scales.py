@@ -146,7 +146,7 @@ def _scaled_scores(
         columns = scaling.columns
         key = f"{module.input_key}, scaled" if module.input_key else ""
         if key:
-            moments[key] = (module.input_key, 1 / columns)
+            moments[key] = (module.input_key, np.reciprocal(columns))
         a = None if module.adapter_a is None else module.adapter_a * columns
         module = replace(module, input_moment=module.input_moment / columns**2, input_key=key, adapter_a=a)
     if scaling.rows is not None:
