@@ -6,21 +6,42 @@ reference that exports are compared with), and it is the very code that writes t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+    from acip_export.error_feedback import FeedbackFactor
+
+# How codes are chosen once a block has its scale: each weight's nearest, or with the errors before it carried forward.
+Rounding = Literal["nearest", "feedback"]
+# Of the codes that error feedback chooses: measured rounding errors are good for one version.
+FEEDBACK_VERSION = 1
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """What a quantizer may know about the inputs that a matrix is multiplied with.
+
+    Attributes:
+        importance: (columns,) second moments: weights of the squared rounding error; ``None``: all columns count alike.
+        feedback: how errors are carried from column to column; ``None``: every weight goes to its nearest code.
+    """
+
+    importance: torch.Tensor | None = None
+    feedback: FeedbackFactor | None = None
 
 
 class RoundTrip(Protocol):
     """Quantize and dequantize, as an export stores a matrix and its runtime reads it."""
 
-    def __call__(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         """float32 of the shape of ``weight`` (rows, columns), rows independent of each other.
 
         Args:
             name: a type of the format.
-            importance: (columns,) weights of the squared rounding error, or ``None``.
+            inputs: of the matrix; ``None``: nothing is known. A quantizer uses what it can.
 
         Raises:
             UnsupportedError: the rows do not fit the format, or it needs an importance that is missing.

@@ -30,6 +30,7 @@ from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.materialization.factors import Norm, Pair, inner_importance
 from acip_export.materialization.refit import refit
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.rounding import InputMoments
 from acip_export.weight_types import WeightType, weight_type
 from converters.onnx.converter import round_trip
 from converters.onnx.quantize import quantize
@@ -56,7 +57,7 @@ def errors(args: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         weight, norm = checkpoint.read(f"{name}.weight").float(), Norm.of(module, scores.second_moments)
         basis = whitened_components(weight, Whitening.of(norm.inputs), Whitening.of(norm.gradients))
-        importance = torch.from_numpy(module.input_moment)
+        inputs = InputMoments(torch.from_numpy(module.input_moment))
         rows, columns = weight.shape
         for rank in RANKS:
             if rank >= min(rows, columns):
@@ -65,8 +66,8 @@ def errors(args: argparse.Namespace) -> list[dict[str, Any]]:
             tall, down, order = gauge(pair)
             for kind in TYPES:
                 form = weight_type("onnx", kind)
-                rounded = round_trip(down, kind, importance)
-                low = round_trip(tall, kind, inner_importance(rounded, norm.inputs))
+                rounded = round_trip(down, kind, inputs)
+                low = round_trip(tall, kind, InputMoments(inner_importance(rounded, norm.inputs)))
                 product = torch.empty(rows, columns)
                 product[order.copy()] = torch.cat([rounded, low @ rounded])
                 found = sums.setdefault((rank, kind), dict.fromkeys(_SUMS, 0.0))
@@ -76,9 +77,9 @@ def errors(args: argparse.Namespace) -> list[dict[str, Any]]:
                 # The order of the rows is stored as int32.
                 found["gar"] += form.nbytes(rows - rank, rank) + form.nbytes(rank, columns) + 4 * rows
                 found["gar_loss"] += norm.loss(product - pair.up @ pair.down)
-                plain = refit(pair, norm, importance, form, form, round_trip, rounds=0, rotate=False)
+                plain = refit(pair, norm, inputs, form, form, round_trip, rounds=0, rotate=False)
                 found["pair_as_ranked_loss"] += plain.loss
-                found["pair_loss"] += refit(pair, norm, importance, form, form, round_trip).loss
+                found["pair_loss"] += refit(pair, norm, inputs, form, form, round_trip).loss
     return [{"rank": rank, "type": kind, **found} for (rank, kind), found in sums.items()]
 
 

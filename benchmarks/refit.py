@@ -28,6 +28,7 @@ from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.rounding import InputMoments
 from acip_export.weight_types import weight_type
 
 # target, type of down, type of up, rank
@@ -74,27 +75,25 @@ def main() -> None:
             continue
         weight, norm = checkpoint.read(f"{name}.weight").float(), Norm.of(module, scores.second_moments)
         whitenings = Whitening.of(norm.inputs), Whitening.of(norm.gradients)
-        basis, importance = whitened_components(weight, *whitenings), torch.from_numpy(module.input_moment)
+        basis, inputs = whitened_components(weight, *whitenings), InputMoments(torch.from_numpy(module.input_moment))
         for case in PAIRS:
             target, down, up, rank = case
             pair = Pair(basis.up[:, :rank], basis.down[:rank])
             sums = pairs.setdefault(case, dict.fromkeys(STEPS, 0.0))
             forms = weight_type(target, up), weight_type(target, down)
             for step, (rounds, rotate) in STEPS.items():
-                sums[step] += refit(
-                    pair, norm, importance, *forms, export_format(target).round_trip, rounds, rotate
-                ).loss
+                sums[step] += refit(pair, norm, inputs, *forms, export_format(target).round_trip, rounds, rotate).loss
         round_trip = export_format("gguf").round_trip
         for base in BASES:
             form = weight_type("gguf", base)
             found = bases.setdefault(base, {})
-            alone = norm.loss(weight - round_trip(weight, base, importance))
+            alone = norm.loss(weight - round_trip(weight, base, inputs))
             found["alone"] = found.get("alone", 0.0) + alone
             for kind, rank in CORRECTIONS:
                 each = weight_type("gguf", kind)
                 for rounds in (1, 2, 3):
                     residual._ROUNDS = rounds
-                    loss = correct(weight, norm, whitenings, importance, form, rank, (each, each), round_trip).loss
+                    loss = correct(weight, norm, whitenings, inputs, form, rank, (each, each), round_trip).loss
                     key = f"rank {rank} {kind}, {rounds} rounds"
                     found[key] = found.get(key, 0.0) + loss
         print(name, flush=True)

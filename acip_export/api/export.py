@@ -43,6 +43,7 @@ def materialize_bundle(
     """
     from acip_export import materialization as materialize
 
+    written_as = export_format(plan.format)
     return materialize.materialize_bundle(
         checkpoint,
         rounding_scores(checkpoint.with_options(plan.options), scores),
@@ -50,8 +51,9 @@ def materialize_bundle(
         out,
         force,
         progress,
-        export_format(plan.format).round_trip,
+        written_as.round_trip,
         cache,
+        written_as.feedback_types,
     )
 
 

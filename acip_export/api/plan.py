@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from acip_export.api.rank import rounding_scores
-from acip_export.api.rounding import rounding_errors
+from acip_export.api.rounding import rounding_errors, settle_rounding
 from acip_export.artifacts.names import SWEEP
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
@@ -71,14 +71,15 @@ def plan_export(
         InfeasibleBudgetError: no layout has a plan that fits; names the smallest budget that does, what dominates it,
             and what would fit.
         ScoreFileError: the score file is of another model.
-        UsageError, UnsupportedError: the request contradicts itself, the model or the format; or a file would be larger
-            than ``request.largest_file``.
+        UsageError, UnsupportedError: the request contradicts itself, the model, the scores or the format; or a file
+            would be larger than ``request.largest_file``.
     """
+    request, said = settle_rounding(scores, request)
     question = resolve(request, checkpoint)
     budget, rule = question.budget, question.rule
     checkpoint = checkpoint.with_options(request.options)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
-    notes = _prepare(checkpoint, question.spaces[0].format, rule, progress)
+    notes = (*said, *_prepare(checkpoint, question.spaces[0].format, rule, progress))
 
     def problem_of(space: SearchSpace) -> Problem:
         if space.format.tensor_limit(space.options):  # one that is too small is refused before anything is measured
@@ -140,7 +141,15 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
     for name in format_names():
         if name != request.format:
             changed = replace(
-                request, format=name, types=(), layout=None, cache_type=None, runtime=None, backend=None, options={}
+                request,
+                format=name,
+                types=(),
+                layout=None,
+                cache_type=None,
+                runtime=None,
+                backend=None,
+                options={},
+                rounding=None,
             )
             try:
                 floor = _floor(checkpoint.with_options({}), scores, changed)
@@ -190,7 +199,7 @@ def sweep_sizes(
     refusals: list[AcipError] = []
     for label, request in requests:
         try:
-            question = resolve(request, checkpoint)
+            question = resolve(settle_rounding(scores, request)[0], checkpoint)
             problem = planning_problem(checkpoint, scores, question, progress)
             line = sweep(problem, question.rule, question.scope, label, progress=progress)
         except (UnsupportedError, MissingExtraError) as error:
@@ -243,6 +252,7 @@ def planned_sizes(
         backend=serving.backend,
         prompt_batch=serving.prompt_batch,
         options=plan.options,
+        rounding=plan.rounding,
     )
     problem = planning_problem(checkpoint, scores, resolve(request, checkpoint))
     smallest, largest = problem.floor(scope, serving).nbytes, problem.largest(scope, serving)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from acip_export.artifacts.rounding_errors import (
@@ -14,12 +15,41 @@ from acip_export.artifacts.rounding_errors import (
     save_rounding_errors,
 )
 from acip_export.artifacts.scores import ScoreFile, load_scores
-from acip_export.errors import MissingExtraError, UnsupportedError
+from acip_export.errors import MissingExtraError, UnsupportedError, UsageError
+from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, SearchSpace, resolve
 from acip_export.progress import ProgressCallback, silent
+from acip_export.rounding import FEEDBACK_VERSION
 
 logger = logging.getLogger(__name__)
+
+
+def settle_rounding(scores: ScoreFile, request: PlanRequest) -> tuple[PlanRequest, tuple[str, ...]]:
+    """Decide how codes are chosen where the request leaves it open: with error feedback, if that is possible.
+
+    Returns:
+        The request with its rounding named, and what the user has to know about it, a sentence each.
+
+    Raises:
+        UsageError: error feedback was asked for and is not possible.
+    """
+    if not export_format(request.format, request.backend).feedback_types:
+        if request.rounding == "feedback":
+            raise UsageError(
+                f"{request.format} has no type that is rounded with error feedback; use  --rounding nearest"
+            )
+        return replace(request, rounding="nearest"), ()
+    hindrance: str | None = None
+    if not any(module.input_key for module in scores.modules.values()):
+        hindrance = "the score file has no second moments of the layers' inputs"
+    elif "imatrix" in request.options:
+        hindrance = "second moments and importance matrix would be of different texts"
+    if request.rounding == "nearest" or hindrance is None:
+        return replace(request, rounding=request.rounding or "feedback"), ()
+    if request.rounding == "feedback":
+        raise UsageError(f"--rounding feedback is not possible: {hindrance}; use  --rounding nearest")
+    return replace(request, rounding="nearest"), (f"weights are rounded to the nearest code: {hindrance}",)
 
 
 def rounding_errors(
@@ -34,12 +64,14 @@ def rounding_errors(
 
     scores.check_model(checkpoint)
     fmt, types, layout = space.format, space.allowed, space.layout
-    quantizer = fmt.quantizer()
-    cache = None if scores.file is None else cache_file(scores.file, fmt.name)
+    feedback_types = fmt.feedback_types if space.rounding == "feedback" else frozenset()
+    quantizer = fmt.quantizer() + (f", error feedback and channel scales {FEEDBACK_VERSION}" if feedback_types else "")
+    kept_as = f"{fmt.name} {space.rounding}"
+    cache = None if scores.file is None else cache_file(scores.file, fmt.name, space.rounding)
     if cache is not None:
         known = load_rounding_errors(cache, fmt.name, quantizer, scores.sha256)
     else:
-        known = scores.rounding_errors.get(fmt.name) or RoundingErrors(fmt.name, quantizer, scores.sha256)
+        known = scores.rounding_errors.get(kept_as) or RoundingErrors(fmt.name, quantizer, scores.sha256)
     embedding_types = space.allowed_in_embedding
     dense = {
         name: tuple(
@@ -57,12 +89,14 @@ def rounding_errors(
     if known.covers(dense, keys, scores.modules):
         return known
 
+    from acip_export.materialization.channel_scales import scale_channels
     from acip_export.materialization.rounding import measure_rounding
 
+    read, read_with = scale_channels(checkpoint, scores) if feedback_types else (checkpoint, scores)
     try:
         measured = measure_rounding(
-            checkpoint,
-            scores,
+            read,
+            read_with,
             known,
             dense,
             pairs,
@@ -70,6 +104,7 @@ def rounding_errors(
             layout.residual_pairs,
             fmt.round_trip,
             progress,
+            feedback_types,
         )
     except MissingExtraError as missing:
         logger.warning("rounding errors are those of Gaussian weights: %s", missing)
@@ -77,7 +112,7 @@ def rounding_errors(
     if cache is not None:
         save_rounding_errors(measured, cache)
     else:
-        scores.rounding_errors[fmt.name] = measured
+        scores.rounding_errors[kept_as] = measured
     return measured
 
 
@@ -91,6 +126,7 @@ def measure_rounding_errors(checkpoint: Checkpoint, scores: Path, progress: Prog
     opened = load_scores(scores)
     for name in format_names():
         try:
-            rounding_errors(checkpoint, opened, resolve(PlanRequest(name), checkpoint).space, progress)
+            request, _ = settle_rounding(opened, PlanRequest(name))
+            rounding_errors(checkpoint, opened, resolve(request, checkpoint).space, progress)
         except (MissingExtraError, UnsupportedError) as reason:
             logger.info("rounding errors of %s are not measured: %s", name, reason)

@@ -26,6 +26,7 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import CheckpointError, MissingExtraError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
+from acip_export.rounding import Rounding
 from acip_export.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def plan(
     context: int | None = None,
     cache_type: str | None = None,
     prompt_batch: int | None = None,
+    rounding: Rounding | None = None,
     options: Mapping[str, str] = _NONE,
     progress: ProgressCallback = silent,
     revision: str | None = None,
@@ -120,6 +122,8 @@ def plan(
             ``acip-export formats`` lists them.
         context: tokens of KV cache; ``None``: the model's, at most 4096. cache_type: of the cache. prompt_batch: prompt
             tokens processed together; ``None``: suits the budget.
+        rounding: ``feedback`` carries the error of each weight to those that are rounded after it, ``nearest`` does
+            not; ``None``: ``feedback`` where format and score file allow it.
         options: settings that only this format knows, as its flags are called (``split_max_size``).
 
     Raises:
@@ -143,6 +147,7 @@ def plan(
         context=context,
         cache_type=cache_type,
         prompt_batch=prompt_batch,
+        rounding=rounding,
         options={name: parsers.get(name, str)(text) for name, text in options.items()},
     )
     return plan_export(checkpoint, open_scores(checkpoint, scores), request, progress)

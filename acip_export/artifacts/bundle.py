@@ -1,15 +1,15 @@
 """The bundle: a materialized model, and the numeric reference for every export. See docs/bundle.md.
 
 A directory with ``config.json``, the tokenizer's files, ``plan.json``, ``bundle.json`` (provenance and hashes),
-``model.safetensors`` and ``importance.safetensors``. A dense weight keeps its name (``M.weight``); a factor pair is
-``M.up.weight`` (out, rank) and ``M.down.weight`` (rank, in), and stands for ``up @ down`` (plus ``M.weight``, where an
-adapter has a base that is not zero).
+``model.safetensors``, ``importance.safetensors`` and, for error feedback, ``feedback.safetensors``. A dense weight
+keeps its name (``M.weight``); a factor pair is ``M.up.weight`` (out, rank) and ``M.down.weight`` (rank, in), and stands
+for ``up @ down`` (plus ``M.weight``, where an adapter has a base that is not zero).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,6 +17,7 @@ from acip_export.artifacts.document import Artifact, listed_files, read_artifact
 from acip_export.artifacts.names import (
     BUNDLE,
     CONFIG_FILE,
+    FEEDBACK_FILE,
     IMPORTANCE_FILE,
     MANIFEST_FILE,
     PLAN_FILE,
@@ -24,12 +25,13 @@ from acip_export.artifacts.names import (
     ArtifactName,
 )
 from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
+from acip_export.error_feedback import FeedbackFactor
 from acip_export.errors import BundleError, PlanFileError
 from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
 from acip_export.io.inputs import Count
 from acip_export.io.outputs import DirectoryKind, FileKind, json_kind
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.rounding import RoundTrip
+from acip_export.rounding import InputMoments, RoundTrip
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +52,12 @@ class Manifest(Artifact):
     weights_sha256: str
     importance_sha256: str
     files: Mapping[str, Count]
+    feedback_sha256: str | None = None
+    feedback: Mapping[str, str] = field(default_factory=dict)
 
+
+# Tensors of a factor in FEEDBACK_FILE, behind its key.
+FEEDBACK_PARTS = ("order", "codes", "steps")
 
 _MANIFEST_KIND = json_kind("a bundle's manifest", BUNDLE.artifact)
 
@@ -96,6 +103,8 @@ class Bundle:
         bundle._check_shapes()
         check_context(plan, bundle.as_checkpoint())
         hashes = {WEIGHTS_FILE: manifest.weights_sha256, IMPORTANCE_FILE: manifest.importance_sha256}
+        if manifest.feedback_sha256 is not None:
+            hashes[FEEDBACK_FILE] = manifest.feedback_sha256
         for name, expected in hashes.items() if verify_hash else ():
             if not (path / name).is_file():
                 raise BundleError(f"{path} has no {name}; materialize again")
@@ -132,6 +141,35 @@ class Bundle:
 
         with safe_open(self.path / IMPORTANCE_FILE, framework="pt") as file:
             return file.get_tensor(name) if name in set(file.keys()) else None
+
+    def inputs(self, name: str) -> InputMoments:
+        """What rounding may know about the inputs of a stored matrix.
+
+        Raises:
+            BundleError: its factor for error feedback is missing, damaged, or of another matrix.
+        """
+        return InputMoments(self.importance(name), self._feedback(name))
+
+    def _feedback(self, name: str) -> FeedbackFactor | None:
+        key = self.manifest.feedback.get(name)
+        if key is None:
+            return None
+        from safetensors import SafetensorError, safe_open
+
+        file = self.path / FEEDBACK_FILE
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                order, codes, steps = (opened.get_tensor(f"{key}/{part}") for part in FEEDBACK_PARTS)
+            factor = FeedbackFactor(order, codes, steps)
+            factor.check(f"the factor {key!r} of {name}")
+        except (SafetensorError, OSError, ValueError) as reason:
+            raise BundleError(f"{file} is damaged: {reason}; materialize again") from reason
+        if factor.size != self.tensors[name].shape[-1]:
+            raise BundleError(
+                f"{file}: the factor {key!r} is of {factor.size} inputs, {name} has {self.tensors[name].shape[-1]}; "
+                "materialize again"
+            )
+        return factor
 
     def as_checkpoint(self) -> Checkpoint:
         """Config and tokenizer, through the interface that predictions use."""
@@ -207,7 +245,7 @@ def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Mod
         for decision in bundle.plan.tensors:
             for name, form in stored_formats(decision).items():
                 if state[name].ndim == 2:
-                    state[name] = round_trip(state[name], form, bundle.importance(name))
+                    state[name] = round_trip(state[name], form, bundle.inputs(name))
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = tied_names(bundle.as_checkpoint())
     if set(missing) - tied or unexpected:

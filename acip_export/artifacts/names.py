@@ -11,6 +11,7 @@ CARD_FILE = "README.md"
 MANIFEST_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 IMPORTANCE_FILE = "importance.safetensors"
+FEEDBACK_FILE = "feedback.safetensors"
 CONFIG_FILE = "config.json"
 SCORE_FILE_SUFFIX = ".acip"
 # What an export's directory holds for people and tools, and no device needs.

@@ -19,6 +19,7 @@ from acip_export.errors import PlanFileError
 from acip_export.io.inputs import Count, Finite, NotNegative, Positive, PositiveFloat, read_input
 from acip_export.io.outputs import claim_output, json_kind
 from acip_export.model.task import LOSS_UNITS, Task
+from acip_export.rounding import Rounding
 from acip_export.weight_types import WeightType, weight_type
 
 PLAN_KIND = json_kind(PLAN.noun, PLAN.artifact)
@@ -150,6 +151,7 @@ class Plan(Artifact):
         tensors: one decision per tensor of the checkpoint.
         device: name of the device whose memory was planned for, if it was one.
         options: what the user told the format beyond the model directory (:attr:`Checkpoint.options`).
+        rounding: how the codes of its matrices are chosen, in the types that know more than the nearest.
     """
 
     NAME: ClassVar[ArtifactName] = PLAN
@@ -176,6 +178,7 @@ class Plan(Artifact):
     notes: tuple[str, ...] = ()
     device: Name | None = None
     options: Mapping[Name, str] = field(default_factory=dict)
+    rounding: Rounding = "nearest"
 
     @property
     def loss_unit(self) -> str:

@@ -24,6 +24,7 @@ from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import InputError
 from acip_export.io.atomic import keep
 from acip_export.io.inputs import NotNegative, Share, read_input
+from acip_export.rounding import Rounding
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class RoundingErrors(Artifact):
     """Measured errors for one score file and one format.
 
     Attributes:
-        quantizer: package and version that rounded. scores_sha256: of the score file.
+        quantizer: package and version that rounded, and how codes were chosen, unless each weight's nearest.
+        scores_sha256: of the score file.
         dense: predicted loss of rounding the dense weight, nats per token, by tensor and type.
         pairs: by module and ``DOWN*UP`` types: what a fitted pair loses by rounding, over what the table of formats
             says, as ``(rank / full rank, ratio)`` by growing rank; by module and ``BASE+``: what a base with a low-rank
@@ -113,9 +115,10 @@ def pair_key(down: str, up: str) -> str:
     return f"{down}*{up}"
 
 
-def cache_file(scores: Path, fmt: str) -> Path:
-    """``llama.acip`` -> ``llama.acip.rounding-gguf.json``."""
-    return scores.with_name(f"{scores.name}.rounding-{fmt}.json")
+def cache_file(scores: Path, fmt: str, rounding: Rounding = "nearest") -> Path:
+    """``llama.acip`` -> ``llama.acip.rounding-gguf.json``, or ``….rounding-gguf-feedback.json``."""
+    way = "" if rounding == "nearest" else f"-{rounding}"
+    return scores.with_name(f"{scores.name}.rounding-{fmt}{way}.json")
 
 
 def load_rounding_errors(file: Path, fmt: str, quantizer: str, scores_sha256: str) -> RoundingErrors:

@@ -17,6 +17,7 @@ from acip_export.devices import Device, find_device, load_devices
 from acip_export.errors import UsageError
 from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats, format_names
+from acip_export.rounding import Rounding
 from acip_export.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -63,6 +64,13 @@ class PlanFlags:
     cache_type: Annotated[str | None, typer.Option(help="Type of the KV cache.")] = None
     prompt_batch: Annotated[
         int | None, typer.Option(help="Prompt tokens processed together. Default: suits the budget.")
+    ] = None
+    rounding: Annotated[
+        Rounding | None,
+        typer.Option(
+            help="nearest code for each weight, or feedback: its error is made up for by those rounded after it (the "
+            "default, where format and score file allow it)."
+        ),
     ] = None
     # What only one format understands, as typed: a flag for every option of an installed format.
     options: Mapping[str, str] = field(default_factory=dict)
@@ -136,6 +144,7 @@ class PlanFlags:
             device=None if device is None else device.name,
             whole_prompts=device is not None and format_name in device.whole_prompts,
             largest_file=None if device is None else device.largest_file,
+            rounding=self.rounding,
             options=self._options(format_name),
         )
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from acip_export.artifacts.bundle import Bundle
+    from acip_export.rounding import InputMoments
 
 # The layout that stands for "the best predicted of all layouts that the runtime runs".
 AUTO = "auto"
@@ -251,6 +252,7 @@ class ExportFormat(ABC):
         float_kl: or how far its predictions may be, in nats per token, where the runtime rounds its cache.
         sessions: runtimes of language models; the first one measures quality. encoder_session: that of encoders.
         memory: what its runtimes hold.
+        feedback_types: types that :meth:`round_trip` rounds with error feedback, where it is given a factor for it.
         refused: types that what runs the format has no kernel for, and why that matters.
         library, tags: of model cards.
     """
@@ -271,6 +273,7 @@ class ExportFormat(ABC):
     float_kl: float | None = None
     narrow_types: tuple[str, ...] = ()
     backends: tuple[Backend, ...] = ()
+    feedback_types: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
     options: tuple[Option, ...] = ()
     companions: tuple[Companion, ...] = ()
@@ -433,7 +436,7 @@ class ExportFormat(ABC):
         """
 
     @abstractmethod
-    def round_trip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+    def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         """Return the numbers that :meth:`convert` stores, as the runtime reads them.
 
         See :class:`acip_export.rounding.RoundTrip`.

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from acip_export.artifacts.bundle import BUNDLE_KIND, Manifest, check_context, stored_of, stored_tensors
-from acip_export.artifacts.names import CONFIG_FILE, IMPORTANCE_FILE, MANIFEST_FILE, PLAN_FILE, WEIGHTS_FILE
+from acip_export.artifacts.names import (
+    CONFIG_FILE,
+    FEEDBACK_FILE,
+    IMPORTANCE_FILE,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    WEIGHTS_FILE,
+)
 from acip_export.artifacts.plan import Plan, TensorDecision, dumps_plan
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import CheckpointError, PlanFileError
@@ -20,13 +28,15 @@ from acip_export.io.outputs import claim_output, sizes_below
 from acip_export.io.prefetch import one_ahead
 from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
 from acip_export.materialization.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
+from acip_export.materialization.feedback import FeedbackFactors, FeedbackWriter, matrices_with_feedback
 from acip_export.materialization.refit import balanced, refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
 from acip_export.progress import Progress, ProgressCallback, silent
-from acip_export.rounding import RoundTrip
+from acip_export.rounding import InputMoments, RoundTrip
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
 
@@ -40,6 +50,7 @@ def materialize_bundle(
     progress: ProgressCallback = silent,
     round_trip: RoundTrip | None = None,
     cache: Path | None = None,
+    feedback_types: Collection[str] = (),
 ) -> Path:
     """Write the bundle of ``plan`` into the directory ``out``, whole or not at all.
 
@@ -47,6 +58,8 @@ def materialize_bundle(
         round_trip: the quantizer of the plan's format; factor pairs are then fitted to what it makes of them. ``None``
             leaves them as the ranking has them.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
+        feedback_types: of the plan's format, those that it can round with error feedback. Where the plan asks for it,
+            the bundle gets what that needs to know about the inputs.
 
     Raises:
         UsageError: ``out`` may not be written; see :func:`acip_export.io.outputs.claim_output`.
@@ -58,20 +71,31 @@ def materialize_bundle(
     check_plan(checkpoint, plan)
     importance: dict[str, Tensor] = {}
     factors = FactorCache(cache)
+    read, origin = checkpoint, scores.sha256
+    if plan.rounding == "feedback" and feedback_types:
+        read, scores = scale_channels(checkpoint.with_options(plan.options), scores, plan)
+    matrices = matrices_with_feedback(plan, scores, feedback_types)
+    feedback = FeedbackFactors(scores)
     with output.new_directory() as directory:
         declared = {
-            name: (_stored_dtype(checkpoint, scores, plan, decision), shape)
+            name: (_stored_dtype(read, scores, plan, decision), shape)
             for decision in plan.tensors
             for name, shape in stored_of(decision).items()
         }
-        with SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer:
+        with (
+            SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer,
+            FeedbackWriter(directory / FEEDBACK_FILE, scores, matrices) as feedback_writer,
+        ):
             made = one_ahead(
-                lambda decision: _numbers(checkpoint, scores, plan, decision, round_trip, importance, factors),
+                lambda decision: _numbers(
+                    read, scores, plan, decision, round_trip, importance, factors, feedback, matrices
+                ),
                 plan.tensors,
             )
             for index, (decision, numbers) in enumerate(made):
                 for name, tensor in numbers.items():
                     writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
+                feedback_writer.write(decision, feedback)
                 progress(Progress("materialize", index + 1, len(plan.tensors), decision.name))
         _save_importance(importance, directory / IMPORTANCE_FILE)
         (directory / CONFIG_FILE).write_text(json.dumps(thawed(checkpoint.config), indent=2), encoding="utf-8")
@@ -84,10 +108,12 @@ def materialize_bundle(
             tool=__version__,
             model=plan.model,
             model_fingerprint=checkpoint.fingerprint,
-            scores_sha256=scores.sha256,
+            scores_sha256=origin,
             source_dtype=source_dtype(checkpoint),
             weights_sha256=writer.sha256,
             importance_sha256=sha256_of(directory / IMPORTANCE_FILE),
+            feedback_sha256=feedback_writer.sha256,
+            feedback=matrices,
             files=sizes_below(directory),
         )
         (directory / MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -121,7 +147,8 @@ def _has_adapter(scores: ScoreFile, plan: Plan, decision: TensorDecision) -> boo
 
 
 def _stored_dtype(checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, decision: TensorDecision) -> str:
-    exact = decision.rank is None and not _has_adapter(scores, plan, decision)
+    scaled = isinstance(checkpoint, ScaledCheckpoint) and decision.name in checkpoint.scaled
+    exact = decision.rank is None and not scaled and not _has_adapter(scores, plan, decision)
     return checkpoint.tensors[decision.name].dtype if exact else "F32"
 
 
@@ -133,6 +160,8 @@ def _numbers(
     round_trip: RoundTrip | None,
     importance: dict[str, Tensor],
     factors: FactorCache,
+    feedback: FeedbackFactors,
+    matrices: Mapping[str, str],
 ) -> dict[str, Tensor]:
     weight = checkpoint.read(decision.name)
     if not _finite(weight):
@@ -147,6 +176,8 @@ def _numbers(
             decision,
             round_trip,
             importance,
+            feedback,
+            matrices,
         )
     if decision.rank is None or module is None or decision.kept is None:
         if decision.rank is not None:
@@ -162,7 +193,8 @@ def _numbers(
     if round_trip is None or all(form.is_float for form in formats):
         importance[up] = inner_importance(pair.down, norm.inputs)
         return {up: pair.up, down: pair.down}
-    fitted = refit(balanced(pair, norm), norm, importance[down], formats[0], formats[1], round_trip)
+    inputs = InputMoments(importance[down], feedback.of(module) if down in matrices else None)
+    fitted = refit(balanced(pair, norm), norm, inputs, formats[0], formats[1], round_trip)
     importance[up] = fitted.up_importance
     return {up: fitted.pair.up, down: fitted.pair.down}
 
@@ -180,6 +212,8 @@ def _residual(
     decision: TensorDecision,
     round_trip: RoundTrip | None,
     importance: dict[str, Tensor],
+    feedback: FeedbackFactors,
+    matrices: Mapping[str, str],
 ) -> dict[str, Tensor]:
     assert decision.rank is not None
     up, down = stored_tensors(decision.name, decision.shape, decision.rank)
@@ -193,9 +227,9 @@ def _residual(
         return {up: pair.up, down: pair.down, decision.name: weight - pair.up @ pair.down}
     types = (decision.type, decision.up_type, decision.down_type)
     base, *formats = (weight_type(file_format, name or "") for name in types)
-    found = correct(
-        weight, norm, whitenings, importance[down], base, decision.rank, (formats[0], formats[1]), round_trip
-    )
+    informed = not matrices.keys().isdisjoint((decision.name, down))
+    inputs = InputMoments(importance[down], feedback.of(module) if informed else None)
+    found = correct(weight, norm, whitenings, inputs, base, decision.rank, (formats[0], formats[1]), round_trip)
     importance[up] = found.up_importance
     return {up: found.pair.up, down: found.pair.down, decision.name: found.base}
 

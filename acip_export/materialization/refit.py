@@ -21,7 +21,7 @@ from torch import Tensor
 
 from acip_export.lowrank.components import Whitening, balance
 from acip_export.materialization.factors import Norm, Pair, inner_importance
-from acip_export.rounding import RoundTrip
+from acip_export.rounding import InputMoments, RoundTrip
 from acip_export.weight_types import WeightType
 
 # The first refit brings most of the gain; after the third the loss changes by a few percent, in either direction.
@@ -52,7 +52,7 @@ def balanced(pair: Pair, norm: Norm) -> Pair:
 def refit(
     pair: Pair,
     norm: Norm,
-    importance: Tensor,
+    inputs: InputMoments,
     up_type: WeightType,
     down_type: WeightType,
     round_trip: RoundTrip,
@@ -61,11 +61,11 @@ def refit(
 ) -> Refitted:
     """The pair to quantize in place of ``pair``: same shapes, nearly the same product.
 
-    Rounding ``down`` with ``importance`` and ``up`` with :attr:`Refitted.up_importance` gives the very numbers that
+    Rounding ``down`` with ``inputs`` and ``up`` with :attr:`Refitted.up_importance` gives the very numbers that
     were found best here.
 
     Args:
-        pair: balanced, see :func:`balanced`. importance: (in,) weights of the rounding error of ``down``.
+        pair: balanced, see :func:`balanced`. inputs: what ``down`` is rounded with.
         rounds: refits of ``up``; 0 quantizes the factors as they are. rotate: without it the pair is taken as it comes.
 
     Raises:
@@ -78,11 +78,11 @@ def refit(
         up, down = up @ rotation.T, rotation @ down
     best: Refitted | None = None
     for index in range(max(1, rounds)):
-        rounded_down = round_trip(down, down_type.name, importance)
+        rounded_down = round_trip(down, down_type.name, inputs)
         up_importance = inner_importance(rounded_down, norm.inputs)
         if rounds:
             up = _fit_up(pair, rounded_down, norm.inputs)
-        rounded_up = round_trip(up, up_type.name, up_importance)
+        rounded_up = round_trip(up, up_type.name, InputMoments(up_importance))
         loss = _difference(pair, Pair(rounded_up, rounded_down), norm)
         if best is None or loss < best.loss:
             best = Refitted(Pair(up, down), loss, up_importance)

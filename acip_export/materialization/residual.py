@@ -14,7 +14,7 @@ from torch import Tensor
 from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit
-from acip_export.rounding import RoundTrip
+from acip_export.rounding import InputMoments, RoundTrip
 from acip_export.weight_types import WeightType
 
 # benchmarks/refit.json: the second round gains a few percent on low-bit bases, further ones next to nothing.
@@ -40,7 +40,7 @@ def correct(
     weight: Tensor,
     norm: Norm,
     whitenings: tuple[Whitening, Whitening],
-    importance: Tensor,
+    inputs: InputMoments,
     base_type: WeightType,
     rank: int,
     pair_formats: tuple[WeightType, WeightType],
@@ -49,8 +49,8 @@ def correct(
     """Fit base and pair.
 
     Args:
-        weight: (out, in) float32. whitenings: of ``norm``'s inputs and gradients. importance: (in,), of base and
-            ``down``. pair_formats: of (up, down).
+        weight: (out, in) float32. whitenings: of ``norm``'s inputs and gradients. inputs: what base and ``down``
+            are rounded with. pair_formats: of (up, down).
 
     Raises:
         As ``round_trip``.
@@ -58,12 +58,12 @@ def correct(
     base = weight
     best: Corrected | None = None
     for _ in range(_ROUNDS):
-        rounded = round_trip(base, base_type.name, importance)
+        rounded = round_trip(base, base_type.name, inputs)
         missing = whitened_components(weight - rounded, *whitenings)
         pair = Pair(missing.up[:, :rank].contiguous(), missing.down[:rank].contiguous())
-        fitted = refit(pair, norm, importance, *pair_formats, round_trip)
-        down = round_trip(fitted.pair.down, pair_formats[1].name, importance)
-        product = round_trip(fitted.pair.up, pair_formats[0].name, fitted.up_importance) @ down
+        fitted = refit(pair, norm, inputs, *pair_formats, round_trip)
+        down = round_trip(fitted.pair.down, pair_formats[1].name, inputs)
+        product = round_trip(fitted.pair.up, pair_formats[0].name, InputMoments(fitted.up_importance)) @ down
         loss = norm.loss(weight - rounded - product)
         if best is None or loss < best.loss:
             best = Corrected(base, fitted.pair, fitted.up_importance, loss)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,15 +10,17 @@ from torch import Tensor
 
 from acip_export.artifacts.rounding_errors import Ratios, RoundingErrors, pair_key, residual_key
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
+from acip_export.error_feedback import feedback_factor
 from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.lowrank.losses import component_losses
 from acip_export.materialization.factors import Norm, Pair
+from acip_export.materialization.feedback import FeedbackFactors
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import layer_of
 from acip_export.progress import Progress, ProgressCallback, silent
-from acip_export.rounding import RoundTrip
+from acip_export.rounding import InputMoments, RoundTrip
 from acip_export.weight_types import WeightType, weight_type
 
 # Weights of a tensor that are rounded to each type, in whole rows and at least so many of them.
@@ -43,12 +45,13 @@ def measure_rounding(
     corrections: tuple[tuple[str, int], ...],
     round_trip: RoundTrip,
     progress: ProgressCallback = silent,
+    feedback_types: Collection[str] = (),
 ) -> RoundingErrors:
     """Measure and return everything that ``wanted`` lacks.
 
     Args:
         dense: types by tensor. pairs: types of (down, up). bases: types of bases with a low-rank correction, which
-            ``corrections`` has the types and ranks of.
+            ``corrections`` has the types and ranks of. feedback_types: those that are rounded with error feedback.
     """
     missing = {
         name: types
@@ -61,9 +64,10 @@ def measure_rounding(
     total = len(missing) + len(measured)
     done = 0
     found: dict[str, dict[str, float]] = {}
+    factors = FeedbackFactors(scores)
     for name, types in missing.items():
         progress(Progress(_STAGE, done, total, name))
-        found[name] = dict(_dense(checkpoint, scores, name, types, round_trip))
+        found[name] = dict(_dense(checkpoint, scores, name, types, round_trip, factors, feedback_types))
         done += 1
     ratios: dict[str, dict[str, Ratios]] = {}
     for name in measured:
@@ -71,7 +75,7 @@ def measure_rounding(
         new = [p for p in pairs if pair_key(*p) not in wanted.pairs.get(name, {})]
         new_bases = [base for base in bases if residual_key(base) not in wanted.pairs.get(name, {})]
         formats = [(weight_type(wanted.format, d), weight_type(wanted.format, u)) for d, u in new]
-        problem = _Sample.of(checkpoint, scores, name)
+        problem = _Sample.of(checkpoint, scores, name, bool(feedback_types))
         ratios[name] = dict(_pairs(problem, formats, round_trip))
         for base in new_bases:
             form = weight_type(wanted.format, base)
@@ -112,7 +116,13 @@ def _rows(total: int, columns: int) -> Tensor:
 
 
 def _dense(
-    checkpoint: Checkpoint, scores: ScoreFile, tensor: str, types: Iterable[str], round_trip: RoundTrip
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    tensor: str,
+    types: Iterable[str],
+    round_trip: RoundTrip,
+    factors: FeedbackFactors,
+    feedback_types: Collection[str],
 ) -> Iterator[tuple[str, float]]:
     """Predicted loss of each type: the sampled rows' share of the exact sensitivity."""
     weight = checkpoint.read(tensor)
@@ -126,12 +136,13 @@ def _dense(
             change = (round_trip(sample, name, None) - sample).double()
             yield name, scale * float(change.square().sum())
         return
-    importance = torch.from_numpy(module.input_moment)
+    plain = InputMoments(torch.from_numpy(module.input_moment))
+    informed = plain if set(feedback_types).isdisjoint(types) else replace(plain, feedback=factors.of(module))
     norm = Norm.of(module, scores.second_moments)
     gradients = norm.gradients.diagonal()[rows]
     energy = float(gradients @ sample.double().square() @ norm.inputs.diagonal())
     for name in types:
-        change = (round_trip(sample, name, importance) - sample).double()
+        change = (round_trip(sample, name, informed if name in feedback_types else plain) - sample).double()
         loss = float(((gradients[:, None] * change) * (change @ norm.inputs)).sum())
         yield name, module.sensitivity * loss / max(energy, 1e-300)
 
@@ -143,11 +154,15 @@ class _Sample:
     weight: Tensor
     norm: Norm
     whitenings: tuple[Whitening, Whitening]
+    inputs: InputMoments
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, scores: ScoreFile, name: str) -> _Sample:
-        weight, norm = _cropped(checkpoint.read(f"{name}.weight").float(), scores.modules[name], scores)
-        return cls(weight, norm, (Whitening.of(norm.inputs), Whitening.of(norm.gradients)))
+    def of(cls, checkpoint: Checkpoint, scores: ScoreFile, name: str, feedback: bool) -> _Sample:
+        module = scores.modules[name]
+        weight, norm = _cropped(checkpoint.read(f"{name}.weight").float(), module, scores)
+        factor = feedback_factor(norm.inputs, module.input_key) if feedback and module.input_key else None
+        inputs = InputMoments(norm.inputs.diagonal().float(), factor)
+        return cls(weight, norm, (Whitening.of(norm.inputs), Whitening.of(norm.gradients)), inputs)
 
 
 def _pairs(
@@ -158,12 +173,11 @@ def _pairs(
         return
     basis = whitened_components(weight, *sample.whitenings)
     losses = component_losses(basis, norm.inputs, norm.gradients)
-    importance = norm.inputs.diagonal().float()
     full = len(basis.singular)
     for down, up in formats:
         points = []
         for rank in _measured_ranks(full, up) if down.fits(weight.shape[1]) else []:
-            fitted = refit(Pair(basis.up[:, :rank], basis.down[:rank]), norm, importance, up, down, round_trip)
+            fitted = refit(Pair(basis.up[:, :rank], basis.down[:rank]), norm, sample.inputs, up, down, round_trip)
             expected = up.relative_mse * float(losses.up_sensitivity[:rank].sum())
             expected += down.relative_mse * float(losses.down_sensitivity[:rank].sum())
             points.append((rank / full, fitted.loss / max(expected, 1e-300)))
@@ -175,17 +189,16 @@ def _residual(
     sample: _Sample, base: WeightType, corrections: tuple[tuple[str, int], ...], round_trip: RoundTrip
 ) -> Ratios:
     weight, norm = sample.weight, sample.norm
-    importance = norm.inputs.diagonal().float()
     columns, full = weight.shape[1], min(weight.shape)
     if not base.fits(columns):
         return ()
-    alone = norm.loss(weight - round_trip(weight, base.name, importance))
+    alone = norm.loss(weight - round_trip(weight, base.name, sample.inputs))
     # Without a correction nothing is gained: smaller ranks than the measured ones lie in between.
     points = [(0.0, 1.0)]
     for name, rank in corrections[1::2]:
         form = weight_type(base.format, name)
         if form.fits(columns) and form.fits(rank) and 2 * rank <= full:
-            found = correct(weight, norm, sample.whitenings, importance, base, rank, (form, form), round_trip)
+            found = correct(weight, norm, sample.whitenings, sample.inputs, base, rank, (form, form), round_trip)
             points.append((rank / full, min(1.0, found.loss / max(alone, 1e-300))))
     return tuple(points)
 

@@ -34,6 +34,8 @@ class Layer:
         attention_bias, mlp_bias: keys of ``config.json`` that switch biases on; ``None``: none does.
         always_biased: projections with a bias whatever the configuration says.
         fused_projections: q, k and v are one matrix, gate and up another.
+        plain_norms: q, k and v read what ``input_layernorm`` multiplies with its weights, gate and up what
+            ``post_attention_layernorm`` does, and nothing else reads it.
     """
 
     norms: tuple[str, ...] = _NORMS
@@ -43,6 +45,7 @@ class Layer:
     mlp_bias: str | None = None
     always_biased: tuple[str, ...] = ()
     fused_projections: bool = False
+    plain_norms: bool = False
 
     @property
     def bias_keys(self) -> tuple[str, ...]:
@@ -166,14 +169,14 @@ _EXPORTED = (
     Architecture(
         "granite",
         ("GraniteForCausalLM",),
-        layer=Layer(mlp_bias="mlp_bias"),
+        layer=Layer(mlp_bias="mlp_bias", plain_norms=True),
         window=no_layer,
         fused_attention=True,
     ),
     Architecture(
         "llama",
         ("LlamaForCausalLM",),
-        layer=Layer(mlp_bias="mlp_bias"),
+        layer=Layer(mlp_bias="mlp_bias", plain_norms=True),
         window=no_layer,
         fused_attention=True,
     ),
@@ -181,7 +184,7 @@ _EXPORTED = (
         "mistral",
         ("MistralForCausalLM",),
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-        layer=Layer(attention_bias=None),
+        layer=Layer(attention_bias=None, plain_norms=True),
         window=every_layer,
         fused_attention=True,
     ),
@@ -205,7 +208,7 @@ _EXPORTED = (
         "qwen2",
         ("Qwen2ForCausalLM",),
         defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, **_QWEN_WINDOWS},
-        layer=Layer(attention_bias=None, always_biased=("q_proj", "k_proj", "v_proj")),
+        layer=Layer(attention_bias=None, always_biased=("q_proj", "k_proj", "v_proj"), plain_norms=True),
         window=upper_layers,
         fused_attention=True,
     ),
@@ -213,7 +216,7 @@ _EXPORTED = (
         "qwen3",
         ("Qwen3ForCausalLM",),
         defaults={"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768, **_QWEN_WINDOWS},
-        layer=Layer(head_norms=True),
+        layer=Layer(head_norms=True, plain_norms=True),
         window=upper_layers,
         fused_attention=True,
     ),
@@ -226,7 +229,7 @@ _EXPORTED = (
             "use_sliding_window": False,
         },
         tied=True,
-        layer=Layer(mlp_bias="mlp_bias"),
+        layer=Layer(mlp_bias="mlp_bias", plain_norms=True),
         window=layers_without_positions,
         rotary=Rotary(theta=2_000_000.0),
         fused_attention=True,

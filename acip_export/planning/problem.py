@@ -192,6 +192,7 @@ class Problem:
             adapters=self._adapters(solution.decisions),
             serving=serving,
             options=dict(space.options),
+            rounding=space.rounding,
             certificate=certificate,
             tensors=solution.decisions,
             notes=(note, *filter(None, [space.layout.note]), *space.format.file_notes(solution.files, space.options)),

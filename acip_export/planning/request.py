@@ -12,6 +12,7 @@ from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.space import SearchSpace
+from acip_export.rounding import Rounding
 
 DEFAULT_CONTEXT = 4096
 
@@ -36,6 +37,8 @@ class PlanRequest:
         whole_prompts: prompts are computed in one piece, whatever their length; then the prompt batch is the context.
         largest_file: bytes of the largest file that can be loaded; ``None``: any.
         options: for the format; :attr:`acip_export.formats.protocol.ExportFormat.options` names them.
+        rounding: how codes are chosen; ``None``: the better way that the score file allows, see
+            :func:`acip_export.api.rounding.settle_rounding`.
     """
 
     format: str
@@ -53,6 +56,7 @@ class PlanRequest:
     whole_prompts: bool = False
     largest_file: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
     backend = request.backend or DEFAULT_BACKEND
     types = format.choose_types(request.types)
     spaces = tuple(
-        SearchSpace(format, layout, types, backend, request.options)
+        SearchSpace(format, layout, types, backend, request.options, request.rounding or "nearest")
         for layout in format.layouts_for(request.layout, request.runtime)
     )
     return Question(spaces, _rule(request, format, backend, checkpoint), request.budget_scope, request.budget_bytes)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat, Layout
+from acip_export.rounding import Rounding
 from acip_export.weight_types import AllowedTypes, WeightType
 
 
@@ -19,6 +20,7 @@ class SearchSpace:
         types: weight types that matrices may take, most precise first or in the user's order.
         backend: the name of what computes the export.
         options: what the user tells the format, by name.
+        rounding: how codes are chosen.
     """
 
     format: ExportFormat
@@ -26,6 +28,7 @@ class SearchSpace:
     types: tuple[WeightType, ...]
     backend: str = DEFAULT_BACKEND
     options: Mapping[str, str] = field(default_factory=dict)
+    rounding: Rounding = "nearest"
 
     @property
     def default_types(self) -> tuple[WeightType, ...]:

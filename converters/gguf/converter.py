@@ -28,6 +28,7 @@ from converters.gguf.architectures import Change, family_of
 from converters.gguf.arrange import ADAPTER_FILE, FACTOR_SUFFIXES, Item, arrange
 from converters.gguf.base_file import BaseFile, matching_change, open_base
 from converters.gguf.readback import check_structure
+from converters.gguf.rounding import quantize, round_trip
 from converters.gguf.split import Contents, split
 from converters.gguf.tokenizer import strips_after_special, tokenizer_metadata
 from converters.gguf.types import FILE_TYPES
@@ -43,6 +44,8 @@ from converters.gguf.writer import (
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["check_model", "convert", "predict_files", "quantizer", "round_trip"]
 
 # A SHA-256 in hexadecimal: predictions need only its length.
 _HASH_PLACEHOLDER = "0" * 64
@@ -105,13 +108,6 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
 def quantizer() -> str:
     """See :class:`acip_export.formats.protocol.ExportFormat`."""
     return ggml.quantizer()
-
-
-def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
-    """See :class:`acip_export.formats.protocol.ExportFormat`."""
-    import torch
-
-    return torch.from_numpy(ggml.dequantize(ggml.quantize(weight, name, importance), tuple(weight.shape), name))
 
 
 @dataclass(frozen=True)
@@ -231,4 +227,4 @@ def _data(bundle: Bundle, item: Item, changes: _Changes) -> Bytes:
         # Every block format reads zero bytes as zeros: the scale is zero.
         return np.zeros(item.spec.nbytes, np.uint8)
     weight = changes.of(item).apply(bundle.read(item.source))
-    return ggml.quantize(weight, item.spec.type, bundle.importance(item.source))
+    return quantize(weight, item.spec.type, bundle.inputs(item.source))

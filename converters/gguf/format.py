@@ -15,12 +15,13 @@ from acip_export.progress import ProgressCallback
 from converters.gguf import options
 from converters.gguf.layouts import LAYOUTS
 from converters.gguf.memory import LlamaMemory
-from converters.gguf.types import GGML
+from converters.gguf.types import FEEDBACK_TYPES, GGML
 
 if TYPE_CHECKING:
     import torch
 
     from acip_export.artifacts.bundle import Bundle
+    from acip_export.rounding import InputMoments
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class GgufFormat(ExportFormat):
 
         converter.convert(bundle, out, progress)
 
-    def round_trip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+    def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         from converters.gguf import converter
 
-        return converter.round_trip(weight, name, importance)
+        return converter.round_trip(weight, name, inputs)
 
     def quantizer(self) -> str:
         from converters.gguf import converter
@@ -102,6 +103,7 @@ GGUF = GgufFormat(
     narrow_types=("q5_1", "q5_0", "q4_1", "iq4_nl"),
     embedding_types=("f16", "q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl", "q3_k", "q2_k"),
     vector_type="f32",
+    feedback_types=FEEDBACK_TYPES,
     cache_types=_CACHE_TYPES,
     layouts=LAYOUTS,
     runtimes={"llama.cpp": ("stock", "lora"), "acip-llama.cpp": ("factored", "stock", "lora")},

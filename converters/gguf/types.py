@@ -72,4 +72,8 @@ GGML: tuple[GgmlType, ...] = (
     _ggml("mxfp4", 1.32e-2, file_type=38),
 )
 TYPE_IDS = {row.name: row.type_id for row in GGML}
+# What converters.gguf.block_codes can choose the codes of; a test compares.
+FEEDBACK_TYPES = frozenset(
+    ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
+)
 FILE_TYPES = {row.name: row.file_type for row in GGML}

@@ -29,6 +29,7 @@ from converters.onnx.types import NUMBERS
 if TYPE_CHECKING:
     import torch
 
+    from acip_export.rounding import InputMoments
     from converters.onnx.genai_builder.module_tree import ReadVector
     from converters.onnx.graph.decided import Contents
     from converters.onnx.writer import Packed
@@ -218,11 +219,11 @@ def quantizer() -> str:
     return f"acip-export {__version__}"
 
 
-def round_trip(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+def round_trip(weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
     """See :class:`acip_export.formats.protocol.ExportFormat`."""
     from converters.onnx.matrices import rounded
 
-    return rounded(weight, weight_type("onnx", name), importance)
+    return rounded(weight, weight_type("onnx", name), None if inputs is None else inputs.importance)
 
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:

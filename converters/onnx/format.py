@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from acip_export.artifacts.bundle import Bundle
+    from acip_export.rounding import InputMoments
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class OnnxFormat(ExportFormat):
 
         converter.convert(bundle, out, progress)
 
-    def round_trip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+    def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         from converters.onnx import converter
 
-        return converter.round_trip(weight, name, importance)
+        return converter.round_trip(weight, name, inputs)
 
     def quantizer(self) -> str:
         from converters.onnx import converter

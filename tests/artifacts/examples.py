@@ -79,6 +79,7 @@ PLAN = Plan(
     notes=("a note",),
     device="raspberry-pi-5-4gb",
     options={"pre_tokenizer": "llama-bpe"},
+    rounding="feedback",
 )
 MANIFEST = Manifest(
     tool="0.1.0",
@@ -89,6 +90,8 @@ MANIFEST = Manifest(
     weights_sha256="3" * 64,
     importance_sha256="4" * 64,
     files={"model.safetensors": 1000},
+    feedback_sha256="5" * 64,
+    feedback={"model.layers.0.mlp.up_proj.down.weight": "model.layers.0.mlp"},
 )
 ROUNDING_ERRORS = RoundingErrors(
     "gguf",

@@ -15,6 +15,7 @@ from acip_export.materialization import materialize_bundle
 from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import balanced, refit
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.rounding import InputMoments
 from acip_export.weight_types import weight_type
 from tests.support import everywhere, make_model, make_plan, make_scores
 
@@ -50,16 +51,16 @@ def test_refitted_pairs_lose_less(target: str, up: str, down: str, problem: tupl
     importance = norm.inputs.diagonal().float()
     round_trip = export_format(target).round_trip
     plain, rotated, alternated = (
-        refit(pair, norm, importance, *formats, round_trip, rounds=rounds, rotate=rotate)
+        refit(pair, norm, InputMoments(importance), *formats, round_trip, rounds=rounds, rotate=rotate)
         for rounds, rotate in ((0, False), (0, True), (3, False))
     )
-    fitted = refit(pair, norm, importance, *formats, round_trip)
+    fitted = refit(pair, norm, InputMoments(importance), *formats, round_trip)
     # 0.34 to 0.54 was measured here; each step has its share.
     assert fitted.loss < 0.58 * plain.loss
     assert fitted.loss < 0.9 * min(rotated.loss, alternated.loss)
     # What it says is what the quantizer gives for the pair that it returns.
-    rounded_down = round_trip(fitted.pair.down, down, importance)
-    rounded_up = round_trip(fitted.pair.up, up, fitted.up_importance)
+    rounded_down = round_trip(fitted.pair.down, down, InputMoments(importance))
+    rounded_up = round_trip(fitted.pair.up, up, InputMoments(fitted.up_importance))
     change = rounded_up @ rounded_down - pair.up @ pair.down
     assert norm.loss(change) == pytest.approx(fitted.loss, rel=1e-3)  # products in float32 here, in float64 there
 
@@ -101,6 +102,6 @@ def test_a_rounded_factor_of_zeros_is_survived() -> None:
     pair = Pair(torch.zeros(64, 32), torch.zeros(32, 64))
     norm = Norm(torch.eye(64, dtype=torch.float64), torch.eye(64, dtype=torch.float64))
     form = weight_type("onnx", "int4")
-    fitted = refit(pair, norm, torch.ones(64), form, form, export_format("onnx").round_trip)
+    fitted = refit(pair, norm, InputMoments(torch.ones(64)), form, form, export_format("onnx").round_trip)
     assert np.isfinite(fitted.loss)
     assert torch.isfinite(fitted.pair.up).all()

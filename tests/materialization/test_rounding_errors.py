@@ -26,6 +26,7 @@ from acip_export.formats.registry import export_format
 from acip_export.materialization.factors import Norm
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
+from acip_export.rounding import InputMoments
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library
 from tests.planning.problems import planned
@@ -62,7 +63,9 @@ def test_dense_losses_are_those_of_all_rows(target: str, model: Path, measured: 
         norm = Norm.of(module, scores.second_moments)
         energy = norm.loss(weight)  # identity moments: rounding all of it away
         for form in REQUESTS[target].types:
-            rounded = export_format(target).round_trip(weight, form, torch.from_numpy(module.input_moment))
+            rounded = export_format(target).round_trip(
+                weight, form, InputMoments(torch.from_numpy(module.input_moment))
+            )
             exact = module.sensitivity * norm.loss(rounded - weight) / energy
             # 128 rows of 512 or all of them: errors of rows differ by about a tenth.
             assert measured[target].dense[f"{name}.weight"][form] == pytest.approx(exact, rel=0.1)

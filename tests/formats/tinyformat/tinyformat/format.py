@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from acip_export.artifacts.bundle import Bundle
+    from acip_export.rounding import InputMoments
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class TinyFormat(ExportFormat):
 
         files.write(bundle, out)
 
-    def round_trip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+    def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         from tinyformat import files
 
         return files.decode(files.encode(weight, name))

@@ -1,0 +1,123 @@
+"""Factors for error feedback: made of a score file's second moments, one for every input, and written to the bundle."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+from acip_export.artifacts.bundle import FEEDBACK_PARTS, stored_formats
+from acip_export.artifacts.plan import Plan, TensorDecision
+from acip_export.artifacts.scores import ModuleScores, ScoreFile
+from acip_export.error_feedback import FeedbackFactor, feedback_factor
+from acip_export.errors import ScoreFileError
+from acip_export.io.atomic import SafetensorsWriter
+from acip_export.lowrank.components import unpack_moment
+
+# Layers that share an input are near each other: the factors of these many inputs are kept.
+_KEPT = 4
+
+
+class FeedbackFactors:
+    """Makes the factor of an input when it is asked for, and keeps the last few. Threads may share it."""
+
+    def __init__(self, scores: ScoreFile) -> None:
+        self._scores = scores
+        self._kept: OrderedDict[str, FeedbackFactor] = OrderedDict()
+        self._lock = Lock()
+
+    def of(self, module: ModuleScores) -> FeedbackFactor | None:
+        """Return the factor of a module's input; ``None`` where only the moment's diagonal is known.
+
+        Raises:
+            ScoreFileError: see :func:`acip_export.error_feedback.feedback_factor`.
+        """
+        key = module.input_key
+        if not key:
+            return None
+        with self._lock:
+            if key not in self._kept:
+                moment = unpack_moment(self._scores.second_moments[key], module.shape[1])
+                self._kept[key] = feedback_factor(moment, repr(key))
+            self._kept.move_to_end(key)
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+            return self._kept[key]
+
+
+def matrices_with_feedback(plan: Plan, scores: ScoreFile, feedback_types: Collection[str]) -> dict[str, str]:
+    """Return the key of the input of every stored matrix that is to be rounded with error feedback.
+
+    The factor ``up`` of a pair has inputs of its own, whose moment nobody has.
+
+    Raises:
+        ScoreFileError: the plan asks for error feedback, and the score file has no second moments.
+    """
+    if plan.rounding != "feedback":
+        return {}
+    found: dict[str, str] = {}
+    wanted = 0
+    for decision in plan.tensors:
+        module = scores.modules.get(decision.module) if decision.name.endswith(".weight") else None
+        if module is None:
+            continue
+        for name, form in stored_formats(decision).items():
+            if form in feedback_types and name != f"{decision.module}.up.weight":
+                wanted += 1
+                if module.input_key:
+                    found[name] = module.input_key
+    if wanted and not found:
+        raise ScoreFileError(
+            "the plan rounds with error feedback, which needs second moments of the inputs, and the score file has "
+            "none; plan again with  --rounding nearest,  or rank with an algorithm that measures them"
+        )
+    return found
+
+
+class FeedbackWriter:
+    """Writes the factors that ``matrices`` name, each once; no file where there are none.
+
+    Attributes:
+        sha256: of the file, when all is written; ``None``: there is no file.
+    """
+
+    def __init__(self, file: Path, scores: ScoreFile, matrices: Mapping[str, str]) -> None:
+        self._scores, self._matrices = scores, matrices
+        self._pending: dict[str, None] = dict.fromkeys(matrices.values())
+        self._writer: SafetensorsWriter | None = None
+        if not matrices:
+            return
+        sizes = {module.input_key: module.shape[1] for module in scores.modules.values()}
+        declared: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for key in self._pending:
+            size = sizes[key]
+            shapes = (("I32", (size,)), ("I8", (size * (size - 1) // 2,)), ("F32", (size,)))
+            declared |= {f"{key}/{part}": shape for part, shape in zip(FEEDBACK_PARTS, shapes, strict=True)}
+        self._writer = SafetensorsWriter(file, declared, {})
+
+    @property
+    def sha256(self) -> str | None:
+        return None if self._writer is None else self._writer.sha256
+
+    def write(self, decision: TensorDecision, factors: FeedbackFactors) -> None:
+        """Write the factor of a decision's input, if it is the first that needs it."""
+        key = next((self._matrices[name] for name in stored_formats(decision) if name in self._matrices), None)
+        if key is None or key not in self._pending:
+            return
+        factor = factors.of(self._scores.modules[decision.module])
+        assert factor is not None and self._writer is not None
+        del self._pending[key]
+        for part in FEEDBACK_PARTS:
+            self._writer.write(f"{key}/{part}", getattr(factor, part).tobytes())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind, value, traceback)

@@ -1,0 +1,210 @@
+"""Error feedback from the score file to the export: what the bundle carries, and that everybody rounds alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from acip_export import api as pipeline
+from acip_export.api.rounding import settle_rounding
+from acip_export.artifacts.bundle import Bundle, load_bundle
+from acip_export.artifacts.names import FEEDBACK_FILE, PLAN_FILE
+from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.rounding_errors import cache_file
+from acip_export.artifacts.scores import ScoreFile, load_scores, save_scores
+from acip_export.errors import BundleError, ScoreFileError, UsageError
+from acip_export.formats.registry import export_format
+from acip_export.lowrank.components import pack_moment
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
+from acip_export.rounding import InputMoments
+from converters.gguf import ggml_library as ggml
+from tests.support import dense, everywhere, make_model, make_plan, make_scores
+
+QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
+    """Made-up scores with second moments of inputs; layers that read the same share one."""
+    plain = make_scores(model)
+    moments: dict[str, np.ndarray] = {}
+    modules = {}
+    for number, (name, module) in enumerate(plain.modules.items()):
+        key = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
+        if key not in moments:
+            generator = torch.Generator().manual_seed(number)
+            columns = module.shape[1]
+            samples = torch.randn(600, columns, generator=generator, dtype=torch.float64)
+            samples += torch.randn(600, 4, generator=generator, dtype=torch.float64) @ (
+                3 * torch.randn(4, columns, generator=generator, dtype=torch.float64)
+            )
+            second = samples.T @ samples / 600
+            moments[key] = pack_moment(second)
+            diagonals = second.diagonal().float().numpy()
+        modules[name] = replace(module, input_key=key, input_moment=diagonals)
+    file = tmp_path_factory.mktemp("scores") / "tiny.acip"
+    save_scores(replace(plain, modules=modules, second_moments=moments), file)
+    return load_scores(file)
+
+
+def key_of(scores: ScoreFile, module: str) -> str:
+    """What the bundle calls the input of a whole matrix: its channels are scaled, unless heads tie them."""
+    key = scores.modules[module].input_key
+    return key if module.endswith("o_proj") else f"{key}, scaled"
+
+
+def planned(model: Path, rounding: str = "feedback", **fields: object) -> Plan:
+    rule = dense(type="q4_0", embedding_type="f16") if not fields else everywhere(embedding_type="f16", **fields)
+    layout = "factored" if fields else "stock"
+    return replace(make_plan(model, "gguf", layout, rule), rounding=rounding)  # type: ignore[arg-type]
+
+
+def written(model: Path, scores: ScoreFile, plan: Plan, directory: Path) -> tuple[Bundle, dict[str, np.ndarray]]:
+    """A bundle, and the bytes of the tensors of its export."""
+    pipeline.materialize_bundle(Checkpoint.open(model), scores, plan, directory / "bundle")
+    pipeline.convert_bundle(directory / "bundle", directory / "export", check=False)
+    reader = gguf.GGUFReader(directory / "export" / "model.gguf")
+    tensors = {tensor.name: np.array(tensor.data).view(np.uint8).reshape(-1) for tensor in reader.tensors}
+    return Bundle.open(directory / "bundle", verify_hash=True), tensors
+
+
+def test_the_bundle_has_one_factor_for_every_input(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    bundle, _ = written(model, scores, planned(model), tmp_path)
+    matrices = {f"{name}.weight": key_of(scores, name) for name in scores.modules}
+    assert bundle.manifest.feedback == matrices
+    with safe_open(bundle.path / FEEDBACK_FILE, framework="numpy") as file:
+        assert {name.rpartition("/")[0] for name in file.keys()} == set(matrices.values())  # noqa: SIM118
+    factor = bundle.inputs(f"{QUERY}.weight").feedback
+    assert factor is not None and factor.size == scores.modules[QUERY].shape[1]
+    assert bundle.inputs("model.embed_tokens.weight").feedback is None
+
+
+def test_bundle_and_export_are_rounded_alike(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    bundle, tensors = written(model, scores, planned(model), tmp_path)
+    reference = load_bundle(bundle.path, export_format("gguf").round_trip)
+    weight = reference.get_parameter(f"{DOWN}.weight").detach().numpy()
+    read = ggml.dequantize(tensors["blk.0.ffn_down.weight"], weight.shape, "q4_0")
+    assert np.array_equal(read, weight)
+    nearest = export_format("gguf").round_trip(
+        bundle.read(f"{DOWN}.weight"), "q4_0", InputMoments(bundle.importance(f"{DOWN}.weight"))
+    )
+    assert not np.array_equal(read, nearest.numpy())
+
+
+def test_nearest_has_no_factors_and_the_bytes_of_ggml(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    bundle, tensors = written(model, scores, planned(model, "nearest"), tmp_path)
+    assert not (bundle.path / FEEDBACK_FILE).exists()
+    assert (bundle.manifest.feedback, bundle.manifest.feedback_sha256) == ({}, None)
+    moment = torch.from_numpy(scores.modules[DOWN].input_moment)
+    expected = ggml.quantize(Checkpoint.open(model).read(f"{DOWN}.weight"), "q4_0", moment)
+    assert np.array_equal(tensors["blk.0.ffn_down.weight"], expected)
+
+
+def test_types_that_do_not_know_feedback_need_no_factor(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    plan = replace(make_plan(model, "gguf", "stock", dense(type="f16")), rounding="feedback")
+    bundle, _ = written(model, scores, plan, tmp_path)
+    assert not (bundle.path / FEEDBACK_FILE).exists()
+
+
+def test_the_same_bundle_twice(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    first, one = written(model, scores, planned(model), tmp_path / "a")
+    second, two = written(model, scores, planned(model), tmp_path / "b")
+    assert first.manifest == second.manifest
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_first_factors_of_pairs_are_rounded_with_feedback(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    fields = {"representation": "factored", "rank": 64, "up_type": "q4_0", "down_type": "q4_0"}
+    checkpoint, plan = Checkpoint.open(model), planned(model, **fields)
+    pipeline.materialize_bundle(checkpoint, scores, plan, tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    assert set(bundle.manifest.feedback) == {f"{name}.down.weight" for name in scores.modules}
+    pipeline.materialize_bundle(checkpoint, scores, replace(plan, rounding="nearest"), tmp_path / "n")
+    weight, costs = checkpoint.read(f"{DOWN}.weight").double(), []
+    from acip_export.materialization.factors import Norm
+
+    norm = Norm.of(scores.modules[DOWN], scores.second_moments)
+    for directory in ("n", "b"):
+        module = load_bundle(tmp_path / directory, export_format("gguf").round_trip).get_submodule(DOWN)
+        up, down = (module.get_submodule(part).weight.detach().double() for part in ("up", "down"))
+        costs.append(norm.loss(up @ down - weight))
+    assert costs[1] < costs[0]
+
+
+def test_damaged_factors_are_refused(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    bundle, _ = written(model, scores, planned(model), tmp_path)
+    file = bundle.path / FEEDBACK_FILE
+    tensors = load_file(file)
+    own, other = key_of(scores, QUERY), key_of(scores, DOWN)
+    mixed = {name: tensors[name.replace(own, other)] for name in tensors}
+    for damaged, message in (
+        (mixed, f"factor {own!r} is of"),
+        ({name: value for name, value in tensors.items() if not name.endswith("order")}, "is damaged"),
+        ({name: 0 * value for name, value in tensors.items()}, "name every column once"),
+    ):
+        save_file(damaged, file)
+        with pytest.raises(BundleError, match=message):
+            bundle.inputs(f"{QUERY}.weight")
+        with pytest.raises(BundleError, match=f"{FEEDBACK_FILE} has changed"):
+            Bundle.open(bundle.path, verify_hash=True)
+    file.unlink()
+    with pytest.raises(BundleError, match=f"has no {FEEDBACK_FILE}"):
+        Bundle.open(bundle.path, verify_hash=True)
+    with pytest.raises(BundleError, match="is damaged"):
+        bundle.inputs(f"{QUERY}.weight")
+
+
+def test_moments_that_are_none_are_refused_by_name(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    key = scores.modules[QUERY].input_key
+    broken = replace(scores, second_moments={**scores.second_moments, key: -scores.second_moments[key]})
+    with pytest.raises(ScoreFileError, match=f"the second moment '{key}, scaled' is none"):
+        pipeline.materialize_bundle(Checkpoint.open(model), broken, planned(model), tmp_path / "b")
+    with pytest.raises(ScoreFileError, match=r"needs second moments.*--rounding nearest"):
+        pipeline.materialize_bundle(Checkpoint.open(model), make_scores(model), planned(model), tmp_path / "b")
+
+
+def test_who_rounds_with_feedback(model: Path, scores: ScoreFile) -> None:
+    asked = PlanRequest("gguf")
+    assert settle_rounding(scores, asked) == (replace(asked, rounding="feedback"), ())
+    assert settle_rounding(scores, replace(asked, rounding="nearest")) == (replace(asked, rounding="nearest"), ())
+    settled, (note,) = settle_rounding(make_scores(model), asked)
+    assert settled.rounding == "nearest" and "no second moments" in note
+    settled, (note,) = settle_rounding(scores, replace(asked, options={"imatrix": "x"}))
+    assert settled.rounding == "nearest" and "different texts" in note
+    assert settle_rounding(scores, PlanRequest("onnx")) == (PlanRequest("onnx", rounding="nearest"), ())
+    with pytest.raises(UsageError, match="no second moments"):
+        settle_rounding(make_scores(model), replace(asked, rounding="feedback"))
+    with pytest.raises(UsageError, match="onnx has no type"):
+        settle_rounding(scores, PlanRequest("onnx", rounding="feedback"))
+
+
+def test_plans_are_made_with_the_errors_of_their_rounding(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    """And their exports are of the bytes that were planned."""
+    checkpoint = Checkpoint.open(model)
+    request = PlanRequest("gguf", Checkpoint.open(model).weight_bytes // 6, "file", types=("q8_0", "q4_0"), context=64)
+    plans = {
+        way: pipeline.plan_export(checkpoint, scores, replace(request, rounding=way))  # type: ignore[arg-type]
+        for way in ("nearest", "feedback")
+    }
+    assert plans["feedback"].predicted_loss < plans["nearest"].predicted_loss
+    assert {way: plan.rounding for way, plan in plans.items()} == {way: way for way in plans}
+    assert pipeline.plan_export(checkpoint, scores, request) == plans["feedback"]
+    assert scores.file is not None
+    for way in plans:
+        assert cache_file(scores.file, "gguf", way).is_file()  # type: ignore[arg-type]
+    pipeline.export_model(checkpoint, scores, plans["feedback"], tmp_path / "export", verify=False)
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "export").iterdir() if file.name != PLAN_FILE}
+    assert sizes == plans["feedback"].files
