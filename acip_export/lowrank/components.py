@@ -54,11 +54,13 @@ class Whitening:
 
     def undone_columns(self, matrix: Tensor) -> Tensor:
         """Undo :meth:`of_columns`."""
-        return torch.linalg.solve_triangular(self.lower.T, matrix, upper=True)
+        solution: Tensor = torch.linalg.solve_triangular(self.lower.T, matrix, upper=True)
+        return solution
 
     def undone_rows(self, matrix: Tensor) -> Tensor:
         """Undo :meth:`of_rows`."""
-        return torch.linalg.solve_triangular(self.lower, matrix, upper=False, left=False)
+        solution: Tensor = torch.linalg.solve_triangular(self.lower, matrix, upper=False, left=False)
+        return solution
 
     @cached_property
     def digest(self) -> bytes:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class StoredMoments(Mapping[str, Tensor]):
 
     def triangle(self, key: str) -> FloatArray:
         """Read a moment as the score file has it."""
-        return self._scratch.read(key).view("<f4")
+        return cast("FloatArray", self._scratch.read(key))
 
     def diagonal(self, key: str) -> FloatArray:
         """Read the diagonal alone."""

@@ -84,4 +84,6 @@ def test_sampled_loss_in_slices(model: Path, text: Path, slices_of_some_tokens: 
     handle.remove()
     assert slices_of_some_tokens
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-6)
+    one, two = (leaf.grad for leaf in leaves)
+    assert one is not None and two is not None
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))  # float32 sums
