@@ -46,7 +46,7 @@ class Clock:
     """
 
     def __init__(
-        self, stage: str, total: int | None, progress: ProgressCallback, tokens: int = 0, done: int = 0
+        self, stage: str, total: int | None, progress: ProgressCallback, tokens: float = 0, done: int = 0
     ) -> None:
         self.stage, self.total, self.progress, self.tokens = stage, total, progress, tokens
         self.done, self._first, self._started = done, done, time.perf_counter()

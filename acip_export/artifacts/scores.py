@@ -289,8 +289,6 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
             tensors[f"{name}/adapter/b"] = module.adapter_b
     for name, sensitivity in scores.embedding_sensitivity.items():
         tensors[f"{name}{_EMBEDDING}"] = np.array([sensitivity], np.float32)
-    for key, triangle in scores.second_moments.items():
-        tensors[f"{_MOMENT}{key}"] = triangle
     metadata = {
         "artifact": SCORES.artifact,
         "version": str(SCORES.version),
@@ -307,9 +305,13 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
     with claim_output(file, SCORES_KIND, force).new_file() as temporary:
         # The library's writer puts the metadata in random order; equal scores are to give equal files.
         declared = {name: ("F32", value.shape) for name, value in tensors.items()}
+        # One second moment is in memory at a time: of a large model they are gigabytes.
+        declared |= {f"{_MOMENT}{key}": ("F32", triangle.shape) for key, triangle in scores.second_moments.items()}
         with SafetensorsWriter(temporary, declared, metadata) as writer:
             for name, value in tensors.items():
                 writer.write(name, np.ascontiguousarray(value, "<f4").tobytes())
+            for key, triangle in scores.second_moments.items():
+                writer.write(f"{_MOMENT}{key}", np.ascontiguousarray(triangle, "<f4").tobytes())
 
 
 def load_scores(file: str | os.PathLike[str]) -> ScoreFile:

@@ -16,7 +16,7 @@ from acip_export.errors import CheckpointError, UsageError
 from acip_export.io.atomic import new_file, read_safetensors_header
 from acip_export.lowrank.components import DAMPING, Components, Whitening, whitened_components
 
-_VERSION = "1"
+_VERSION = "2"
 
 
 class FactorCache:

@@ -2,6 +2,7 @@
 
 With H = E[x x^T] (inputs) and G = E[g g^T] (output gradients), the components are those of
 svd(G^(1/2) W H^(1/2)), carried back: W = up @ down with up = G^(-1/2) U S^(1/2) and down = S^(1/2) V^T H^(-1/2).
+Any roots of G and H give the same components: see :class:`Whitening`.
 Without G this is SVD-LLM's input whitening, without either the plain SVD. In the two-sided basis half the squared
 singular value is the predicted loss of dropping the component (Kronecker-factored Fisher).
 """
@@ -24,9 +25,10 @@ GRAM_RANGE = 2e4
 
 @dataclass(frozen=True)
 class Whitening:
-    """Hold a second moment (n, n) float64, and its damped symmetric square root and inverse root, made when asked for.
+    """Hold a second moment (n, n) float64, and the triangular root of it, damped, which is made when asked for.
 
-    Factors that come out of a cache need no roots, and the roots of wide layers cost as much as an SVD.
+    Any root does, triangular or symmetric: they differ by a rotation, which the singular vectors take up, so that the
+    components are the same. A Cholesky factor costs a thirtieth of an eigendecomposition, and no inverse.
     """
 
     moment: Tensor
@@ -35,17 +37,30 @@ class Whitening:
     def of(cls, moment: Tensor) -> Whitening:
         return cls(moment)
 
-    @property
-    def root(self) -> Tensor:
-        return self._roots[0]
-
-    @property
-    def inverse(self) -> Tensor:
-        return self._roots[1]
-
     @cached_property
-    def _roots(self) -> tuple[Tensor, Tensor]:
-        return root_and_inverse(self.moment)
+    def lower(self) -> Tensor:
+        """Return L, lower triangular, with L L^T the damped moment."""
+        return triangular_root(self.moment)
+
+    def of_columns(self, matrix: Tensor) -> Tensor:
+        """Multiply ``matrix`` (n, k), whose columns the moment is about, by L^T."""
+        product: Tensor = self.lower.T @ matrix
+        return product
+
+    def of_rows(self, matrix: Tensor) -> Tensor:
+        """Multiply ``matrix`` (k, n), whose rows the moment is about, by L."""
+        product: Tensor = matrix @ self.lower
+        return product
+
+    def undone_columns(self, matrix: Tensor) -> Tensor:
+        """Undo :meth:`of_columns`."""
+        solution: Tensor = torch.linalg.solve_triangular(self.lower.T, matrix, upper=True)
+        return solution
+
+    def undone_rows(self, matrix: Tensor) -> Tensor:
+        """Undo :meth:`of_rows`."""
+        solution: Tensor = torch.linalg.solve_triangular(self.lower, matrix, upper=False, left=False)
+        return solution
 
     @cached_property
     def digest(self) -> bytes:
@@ -68,24 +83,44 @@ class Components:
 
 
 def pack_moment(moment: Tensor) -> np.ndarray:
-    """Return the upper triangle of a symmetric (n, n) matrix as float32 (n*(n+1)/2,)."""
-    return moment.float().numpy()[np.triu_indices(moment.shape[0])]
+    """Return the upper triangle of a symmetric (n, n) matrix as float32 (n*(n+1)/2,), row by row."""
+    size = moment.shape[0]
+    matrix, triangle = moment.cpu().numpy(), np.empty(size * (size + 1) // 2, np.float32)
+    begin = 0
+    for row in range(size):
+        triangle[begin : begin + size - row] = matrix[row, row:]
+        begin += size - row
+    return triangle
 
 
 def unpack_moment(triangle: np.ndarray, size: int) -> Tensor:
     """Undo :func:`pack_moment`, in float64."""
-    full = np.zeros((size, size))
-    full[np.triu_indices(size)] = triangle
-    return torch.from_numpy(full + np.triu(full, 1).T)
+    full = np.empty((size, size))
+    begin = 0
+    for row in range(size):
+        part = triangle[begin : begin + size - row]
+        full[row, row:] = part
+        full[row:, row] = part
+        begin += size - row
+    return torch.from_numpy(full)
 
 
-def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the symmetric square root of a damped second moment and its inverse, float64."""
-    moment = moment.double()
-    damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(moment.shape[0], dtype=torch.float64)
+def triangular_root(moment: Tensor) -> Tensor:
+    """Return L, lower triangular, with L L^T the damped second moment, float64.
+
+    Rounding can leave a moment that is not positive definite even when damped: then its negative eigenvalues count as
+    (almost) none.
+    """
+    damped = moment.to(torch.float64, copy=True)
+    damped.diagonal().add_(DAMPING * moment.diagonal().double().mean())
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not failed:
+        return lower
     values, vectors = torch.linalg.eigh(damped)
-    roots = values.clamp_min(1e-30).sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    # With X = V sqrt(values): X X^T is the moment, and X^T = Q R gives R^T R.
+    root: Tensor = torch.linalg.qr((vectors * values.clamp_min(1e-30).sqrt()).T).R.T
+    return root * root.diagonal().sign()
 
 
 def whitenings_of(
@@ -113,16 +148,16 @@ def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening
     whitened = weight.double()
     dtype = component_dtype(weight)
     if left is not None:
-        whitened = left.root @ whitened
+        whitened = left.of_columns(whitened)
     if right is not None:
-        whitened = whitened @ right.root
+        whitened = right.of_rows(whitened)
     u, s, vt = thin_svd(whitened)
     scale = s.sqrt()
     up = u * scale
     down = scale[:, None] * vt
     return Components(
-        up=(up if left is None else left.inverse @ up).to(dtype),
-        down=(down if right is None else down @ right.inverse).to(dtype),
+        up=(up if left is None else left.undone_columns(up)).to(dtype),
+        down=(down if right is None else right.undone_rows(down)).to(dtype),
         singular=s.to(dtype),
     )
 
@@ -157,9 +192,9 @@ def balance(
     """
     left_side, right_side = up.double(), down.double()
     if left is not None:
-        left_side = left.root @ left_side
+        left_side = left.of_columns(left_side)
     if right is not None:
-        right_side = right_side @ right.root
+        right_side = right.of_rows(right_side)
     q_up, r_up = torch.linalg.qr(left_side)
     q_down, r_down = torch.linalg.qr(right_side.T)
     u, s, vt = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
@@ -167,8 +202,8 @@ def balance(
     up = q_up @ (u[:, :rank] * scale)
     down = (scale[:, None] * vt[:rank]) @ q_down.T
     return (
-        (up if left is None else left.inverse @ up).float(),
-        (down if right is None else down @ right.inverse).float(),
+        (up if left is None else left.undone_columns(up)).float(),
+        (down if right is None else right.undone_rows(down)).float(),
     )
 
 

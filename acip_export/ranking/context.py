@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ class RankContext:
         factors: the cache of factorized weights.
         acip: hyper-parameters of an algorithm that learns; ``None`` for the others.
         run_states: where the state of an algorithm that learns is stored, if it is.
+        scratch: directory for what is too large for memory; ``None``: the system's for temporary files.
     """
 
     checkpoint: Checkpoint
@@ -38,6 +40,7 @@ class RankContext:
     factors: FactorCache = field(default_factory=lambda: FactorCache(None))
     acip: AcipConfig | None = None
     run_states: RunStates | None = None
+    scratch: Path | None = None
 
     @property
     def task(self) -> Task:

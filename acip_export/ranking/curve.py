@@ -121,6 +121,6 @@ def _fold_adapters(factorized: Factorized, processes: Processes) -> None:
         if factorized.owners[name] == processes.index:
             b, a = adapter_pair(layer)
             b = layer.adapter_share() * b.cpu()
-            folded = fold(pair[0].cpu(), pair[1].cpu(), b, a.cpu(), *factorized.whitenings[name])
+            folded = fold(pair[0].cpu(), pair[1].cpu(), b, a.cpu(), *factorized.whitenings(name))
             pair = folded[0].to(pair[0]), folded[1].to(pair[1])
         layer.hold(*(processes.from_owner(factor, factorized.owners[name]) for factor in pair))

@@ -32,15 +32,16 @@ class Factorized:
     """Hold what is known about a model whose linear layers became :class:`MaskedLinear`.
 
     Attributes:
-        layers, losses, singular, sensitivity, whitenings, owners: by module name; whitenings of (inputs, gradients);
-            the owner is the process that does the linear algebra of the module for all.
+        layers, losses, singular, sensitivity, owners: by module name; the owner is the process that does the linear
+            algebra of the module for all.
+        whitenings: of a module's (inputs, gradients), made anew whenever they are asked for.
     """
 
     layers: Mapping[str, MaskedLinear]
     losses: Mapping[str, ComponentLosses]
     singular: Mapping[str, FloatArray]
     sensitivity: Mapping[str, float]
-    whitenings: Mapping[str, Whitenings]
+    whitenings: Callable[[str], Whitenings]
     owners: Mapping[str, int]
 
     @property
@@ -87,27 +88,18 @@ def factorize_model(
     layers are factorized side by side as torch has threads, one thread each: an SVD gains little from more.
     """
     checkpoint, model, processes = context.checkpoint, context.model, context.processes
-    layers, losses, singular, sensitivity, whitenings = {}, {}, {}, {}, {}
-    roots: dict[str, Whitening] = {}
-
-    def whitening(moment_key: str, moment: Tensor, wanted: bool) -> Whitening | None:
-        if wanted and moment_key not in roots:
-            roots[moment_key] = Whitening.of(moment)
-        return roots[moment_key] if wanted else None
-
+    layers, losses, singular, sensitivity = {}, {}, {}, {}
+    whitenings = _Whitenings(statistics, basis)
     clock = Clock("components", len(checkpoint.linear_modules), context.progress)
-    for name in checkpoint.linear_modules:
-        whitenings[name] = (
-            whitening(statistics.input_keys[name], statistics.input_of(name), basis in ("input", "kfac")),
-            whitening(statistics.gradient_keys[name], statistics.gradient_of(name), basis == "kfac"),
-        )
 
     def factorize(name: str) -> _Factors:
         weight = model.get_parameter(f"{name}.weight").detach().cpu()
-        components = context.factors.components(weight, *whitenings[name])
-        inputs, gradients = statistics.input_of(name), statistics.gradient_of(name)
-        estimate, exact = dense_sensitivity(weight, inputs, gradients), statistics.sensitivity.get(name)
-        losses = component_losses(components, inputs, gradients, 1.0 if exact is None else exact / estimate)
+        inputs, gradients = whitenings.moments(name)
+        components = context.factors.components(weight, *whitenings.wanted(inputs, gradients))
+        estimate = dense_sensitivity(weight, inputs.moment, gradients.moment)
+        exact = statistics.sensitivity.get(name)
+        rounding = 1.0 if exact is None else exact / estimate
+        losses = component_losses(components, inputs.moment, gradients.moment, rounding)
         return _Factors(components, losses, torch.tensor(estimate if exact is None else exact, dtype=torch.float64))
 
     owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
@@ -124,11 +116,44 @@ def factorize_model(
             layers[name] = MaskedLinear(factors.components, dense, mask_scale, adapter)
             replace_linear(model, name, layers[name])
             clock.advance()
+        whitenings.forget(names)
         if processes.mesh is not None:
             shard_block(model.get_submodule(block), processes.mesh, [layers[name].down for name in names])
     if processes.mesh is not None:
         shard_rest(model, processes.mesh)
     return Factorized(layers, losses, singular, sensitivity, whitenings, owners)
+
+
+class _Whitenings:
+    """Read moments when a module needs them; those of inputs that modules share are kept until all had them."""
+
+    def __init__(self, statistics: Statistics, basis: Basis) -> None:
+        self.statistics, self.basis = statistics, basis
+        self._shared: dict[str, Whitening] = {}
+
+    def __call__(self, name: str) -> Whitenings:
+        inputs, gradients = self.moments(name)
+        self.forget([name])
+        return self.wanted(inputs, gradients)
+
+    def moments(self, name: str) -> tuple[Whitening, Whitening]:
+        """Return those of inputs and output gradients, whatever the basis."""
+        key = self.statistics.input_keys[name]
+        # Two threads that come at the same time may both read it: that costs a read.
+        inputs = self._shared.setdefault(key, self._shared.get(key) or Whitening.of(self.statistics.input_of(name)))
+        return inputs, Whitening.of(self.statistics.gradient_of(name))
+
+    def wanted(self, inputs: Whitening, gradients: Whitening) -> Whitenings:
+        """Leave out what the basis makes no use of."""
+        return (
+            inputs if self.basis in ("input", "kfac") else None,
+            gradients if self.basis == "kfac" else None,
+        )
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Give up what was shared by modules that are done with."""
+        for name in names:
+            self._shared.pop(self.statistics.input_keys[name], None)
 
 
 def owners_of(shapes: Mapping[str, tuple[int, int]], inputs: Mapping[str, str], count: int) -> dict[str, int]:

@@ -14,6 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from acip_export.ranking.vocabulary import (
+    attached,
+    can_slice,
+    final_hidden,
+    head_alone,
+    token_slices,
+    vocabulary_of,
+)
+
 # Logits at a time: their float32 copies (2 MB each) stay in a processor's cache.
 _AT_ONCE = 2**19
 
@@ -28,11 +37,31 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Compute the mean negative log-likelihood of each token after the first."""
-    logits: Tensor = model(input_ids=windows, use_cache=False).logits
+    """Compute the mean negative log-likelihood of each token after the first, never with all logits at a time."""
     # The last token has no label; cutting its logits off would copy all others, and their gradients again.
-    labels = torch.cat([windows[:, 1:], windows.new_full((len(windows), 1), -1)], dim=1)
-    return token_cross_entropy(logits.flatten(0, 1), labels.flatten())
+    labels = torch.cat([windows[:, 1:], windows.new_full((len(windows), 1), -1)], dim=1).flatten()
+    if not can_slice(model):
+        logits: Tensor = model(input_ids=windows, use_cache=False).logits
+        return token_cross_entropy(logits.flatten(0, 1), labels)
+    hidden = final_hidden(model, windows)
+    rows, counted = hidden.detach().flatten(0, -2), int((labels >= 0).sum())
+    gradient = torch.empty_like(rows) if hidden.requires_grad else None
+    total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
+    with head_alone(model) as logits_of:
+        for part in token_slices(len(rows), vocabulary_of(model)):
+            share = int((labels[part] >= 0).sum()) / counted
+            if not share:
+                if gradient is not None:
+                    gradient[part] = 0
+                continue
+            leaf = rows[part].clone().requires_grad_(gradient is not None)
+            loss = token_cross_entropy(logits_of(leaf), labels[part])
+            total += share * loss.detach()
+            if gradient is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+                assert leaf.grad is not None
+                gradient[part] = share * leaf.grad
+    return total if gradient is None else attached(total, hidden, gradient.view_as(hidden))
 
 
 def token_divergence(logits: Tensor, dense: Tensor) -> Tensor:

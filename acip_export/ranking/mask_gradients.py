@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from acip_export.progress import Clock
+from acip_export.ranking.block_sweep import BlockSweep
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.masked_linear import MaskedLinear, dense_behaviour
+from acip_export.ranking.sharding import by_block
 
 # Every window is one sample of the Fisher information; shorter ones give more samples of the same text.
 _LONGEST_WINDOW = 128
@@ -32,18 +34,27 @@ def component_fisher(context: RankContext, layers: Mapping[str, MaskedLinear]) -
     task, windows, processes = context.task, context.windows, context.processes
     length = min(windows.shape[1], _LONGEST_WINDOW) if task.padding is None else windows.shape[1]
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-    clock = Clock("fisher", len(pieces), context.progress, tokens=length)
     sums = _zeros(layers)
+
+    def tail(first: int, part: Tensor) -> float:
+        generator = torch.Generator().manual_seed((context.seed << 32) + first)
+        return task.backward_sampled(context.model, part, generator) / task.counted(part)
+
+    members = dict(by_block(layers))
+    sweep = BlockSweep(context.model, list(members), processes, context.scratch)
+    size = max(1, context.batch * windows.shape[1] // length)
     with _probed(layers) as device:
-        for first, part in processes.batches(pieces, max(1, context.batch * windows.shape[1] // length)):
-            for layer in layers.values():
-                layer.probe = torch.ones(len(part), 1, len(layer.mask), device=device, requires_grad=True)
-            outputs = task.outputs(context.model, task.trimmed(part.to(device)))
-            generator = torch.Generator().manual_seed((context.seed << 32) + first)
-            task.sampled_loss(outputs, generator).backward()  # type: ignore[no-untyped-call]
-            for name, layer in layers.items():
-                sums[name][layer.arrangement.cpu()] += _gradient(layer).square().sum((0, 1)).cpu()
-            clock.advance(len(part) * processes.count)
+        batches = [(first, task.trimmed(part.to(device))) for first, part in processes.batches(pieces, size)]
+        with sweep.run("fisher", batches, len(pieces), tail, context.progress) as blocks:
+            for block, steps in blocks:
+                inside = {name: layers[name] for name in members[block]}
+                for part, step in steps:
+                    for layer in inside.values():
+                        layer.probe = torch.ones(len(part), 1, len(layer.mask), device=device, requires_grad=True)
+                    step()
+                    for name, layer in inside.items():
+                        sums[name][layer.arrangement.cpu()] += _gradient(layer).square().sum((0, 1)).cpu()
+                        layer.probe = None
     counted = task.counted(pieces)
     return {name: (0.5 * processes.sum(total) / counted).numpy() for name, total in sums.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from acip_export.artifacts.scores import (
     SCORES_KIND,
     CurvePoint,
+    FloatArray,
     ModuleScores,
     RankedModel,
     RankedOn,
@@ -24,7 +26,6 @@ from acip_export.errors import UnsupportedError, UsageError
 from acip_export.io.atomic import remove_leftovers
 from acip_export.io.outputs import claim_output
 from acip_export.lowrank.cache import FactorCache
-from acip_export.lowrank.components import pack_moment
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.opening import check_checkpoint
 from acip_export.model.torch_model import transformers_config
@@ -127,6 +128,7 @@ def rank_model(
             factors=FactorCache(cache),
             acip=acip,
             run_states=None if out is None else RunStates(run_file(out), store_every, resume),
+            scratch=None if out is None else out.absolute().parent,
         )
         del dense  # the context has it alone
         with torch.random.fork_rng():
@@ -206,10 +208,27 @@ def _score_file(
         curve=curve,
         modules={name: _module_scores(name, statistics, factorized, ranking) for name in checkpoint.linear_modules},
         embedding_sensitivity=statistics.embedding_sensitivity,
-        second_moments={
-            key: pack_moment(moment) for key, moment in {**statistics.inputs, **statistics.gradients}.items()
-        },
+        second_moments=_Triangles(statistics),
     )
+
+
+class _Triangles(Mapping[str, FloatArray]):
+    """Read moments as the score file has them, one at a time."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self._places = {key: moments for moments in (statistics.inputs, statistics.gradients) for key in moments}
+
+    def __getitem__(self, key: str) -> FloatArray:
+        return self._places[key].triangle(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places  # Mapping's own would read it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _module_scores(name: str, statistics: Statistics, factorized: Factorized, ranking: Ranking) -> ModuleScores:
@@ -223,8 +242,8 @@ def _module_scores(name: str, statistics: Statistics, factorized: Factorized, ra
         up_sensitivity=losses.up_sensitivity.float().numpy(),
         down_sensitivity=losses.down_sensitivity.float().numpy(),
         sensitivity=factorized.sensitivity[name],
-        input_moment=statistics.input_of(name).diagonal().float().numpy(),
-        gradient_moment=statistics.gradient_of(name).diagonal().float().numpy(),
+        input_moment=statistics.inputs.diagonal(statistics.input_keys[name]),
+        gradient_moment=statistics.gradients.diagonal(statistics.gradient_keys[name]),
         input_key=statistics.input_keys[name],
         gradient_key=statistics.gradient_keys[name],
         adapter_a=a if adapted else None,

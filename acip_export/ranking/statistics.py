@@ -11,19 +11,27 @@ of a whole weight the exact sum costs no more than a backward pass: 1/2 sum_ij W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from acip_export.progress import Clock
+from acip_export.artifacts.scores import FloatArray
+from acip_export.io.scratch import Scratch
+from acip_export.lowrank.components import pack_moment, unpack_moment
+from acip_export.ranking.block_sweep import BlockSweep
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.load import embedding_names
 from acip_export.ranking.processes import Processes
-from acip_export.ranking.sharding import whole
-from acip_export.ranking.tasks import Task
+from acip_export.ranking.sharding import by_block, whole
+
+# Rows of a triangle, and of a head, that are worked on at a time.
+_STRIP = 256
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,8 @@ class Statistics:
     """Hold what one pass over calibration text says about a model.
 
     Attributes:
-        inputs: (in, in) float64 by key; modules that read the same tensor share one.
-        gradients: (out, out) float64 by key.
+        inputs: (in, in) float64 by key, read when asked for; modules that read the same tensor share one.
+        gradients: (out, out) float64 by key, read when asked for.
         input_keys, gradient_keys: by module.
         embedding_sensitivity: by tensor name: predicted loss, in the task's unit, of rounding the embedding or head
             with a relative mean square error of one; the sum of both uses where they are tied.
@@ -40,8 +48,8 @@ class Statistics:
         sensitivity: by module, as :func:`dense_sensitivity`, but measured text by text; empty for causal models.
     """
 
-    inputs: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor]
+    inputs: StoredMoments
+    gradients: StoredMoments
     input_keys: Mapping[str, str]
     gradient_keys: Mapping[str, str]
     embedding_sensitivity: Mapping[str, float]
@@ -55,52 +63,98 @@ class Statistics:
         return self.gradients[self.gradient_keys[module]]
 
 
+class StoredMoments(Mapping[str, Tensor]):
+    """Hold second moments in a scratch file as the score file stores them, so that one of them is in memory at a time.
+
+    Whoever factorizes from the score file finds the same components therefore.
+    """
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
+        self._sizes: dict[str, int] = {}
+
+    def store(self, key: str, moment: Tensor) -> None:
+        """Keep the upper triangle of a symmetric matrix; the other one is not looked at."""
+        self._sizes[key] = len(moment)
+        self._scratch.write(key, pack_moment(moment))
+
+    def triangle(self, key: str) -> FloatArray:
+        """Read a moment as the score file has it."""
+        return cast("FloatArray", self._scratch.read(key))
+
+    def diagonal(self, key: str) -> FloatArray:
+        """Read the diagonal alone."""
+        size = self._sizes[key]
+        return self.triangle(key)[np.cumsum([0, *range(size, 1, -1)])]
+
+    def __getitem__(self, key: str) -> Tensor:
+        return unpack_moment(self.triangle(key), self._sizes[key])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._sizes  # Mapping's own would read it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+
 class _Moments:
-    """Sum outer products: batches in the model's precision, the sum in float64."""
+    """Sum the outer products of one block's rows, in float32: the upper triangle, in strips.
+
+    A sum of n batches is off by n/2 float32 units at most; the score file keeps one.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, key: str, rows: Tensor) -> None:
         rows = rows.detach().flatten(0, -2).float()
-        product = (rows.T @ rows).double().cpu()
-        self.sums[key] = self.sums[key] + product if key in self.sums else product
+        width = rows.shape[1]
+        if key not in self.sums:
+            self.sums[key] = rows.new_zeros(width, width)
+        for begin in range(0, width, _STRIP):
+            end = min(begin + _STRIP, width)
+            self.sums[key][begin:end, begin:].addmm_(rows[:, begin:end].T, rows[:, begin:])
 
-    def sum_over(self, processes: Processes) -> None:
-        self.sums = {key: processes.sum(total) for key, total in self.sums.items()}
-
-    def mean(self, tokens: int) -> dict[str, Tensor]:
-        # Rounded to what the score file stores: whoever factorizes from the file must find the same components.
-        return {key: (total / tokens).float().double() for key, total in self.sums.items()}
+    def store(self, moments: StoredMoments, count: int, processes: Processes) -> None:
+        """Put the means into ``moments``, over all processes, and forget the sums."""
+        for key in list(self.sums):
+            moments.store(key, processes.sum(self.sums.pop(key)) / count)
 
 
 class _HeadMoments:
     """Measure what rounding the head costs, from its inputs and the variance of the model's own labels."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
-        self.weight = whole(model.get_parameter(f"{name}.weight").detach()).double().cpu()
+        self.weight = model.get_parameter(f"{name}.weight").detach()
         self.inputs = torch.zeros(self.weight.shape[1], dtype=torch.float64)
         self.logits = torch.zeros(self.weight.shape[0], dtype=torch.float64)
         self._seen: list[Tensor] = []
 
     def watch(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._seen.append(args[0])
+        self._seen[:] = [args[0].detach()]
 
-    def add(self, task: Task, logits: Tensor, windows: Tensor) -> None:
-        probabilities = logits.float().softmax(-1)
+    def add(self, probabilities: Tensor, select: Callable[[Tensor], Tensor]) -> None:
         # E[(p - onehot(y))^2] over the model's own labels is p (1 - p): no sampling needed here.
-        self.logits += (probabilities * (1 - probabilities)).sum(0).double().cpu()
-        self.inputs += task.select(self._seen.pop().detach(), windows).double().square().sum(0).cpu()
+        by_logit = (
+            probabilities.sum(0, dtype=torch.float64) - torch.linalg.vector_norm(probabilities, dim=0).double() ** 2
+        )
+        self.logits += by_logit.cpu()
+        self.inputs += select(self._seen.pop()).double().square().sum(0).cpu()
 
     def sum_over(self, processes: Processes) -> None:
         self.inputs, self.logits = processes.sum(self.inputs), processes.sum(self.logits)
 
     def loss(self, counted: int) -> float:
-        return 0.5 * float((self.logits / counted) @ self.weight.square() @ (self.inputs / counted))
+        weight = whole(self.weight)
+        by_logit = [rows.double().cpu().square() @ (self.inputs / counted) for rows in weight.split(_STRIP)]  # type: ignore[no-untyped-call]
+        return 0.5 * float((self.logits / counted) @ torch.cat(by_logit))
 
 
 class _SharedInputs:
-    """Find modules that read the same tensor, within one forward pass."""
+    """Find modules of a block that read the same tensor."""
 
     def __init__(self) -> None:
         self.keys: dict[str, str] = {}
@@ -118,39 +172,23 @@ class _SharedInputs:
 
 
 def collect_statistics(context: RankContext) -> Statistics:
-    """Go forward and backward over the context's windows once; parameters get no gradients.
+    """Go forward and backward over the context's windows once, block by block; parameters get no gradients.
 
     H is per token, G per what the task counts, so that 1/2 tr(G dW H dW^T) is in the task's unit. Several processes
     share the windows; each batch draws its labels from a generator of its own, so that it does not matter which one
     has it.
 
-    Memory: one (in, in) matrix per distinct input and one (out, out) per module, float64, beside one batch.
+    Memory: one (in, in) matrix per distinct input and one (out, out) per module of one block, float32, beside the
+    activations of that block for one batch. On disk: the hidden states of all windows at every block, and the moments.
     """
     checkpoint, model, task, processes = context.checkpoint, context.model, context.task, context.processes
-    windows = context.windows
-    inputs, gradients, shared = _Moments(), _Moments(), _SharedInputs()
+    windows, device = context.windows, next(context.model.parameters()).device
+    inputs, gradients = StoredMoments(Scratch(context.scratch)), StoredMoments(Scratch(context.scratch))
+    keys: dict[str, str] = {}
     embedding, head_name = embedding_names(model)
     head = None if head_name is None else _HeadMoments(model, head_name)
+    tokens, counted = task.tokens(windows), task.counted(windows)
     sums = dict.fromkeys(["embedding", *checkpoint.linear_modules], 0.0)
-    real: list[Tensor | None] = [None]
-    handles = []
-
-    def watch(name: str, layer: nn.Linear) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            key, first = shared.key(name, args[0])
-            if first:
-                inputs.add(key, args[0] if real[0] is None else args[0][real[0]])
-            mask, x = real[0], args[0]
-
-            def receive(gradient: Tensor) -> None:
-                gradients.add(f"{name}.gradient", gradient)  # zero where the input is padding
-                if mask is not None:
-                    by_text = torch.einsum("nto,nti->noi", gradient.float(), x.detach().float())
-                    sums[name] += float((by_text * layer.weight).square().sum())
-
-            output.register_hook(receive)  # type: ignore[no-untyped-call]
-
-        return hook
 
     def start(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
@@ -163,47 +201,89 @@ def collect_statistics(context: RankContext) -> Statistics:
         leaf.register_hook(count)  # type: ignore[no-untyped-call]
         return leaf
 
-    for name in checkpoint.linear_modules:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)  # load_model has checked it
-        handles.append(layer.register_forward_hook(watch(name, layer)))
-    handles.append(model.get_submodule(embedding).register_forward_hook(start))
+    def tail(first: int, part: Tensor) -> float:
+        generator = torch.Generator().manual_seed((context.seed << 32) + first)
+        loss = task.backward_sampled(model, part, generator, None if head is None else head.add)
+        return loss / task.counted(part)
+
+    handles = [model.get_submodule(embedding).register_forward_hook(start)]
     if head_name is not None and head is not None:
         handles.append(model.get_submodule(head_name).register_forward_pre_hook(head.watch))
-
-    clock = Clock("statistics", len(windows), context.progress, tokens=windows.shape[1])
-    device = next(model.parameters()).device
+    members = dict(by_block(checkpoint.linear_modules))
+    sweep = BlockSweep(model, list(members), processes, context.scratch)
+    batches = [(first, task.trimmed(part.to(device))) for first, part in processes.batches(windows, context.batch)]
     try:
-        for first_window, part in processes.batches(windows, context.batch):
-            part = task.trimmed(part.to(device))
-            real[0] = task.real(part)
-            outputs = task.outputs(model, part)
-            if head is not None:
-                head.add(task, outputs.detach(), part)
-            loss = task.sampled_loss(outputs, torch.Generator().manual_seed((context.seed << 32) + first_window))
-            loss.backward()  # type: ignore[no-untyped-call]
-            shared.next_batch()
-            clock.advance(len(part) * processes.count, loss=loss.item() / task.counted(part))
+        with sweep.run("statistics", batches, len(windows), tail, context.progress) as blocks:
+            for block, steps in blocks:
+                of_block = _BlockMoments({name: model.get_submodule(name) for name in members[block]})
+                with of_block.watching():
+                    for part, step in steps:
+                        of_block.real = task.real(part)
+                        step()
+                        of_block.shared.next_batch()
+                of_block.inputs.store(inputs, tokens, processes)
+                of_block.gradients.store(gradients, counted, processes)
+                keys |= of_block.shared.keys
+                sums |= of_block.sums
     finally:
         for handle in handles:
             handle.remove()
 
-    inputs.sum_over(processes)
-    gradients.sum_over(processes)
     sums = dict(zip(sums, processes.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
     if head is not None:
         head.sum_over(processes)
-    tokens, counted = task.tokens(windows), task.counted(windows)
     sensitivity = {f"{embedding}.weight": 0.5 * sums.pop("embedding") / counted}
     if head is not None:
         head_tensor = f"{embedding}.weight" if checkpoint.shape.tied_embeddings else f"{head_name}.weight"
         sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + head.loss(counted)
     return Statistics(
-        inputs=inputs.mean(tokens),
-        gradients=gradients.mean(counted),
-        input_keys=dict(shared.keys),
+        inputs=inputs,
+        gradients=gradients,
+        input_keys={name: keys[name] for name in checkpoint.linear_modules},
         gradient_keys={name: f"{name}.gradient" for name in checkpoint.linear_modules},
         embedding_sensitivity=sensitivity,
         tokens=tokens,
         sensitivity={} if task.padding is None else {name: 0.5 * total / counted for name, total in sums.items()},
     )
+
+
+class _BlockMoments:
+    """Watch the linear layers of one block.
+
+    Attributes:
+        real: which tokens of the batch are no padding; ``None``: all. sums: by module, of the squared changes of the
+            loss that rounding each weight would make, text by text, where there is padding.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
+        self.inputs, self.gradients, self.shared = _Moments(), _Moments(), _SharedInputs()
+        self.real: Tensor | None = None
+        self.sums = dict.fromkeys(layers, 0.0)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Measure whatever passes the layers inside."""
+        handles = []
+        for name, layer in self.layers.items():
+            assert isinstance(layer, nn.Linear)  # load_model has checked it
+            handles.append(layer.register_forward_hook(partial(self._see, name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _see(self, name: str, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
+        key, first = self.shared.key(name, args[0])
+        mask, x = self.real, args[0].detach()
+        if first:
+            self.inputs.add(key, x if mask is None else x[mask])
+
+        def receive(gradient: Tensor) -> None:
+            self.gradients.add(f"{name}.gradient", gradient)  # zero where the input is padding
+            if mask is not None:
+                by_text = torch.einsum("nto,nti->noi", gradient.float(), x.float())
+                self.sums[name] += float((by_text * layer.weight).square().sum())
+
+        output.register_hook(receive)  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ embedding             texts        cosine distance             e + r with r ~ N(
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -32,9 +32,13 @@ from acip_export.model.encoder import Encoder
 from acip_export.model.task import Task as TaskName
 from acip_export.model.torch_model import pooled
 from acip_export.ranking.losses import next_token_loss, token_cross_entropy, token_divergence
+from acip_export.ranking.vocabulary import can_slice, draw, final_hidden, head_alone, token_slices, vocabulary_of
 
 # Of SimCSE's unsupervised training, section 3.
 _CONTRAST_TEMPERATURE = 0.05
+
+
+Look = Callable[[Tensor, Callable[[Tensor], Tensor]], None]
 
 
 class Task(ABC):
@@ -79,10 +83,26 @@ class Task(ABC):
         """Tell which tokens are no padding, (n, length) bool; ``None``: all."""
         return None if self.padding is None else windows != self.padding
 
+    def backward_sampled(
+        self, model: nn.Module, windows: Tensor, generator: torch.Generator, look: Look | None = None
+    ) -> float:
+        """Go backward from :meth:`sampled_loss`, and return it.
+
+        Args:
+            look: is shown the probabilities over a vocabulary (n, vocabulary), and what picks their rows of a tensor
+                by token. The probabilities are overwritten after it.
+        """
+        outputs = self.outputs(model, windows)
+        if look is not None:
+            look(outputs.detach().float().softmax(-1), lambda by_token: self.select(by_token, windows))
+        loss = self.sampled_loss(outputs, generator)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
     def sampled_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Sum the negative log-likelihoods of labels drawn from the model's own distribution."""
-        labels = torch.multinomial(outputs.detach().float().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-        return token_cross_entropy(outputs, labels.to(outputs.device)) * len(outputs)
+        labels = draw(outputs.detach().float().softmax(-1), generator)
+        return token_cross_entropy(outputs, labels) * len(outputs)
 
     def labelled_loss(self, model: nn.Module, windows: Tensor) -> Tensor:
         """Compute a mean loss whose gradient at the dense model is not zero.
@@ -106,6 +126,30 @@ class CausalTask(Task):
 
     name = "causal"
     labelled = True
+
+    def backward_sampled(
+        self, model: nn.Module, windows: Tensor, generator: torch.Generator, look: Look | None = None
+    ) -> float:
+        if not can_slice(model):
+            return super().backward_sampled(model, windows, generator, look)
+        hidden = final_hidden(model, windows)
+        rows = hidden.detach().flatten(0, -2)
+        gradient, total = torch.empty_like(rows), 0.0
+        with head_alone(model) as logits_of:
+            for part in token_slices(len(rows), vocabulary_of(model)):
+                leaf = rows[part].clone().requires_grad_()
+                logits = logits_of(leaf)
+                probabilities = logits.detach().float().softmax(-1)
+                labels = draw(probabilities, generator)[:, None]
+                total -= float(probabilities.gather(-1, labels).log().sum())
+                if look is not None:
+                    look(probabilities, lambda by_token: by_token.flatten(0, -2))
+                probabilities.scatter_add_(-1, labels, probabilities.new_full(labels.shape, -1))
+                logits.backward(probabilities.to(logits.dtype))  # type: ignore[no-untyped-call]
+                assert leaf.grad is not None
+                gradient[part] = leaf.grad
+        hidden.backward(gradient.view_as(hidden))  # type: ignore[no-untyped-call]
+        return total
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=windows, use_cache=False).logits

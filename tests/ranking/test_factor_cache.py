@@ -43,6 +43,35 @@ def test_gram_and_svd_agree(shape: tuple[int, int], spread: float, monkeypatch: 
         torch.testing.assert_close(side, torch.eye(24, dtype=torch.float64), rtol=0, atol=2e-7)
 
 
+def test_components_are_those_of_the_symmetric_roots() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(20, 12, generator=generator).double()
+    moments = [x.T @ x / 99 for x in (torch.randn(99, n, generator=generator).double() for n in (12, 20))]
+    made = factorize.components(weight, *moments)
+    (root, inverse), (left, left_inverse) = (_symmetric_roots(moment) for moment in moments)
+    u, s, vt = torch.linalg.svd(left @ weight @ root, full_matrices=False)
+    torch.testing.assert_close(made.singular, s, rtol=1e-12, atol=0)
+    up, down = left_inverse @ u, vt @ inverse
+    for k in range(12):  # singular vectors have no sign of their own
+        torch.testing.assert_close(
+            torch.outer(made.up[:, k], made.down[k]), s[k] * torch.outer(up[:, k], down[k]), rtol=0, atol=1e-11
+        )
+
+
+def _symmetric_roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    damping = factorize.DAMPING * moment.diagonal().mean()
+    values, vectors = torch.linalg.eigh(moment + damping * torch.eye(len(moment), dtype=torch.float64))
+    return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+
+
+def test_moment_that_rounding_left_indefinite_has_a_root() -> None:
+    moment = torch.diag(torch.tensor([1.0, 1e-2, -1e-3, -1e-3], dtype=torch.float64))
+    lower = factorize.triangular_root(moment)
+    torch.testing.assert_close(lower, lower.tril())
+    damped = moment.diagonal() + factorize.DAMPING * moment.diagonal().mean()
+    torch.testing.assert_close((lower @ lower.T).diagonal(), damped.clamp_min(0), rtol=0, atol=1e-12)
+
+
 def test_second_ranking_and_every_size_come_from_the_cache(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +86,7 @@ def test_second_ranking_and_every_size_come_from_the_cache(
         raise AssertionError("factorized although it was cached")
 
     monkeypatch.setattr(factorize, "thin_svd", forbidden)
-    monkeypatch.setattr(factorize, "root_and_inverse", forbidden)
+    monkeypatch.setattr(factorize, "triangular_root", forbidden)
     cached = rank_model(model, text, algorithm="kfac", calibration=CALIBRATION, out=files[2], cache=cache)
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
     # Materializing knows the moments only from the score file; it finds the same entries.

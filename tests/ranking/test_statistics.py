@@ -18,6 +18,7 @@ from acip_export.lowrank.losses import component_losses, dense_sensitivity
 from acip_export.ranking.factorized_model import factorize_model
 from acip_export.ranking.mask_gradients import component_fisher
 from acip_export.ranking.statistics import Statistics, collect_statistics
+from acip_export.ranking.vocabulary import draw
 from tests.ranking.support import CALIBRATION, context_of, sharp_model
 
 CPU = torch.device("cpu")
@@ -183,7 +184,7 @@ def test_fisher_of_the_masks_is_the_mean_square_of_their_gradients(model: Path, 
         # Each batch draws from a generator of its own: see collect_statistics.
         generator = torch.Generator().manual_seed((5 << 32) + first)
         logits = ranked.model(input_ids=part).logits
-        labels = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(4, 32)
+        labels = draw(logits.detach().flatten(0, 1).softmax(-1), generator).view(4, 32)
         losses = F.cross_entropy(logits.mT, labels, reduction="none").sum(1)
         for loss in losses:
             (gradient,) = torch.autograd.grad(loss, layer.mask, retain_graph=True)

@@ -1,0 +1,74 @@
+"""Keep arrays that are too many for memory in a file without a name: it goes with its process, however that ends."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from acip_export.errors import OutputError
+
+
+class Scratch:
+    """Store arrays by name, and read them whole.
+
+    Plain reads and writes, no memory map: what the system keeps of the file is its cache and not this process's.
+
+    Raises:
+        OutputError: there is no place or no room in the directory.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._place = Path(tempfile.gettempdir()) if directory is None else directory
+        self._arrays: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
+        self._end = 0
+        try:
+            self._place.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self._place)  # noqa: SIM115 - it lives as long as this object
+        except OSError as reason:
+            raise self._no_room(reason) from reason
+        self._finalize = weakref.finalize(self, self._file.close)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+    def write(self, name: str, array: npt.NDArray[np.generic]) -> None:
+        """Store a contiguous array, in the place of one of that name and size that was there before."""
+        known = self._arrays.get(name)
+        position = self._end
+        if known is not None and known[1:] == (array.shape, array.dtype):
+            position = known[0]
+        else:
+            self._end += array.nbytes
+        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        try:
+            while data:
+                written = os.pwrite(self._file.fileno(), data, position)
+                data, position = data[written:], position + written
+        except OSError as reason:
+            raise self._no_room(reason) from reason
+        self._arrays[name] = position - array.nbytes, array.shape, array.dtype
+
+    def read(self, name: str) -> npt.NDArray[np.generic]:
+        """Return a fresh copy."""
+        position, shape, dtype = self._arrays[name]
+        array = np.empty(shape, dtype)
+        data = memoryview(array.reshape(-1).view(np.uint8).data)
+        while data:
+            count = os.preadv(self._file.fileno(), [data], position)
+            data, position = data[count:], position + count
+        return array
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._finalize()
+
+    def _no_room(self, reason: OSError) -> OutputError:
+        return OutputError(
+            f"{self._place} has no room for a ranking's scratch file: {reason.strerror}. Make room there, or choose "
+            "another place for the score file with  --out"
+        )
