@@ -18,6 +18,7 @@ from acip_export.errors import MissingExtraError, UnsupportedError, Verification
 from acip_export.formats.protocol import DEFAULT_BACKEND, RunCommand
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress, ProgressCallback
+from acip_export.rounding import InputMoments
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
 from converters.onnx.backends import backend_of
@@ -29,7 +30,6 @@ from converters.onnx.types import NUMBERS
 if TYPE_CHECKING:
     import torch
 
-    from acip_export.rounding import InputMoments
     from converters.onnx.genai_builder.module_tree import ReadVector
     from converters.onnx.graph.decided import Contents
     from converters.onnx.writer import Packed
@@ -223,7 +223,7 @@ def round_trip(weight: torch.Tensor, name: str, inputs: InputMoments | None) -> 
     """See :class:`acip_export.formats.protocol.ExportFormat`."""
     from converters.onnx.matrices import rounded
 
-    return rounded(weight, weight_type("onnx", name), None if inputs is None else inputs.importance)
+    return rounded(weight, weight_type("onnx", name), inputs or InputMoments())
 
 
 def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:

@@ -96,6 +96,7 @@ ONNX = OnnxFormat(
         SessionClass("onnxruntime", "converters.onnx.runtimes.onnxruntime", "OnnxRuntimeSession"),
         SessionClass("onnxruntime-genai", "converters.onnx.runtimes.genai", "GenaiSession"),
     ),
+    feedback_types=frozenset(form.name for form in NUMBERS if not form.is_float),
     encoder_session=SessionClass("onnxruntime", "converters.onnx.runtimes.onnx_encoder", "OnnxEncoderSession"),
     memory=OnnxMemory(),
     backends=OTHERS,

@@ -16,12 +16,14 @@ from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
-from converters.onnx.quantize import dequantize, quantize, scale_type
+from converters.onnx.feedback import with_feedback
+from converters.onnx.quantize import Quantized, dequantize, joined, quantize, scale_type
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from acip_export.artifacts.bundle import Bundle
+    from acip_export.rounding import InputMoments
 
 # Weights that a thread converts at once: large enough for vectorised work, small enough to stay in a core's cache.
 _CHUNK = 1 << 17
@@ -167,33 +169,37 @@ class MatrixReader:
                 yield _floats(columns).astype(part.dtype, copy=False)
 
     def _codes(self, weight: Tensor, matrix: Matrix) -> Iterator[NDArray[np.generic]]:
-        moments = self._bundle.importance(matrix.tensor)
-        importance = None if moments is None else _floats(moments)
         beside: dict[Form, list[NDArray[np.generic]]] = {form: [] for form in matrix.beside}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            slices = _slices(weight, matrix.columns)
-            for quantized in pool.map(lambda rows: quantize(_floats(rows), matrix.type, importance), slices):
-                beside["scales"].append(quantized.scales)
-                if quantized.zeros is not None:
-                    beside["zeros"].append(quantized.zeros)
-                yield quantized.codes
+        for quantized in _quantized(weight, matrix.type, self._bundle.inputs(matrix.tensor)):
+            beside["scales"].append(quantized.scales)
+            if quantized.zeros is not None:
+                beside["zeros"].append(quantized.zeros)
+            yield quantized.codes
         for form, parts in beside.items():
             self._kept[MatrixPart(matrix, form)] = np.concatenate(parts)
 
 
-def rounded(weight: Tensor, form: WeightType, importance: Tensor | None) -> Tensor:
+def rounded(weight: Tensor, form: WeightType, inputs: InputMoments) -> Tensor:
     """What the runtime reads of a matrix (rows, columns) stored in ``form``: float32."""
     import torch  # not at the top: plans are made without it
 
     if form.is_float:
         return weight.float() if form.item_bytes == 4 else weight.half().float()
-    columns = None if importance is None else _floats(importance)
+    parts = [dequantize(quantized, form, weight.shape[1]) for quantized in _quantized(weight, form, inputs)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _quantized(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
+    """Yield rows of the quantized matrix: some at a time, or with error feedback all at once."""
+    importance = None if inputs.importance is None else _floats(inputs.importance)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(
-            lambda rows: dequantize(quantize(_floats(rows), form, columns), form, weight.shape[1]),
-            _slices(weight, weight.shape[1]),
-        )
-        return torch.from_numpy(np.concatenate(list(parts)))
+        slices = _slices(weight, weight.shape[1])
+        parts = pool.map(lambda rows: quantize(_floats(rows), form, importance), slices)
+        if inputs.feedback is None:
+            yield from parts
+            return
+        whole = joined(list(parts))
+    yield with_feedback(whole, _floats(weight), form, inputs.feedback)
 
 
 def _slices(weight: Tensor, width: int) -> Iterator[Tensor]:

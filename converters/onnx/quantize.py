@@ -12,7 +12,7 @@ threads, and do not collapse when the machine is busy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,8 +85,8 @@ def quantize(weight: Floats, fmt: WeightType, importance: Floats | None = None) 
     codes = _round(blocks, _reciprocal(scale), zero, bits)
     _, scale = _fit(blocks, codes, weights)
     codes += zero[..., None]
-    packed = _pack(codes, bits)
-    zeros_packed = _pack(_padded(zero, 8 // bits)[:, None], bits)[:, 0] if fmt.zero_point_bits else None
+    packed = pack_codes(codes, bits)
+    zeros_packed = pack_codes(_padded(zero, 8 // bits)[:, None], bits)[:, 0] if fmt.zero_point_bits else None
     if fmt.item_bytes == 4:
         return Quantized(packed, scale, zeros_packed)
     most = np.finfo(np.float16).max
@@ -95,14 +95,33 @@ def quantize(weight: Floats, fmt: WeightType, importance: Floats | None = None) 
 
 def dequantize(quantized: Quantized, fmt: WeightType, columns: int) -> Floats:
     """The (rows, columns) float32 matrix that the runtime multiplies with."""
-    bits = fmt.code_bits
     rows, blocks = quantized.scales.shape
-    zero: Floats | np.float32 = np.float32(2 ** (bits - 1))
-    if quantized.zeros is not None:
-        zero = _unpack(quantized.zeros, bits)[:, :blocks, None]
-    signed = _unpack(quantized.codes.reshape(rows, -1), bits).reshape(rows, blocks, fmt.block) - zero
+    signed = codes_of(quantized, fmt).reshape(rows, blocks, fmt.block) - zero_points(quantized, fmt)[..., None]
     weight: Floats = (signed * quantized.scales[..., None].astype(np.float32)).reshape(rows, -1)[:, :columns]
     return weight
+
+
+def joined(parts: Sequence[Quantized]) -> Quantized:
+    """Put rows together again."""
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return Quantized(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate(zeros) if zeros else None,
+    )
+
+
+def codes_of(quantized: Quantized, fmt: WeightType) -> Floats:
+    """Unpack the codes: (rows, blocks * block), from 0."""
+    return _unpack(quantized.codes.reshape(len(quantized.scales), -1), fmt.code_bits)
+
+
+def zero_points(quantized: Quantized, fmt: WeightType) -> Floats:
+    """Unpack the zero points, (rows, blocks)."""
+    bits = fmt.code_bits
+    if quantized.zeros is None:
+        return np.full(quantized.scales.shape, 2 ** (bits - 1), np.float32)
+    return _unpack(quantized.zeros, bits)[:, : quantized.scales.shape[1]]
 
 
 def _symmetric(blocks: Floats, bits: int) -> Iterator[tuple[Floats, np.float32]]:
@@ -161,7 +180,7 @@ def _fit(blocks: Floats, codes: Floats, weights: Floats | None) -> tuple[Floats,
     return cross * scale, scale
 
 
-def _pack(codes: Floats, bits: int) -> Codes:
+def pack_codes(codes: Floats, bits: int) -> Codes:
     """(rows, blocks, numbers) to (rows, blocks, bytes), the first number in the lowest bits."""
     lanes = 8 // bits
     unsigned = codes.astype(np.uint8).reshape(*codes.shape[:2], -1, lanes)

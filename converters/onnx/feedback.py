@@ -1,0 +1,45 @@
+"""Choose the codes of a quantized matrix again, each error carried to the columns that are still to be rounded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+
+from acip_export.error_feedback import FeedbackFactor, UniformGrid, round_with_feedback
+from acip_export.errors import UnsupportedError
+from acip_export.weight_types import WeightType
+from converters.onnx.quantize import Floats, Quantized, codes_of, pack_codes, zero_points
+
+
+def with_feedback(quantized: Quantized, weight: Floats, fmt: WeightType, factor: FeedbackFactor) -> Quantized:
+    """Return ``quantized`` with codes that keep the product with the layer's inputs, and its scales and zero points.
+
+    Args:
+        weight: (rows, columns) float32, all of the matrix. factor: of the inputs' second moment.
+
+    Raises:
+        UnsupportedError: the factor is of another number of columns.
+    """
+    rows, columns = weight.shape
+    if factor.size != columns:
+        raise UnsupportedError(
+            f"error feedback for {factor.size} inputs cannot round rows of {columns} weights: it is of another matrix"
+        )
+    middle = 2 ** (fmt.code_bits - 1)
+    scales = quantized.scales.astype(np.float32)
+    # Counted from the middle code, so that all fit eight bits with a sign.
+    moved = None
+    if quantized.zeros is not None:
+        moved = _by_column(scales * (np.float32(middle) - zero_points(quantized, fmt)))
+    grid = UniformGrid(_by_column(scales), moved, fmt.block, -middle, middle - 1)
+    chosen = round_with_feedback(weight, grid, factor, os.cpu_count() or 1)
+    codes = codes_of(quantized, fmt)
+    codes[:, :columns] = chosen.astype(np.float32) + np.float32(middle)
+    return replace(quantized, codes=pack_codes(codes.reshape(rows, -1, fmt.block), fmt.code_bits))
+
+
+def _by_column(values: Floats) -> Floats:
+    """(rows, blocks) to (blocks, rows)."""
+    return np.ascontiguousarray(values.T)
