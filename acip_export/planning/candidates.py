@@ -177,7 +177,7 @@ def pair_types(types: AllowedTypes, columns: Iterable[int]) -> tuple[tuple[str, 
     Those of floats alone are left out: they do not round.
     """
     ranks = range(32, 257, 32)  # every remainder that a block size can leave
-    downs = {down: None for width in columns for down in undominated(types.of_row(width))}
+    downs = {down: None for width in columns for down in types.of_row(width)}
     pairs = {(down.name, up.name): None for down in downs for rank in ranks for up in _partners(down, types, rank)}
     floats = {t.name for t in types if t.is_float}
     return tuple(pair for pair in pairs if not set(pair) <= floats)
@@ -302,7 +302,7 @@ def _linear_table(shape: tuple[int, ...], components: int, layout: Layout, types
     up_mse: list[float] = []
     down_mse: list[float] = []
     for rank in _ranks(components, layout.rank_multiple) if fits else ():
-        for down in undominated(types.of_row(columns)):
+        for down in types.of_row(columns):
             for up in _partners(down, types, rank):
                 nbytes = base_bytes + up.nbytes(rows, rank) + down.nbytes(rank, columns)
                 if nbytes >= largest:

@@ -81,11 +81,9 @@ def test_the_embedding_takes_what_it_can_when_no_named_type_is_for_it(uneven: Ch
     assert names(space.allowed_in_embedding.of_row(288)) == {"f16", "q8_0", "q4_0"} | NARROW
 
 
-def test_what_another_type_beats_is_not_paired() -> None:
-    kept = names(undominated(GGUF.choose_types(())))
-    assert names(GGUF.choose_types(())) - kept == {"q4_0", "q3_k", "q2_k"}
-    downs = {down for down, _ in pair_types(allowed(), [4096])}
-    assert downs == kept - {"f16"}
+def test_pairs_have_the_types_of_their_rows_and_the_two_closest() -> None:
+    assert names(undominated(GGUF.choose_types(("q8_0", "q5_0", "q4_0", "iq4_nl")))) == {"q8_0", "q5_0", "iq4_nl"}
+    assert {down for down, _ in pair_types(allowed(), [4096])} == set(GGUF.types) - {"f16"}
     assert NARROW & {down for down, _ in pair_types(allowed(), [576])} == {"q5_1", "q5_0", "q4_1", "iq4_nl"}
     assert {"iq4_nl", "q4_1"} == {up for down, up in pair_types(allowed(), [256]) if down == "q4_k"} - {"q4_k"}
 
