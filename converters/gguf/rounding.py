@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from acip_export.rounding import InputMoments
 
+# Of a matrix, at once: copies of it are in memory, in another order. A multiple of what a thread takes.
+_ROWS = 2048
+
 
 def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None) -> ggml.Bytes:
     """Return the bytes of ``weight`` (rows, columns) in the type ``name``.
@@ -30,15 +33,19 @@ def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None
     known = BLOCK_CODES.get(name)
     if inputs is None or inputs.feedback is None or known is None:
         return data
-    matrix = np.ascontiguousarray(weight.detach().float().reshape(-1, weight.shape[-1]).numpy())
-    if inputs.feedback.size != matrix.shape[1]:
+    matrix = weight.detach().reshape(-1, weight.shape[-1])
+    rows, columns = matrix.shape
+    if inputs.feedback.size != columns:
         raise UnsupportedError(
-            f"error feedback for {inputs.feedback.size} inputs cannot round rows of {matrix.shape[1]} weights: "
+            f"error feedback for {inputs.feedback.size} inputs cannot round rows of {columns} weights: "
             "it is of another matrix"
         )
-    blocks = blocks_of(data, name)
-    grid = known.grid(blocks, len(matrix))
-    known.put(blocks, round_with_feedback(matrix, grid, inputs.feedback, ggml.processors()))
+    row_bytes = data.nbytes // max(rows, 1)
+    for start in range(0, rows, _ROWS):
+        some = np.ascontiguousarray(matrix[start : start + _ROWS].float().numpy())
+        blocks = blocks_of(data[start * row_bytes : (start + len(some)) * row_bytes], name)
+        grid = known.grid(blocks, len(some))
+        known.put(blocks, round_with_feedback(some, grid, inputs.feedback, ggml.processors()))
     return data
 
 

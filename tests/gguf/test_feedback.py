@@ -13,6 +13,7 @@ from acip_export.errors import ScoreFileError, UnsupportedError
 from acip_export.rounding import InputMoments
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
+from converters.gguf import rounding
 from converters.gguf.block_codes import BLOCK_CODES, blocks_of
 from converters.gguf.rounding import quantize, round_trip
 from converters.gguf.types import FEEDBACK_TYPES
@@ -118,7 +119,16 @@ def test_threads_and_rows_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> Non
     alone = quantize(weight, "q4_0", inputs)
     monkeypatch.setattr(ggml, "processors", lambda: 3)
     assert np.array_equal(quantize(weight, "q4_0", inputs), alone)
+    monkeypatch.setattr(rounding, "_ROWS", 512)
     assert np.array_equal(quantize(weight, "q4_0", inputs), alone)
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+def test_without_ggmls_library_the_bytes_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = matrix(16), moments_of(moment(COLUMNS, 16, 2))
+    native = quantize(weight, name, inputs)
+    monkeypatch.setattr(ggml, "load_library", lambda: None)
+    assert np.array_equal(quantize(weight, name, inputs), native)
 
 
 def test_eight_bits_of_the_factor_lose_nothing() -> None:

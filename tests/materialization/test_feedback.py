@@ -184,11 +184,9 @@ def test_who_rounds_with_feedback(model: Path, scores: ScoreFile) -> None:
     assert settled.rounding == "nearest" and "no second moments" in note
     settled, (note,) = settle_rounding(scores, replace(asked, options={"imatrix": "x"}))
     assert settled.rounding == "nearest" and "different texts" in note
-    assert settle_rounding(scores, PlanRequest("onnx")) == (PlanRequest("onnx", rounding="nearest"), ())
+    assert settle_rounding(scores, PlanRequest("onnx")) == (PlanRequest("onnx", rounding="feedback"), ())
     with pytest.raises(UsageError, match="no second moments"):
         settle_rounding(make_scores(model), replace(asked, rounding="feedback"))
-    with pytest.raises(UsageError, match="onnx has no type"):
-        settle_rounding(scores, PlanRequest("onnx", rounding="feedback"))
 
 
 def test_plans_are_made_with_the_errors_of_their_rounding(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
