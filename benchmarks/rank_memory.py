@@ -49,6 +49,7 @@ def measure(layers: int, args: argparse.Namespace, scratch: Path) -> dict[str, A
     model = scratch / f"model{layers}"
     head = 64
     write_random_model(
+        model,
         {
             "vocab_size": 8192,
             "hidden_size": args.hidden,
@@ -58,7 +59,6 @@ def measure(layers: int, args: argparse.Namespace, scratch: Path) -> dict[str, A
             "num_key_value_heads": max(1, args.hidden // head // 4),
             "head_dim": head,
         },
-        model,
     )
     text = scratch / "text.txt"
     if not text.exists():

@@ -85,7 +85,8 @@ class StoredMoments(Mapping[str, Tensor]):
     def diagonal(self, key: str) -> FloatArray:
         """Read the diagonal alone."""
         size = self._sizes[key]
-        return self.triangle(key)[np.cumsum([0, *range(size, 1, -1)])]
+        diagonal: FloatArray = self.triangle(key)[np.cumsum([0, *range(size, 1, -1)])]
+        return diagonal
 
     def __getitem__(self, key: str) -> Tensor:
         return unpack_moment(self.triangle(key), self._sizes[key])
