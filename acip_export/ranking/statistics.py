@@ -139,9 +139,7 @@ class _HeadMoments:
 
     def add(self, probabilities: Tensor, select: Callable[[Tensor], Tensor]) -> None:
         # E[(p - onehot(y))^2] over the model's own labels is p (1 - p): no sampling needed here.
-        by_logit = (
-            probabilities.sum(0, dtype=torch.float64) - torch.linalg.vector_norm(probabilities, dim=0).double() ** 2
-        )
+        by_logit = (probabilities - probabilities.square()).sum(0).double()
         self.logits += by_logit.cpu()
         self.inputs += select(self._seen.pop()).double().square().sum(0).cpu()
 
