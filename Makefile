@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
+.PHONY: bench-rank-memory bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ bench-presets: $(STAMP) ## Compare plans with presets in the runtimes, both samp
 
 bench-rank: $(STAMP) ## Time and memory of a ranking step against a straightforward one
 	$(BIN)/python benchmarks/rank_speed.py
+
+bench-rank-memory: $(STAMP) ## Peak memory of a training-free ranking over the number of layers
+	$(BIN)/python benchmarks/rank_memory.py
 
 bench-rank-quality: $(STAMP) ## Perplexity of every ranking at every size; goes on where it was stopped (slow)
 	$(BIN)/python benchmarks/ranking.py

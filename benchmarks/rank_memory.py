@@ -1,6 +1,6 @@
 """Peak memory and time of a training-free ranking over the number of layers, each in a process of its own.
 
-    python benchmarks/rank_memory.py [--layers 8 16 32] [--hidden 512] [--intermediate 1408] [--scratch DIRECTORY]
+    python benchmarks/rank_memory.py [--layers 8 16 32] [--hidden 256] [--intermediate 704] [--scratch DIRECTORY]
 
 Random weights of one width; writes benchmarks/rank_memory.json. The peak may grow by the weights, which become pairs of
 factors in the end (up to twice the bytes of a square matrix), and by nothing else.
@@ -25,20 +25,15 @@ from random_model import write_random_model
 from acip_export.model.checkpoint import Checkpoint
 
 RESULTS = Path(__file__).with_suffix(".json")
-TOKENS, CURVE_TOKENS = 4096, 1024
+TOKENS, CURVE_TOKENS = 2048, 512
 _RANK = """
 import json, resource, sys, time
 from pathlib import Path
 from acip_export.ranking import DataConfig, rank_model
 model, text, algorithm, tokens, curve = sys.argv[1:]
-stages = {}
-def note(progress):
-    stages.setdefault(progress.stage, [time.perf_counter(), 0])[1] = time.perf_counter()
 start = time.perf_counter()
 config = DataConfig(statistics_tokens=int(tokens), curve_tokens=int(curve), curve_ratios=(1.0, 0.5))
-rank_model(
-    model, text, algorithm=algorithm, calibration=config, precision="model", out=Path(model) / "s.acip", progress=note
-)
+rank_model(model, text, algorithm=algorithm, calibration=config, precision="model", out=Path(model) / "s.acip")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"seconds": round(time.perf_counter() - start, 1), "peak_bytes": peak}))
 """
@@ -49,6 +44,7 @@ def measure(layers: int, args: argparse.Namespace, scratch: Path) -> dict[str, A
     model = scratch / f"model{layers}"
     head = 64
     write_random_model(
+        model,
         {
             "vocab_size": 8192,
             "hidden_size": args.hidden,
@@ -58,7 +54,6 @@ def measure(layers: int, args: argparse.Namespace, scratch: Path) -> dict[str, A
             "num_key_value_heads": max(1, args.hidden // head // 4),
             "head_dim": head,
         },
-        model,
     )
     text = scratch / "text.txt"
     if not text.exists():
@@ -81,8 +76,8 @@ def measure(layers: int, args: argparse.Namespace, scratch: Path) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--intermediate", type=int, default=1408)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--intermediate", type=int, default=704)
     parser.add_argument("--algorithm", default="fisher")
     parser.add_argument("--scratch", type=Path)
     args = parser.parse_args()

@@ -85,7 +85,8 @@ class StoredMoments(Mapping[str, Tensor]):
     def diagonal(self, key: str) -> FloatArray:
         """Read the diagonal alone."""
         size = self._sizes[key]
-        return self.triangle(key)[np.cumsum([0, *range(size, 1, -1)])]
+        diagonal: FloatArray = self.triangle(key)[np.cumsum([0, *range(size, 1, -1)])]
+        return diagonal
 
     def __getitem__(self, key: str) -> Tensor:
         return unpack_moment(self.triangle(key), self._sizes[key])
@@ -138,9 +139,7 @@ class _HeadMoments:
 
     def add(self, probabilities: Tensor, select: Callable[[Tensor], Tensor]) -> None:
         # E[(p - onehot(y))^2] over the model's own labels is p (1 - p): no sampling needed here.
-        by_logit = (
-            probabilities.sum(0, dtype=torch.float64) - torch.linalg.vector_norm(probabilities, dim=0).double() ** 2
-        )
+        by_logit = (probabilities - probabilities.square()).sum(0).double()
         self.logits += by_logit.cpu()
         self.inputs += select(self._seen.pop()).double().square().sum(0).cpu()
 

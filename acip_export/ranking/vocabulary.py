@@ -76,7 +76,9 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     :func:`torch.multinomial` draws a random number for each of them.
     """
     uniform = torch.rand(len(probabilities), 1, generator=generator, dtype=torch.float64).to(probabilities.device)
-    groups = F.pad(probabilities, (0, -probabilities.shape[1] % _GROUP)).view(len(probabilities), -1, _GROUP)
+    missing = -probabilities.shape[1] % _GROUP
+    groups = F.pad(probabilities, (0, missing)) if missing else probabilities
+    groups = groups.reshape(len(probabilities), -1, _GROUP)
     sums = groups.sum(-1).double().cumsum(-1)
     place = uniform * sums[:, -1:]
     group = torch.searchsorted(sums, place, right=True).clamp_max(sums.shape[1] - 1)

@@ -115,7 +115,7 @@ def test_two_processes_rank_as_one(
     together = load_scores(tmp_path / "scores.acip")
     np.testing.assert_array_equal(by_rank[0], joined(together))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rank0.npy", "rank1.npy", "scores.acip", "script.py"]
-    # Statistics are sums in float64 of the same float32 products.
+    # Statistics are sums in float32 of the same rows, in another order.
     for key, moment in alone.second_moments.items():
         np.testing.assert_allclose(together.second_moments[key], moment, rtol=1e-4, atol=1e-6 * np.abs(moment).max())
     # Gradients are averaged in another order, and Adam turns the last bits of a tiny gradient into part of a step: a

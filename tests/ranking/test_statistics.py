@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from acip_export.errors import UnsupportedError
 from acip_export.lowrank.components import components
 from acip_export.lowrank.losses import component_losses, dense_sensitivity
+from acip_export.ranking import statistics
 from acip_export.ranking.factorized_model import factorize_model
 from acip_export.ranking.mask_gradients import component_fisher
 from acip_export.ranking.statistics import Statistics, collect_statistics
@@ -168,6 +171,36 @@ def test_embedding_sensitivity_covers_both_uses(tmp_path: Path, text: Path, tied
 def test_statistics_leave_no_hooks_and_no_gradients(ranked: Ranked) -> None:
     assert all(parameter.grad is None for parameter in ranked.model.parameters())
     assert not any(isinstance(m, nn.Linear) and m._forward_hooks for m in ranked.model.modules())
+
+
+def test_moments_of_one_block_at_most_are_in_memory(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(sharp_model(tmp_path / "model", num_hidden_layers=6), text, windows=8)
+    alive: set[int] = set()
+    most = 0
+    unpack = statistics.unpack_moment
+
+    def counted(triangle: np.ndarray, size: int) -> Tensor:
+        nonlocal most
+        moment = unpack(triangle, size)
+        alive.add(id(moment))
+        weakref.finalize(moment, alive.discard, id(moment))
+        most = max(most, len(alive))
+        return moment
+
+    monkeypatch.setattr(statistics, "unpack_moment", counted)
+    factorize_model(context, collect_statistics(context), "kfac")
+    # Four inputs and seven output gradients; two blocks where layers are factorized side by side.
+    assert 0 < most <= 2 * 11 < 6 * 11
+
+
+def test_what_a_block_does_not_read_of_the_one_before_is_refused(model: Path, text: Path) -> None:
+    context = context_of(model, text, windows=2)
+    last = context.model.get_submodule("model.layers.1")
+    last.register_forward_pre_hook(lambda _m, args: (args[0] + 0.0, *args[1:]))
+    with pytest.raises(UnsupportedError, match=r"layers\.1 does not read what model\.layers\.0 returns"):
+        collect_statistics(context)
 
 
 def test_fisher_of_the_masks_is_the_mean_square_of_their_gradients(model: Path, text: Path) -> None:
