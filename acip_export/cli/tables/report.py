@@ -12,16 +12,16 @@ from acip_export.units import format_bytes
 
 if TYPE_CHECKING:
     from acip_export.artifacts.plan import Plan
-    from acip_export.artifacts.report import Divergence, Report
+    from acip_export.artifacts.report import Agreement, Divergence, Report
 
 
 def show_reports(reports: list[Report]) -> None:
     """One row per runtime and export."""
-    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     # What others' exports are compared by; it takes the dense model and a text.
-    compared = ("KL", "KL 99.9 %", "same top") if any(_divergence(report) for report in reports) else ()
+    compared = ("KL", "99.9 %", "same top") if any(_divergence(report) for report in reports) else ()
     before = ("export", "budget", "planned", "written", "runtime", "perplexity", "dense")
-    for column in (*before, *compared, "from bundle", "tok/s"):
+    for column in (*before, *(compared or ("from bundle",)), "tok/s"):
         table.add_column(column, justify="left" if column in ("export", "runtime") else "right", no_wrap=True)
     for report in reports:
         dense = "" if report.dense_perplexity is None else f"{report.dense_perplexity.perplexity:.2f}"
@@ -34,8 +34,7 @@ def show_reports(reports: list[Report]) -> None:
                 runtime.runtime,
                 "" if runtime.perplexity is None else f"{runtime.perplexity.perplexity:.2f}",
                 dense,
-                *_compared(runtime.divergence)[: len(compared)],
-                "" if runtime.agreement is None else f"{runtime.agreement.mean_kl:.1e}",
+                *(_compared(runtime.divergence) if compared else _agreed(runtime.agreement)),
                 # What an encoder does is read.
                 "" if runtime.speed is None else f"{runtime.speed.decode or runtime.speed.prefill:.0f}",
             )
@@ -58,6 +57,10 @@ def _compared(divergence: Divergence | None) -> tuple[str, str, str]:
     if divergence is None:
         return "", "", ""
     return f"{divergence.mean_kl:.4f}", f"{divergence.kl_999:.2f}", f"{divergence.same_top:.1%}"
+
+
+def _agreed(agreement: Agreement | None) -> tuple[str]:
+    return ("" if agreement is None else f"{agreement.mean_kl:.1e}",)
 
 
 def show_export(plan: Plan, directory: Path) -> None:
