@@ -71,7 +71,7 @@ def ranked(made: real.Real, algorithm: str, tokens: int | None) -> tuple[ScoreFi
             curve_ratios=(1.0, 0.8, 0.5),
         )
     started = time.perf_counter()
-    with console.stage_bars() as bars:
+    with console.stage_progress() as bars:
         scores = rank_model(
             made.model,
             made.calibration,
@@ -113,7 +113,7 @@ def export(
     checkpoint = Checkpoint.open(made.model)
     request = PlanRequest(fmt, parse_bytes(budget), "file", layout=FORMATS[fmt], context=CONTEXT)
     started = time.perf_counter()
-    with console.stage_bars() as bars:
+    with console.stage_progress() as bars:
         plan = plan_export(checkpoint, scores, request, bars)
         planned = time.perf_counter()
         # The page's slider over sizes is not looked at here, and takes a plan for each.

@@ -26,6 +26,7 @@ from acip_export.api import evaluation_text, export_model, plan_export, write_re
 from acip_export.artifacts.report import Report
 from acip_export.artifacts.scores import ScoreFile, load_scores
 from acip_export.cli import output as console
+from acip_export.cli.tables.report import show_reports
 from acip_export.errors import ScoreFileError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
@@ -78,7 +79,7 @@ def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
                 )
             assert report is not None
             reports.append(report)
-            console.show_reports([report])
+            show_reports([report])
         made = [WORK / f"{fmt}-{layout}-{budget}" for budget in BUDGETS]
         for directory in made:
             # Each page shows what was measured at the other sizes, too.
@@ -146,7 +147,7 @@ def main() -> None:
         shutil.rmtree(old, ignore_errors=True)
     reports = export_all(checkpoint, ranked(checkpoint))
     console.out.print()
-    console.show_reports(reports)
+    show_reports(reports)
     if not all(report.passed and report.written_bytes == report.planned_bytes for report in reports):
         raise SystemExit("an export is not what was planned")
     if arguments.update_readme:
