@@ -19,6 +19,7 @@ from typing import Any
 
 from converters.onnx import companion_files as consumers
 from converters.onnx import converter
+from converters.onnx.graph import marked as kept
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from converters.onnx.tracing import trace as marked
 from tests.support import dense, make_bundle, make_model, make_plan
@@ -58,9 +59,7 @@ def main() -> None:
         for kind in ("builder", "traced", "traced, plain attention"):
             # No trace of an earlier run: that costs seconds, and the third case would read the second's.
             os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / kind.replace(" ", "-"))
-            from converters.onnx.graph.substitute import _traced
-
-            _traced.cache_clear()
+            kept._marked_graph.cache_clear()
             place = Path(scratch) / f"made-{kind.replace(' ', '-')}"
             place.mkdir()
             out, seconds = export(kind, model, place)
