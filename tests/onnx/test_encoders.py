@@ -163,7 +163,7 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
     )
     checkpoint = Checkpoint.open(model)
     # Measured on the weights once, then read from beside the score file.
-    space = resolve(PlanRequest("onnx"), checkpoint).space
+    space = resolve(PlanRequest("onnx", rounding="feedback"), checkpoint).space
     pipeline.rounding_errors(checkpoint, pipeline.open_scores(checkpoint, None), space)
     code = (
         "import sys; from acip_export import api as pipeline; from acip_export.model.checkpoint import Checkpoint\n"
