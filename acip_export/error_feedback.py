@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.errors import ScoreFileError
+from acip_export.errors import ScoreFileError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -227,8 +227,15 @@ def round_with_feedback(weight: Floats, grid: Grid, factor: FeedbackFactor, thre
     """Return the codes of a matrix, (rows, columns), chosen with the errors carried forward.
 
     Peak memory: one more copy of ``weight``, its codes, and ``_BLOCK`` rows of the factor.
+
+    Raises:
+        UnsupportedError: the factor is of another number of columns.
     """
     rows, columns = weight.shape
+    if factor.size != columns:
+        raise UnsupportedError(
+            f"error feedback for {factor.size} inputs cannot round rows of {columns} weights: it is of another matrix"
+        )
     work = np.ascontiguousarray(weight.T[factor.order])
     codes = np.empty((columns, rows), np.int8)
     parts = [slice(first, min(first + _ROWS, rows)) for first in range(0, rows, _ROWS)]

@@ -13,7 +13,7 @@ from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import CheckpointError, DataError, ScoreFileError
+from acip_export.errors import CheckpointError, DataError, MissingExtraError, ScoreFileError, UnsupportedError
 from acip_export.formats.session import Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
@@ -56,11 +56,9 @@ def text_to_measure(
     Raises:
         DataError: of the text that was given; see :func:`evaluation_text`.
     """
-    return (
-        held_out_text(checkpoint, scores, context)
-        if given is None
-        else evaluation_text(checkpoint.path, given, context)
-    )
+    if given is not None:
+        return evaluation_text(checkpoint.path, given, context)
+    return held_out_text(checkpoint, scores, context)
 
 
 def held_out_text(checkpoint: Checkpoint, scores: ScoreFile, context: int) -> EvaluationText | None:
@@ -81,8 +79,8 @@ def held_out_text(checkpoint: Checkpoint, scores: ScoreFile, context: int) -> Ev
         else:
             most = ranked_by.most_tokens or MOST_TOKENS
             text = pack_text(checkpoint.path, file, ranked_by.context, 1, ranked_by.field, most)
-    except DataError:
-        return None
+    except (DataError, MissingExtraError, UnsupportedError):
+        return None  # nor can it be read here
     if text.sha256 != (data.evaluation_sha256 if other else data.sha256):
         return None  # another text of the same name
     kept = text.windows[: data.held_out] if other else text.windows[-data.held_out :]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from acip_export.error_feedback import round_with_feedback
-from acip_export.errors import UnsupportedError
 from converters.gguf import ggml_library as ggml
 from converters.gguf.block_codes import BLOCK_CODES, blocks_of
 
@@ -27,6 +26,7 @@ def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None
     here, the codes are chosen again with error feedback.
 
     Raises:
+        UnsupportedError: as :func:`acip_export.error_feedback.round_with_feedback`.
         UnsupportedError, MissingExtraError: as :func:`converters.gguf.ggml_library.quantize`.
     """
     data = ggml.quantize(weight, name, None if inputs is None else inputs.importance)
@@ -34,12 +34,7 @@ def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None
     if inputs is None or inputs.feedback is None or known is None:
         return data
     matrix = weight.detach().reshape(-1, weight.shape[-1])
-    rows, columns = matrix.shape
-    if inputs.feedback.size != columns:
-        raise UnsupportedError(
-            f"error feedback for {inputs.feedback.size} inputs cannot round rows of {columns} weights: "
-            "it is of another matrix"
-        )
+    rows = len(matrix)
     row_bytes = data.nbytes // max(rows, 1)
     for start in range(0, rows, _ROWS):
         some = np.ascontiguousarray(matrix[start : start + _ROWS].float().numpy())

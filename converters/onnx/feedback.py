@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 from acip_export.error_feedback import FeedbackFactor, UniformGrid, round_with_feedback
-from acip_export.errors import UnsupportedError
 from acip_export.weight_types import WeightType
 from converters.onnx.quantize import Floats, Quantized, codes_of, pack_codes, zero_points
 
@@ -20,13 +19,9 @@ def with_feedback(quantized: Quantized, weight: Floats, fmt: WeightType, factor:
         weight: (rows, columns) float32, all of the matrix. factor: of the inputs' second moment.
 
     Raises:
-        UnsupportedError: the factor is of another number of columns.
+        UnsupportedError: as :func:`acip_export.error_feedback.round_with_feedback`.
     """
     rows, columns = weight.shape
-    if factor.size != columns:
-        raise UnsupportedError(
-            f"error feedback for {factor.size} inputs cannot round rows of {columns} weights: it is of another matrix"
-        )
     middle = 2 ** (fmt.code_bits - 1)
     scales = quantized.scales.astype(np.float32)
     # Counted from the middle code, so that all fit eight bits with a sign.
