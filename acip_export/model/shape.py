@@ -67,7 +67,8 @@ def model_shape(config: Mapping[str, Any], path: Path = Path()) -> ModelShape:
         UnsupportedError: a mixture of experts, or a configuration without the sizes of a transformer.
     """
     _refuse_experts(config, path)
-    text = with_common_keys(config.get("text_config") or config)
+    every = with_common_keys(config.get("text_config") or config)
+    text = {key: value for key, value in every.items() if value is not None}  # null stands for nothing
     try:
         heads = int(text["num_attention_heads"])
         hidden = int(text["hidden_size"])

@@ -128,3 +128,10 @@ def test_a_mixture_of_experts_is_refused_before_it_is_ranked(tmp_path: Path) -> 
     assert raised.value.exit_code == 5
     with pytest.raises(UnsupportedError, match="mixture of 4 experts"):
         _ = Checkpoint.open(tmp_path / "m").shape
+
+
+@pytest.mark.parametrize("key", SIZES)
+def test_a_size_that_is_null_is_missing(key: str) -> None:
+    for config in ({**SIZES, key: None}, {name: size for name, size in SIZES.items() if name != key}):
+        with pytest.raises(UnsupportedError, match=f"config.json has no '{key}'; only transformer configurations"):
+            model_shape({"model_type": "llama", **config})
