@@ -170,6 +170,7 @@ def _numbers(
     if decision.representation == "residual" and decision.rank is not None and module is not None:
         return _residual(
             plan.format,
+            weight,
             dense_weight(weight, module, plan.adapters).float(),
             module,
             scores,
@@ -185,10 +186,10 @@ def _numbers(
         if module is not None:
             importance[decision.name] = torch.from_numpy(module.input_moment)
         return {decision.name: dense_weight(weight, module, plan.adapters)}
-    pair = factor_pair(weight, module, basis_moments(scores, module), decision.kept, plan.adapters, factors)
+    pair = factor_pair(weight, module, basis_moments(scores, module, weight), decision.kept, plan.adapters, factors)
     up, down = stored_tensors(decision.name, decision.shape, decision.rank)
     importance[down] = torch.from_numpy(module.input_moment)
-    norm = Norm.of(module, scores.second_moments)
+    norm = Norm.of(module, scores.second_moments, weight)
     formats = [weight_type(plan.format, name or "") for name in (decision.up_type, decision.down_type)]
     if round_trip is None or all(form.is_float for form in formats):
         importance[up] = inner_importance(pair.down, norm.inputs)
@@ -206,6 +207,7 @@ def _finite(weight: Tensor) -> bool:
 
 def _residual(
     file_format: str,
+    ranked: Tensor,
     weight: Tensor,
     module: ModuleScores,
     scores: ScoreFile,
@@ -218,7 +220,7 @@ def _residual(
     assert decision.rank is not None
     up, down = stored_tensors(decision.name, decision.shape, decision.rank)
     importance[decision.name] = importance[down] = torch.from_numpy(module.input_moment)
-    norm = Norm.of(module, scores.second_moments)
+    norm = Norm.of(module, scores.second_moments, ranked)
     whitenings = Whitening.of(norm.inputs), Whitening.of(norm.gradients)
     if round_trip is None:
         basis = whitened_components(weight, *whitenings)

@@ -15,7 +15,6 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.error_feedback import FeedbackFactor, feedback_factor
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
-from acip_export.lowrank.components import unpack_moment
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
 _KEPT = 4
@@ -40,7 +39,7 @@ class FeedbackFactors:
             return None
         with self._lock:
             if key not in self._kept:
-                moment = unpack_moment(self._scores.second_moments[key], module.shape[1])
+                moment = self._scores.second_moments[key].unpacked(f"the second moment {key!r}")
                 self._kept[key] = feedback_factor(moment, repr(key))
             self._kept.move_to_end(key)
             while len(self._kept) > _KEPT:

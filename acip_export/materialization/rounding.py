@@ -13,7 +13,7 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.error_feedback import feedback_factor
 from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.lowrank.losses import component_losses
-from acip_export.materialization.factors import Norm, Pair
+from acip_export.materialization.factors import Norm, Pair, input_norm
 from acip_export.materialization.feedback import FeedbackFactors
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
@@ -138,12 +138,12 @@ def _dense(
         return
     plain = InputMoments(torch.from_numpy(module.input_moment))
     informed = plain if set(feedback_types).isdisjoint(types) else replace(plain, feedback=factors.of(module))
-    norm = Norm.of(module, scores.second_moments)
-    gradients = norm.gradients.diagonal()[rows]
-    energy = float(gradients @ sample.double().square() @ norm.inputs.diagonal())
+    inputs = input_norm(module, scores.second_moments)
+    gradients = torch.from_numpy(module.gradient_moment).double()[rows]
+    energy = float(gradients @ sample.double().square() @ inputs.diagonal())
     for name in types:
         change = (round_trip(sample, name, informed if name in feedback_types else plain) - sample).double()
-        loss = float(((gradients[:, None] * change) * (change @ norm.inputs)).sum())
+        loss = float(((gradients[:, None] * change) * (change @ inputs)).sum())
         yield name, module.sensitivity * loss / max(energy, 1e-300)
 
 
@@ -211,7 +211,7 @@ def _measured_ranks(full: int, up: WeightType) -> list[int]:
 
 def _cropped(weight: Tensor, module: ModuleScores, scores: ScoreFile) -> tuple[Tensor, Norm]:
     """Evenly spaced rows and columns of a large layer, with their moments."""
-    norm = Norm.of(module, scores.second_moments)
+    norm = Norm.of(module, scores.second_moments, weight)
     if max(weight.shape) <= 2 * _LARGEST_SIDE:
         return weight, norm
     rows, columns = ((torch.arange(min(n, _LARGEST_SIDE)) * n) // min(n, _LARGEST_SIDE) for n in weight.shape)
