@@ -214,9 +214,8 @@ class ScoreFile:
 
     @property
     def whole_again(self) -> str:
-        """The command that makes what a slim score file has left out."""
-        flags = f"--data {self.data.source} --algorithm {self.ranked_by.name}"
-        return f"acip-export rank MODEL {flags}  without  --slim"
+        """The command that makes what a slim score file leaves out."""
+        return f"acip-export rank . --data {self.data.source} --algorithm {self.ranked_by.name}"
 
     @cached_property
     def global_order(self) -> GlobalOrder:

@@ -21,7 +21,7 @@ from acip_export.artifacts.names import (
 )
 from acip_export.artifacts.plan import Plan, TensorDecision, dumps_plan
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
-from acip_export.errors import CheckpointError, PlanFileError
+from acip_export.errors import CheckpointError, PlanFileError, ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter, sha256_of
 from acip_export.io.frozen import thawed
 from acip_export.io.outputs import claim_output, sizes_below
@@ -167,6 +167,11 @@ def _numbers(
     if not _finite(weight):
         raise CheckpointError(f"{checkpoint.path}: {decision.name} holds NaN or infinity")
     module = scores.modules.get(decision.module) if decision.name.endswith(".weight") else None
+    if decision.rank is not None and scores.slim:
+        raise ScoreFileError(
+            f"{decision.name} is to be factored, and the score file is slim: it has no second moments for that.\n"
+            f"Make one that has:  {scores.whole_again}"
+        )
     if decision.representation == "residual" and decision.rank is not None and module is not None:
         return _residual(
             plan.format,

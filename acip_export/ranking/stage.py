@@ -69,6 +69,7 @@ def rank_model(
     resume: bool = False,
     store_every: int = 50,
     cache: Path | None = None,
+    slim: bool = False,
 ) -> ScoreFile:
     """Rank the singular components of every linear layer of a causal language model or an encoder.
 
@@ -84,6 +85,7 @@ def rank_model(
         out: where the score file is written, whole or not at all. While an algorithm learns, its state is stored
             beside it (``NAME.acip.run``) every ``store_every`` steps and when it is interrupted; ``resume`` goes on
             from there to the ranking that the whole run would have given.
+        slim: leave second moments out: see :meth:`ScoreFile.without_moments`.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
 
     Raises:
@@ -145,6 +147,8 @@ def rank_model(
             ranking = chosen.score(context, factorized)
             curve = measure_curve(context, factorized, ranking.scores)
         ranked = _score_file(context, statistics, factorized, chosen, ranking, curve)
+        if slim:
+            ranked = ranked.without_moments()
     if processes.is_main and out is not None:
         save_scores(ranked, out, force)
         run_file(out).unlink(missing_ok=True)

@@ -195,7 +195,7 @@ def test_score_files(tmp_path: Path) -> None:
     def write_metadata(name: str) -> Write:
         return lambda text: write_header(json.dumps({**header, "__metadata__": {**header["__metadata__"], name: text}}))
 
-    for name in ("moments", "model", "algorithm", "data", "versions", "curve", "modules"):
+    for name in ("model", "algorithm", "data", "versions", "curve", "modules"):
         cases = mutations(json.loads(header["__metadata__"][name]))
         check_all(cases, write_metadata(name), lambda file: load_scores(file), (ScoreFileError,))
     first = next(name for name in header if name != "__metadata__")

@@ -108,6 +108,10 @@ def _with_format(_tensors: Tensors, metadata: Metadata) -> None:
     metadata["artifact"] = "pt"
 
 
+def _with_other_moments(_tensors: Tensors, metadata: Metadata) -> None:
+    metadata["moments"] = "elsewhere"
+
+
 def _with_bad_json(_tensors: Tensors, metadata: Metadata) -> None:
     metadata["curve"] = "{"
 
@@ -125,6 +129,7 @@ BAD: dict[Callable[[Tensors, Metadata], None], str] = {
     _with_other_scaling: "invalid enum value 'twice'",
     _with_version: "version '99'",
     _with_format: "not a score file",
+    _with_other_moments: "invalid enum value 'elsewhere'",
     _with_bad_json: "curve: ",
     _with_bad_modules: "modules: ",
 }
@@ -200,7 +205,7 @@ def test_a_slim_file_has_the_vectors(tmp_path: Path) -> None:
         load_scores(tmp_path / "both.acip")
 
 
-def test_losses_have_three_digits_and_scores_all(tmp_path: Path) -> None:
+def test_losses_have_three_digits() -> None:
     values = np.array([1.0, 1 / 3, 1e-9, 0, 3e38], np.float32)
     np.testing.assert_allclose(rounded(values), values, rtol=2.0**-8)
     assert np.array_equal(rounded(rounded(values)), rounded(values))

@@ -70,7 +70,7 @@ def test_moments_are_token_averages(ranked: Ranked) -> None:
     exact = torch.from_numpy(ranked.statistics.inputs.diagonal(f"{name}.input")).double()
     torch.testing.assert_close(exact, expected.diagonal(), rtol=1e-4, atol=1e-5)
     # What the score file has of it.
-    assert float((ranked.statistics.input_of(name) - expected).norm() / expected.norm()) < 0.01
+    assert float((ranked.statistics.input_of(name) - expected).norm() / expected.norm()) < 0.03
 
 
 def test_modules_that_read_the_same_tensor_share_its_moment(ranked: Ranked) -> None:
