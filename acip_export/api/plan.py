@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from acip_export.api.calibration import calibrated_errors
 from acip_export.api.rank import rounding_scores
 from acip_export.api.rounding import rounding_errors, settle_rounding
 from acip_export.artifacts.names import SWEEP
@@ -58,6 +59,8 @@ def planning_problem(
     checkpoint = checkpoint.with_options(space.options)
     _prepare(checkpoint, space.format, question.rule, progress)
     errors = rounding_errors(checkpoint, scores, space, progress)
+    if question.calibrate:
+        errors, _ = calibrated_errors(checkpoint, scores, space, errors, question.rule, progress)
     return Problem.of(checkpoint, scores, space, errors)
 
 
@@ -79,14 +82,21 @@ def plan_export(
     budget, rule = question.budget, question.rule
     checkpoint = checkpoint.with_options(request.options)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
-    notes = (*said, *_prepare(checkpoint, question.spaces[0].format, rule, progress))
+    notes = [*said, *_prepare(checkpoint, question.spaces[0].format, rule, progress)]
 
     def problem_of(space: SearchSpace) -> Problem:
         if space.format.tensor_limit(space.options):  # one that is too small is refused before anything is measured
             unmeasured = Problem.of(checkpoint, scores, space)
             unmeasured.floor(budget.scope, rule.serving(budget, unmeasured.memory))
-        return Problem.of(checkpoint, scores, space, rounding_errors(checkpoint, scores, space, progress))
+        errors = rounding_errors(checkpoint, scores, space, progress)
+        if question.calibrate:
+            uncalibrated = errors
+            errors, why_not = calibrated_errors(checkpoint, scores, space, errors, rule, progress)
+            notes.extend(note for note in why_not if note not in notes)
+            calibrated.append(errors is not uncalibrated)
+        return Problem.of(checkpoint, scores, space, errors)
 
+    calibrated: list[bool] = []
     plans: list[Plan] = []
     refused: list[tuple[Floor, Problem]] = []
     unsupported: list[UnsupportedError] = []
@@ -106,8 +116,13 @@ def plan_export(
     best = min(plans, key=lambda plan: plan.predicted_loss)
     if len(question.spaces) > 1:
         compared = ", ".join(f"{plan.layout} {plan.predicted_loss:.4f}" for plan in plans)
-        notes = (*notes, f"predicted loss by layout: {compared} {best.loss_unit}")
-    return _loadable(replace(best, device=request.device, notes=(*best.notes, *notes)), request)
+        notes.append(f"predicted loss by layout: {compared} {best.loss_unit}")
+    return _loadable(
+        replace(
+            best, device=request.device, calibrated=calibrated != [] and all(calibrated), notes=(*best.notes, *notes)
+        ),
+        request,
+    )
 
 
 def _loadable(plan: Plan, request: PlanRequest) -> Plan:
@@ -253,6 +268,7 @@ def planned_sizes(
         prompt_batch=serving.prompt_batch,
         options=plan.options,
         rounding=plan.rounding,
+        calibrate=plan.calibrated,
     )
     problem = planning_problem(checkpoint, scores, resolve(request, checkpoint))
     smallest, largest = problem.floor(scope, serving).nbytes, problem.largest(scope, serving)

@@ -106,6 +106,7 @@ def plan(
     cache_type: str | None = None,
     prompt_batch: int | None = None,
     rounding: Rounding | None = None,
+    calibrate: bool = True,
     options: Mapping[str, str] = _NONE,
     progress: ProgressCallback = silent,
     revision: str | None = None,
@@ -124,6 +125,8 @@ def plan(
             tokens processed together; ``None``: suits the budget.
         rounding: ``feedback`` carries the error of each weight to those that are rounded after it, ``nearest`` does
             not; ``None``: ``feedback`` where format and score file allow it.
+        calibrate: scale predictions to what rounding each class of layers was measured to cost; the first plan of a
+            format measures it, which takes minutes.
         options: settings that only this format knows, as its flags are called (``split_max_size``).
 
     Raises:
@@ -148,6 +151,7 @@ def plan(
         cache_type=cache_type,
         prompt_batch=prompt_batch,
         rounding=rounding,
+        calibrate=calibrate,
         options={name: parsers.get(name, str)(text) for name, text in options.items()},
     )
     return plan_export(checkpoint, open_scores(checkpoint, scores), request, progress)
@@ -184,7 +188,7 @@ def export(
         PlanFileError, CheckpointError, ScoreFileError: plan, model and score file do not belong together.
     """
     from acip_export.api.export import export_model
-    from acip_export.api.verify import text_to_measure
+    from acip_export.api.text import text_to_measure
     from acip_export.artifacts.export_directory import EXPORT_KIND
     from acip_export.io.outputs import claim_output
 

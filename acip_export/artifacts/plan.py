@@ -152,6 +152,7 @@ class Plan(Artifact):
         device: name of the device whose memory was planned for, if it was one.
         options: what the user told the format beyond the model directory (:attr:`Checkpoint.options`).
         rounding: how the codes of its matrices are chosen, in the types that know more than the nearest.
+        calibrated: whether the prediction was scaled to losses measured on the model.
     """
 
     NAME: ClassVar[ArtifactName] = PLAN
@@ -179,6 +180,7 @@ class Plan(Artifact):
     device: Name | None = None
     options: Mapping[Name, str] = field(default_factory=dict)
     rounding: Rounding = "nearest"
+    calibrated: bool = False
 
     @property
     def loss_unit(self) -> str:

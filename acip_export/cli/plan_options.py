@@ -72,6 +72,13 @@ class PlanFlags:
             "default, where format and score file allow it)."
         ),
     ] = None
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Scale predictions to what rounding each class of layers was measured to cost. The first plan of a "
+            "format measures it: minutes."
+        ),
+    ] = True
     # What only one format understands, as typed: a flag for every option of an installed format.
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -145,6 +152,7 @@ class PlanFlags:
             whole_prompts=device is not None and format_name in device.whole_prompts,
             largest_file=None if device is None else device.largest_file,
             rounding=self.rounding,
+            calibrate=self.calibrate,
             options=self._options(format_name),
         )
 
