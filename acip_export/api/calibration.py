@@ -24,6 +24,8 @@ from acip_export.progress import ProgressCallback, silent
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from acip_export.materialization.rounded import RoundedWeights
+
 # Of held-out text: the mean divergence of 1,024 tokens is within five per cent. Fewer for models and types that would
 # take more than so many operations, which are minutes on two cores.
 _WINDOW, _TOKENS, _LEAST_TOKENS = 512, 1024, 128
@@ -77,12 +79,31 @@ def _measured(
     Raises:
         MissingExtraError, UnsupportedError: it cannot be measured here.
     """
-    if not checkpoint.shape.generates:
-        raise UnsupportedError("that takes a model that generates text")
     wanted = passes_for(errors, scores.embedding_sensitivity)
     passes = tuple(each for each in wanted if each.type not in known.classes.get(each.name, {}))
     if not passes:
         return known
+    windows, text_sha256 = held_out_windows(checkpoint, scores, len(passes))
+    from acip_export.measurement.classes import measure_classes
+
+    weights = rounded_weights(checkpoint, scores, space)
+    plan = Problem.of(checkpoint, scores, space, errors).largest("file", rule.at_every_budget(1))
+    classes = measure_classes(checkpoint, weights, plan, space.format.vector_type, passes, windows, progress)
+    merged = {name: {**known.classes.get(name, {}), **classes.get(name, {})} for name in {**known.classes, **classes}}
+    return replace(known, text_sha256=text_sha256, tokens=windows.numel(), classes=merged)
+
+
+def held_out_windows(checkpoint: Checkpoint, scores: ScoreFile, passes: int) -> tuple[Tensor, str]:
+    """Return windows (n, tokens) of text that the ranking held out, as many as time allows, and the text's SHA-256.
+
+    Args:
+        passes: how often they go through the model.
+
+    Raises:
+        UnsupportedError: they are not here, or nothing that they could go through.
+    """
+    if not checkpoint.shape.generates:
+        raise UnsupportedError("that takes a model that generates text")
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise UnsupportedError("PyTorch and transformers are not installed")
     text = held_out_text(checkpoint, scores, _WINDOW)
@@ -90,25 +111,16 @@ def _measured(
         raise UnsupportedError("the text that the ranking held out is not here")
     import torch
 
+    # Two operations a weight, of which a model has one for every two bytes or so.
+    operations = checkpoint.weight_bytes * passes
+    tokens = max(_LEAST_TOKENS, min(_TOKENS, _OPERATIONS // operations, text.windows.size))
+    length = min(tokens, text.windows.shape[1])
+    return torch.from_numpy(text.windows[: tokens // length, :length]), text.sha256
+
+
+def rounded_weights(checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace) -> RoundedWeights:
+    """Return what makes the numbers of plans of a search space."""
     from acip_export.materialization.rounded import RoundedWeights
-    from acip_export.measurement.classes import measure_classes
 
-    format = space.format
-    feedback_types = format.feedback_types if space.rounding == "feedback" else frozenset()
-    weights = RoundedWeights(checkpoint, scores, format.round_trip, feedback_types)
-    plan = Problem.of(checkpoint, scores, space, errors).largest("file", rule.at_every_budget(1))
-    windows = _some(torch.from_numpy(text.windows), checkpoint.weight_bytes // 2 * len(passes))
-    classes = measure_classes(checkpoint, weights, plan, format.vector_type, passes, windows, progress)
-    merged = {name: {**known.classes.get(name, {}), **classes.get(name, {})} for name in {**known.classes, **classes}}
-    return replace(known, text_sha256=text.sha256, tokens=windows.numel(), classes=merged)
-
-
-def _some(windows: Tensor, parameters: int) -> Tensor:
-    """Return the first of ``windows`` (n, tokens), and as much of each as time allows.
-
-    Args:
-        parameters: that one token meets in all passes together.
-    """
-    tokens = max(_LEAST_TOKENS, min(_TOKENS, _OPERATIONS // (2 * parameters), windows.numel()))
-    length = min(tokens, windows.shape[1])
-    return windows[: tokens // length, :length]
+    feedback_types = space.format.feedback_types if space.rounding == "feedback" else frozenset()
+    return RoundedWeights(checkpoint, scores, space.format.round_trip, feedback_types)

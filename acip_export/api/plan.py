@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from acip_export.api.calibration import calibrated_errors
+from acip_export.api.candidates import measured_best
 from acip_export.api.rank import rounding_scores
 from acip_export.api.rounding import rounding_errors, settle_rounding
 from acip_export.artifacts.names import SWEEP
@@ -97,13 +98,13 @@ def plan_export(
         return Problem.of(checkpoint, scores, space, errors)
 
     calibrated: list[bool] = []
-    plans: list[Plan] = []
+    plans: list[tuple[Plan, Problem]] = []
     refused: list[tuple[Floor, Problem]] = []
     unsupported: list[UnsupportedError] = []
     for space in question.spaces:
         try:
             problem = problem_of(space)
-            plans.append(make_plan(problem, budget, rule))
+            plans.append((make_plan(problem, budget, rule), problem))
         except DoesNotFit as reason:
             refused.append((reason.floor, problem))
         except UnsupportedError as reason:
@@ -113,9 +114,11 @@ def plan_export(
             raise unsupported[0]
         floor, problem = min(refused, key=lambda each: each[0].nbytes)
         raise infeasible(problem, budget, rule, floor, other_formats(checkpoint, scores, request))
-    best = min(plans, key=lambda plan: plan.predicted_loss)
+    best, problem = min(plans, key=lambda planned: planned[0].predicted_loss)
+    if request.candidates > 1:
+        best = measured_best(scores, problem, budget, best, request.candidates, progress)
     if len(question.spaces) > 1:
-        compared = ", ".join(f"{plan.layout} {plan.predicted_loss:.4f}" for plan in plans)
+        compared = ", ".join(f"{plan.layout} {plan.predicted_loss:.4f}" for plan, _ in plans)
         notes.append(f"predicted loss by layout: {compared} {best.loss_unit}")
     return _loadable(
         replace(

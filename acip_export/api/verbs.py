@@ -107,6 +107,7 @@ def plan(
     prompt_batch: int | None = None,
     rounding: Rounding | None = None,
     calibrate: bool = True,
+    candidates: int = 1,
     options: Mapping[str, str] = _NONE,
     progress: ProgressCallback = silent,
     revision: str | None = None,
@@ -127,6 +128,7 @@ def plan(
             not; ``None``: ``feedback`` where format and score file allow it.
         calibrate: scale predictions to what rounding each class of layers was measured to cost; the first plan of a
             format measures it, which takes minutes.
+        candidates: plans that are run on held-out text before the best is taken; 1: the prediction alone chooses.
         options: settings that only this format knows, as its flags are called (``split_max_size``).
 
     Raises:
@@ -152,6 +154,7 @@ def plan(
         prompt_batch=prompt_batch,
         rounding=rounding,
         calibrate=calibrate,
+        candidates=candidates,
         options={name: parsers.get(name, str)(text) for name, text in options.items()},
     )
     return plan_export(checkpoint, open_scores(checkpoint, scores), request, progress)

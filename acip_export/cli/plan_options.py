@@ -79,6 +79,14 @@ class PlanFlags:
             "format measures it: minutes."
         ),
     ] = True
+    candidates: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=16,
+            help="Plans that are run on held-out text before the best is taken, each a pass; 1: the prediction alone.",
+        ),
+    ] = 1
     # What only one format understands, as typed: a flag for every option of an installed format.
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -153,6 +161,7 @@ class PlanFlags:
             largest_file=None if device is None else device.largest_file,
             rounding=self.rounding,
             calibrate=self.calibrate,
+            candidates=self.candidates,
             options=self._options(format_name),
         )
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from acip_export.errors import UnsupportedError
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.tensor_names import block_of
 
 # Numbers of log-probabilities at a time.
 _AT_ONCE = 2**23
@@ -156,6 +158,11 @@ class BlockPasses:
                 found[index].append(_divergence(expected, logits))
                 same[index] += int((expected.argmax(-1) == logits.argmax(-1)).sum())
         return [_measured(torch.cat(each).double().numpy(), top) for each, top in zip(found, same, strict=True)]
+
+
+def blocks_of(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of a model's blocks, in the order in which they compute."""
+    return list(dict.fromkeys(block for name in checkpoint.linear_modules if (block := block_of(name)) is not None))
 
 
 def _through(

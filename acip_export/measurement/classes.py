@@ -10,10 +10,9 @@ from torch import Tensor
 from acip_export.artifacts.measured_losses import MeasuredLoss
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.materialization.rounded import RoundedWeights
-from acip_export.measurement.block_passes import BlockPasses
+from acip_export.measurement.block_passes import BlockPasses, blocks_of
 from acip_export.measurement.passes import ClassPass
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.tensor_names import block_of
 from acip_export.progress import Clock, ProgressCallback, silent
 from acip_export.ranking.load import load_model
 
@@ -33,7 +32,7 @@ def measure_classes(
         plan: any plan of the format: classes are rounded as it rounds. exact: a type of the format that rounds nothing.
     """
     model = load_model(checkpoint, torch.device("cpu"), "auto")
-    blocks = list(dict.fromkeys(block for name in checkpoint.linear_modules if (block := block_of(name)) is not None))
+    blocks = blocks_of(checkpoint)
 
     def alone(measured: ClassPass) -> Plan:
         decisions = (

@@ -41,6 +41,7 @@ class PlanRequest:
             :func:`acip_export.api.rounding.settle_rounding`.
         calibrate: predicted losses are scaled to what was measured, which is measured where it was not yet, see
             :func:`acip_export.api.calibration.calibrated_errors`.
+        candidates: plans that are compared by measuring before one is chosen; 1: the prediction alone chooses.
     """
 
     format: str
@@ -60,6 +61,7 @@ class PlanRequest:
     options: Mapping[str, str] = field(default_factory=dict)
     rounding: Rounding | None = None
     calibrate: bool = False
+    candidates: int = 1
 
 
 @dataclass(frozen=True)
