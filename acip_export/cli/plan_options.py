@@ -72,6 +72,21 @@ class PlanFlags:
             "default, where format and score file allow it)."
         ),
     ] = None
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Scale predictions to what rounding each class of layers was measured to cost. The first plan of a "
+            "format measures it: minutes."
+        ),
+    ] = True
+    candidates: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=16,
+            help="Plans that are run on held-out text before the best is taken, each a pass; 1: the prediction alone.",
+        ),
+    ] = 1
     # What only one format understands, as typed: a flag for every option of an installed format.
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -145,6 +160,8 @@ class PlanFlags:
             whole_prompts=device is not None and format_name in device.whole_prompts,
             largest_file=None if device is None else device.largest_file,
             rounding=self.rounding,
+            calibrate=self.calibrate,
+            candidates=self.candidates,
             options=self._options(format_name),
         )
 
