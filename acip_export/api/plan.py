@@ -107,7 +107,11 @@ def plan_export(
     if len(question.spaces) > 1:
         compared = ", ".join(f"{plan.layout} {plan.predicted_loss:.4f}" for plan in plans)
         notes = (*notes, f"predicted loss by layout: {compared} {best.loss_unit}")
-    return _loadable(replace(best, device=request.device, notes=(*best.notes, *notes)), request)
+    notes = (*filter(None, [best.far_off]), *best.notes, *notes)
+    if request.device is not None:  # has no more memory to give
+        better = tuple(each for each in best.certificate.alternatives if not each.change.startswith("--budget"))
+        best = replace(best, certificate=replace(best.certificate, alternatives=better))
+    return _loadable(replace(best, device=request.device, notes=notes), request)
 
 
 def _loadable(plan: Plan, request: PlanRequest) -> Plan:

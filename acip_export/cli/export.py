@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from acip_export.artifacts.export_directory import EXPORT_KIND
+from acip_export.artifacts.plan import FAR_OFF
 from acip_export.cli import output as console
 from acip_export.cli.options import Cache, Debug, Force, Json, Quiet, Tasks, Text, Timeout, Verbose, names
 from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
@@ -39,6 +40,9 @@ def export(
     cache: Cache = None,
     verify: Annotated[bool, typer.Option(help="Open the export in its runtime and compare.")] = True,
     companions: tuple[str, ...] = (),
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help=f"Export beyond {FAR_OFF:g} times the dense perplexity, too.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Json = False,
     force: Force = False,
@@ -65,6 +69,7 @@ def export(
         console.out.print(context_.get_help())
         raise typer.Exit
     from acip_export import api as pipeline
+    from acip_export.planning import unaccepted_loss
 
     request = flags.request()
     directory = out or Path("export") / request.format
@@ -82,6 +87,8 @@ def export(
         companion.check(plan.files)
     wanted = text is not None or (verify and not dry_run)
     measured_on = pipeline.text_to_measure(checkpoint, opened, text, plan.serving.context) if wanted else None
+    if plan.far_off and not (dry_run or accept_loss):
+        raise unaccepted_loss(plan)
     if not json:
         show_plan(plan, verbose)
     if dry_run:

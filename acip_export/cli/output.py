@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,17 +13,17 @@ from typing import Any
 
 import rich.progress
 from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
 from acip_export.errors import AcipError
 from acip_export.progress import Progress, ProgressCallback
 from acip_export.units import format_seconds
 
-# Wide enough for every table when nobody's terminal says otherwise.
-_WIDTH = None if sys.stdout.isatty() else 120
-
 _SECONDS_BETWEEN_LINES = 60
 
-out = Console(highlight=False, width=_WIDTH)
+# As wide as the terminal or COLUMNS says; every table and every page of help fits 80 columns.
+out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
@@ -35,21 +37,56 @@ def done(data: Any, as_json: bool, message: str) -> None:
     if as_json:
         print_json(data)
     else:
-        out.print(message, markup=False)
+        say(message)
 
 
-def print_error(error: AcipError) -> None:
+def say(text: str, indent: int = 0, markup: bool = False, style: str | None = None) -> None:
+    """Print a sentence on stdout: wrapped at words, or on one line where there is no width to fit."""
+    if _wraps(out):
+        out.print(Padding(Text.from_markup(text) if markup else Text(text), (0, 0, 0, indent)), style=style)
+    else:
+        out.print(" " * indent + text, markup=markup, style=style, soft_wrap=True)
+
+
+def _wraps(console: Console) -> bool:
+    return console.is_terminal or "COLUMNS" in os.environ
+
+
+def show_command(text: str, shell: bool) -> None:
+    """Print what is to be copied: never wrapped, but a long line of a shell goes on below its backslash."""
+    for line in text.splitlines():
+        if shell and len(line) > out.width:
+            line = _continued(line, out.width)
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def _continued(command: str, width: int) -> str:
+    """Break a command before its flags."""
+    lines = [""]
+    for part in re.split(r" (?=-)", command):
+        if lines[-1] and len(f"{lines[-1]} {part} \\") > width:
+            lines.append(f"    {part}")
+        else:
+            lines[-1] = f"{lines[-1]} {part}" if lines[-1] else part
+    return " \\\n".join(lines)
+
+
+def print_error(error: AcipError, as_json: bool = False) -> None:
+    """Say what went wrong on stderr, or as one JSON document on stdout."""
+    if as_json:
+        print_json(error.to_json())
+        return
     err.quiet = False
     first, _, rest = str(error).partition("\n")
     err.print("[bold red]error:[/] ", end="")
-    err.print(first, markup=False)
+    err.print(first, markup=False, soft_wrap=not _wraps(err))
     if rest:
-        err.print(rest, markup=False)
+        err.print(rest, markup=False, soft_wrap=not _wraps(err))
 
 
 def note(message: str) -> None:
     """A diagnostic, on stderr."""
-    err.print(message, markup=False, style="dim")
+    err.print(message, markup=False, style="dim", soft_wrap=not _wraps(err))
 
 
 def be_quiet(quiet: bool) -> None:
