@@ -206,7 +206,7 @@ class Plan(Artifact):
             return None
         times = exp(min(self.predicted_loss, 700.0))
         return (
-            f"predicted perplexity {self.predicted_perplexity:,.2f} is {times:,.1f} times the dense model's "
+            f"predicted perplexity {self.predicted_perplexity:,.2f} is {times:,.2f} times the dense model's "
             f"{self.dense_perplexity:,.2f}"
         )
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import rich.progress
@@ -27,9 +28,27 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+@dataclass
+class _Documents:
+    """Whether JSON was asked for, and printed: there is one document on stdout, of the result or of the error."""
+
+    wanted: bool = False
+    printed: bool = False
+
+
+_documents = _Documents()
+
+
+def start(as_json: bool) -> None:
+    """Begin a command: not quiet, nothing printed yet."""
+    be_quiet(False)
+    _documents.wanted, _documents.printed = as_json, False
+
+
 def print_json(data: Any) -> None:
     """Machine-readable output: exactly one JSON document on stdout."""
     sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    _documents.printed = True
 
 
 def done(data: Any, as_json: bool, message: str) -> None:
@@ -71,9 +90,9 @@ def _continued(command: str, width: int) -> str:
     return " \\\n".join(lines)
 
 
-def print_error(error: AcipError, as_json: bool = False) -> None:
-    """Say what went wrong on stderr, or as one JSON document on stdout."""
-    if as_json:
+def print_error(error: AcipError) -> None:
+    """Say what went wrong: on stderr, or as the JSON document on stdout, if the result is not one already."""
+    if _documents.wanted and not _documents.printed:
         print_json(error.to_json())
         return
     err.quiet = False
@@ -82,6 +101,15 @@ def print_error(error: AcipError, as_json: bool = False) -> None:
     err.print(first, markup=False, soft_wrap=not _wraps(err))
     if rest:
         err.print(rest, markup=False, soft_wrap=not _wraps(err))
+
+
+def interrupted(code: int) -> None:
+    """Say that the user stopped the command."""
+    message = "interrupted; nothing was left half-written"
+    if _documents.wanted and not _documents.printed:
+        print_json({"error": message, "code": code, "kind": "KeyboardInterrupt"})
+    else:
+        note(message)
 
 
 def note(message: str) -> None:

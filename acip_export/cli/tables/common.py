@@ -55,4 +55,4 @@ def show_changes(changes: Sequence[TensorChange], shown: int) -> None:
         )
     console.out.print(table)
     if len(changes) > shown:
-        console.out.print(f"  and {len(changes) - shown} more", style="dim")
+        console.say(f"  and {len(changes) - shown} more", style="dim")

@@ -31,7 +31,8 @@ def _show_report(report: Report) -> None:
     say = console.say
     say(
         f"[bold]{report.format} {report.layout}[/]: {report.planned_bytes:,} bytes planned, "
-        f"{report.written_bytes:,} written; budget {format_bytes(report.budget_bytes)} of {_SCOPES[report.budget_scope]}",
+        f"{report.written_bytes:,} written; budget {format_bytes(report.budget_bytes)} of "
+        f"{_SCOPES[report.budget_scope]}",
         markup=True,
     )
     for runtime in report.runtimes:
@@ -61,14 +62,15 @@ def _process(runtime: RuntimeReport) -> Iterator[str]:
 
 
 def _quality(runtime: RuntimeReport, report: Report) -> Iterator[str]:
-    """What was measured on a text: perplexity, and the divergence from the dense model, which others' are compared by."""
+    """What was measured on a text: perplexity, and the divergence from the dense model."""
     if runtime.perplexity is not None:
         dense = report.dense_perplexity
         beside = "" if dense is None else f" (dense {dense.perplexity:.2f})"
         yield f"perplexity {runtime.perplexity.perplexity:.2f}{beside}"
     if runtime.divergence is not None:
         far = runtime.divergence
-        yield f"from the dense model: KL {far.mean_kl:.4f}, 99.9 % below {far.kl_999:.2f}, same top token {far.same_top:.1%}"
+        worst = f"99.9 % below {far.kl_999:.2f}"
+        yield f"from the dense model: KL {far.mean_kl:.4f}, {worst}, same top token {far.same_top:.1%}"
 
 
 def _similarity(report: Report) -> str:
