@@ -11,6 +11,7 @@ from types import FrameType
 import typer
 
 from acip_export.cli import (
+    cache,
     check,
     convert,
     devices,
@@ -52,6 +53,7 @@ for command in (
     check.check,
     devices.devices,
     formats.formats,
+    cache.cache,
 ):
     app.command(cls=Command)(command)
 

@@ -13,6 +13,7 @@ from acip_export.cli.options import Cache, Debug, Force, Json, Quiet
 from acip_export.cli.tables.ranking import show_ranking
 from acip_export.errors import UsageError
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import Course
 from acip_export.ranking.algorithms import algorithms, find_algorithm, learned_algorithms
 from acip_export.ranking.config import Basis, Objective, Precision
 
@@ -106,11 +107,12 @@ def rank(
         log_json = claim_output(log_json, LOG_KIND, True, (data, place, cache), checkpoint.path).place
     # Of several processes one draws and logs, as one writes.
     is_main = launched_index() == 0
+    course = _course(find_algorithm(algorithm).learns, data == "self", measure_rounding)
     try:
         with ExitStack() as stack:
             callbacks = []
             if is_main:
-                callbacks.append(stack.enter_context(console.stage_progress()))
+                callbacks.append(stack.enter_context(console.stage_progress(course)))
                 if log_json is not None:
                     callbacks.append(stack.enter_context(json_log(log_json)))
                 if tensorboard is not None:
@@ -133,6 +135,8 @@ def rank(
                 resume=resume,
                 progress=to_all(callbacks),
             )
+            if is_main and measure_rounding:
+                pipeline.measure_rounding_errors(checkpoint, place, to_all(callbacks))
     except KeyboardInterrupt:
         from acip_export.ranking.run_state import run_file
 
@@ -141,10 +145,20 @@ def rank(
         raise
     if not is_main:
         return
-    if measure_rounding:
-        with console.stage_progress() as progress:
-            pipeline.measure_rounding_errors(checkpoint, place, progress)
     if json:
         console.print_json({"out": str(place), **pipeline.ranking_summary(scores)})
     else:
         show_ranking(scores, place)
+
+
+def _course(learns: bool, sampled: bool, measured: bool) -> Course:
+    """The stages of a ranking, and roughly what each takes."""
+    return Course(
+        {
+            **({"self": 4.0} if sampled else {}),
+            "statistics": 4.0,
+            **({"components": 1.0, "masks": 20.0, "post-tune": 8.0} if learns else {}),
+            "curve": 3.0,
+            **({"measure rounding": 2.0} if measured else {}),
+        }
+    )
