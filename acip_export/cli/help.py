@@ -86,7 +86,7 @@ def _draw_help(command: Any, context: typer.Context) -> None:
     out.print(Text(" ".join(["Usage:", context.command_path, "[FLAGS]", *takes]), style="bold"))
     out.print(Text(first.replace("\n", " ")))
     for paragraph in paragraphs:
-        example = paragraph.strip().startswith("acip-export ") or paragraph.strip().startswith("torchrun ")
+        example = paragraph.split()[0] in ("acip-export", "accelerate", "torchrun")
         text = Text(paragraph.strip() if example else paragraph.replace("\n", " "), style="green" if example else "")
         out.print(Padding(text, (0, 0, 0, 2 if example else 0)))
     if isinstance(command, TyperGroup):

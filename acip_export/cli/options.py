@@ -13,7 +13,8 @@ from acip_export.units import size_name
 
 # The headings of help, in their order; those of formats come before the last two.
 TARGET, BUDGET, MODEL, OUTPUT, CHECK, MORE = "Target", "Budget", "Model", "Output", "Check", "More"
-PANELS = ("Arguments", TARGET, BUDGET, MODEL, "Options", OUTPUT, CHECK, MORE)
+TEXT, METHOD, MACHINE = "Text", "Method", "Machine"
+PANELS = ("Arguments", TARGET, BUDGET, TEXT, METHOD, MODEL, MACHINE, "Options", OUTPUT, CHECK, MORE)
 
 Model = Annotated[
     str,
