@@ -53,11 +53,11 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     console.out.print(table)
     console.out.print()
     console.out.print(_tensor_table(plan) if verbose else _folded_table(plan))
-    for line in (*(note for note in plan.notes if note != plan.far_off), *_held_back(plan)):
+    for line in (*(note for note in plan.notes if note != plan.far_off), *_held_back(plan, verbose)):
         console.say(f"• {line}")
 
 
-def _held_back(plan: Plan) -> Iterator[str]:
+def _held_back(plan: Plan, verbose: bool) -> Iterator[str]:
     """Why the plan is not better: what else is in the budget, and what the format or its backend forbids."""
     own = _quality(plan.predicted_perplexity, plan.predicted_loss)
     for other in () if plan.far_off else plan.certificate.alternatives:
@@ -69,7 +69,7 @@ def _held_back(plan: Plan) -> Iterator[str]:
         what = "buffers take" if batch else "the KV cache takes"
         yield f"{what} {part / plan.budget_bytes:.0%} of the budget; predicted with  {other.change}:  {better}"
     by_tensors: dict[tuple[str, str], list[str]] = {}
-    for refusal in plan.certificate.refused_types:
+    for refusal in plan.certificate.refused_types if verbose else ():
         which = refusal.example if refusal.tensors == 1 else f"{refusal.example} and {refusal.tensors - 1} more"
         by_tensors.setdefault((which, refusal.reason), []).append(refusal.type)
     for (which, reason), types in by_tensors.items():
