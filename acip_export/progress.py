@@ -133,7 +133,7 @@ class Journey:
 
     @property
     def seconds_left(self) -> float | None:
-        """What the rest takes; ``None``: nobody can tell yet."""
+        """What the rest takes; ``None``: nobody can tell yet, or no longer."""
         now = self._clock()
         done = self._finished + self._current * self._part
         total = done + self._current * (1 - self._part) + self._pending
@@ -145,7 +145,10 @@ class Journey:
         at = self._at
         if at is not None and at.eta_seconds is not None:
             left = at.eta_seconds + per_share * self._pending
-        return max(0.0, left - (now - self._heard))
+        left -= now - self._heard
+        if left <= 0:
+            return 0.0 if self.share == 1 else None
+        return left
 
     @property
     def _current(self) -> float:
@@ -153,7 +156,8 @@ class Journey:
 
     @property
     def _pending(self) -> float:
-        return sum(share for name, share in self._shares.items() if name not in self._passed)
+        # A copy: the thread that draws asks while the one that works adds.
+        return sum(share for name, share in list(self._shares.items()) if name not in self._passed)
 
     @property
     def _part(self) -> float:
