@@ -23,14 +23,12 @@ def parse_bytes(text: str, what: str = "budget", whole: Callable[[], int] | None
         UsageError: no unit, an unknown unit, zero or negative, not a number, or per cent where there is no whole.
     """
     match = _QUANTITY.fullmatch(text.strip())
-    if match is None:
+    if match is None or (match[3] == "%" and whole is None):
         raise UsageError(f"{what} {text!r} is not a quantity of bytes; write for example 4GB, 900MB or 2GiB")
     sign, number, unit = match.groups()
     if not unit:
         raise UsageError(f"{what} {text!r} has no unit; write {number}MB, {number}GB or {number}GiB")
-    if unit == "%":
-        if whole is None:
-            raise UsageError(f"{what} {text!r} is a share of nothing; write for example 4GB, 900MB or 2GiB")
+    if unit == "%" and whole is not None:
         factor = Fraction(whole(), 100)
     elif unit.upper() == "B":
         factor = Fraction(1)

@@ -44,7 +44,7 @@ def test_parse(text: str, expected: int) -> None:
         ("BB", "not a quantity"),
         ("4IB", "unknown unit"),
         ("4KBB", "unknown unit"),
-        ("50%", "share of nothing"),
+        ("50%", "not a quantity"),
     ],
 )
 def test_refused(text: str, says: str) -> None:

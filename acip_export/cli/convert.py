@@ -29,9 +29,10 @@ def convert(
     from acip_export import api as pipeline
     from acip_export.artifacts.bundle import Bundle
 
-    plan = Bundle.open(bundle).plan
-    place = out or default_place(plan.format, plan.budget_bytes)
+    if out is None:
+        plan = Bundle.open(bundle).plan
+        out = default_place(plan.format, plan.budget_bytes)
     with console.stage_progress() as progress:
-        made = pipeline.convert_bundle(bundle, place, force, progress)
-    data = {"out": str(place), "files": dict(made.files)}
-    console.done(data, json, f"{made.planned_bytes:,} bytes, as planned, written to {place}")
+        made = pipeline.convert_bundle(bundle, out, force, progress)
+    data = {"out": str(out), "files": dict(made.files)}
+    console.done(data, json, f"{made.planned_bytes:,} bytes, as planned, written to {out}")
