@@ -8,7 +8,7 @@ for ``up @ down`` (plus ``M.weight``, where an adapter has a base that is not ze
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -220,11 +220,19 @@ def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Mod
     Raises:
         BundleError: see :meth:`Bundle.open`.
     """
-    from safetensors.torch import load_file
-
-    from acip_export.model.torch_model import FactoredLinear, tied_names, untrained_model, with_fixed_positions
-
     bundle = Bundle.open(Path(path))
+    model = untrained_bundle(bundle)
+    types = stored_types(bundle.plan)
+    state = {name: rounded_tensor(bundle, name, types, round_trip) for name in bundle.tensors}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    check_names(bundle, missing, unexpected)
+    return model.eval()
+
+
+def untrained_bundle(bundle: Bundle) -> nn.Module:
+    """A model of the bundle's architecture, with factor pairs where the bundle has them; its numbers mean nothing."""
+    from acip_export.model.torch_model import FactoredLinear, untrained_model, with_fixed_positions
+
     model = untrained_model(with_fixed_positions(bundle.config, bundle.plan.serving.context))
     for decision in bundle.plan.tensors:
         if decision.rank is None:
@@ -240,17 +248,39 @@ def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Mod
             bias=getattr(dense, "bias", None) is not None,
         )
         setattr(model.get_submodule(parent), child, factored)
-    state = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS_FILE).items()}
-    if round_trip is not None:
-        for decision in bundle.plan.tensors:
-            for name, form in stored_formats(decision).items():
-                if state[name].ndim == 2:
-                    state[name] = round_trip(state[name], form, bundle.inputs(name))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = tied_names(bundle.as_checkpoint())
-    if set(missing) - tied or unexpected:
-        raise BundleError(
-            f"{bundle.path} does not fit its architecture: missing {sorted(set(missing) - tied)[:3]}, "
-            f"unexpected {sorted(unexpected)[:3]}"
-        )
     return model.eval()
+
+
+def stored_types(plan: Plan) -> dict[str, str]:
+    """The weight type of every tensor that a bundle of ``plan`` stores."""
+    return {name: form for decision in plan.tensors for name, form in stored_formats(decision).items()}
+
+
+def rounded_tensor(
+    bundle: Bundle,
+    name: str,
+    types: Mapping[str, str],
+    round_trip: RoundTrip | None,
+    rows: torch.Tensor | slice | None = None,
+) -> torch.Tensor:
+    """A tensor of a bundle, float32, with the numbers that its export has.
+
+    Args:
+        types: as :func:`stored_types`. round_trip: as :func:`load_bundle`. rows: some only; ``None``: all.
+    """
+    tensor = bundle.read(name)
+    tensor = (tensor if rows is None else tensor[rows]).float()
+    if round_trip is None or tensor.ndim != 2 or name not in types:
+        return tensor
+    return round_trip(tensor, types[name], bundle.inputs(name))
+
+
+def check_names(bundle: Bundle, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises BundleError for tensors that the architecture misses, or does not know."""
+    from acip_export.model.torch_model import tied_names
+
+    absent, strange = sorted(set(missing) - tied_names(bundle.as_checkpoint())), sorted(unexpected)
+    if absent or strange:
+        raise BundleError(
+            f"{bundle.path} does not fit its architecture: missing {absent[:3]}, unexpected {strange[:3]}"
+        )

@@ -2,7 +2,11 @@
 
 Run by :mod:`acip_export.verification.process`, never imported: what it holds is what is measured.
 
-    python -m acip_export.verification.probe MODULE CLASS EXPORT RESULT
+    python -m acip_export.verification.probe MODULE CLASS EXPORT RESULT measure [PROMPT COUNT]
+    python -m acip_export.verification.probe MODULE CLASS EXPORT RESULT logits WINDOWS
+
+``measure`` also continues ``PROMPT`` (a file of token ids) by ``COUNT`` tokens. ``logits`` writes those of every window
+of the file ``WINDOWS`` to standard output, rows and columns (two int64) before each.
 """
 
 from __future__ import annotations
@@ -10,18 +14,21 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, Serving, load_plan
 from acip_export.artifacts.report import Speed
 from acip_export.errors import AcipError, MissingExtraError
-from acip_export.formats.session import ProbedSession
+from acip_export.formats.session import ProbedSession, RuntimeSession
 from acip_export.model.tensor_names import is_embedding
 
 _NEW_TOKENS = 32
@@ -51,8 +58,14 @@ def spread_tokens(vocabulary: int, count: int) -> list[int]:
     return [index * vocabulary // count for index in range(count)]
 
 
-def measure(session_class: Callable[[Path, Serving], ProbedSession], export: Path, plan: Plan) -> dict[str, Any]:
-    """The figures, as :class:`acip_export.verification.process.ProcessFigures` reads them."""
+def measure(
+    session_class: Callable[[Path, Serving], Any], export: Path, plan: Plan, started: list[int], count: int
+) -> dict[str, Any]:
+    """The figures, as :class:`acip_export.verification.process.ProcessFigures` reads them.
+
+    Args:
+        started: prompt to be continued by the ``count`` most likely tokens, once everything is measured.
+    """
     serving = plan.serving
     vocabulary = max(decision.shape[0] for decision in plan.tensors if is_embedding(decision.name))
     generates = plan.task == "causal"
@@ -62,6 +75,7 @@ def measure(session_class: Callable[[Path, Serving], ProbedSession], export: Pat
     _forget_peak()
     before = resident("VmRSS")
     start = time.perf_counter()
+    session: ProbedSession
     with session_class(export, serving) as session:
         load_seconds = time.perf_counter() - start
         speeds = [session.speed(prompt, new_tokens)]
@@ -85,14 +99,40 @@ def measure(session_class: Callable[[Path, Serving], ProbedSession], export: Pat
             "load_seconds": load_seconds,
             "memory": memory,
             "speed": dataclasses.asdict(best),
+            "greedy": session.greedy(started, count) if count else [],  # type: ignore[attr-defined]
         }
 
 
+def write_logits(
+    session_class: Callable[[Path, Serving], RuntimeSession],
+    export: Path,
+    plan: Plan,
+    windows: Path,
+    channel: BinaryIO,
+) -> dict[str, Any]:
+    """Write the logits of one window after the other."""
+    with session_class(export, plan.serving) as session:
+        for logits in session.logits(np.load(windows)):
+            channel.write(np.array(logits.shape, np.int64).data)
+            channel.write(np.ascontiguousarray(logits, np.float32).data)
+            channel.flush()
+        return {"runtime": session.name}
+
+
 def main() -> None:
-    module, class_name, export, result = sys.argv[1:]
+    module, class_name, export, result, what, *rest = sys.argv[1:]
+    answer: dict[str, Any]
+    # What the runtime prints goes to standard error: standard output is ours.
+    channel = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
     try:
         plan = load_plan(Path(export) / PLAN_FILE)
-        answer: dict[str, Any] = {"figures": measure(getattr(import_module(module), class_name), Path(export), plan)}
+        session_class = getattr(import_module(module), class_name)
+        if what == "logits":
+            answer = write_logits(session_class, Path(export), plan, Path(rest[0]), channel)
+        else:
+            started, count = (json.loads(Path(rest[0]).read_text()), int(rest[1])) if rest else ([], 0)
+            answer = {"figures": measure(session_class, Path(export), plan, started, count)}
     except MissingExtraError as error:
         answer = {"missing": error.fields}
     except AcipError as error:

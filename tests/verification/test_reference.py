@@ -1,0 +1,116 @@
+"""Block by block, a model gives the very logits that it gives as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from acip_export.artifacts.bundle import Bundle, load_bundle
+from acip_export.errors import BundleError, CheckpointError, UnsupportedError
+from acip_export.formats.registry import export_format
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.torch_model import load_causal_lm
+from acip_export.verification.reference import Passed, Reference, StoredCheckpoint, open_bundle, open_dense
+from tests.support import make_bundle, make_model, make_plan
+
+generator = np.random.default_rng(0)
+WINDOWS = [generator.integers(0, 512, length) for length in (40, 40, 17)]
+DENSE = {"representation": "dense", "type": "q8_0"}
+# What sets an architecture's blocks apart: layers of two kinds, logits that are capped or scaled, one matrix for three,
+# position embeddings and Conv1D, distances (alibi) with a row for every head, an embedding that is not read by the head.
+ARCHITECTURES = {
+    "gemma2": {},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "granite": {"logits_scaling": 3.0},
+    "phi3": {},
+    "gpt2": {},
+    "bloom": {},
+    "qwen3": {"tie_word_embeddings": False},
+}
+
+
+def whole(model: torch.nn.Module) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [model(input_ids=torch.from_numpy(window)[None]).logits[0].numpy() for window in WINDOWS]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore:.*rope.*")
+def test_a_dense_model(tmp_path: Path, architecture: str) -> None:
+    model = make_model(tmp_path / "m", architecture, torch.bfloat16, **ARCHITECTURES[architecture])
+    expected = whole(load_causal_lm(Checkpoint.open(model), torch.float32))
+    passed = open_dense(model).passed(WINDOWS)
+    for found, logits in zip(passed.logits(), expected, strict=True):
+        np.testing.assert_array_equal(found, logits)
+    np.testing.assert_array_equal(next(passed.logits(2)), expected[2])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("file_format", ["gguf", "onnx"])
+def test_a_bundle_with_its_exports_numbers(
+    tmp_path: Path, file_format: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs and dense layers, rounded; the embedding by the rows that the windows have, the head in slices."""
+    model = make_model(tmp_path / "m", tie_word_embeddings=tied)
+    types = {"gguf": ("q4_0", "q8_0"), "onnx": ("int4-b64", "int8")}[file_format]
+
+    def decide(name: str, shape: tuple[int, ...]) -> dict[str, object]:
+        if "mlp" in name:
+            return {"representation": "factored", "rank": 64, "up_type": types[0], "down_type": types[1]}
+        return {"representation": "dense", "type": types[1]}
+
+    layout = {"gguf": "factored", "onnx": "factored"}[file_format]
+    bundle = make_bundle(model, make_plan(model, file_format, layout, decide), tmp_path / "b")
+    round_trip = export_format(file_format).round_trip
+    monkeypatch.setattr("acip_export.verification.reference._SLICE", 10_000)
+    expected = whole(load_bundle(bundle.path, round_trip))
+    for found, logits in zip(open_bundle(bundle, round_trip).passed(WINDOWS).logits(), expected, strict=True):
+        np.testing.assert_allclose(found, logits, atol=1e-6)
+    exact = whole(load_bundle(bundle.path))
+    assert np.abs(exact[0] - expected[0]).max() > 1e-4
+
+
+def test_windows_of_other_lengths_do_not_disturb_each_other(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    together = list(open_dense(model).passed(WINDOWS).logits())
+    for window, logits in zip(WINDOWS, together, strict=True):
+        np.testing.assert_array_equal(next(open_dense(model).passed([window]).logits()), logits)
+
+
+def test_blocks_that_are_no_chain_are_refused(tmp_path: Path) -> None:
+    reference = open_dense(make_model(tmp_path / "m"))
+    reference._modules.reverse()
+    with pytest.raises(UnsupportedError, match=r"layers\.1 does not read what model\.layers\.0 returns"):
+        reference.passed(WINDOWS)
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    checkpoint = Checkpoint.open(model)
+    wide = Checkpoint(model, {**checkpoint.config, "num_hidden_layers": 3}, checkpoint.tensors)
+    with pytest.raises(CheckpointError, match=r"missing \['model\.layers\.2"):
+        Reference(StoredCheckpoint(wide))
+    bundle = make_bundle(model, make_plan(model, "gguf", "stock", lambda *_: DENSE), tmp_path / "b")
+    narrow = Bundle(bundle.path, bundle.plan, bundle.manifest, dict(list(bundle.tensors.items())[1:]))
+    with pytest.raises(BundleError, match="does not fit its architecture: missing"):
+        open_bundle(narrow, None)
+
+
+_MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+from tests.verification.memory import Peak
+from acip_export.verification.reference import open_dense
+
+reference = open_dense(Path(sys.argv[1]))
+windows = np.random.default_rng(0).integers(0, 512, (4, 32))
+open_dense(Path(sys.argv[2])).passed(windows)  # imports, and what allocators keep
+with Peak() as peak:
+    for _ in reference.passed(windows).logits():
+        pass
+print(peak.bytes)
+"""
