@@ -259,9 +259,8 @@ class Reference:
 
             return forward
 
-        with self._computing(pass_on):
-            with suppress(_Stopped):
-                self.model(input_ids=ids, use_cache=False)
+        with self._computing(pass_on), suppress(_Stopped):
+            self.model(input_ids=ids, use_cache=False)
         return entered[0], arguments
 
     @contextmanager

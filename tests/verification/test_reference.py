@@ -13,14 +13,14 @@ from acip_export.errors import BundleError, CheckpointError, UnsupportedError
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import load_causal_lm
-from acip_export.verification.reference import Passed, Reference, StoredCheckpoint, open_bundle, open_dense
+from acip_export.verification.reference import Reference, StoredCheckpoint, open_bundle, open_dense
 from tests.support import make_bundle, make_model, make_plan
 
 generator = np.random.default_rng(0)
 WINDOWS = [generator.integers(0, 512, length) for length in (40, 40, 17)]
 DENSE = {"representation": "dense", "type": "q8_0"}
 # What sets an architecture's blocks apart: layers of two kinds, logits that are capped or scaled, one matrix for three,
-# position embeddings and Conv1D, distances (alibi) with a row for every head, an embedding that is not read by the head.
+# position embeddings and Conv1D, distances (alibi) with a row for every head, a head that is not the embedding.
 ARCHITECTURES = {
     "gemma2": {},
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
@@ -57,13 +57,12 @@ def test_a_bundle_with_its_exports_numbers(
     model = make_model(tmp_path / "m", tie_word_embeddings=tied)
     types = {"gguf": ("q4_0", "q8_0"), "onnx": ("int4-b64", "int8")}[file_format]
 
-    def decide(name: str, shape: tuple[int, ...]) -> dict[str, object]:
+    def decide(name: str, _shape: tuple[int, ...]) -> dict[str, object]:
         if "mlp" in name:
             return {"representation": "factored", "rank": 64, "up_type": types[0], "down_type": types[1]}
         return {"representation": "dense", "type": types[1]}
 
-    layout = {"gguf": "factored", "onnx": "factored"}[file_format]
-    bundle = make_bundle(model, make_plan(model, file_format, layout, decide), tmp_path / "b")
+    bundle = make_bundle(model, make_plan(model, file_format, "factored", decide), tmp_path / "b")
     round_trip = export_format(file_format).round_trip
     monkeypatch.setattr("acip_export.verification.reference._SLICE", 10_000)
     expected = whole(load_bundle(bundle.path, round_trip))
@@ -97,20 +96,3 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     narrow = Bundle(bundle.path, bundle.plan, bundle.manifest, dict(list(bundle.tensors.items())[1:]))
     with pytest.raises(BundleError, match="does not fit its architecture: missing"):
         open_bundle(narrow, None)
-
-
-_MEMORY = """
-import sys
-from pathlib import Path
-import numpy as np
-from tests.verification.memory import Peak
-from acip_export.verification.reference import open_dense
-
-reference = open_dense(Path(sys.argv[1]))
-windows = np.random.default_rng(0).integers(0, 512, (4, 32))
-open_dense(Path(sys.argv[2])).passed(windows)  # imports, and what allocators keep
-with Peak() as peak:
-    for _ in reference.passed(windows).logits():
-        pass
-print(peak.bytes)
-"""
