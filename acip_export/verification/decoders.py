@@ -15,6 +15,7 @@ import numpy as np
 
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.report import Agreement, Divergence, Perplexity
+from acip_export.errors import DataError
 from acip_export.formats.protocol import ExportFormat
 from acip_export.formats.session import Logits, Tokens, Windows
 from acip_export.progress import Progress, ProgressCallback
@@ -23,6 +24,7 @@ from acip_export.verification import metrics
 from acip_export.verification.metrics import Floats
 from acip_export.verification.process import ProcessFigures, logits_of_process, measure_process
 from acip_export.verification.sentences import SENTENCES
+from acip_export.verification.tokens import STRINGS
 
 # Agreement with the bundle is one of rounding in another order, or of activations: few tokens tell.
 _AGREEMENT_TOKENS = 1024
@@ -86,13 +88,13 @@ def verify_decoder(
     from acip_export.verification.reference import open_bundle, open_dense
 
     context = bundle.plan.serving.context
-    compared = _own_windows(bundle.path, context) if text is None else _first_windows(text)
+    compared = _own_windows(bundle) if text is None else _first_windows(text)
     prompt = [int(token) for token in compared[0][: max(1, min(_PROMPT_TOKENS, compared.shape[1] // 3))]]
     figures = []
     for session in written_as.sessions:
         progress(Progress("verify", 0, item=f"{session.runtime}, in a process of its own"))
         count = min(_GREEDY_TOKENS, context - len(prompt))
-        figures.append(measure_process(session.module, session.name, export, timeout, prompt, count))
+        figures.append(measure_process(session.module, session.name, export, timeout, prompt, count, STRINGS))
     continued = [np.array([*prompt, *measured.greedy], np.int64) for measured in figures]
     progress(Progress("verify", 0, item="bundle, block by block"))
     of_bundle = open_bundle(bundle, written_as.round_trip).passed([*compared, *continued])
@@ -163,9 +165,14 @@ def _watched(logits: Iterator[Logits], windows: Windows, note: Callable[[Logits,
         del found
 
 
-def _own_windows(model: Path, context: int) -> Windows:
-    """Sentences of our own."""
-    tokens: list[int] = load_tokenizer(model)(" ".join(SENTENCES))["input_ids"]
+def _own_windows(bundle: Bundle) -> Windows:
+    """Sentences of our own, or without a tokenizer tokens from all over the vocabulary."""
+    context = bundle.plan.serving.context
+    try:
+        tokens: list[int] = load_tokenizer(bundle.path)(" ".join(SENTENCES))["input_ids"]
+    except DataError:
+        count = _OWN_WINDOWS * _OWN_TOKENS
+        tokens = [index * bundle.as_checkpoint().shape.vocabulary // count for index in range(count)]
     length = min(_OWN_TOKENS, context, len(tokens))
     count = min(_OWN_WINDOWS, len(tokens) // length)
     return np.array(tokens[: count * length], np.int64).reshape(count, length)

@@ -41,6 +41,7 @@ from acip_export.verification.encoders import verify_encoder
 from acip_export.verification.metrics import finite
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, measure_process
 from acip_export.verification.structure import check_structure
+from acip_export.verification.tokens import compare_tokens, plain_text_failures, token_notes
 from acip_export.version import __version__
 
 # Thirty times what was measured on trained models in both formats; a tensor in the wrong place costs whole nats.
@@ -211,15 +212,18 @@ def _run(
                 None if quality is None else finite(quality.divergence),
                 _memory_report(plan, each.process.memory, uncounted),
                 each.process.speed,
+                compare_tokens(each.process.tokens, bundle.path),
             )
         )
     failures = list[str]()
     for report in reports:
         failures += _check_agreement(written_as, plan, report) + _check_memory(plan, report)
+        failures += plain_text_failures(report.runtime, report.tokens)
+    odd = [note for report in reports for note in token_notes(report.runtime, report.tokens)]
     quality = found.quality
     return _Found(
         tuple(failures),
-        _notes(reports[0].memory, text, dense),
+        (*_notes(reports[0].memory, text, dense), *odd),
         tuple(reports),
         None if quality is None else finite(quality.bundle),
         None if quality is None else finite(quality.dense),

@@ -2,11 +2,11 @@
 
 Run by :mod:`acip_export.verification.process`, never imported: what it holds is what is measured.
 
-    python -m acip_export.verification.probe MODULE CLASS EXPORT RESULT measure [PROMPT COUNT]
+    python -m acip_export.verification.probe MODULE CLASS EXPORT RESULT measure ASKED
     python -m acip_export.verification.probe MODULE CLASS EXPORT RESULT logits WINDOWS
 
-``measure`` also continues ``PROMPT`` (a file of token ids) by ``COUNT`` tokens. ``logits`` writes those of every window
-of the file ``WINDOWS`` to standard output, rows and columns (two int64) before each.
+``ASKED`` is a JSON file: ``measure`` also continues its ``prompt`` by ``count`` tokens, and tokenizes its ``texts``.
+``logits`` writes those of every window of the file ``WINDOWS`` to standard output, rows and columns (two int64) first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, Serving, load_plan
 from acip_export.artifacts.report import Speed
 from acip_export.errors import AcipError, MissingExtraError
-from acip_export.formats.session import ProbedSession, RuntimeSession
+from acip_export.formats.session import RuntimeSession
 from acip_export.model.tensor_names import is_embedding
 
 _NEW_TOKENS = 32
@@ -59,12 +59,12 @@ def spread_tokens(vocabulary: int, count: int) -> list[int]:
 
 
 def measure(
-    session_class: Callable[[Path, Serving], Any], export: Path, plan: Plan, started: list[int], count: int
+    session_class: Callable[[Path, Serving], Any], export: Path, plan: Plan, asked: dict[str, Any]
 ) -> dict[str, Any]:
     """The figures, as :class:`acip_export.verification.process.ProcessFigures` reads them.
 
     Args:
-        started: prompt to be continued by the ``count`` most likely tokens, once everything is measured.
+        asked: what else is wanted, once everything is measured.
     """
     serving = plan.serving
     vocabulary = max(decision.shape[0] for decision in plan.tensors if is_embedding(decision.name))
@@ -75,7 +75,6 @@ def measure(
     _forget_peak()
     before = resident("VmRSS")
     start = time.perf_counter()
-    session: ProbedSession
     with session_class(export, serving) as session:
         load_seconds = time.perf_counter() - start
         speeds = [session.speed(prompt, new_tokens)]
@@ -99,8 +98,14 @@ def measure(
             "load_seconds": load_seconds,
             "memory": memory,
             "speed": dataclasses.asdict(best),
-            "greedy": session.greedy(started, count) if count else [],  # type: ignore[attr-defined]
+            "greedy": session.greedy(asked["prompt"], asked["count"]) if asked["count"] else [],
+            "tokens": _tokens(session, asked["texts"]),
         }
+
+
+def _tokens(session: Any, texts: list[str]) -> list[list[int]] | None:
+    found = [session.tokenize(text) for text in texts]
+    return None if None in found else found
 
 
 def write_logits(
@@ -120,7 +125,7 @@ def write_logits(
 
 
 def main() -> None:
-    module, class_name, export, result, what, *rest = sys.argv[1:]
+    module, class_name, export, result, what, given = sys.argv[1:]
     answer: dict[str, Any]
     # What the runtime prints goes to standard error: standard output is ours.
     channel = os.fdopen(os.dup(1), "wb")
@@ -129,10 +134,10 @@ def main() -> None:
         plan = load_plan(Path(export) / PLAN_FILE)
         session_class = getattr(import_module(module), class_name)
         if what == "logits":
-            answer = write_logits(session_class, Path(export), plan, Path(rest[0]), channel)
+            answer = write_logits(session_class, Path(export), plan, Path(given), channel)
         else:
-            started, count = (json.loads(Path(rest[0]).read_text()), int(rest[1])) if rest else ([], 0)
-            answer = {"figures": measure(session_class, Path(export), plan, started, count)}
+            asked = json.loads(Path(given).read_text(encoding="utf-8"))
+            answer = {"figures": measure(session_class, Path(export), plan, asked)}
     except MissingExtraError as error:
         answer = {"missing": error.fields}
     except AcipError as error:

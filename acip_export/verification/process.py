@@ -39,6 +39,7 @@ class ProcessFigures:
     Attributes:
         memory: ``None`` where the system does not tell (``/proc`` is Linux's).
         greedy: the most likely tokens after the prompt that was given.
+        tokens: of the texts that were given; ``None``: the runtime has no tokenizer.
     """
 
     runtime: str
@@ -46,6 +47,7 @@ class ProcessFigures:
     memory: Memory | None
     speed: Speed
     greedy: tuple[Count, ...] = ()
+    tokens: tuple[tuple[Count, ...], ...] | None = None
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -64,11 +66,13 @@ def measure_process(
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     prompt: Sequence[int] = (),
     count: int = 0,
+    texts: Sequence[str] = (),
 ) -> ProcessFigures:
     """Open ``export`` with a session class in a fresh process, fill its plan's context and generate.
 
     Args:
         prompt, count: of language models: the ``count`` most likely tokens after ``prompt`` are wanted too.
+        texts: and the runtime's tokens of these.
 
     Raises:
         RuntimeCrashError: the process died; the message has the signal and the end of its output.
@@ -76,10 +80,9 @@ def measure_process(
         VerificationError: the runtime refuses the export. MissingExtraError: it is not installed.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        given = Path(scratch) / "prompt.json"
-        given.write_text(json.dumps(list(prompt)))
-        task = ["measure", str(given), str(count)] if count else ["measure"]
-        with _Probe(module, class_name, export, Path(scratch), timeout, task) as probe:
+        given = Path(scratch) / "asked.json"
+        given.write_text(json.dumps({"prompt": list(prompt), "count": count, "texts": list(texts)}))
+        with _Probe(module, class_name, export, Path(scratch), timeout, ["measure", str(given)]) as probe:
             figures = probe.answer().figures
     assert figures is not None
     return figures
