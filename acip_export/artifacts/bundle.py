@@ -30,6 +30,7 @@ from acip_export.errors import BundleError, PlanFileError
 from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
 from acip_export.io.inputs import Count
 from acip_export.io.outputs import DirectoryKind, FileKind, json_kind
+from acip_export.kept_roundings import KeptRoundings
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import InputMoments, RoundTrip
 
@@ -77,17 +78,26 @@ class Bundle:
         path, plan, manifest: the directory, its plan, its ``bundle.json``.
         checkpoint: the same directory seen as a model directory (config, tokenizer).
         tensors: header entries of the weights, by name.
+        kept: where those who round its matrices keep what they made of them, for each other.
     """
 
-    def __init__(self, path: Path, plan: Plan, manifest: Manifest, tensors: Mapping[str, HeaderEntry]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        manifest: Manifest,
+        tensors: Mapping[str, HeaderEntry],
+        kept: KeptRoundings | None = None,
+    ) -> None:
         self.path = path
+        self.kept = kept
         self.plan = plan
         self.manifest = manifest
         self.tensors = tensors
         self.config = read_json_object(path / CONFIG_FILE, BundleError)
 
     @classmethod
-    def open(cls, path: Path, verify_hash: bool = False) -> Bundle:
+    def open(cls, path: Path, verify_hash: bool = False, kept: KeptRoundings | None = None) -> Bundle:
         """Open and check a bundle; ``verify_hash`` also reads all its numbers and compares their SHA-256.
 
         Raises:
@@ -99,7 +109,7 @@ class Bundle:
         manifest = read_artifact(path / MANIFEST_FILE, Manifest, BundleError)
         plan = load_plan(path / PLAN_FILE)
         tensors, _ = read_safetensors_header(path / WEIGHTS_FILE, BundleError)
-        bundle = cls(path, plan, manifest, tensors)
+        bundle = cls(path, plan, manifest, tensors, kept)
         bundle._check_shapes()
         check_context(plan, bundle.as_checkpoint())
         hashes = {WEIGHTS_FILE: manifest.weights_sha256, IMPORTANCE_FILE: manifest.importance_sha256}
@@ -148,7 +158,7 @@ class Bundle:
         Raises:
             BundleError: its factor for error feedback is missing, damaged, or of another matrix.
         """
-        return InputMoments(self.importance(name), self._feedback(name))
+        return InputMoments(self.importance(name), self._feedback(name), self.kept)
 
     def _feedback(self, name: str) -> FeedbackFactor | None:
         key = self.manifest.feedback.get(name)

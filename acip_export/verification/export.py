@@ -30,6 +30,7 @@ from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
 from acip_export.formats.session import Windows
 from acip_export.io.atomic import sha256_of
+from acip_export.kept_roundings import KeptRoundings
 from acip_export.model.embedding_similarity import Similarity
 from acip_export.model.encoder import Encoder
 from acip_export.planning.memory import uncounted_bytes
@@ -98,17 +99,20 @@ def verify_export(
     tasks: Sequence[str] = (),
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     progress: ProgressCallback = silent,
+    kept: KeptRoundings | None = None,
 ) -> Report:
     """Check the files, run the export in every runtime of its format, and compare with the bundle and the dense model.
 
-    Each runtime first runs in a fresh process, which is measured, and which alone dies if the runtime crashes. At most
-    two models are in memory: a reference and the export.
+    Runtimes run in fresh processes, which are measured, and which alone die if a runtime crashes. Language models that
+    exports are compared with are passed block by block: at most two blocks of one are in memory, or its head in slices,
+    and the logits of one window.
 
     Args:
         text: to measure quality on. dense: the base model's directory, for perplexity and divergence on that text, and
             for the similarities that an encoder keeps.
         tasks: of lm-evaluation-harness, run on the bundle.
-        timeout: seconds for each of the fresh processes.
+        timeout: seconds for each answer of the fresh processes.
+        kept: what was rounded when the export was written.
 
     Raises:
         PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged or of another plan.
@@ -118,7 +122,7 @@ def verify_export(
     if tasks:
         evaluation.require()
     plan = load_plan(export / PLAN_FILE)
-    made_of = Bundle.open(bundle, verify_hash=True)
+    made_of = Bundle.open(bundle, verify_hash=True, kept=kept)
     _check_same_plan(export, plan, made_of)
     written_as = export_format(plan.format)
     failures = check_bytes(export, plan)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from acip_export.artifacts.bundle import Bundle
+    from acip_export.error_feedback import FeedbackFactor
     from acip_export.rounding import InputMoments
 
 # Weights that a thread converts at once: large enough for vectorised work, small enough to stay in a core's cache.
@@ -191,15 +192,31 @@ def rounded(weight: Tensor, form: WeightType, inputs: InputMoments) -> Tensor:
 
 def _quantized(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
     """Yield rows of the quantized matrix: some at a time, or with error feedback all at once."""
+    if inputs.feedback is None:
+        yield from _nearest(weight, form, inputs)
+    elif inputs.kept is None:
+        yield _with_feedback(weight, form, inputs, inputs.feedback)
+    else:
+        feedback = inputs.feedback
+        codes, scales, *zeros = inputs.kept.arrays(
+            weight,
+            form.name,
+            inputs.importance,
+            feedback,
+            lambda: _with_feedback(weight, form, inputs, feedback).arrays,
+        )
+        yield Quantized(codes, scales, *zeros)
+
+
+def _nearest(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
     importance = None if inputs.importance is None else _floats(inputs.importance)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         slices = _slices(weight, weight.shape[1])
-        parts = pool.map(lambda rows: quantize(_floats(rows), form, importance), slices)
-        if inputs.feedback is None:
-            yield from parts
-            return
-        whole = joined(list(parts))
-    yield with_feedback(whole, _floats(weight), form, inputs.feedback)
+        yield from pool.map(lambda rows: quantize(_floats(rows), form, importance), slices)
+
+
+def _with_feedback(weight: Tensor, form: WeightType, inputs: InputMoments, feedback: FeedbackFactor) -> Quantized:
+    return with_feedback(joined(list(_nearest(weight, form, inputs))), _floats(weight), form, feedback)
 
 
 def _slices(weight: Tensor, width: int) -> Iterator[Tensor]:
