@@ -134,6 +134,7 @@ def export_model(
             timeout=timeout,
             progress=progress,
             kept=kept,
+            cache=cache,
         )
         verification.require_passed(report)
         save_report(report, directory)

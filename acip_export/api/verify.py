@@ -22,7 +22,7 @@ from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 
 _LONGEST_WINDOW = 1024
-_MOST_HELD_OUT, _OPERATIONS = 4096, 4 * 10**12
+_MOST_HELD_OUT, _OPERATIONS = 2048, 2 * 10**12
 
 
 def evaluation_text(model: Path, text: Path, context: int, most_tokens: int = 32_768) -> EvaluationText:
@@ -64,7 +64,7 @@ def text_to_measure(
 def held_out_text(checkpoint: Checkpoint, scores: ScoreFile, context: int) -> EvaluationText | None:
     """Text that the ranking was not calibrated on, which its curve was measured on; ``None`` where it is not here.
 
-    So many tokens that a model takes a minute or two for them on two cores, windows as of :func:`evaluation_text`.
+    So many tokens that verifying on them takes a minute or two on two cores, windows as of :func:`evaluation_text`.
     """
     from acip_export.text.packing import MOST_TOKENS, pack_text
 

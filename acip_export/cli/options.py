@@ -15,7 +15,10 @@ Scores = Annotated[Path | None, typer.Option(help="Score file. Default: the *.ac
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what acip-export wrote there.")]
 Cache = Annotated[
-    Path | None, typer.Option("--cache", help="Directory that keeps the SVDs, for other sizes and rankings.")
+    Path | None,
+    typer.Option(
+        "--cache", help="Directory that keeps SVDs and the dense model's states on the text, for other sizes."
+    ),
 ]
 
 

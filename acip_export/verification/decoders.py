@@ -27,7 +27,7 @@ from acip_export.verification.sentences import SENTENCES
 from acip_export.verification.tokens import STRINGS
 
 # Agreement with the bundle is one of rounding in another order, or of activations: few tokens tell.
-_AGREEMENT_TOKENS = 1024
+_AGREEMENT_TOKENS = 512
 # Without a text: that many windows of our own sentences, so long.
 _OWN_WINDOWS, _OWN_TOKENS = 2, 48
 _PROMPT_TOKENS, _GREEDY_TOKENS = 16, 16
@@ -75,17 +75,18 @@ def verify_decoder(
     dense: Path | None,
     timeout: float,
     progress: ProgressCallback,
+    cache: Path | None,
 ) -> DecoderFigures:
     """Open the export in every runtime of its format and compare.
 
     Args:
         text: windows to measure quality on; agreement is measured on the first of them, else on sentences of our own.
-        dense: the base model, for quality.
+        dense: the base model, for quality. cache: directory that keeps its states on a text for other exports.
 
     Raises:
         As :func:`acip_export.verification.process.measure_process`.
     """
-    from acip_export.verification.reference import open_bundle, open_dense
+    from acip_export.verification.reference import open_bundle, pass_dense
 
     context = bundle.plan.serving.context
     compared = _own_windows(bundle) if text is None else _first_windows(text)
@@ -101,7 +102,7 @@ def verify_decoder(
     of_dense = None
     if text is not None and dense is not None:
         progress(Progress("verify", 0, item="dense model, block by block"))
-        of_dense = open_dense(dense).passed(list(text))
+        of_dense = pass_dense(dense, list(text), cache)
     # After each of the runtime's tokens, the bundle's next one: the same as its own continuation up to a difference.
     expected = [
         [int(token) for token in logits[len(prompt) - 1 : -1].argmax(-1)] for logits in of_bundle.logits(len(compared))

@@ -100,6 +100,7 @@ def verify_export(
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     progress: ProgressCallback = silent,
     kept: KeptRoundings | None = None,
+    cache: Path | None = None,
 ) -> Report:
     """Check the files, run the export in every runtime of its format, and compare with the bundle and the dense model.
 
@@ -112,7 +113,8 @@ def verify_export(
             for the similarities that an encoder keeps.
         tasks: of lm-evaluation-harness, run on the bundle.
         timeout: seconds for each answer of the fresh processes.
-        kept: what was rounded when the export was written.
+        kept: what was rounded when the export was written. cache: directory that keeps the dense model's hidden
+            states on ``text``, for other exports.
 
     Raises:
         PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged or of another plan.
@@ -133,7 +135,7 @@ def verify_export(
     if not failures and encoder is not None:
         found = _run_encoder(written_as, export, made_of, encoder, text, dense, timeout, progress)
     elif not failures:
-        found = _run(written_as, export, made_of, text, dense, timeout, progress)
+        found = _run(written_as, export, made_of, text, dense, timeout, progress, cache)
     failures += found.failures
     similarity = found.similarity
     return Report(
@@ -199,10 +201,11 @@ def _run(
     dense: Path | None,
     timeout: float,
     progress: ProgressCallback,
+    cache: Path | None,
 ) -> _Found:
     plan = bundle.plan
     windows = None if text is None else text.windows
-    found = verify_decoder(export, bundle, written_as, windows, dense, timeout, progress)
+    found = verify_decoder(export, bundle, written_as, windows, dense, timeout, progress, cache)
     reports: list[RuntimeReport] = []
     for session, each in zip(written_as.sessions, found.runtimes, strict=True):
         uncounted = uncounted_bytes(written_as, plan, bundle.as_checkpoint(), session.runtime)

@@ -7,6 +7,7 @@ read from the file (and rounded) once, however many windows there are.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from acip_export.artifacts.bundle import Bundle, check_names, rounded_tensor, stored_types, untrained_bundle
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.formats.session import Logits, Tokens
+from acip_export.io.atomic import new_file
 from acip_export.io.prefetch import one_ahead
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of, natural_key
@@ -137,9 +141,40 @@ def open_bundle(bundle: Bundle, round_trip: RoundTrip | None) -> Reference:
     return Reference(StoredBundle(bundle, round_trip))
 
 
-def open_dense(path: Path) -> Reference:
-    """The reference for what compression costs: the model in a directory as it is."""
-    return Reference(StoredCheckpoint(Checkpoint.open(path)))
+def pass_dense(path: Path, windows: Sequence[Tokens], cache: Path | None = None) -> Passed:
+    """Take windows through a dense model, or read what the last block made of them when it was done before.
+
+    Args:
+        cache: directory of hidden states, read and filled: far smaller than logits, and exact.
+    """
+    stored = StoredCheckpoint(Checkpoint.open(path))
+    reference = Reference(stored)
+    if cache is None:
+        return reference.passed(windows)
+    digest = hashlib.sha256(stored.checkpoint.fingerprint.encode())
+    for window in windows:
+        digest.update(np.asarray(window, np.int64).tobytes() + b"|")
+    file = cache / f"dense-{digest.hexdigest()}.safetensors"
+    names = [str(index) for index in range(len(windows))]
+    known = _read_states(file)
+    if known is None or [len(known.get(name, ())) for name in names] != list(map(len, windows)):
+        passed = reference.passed(windows)
+        cache.mkdir(parents=True, exist_ok=True)
+        with new_file(file) as temporary:
+            save_file(
+                {name: states[0].contiguous() for name, states in zip(names, passed.hidden, strict=True)}, temporary
+            )
+        return passed
+    return Passed(reference, tuple(windows), tuple(known[name][None] for name in names))
+
+
+def _read_states(file: Path) -> dict[str, Tensor] | None:
+    """What a cache has; ``None``: nothing, or something damaged."""
+    try:
+        found: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError):
+        return None
+    return found if all(bool(torch.isfinite(states).all()) for states in found.values()) else None
 
 
 class _Stopped(Exception):  # noqa: N818 - no error
@@ -175,6 +210,7 @@ class Reference:
         missing = {name for name, stored_as in self._stored_as.items() if stored_as not in stored.names}
         stored.check(missing, set(stored.names - owners.keys() - buffers))
         self._owners = owners
+        self._wrap: Callable[[Tensor], Any] | None = None
         self._embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         self._head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         self._blocks: dict[str, list[str]] = {}
@@ -206,6 +242,7 @@ class Reference:
         tensors[self._name(self._embedding)] = torch.empty_like(self._embedding.weight, device="cpu")
         rows = self.stored.rows(self._stored_as[self._name(self._head)])
         with self._filled(tensors), self._sliced_head(rows):
+            self._learn(_ids(windows[0][:_FEW]))
             for window, states in zip(windows, hidden, strict=True):
                 with self._replaced(states):
                     logits: Logits = self.model(input_ids=_ids(window), use_cache=False).logits[0].float().numpy()
@@ -220,12 +257,13 @@ class Reference:
         used = torch.from_numpy(np.unique(np.concatenate([np.asarray(window) for window in windows])))
         tensors[embedding][used] = self.stored.read(self._stored_as[embedding], used)
         with self._filled(tensors):
-            with self._filled(self._read_block(self._names[0])):
-                self._wrap = self._wrapping(_ids(windows[0][:_FEW]))
+            self._learn(_ids(windows[0][:_FEW]))
             return [self._arguments(_ids(window)) for window in windows]
 
-    def _wrapping(self, ids: Tensor) -> Callable[[Tensor], Any]:
-        """How blocks return hidden states: alone, or as the first of several things."""
+    def _learn(self, ids: Tensor) -> None:
+        """Find out how blocks return hidden states: alone, or as the first of several things."""
+        if self._wrap is not None:
+            return
         found: list[Any] = []
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -233,11 +271,16 @@ class Reference:
             raise _Stopped
 
         handle = self._modules[0].register_forward_hook(hook)
-        with suppress(_Stopped):
+        with self._filled(self._read_block(self._names[0])), suppress(_Stopped):
             self.model(input_ids=ids, use_cache=False)
         handle.remove()
         output = found[0]
-        return (lambda hidden: hidden) if isinstance(output, Tensor) else (lambda hidden: (hidden, *output[1:]))
+        self._wrap = (lambda hidden: hidden) if isinstance(output, Tensor) else (lambda hidden: (hidden, *output[1:]))
+
+    def _returned(self, hidden: Tensor) -> Any:
+        """As a block returns it."""
+        assert self._wrap is not None
+        return self._wrap(hidden)
 
     def _arguments(self, ids: Tensor) -> tuple[Tensor, list[_Rest]]:
         entered: list[Tensor] = []
@@ -255,7 +298,7 @@ class Reference:
                 arguments.append(rest)
                 if number == len(self._names) - 1:
                     raise _Stopped
-                return self._wrap(hidden)
+                return self._returned(hidden)
 
             return forward
 
@@ -269,7 +312,7 @@ class Reference:
 
         def pass_on(number: int) -> Callable[..., Any]:
             last = number == len(self._names) - 1
-            return lambda *args, **kwargs: self._wrap(states if last else _split(args, kwargs)[0])
+            return lambda *args, **kwargs: self._returned(states if last else _split(args, kwargs)[0])
 
         with self._computing(pass_on):
             yield

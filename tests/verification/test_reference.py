@@ -13,7 +13,7 @@ from acip_export.errors import BundleError, CheckpointError, UnsupportedError
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import load_causal_lm
-from acip_export.verification.reference import Reference, StoredCheckpoint, open_bundle, open_dense
+from acip_export.verification.reference import Reference, StoredCheckpoint, open_bundle, pass_dense
 from tests.support import make_bundle, make_model, make_plan
 
 generator = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def whole(model: torch.nn.Module) -> list[np.ndarray]:
 def test_a_dense_model(tmp_path: Path, architecture: str) -> None:
     model = make_model(tmp_path / "m", architecture, torch.bfloat16, **ARCHITECTURES[architecture])
     expected = whole(load_causal_lm(Checkpoint.open(model), torch.float32))
-    passed = open_dense(model).passed(WINDOWS)
+    passed = pass_dense(model, WINDOWS)
     for found, logits in zip(passed.logits(), expected, strict=True):
         np.testing.assert_array_equal(found, logits)
     np.testing.assert_array_equal(next(passed.logits(2)), expected[2])
@@ -74,14 +74,15 @@ def test_a_bundle_with_its_exports_numbers(
 
 def test_windows_of_other_lengths_do_not_disturb_each_other(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m")
-    together = list(open_dense(model).passed(WINDOWS).logits())
+    together = list(pass_dense(model, WINDOWS).logits())
     for window, logits in zip(WINDOWS, together, strict=True):
-        np.testing.assert_array_equal(next(open_dense(model).passed([window]).logits()), logits)
+        np.testing.assert_array_equal(next(pass_dense(model, [window]).logits()), logits)
 
 
 def test_blocks_that_are_no_chain_are_refused(tmp_path: Path) -> None:
-    reference = open_dense(make_model(tmp_path / "m"))
+    reference = Reference(StoredCheckpoint(Checkpoint.open(make_model(tmp_path / "m"))))
     reference._modules.reverse()
+    reference._wrap = lambda hidden: hidden
     with pytest.raises(UnsupportedError, match=r"layers\.1 does not read what model\.layers\.0 returns"):
         reference.passed(WINDOWS)
 
@@ -96,3 +97,19 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     narrow = Bundle(bundle.path, bundle.plan, bundle.manifest, dict(list(bundle.tensors.items())[1:]))
     with pytest.raises(BundleError, match="does not fit its architecture: missing"):
         open_bundle(narrow, None)
+
+
+def test_a_dense_models_states_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = make_model(tmp_path / "m"), tmp_path / "cache"
+    expected = list(pass_dense(model, WINDOWS, cache).logits())
+    (file,) = cache.iterdir()
+    pass_dense(model, WINDOWS[:2], cache)
+    assert len(list(cache.iterdir())) == 2
+    once = Reference.passed
+    monkeypatch.setattr(Reference, "passed", lambda *_: pytest.fail("passed again"))
+    for found, logits in zip(pass_dense(model, WINDOWS, cache).logits(), expected, strict=True):
+        np.testing.assert_array_equal(found, logits)
+    monkeypatch.setattr(Reference, "passed", once)
+    file.write_bytes(file.read_bytes()[:-8])  # damaged: made again
+    for found, logits in zip(pass_dense(model, WINDOWS, cache).logits(), expected, strict=True):
+        np.testing.assert_array_equal(found, logits)

@@ -21,7 +21,7 @@ def show_reports(reports: list[Report]) -> None:
     # What others' exports are compared by; it takes the dense model and a text.
     compared = ("KL", "99.9 %", "same top") if any(_divergence(report) for report in reports) else ()
     before = ("export", "budget", "planned", "written", "runtime", "perplexity", "dense")
-    for column in (*before, *(compared or ("from bundle",)), "tok/s"):
+    for column in (*before, *(compared or ("agreement",)), "tok/s"):
         table.add_column(column, justify="left" if column in ("export", "runtime") else "right", no_wrap=True)
     for report in reports:
         dense = "" if report.dense_perplexity is None else f"{report.dense_perplexity.perplexity:.2f}"
