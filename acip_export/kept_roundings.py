@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from acip_export.errors import OutputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -45,11 +47,17 @@ class KeptRoundings:
 
         Args:
             weight, type, importance, feedback: all that the result depends on.
+
+        Raises:
+            OutputError: the disk is full.
         """
         file = self.directory / f"{_key(weight, type, importance, feedback)}.npz"
         if not file.is_file():
             arrays = compute()
-            np.savez(file, *arrays)
+            try:
+                np.savez(file, *arrays)
+            except OSError as reason:
+                raise OutputError(f"{self.directory} has no room for rounded matrices: {reason.strerror}") from reason
             return arrays
         with np.load(file) as stored:
             return [stored[name] for name in stored.files]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from acip_export.artifacts.bundle import Bundle, check_names, rounded_tensor, stored_types, untrained_bundle
-from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.errors import CheckpointError, OutputError, UnsupportedError
 from acip_export.formats.session import Logits, Tokens
 from acip_export.io.atomic import new_file
 from acip_export.io.prefetch import one_ahead
@@ -62,7 +63,7 @@ class StoredModel(ABC):
         """Refuse a model that does not fit its architecture."""
 
     def rows(self, name: str) -> Callable[[slice], Tensor]:
-        """Read rows of a large matrix again and again."""
+        """Read slices of a large matrix (see :func:`_slices`) again and again."""
         return lambda rows: self.read(name, rows)
 
 
@@ -106,7 +107,7 @@ class StoredBundle(StoredModel):
     def __init__(self, bundle: Bundle, round_trip: RoundTrip | None) -> None:
         self.bundle, self.round_trip = bundle, round_trip
         self.types = stored_types(bundle.plan)
-        self._rounded: dict[str, np.memmap[Any, np.dtype[np.float32]]] = {}
+        self._rounded: dict[str, IO[bytes]] = {}
 
     def skeleton(self) -> nn.Module:
         """See :class:`StoredModel`."""
@@ -127,13 +128,32 @@ class StoredBundle(StoredModel):
 
     def rows(self, name: str) -> Callable[[slice], Tensor]:
         """Round all rows now, into a file without a name: rounding takes longer than reading."""
+        count, width = self.bundle.tensors[name].shape
         if name not in self._rounded:
-            shape = self.bundle.tensors[name].shape
-            with tempfile.TemporaryFile() as file:
-                self._rounded[name] = np.memmap(file, np.float32, "w+", shape=shape)
-            for part in _slices(*shape):
-                self._rounded[name][part] = self.read(name, part).numpy()
-        return lambda rows: torch.from_numpy(self._rounded[name][rows])
+            self._rounded[name] = self._written(self.read(name, part) for part in _slices(count, width))
+        file = self._rounded[name]
+
+        def read(rows: slice) -> Tensor:
+            found = torch.empty(rows.stop - rows.start, width)
+            file.seek(rows.start * width * found.element_size())
+            file.readinto(found.numpy().reshape(-1).view(np.uint8).data)  # type: ignore[attr-defined]
+            return found
+
+        return read
+
+    def _written(self, parts: Iterable[Tensor]) -> IO[bytes]:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this object
+        weakref.finalize(self, file.close)
+        try:
+            for part in parts:
+                file.write(part.contiguous().numpy().data)
+            file.flush()
+        except OSError as reason:
+            raise OutputError(
+                f"{tempfile.gettempdir()} has no room for a rounded head: {reason.strerror}. Make room there, or "
+                "choose another place with  TMPDIR=DIR"
+            ) from reason
+        return file
 
 
 def open_bundle(bundle: Bundle, round_trip: RoundTrip | None) -> Reference:
