@@ -181,7 +181,8 @@ def export(
         text: to measure perplexity and divergence from the dense model on; ``None``: what the ranking held out, where
             it is here. tasks: of lm-evaluation-harness.
         verify: open the export in its runtimes and compare. timeout: seconds that a runtime may take.
-        force: replace an earlier export. cache: directory that keeps the factors for other sizes.
+        force: replace an earlier export. cache: directory that keeps factors, and the dense
+            model's states on the text, for other sizes.
 
     Returns:
         The report, also in ``out`` (``report.json``, ``report.html``, ``README.md``); ``None`` without ``verify``.
