@@ -102,6 +102,15 @@ def rank(
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write progress for TensorBoard.", rich_help_panel=OUTPUT)
     ] = None,
+    slim: Annotated[
+        bool,
+        typer.Option(
+            "--slim",
+            help="A small file, without second moments.\n\nTypes can be planned with it, but no factor pairs and no "
+            "error feedback.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     cache: Cache = None,
     measure_rounding: Annotated[
         bool,
@@ -174,6 +183,7 @@ def rank(
                 recompute_activations=recompute_activations,
                 store_every=store_every,
                 cache=cache,
+                slim=slim,
                 force=force,
                 resume=resume,
                 progress=to_all(callbacks),
