@@ -97,12 +97,11 @@ class RoundedPlan:
             shared.feedback,
             self._matrices,
         )
-        module = self._scores.modules.get(decision.module)
         for name, form in stored_formats(decision).items():
             numbers[name] = numbers[name].float()
             if numbers[name].ndim == 2:
-                informed = name in self._matrices and module is not None
-                factor = shared.feedback.of(module) if informed and module is not None else None
+                key = self._matrices.get(name)
+                factor = None if key is None else shared.feedback.by_key(key)
                 inputs = InputMoments(importance.get(name), factor)
                 numbers[name] = shared.round_trip(numbers[name], form, inputs)
         if decision.rank is None:
