@@ -11,6 +11,7 @@ from types import FrameType
 import typer
 
 from acip_export.cli import (
+    chat,
     check,
     convert,
     devices,
@@ -46,6 +47,7 @@ for command in (
     materialize.materialize,
     convert.convert,
     verify.verify,
+    chat.chat,
     imatrix.imatrix,
     report.report,
     inspect.inspect,

@@ -38,6 +38,12 @@ def done(data: Any, as_json: bool, message: str) -> None:
         out.print(message, markup=False)
 
 
+def stream(text: str) -> None:
+    """A piece of a model's text on stdout, at once; nothing in it moves the cursor or colours what follows."""
+    sys.stdout.write("".join(c for c in text if c.isprintable() or c in "\n\t"))
+    sys.stdout.flush()
+
+
 def print_error(error: AcipError) -> None:
     err.quiet = False
     first, _, rest = str(error).partition("\n")

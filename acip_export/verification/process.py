@@ -59,39 +59,45 @@ def measure_process(
         status = _run(command, output, timeout, class_name)
         if status or not result.is_file():
             raise RuntimeCrashError(
-                f"the process that ran {export} in {class_name} {_ending(status)}; the end of its output:\n"
-                f"{_tail(output)}\nThe export, or the runtime's build for this machine, is broken"
+                f"the process that ran {export} in {class_name} {ending(status)}; the end of its output:\n"
+                f"{tail(output)}\nThe export, or the runtime's build for this machine, is broken"
             )
         return _figures(read_json(result, Answer, RuntimeCrashError))
 
 
 def _run(command: list[str], output: BinaryIO, timeout: float, what: str) -> int:
-    # Modules come from where this package is, never from the working directory: that may be a downloaded model's.
-    package = str(Path(version.__file__).parents[1])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Without it ggml starts a debugger when it aborts, whose output buries the reason.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GGML_NO_BACKTRACE": "1"}
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env=environment,
+        env=module_environment(),
         start_new_session=True,
     )
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
-        _kill(process)
+        kill(process)
         raise RuntimeHangError(
             f"the process that ran the export in {what} gave no result in {timeout:g} s and was killed; the end of "
-            f"its output:\n{_tail(output)}\nAllow it more with  --timeout SECONDS"
+            f"its output:\n{tail(output)}\nAllow it more with  --timeout SECONDS"
         ) from None
     finally:
-        _kill(process)
+        kill(process)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def module_environment() -> dict[str, str]:
+    """Return the environment of a process that runs one of our modules.
+
+    Modules come from where this package is, never from the working directory: that may be a downloaded model's.
+    """
+    package = str(Path(version.__file__).parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Without it ggml starts a debugger when it aborts, whose output buries the reason.
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GGML_NO_BACKTRACE": "1"}
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
     """With everything that it started; SIGKILL reaches stopped processes too."""
     if process.poll() is not None:
         return
@@ -103,7 +109,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _ending(status: int) -> str:
+def ending(status: int) -> str:
+    """Say how a process ended."""
     if status >= 0:
         return f"ended with status {status} and no result"
     try:
@@ -114,7 +121,8 @@ def _ending(status: int) -> str:
     return f"was ended by {name}{reason}"
 
 
-def _tail(output: BinaryIO) -> str:
+def tail(output: BinaryIO) -> str:
+    """Return the end of what a process printed."""
     end = output.seek(0, os.SEEK_END)
     output.seek(max(0, end - _TAIL_BYTES))
     lines = output.read().decode("utf-8", "replace").splitlines()[-_TAIL_LINES:]

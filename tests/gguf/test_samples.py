@@ -97,15 +97,16 @@ def modelfile(export: Path) -> subprocess.CompletedProcess[str]:
 def test_the_modelfile_names_files_and_settings(exports: dict[str, Path]) -> None:
     lines = modelfile(exports["stock"]).stdout.splitlines()
     assert lines == [
-        "# The server needs  OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE=f16",
+        "# The server needs  OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE=f16 LLAMA_ARG_CACHE_RAM=0",
         f"FROM {exports['stock'] / 'model.gguf'}",
         "PARAMETER num_ctx 128",
         "PARAMETER num_batch 32",
+        "PARAMETER num_gpu 0",
     ]
     assert f"ADAPTER {exports['lora'] / 'adapter.gguf'}" in modelfile(exports["lora"]).stdout.splitlines()
     parts = [Path(value) for name, value in parse(modelfile(exports[PARTS]).stdout) if name == "from"]
     assert parts == sorted(exports[PARTS].glob("model-*.gguf"))
-    assert parameters(modelfile(exports[PARTS]).stdout) == {"num_ctx": 128, "num_batch": 32}
+    assert parameters(modelfile(exports[PARTS]).stdout) == {"num_ctx": 128, "num_batch": 32, "num_gpu": 0}
     refused = modelfile(exports["factored"])
     assert refused.returncode == UnsupportedError.exit_code
     assert "Ollama runs gguf, stock or lora" in refused.stderr

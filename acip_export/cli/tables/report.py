@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,10 @@ def show_export(plan: Plan, directory: Path) -> None:
     from acip_export.formats.registry import export_format
 
     console.out.print(f"\n[bold]{format_bytes(plan.planned_bytes)}[/] in {directory}, as planned. Run it with:")
-    commands = export_format(plan.format).run_commands(plan, directory)
+    written_as = export_format(plan.format)
+    commands = written_as.run_commands(plan, directory, written_as.chat_template(directory))
+    if plan.task == "causal":
+        console.out.print(shlex.join(["acip-export", "chat", str(directory)]), markup=False, soft_wrap=True)
     for command in [c for c in commands if c.language == "console"] or commands[:1]:
         console.out.print(command.text, markup=False, soft_wrap=True)
         if command.note:
