@@ -23,6 +23,7 @@ from acip_export.cli import (
     plan,
     rank,
     report,
+    serve,
     verify,
 )
 from acip_export.cli import output as console
@@ -48,6 +49,7 @@ for command in (
     convert.convert,
     verify.verify,
     chat.chat,
+    serve.serve,
     imatrix.imatrix,
     report.report,
     inspect.inspect,

@@ -83,6 +83,11 @@ class GgufFormat(ExportFormat):
 
         return run_commands(plan, directory, template)
 
+    def server(self, plan: Plan, export: Path, host: str, port: int, program: str | None) -> tuple[str, ...]:
+        from converters.gguf.serve import server_command
+
+        return server_command(plan, export, host, port, program)
+
 
 _CACHE_TYPES = {"f16": (2, 1), "q8_0": (34, 32), "f32": (4, 1)}
 

@@ -13,7 +13,7 @@ import logging
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
 from functools import cache
@@ -219,7 +219,12 @@ def runs_factor_pairs() -> bool:
     if spec is None or not spec.submodule_search_locations:
         return False
     folder = os.environ.get("LLAMA_CPP_LIB_PATH") or Path(next(iter(spec.submodule_search_locations))) / "lib"
-    for file in Path(folder).glob("*llama.*"):
+    return names_factor_pairs(Path(folder).glob("*llama.*"))
+
+
+def names_factor_pairs(files: Iterable[Path]) -> bool:
+    """Whether one of these programs and libraries has our extension: it knows the names of factors."""
+    for file in files:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content.find(b"weight.lora_a\0") >= 0:
                 return True
