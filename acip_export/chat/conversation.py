@@ -8,7 +8,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from acip_export.chat.protocol import ANSWER_SHARE, Answer, Ending, Settings
+from acip_export.chat.protocol import Answer, Ending, Settings
 from acip_export.errors import VerificationError
 from acip_export.formats.session import ChatSession, Logits
 
@@ -28,11 +28,10 @@ class Conversation:
         self._held: list[int] = []
         self._ending: Ending | None = "end"
 
-    def ask(self, text: str, begin: bool, settings: Settings) -> int | None:
-        """Compute what is before an answer. Returns the tokens of a text that leaves no room for one, else ``None``."""
+    def ask(self, text: str, begin: bool, settings: Settings, room: int = 1) -> int | None:
+        """Compute what is before an answer. Of a text that leaves no ``room``, its tokens are returned."""
         tokens = self._session.tokenize(text, begin)
-        room = min(settings.max_tokens, int(self._context * ANSWER_SHARE))
-        if len(tokens) + max(room, 1) > self._context:
+        if len(tokens) + room > self._context:
             return len(tokens)
         if not tokens:
             raise VerificationError("the model's tokenizer makes no token of an empty text; write something")

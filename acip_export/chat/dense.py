@@ -51,7 +51,7 @@ class DenseSession:
             if position == 0 or sliding:
                 self._cache, position = None, 0
             else:
-                self._cache.crop(position)
+                self._cache.crop(position - self._position)  # negative: how many to forget
             self._position = position
         return position
 

@@ -20,6 +20,7 @@ from acip_export.chat.protocol import Answer, Ask, Next, Opened, Reply, Request,
 from acip_export.errors import (
     AcipError,
     MissingExtraError,
+    PlanFileError,
     RuntimeCrashError,
     UnsupportedError,
     UsageError,
@@ -35,6 +36,8 @@ _WORKER = "acip_export.chat.worker"
 # What a dense model is given where no export beside it says more.
 _LONGEST_DENSE_CONTEXT = 4096
 _PROMPT_BATCH = 128
+# Of its context, how much is left for an answer that may be so long, as long as there is something to forget.
+_ANSWER_SHARE = 0.25
 _DENSE = SessionClass("PyTorch", "acip_export.chat.dense", "DenseSession")
 _Message = TypeVar("_Message", Opened, Reply)
 
@@ -106,13 +109,14 @@ class ChatModel:
         while True:
             asked: list[Message] = [*self._system, *self._turns, {"role": "user", "content": text}]
             prompt = self._template.render(asked) if self.chats else text
-            too_long = self._process.request(Ask(prompt, not self.chats, settings)).too_long
+            room = max(1, min(settings.max_tokens, int(self.context * _ANSWER_SHARE))) if self._turns else 1
+            too_long = self._process.request(Ask(prompt, not self.chats, settings, room)).too_long
             if too_long is None:
                 return
             if not self._turns:
                 raise UsageError(
                     f"that takes {too_long:,} tokens, and the context is {self.context:,} with the answer: shorten it, "
-                    "or allow less for the answer with  --max-tokens,  or export with a longer  --context"
+                    "or export with a longer  --context"
                 )
             del self._turns[:2]
             self.forgotten += 1
@@ -161,6 +165,11 @@ def _source(directory: Path, serving: Serving | None) -> _Source:
             raise UnsupportedError(f"no runtime of {plan.format} can be talked to")
         template = written_as.chat_template(directory)
         return _Source(directory, plan.serving, written_as.chats, template, plan)
+    if not (directory / "config.json").is_file():
+        raise PlanFileError(
+            f"{directory} is neither an export nor a model: it has no {PLAN_FILE} and no config.json; make one with  "
+            "acip-export --budget 4GB --format gguf"
+        )
     checkpoint = Checkpoint.open(directory)
     if not checkpoint.shape.generates:
         raise UnsupportedError(f"{directory} is an encoder: it has nothing to say")

@@ -6,9 +6,6 @@ from typing import Literal
 
 import msgspec
 
-# Of its context, how much a question leaves for the answer, if the answer may be that long.
-ANSWER_SHARE = 0.25
-
 Ending = Literal["end", "length", "context", "stopped"]
 
 
@@ -41,11 +38,17 @@ class Opened(msgspec.Struct, frozen=True):
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
-    """Begin an answer to ``text``. ``begin``: with the token that begins texts; templates write their own."""
+    """Begin an answer to ``text``.
+
+    Attributes:
+        begin: with the token that begins texts; templates write their own. room: tokens that have to be left for the
+            answer.
+    """
 
     text: str
     begin: bool
     settings: Settings
+    room: int = 1
 
 
 class Next(msgspec.Struct, frozen=True, tag=True):

@@ -62,7 +62,7 @@ def main() -> None:
 
 def _reply(conversation: Conversation, request: Request) -> Reply:
     if isinstance(request, Ask):
-        return Reply(too_long=conversation.ask(request.text, request.begin, request.settings))
+        return Reply(too_long=conversation.ask(request.text, request.begin, request.settings, request.room))
     if isinstance(request, Next):
         return Reply(conversation.next(), conversation.answer())
     conversation.stop()

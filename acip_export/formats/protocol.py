@@ -492,5 +492,6 @@ class ExportFormat(ABC):
             UnsupportedError: the runtime has no server, or none that runs this layout. MissingExtraError: none is here.
         """
         raise UnsupportedError(
-            f"what runs {self.name} has no server of its own; talk to it with  acip-export chat {export},  or export  --format gguf"
+            f"what runs {self.name} has no server of its own; talk to it with  acip-export chat {export},  or export "
+            "with  --format gguf"
         )

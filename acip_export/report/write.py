@@ -19,7 +19,8 @@ def write_papers(page: Page, directory: Path) -> tuple[Path, Path]:
     template = written_as.chat_template(directory)
     commands = written_as.run_commands(plan, Path(), template)
     written = directory / PAGE_FILE, directory / CARD_FILE
-    for file, text in zip(written, (html.render(page, commands), card.render(page, commands)), strict=True):
+    texts = html.render(page, commands), card.render(page, commands, template is not None)
+    for file, text in zip(written, texts, strict=True):
         with papers[file.name].new_file() as temporary:
             temporary.write_text(text, encoding="utf-8")
     return written

@@ -27,6 +27,7 @@ from acip_export.planning import PlanRequest, resolve
 from acip_export.ranking import rank_model
 from converters.onnx import converter
 from converters.onnx.converter import MODEL_FILE, Options
+from converters.onnx.run_commands import run_commands
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
 from tests.support import everywhere, make_bundle, make_plan
 
@@ -219,7 +220,7 @@ def test_verified(tmp_path: Path) -> None:
     report = pipeline.export_model(checkpoint, scores, plan, tmp_path / "export", text=windows)
     assert report is not None and report.passed and report.similarity is not None
     assert 0.8 < report.similarity < 1 and report.similarity_spearman is not None and report.similarity_spearman > 0.8
-    command = converter.run_commands(plan, tmp_path / "export")[0].text
+    command = run_commands(plan, tmp_path / "export")[0].text
     shown = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout
     assert shown.startswith("[[")
     data = tmp_path / "export" / converter.DATA_FILE
