@@ -152,6 +152,7 @@ def _node_llama_cpp(export: _Export) -> str:
         )
     return opened + (
         "const session = new LlamaChatSession({contextSequence: context.getSequence()});\n"
+        "session.setChatHistory([]);  // no system prompt but the template's\n"
         f"await session.prompt({_javascript(QUESTION)}, {{\n"
         "  maxTokens: 256, onTextChunk: (text) => process.stdout.write(text)\n"
         "});\n"
