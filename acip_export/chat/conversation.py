@@ -30,7 +30,7 @@ class Conversation:
 
     def ask(self, text: str, begin: bool, settings: Settings, room: int = 1) -> int | None:
         """Compute what is before an answer. Of a text that leaves no ``room``, its tokens are returned."""
-        tokens = self._session.tokenize(text, begin)
+        tokens = self._session.encode(text, begin)
         if len(tokens) + room > self._context:
             return len(tokens)
         if not tokens:

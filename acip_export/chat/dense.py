@@ -28,7 +28,7 @@ class DenseSession:
         self._position = 0
         self._texts = TextTokens(directory)
         self.name = f"PyTorch {torch.__version__.partition('+')[0]}"
-        self.tokens, self.tokenize, self.stream = self._texts.special, self._texts.tokenize, self._texts.stream
+        self.tokens, self.encode, self.stream = self._texts.special, self._texts.encode, self._texts.stream
         generation: Any = self._model.generation_config
         self.ends = self._texts.ends | _ids(generation.eos_token_id)
 

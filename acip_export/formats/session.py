@@ -64,7 +64,7 @@ class ChatSession(Protocol):
     ends: frozenset[int]
     tokens: Mapping[str, str]
 
-    def tokenize(self, text: str, begin: bool) -> list[int]:
+    def encode(self, text: str, begin: bool) -> list[int]:
         """Tokens of ``text``, special ones recognised; ``begin``: after the one that begins texts, if there is one."""
         ...
 

@@ -44,7 +44,7 @@ class TextTokens:
         end = self._tokenizer.token_to_id(self.special.get("eos_token", ""))
         self.ends: frozenset[int] = frozenset(() if end is None else (end,))
 
-    def tokenize(self, text: str, begin: bool) -> list[int]:
+    def encode(self, text: str, begin: bool) -> list[int]:
         """See :class:`acip_export.formats.session.ChatSession`."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=begin).ids
         # An end-of-text token, where the tokenizer puts one after every text, is not to be continued.

@@ -51,7 +51,8 @@ def _genai(directory: Path, context: int, chats: bool) -> str:
     lines += ["tokenizer = og.Tokenizer(model)"]
     if chats:
         asked = "tokenizer.apply_chat_template(json.dumps(messages))"
-        lines = ["import json", "", *lines, f"messages = [{{'role': 'user', 'content': {QUESTION!r}}}]"]
+        special = "tokenizer.update_options(add_special_tokens='false')  # the template writes them"
+        lines = ["import json", "", *lines, special, f"messages = [{{'role': 'user', 'content': {QUESTION!r}}}]"]
     return "\n".join(
         (
             *lines,

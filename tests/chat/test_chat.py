@@ -33,7 +33,7 @@ from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from converters.onnx.runtimes.chat import GenaiChatSession, OnnxRuntimeChatSession
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
-from tests.chat.conftest import CONTEXT
+from tests.chat.conftest import CONTEXT, export
 from tests.support import CHATML, Run, make_model
 
 GEMMA = (
@@ -102,7 +102,7 @@ def test_an_answer_is_what_the_verified_session_says(
     session: RuntimeSession
     with chat_class(places[name], serving, 1) as chat, session_class(places[name], serving) as session:
         conversation = Conversation(chat, CONTEXT)
-        prompt = chat.tokenize(PROMPT, True)
+        prompt = chat.encode(PROMPT, True)
         for _ in range(2):  # the second time from what is held
             assert conversation.ask(PROMPT, True, SHORT) is None
             said = ""
@@ -123,10 +123,24 @@ def test_an_answer_is_what_the_verified_session_says(
         assert "".join(fresh.next() for _ in range(12)) == again
 
 
+@pytest.mark.parametrize(("name", "chat_class", "session_class"), RUNTIMES)
+def test_the_token_that_begins_texts_is_added_to_texts_only(
+    name: str, chat_class: Any, session_class: Any, tmp_path: Path
+) -> None:
+    """Templates write it themselves: twice would be another text."""
+    made = export(make_model(tmp_path / "model"), name, tmp_path / "export")
+    with chat_class(made, _plan(made).serving, 1) as chat:
+        plain = chat.encode("def main", False)
+        assert chat.tokens["bos_token"] == "<|begin_of_text|>"
+        (first,) = chat.encode(chat.tokens["bos_token"], False)
+        assert chat.encode("def main", True) == [first, *plain]
+        assert chat.encode("def main", False) == plain and first not in plain
+
+
 def test_the_dense_model_answers_as_the_reference(places: dict[str, Path]) -> None:
     serving = _plan(places["onnx"]).serving
     with DenseSession(places["model"], serving, 1) as session:
-        prompt = session.tokenize(PROMPT * 9, True)
+        prompt = session.encode(PROMPT * 9, True)
         assert len(prompt) > serving.prompt_batch
         stored = load_causal_lm(Checkpoint.open(places["model"]), "auto")  # bfloat16, as the session has it
         for common in (0, 40, 7):
@@ -142,8 +156,6 @@ def test_the_dense_model_answers_as_the_reference(places: dict[str, Path]) -> No
 @pytest.mark.parametrize("arch", ["gemma2", "qwen2"])
 def test_llama_cpp_forgets_windows_that_it_cannot_rewind(arch: str, tmp_path: Path) -> None:
     """Layers with a sliding window have dropped what a rewound conversation would need."""
-    from tests.chat.conftest import export
-
     windows = {"sliding_window": 16} if arch == "gemma2" else {}
     model = make_model(tmp_path / "model", arch, max_position_embeddings=512, **windows)
     made = export(model, "gguf", tmp_path / "export", context=512)

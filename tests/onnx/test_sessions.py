@@ -114,7 +114,7 @@ def test_the_printed_code_chats_where_there_is_a_template(make_export: MakeExpor
     genai = run_commands(export.bundle.plan, chats, CHATML)[0]
     question = ChatTemplate(CHATML).render([{"role": "user", "content": QUESTION}])
     with GenaiSession(chats, export.bundle.plan.serving) as session:
-        prompt = [int(token) for token in session._tokenizer.encode(question)]
+        prompt = session.tokenize(question)
         wanted = session._tokenizer.decode(np.array(session.greedy(prompt, CONTEXT - len(prompt)), np.int32))
     printed = _printed(genai)
     assert printed and wanted.startswith(printed)

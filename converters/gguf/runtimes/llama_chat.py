@@ -47,9 +47,9 @@ class LlamaChatSession(NativeSession):
         self._first = [special["bos_token"]] if api.llama_vocab_get_add_bos(vocab) else []
         self._position = -1  # one token was computed to make the buffers
 
-    def tokenize(self, text: str, begin: bool = False) -> list[int]:
+    def encode(self, text: str, begin: bool) -> list[int]:
         """See :class:`acip_export.formats.session.ChatSession`."""
-        return (self._first if begin else []) + self._tokens(text, around=False)
+        return (self._first if begin else []) + self.tokenize(text)
 
     def stream(self) -> Callable[[int], str]:
         """See :class:`acip_export.formats.session.ChatSession`."""

@@ -120,11 +120,9 @@ class NativeModel(ABC):
 
     def tokenize(self, text: str) -> list[int]:
         """llama.cpp's own tokens of ``text``, special ones recognised; around a text they stand for encoders only."""
-        return self._tokens(text, self._special_tokens_around)
-
-    def _tokens(self, text: str, around: bool) -> list[int]:
         data = text.encode("utf-8")
         buffer = (c_int32 * (len(data) + 8))()
+        around = self._special_tokens_around
         count = self._api.llama_tokenize(self._vocab, data, len(data), buffer, len(buffer), around, True)
         return list(buffer[:count])
 

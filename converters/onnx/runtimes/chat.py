@@ -31,8 +31,9 @@ class GenaiChatSession(GenaiSession):
         self.tokens = special_tokens(export)
         self._conversation: Any = self._generator()
 
-    def tokenize(self, text: str, begin: bool) -> list[int]:  # noqa: ARG002 - its tokenizer decides about the first one
+    def encode(self, text: str, begin: bool) -> list[int]:
         """See :class:`acip_export.formats.session.ChatSession`."""
+        self._tokenizer.update_options(add_special_tokens=str(begin).lower())
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def stream(self) -> Callable[[int], str]:
@@ -70,7 +71,7 @@ class OnnxRuntimeChatSession(OnnxRuntimeSession):
         texts = TextTokens(export)
         found = read_json(export / GENAI_CONFIG, _GenaiConfig, VerificationError).model.eos_token_id
         self.ends = texts.ends | frozenset(found if isinstance(found, list) else [found])
-        self.tokens, self.tokenize, self.stream = texts.special, texts.tokenize, texts.stream
+        self.tokens, self.encode, self.stream = texts.special, texts.encode, texts.stream
         self._position = 0
 
     def extend(self, tokens: Sequence[int]) -> Logits:
