@@ -188,6 +188,34 @@ def make_scores(model: Path, file: Path | None = None, adapters: bool = False, s
     return load_scores(file)
 
 
+def unranked(checkpoint: Checkpoint) -> ScoreFile:
+    """A score file that knows nothing but the model: enough for plans without low rank."""
+    modules = {
+        name: ModuleScores(
+            shape=(out, inputs),
+            scores=np.zeros(min(out, inputs), np.float32),
+            drop_loss=np.zeros(min(out, inputs), np.float32),
+            up_sensitivity=np.zeros(min(out, inputs), np.float32),
+            down_sensitivity=np.zeros(min(out, inputs), np.float32),
+            sensitivity=0.0,
+            input_moment=np.ones(inputs, np.float32),
+            gradient_moment=np.ones(out, np.float32),
+        )
+        for name, (out, inputs) in checkpoint.linear_modules.items()
+    }
+    return ScoreFile(
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=task_of(checkpoint.config),
+        algorithm={"name": "none", "basis": "svd"},
+        data=RankedOn(source="none", sha256="0" * 64, tokens=0),
+        versions={},
+        curve=(),
+        modules=modules,
+        embedding_sensitivity={},
+        second_moments={},
+    )
+
+
 def make_plan(
     model: Path,
     target: str,

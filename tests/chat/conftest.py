@@ -11,7 +11,7 @@ import pytest
 from acip_export.api import convert_bundle
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
-from tests.support import CHATML, dense, make_bundle, make_plan, make_scores
+from tests.support import CHATML, dense, make_bundle, make_plan, unranked
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "llama"
 CONTEXT = 128
@@ -23,8 +23,8 @@ def export(model: Path, format_name: str, out: Path, context: int = CONTEXT) -> 
     plan = make_plan(model, format_name, layout, dense(type=type_), context=context)
     files = export_format(format_name).predict_files(Checkpoint.open(model), layout, plan.tensors, plan.serving)
     plan = dataclasses.replace(plan, files=files, planned_bytes=sum(files.values()))
-    scores = make_scores(model, out.with_suffix(".acip"))
-    convert_bundle(make_bundle(model, plan, out.with_suffix(".bundle"), scores).path, out)
+    bundle = make_bundle(model, plan, out.with_suffix(".bundle"), unranked(Checkpoint.open(model)))
+    convert_bundle(bundle.path, out)
     return out
 
 
