@@ -147,7 +147,7 @@ def watched(command: list[str], hours: float) -> Row:
 
 
 def high_water(pid: int) -> int:
-    """Peak resident bytes of a process so far, 0 where they are not told. What ``wait`` says counts ours, before exec."""
+    """Peak resident bytes of a process so far, 0 where they are not told; what ``wait`` says counts ours before."""
     try:
         return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError):

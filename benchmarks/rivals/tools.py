@@ -32,7 +32,7 @@ BUILDER = {
 }
 # Each in an environment of its own; torch is the version of constraints.txt, so that pip's cache has it.
 ENVIRONMENTS = {
-    "auto-round": ("torch==2.13.0", "auto-round==0.16.1", "gguf"),
+    "auto-round": ("torch==2.13.0", "auto-round==0.16.1", "gguf", "sentencepiece"),
     # This Olive patches a module that later model builders do not have, and needs requests without saying so.
     "olive": (
         *("torch==2.13.0", "olive-ai==0.13.0", "onnxruntime", "onnxruntime-genai==0.14.1"),
