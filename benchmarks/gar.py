@@ -1,6 +1,6 @@
 """Whether the gauge form of a factor pair pays in ONNX: ``up = P [I; T]`` leaves r(m + n - r) numbers to store.
 
-    python benchmarks/gar.py --model samples/llama --scores llama.acip
+    python -m benchmarks.gar --model samples/llama --scores llama.acip
 
 Rows of ``up`` are chosen by pivoted QR, ``down' = up[chosen] down``, ``T = up[others] up[chosen]^-1``. In the graph:
 MatMul with ``down'``, MatMul with T, Concat, Gather, against two MatMulNBits. Measured: bytes; predicted loss of

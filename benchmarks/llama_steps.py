@@ -1,7 +1,7 @@
 """llama.cpp's two steps from a Hugging Face model to a quantized GGUF, each as a process of its own for gguf_export.py.
 
-    python benchmarks/llama_steps.py convert LLAMA_CPP MODEL OUT
-    python benchmarks/llama_steps.py quantize SOURCE OUT [IMATRIX]
+    python -m benchmarks.llama_steps convert LLAMA_CPP MODEL OUT
+    python -m benchmarks.llama_steps quantize SOURCE OUT [IMATRIX]
     python -m benchmarks.llama_steps preset SOURCE OUT IMATRIX PRESET     as llama-quantize does: Q4_K_M, IQ3_XS, ...
 
 A file apart, so that neither process loads what only ours needs.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _Q4_K_M, _Q4_K = 15, 12  # enum llama_ftype, enum ggml_type
@@ -62,4 +63,5 @@ def _quantize(source: Path, out: Path, imatrix: Path | None, **fields: int) -> N
 
 
 if __name__ == "__main__":
-    {"convert": convert, "quantize": quantize, "preset": preset}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    steps: dict[str, Callable[..., None]] = {"convert": convert, "quantize": quantize, "preset": preset}
+    steps[sys.argv[1]](*map(Path, sys.argv[2:]))

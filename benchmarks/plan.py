@@ -1,7 +1,7 @@
 """How long ``acip-export plan`` takes for a model of 7 billion parameters: a new process each time, start-up included.
 And how much of a budget plans use, at 135 million, 1 billion and 7 billion parameters.
 
-    python benchmarks/plan.py [--repeat 3] [--part time use]
+    python -m benchmarks.plan [--repeat 3] [--part time use]
 
 Makes a model directory of the shape of Llama 2 7B (32 layers, 224 linear layers; also those of SmolLM 135M and
 TinyLlama 1.1B) and a score file with full second moments. The matrices and the moments are holes in sparse files:

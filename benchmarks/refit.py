@@ -2,7 +2,7 @@
 (acip_export/materialization/refit.py),
 and what low-rank corrections of a quantized base gain (acip_export/materialization/residual.py).
 
-    python benchmarks/refit.py --model samples/llama --scores llama.acip
+    python -m benchmarks.refit --model samples/llama --scores llama.acip
 
 Writes benchmarks/refit.json. Sums over the modules of the chosen layers; every figure is the loss of rounding over that
 of the same pair rounded as the ranking has it (for corrections: over that of the base alone).
