@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,9 @@ def page(text: str, document: dict[str, Any]) -> str:
     """``text`` with the tables between its markers."""
     for fmt in RUNTIMES:
         start, end = f"<!-- rivals {fmt} -->", f"<!-- end of rivals {fmt} -->"
-        body = f"{start}\n{tables(document, fmt)}\n{end}"
-        text = re.sub(f"(?s){re.escape(start)}.*?{re.escape(end)}", lambda _, body=body: body, text)
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = f"{before}{start}\n{tables(document, fmt)}\n{end}{after}"
     return text
 
 

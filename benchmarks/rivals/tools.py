@@ -88,6 +88,7 @@ class Rival:
 
 def rivals() -> Iterator[Rival]:
     """Every file that is asked for, in the order of the tables."""
+    words: tuple[str, ...]
     for preset in PRESETS:
         words = ("-m", "benchmarks.llama_steps", "preset", "{source}", "{out}/model.gguf", "{imatrix}", preset)
         yield Rival("gguf", "llama-quantize", preset, words)
