@@ -142,6 +142,23 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class MeasuredCandidate:
+    """A plan for the same budget that was run on held-out text before one was chosen; losses in the plan's unit.
+
+    Attributes:
+        change: what sets it apart from the best predicted plan.
+        measured_loss: divergence from the dense model, and ``error``, its standard error; ``None``: it did not run, and
+            ``failure`` says why.
+    """
+
+    change: Name
+    predicted_loss: Finite
+    measured_loss: NotNegative | None = None
+    error: NotNegative | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
 class Plan(Artifact):
     """A complete plan.
 
@@ -161,6 +178,8 @@ class Plan(Artifact):
         device: name of the device whose memory was planned for, if it was one.
         options: what the user told the format beyond the model directory (:attr:`Checkpoint.options`).
         rounding: how the codes of its matrices are chosen, in the types that know more than the nearest.
+        calibrated: whether the prediction was scaled to losses measured on the model.
+        candidates: what was compared with it by measuring, itself included; empty: nothing.
     """
 
     NAME: ClassVar[ArtifactName] = PLAN
@@ -188,6 +207,8 @@ class Plan(Artifact):
     device: Name | None = None
     options: Mapping[Name, str] = field(default_factory=dict)
     rounding: Rounding = "nearest"
+    calibrated: bool = False
+    candidates: tuple[MeasuredCandidate, ...] = ()
 
     @property
     def loss_unit(self) -> str:

@@ -34,9 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout;
 Force = Annotated[bool, typer.Option("--force", help="Replace what acip-export wrote there.", rich_help_panel=OUTPUT)]
 Cache = Annotated[
     Path | None,
-    typer.Option(
-        "--cache", metavar="DIR", help="Keep SVDs there, for other sizes and rankings.", rich_help_panel=MODEL
-    ),
+    typer.Option("--cache", metavar="DIR", help="Keep SVDs and the dense model's states there.", rich_help_panel=MODEL),
 ]
 
 

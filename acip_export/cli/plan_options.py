@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from acip_export.artifacts.plan import BudgetScope
-from acip_export.cli.options import BUDGET, TARGET, DeviceFile, Model, Scores, type_names
+from acip_export.cli.options import BUDGET, CHECK, TARGET, DeviceFile, Model, Scores, type_names
 from acip_export.devices import THIS_MACHINE, Device, find_device, load_devices
 from acip_export.errors import UsageError
 from acip_export.formats.protocol import AUTO
@@ -130,6 +130,25 @@ class PlanFlags:
             rich_help_panel="ONNX",
         ),
     ] = None
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Measure what rounding costs, class by class (default).\n\nPredictions are scaled to it. "
+            "The first plan of a format then takes minutes.",
+            rich_help_panel=CHECK,
+        ),
+    ] = True
+    candidates: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=16,
+            metavar="N",
+            help="Run N plans, keep the best (default 1).\n\nOn text that the ranking held out, each a pass; 1: the "
+            "prediction alone.",
+            rich_help_panel=CHECK,
+        ),
+    ] = 1
     # What only one format understands, as typed: a flag for every option of an installed format.
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -203,6 +222,8 @@ class PlanFlags:
             whole_prompts=device is not None and format_name in device.whole_prompts,
             largest_file=None if device is None else device.largest_file,
             rounding=self.rounding,
+            calibrate=self.calibrate,
+            candidates=self.candidates,
             options=self._options(format_name),
         )
 

@@ -12,6 +12,7 @@ from acip_export.planning.problem import DoesNotFit, Floor, Problem
 from acip_export.planning.request import DEFAULT_CONTEXT, PlanRequest, Question, resolve
 from acip_export.planning.space import SearchSpace
 from acip_export.planning.sweep import SweepLine, preset_points, sweep
+from acip_export.planning.variations import variations
 
 __all__ = [
     "DEFAULT_CONTEXT",
@@ -32,4 +33,5 @@ __all__ = [
     "resolve",
     "sweep",
     "unaccepted_loss",
+    "variations",
 ]

@@ -27,10 +27,10 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule) -> Plan:
         alternatives=better,
         refused_types=refused_types(problem.space, problem.candidates),
     )
-    return replace(plan, certificate=certificate, notes=(*plan.notes, *_gaussian_note(problem, plan)))
+    return replace(plan, certificate=certificate, notes=(*plan.notes, *gaussian_note(problem, plan)))
 
 
-def _gaussian_note(problem: Problem, plan: Plan) -> tuple[str, ...]:
+def gaussian_note(problem: Problem, plan: Plan) -> tuple[str, ...]:
     """Say so when the plan's rounding errors are those of Gaussian weights, where the model's own can be measured."""
     scores, format = problem.scores, problem.space.format
     rounded = [
