@@ -170,7 +170,8 @@ class ScoreFile:
         embedding_sensitivity: as :attr:`ModuleScores.sensitivity`, for the embedding and, if it is untied, the head,
             by tensor name.
         second_moments: full ones, packed, by key; of a file, read when asked for. Of a module with more outputs than
-            inputs the output gradients' is :func:`acip_export.lowrank.moments.projected`.
+            inputs the output gradients' is :func:`acip_export.lowrank.moments.projected`. The keys of embedding and
+            head are their tensors' names: see :meth:`moment_key`.
         slim: second moments were measured and left out.
         sha256: identifies the file: over its header, every tensor but the second moments, and the first 4 KiB of each
             of those.
@@ -224,6 +225,17 @@ class ScoreFile:
             {name: module.scores for name, module in self.modules.items()},
             {name: module.shape for name, module in self.modules.items()},
         )
+
+    def moment_key(self, tensor: str) -> str:
+        """Name the second moment that an error in a row of a weight costs by: of its inputs; empty: not known.
+
+        Rows of an embedding are not multiplied but read: theirs is of the gradients that come back to them, plus,
+        where the head is tied, the head's inputs times the variance of the labels that a row predicts.
+        """
+        module = self.modules.get(tensor.removesuffix(".weight"))
+        if module is not None:
+            return module.input_key
+        return tensor if tensor in self.embedding_sensitivity and tensor in self.second_moments else ""
 
     def ranks_at(self, ratio: float) -> dict[str, int]:
         """See :meth:`GlobalOrder.ranks_at`."""

@@ -30,7 +30,12 @@ from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
 from acip_export.materialization.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
-from acip_export.materialization.feedback import FeedbackFactors, FeedbackWriter, matrices_with_feedback
+from acip_export.materialization.feedback import (
+    FeedbackFactors,
+    FeedbackWriter,
+    matrices_with_feedback,
+    second_moment,
+)
 from acip_export.materialization.refit import balanced, refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
@@ -84,7 +89,7 @@ def materialize_bundle(
         }
         with (
             SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer,
-            FeedbackWriter(directory / FEEDBACK_FILE, scores, matrices) as feedback_writer,
+            FeedbackWriter(directory / FEEDBACK_FILE, plan, matrices) as feedback_writer,
         ):
             made = one_ahead(
                 lambda decision: _numbers(
@@ -190,6 +195,8 @@ def _numbers(
             raise PlanFileError(f"{decision.name} is to be factored, but was never ranked; plan again")
         if module is not None:
             importance[decision.name] = torch.from_numpy(module.input_moment)
+        elif decision.name in matrices:
+            importance[decision.name] = second_moment(scores, matrices[decision.name]).diagonal().float()
         return {decision.name: dense_weight(weight, module, plan.adapters)}
     pair = factor_pair(weight, module, basis_moments(scores, module, weight), decision.kept, plan.adapters, factors)
     up, down = stored_tensors(decision.name, decision.shape, decision.rank)

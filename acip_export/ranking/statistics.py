@@ -40,7 +40,10 @@ class Statistics:
     """Hold what one pass over calibration text says about a model.
 
     Attributes:
-        inputs: (in, in) float64 by key, read when asked for; modules that read the same tensor share one.
+        inputs: (in, in) float64 by key, read when asked for; modules that read the same tensor share one. Under the
+            names of embedding and head, what an error in a row of them is weighed with: the second moment of the
+            gradients at the embedding's rows, or of the head's inputs times the variance of its labels; the sum of
+            both where they are tied.
         gradients: (out, out) float64 by key, read when asked for.
         input_keys, gradient_keys: by module.
         embedding_sensitivity: by tensor name: predicted loss, in the task's unit, of rounding the embedding or head
@@ -144,15 +147,20 @@ class _Moments:
     def store(self, moments: StoredMoments, count: int, processes: Processes) -> None:
         """Put the means into ``moments``, over all processes, and forget the sums."""
         for key in list(self.sums):
-            moments.store(key, processes.sum(self.sums.pop(key)) / count)
+            moments.store(key, self.mean(key, count, processes))
+
+    def mean(self, key: str, count: int, processes: Processes) -> Tensor:
+        """Return a mean over all processes, its upper triangle, and forget the sum."""
+        return processes.sum(self.sums.pop(key)) / count
 
 
 class _HeadMoments:
     """Measure what rounding the head costs, from its inputs and the variance of the model's own labels."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
+        self.name = name
         self.weight = model.get_parameter(f"{name}.weight").detach()
-        self.inputs = torch.zeros(self.weight.shape[1], dtype=torch.float64)
+        self.inputs = _Moments()
         self.logits = torch.zeros(self.weight.shape[0], dtype=torch.float64)
         self._seen: list[Tensor] = []
 
@@ -163,15 +171,14 @@ class _HeadMoments:
         # E[(p - onehot(y))^2] over the model's own labels is p (1 - p): no sampling needed here.
         by_logit = (probabilities - probabilities.square()).sum(0).double()
         self.logits += by_logit.cpu()
-        self.inputs += select(self._seen.pop()).double().square().sum(0).cpu()
+        self.inputs.add(self.name, select(self._seen.pop()))
 
-    def sum_over(self, processes: Processes) -> None:
-        self.inputs, self.logits = processes.sum(self.inputs), processes.sum(self.logits)
-
-    def loss(self, counted: int) -> float:
-        weight = whole(self.weight)
-        by_logit = [rows.double().cpu().square() @ (self.inputs / counted) for rows in weight.split(_STRIP)]  # type: ignore[no-untyped-call]
-        return 0.5 * float((self.logits / counted) @ torch.cat(by_logit))
+    def mean(self, counted: int, processes: Processes) -> tuple[Tensor, float]:
+        """Return the moment that an error of a row is weighed with, and :attr:`Statistics.embedding_sensitivity`."""
+        inputs, logits = self.inputs.mean(self.name, counted, processes), processes.sum(self.logits) / counted
+        diagonal = inputs.diagonal().double().cpu()
+        by_logit = [rows.double().cpu().square() @ diagonal for rows in whole(self.weight).split(_STRIP)]  # type: ignore[no-untyped-call]
+        return inputs * float(logits.sum()), 0.5 * float(logits @ torch.cat(by_logit))
 
 
 class _SharedInputs:
@@ -213,14 +220,17 @@ def collect_statistics(context: RankContext) -> Statistics:
     head = None if head_name is None else _HeadMoments(model, head_name)
     tokens, counted = task.tokens(windows), task.counted(windows)
     sums = dict.fromkeys(["embedding", *checkpoint.linear_modules], 0.0)
+    rows = _Moments()
 
-    def start(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def start(module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
+        scale = float(getattr(module, "embed_scale", 1.0))  # Gemma 3 multiplies inside
 
         def count(gradient: Tensor) -> None:
             # Token-wise, so that frequent tokens count as often as they occur.
             weighted = leaf.detach().double().square() * gradient.double().square()
             sums["embedding"] += float(weighted.sum())
+            rows.add(embedding, gradient * scale)
 
         leaf.register_hook(count)  # type: ignore[no-untyped-call]
         return leaf
@@ -254,12 +264,15 @@ def collect_statistics(context: RankContext) -> Statistics:
             handle.remove()
 
     sums = dict(zip(sums, processes.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
-    if head is not None:
-        head.sum_over(processes)
     sensitivity = {f"{embedding}.weight": 0.5 * sums.pop("embedding") / counted}
+    weighing = {f"{embedding}.weight": rows.mean(embedding, counted, processes)}
     if head is not None:
         head_tensor = f"{embedding}.weight" if checkpoint.shape.tied_embeddings else f"{head_name}.weight"
-        sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + head.loss(counted)
+        moment, loss = head.mean(counted, processes)
+        sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + loss
+        weighing[head_tensor] = weighing[head_tensor] + moment if head_tensor in weighing else moment
+    for tensor, moment in weighing.items():
+        inputs.store(tensor, moment)
     return Statistics(
         inputs=inputs,
         gradients=gradients,

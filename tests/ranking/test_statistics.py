@@ -81,7 +81,7 @@ def test_modules_that_read_the_same_tensor_share_its_moment(ranked: Ranked) -> N
     ):
         assert {keys[f"model.layers.0.{name}"] for name in others} == {keys[f"model.layers.0.{first}"]}
     assert len(set(keys.values())) == 2 * 4
-    assert set(ranked.statistics.inputs) == set(keys.values())
+    assert set(ranked.statistics.inputs) == {*keys.values(), "model.embed_tokens.weight"}
 
 
 def test_gradient_moment_is_that_of_each_tokens_own_loss(ranked: Ranked) -> None:
@@ -168,6 +168,19 @@ def test_embedding_sensitivity_covers_both_uses(tmp_path: Path, text: Path, tied
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 1e-2
         with ranked.changed(name, weight.data * noise):
             assert 0.5 < ranked.divergence() / (1e-4 * sensitivity[name]) < 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_moments_of_embedding_and_head_tell_directions_apart(tmp_path: Path, text: Path, tied: bool) -> None:
+    ranked = Ranked(sharp_model(tmp_path / "model", tie_word_embeddings=tied), text)
+    for name in ranked.statistics.embedding_sensitivity:
+        values, vectors = torch.linalg.eigh(ranked.statistics.inputs[name])
+        for place in (len(values) // 2, -1):
+            noise = torch.randn(512, 1, generator=torch.Generator().manual_seed(0))
+            change = 1e-2 * values[-1] ** -0.5 * noise.double() @ vectors[None, :, place]
+            with ranked.changed(name, change.float()):
+                predicted = 0.5e-4 * float(values[place] / values[-1])
+                assert 0.4 < ranked.divergence() / predicted < 2.5
 
 
 def test_statistics_leave_no_hooks_and_no_gradients(ranked: Ranked) -> None:
