@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from acip_export.artifacts.bundle import stored_tensors
 from acip_export.artifacts.plan import TensorDecision
+from acip_export.error_feedback import ROWS_AT_ONCE
 from acip_export.errors import UnsupportedError
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from acip_export.artifacts.bundle import Bundle
     from acip_export.error_feedback import FeedbackFactor
+    from acip_export.kept_roundings import Arrays
     from acip_export.rounding import InputMoments
 
 # Weights that a thread converts at once: large enough for vectorised work, small enough to stay in a core's cache.
@@ -191,21 +194,15 @@ def rounded(weight: Tensor, form: WeightType, inputs: InputMoments) -> Tensor:
 
 
 def _quantized(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
-    """Yield rows of the quantized matrix: some at a time, or with error feedback all at once."""
-    if inputs.feedback is None:
-        yield from _nearest(weight, form, inputs)
-    elif inputs.kept is None:
-        yield _with_feedback(weight, form, inputs, inputs.feedback)
-    else:
-        feedback = inputs.feedback
-        codes, scales, *zeros = inputs.kept.arrays(
-            weight,
-            form.name,
-            inputs.importance,
-            feedback,
-            lambda: _with_feedback(weight, form, inputs, feedback).arrays,
-        )
-        yield Quantized(codes, scales, *zeros)
+    """Yield rows of the quantized matrix, some at a time."""
+    feedback, kept = inputs.feedback, inputs.kept
+    for some in weight.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+        if feedback is None:
+            yield from _nearest(some, form, inputs)
+            continue
+        compute = partial(_with_feedback, some, form, inputs, feedback)
+        arrays = compute() if kept is None else kept.arrays(some, form.name, inputs.importance, feedback, compute)
+        yield Quantized(*arrays)
 
 
 def _nearest(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
@@ -215,8 +212,8 @@ def _nearest(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator
         yield from pool.map(lambda rows: quantize(_floats(rows), form, importance), slices)
 
 
-def _with_feedback(weight: Tensor, form: WeightType, inputs: InputMoments, feedback: FeedbackFactor) -> Quantized:
-    return with_feedback(joined(list(_nearest(weight, form, inputs))), _floats(weight), form, feedback)
+def _with_feedback(weight: Tensor, form: WeightType, inputs: InputMoments, feedback: FeedbackFactor) -> Arrays:
+    return with_feedback(joined(list(_nearest(weight, form, inputs))), _floats(weight), form, feedback).arrays
 
 
 def _slices(weight: Tensor, width: int) -> Iterator[Tensor]:
