@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from acip_export.artifacts.bundle import Bundle, check_names, rounded_tensor, stored_types, untrained_bundle
+from acip_export.error_feedback import ROWS_AT_ONCE
 from acip_export.errors import CheckpointError, OutputError, UnsupportedError
 from acip_export.formats.session import Logits, Tokens
 from acip_export.io.atomic import new_file
@@ -435,7 +436,8 @@ def _ids(window: Tokens) -> Tensor:
 
 
 def _slices(count: int, width: int) -> Iterator[slice]:
-    step = max(1, _SLICE // width)
+    """Rows of the head in pieces, of as many rows as are rounded at once or a multiple: so they may have been kept."""
+    step = max(1, _SLICE // (width * ROWS_AT_ONCE)) * ROWS_AT_ONCE
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
