@@ -55,7 +55,8 @@ def errors(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, module in scores.modules.items():
         if not any(f".{layer}." in name for layer in args.layers):
             continue
-        weight, norm = checkpoint.read(f"{name}.weight").float(), Norm.of(module, scores.second_moments)
+        weight = checkpoint.read(f"{name}.weight").float()
+        norm = Norm.of(module, scores.second_moments, weight)
         basis = whitened_components(weight, Whitening.of(norm.inputs), Whitening.of(norm.gradients))
         inputs = InputMoments(torch.from_numpy(module.input_moment))
         rows, columns = weight.shape

@@ -73,7 +73,8 @@ def main() -> None:
     for name, module in scores.modules.items():
         if not any(f".{layer}." in name for layer in args.layers):
             continue
-        weight, norm = checkpoint.read(f"{name}.weight").float(), Norm.of(module, scores.second_moments)
+        weight = checkpoint.read(f"{name}.weight").float()
+        norm = Norm.of(module, scores.second_moments, weight)
         whitenings = Whitening.of(norm.inputs), Whitening.of(norm.gradients)
         basis, inputs = whitened_components(weight, *whitenings), InputMoments(torch.from_numpy(module.input_moment))
         for case in PAIRS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from math import isqrt
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -18,16 +17,14 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.error_feedback import FeedbackFactor, feedback_factor
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
-from acip_export.lowrank.components import unpack_moment
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
 _KEPT = 4
 
 
 def second_moment(scores: ScoreFile, key: str) -> Tensor:
-    """Return a full second moment, (n, n) float64."""
-    triangle = scores.second_moments[key]
-    return unpack_moment(triangle, isqrt(2 * len(triangle)))
+    """Return a full second moment, (n, n) float64; raises ScoreFileError where it overflows."""
+    return scores.second_moments[key].unpacked(f"the second moment {key!r}")
 
 
 class FeedbackFactors:

@@ -13,7 +13,7 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.error_feedback import feedback_factor
 from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.lowrank.losses import component_losses
-from acip_export.materialization.factors import Norm, Pair
+from acip_export.materialization.factors import Norm, Pair, input_norm
 from acip_export.materialization.feedback import FeedbackFactors, second_moment
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
@@ -140,8 +140,8 @@ def _dense(
         inputs = second_moment(scores, key) if key else torch.eye(weight.shape[1]).double()
     else:
         sensitivity, plain = module.sensitivity, InputMoments(torch.from_numpy(module.input_moment))
-        norm = Norm.of(module, scores.second_moments)
-        gradients, inputs = norm.gradients.diagonal()[rows], norm.inputs
+        gradients = torch.from_numpy(module.gradient_moment).double()[rows]
+        inputs = input_norm(module, scores.second_moments)
     informed = plain
     if key and not set(feedback_types).isdisjoint(types):
         informed = InputMoments(inputs.diagonal().float(), factors.by_key(key))
@@ -216,7 +216,7 @@ def _measured_ranks(full: int, up: WeightType) -> list[int]:
 
 def _cropped(weight: Tensor, module: ModuleScores, scores: ScoreFile) -> tuple[Tensor, Norm]:
     """Evenly spaced rows and columns of a large layer, with their moments."""
-    norm = Norm.of(module, scores.second_moments)
+    norm = Norm.of(module, scores.second_moments, weight)
     if max(weight.shape) <= 2 * _LARGEST_SIDE:
         return weight, norm
     rows, columns = ((torch.arange(min(n, _LARGEST_SIDE)) * n) // min(n, _LARGEST_SIDE) for n in weight.shape)

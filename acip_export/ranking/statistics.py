@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from acip_export.artifacts.scores import FloatArray
 from acip_export.io.scratch import Scratch
-from acip_export.lowrank.components import pack_moment, unpack_moment
+from acip_export.lowrank.components import Whitening
+from acip_export.lowrank.moments import PackedMoment, lifted, pack_gradients, pack_moment
 from acip_export.ranking.block_sweep import BlockSweep
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.load import embedding_names
@@ -70,38 +71,59 @@ class StoredMoments(Mapping[str, Tensor]):
     """Hold second moments in a scratch file as the score file stores them, so that one of them is in memory at a time.
 
     Whoever factorizes from the score file finds the same components therefore.
+
+    Args:
+        weight_of: gives the weight whose output gradients a moment is of; ``None``: the moments are of inputs.
     """
 
-    def __init__(self, scratch: Scratch) -> None:
-        self._scratch = scratch
-        self._sizes: dict[str, int] = {}
+    def __init__(self, scratch: Scratch, weight_of: Callable[[str], Tensor] | None = None) -> None:
+        self._scratch, self._weight_of = scratch, weight_of
+        self._diagonals: dict[str, FloatArray] = {}
 
     def store(self, key: str, moment: Tensor) -> None:
-        """Keep the upper triangle of a symmetric matrix; the other one is not looked at."""
-        self._sizes[key] = len(moment)
-        self._scratch.write(key, pack_moment(moment))
+        """Keep a symmetric matrix, of which the upper triangle is looked at.
 
-    def triangle(self, key: str) -> FloatArray:
+        Raises:
+            ScoreFileError: see :func:`pack_moment`.
+        """
+        self._diagonals[key] = moment.diagonal().float().clamp_min(0).cpu().numpy()
+        name = f"the second moment {key!r}"
+        packed = (
+            pack_moment(moment, name) if self._weight_of is None else pack_gradients(moment, self._weight_of(key), name)
+        )
+        self._scratch.write(f"{key}/rows", packed.rows)
+        self._scratch.write(f"{key}/codes", packed.codes)
+
+    def packed(self, key: str) -> PackedMoment:
         """Read a moment as the score file has it."""
-        return cast("FloatArray", self._scratch.read(key))
+        rows, codes = self._scratch.read(f"{key}/rows"), self._scratch.read(f"{key}/codes")
+        return PackedMoment.of(cast("FloatArray", rows), codes.view(np.uint8))
 
     def diagonal(self, key: str) -> FloatArray:
-        """Read the diagonal alone."""
-        size = self._sizes[key]
-        diagonal: FloatArray = self.triangle(key)[np.cumsum([0, *range(size, 1, -1)])]
-        return diagonal
+        """Return the diagonal alone, exactly."""
+        return self._diagonals[key]
+
+    def whitening(self, key: str) -> Whitening:
+        """Read a moment."""
+        packed = self.packed(key)
+        moment, identity, diagonal = packed.unpacked(), packed.digest, self._diagonals[key]
+        if packed.size == len(diagonal):
+            return Whitening.of(moment, identity)
+        assert self._weight_of is not None
+        weight = self._weight_of(key)
+        return Whitening.of(lifted(moment, diagonal, weight), identity + diagonal.tobytes())
 
     def __getitem__(self, key: str) -> Tensor:
-        return unpack_moment(self.triangle(key), self._sizes[key])
+        return self.whitening(key).moment
 
     def __contains__(self, key: object) -> bool:
-        return key in self._sizes  # Mapping's own would read it
+        return key in self._diagonals  # Mapping's own would read it
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sizes)
+        return iter(self._diagonals)
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._diagonals)
 
 
 class _Moments:
@@ -189,7 +211,10 @@ def collect_statistics(context: RankContext) -> Statistics:
     """
     checkpoint, model, task, processes = context.checkpoint, context.model, context.task, context.processes
     windows, device = context.windows, next(context.model.parameters()).device
-    inputs, gradients = StoredMoments(Scratch(context.scratch)), StoredMoments(Scratch(context.scratch))
+    inputs = StoredMoments(Scratch(context.scratch))
+    gradients = StoredMoments(
+        Scratch(context.scratch), lambda key: checkpoint.read(f"{key.removesuffix('.gradient')}.weight")
+    )
     keys: dict[str, str] = {}
     embedding, head_name = embedding_names(model)
     head = None if head_name is None else _HeadMoments(model, head_name)

@@ -21,7 +21,7 @@ from acip_export.artifacts.rounding_errors import cache_file
 from acip_export.artifacts.scores import ScoreFile, load_scores, save_scores
 from acip_export.errors import BundleError, ScoreFileError, UsageError
 from acip_export.formats.registry import export_format
-from acip_export.lowrank.components import pack_moment
+from acip_export.lowrank.moments import PackedMoment, pack_moment
 from acip_export.materialization.feedback import second_moment
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
     """Made-up scores with second moments of inputs; layers that read the same share one."""
     plain = make_scores(model)
-    moments: dict[str, np.ndarray] = {}
+    moments: dict[str, PackedMoment] = {}
     modules = {}
     for number, (name, module) in enumerate(plain.modules.items()):
         key = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
@@ -160,7 +160,7 @@ def test_first_factors_of_pairs_are_rounded_with_feedback(model: Path, scores: S
     weight, costs = checkpoint.read(f"{DOWN}.weight").double(), []
     from acip_export.materialization.factors import Norm
 
-    norm = Norm.of(scores.modules[DOWN], scores.second_moments)
+    norm = Norm.of(scores.modules[DOWN], scores.second_moments, weight)
     for directory in ("n", "b"):
         module = load_bundle(tmp_path / directory, export_format("gguf").round_trip).get_submodule(DOWN)
         up, down = (module.get_submodule(part).weight.detach().double() for part in ("up", "down"))
@@ -193,8 +193,10 @@ def test_damaged_factors_are_refused(model: Path, scores: ScoreFile, tmp_path: P
 
 def test_moments_that_are_none_are_refused_by_name(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
     key = scores.modules[QUERY].input_key
-    broken = replace(scores, second_moments={**scores.second_moments, key: -scores.second_moments[key]})
-    with pytest.raises(ScoreFileError, match=f"the second moment '{key}, scaled' is none"):
+    packed = scores.second_moments[key]
+    huge = replace(packed, steps=np.full_like(packed.steps, np.finfo(np.float32).max))
+    broken = replace(scores, second_moments={**scores.second_moments, key: huge})
+    with pytest.raises(ScoreFileError, match=f"the second moment '{key}, scaled' overflows"):
         pipeline.materialize_bundle(Checkpoint.open(model), broken, planned(model), tmp_path / "b")
     with pytest.raises(ScoreFileError, match=r"needs second moments.*--rounding nearest"):
         pipeline.materialize_bundle(Checkpoint.open(model), make_scores(model), planned(model), tmp_path / "b")

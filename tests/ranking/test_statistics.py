@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from acip_export.errors import UnsupportedError
 from acip_export.lowrank.components import components
 from acip_export.lowrank.losses import component_losses, dense_sensitivity
-from acip_export.ranking import statistics
+from acip_export.lowrank.moments import PackedMoment
 from acip_export.ranking.factorized_model import factorize_model
 from acip_export.ranking.mask_gradients import component_fisher
 from acip_export.ranking.statistics import Statistics, collect_statistics
@@ -66,9 +66,11 @@ def test_moments_are_token_averages(ranked: Ranked) -> None:
         ranked.model(input_ids=ranked.windows)
     handle.remove()
     rows = seen[0].double()
-    torch.testing.assert_close(
-        ranked.statistics.input_of("model.layers.1.mlp.down_proj"), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5
-    )
+    expected, name = rows.T @ rows / len(rows), "model.layers.1.mlp.down_proj"
+    exact = torch.from_numpy(ranked.statistics.inputs.diagonal(f"{name}.input")).double()
+    torch.testing.assert_close(exact, expected.diagonal(), rtol=1e-4, atol=1e-5)
+    # What the score file has of it.
+    assert float((ranked.statistics.input_of(name) - expected).norm() / expected.norm()) < 0.03
 
 
 def test_modules_that_read_the_same_tensor_share_its_moment(ranked: Ranked) -> None:
@@ -145,7 +147,7 @@ def test_sensitivity_predicts_rounding_noise(ranked: Ranked) -> None:
             for s in (weight.shape, parts.up.shape, parts.down.shape)
         ]
         cases = [
-            (weight * noise[0], dense_sensitivity(weight, h, g)),
+            (weight * noise[0], dense_sensitivity(weight, h.diagonal(), g.diagonal())),
             ((parts.up * noise[1]) @ parts.down, float(losses.up_sensitivity.sum())),
             (parts.up @ (parts.down * noise[2]), float(losses.down_sensitivity.sum())),
         ]
@@ -192,17 +194,17 @@ def test_moments_of_one_block_at_most_are_in_memory(
     context = context_of(sharp_model(tmp_path / "model", num_hidden_layers=6), text, windows=8)
     alive: set[int] = set()
     most = 0
-    unpack = statistics.unpack_moment
+    unpack = PackedMoment.unpacked
 
-    def counted(triangle: np.ndarray, size: int) -> Tensor:
+    def counted(packed: PackedMoment, name: str = "") -> Tensor:
         nonlocal most
-        moment = unpack(triangle, size)
+        moment = unpack(packed, name)
         alive.add(id(moment))
         weakref.finalize(moment, alive.discard, id(moment))
         most = max(most, len(alive))
         return moment
 
-    monkeypatch.setattr(statistics, "unpack_moment", counted)
+    monkeypatch.setattr(PackedMoment, "unpacked", counted)
     factorize_model(context, collect_statistics(context), "kfac")
     # Four inputs and seven output gradients; two blocks where layers are factorized side by side.
     assert 0 < most <= 2 * 11 < 6 * 11
