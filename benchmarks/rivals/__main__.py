@@ -81,14 +81,14 @@ def prepare(made: real.Real, scores: Path, tokens: int) -> Setting:
     key = sha256(checkpoint.fingerprint.encode() + chosen.tobytes()).hexdigest()[:12]
     windows, dense = HOME / f"windows-{key}.npy", HOME / f"dense-{key}.npy"
     if not dense.is_file():
-        from acip_export.verification.reference import TorchReference
+        from acip_export.verification.reference import pass_dense
 
         note("the dense model's logits")
         np.save(windows, chosen)
         with new_file(dense) as temporary:
             shape = (*chosen.shape, checkpoint.config["vocab_size"])
             logits = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-            for place, scored in enumerate(TorchReference(made.model).logits(chosen)):
+            for place, scored in enumerate(pass_dense(made.model, chosen).logits()):
                 logits[place] = scored
             logits.flush()
     source = HOME / f"source-{sha256(checkpoint.fingerprint.encode()).hexdigest()[:12]}" / "model.gguf"

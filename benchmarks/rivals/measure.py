@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from acip_export.artifacts.plan import Serving
-from acip_export.verification.metrics import compare_with_dense
+from acip_export.verification.metrics import compare_with_dense, token_figures
 from acip_export.verification.probe import resident, spread_tokens
 
 SESSIONS = {
@@ -40,8 +40,11 @@ def measure(fmt: str, export: Path, windows: np.ndarray[Any, Any], dense: np.nda
         speeds = [session.speed(prompt, NEW_TOKENS)]
         peak = resident("VmHWM")
         speeds += [session.speed(prompt, NEW_TOKENS) for _ in range(REPETITIONS - 1)]
-        logits = (found[:, : dense.shape[-1]] for found in session.logits(windows))
-        before_perplexity, after, divergence = compare_with_dense(dense, logits, windows)
+        figures = [
+            token_figures(expected, found[:, : dense.shape[-1]], window)
+            for expected, found, window in zip(dense, session.logits(windows), windows, strict=True)
+        ]
+        before_perplexity, after, divergence = compare_with_dense(figures)
         return {
             **asdict(divergence),
             "perplexity": after.perplexity,
