@@ -135,7 +135,8 @@ class DataConfig:
 
     Attributes:
         context: tokens per window; ``None``: 512, or the model's limit if that is smaller.
-        statistics_tokens: how many from the front of the text the second moments are measured on.
+        statistics_tokens: how many from the front of the text the second moments of inputs are measured on.
+        gradient_tokens: how many of these the moments of gradients and the Fisher information are measured on.
         curve_tokens: how many from its end, at most a fifth of it, the curve is measured on; nothing else sees them.
         batch: windows per forward pass of statistics and curve.
         seed: of label sampling, adapters, dropout, the order of the windows, and text of the model's own.
@@ -145,8 +146,9 @@ class DataConfig:
     """
 
     context: int | None = None
-    statistics_tokens: int = 24_576
-    curve_tokens: int = 8_192
+    statistics_tokens: int = 8_192
+    gradient_tokens: int = 4_096
+    curve_tokens: int = 2_048
     batch: int = 4
     seed: int = 0
     field: str | None = None

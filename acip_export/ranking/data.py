@@ -32,7 +32,8 @@ class CalibrationData:
     """Hold token windows (n, context) int64. ``training`` and ``held_out`` are disjoint stretches of one text.
 
     Attributes:
-        statistics: the first windows of ``training``. task: what the model is for.
+        statistics: the first windows of ``training``. graded: how many of these gradients are measured on, all if
+            there are fewer. task: what the model is for.
         evaluation: the text that is held out, if it is another one.
     """
 
@@ -40,6 +41,7 @@ class CalibrationData:
     training: Tensor
     held_out: Tensor
     statistics: Tensor
+    graded: int
     task: Task = CAUSAL
     evaluation: PackedText | None = None
 
@@ -112,8 +114,8 @@ def _split(
 
 
 def _calibration(text: PackedText, training: Tensor, held_out: Tensor, config: DataConfig) -> CalibrationData:
-    windows = max(1, config.statistics_tokens // training.shape[1])
-    return CalibrationData(text, training, held_out, training[:windows])
+    windows, graded = (max(1, n // training.shape[1]) for n in (config.statistics_tokens, config.gradient_tokens))
+    return CalibrationData(text, training, held_out, training[:windows], graded)
 
 
 def _texts(
@@ -141,8 +143,8 @@ def _texts(
         reversed_ = text.windows.flip(0)
         tail = min(_texts_of(task, reversed_, config.curve_tokens), count // _LARGEST_HELD_OUT_SHARE)
         training, held_out = text.windows[: count - tail], text.windows[count - tail :]
-    statistics = training[: _texts_of(task, training, config.statistics_tokens)]
-    return CalibrationData(text, training, held_out, statistics, task)
+    statistics, graded = (_texts_of(task, training, n) for n in (config.statistics_tokens, config.gradient_tokens))
+    return CalibrationData(text, training, held_out, training[:statistics], graded, task)
 
 
 def _texts_of(task: Task, windows: Tensor, tokens: int) -> int:

@@ -133,7 +133,8 @@ def rank_model(
         del dense  # the context has it alone
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
-            statistics = collect_statistics(context)
+            wanted = chosen.fisher and (acip is None or acip.predictor == "fisher")
+            statistics = collect_statistics(context, samples=wanted)
             if processes.mesh is not None:
                 # What is sharded cannot get other layers; it is gone before the model is loaded again.
                 context = replace(context, model=nn.Module())
@@ -206,7 +207,10 @@ def _score_file(
             "numpy": np.__version__,
         },
         curve=curve,
-        modules={name: _module_scores(name, statistics, factorized, ranking) for name in checkpoint.linear_modules},
+        modules={
+            name: _module_scores(name, shape, statistics, factorized, ranking)
+            for name, shape in checkpoint.linear_modules.items()
+        },
         embedding_sensitivity=statistics.embedding_sensitivity,
         second_moments=_Triangles(statistics),
     )
@@ -231,12 +235,16 @@ class _Triangles(Mapping[str, FloatArray]):
         return len(self._places)
 
 
-def _module_scores(name: str, statistics: Statistics, factorized: Factorized, ranking: Ranking) -> ModuleScores:
-    layer, losses = factorized.layers[name], factorized.losses[name]
-    b, a = (pair.float().cpu().numpy() for pair in adapter_pair(layer))
-    adapted = a.shape[0] > 0
+def _module_scores(
+    name: str, shape: tuple[int, int], statistics: Statistics, factorized: Factorized, ranking: Ranking
+) -> ModuleScores:
+    losses = factorized.losses[name]
+    layer = factorized.layers[name] if factorized.whole else None
+    b = a = None
+    if layer is not None and len(layer.adapter_a):
+        b, a = (pair.float().cpu().numpy() for pair in adapter_pair(layer))
     return ModuleScores(
-        shape=(layer.out_features, layer.in_features),
+        shape=shape,
         scores=ranking.scores[name],
         drop_loss=ranking.drop_losses[name].astype(np.float32),
         up_sensitivity=losses.up_sensitivity.float().numpy(),
@@ -246,7 +254,7 @@ def _module_scores(name: str, statistics: Statistics, factorized: Factorized, ra
         gradient_moment=statistics.gradients.diagonal(statistics.gradient_keys[name]),
         input_key=statistics.input_keys[name],
         gradient_key=statistics.gradient_keys[name],
-        adapter_a=a if adapted else None,
-        adapter_b=b if adapted else None,
-        adapter_scaling=layer.adapter_scaling,
+        adapter_a=a,
+        adapter_b=b,
+        adapter_scaling="constant" if layer is None else layer.adapter_scaling,
     )
