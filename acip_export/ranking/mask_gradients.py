@@ -16,7 +16,7 @@ from acip_export.ranking.factorized_model import Factorized, side_by_side
 from acip_export.ranking.masked_linear import MaskedLinear, dense_behaviour
 
 # Every stretch of so many tokens is one sample of the Fisher information; shorter ones give more samples of a text.
-_LONGEST_STRETCH = 128
+_LONGEST_STRETCH = 32
 
 
 def component_fisher(context: RankContext, factorized: Factorized) -> dict[str, npt.NDArray[np.float64]]:

@@ -35,6 +35,9 @@ from acip_export.ranking.stored_tensors import StoredTensors
 
 # Rows of a triangle, and of a head, that are worked on at a time.
 _STRIP = 256
+# Gradients of few tokens say little about how outputs go together: G is drawn towards its diagonal as if so many tokens
+# had been seen whose gradients do not.
+_UNCORRELATED = 1024
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,18 @@ class _Moments:
             end = min(begin + _STRIP, width)
             self.sums[key][begin:end, begin:].addmm_(rows[:, begin:end].T, rows[:, begin:])
 
-    def store(self, moments: StoredMoments, count: int, processes: Processes) -> None:
-        """Put the means into ``moments``, over all processes, and forget the sums."""
+    def store(self, moments: StoredMoments, count: int, processes: Processes, shrink: float = 0.0) -> None:
+        """Put the means into ``moments``, over all processes, and forget the sums.
+
+        Args:
+            shrink: share of what is off the diagonal that is taken away.
+        """
         for key in list(self.sums):
-            moments.store(key, processes.sum(self.sums.pop(key)) / count)
+            mean = processes.sum(self.sums.pop(key)) / count
+            if shrink:
+                diagonal = mean.diagonal().clone()
+                mean.mul_(1 - shrink).diagonal().copy_(diagonal)
+            moments.store(key, mean)
 
 
 class _HeadMoments:
@@ -220,6 +231,7 @@ def collect_statistics(context: RankContext, samples: bool = False) -> Statistic
     embedding, head_name = embedding_names(model)
     head = None if head_name is None else _HeadMoments(model, head_name)
     tokens, counted = task.tokens(windows), task.counted(graded)
+    shrink = _UNCORRELATED / (_UNCORRELATED + task.tokens(graded))
     sums = dict.fromkeys(["embedding", *checkpoint.linear_modules], 0.0)
 
     def start(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -266,7 +278,7 @@ def collect_statistics(context: RankContext, samples: bool = False) -> Statistic
             with sent.watching():
                 for _, step in steps:
                     step()
-            sent.moments.store(gradients, counted, processes)
+            sent.moments.store(gradients, counted, processes, shrink)
             sums |= sent.sums
     finally:
         sweep.close()

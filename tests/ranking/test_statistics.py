@@ -223,6 +223,20 @@ def test_fisher_of_the_masks_is_the_mean_square_of_their_gradients(model: Path, 
     torch.testing.assert_close(torch.from_numpy(measured).float(), plain, rtol=2e-2, atol=1e-3 * float(plain.mean()))
 
 
+def test_gradients_of_few_tokens_are_drawn_towards_the_diagonal(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(model, text, windows=32)
+    drawn = collect_statistics(context)
+    monkeypatch.setattr(statistics, "_UNCORRELATED", 0)
+    plain = collect_statistics(context)
+    name = "model.layers.1.mlp.down_proj"
+    moment = plain.gradient_of(name)
+    expected = moment / 2 + moment.diagonal().diag() / 2  # 1,024 tokens of 2,048
+    torch.testing.assert_close(drawn.gradient_of(name), expected, rtol=1e-6, atol=0)
+    assert torch.equal(drawn.input_of(name), plain.input_of(name))
+
+
 def test_more_windows_for_inputs_than_for_gradients(model: Path, text: Path) -> None:
     context = context_of(model, text, windows=16)
     few = replace(context, data=replace(context.data, graded=8))
