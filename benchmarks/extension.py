@@ -1,6 +1,6 @@
 """Factor pairs against dense weights of the same type in one llama.cpp, the one with our extension: size and speed.
 
-    make llama-cpp && python benchmarks/extension.py [--seconds 60]
+    make llama-cpp && python -m benchmarks.extension [--seconds 60]
 
 A Llama of random numbers (speed does not depend on them): 2048 hidden, FFN 5632, 4 layers, one thread. All exports are
 open at once and are measured in turns, so that whatever else the machine does meets all of them; the best turn counts.
@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from acip_export.artifacts.bundle import stored_tensors
+from acip_export.artifacts.bundle import Bundle, stored_tensors
 from acip_export.artifacts.plan import Certificate, Plan, Serving, TensorDecision, decision_bytes, save_plan
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_info import TensorInfo
@@ -134,7 +134,7 @@ def write(model: Checkpoint, form: str, ranks: tuple[int, int] | None, layout: s
     )
     out.mkdir()
     save_plan(plan, out / "plan.json")
-    converter.convert(RandomBundle(out, plan, model), out, lambda _: None)
+    converter.convert(cast("Bundle", RandomBundle(out, plan, model)), out, lambda _: None)
     return total
 
 

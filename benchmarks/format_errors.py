@@ -1,6 +1,6 @@
 """Measure every type's rounding error on Gaussian weights: ``relative_mse`` in acip_export/weight_types.py.
 
-    python benchmarks/format_errors.py [--format gguf] [--types q4_k,q8_0] > errors.json
+    python -m benchmarks.format_errors [--format gguf] [--types q4_k,q8_0] > errors.json
 
 One JSON document on stdout, with versions and machine; a readable table on stderr. Add a format to ``MEASURES``.
 """

@@ -1,6 +1,6 @@
 """Whether the gauge form of a factor pair pays in ONNX: ``up = P [I; T]`` leaves r(m + n - r) numbers to store.
 
-    python benchmarks/gar.py --model samples/llama --scores llama.acip
+    python -m benchmarks.gar --model samples/llama --scores llama.acip
 
 Rows of ``up`` are chosen by pivoted QR, ``down' = up[chosen] down``, ``T = up[others] up[chosen]^-1``. In the graph:
 MatMul with ``down'``, MatMul with T, Concat, Gather, against two MatMulNBits. Measured: bytes; predicted loss of
@@ -55,7 +55,8 @@ def errors(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, module in scores.modules.items():
         if not any(f".{layer}." in name for layer in args.layers):
             continue
-        weight, norm = checkpoint.read(f"{name}.weight").float(), Norm.of(module, scores.second_moments)
+        weight = checkpoint.read(f"{name}.weight").float()
+        norm = Norm.of(module, scores.second_moments, weight)
         basis = whitened_components(weight, Whitening.of(norm.inputs), Whitening.of(norm.gradients))
         inputs = InputMoments(torch.from_numpy(module.input_moment))
         rows, columns = weight.shape

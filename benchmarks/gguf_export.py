@@ -1,6 +1,6 @@
 """A GGUF export beside llama.cpp's two steps: time and memory, same machine, same model, one run each.
 
-    make llama-cpp && python benchmarks/gguf_export.py [--shape NAME] [--sources LLAMA_CPP] [--scratch DIRECTORY]
+    make llama-cpp && python -m benchmarks.gguf_export [--shape NAME] [--sources LLAMA_CPP] [--scratch DIRECTORY]
 
 A random bfloat16 Llama (1b: 16 layers, 2048 hidden, FFN 8192, 32,000 tokens) to Q4_K, all matrices. Ours: from model
 directory to export, bundle included. llama.cpp's: ``convert_hf_to_gguf.py --outtype bf16`` of the source package of
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from our_steps import FORMAT
-from random_model import SHAPES, write_random_model
-from ruled_plan import uniform_scores
 
+from benchmarks.our_steps import FORMAT
+from benchmarks.random_model import SHAPES, write_random_model
+from benchmarks.ruled_plan import uniform_scores
 from converters.gguf.ggml_library import processors
 from converters.gguf.llama_cpp import build as build_llama_cpp
 
@@ -37,7 +37,7 @@ RESULT = ROOT / "benchmarks" / "gguf_export.json"
 # The issue's shape has a vocabulary of its own: 32,000 tokens.
 _1B = {**SHAPES["1b"], "vocab_size": 32000}
 MODELS = {"1b": _1B, "one-layer": {**_1B, "num_hidden_layers": 1}, "small": SHAPES["small"]}
-OUR_STEPS, LLAMA_STEPS = (Path(__file__).with_name(name) for name in ("our_steps.py", "llama_steps.py"))
+OUR_STEPS, LLAMA_STEPS = "benchmarks.our_steps", "benchmarks.llama_steps"
 # Rounding with importance weights of the columns, as our exports do and llama.cpp with --imatrix, and without.
 MODES = ("weighted", "plain")
 
@@ -74,8 +74,8 @@ def watched(command: list[str]) -> dict[str, float]:
     }
 
 
-def step(script: Path, *arguments: str | Path) -> dict[str, float]:
-    return watched([sys.executable, str(script), *map(str, arguments)])
+def step(module: str, *arguments: str | Path) -> dict[str, float]:
+    return watched([sys.executable, "-m", module, *map(str, arguments)])
 
 
 def differing(mine: Path, other: Path) -> list[str]:

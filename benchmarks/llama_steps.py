@@ -1,7 +1,7 @@
 """llama.cpp's two steps from a Hugging Face model to a quantized GGUF, each as a process of its own for gguf_export.py.
 
-    python benchmarks/llama_steps.py convert LLAMA_CPP MODEL OUT
-    python benchmarks/llama_steps.py quantize SOURCE OUT [IMATRIX]
+    python -m benchmarks.llama_steps convert LLAMA_CPP MODEL OUT
+    python -m benchmarks.llama_steps quantize SOURCE OUT [IMATRIX]
 
 A file apart, so that neither process loads what only ours needs.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _Q4_K_M, _Q4_K = 15, 12  # enum llama_ftype, enum ggml_type
@@ -49,4 +50,5 @@ def quantize(source: Path, out: Path, imatrix: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    {"convert": convert, "quantize": quantize}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    steps: dict[str, Callable[..., None]] = {"convert": convert, "quantize": quantize}
+    steps[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -1,6 +1,6 @@
 """What a plan predicts for a process, against the peak resident memory of one that loads, fills its context, generates.
 
-    python benchmarks/memory.py [--only sample 100m 1b] [--scratch DIRECTORY]
+    python -m benchmarks.memory [--only sample 100m 1b] [--scratch DIRECTORY]
 
 Writes benchmarks/memory.json; prints the table of docs/memory.md with --update-docs into it. The models of 135 million
 and 1.2 billion parameters have random weights (benchmarks/random_model.py) and are deleted afterwards. The largest
@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from random_model import SHAPES, write_random_model
-from ruled_plan import ruled_plan
 
 from acip_export.api import convert_bundle
 from acip_export.artifacts.plan import RUNTIME_PARTS, Plan, Serving, TensorDecision, decision_bytes, save_plan
@@ -44,6 +42,8 @@ from acip_export.model.encoder import task_of
 from acip_export.planning.memory import ModelMemory, uncounted_bytes
 from acip_export.units import format_bytes
 from acip_export.verification.process import ProcessFigures, measure_process
+from benchmarks.random_model import SHAPES, write_random_model
+from benchmarks.ruled_plan import ruled_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_START, TABLE_END = "<!-- memory table -->", "<!-- end of memory table -->"
@@ -247,15 +247,16 @@ def main() -> None:
             )
             found = list(measure(name, checkpoint, scratch))
         rows = [r for r in rows if r["shape"] != name] + found
+    rows.sort(key=lambda row: list(CASES).index(row["shape"]))
     document = {
         "benchmark": "memory",
         "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "versions": {package: version(package) for package in PACKAGES},
-        "rows": sorted(rows, key=lambda r: list(CASES).index(r["shape"])),
+        "rows": rows,
     }
     arguments.out.write_text(json.dumps(document, indent=1) + "\n")
     if arguments.update_docs:
-        update_docs(document["rows"])
+        update_docs(rows)
 
 
 if __name__ == "__main__":

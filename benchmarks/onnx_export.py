@@ -1,6 +1,6 @@
 """ONNX exports beside the stock model builder's: time and memory of writing, and speed of what low rank saves.
 
-    python benchmarks/onnx_export.py [--parts write speed] [--scratch DIRECTORY]
+    python -m benchmarks.onnx_export [--parts write speed] [--scratch DIRECTORY]
 
 ``write``: a random bfloat16 Llama of the shape of Llama 3.2 1B, all matrices to int4 in blocks of 32; ours from model
 directory to export (bundle included), against ``onnxruntime_genai.models.builder``. ``speed``: two layers of that
@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from random_model import SHAPES, write_random_model
-from ruled_plan import ruled_plan, uniform_scores
 
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision, decision_bytes
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
+from benchmarks.random_model import SHAPES, write_random_model
+from benchmarks.ruled_plan import ruled_plan, uniform_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "onnx_export.json"
@@ -106,7 +106,7 @@ def write_part(scratch: Path) -> dict[str, Any]:
     write_random_model(model, SHAPES["1b"])
     stock = ["-i", str(model), "-o", str(scratch / "stock"), "-c", str(scratch / "cache"), "-p", "int4", "-e", "cpu"]
     commands = {
-        "ours": [sys.executable, __file__, "--write-ours", str(model), str(scratch / "ours")],
+        "ours": [sys.executable, "-m", "benchmarks.onnx_export", "--write-ours", str(model), str(scratch / "ours")],
         # Ours first: the peak that the system keeps is that of the largest child so far.
         "stock builder": [sys.executable, "-m", "onnxruntime_genai.models.builder", *stock],
     }

@@ -1,6 +1,6 @@
 """Which block types onnxruntime's processor kernels run, and how fast: MatMulNBits of 2, 4 and 8 bits.
 
-    python benchmarks/onnx_types.py
+    python -m benchmarks.onnx_types
 
 Two products, 8192 x 2048 and back, for one token (decode) and 256 (prefill), one thread, the best of a few runs: the
 machine is shared, so factors below two mean little. Writes benchmarks/onnx_types.json.

@@ -1,6 +1,6 @@
 """Our side of gguf_export.py, as a process of its own: a model directory to an export, bundle included.
 
-    python benchmarks/our_steps.py MODEL OUT weighted|plain
+    python -m benchmarks.our_steps MODEL OUT weighted|plain
 
 A file apart, so that it loads nothing but what a conversion needs.
 """
@@ -11,10 +11,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from ruled_plan import ruled_plan, uniform_scores
-
 from acip_export.artifacts.plan import Plan, Serving, TensorDecision, decision_bytes
 from acip_export.model.checkpoint import Checkpoint
+from benchmarks.ruled_plan import ruled_plan, uniform_scores
 
 FORMAT = "q4_k"
 

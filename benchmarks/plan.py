@@ -1,7 +1,7 @@
 """How long ``acip-export plan`` takes for a model of 7 billion parameters: a new process each time, start-up included.
 And how much of a budget plans use, at 135 million, 1 billion and 7 billion parameters.
 
-    python benchmarks/plan.py [--repeat 3] [--part time use]
+    python -m benchmarks.plan [--repeat 3] [--part time use]
 
 Makes a model directory of the shape of Llama 2 7B (32 layers, 224 linear layers; also those of SmolLM 135M and
 TinyLlama 1.1B) and a score file with full second moments. The matrices and the moments are holes in sparse files:
@@ -157,7 +157,7 @@ def make_scores(model: Path) -> Path:
         loss = (10 ** draw.uniform(-7, -6) * np.geomspace(1, 1e-4, min(shape))).astype(np.float32)
         layer, kind = name.rsplit(".", 1)
         inputs = layer + (".input" if kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") else f".{kind}")
-        moments[inputs], moments[f"{name}.gradient"] = shape[1], shape[0]
+        moments[inputs], moments[f"{name}.gradient"] = shape[1], min(shape)
         modules[name] = ModuleScores(
             shape=shape,
             scores=loss,
@@ -199,10 +199,16 @@ def add_moments(file: Path, moments: dict[str, int]) -> None:
     header = json.loads(content[8 : 8 + length])
     position = len(content) - 8 - length
     for key, width in moments.items():
-        count = width * (width + 1) // 2
-        end = position + 4 * count
-        header[f"second_moment/{key}"] = {"dtype": "F32", "shape": [count], "data_offsets": [position, end]}
-        position = end
+        # Six bits for each entry above the diagonal, which is what they take.
+        parts = (("rows", "F32", (3, width), 12 * width), ("codes", "U8", None, width * width * 3 // 8))
+        for part, dtype, shape, nbytes in parts:
+            offsets = [position, position + nbytes]
+            header[f"second_moment/{key}/{part}"] = {
+                "dtype": dtype,
+                "shape": shape or [nbytes],
+                "data_offsets": offsets,
+            }
+            position += nbytes
     encoded = json.dumps(header).encode()
     with file.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])

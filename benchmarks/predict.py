@@ -1,6 +1,6 @@
 """How well the predicted loss predicts: plans of many sizes, types, layouts and formats, each measured.
 
-    python benchmarks/predict.py --model samples/llama --scores llama.acip --text samples/text/evaluation.txt
+    python -m benchmarks.predict --model samples/llama --scores llama.acip --text samples/text/evaluation.txt
 
 Every plan is materialized, and the loss of its bundle, rounded as the export has it, is measured on text that neither
 ranking nor planning saw. (The runtimes give the same perplexity as the rounded bundle to four digits: ``make demo``.)

@@ -1,6 +1,6 @@
 """Our plans against presets and against ranks at one type: perplexity in the runtime at equal file sizes.
 
-    python benchmarks/presets.py [--quick] [--model samples/llama samples/qwen3] [--only gguf]
+    python -m benchmarks.presets [--quick] [--model samples/llama samples/qwen3] [--only gguf]
 
 For every model and format, series of exports, measured in llama.cpp or onnxruntime on text that neither training
 nor ranking saw:

@@ -1,6 +1,6 @@
 """Whether onnxruntime-qnn takes a ``--backend qnn-friendly`` graph as a whole: its HTP backend, emulated here.
 
-    pip install 'acip-export[qnn]' && python benchmarks/qnn.py
+    pip install 'acip-export[qnn]' && python -m benchmarks.qnn
 
 Random two-layer models; falling back to the processor is forbidden, so a session that opens is entirely Qualcomm's.
 Logits are compared with onnxruntime's own processor kernels. No neural processor is involved, so there are no times.

@@ -1,6 +1,6 @@
 """Random models of real shapes, for measurements that do not depend on what the numbers are.
 
-    python benchmarks/random_model.py 1b DIRECTORY
+    python -m benchmarks.random_model 1b DIRECTORY
 
 bfloat16 weights and a byte-level BPE tokenizer of real size: its merges join random pairs, as many and about as long as
 a trained one's. Written tensor by tensor; a model of a billion parameters takes 2.2 GB of disk and little memory.
@@ -114,7 +114,7 @@ def write_random_model(directory: Path, shape: dict[str, Any], context: int = 40
             weight = torch.ones(extents)
             if len(extents) == 2:
                 weight = torch.randn(extents, generator=generator) / extents[1] ** 0.5
-            writer.write(name, memoryview(weight.bfloat16().view(torch.int16).numpy()).cast("B"))
+            writer.write(name, weight.bfloat16().view(torch.int16).numpy().data.cast("B"))
     return Checkpoint.open(directory)
 
 

@@ -1,6 +1,6 @@
 """Peak memory and time of a training-free ranking over the number of layers, each in a process of its own.
 
-    python benchmarks/rank_memory.py [--layers 8 16 32] [--hidden 256] [--intermediate 704] [--scratch DIRECTORY]
+    python -m benchmarks.rank_memory [--layers 8 16 32] [--hidden 256] [--intermediate 704] [--scratch DIRECTORY]
 
 Random weights of one width; writes benchmarks/rank_memory.json. The peak may grow by the weights, which become pairs of
 factors in the end (up to twice the bytes of a square matrix), and by nothing else.
@@ -20,9 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from random_model import write_random_model
-
 from acip_export.model.checkpoint import Checkpoint
+from benchmarks.random_model import write_random_model
 
 RESULTS = Path(__file__).with_suffix(".json")
 TOKENS, CURVE_TOKENS = 2048, 512

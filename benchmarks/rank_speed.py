@@ -1,6 +1,6 @@
 """Time per step and peak memory of a ranking run, against a straightforward implementation of the paper's.
 
-    python benchmarks/rank_speed.py                    writes benchmarks/rank_speed.json
+    python -m benchmarks.rank_speed                    writes benchmarks/rank_speed.json
 
 Both rank the same random bfloat16 Llama on the same windows with the paper's settings (plain SVD basis, cross-entropy,
 masks start at one), with learning rate and penalty raised so that the run from ratio 1 to 0.4 is short. Then come as
@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from acip_export.ranking.load import fast_bfloat16
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 640,
     "intermediate_size": 1728,
@@ -53,7 +53,13 @@ SHAPE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-SETTINGS = {"learning_rate": 4e-3, "penalty": 1e-2, "penalty_growth": 1.2, "stop_ratio": 0.4, "batch": 4}
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 4e-3,
+    "penalty": 1e-2,
+    "penalty_growth": 1.2,
+    "stop_ratio": 0.4,
+    "batch": 4,
+}
 RUNS = ("plain", "float32", "bfloat16")
 BANDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 CONTEXT = 256
@@ -180,6 +186,7 @@ def run_ours(model_path: Path, windows: Tensor, most: int) -> Iterator[Steps]:
     layers, losses = {}, {}
     for name in checkpoint.linear_modules:
         dense = model.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
         parts = components(dense.weight, None, None)
         layers[name] = MaskedLinear(parts, dense, config.mask_scale, AdapterShape(32, 16.0, 0.05))
         losses[name] = 0.5 * parts.singular.double().numpy() ** 2
@@ -284,7 +291,7 @@ def main() -> None:
         measured = take_turns(
             {
                 which: subprocess.Popen(
-                    [sys.executable, __file__, "--measure", which, *shared],
+                    [sys.executable, "-m", "benchmarks.rank_speed", "--measure", which, *shared],
                     env=environment,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,

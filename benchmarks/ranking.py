@@ -1,9 +1,9 @@
 """Quality of every ranking at every size: perplexity on text that no ranking has seen, the same bytes for all.
 
-    python benchmarks/ranking.py                         what is missing in benchmarks/ranking.json, then the table
-    python benchmarks/ranking.py --only kfac acip --seeds 0 1 --again
-    python benchmarks/ranking.py --model samples/qwen3   another model's entries
-    python benchmarks/ranking.py --table                 the table alone
+    python -m benchmarks.ranking                         what is missing in benchmarks/ranking.json, then the table
+    python -m benchmarks.ranking --only kfac acip --seeds 0 1 --again
+    python -m benchmarks.ranking --model samples/qwen3   another model's entries
+    python -m benchmarks.ranking --table                 the table alone
 
 A size is a share of the bytes of the whole model in its stored dtype, embeddings included; only linear layers shrink,
 factor pairs in the same dtype, so a byte ratio b of a model whose linear layers hold the share s of its bytes is the

@@ -2,7 +2,7 @@
 (acip_export/materialization/refit.py),
 and what low-rank corrections of a quantized base gain (acip_export/materialization/residual.py).
 
-    python benchmarks/refit.py --model samples/llama --scores llama.acip
+    python -m benchmarks.refit --model samples/llama --scores llama.acip
 
 Writes benchmarks/refit.json. Sums over the modules of the chosen layers; every figure is the loss of rounding over that
 of the same pair rounded as the ranking has it (for corrections: over that of the base alone).
@@ -73,7 +73,8 @@ def main() -> None:
     for name, module in scores.modules.items():
         if not any(f".{layer}." in name for layer in args.layers):
             continue
-        weight, norm = checkpoint.read(f"{name}.weight").float(), Norm.of(module, scores.second_moments)
+        weight = checkpoint.read(f"{name}.weight").float()
+        norm = Norm.of(module, scores.second_moments, weight)
         whitenings = Whitening.of(norm.inputs), Whitening.of(norm.gradients)
         basis, inputs = whitened_components(weight, *whitenings), InputMoments(torch.from_numpy(module.input_moment))
         for case in PAIRS:

@@ -1,6 +1,6 @@
 """Whether layers that share their input gain from one first factor that makes all their ranks (ONNX, int4, level 4).
 
-    python benchmarks/stacked.py
+    python -m benchmarks.stacked
 
 q, k and v of a layer read the same vector, and so do gate and up. Three graphs of each group take turns in onnxruntime:
 dense (one MatMulNBits a layer), pairs (two each), stacked (one MatMulNBits for all ranks, Split, the second factors).

@@ -1,7 +1,7 @@
 """What ``make demo`` runs: rank the sample model once, export it at three budgets in both formats, run every export.
 
-    python samples/demo.py                      prints the table
-    python samples/demo.py --update-readme      also writes benchmarks/demo.json and the table in README.md
+    python -m samples.demo                      prints the table
+    python -m samples.demo --update-readme      also writes benchmarks/demo.json and the table in README.md
 
 The score file is kept in .demo/, so that a second run shows what a new size costs: planning, writing, verifying.
 """
@@ -106,6 +106,7 @@ def figures(report: Report) -> dict[str, Any]:
     first = report.runtimes[0]
     assert first.perplexity is not None
     assert report.dense_perplexity is not None
+    assert first.speed is not None
     return {
         "export": f"{report.format}, {report.layout}",
         "runtime": first.runtime,

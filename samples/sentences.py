@@ -1,6 +1,6 @@
 """Sentences for encoders: the English of Python's own documentation strings, one sentence a line.
 
-    python samples/sentences.py --out .sentences
+    python -m samples.sentences --out .sentences
 
 Writes ``calibration.txt`` and ``evaluation.txt``. Files are split by the hash of their path, as in ``corpus.py``, so
 both parts are disjoint; a sentence that occurs in both is left out of the evaluation.

@@ -1,6 +1,6 @@
 """Train a sample model from the source text of Python's own library.
 
-    python samples/train.py --arch llama --out samples/llama
+    python -m samples.train --arch llama --out samples/llama
 
 The models that this repository ships were made by exactly this script; their ``training.json`` records the run. A run
 takes about half an hour on two cores and a few minutes on a GPU. The script ends with the check that makes a sample
@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import corpus
 import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
+
+from samples.corpus import read_corpus
 
 CONTEXT = 512
 VOCABULARY = 2048
@@ -118,7 +119,7 @@ def perplexity(model: nn.Module, ids: Tensor, context: int = CONTEXT) -> float:
 def train(model: PreTrainedModel, ids: Tensor, held_out: Tensor, args: argparse.Namespace) -> list[dict[str, float]]:
     """Muon for the matrices, AdamW for embeddings and norms; constant rate for half the run, then linear to 3 %."""
     device = torch.device(args.device)
-    model.to(device)
+    nn.Module.to(model, device)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
@@ -194,7 +195,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    texts = corpus.read_corpus()
+    texts = read_corpus()
     tokenizer = train_tokenizer(args.arch, texts.train)
     ids = pack(tokenizer, texts.train)
     held_out = pack(tokenizer, texts.evaluation)
@@ -204,7 +205,7 @@ def main() -> None:
     )
     log = train(model, ids, held_out, args)
 
-    model.to("cpu").to(torch.bfloat16)
+    nn.Module.to(model, "cpu", torch.bfloat16)
     reloaded = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     reloaded.load_state_dict(model.state_dict())
     figures = assert_compressible(reloaded, held_out)

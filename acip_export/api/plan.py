@@ -54,11 +54,36 @@ def planning_problem(
         UsageError, UnsupportedError: the model cannot be exported with these types.
         MissingExtraError: a package that the prediction of files needs is not installed.
     """
-    space = question.spaces[0]
+    space = possible_with(scores, question)[0].spaces[0]
     checkpoint = checkpoint.with_options(space.options)
     _prepare(checkpoint, space.format, question.rule, progress)
     errors = rounding_errors(checkpoint, scores, space, progress)
     return Problem.of(checkpoint, scores, space, errors)
+
+
+def possible_with(scores: ScoreFile, question: Question) -> tuple[Question, tuple[str, ...]]:
+    """Leave pairs and corrections out of a question where the score file has nothing to make them from.
+
+    Returns:
+        The question, and what the user has to know about it, a sentence each.
+
+    Raises:
+        UsageError: its layout is made of them.
+    """
+    if not scores.slim:
+        return question, ()
+    spaces = [space for space in question.spaces if space.layout.low_rank is None and not space.layout.residual_pairs]
+    if not spaces:
+        space = question.spaces[0]
+        plain = [layout.name for layout in space.format.layouts if layout.low_rank is None]
+        if plain:
+            raise UsageError(
+                f"layout {space.layout.name} is made of factor pairs, and the score file is slim: it has no second "
+                f"moments to make them from.\nMake one that has:  {scores.whole_again}\nor use  --layout {plain[0]}"
+            )
+        spaces = [replace(space, layout=replace(space.layout, low_rank=None, residual_pairs=()))]
+    note = f"no factor pairs: the score file is slim; {scores.whole_again}  makes one that can make them"
+    return replace(question, spaces=tuple(spaces)), (note,) if spaces != list(question.spaces) else ()
 
 
 def plan_export(
@@ -75,11 +100,11 @@ def plan_export(
             would be larger than ``request.largest_file``.
     """
     request, said = settle_rounding(scores, request)
-    question = resolve(request, checkpoint)
+    question, limits = possible_with(scores, resolve(request, checkpoint))
     budget, rule = question.budget, question.rule
     checkpoint = checkpoint.with_options(request.options)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
-    notes = (*said, *_prepare(checkpoint, question.spaces[0].format, rule, progress))
+    notes = (*said, *limits, *_prepare(checkpoint, question.spaces[0].format, rule, progress))
 
     def problem_of(space: SearchSpace) -> Problem:
         if space.format.tensor_limit(space.options):  # one that is too small is refused before anything is measured
@@ -163,7 +188,7 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
 
 def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> int:
     """Return the smallest budget of the default layout, which needs no rounding errors."""
-    question = resolve(request, checkpoint)
+    question, _ = possible_with(scores, resolve(request, checkpoint))
     problem = Problem.of(checkpoint, scores, question.spaces[0])
     return problem.floor(question.scope, question.rule.serving(question.budget, problem.memory)).nbytes
 

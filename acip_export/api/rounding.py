@@ -43,6 +43,8 @@ def settle_rounding(scores: ScoreFile, request: PlanRequest) -> tuple[PlanReques
     hindrance: str | None = None
     if not any(module.input_key for module in scores.modules.values()):
         hindrance = "the score file has no second moments of the layers' inputs"
+        if scores.slim:
+            hindrance += f" ({scores.whole_again}  makes one that has)"
     elif "imatrix" in request.options:
         hindrance = "second moments and importance matrix would be of different texts"
     if request.rounding == "nearest" or hindrance is None:

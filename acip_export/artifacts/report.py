@@ -117,8 +117,29 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class TokenDifference:
+    """A string that a runtime cuts into other tokens than transformers."""
+
+    text: str
+    expected: tuple[Count, ...]
+    found: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How a runtime's tokenizer compares with transformers' on ``texts`` strings; ``different``: all that differ."""
+
+    texts: Count
+    different: tuple[TokenDifference, ...]
+
+
+@dataclass(frozen=True)
 class RuntimeReport:
-    """One runtime's figures. ``perplexity`` and ``divergence`` only where text was given, of the first runtime."""
+    """One runtime's figures. ``perplexity`` and ``divergence`` only where text was given, of the first runtime.
+
+    Attributes:
+        tokens: ``None`` where the runtime reads token ids, and of encoders.
+    """
 
     runtime: str
     load_seconds: NotNegative | None
@@ -127,6 +148,7 @@ class RuntimeReport:
     divergence: Divergence | None
     memory: MemoryReport | None
     speed: Speed | None
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,6 +29,7 @@ from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, read_safetensors_header
 from acip_export.io.inputs import Count, Finite, Positive, Share, builtins, convert, decode_strictly, read_only
 from acip_export.io.outputs import claim_output, safetensors_kind
+from acip_export.lowrank.moments import PackedMoment
 from acip_export.lowrank.order import GlobalOrder
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.task import LOSS_UNITS, Task
@@ -167,8 +169,10 @@ class ScoreFile:
         modules: by Hugging Face module name.
         embedding_sensitivity: as :attr:`ModuleScores.sensitivity`, for the embedding and, if it is untied, the head,
             by tensor name.
-        second_moments: upper triangles (``np.triu_indices`` order) of full second moments, by key; of a file, read
-            when asked for.
+        second_moments: full ones, packed, by key; of a file, read when asked for. Of a module with more outputs than
+            inputs the output gradients' is :func:`acip_export.lowrank.moments.projected`. The keys of embedding and
+            head are their tensors' names: see :meth:`moment_key`.
+        slim: second moments were measured and left out.
         sha256: identifies the file: over its header, every tensor but the second moments, and the first 4 KiB of each
             of those.
         file: that it was read from.
@@ -184,7 +188,8 @@ class ScoreFile:
     curve: tuple[CurvePoint, ...]
     modules: Mapping[str, ModuleScores]
     embedding_sensitivity: Mapping[str, float]
-    second_moments: Mapping[str, FloatArray]
+    second_moments: Mapping[str, PackedMoment]
+    slim: bool = False
     sha256: str = ""
     file: Path | None = field(default=None, compare=False)
     rounding_errors: dict[str, RoundingErrors] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -203,6 +208,16 @@ class ScoreFile:
         """What every loss in the file is counted in."""
         return LOSS_UNITS[self.task]
 
+    def without_moments(self) -> ScoreFile:
+        """Return what is left for planning types: a hundredth of the model's bytes."""
+        modules = {name: replace(module, input_key="", gradient_key="") for name, module in self.modules.items()}
+        return replace(self, modules=read_only(modules), second_moments={}, slim=True, sha256="", file=None)
+
+    @property
+    def whole_again(self) -> str:
+        """The command that makes what a slim score file leaves out."""
+        return f"acip-export rank . --data {self.data.source} --algorithm {self.ranked_by.name}"
+
     @cached_property
     def global_order(self) -> GlobalOrder:
         """All components of all modules, from least to most important."""
@@ -210,6 +225,17 @@ class ScoreFile:
             {name: module.scores for name, module in self.modules.items()},
             {name: module.shape for name, module in self.modules.items()},
         )
+
+    def moment_key(self, tensor: str) -> str:
+        """Name the second moment that an error in a row of a weight costs by: of its inputs; empty: not known.
+
+        Rows of an embedding are not multiplied but read: theirs is of the gradients that come back to them, plus,
+        where the head is tied, the head's inputs times the variance of the labels that a row predicts.
+        """
+        module = self.modules.get(tensor.removesuffix(".weight"))
+        if module is not None:
+            return module.input_key
+        return tensor if tensor in self.embedding_sensitivity and tensor in self.second_moments else ""
 
     def ranks_at(self, ratio: float) -> dict[str, int]:
         """See :meth:`GlobalOrder.ranks_at`."""
@@ -238,7 +264,9 @@ class ScoreFile:
 
 _MOMENT, _EMBEDDING = "second_moment/", "/embedding_sensitivity"
 _MOMENT_SAMPLE = 4096
-_VECTORS = ("scores", "drop_loss", "up_sensitivity", "down_sensitivity")
+_ROWS, _CODES = "/rows", "/codes"
+# Predictions, which are right to a few per cent at best, have three digits; scores, an order, have all.
+_VECTORS = {"scores": "F32", "drop_loss": "BF16", "up_sensitivity": "BF16", "down_sensitivity": "BF16"}
 _T = TypeVar("_T")
 _Curve = Annotated[tuple[CurvePoint, ...], Meta(min_length=1)]
 
@@ -254,11 +282,12 @@ class ModuleEntry:
 
 
 class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The header's strings; all but the first three are JSON."""
+    """The header's strings; all but the first four are JSON."""
 
     artifact: str
     version: str
     task: Task
+    moments: Literal["packed", "left out"]
     model: str
     algorithm: str
     data: str
@@ -267,10 +296,29 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     modules: str
 
 
+def rounded(vector: FloatArray) -> FloatArray:
+    """Round to the three digits that a score file has of predicted losses."""
+    return _widened(_shortened(vector))
+
+
+def _shortened(vector: FloatArray) -> npt.NDArray[np.uint16]:
+    bits = np.ascontiguousarray(vector, "<f4").view("<u4")
+    short: npt.NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return short
+
+
+def _widened(short: npt.NDArray[np.uint16]) -> FloatArray:
+    return (short.astype("<u4") << 16).view("<f4")
+
+
 def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
     """Write atomically; raises UsageError as :func:`acip_export.io.outputs.claim_output`."""
-    tensors: dict[str, FloatArray] = {}
+    tensors: dict[str, tuple[str, FloatArray]] = {}
     layout: dict[str, ModuleEntry] = {}
+
+    def put(name: str, vector: FloatArray, dtype: str = "F32") -> None:
+        tensors[name] = dtype, vector
+
     for name, module in scores.modules.items():
         adapters = module.adapter_a is not None and module.adapter_b is not None
         layout[name] = ModuleEntry(
@@ -279,20 +327,21 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
             gradient=module.gradient_key,
             adapter_scaling=module.adapter_scaling if adapters else None,
         )
-        for vector in _VECTORS:
-            tensors[f"{name}/singular/{vector}"] = getattr(module, vector)
-        tensors[f"{name}/sensitivity"] = np.array([module.sensitivity], np.float32)
-        tensors[f"{name}/input_moment"] = module.input_moment
-        tensors[f"{name}/gradient_moment"] = module.gradient_moment
+        for vector, dtype in _VECTORS.items():
+            put(f"{name}/singular/{vector}", getattr(module, vector), dtype)
+        put(f"{name}/sensitivity", np.array([module.sensitivity], np.float32))
+        put(f"{name}/input_moment", module.input_moment)
+        put(f"{name}/gradient_moment", module.gradient_moment)
         if module.adapter_a is not None and module.adapter_b is not None:
-            tensors[f"{name}/adapter/a"] = module.adapter_a
-            tensors[f"{name}/adapter/b"] = module.adapter_b
+            put(f"{name}/adapter/a", module.adapter_a)
+            put(f"{name}/adapter/b", module.adapter_b)
     for name, sensitivity in scores.embedding_sensitivity.items():
-        tensors[f"{name}{_EMBEDDING}"] = np.array([sensitivity], np.float32)
+        put(f"{name}{_EMBEDDING}", np.array([sensitivity], np.float32))
     metadata = {
         "artifact": SCORES.artifact,
         "version": str(SCORES.version),
         "task": scores.task,
+        "moments": "left out" if scores.slim else "packed",
         "model": json.dumps(builtins(scores.model)),
         "algorithm": json.dumps(builtins(scores.algorithm)),
         "data": json.dumps(builtins(scores.data)),
@@ -304,14 +353,20 @@ def save_scores(scores: ScoreFile, file: Path, force: bool = False) -> None:
     }
     with claim_output(file, SCORES_KIND, force).new_file() as temporary:
         # The library's writer puts the metadata in random order; equal scores are to give equal files.
-        declared = {name: ("F32", value.shape) for name, value in tensors.items()}
+        declared = {name: (dtype, value.shape) for name, (dtype, value) in tensors.items()}
         # One second moment is in memory at a time: of a large model they are gigabytes.
-        declared |= {f"{_MOMENT}{key}": ("F32", triangle.shape) for key, triangle in scores.second_moments.items()}
+        for key in scores.second_moments:
+            packed = scores.second_moments[key]
+            declared[f"{_MOMENT}{key}{_ROWS}"] = "F32", (3, packed.size)
+            declared[f"{_MOMENT}{key}{_CODES}"] = "U8", packed.codes.shape
         with SafetensorsWriter(temporary, declared, metadata) as writer:
-            for name, value in tensors.items():
-                writer.write(name, np.ascontiguousarray(value, "<f4").tobytes())
-            for key, triangle in scores.second_moments.items():
-                writer.write(f"{_MOMENT}{key}", np.ascontiguousarray(triangle, "<f4").tobytes())
+            for name, (dtype, value) in tensors.items():
+                stored = _shortened(value) if dtype == "BF16" else np.ascontiguousarray(value, "<f4")
+                writer.write(name, stored.tobytes())
+            for key in scores.second_moments:
+                packed = scores.second_moments[key]
+                writer.write(f"{_MOMENT}{key}{_ROWS}", np.ascontiguousarray(packed.rows, "<f4").tobytes())
+                writer.write(f"{_MOMENT}{key}{_CODES}", packed.codes.tobytes())
 
 
 def load_scores(file: str | os.PathLike[str]) -> ScoreFile:
@@ -326,12 +381,11 @@ def load_scores(file: str | os.PathLike[str]) -> ScoreFile:
     known = SCORES.version if version == str(SCORES.version) else version
     check_header(Header(metadata.get("artifact"), known), SCORES, str(file), ScoreFileError)
     documents = convert(metadata, Metadata, f"{file}: metadata", ScoreFileError)
-    wrong = [name for name, entry in entries.items() if entry.dtype != "F32"]
-    if wrong:
-        raise ScoreFileError(f"{file}: {wrong[0]!r} is {entries[wrong[0]].dtype}, expected F32")
-    moments = _SecondMoments(
-        file, {name.removeprefix(_MOMENT): entry for name, entry in entries.items() if name.startswith(_MOMENT)}
-    )
+    for name, entry in entries.items():
+        expected = _dtype(name)
+        if entry.dtype != expected:
+            raise ScoreFileError(f"{file}: {name!r} is {entry.dtype}, expected {expected}")
+    moments = _SecondMoments(file, {name: entry for name, entry in entries.items() if name.startswith(_MOMENT)})
     tensors = {name: _read(file, name, entry) for name, entry in entries.items() if not name.startswith(_MOMENT)}
 
     def document(name: str, kind: type[_T]) -> _T:
@@ -359,37 +413,74 @@ def load_scores(file: str | os.PathLike[str]) -> ScoreFile:
             }
         ),
         second_moments=moments,
+        slim=documents.moments == "left out",
         sha256=_identity(file, entries, tensors),
         file=file,
     )
     _ = scores.ranked_by
+    if scores.slim and len(moments):
+        raise ScoreFileError(f"{file} leaves second moments out, and has {next(iter(moments))!r}; rank again")
     return scores
 
 
-class _SecondMoments(Mapping[str, FloatArray]):
-    """Second moments, read and checked when asked for: of a large model they are gigabytes, and plans need none."""
+class _SecondMoments(Mapping[str, PackedMoment]):
+    """Second moments, read and checked when asked for: of a large model they are gigabytes, and plans need none.
+
+    Attributes:
+        sizes: rows of each, by key.
+    """
 
     def __init__(self, file: Path, entries: Mapping[str, HeaderEntry]) -> None:
-        self._file, self.entries = file, entries
+        self._file, self._entries = file, entries
+        keys = [name.removeprefix(_MOMENT).removesuffix(_ROWS) for name in entries if name.endswith(_ROWS)]
+        self.sizes: dict[str, int] = {}
+        for key in keys:
+            rows, codes = (entries.get(f"{_MOMENT}{key}{part}") for part in (_ROWS, _CODES))
+            if rows is None or len(rows.shape) != 2 or rows.shape[0] != 3 or rows.shape[1] == 0:
+                shape = None if rows is None else rows.shape
+                raise ScoreFileError(f"{file}: the second moment {key!r} has rows of shape {shape}, expected (3, n)")
+            if codes is None or len(codes.shape) != 1:
+                raise ScoreFileError(f"{file}: the second moment {key!r} has no list of codes")
+            self.sizes[key] = rows.shape[1]
+        if len(entries) != 2 * len(self.sizes):
+            raise ScoreFileError(f"{file}: it has codes of second moments without their rows; rank again")
 
-    def __getitem__(self, key: str) -> FloatArray:
-        return _read(self._file, _MOMENT + key, self.entries[key])
+    def __getitem__(self, key: str) -> PackedMoment:
+        rows, codes = (_read(self._file, name, self._entries[name]) for name in self._names(key))
+        packed = PackedMoment.of(rows, codes.view(np.uint8))
+        packed.check(f"{self._file}: the second moment {key!r}")
+        return packed
 
     def __contains__(self, key: object) -> bool:
-        return key in self.entries  # Mapping's own would read the tensor
+        return key in self.sizes  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        return iter(self.sizes)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.sizes)
+
+    @staticmethod
+    def _names(key: str) -> tuple[str, str]:
+        return f"{_MOMENT}{key}{_ROWS}", f"{_MOMENT}{key}{_CODES}"
 
 
-def _read(file: Path, name: str, entry: HeaderEntry) -> FloatArray:
+def _dtype(name: str) -> str:
+    """The only dtype that a tensor of this name may have."""
+    if name.startswith(_MOMENT):
+        return "U8" if name.endswith(_CODES) else "F32"
+    _, singular, vector = name.rpartition("/singular/")
+    return _VECTORS.get(vector, "F32") if singular else "F32"
+
+
+def _read(file: Path, name: str, entry: HeaderEntry) -> npt.NDArray[Any]:
+    stored = {"F32": "<f4", "BF16": "<u2", "U8": "u1"}[entry.dtype]
     try:
-        values = np.fromfile(file, "<f4", entry.nbytes // 4, offset=entry.offset).reshape(entry.shape)
+        values = np.fromfile(file, stored, prod(entry.shape), offset=entry.offset).reshape(entry.shape)
     except (OSError, ValueError) as reason:
         raise ScoreFileError(f"{file}: {name!r} cannot be read: {reason}") from reason
+    if entry.dtype == "BF16":
+        values = _widened(values)
     if not np.isfinite(values).all():
         raise ScoreFileError(f"{file}: {name!r} holds NaN or infinity; rank again")
     return values
@@ -435,11 +526,11 @@ def _module(
     if adapter_a is not None and (adapter_a.ndim != 2 or adapter_a.size == 0):
         raise ScoreFileError(f"{file}: {name}/adapter/a has shape {adapter_a.shape}, expected (rank, {inputs})")
     rank = 0 if adapter_a is None else len(adapter_a)
-    for key, width in ((entry.input, inputs), (entry.gradient, out)):
+    for key, width in ((entry.input, inputs), (entry.gradient, min(out, inputs))):
         if key and key not in moments:
             raise ScoreFileError(f"{file}: the second moment {key!r} of {name!r} is missing")
-        if key and moments.entries[key].shape != (width * (width + 1) // 2,):
-            raise ScoreFileError(f"{file}: the second moment {key!r} is not the triangle of a {width} x {width} matrix")
+        if key and moments.sizes[key] != width:
+            raise ScoreFileError(f"{file}: the second moment {key!r} is of {moments.sizes[key]}, expected {width}")
     vectors = {vector: get(f"singular/{vector}", (units,)) for vector in _VECTORS}
     return ModuleScores(
         shape=(out, inputs),

@@ -62,6 +62,14 @@ def rank(
     ] = None,
     store_every: Annotated[int, typer.Option(help=f"Steps between the run states that are stored of {_LEARNED}.")] = 50,
     resume: Annotated[bool, typer.Option("--resume", help=f"Go on with an interrupted run of {_LEARNED}.")] = False,
+    slim: Annotated[
+        bool,
+        typer.Option(
+            "--slim",
+            help="Leave out second moments: types can be planned with the small file, but no factor pairs and no error "
+            "feedback.",
+        ),
+    ] = False,
     log_json: Annotated[Path | None, typer.Option(help="Append progress as JSON lines to this file.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Write progress for TensorBoard to this directory.")] = None,
     time: Annotated[
@@ -145,6 +153,7 @@ def rank(
                 recompute_activations=recompute_activations,
                 store_every=store_every,
                 cache=cache,
+                slim=slim,
                 force=force,
                 resume=resume,
                 progress=to_all(callbacks),

@@ -47,6 +47,10 @@ class RuntimeSession(ProbedSession, Protocol):
         """The ``count`` most likely tokens after ``prompt``; end-of-text does not stop it."""
         ...
 
+    def tokenize(self, text: str) -> list[int] | None:
+        """The runtime's own tokens of ``text``: special ones recognised, none added. ``None``: it has no tokenizer."""
+        ...
+
 
 class EncoderSession(ProbedSession, Protocol):
     """An opened export of an encoder."""

@@ -13,7 +13,6 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,13 +28,17 @@ class Whitening:
 
     Any root does, triangular or symmetric: they differ by a rotation, which the singular vectors take up, so that the
     components are the same. A Cholesky factor costs a thirtieth of an eigendecomposition, and no inverse.
+
+    Attributes:
+        identity: what the moment was made from, where there is such a thing: sums of products differ with the threads.
     """
 
     moment: Tensor
+    identity: bytes = b""
 
     @classmethod
-    def of(cls, moment: Tensor) -> Whitening:
-        return cls(moment)
+    def of(cls, moment: Tensor, identity: bytes = b"") -> Whitening:
+        return cls(moment, identity)
 
     @cached_property
     def lower(self) -> Tensor:
@@ -64,8 +67,8 @@ class Whitening:
 
     @cached_property
     def digest(self) -> bytes:
-        """Return the SHA-256 of the moment as the score file stores it."""
-        return hashlib.sha256(pack_moment(self.moment).tobytes()).digest()
+        """Return a SHA-256 that names the moment."""
+        return hashlib.sha256(self.identity or self.moment.cpu().contiguous().numpy().data).digest()
 
 
 @dataclass(frozen=True)
@@ -80,29 +83,6 @@ class Components:
     up: Tensor
     down: Tensor
     singular: Tensor
-
-
-def pack_moment(moment: Tensor) -> np.ndarray:
-    """Return the upper triangle of a symmetric (n, n) matrix as float32 (n*(n+1)/2,), row by row."""
-    size = moment.shape[0]
-    matrix, triangle = moment.cpu().numpy(), np.empty(size * (size + 1) // 2, np.float32)
-    begin = 0
-    for row in range(size):
-        triangle[begin : begin + size - row] = matrix[row, row:]
-        begin += size - row
-    return triangle
-
-
-def unpack_moment(triangle: np.ndarray, size: int) -> Tensor:
-    """Undo :func:`pack_moment`, in float64."""
-    full = np.empty((size, size))
-    begin = 0
-    for row in range(size):
-        part = triangle[begin : begin + size - row]
-        full[row, row:] = part
-        full[row:, row] = part
-        begin += size - row
-    return torch.from_numpy(full)
 
 
 def triangular_root(moment: Tensor) -> Tensor:
@@ -123,19 +103,13 @@ def triangular_root(moment: Tensor) -> Tensor:
     return root * root.diagonal().sign()
 
 
-def whitenings_of(
-    input_moment: Tensor | None, gradient_moment: Tensor | None
-) -> tuple[Whitening | None, Whitening | None]:
-    """Return the whitenings of inputs and gradients; ``None`` stands for the identity."""
-    return (
+def components(weight: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> Components:
+    """Factorize ``weight`` (out, in) in the basis given by the moments; ``None`` stands for the identity."""
+    return whitened_components(
+        weight,
         None if input_moment is None else Whitening.of(input_moment),
         None if gradient_moment is None else Whitening.of(gradient_moment),
     )
-
-
-def components(weight: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> Components:
-    """Factorize ``weight`` (out, in) in the basis given by the moments; ``None`` stands for the identity."""
-    return whitened_components(weight, *whitenings_of(input_moment, gradient_moment))
 
 
 def component_dtype(weight: Tensor) -> torch.dtype:

@@ -18,24 +18,28 @@ class ComponentLosses:
     down_sensitivity: Tensor
 
 
-def component_losses(basis: Components, inputs: Tensor, gradients: Tensor, rounding: float = 1.0) -> ComponentLosses:
+def component_losses(
+    basis: Components, inputs: Tensor, gradients: Tensor, rounding: float = 1.0, diagonal: Tensor | None = None
+) -> ComponentLosses:
     """Predict losses in any basis, (k,) float64 each, in nats per token.
 
     Dropping component k changes W by -up_k down_k^T: 1/2 (up_k^T G up_k)(down_k^T H down_k), which is half the squared
     singular value in the ``kfac`` basis. Rounding with a relative mean square error of one adds independent noise of
     variance up_ik^2 (or down_kj^2) to each entry, so that only the diagonal of G (or H) stays.
-    ``rounding`` corrects that estimate by what was measured on the whole weight.
+    ``rounding`` corrects that estimate by what was measured on the whole weight; ``diagonal`` is that of G where
+    ``gradients`` has it only nearly.
     """
+    diagonal = gradients.diagonal() if diagonal is None else diagonal
     up, down = basis.up.double(), basis.down.double()
     up_energy = ((gradients @ up) * up).sum(0)
     down_energy = ((down @ inputs) * down).sum(1)
     return ComponentLosses(
         drop=0.5 * up_energy * down_energy,
-        up_sensitivity=0.5 * rounding * (gradients.diagonal() @ up.square()) * down_energy,
+        up_sensitivity=0.5 * rounding * (diagonal @ up.square()) * down_energy,
         down_sensitivity=0.5 * rounding * up_energy * (down.square() @ inputs.diagonal()),
     )
 
 
 def dense_sensitivity(weight: Tensor, inputs: Tensor, gradients: Tensor) -> float:
-    """Predict the same for rounding the dense weight (out, in): 1/2 sum_ij G_ii H_jj W_ij^2."""
-    return 0.5 * float(gradients.diagonal() @ weight.double().square() @ inputs.diagonal())
+    """Predict the same for rounding the dense weight (out, in), from the diagonals: 1/2 sum_ij G_ii H_jj W_ij^2."""
+    return 0.5 * float(gradients @ weight.double().square() @ inputs)

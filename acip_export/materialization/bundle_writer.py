@@ -21,7 +21,7 @@ from acip_export.artifacts.names import (
 )
 from acip_export.artifacts.plan import Plan, TensorDecision, dumps_plan
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
-from acip_export.errors import CheckpointError, PlanFileError
+from acip_export.errors import CheckpointError, PlanFileError, ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter, sha256_of
 from acip_export.io.frozen import thawed
 from acip_export.io.outputs import claim_output, sizes_below
@@ -30,7 +30,12 @@ from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
 from acip_export.materialization.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
-from acip_export.materialization.feedback import FeedbackFactors, FeedbackWriter, matrices_with_feedback
+from acip_export.materialization.feedback import (
+    FeedbackFactors,
+    FeedbackWriter,
+    matrices_with_feedback,
+    second_moment,
+)
 from acip_export.materialization.refit import balanced, refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
@@ -84,7 +89,7 @@ def materialize_bundle(
         }
         with (
             SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer,
-            FeedbackWriter(directory / FEEDBACK_FILE, scores, matrices) as feedback_writer,
+            FeedbackWriter(directory / FEEDBACK_FILE, plan, matrices) as feedback_writer,
         ):
             made = one_ahead(
                 lambda decision: _numbers(
@@ -167,9 +172,15 @@ def _numbers(
     if not _finite(weight):
         raise CheckpointError(f"{checkpoint.path}: {decision.name} holds NaN or infinity")
     module = scores.modules.get(decision.module) if decision.name.endswith(".weight") else None
+    if decision.rank is not None and scores.slim:
+        raise ScoreFileError(
+            f"{decision.name} is to be factored, and the score file is slim: it has no second moments for that.\n"
+            f"Make one that has:  {scores.whole_again}"
+        )
     if decision.representation == "residual" and decision.rank is not None and module is not None:
         return _residual(
             plan.format,
+            weight,
             dense_weight(weight, module, plan.adapters).float(),
             module,
             scores,
@@ -184,11 +195,13 @@ def _numbers(
             raise PlanFileError(f"{decision.name} is to be factored, but was never ranked; plan again")
         if module is not None:
             importance[decision.name] = torch.from_numpy(module.input_moment)
+        elif decision.name in matrices:
+            importance[decision.name] = second_moment(scores, matrices[decision.name]).diagonal().float()
         return {decision.name: dense_weight(weight, module, plan.adapters)}
-    pair = factor_pair(weight, module, basis_moments(scores, module), decision.kept, plan.adapters, factors)
+    pair = factor_pair(weight, module, basis_moments(scores, module, weight), decision.kept, plan.adapters, factors)
     up, down = stored_tensors(decision.name, decision.shape, decision.rank)
     importance[down] = torch.from_numpy(module.input_moment)
-    norm = Norm.of(module, scores.second_moments)
+    norm = Norm.of(module, scores.second_moments, weight)
     formats = [weight_type(plan.format, name or "") for name in (decision.up_type, decision.down_type)]
     if round_trip is None or all(form.is_float for form in formats):
         importance[up] = inner_importance(pair.down, norm.inputs)
@@ -206,6 +219,7 @@ def _finite(weight: Tensor) -> bool:
 
 def _residual(
     file_format: str,
+    ranked: Tensor,
     weight: Tensor,
     module: ModuleScores,
     scores: ScoreFile,
@@ -218,7 +232,7 @@ def _residual(
     assert decision.rank is not None
     up, down = stored_tensors(decision.name, decision.shape, decision.rank)
     importance[decision.name] = importance[down] = torch.from_numpy(module.input_moment)
-    norm = Norm.of(module, scores.second_moments)
+    norm = Norm.of(module, scores.second_moments, ranked)
     whitenings = Whitening.of(norm.inputs), Whitening.of(norm.gradients)
     if round_trip is None:
         basis = whitened_components(weight, *whitenings)

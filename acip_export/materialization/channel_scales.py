@@ -17,7 +17,7 @@ from torch import Tensor
 
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import FloatArray, ModuleScores, ScoreFile
-from acip_export.lowrank.components import pack_moment, unpack_moment
+from acip_export.lowrank.moments import PackedMoment, is_projected
 from acip_export.model.architectures import architecture_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of
@@ -151,27 +151,26 @@ def _scaled_scores(
         module = replace(module, input_moment=module.input_moment / columns**2, input_key=key, adapter_a=a)
     if scaling.rows is not None:
         rows = scaling.rows
-        key = f"{module.gradient_key}, scaled for {name}" if module.gradient_key else ""
-        if key:
+        key = module.gradient_key
+        if key and not is_projected(module.shape):  # what is kept of those is the same
+            key = f"{key}, scaled for {name}"
             moments[key] = (module.gradient_key, rows)
         b = None if module.adapter_b is None else module.adapter_b / rows[:, None]
         module = replace(module, gradient_moment=module.gradient_moment * rows**2, gradient_key=key, adapter_b=b)
     return module
 
 
-class _ScaledMoments(Mapping[str, FloatArray]):
+class _ScaledMoments(Mapping[str, PackedMoment]):
     """Second moments, some of them scaled when they are asked for."""
 
-    def __init__(self, moments: Mapping[str, FloatArray], scaled: Mapping[str, tuple[str, FloatArray]]) -> None:
+    def __init__(self, moments: Mapping[str, PackedMoment], scaled: Mapping[str, tuple[str, FloatArray]]) -> None:
         self._moments, self._scaled = moments, scaled
 
-    def __getitem__(self, key: str) -> FloatArray:
+    def __getitem__(self, key: str) -> PackedMoment:
         if key not in self._scaled:
             return self._moments[key]
         stored, scales = self._scaled[key]
-        wide = torch.from_numpy(scales.astype(np.float64))
-        moment = unpack_moment(self._moments[stored], len(scales))
-        return pack_moment(moment * wide * wide[:, None])
+        return self._moments[stored].scaled(scales)
 
     def __iter__(self) -> Iterator[str]:
         return iter((*self._moments, *self._scaled))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from acip_export.artifacts.scores import FloatArray, ModuleScores, ScoreFile
 from acip_export.lowrank.cache import FactorCache
-from acip_export.lowrank.components import DAMPING, fold, unpack_moment, whitenings_of
+from acip_export.lowrank.components import DAMPING, Whitening, fold
+from acip_export.lowrank.moments import PackedMoment, is_projected, lifted
 
 
 @dataclass(frozen=True)
@@ -24,27 +25,39 @@ class Pair:
 
 @dataclass(frozen=True)
 class Moments:
-    """Full second moments of one module, float64; ``None`` is the identity."""
+    """Full second moments of one module; ``None`` is the identity."""
 
-    inputs: Tensor | None
-    gradients: Tensor | None
+    inputs: Whitening | None
+    gradients: Whitening | None
 
     @classmethod
-    def of(cls, module: ModuleScores, triangles: Mapping[str, FloatArray]) -> Moments:
-        out, inputs = module.shape
+    def of(cls, module: ModuleScores, packed: Mapping[str, PackedMoment], weight: Tensor) -> Moments:
+        """Unpack them; ``weight`` is the dense one, without adapters."""
         return cls(
-            unpack_moment(triangles[module.input_key], inputs) if module.input_key else None,
-            unpack_moment(triangles[module.gradient_key], out) if module.gradient_key else None,
+            unpacked(packed[module.input_key], module.input_key) if module.input_key else None,
+            _gradients(module, packed[module.gradient_key], weight) if module.gradient_key else None,
         )
 
 
-def basis_moments(scores: ScoreFile, module: ModuleScores) -> Moments:
+def unpacked(packed: PackedMoment, key: str) -> Whitening:
+    """Unpack a second moment; raises ScoreFileError where it overflows."""
+    return Whitening.of(packed.unpacked(f"the second moment {key!r}"), packed.digest)
+
+
+def _gradients(module: ModuleScores, packed: PackedMoment, weight: Tensor) -> Whitening:
+    found = unpacked(packed, module.gradient_key)
+    if not is_projected(module.shape):
+        return found
+    moment = lifted(found.moment, module.gradient_moment, weight)
+    return Whitening.of(moment, found.identity + module.gradient_moment.tobytes())
+
+
+def basis_moments(scores: ScoreFile, module: ModuleScores, weight: Tensor) -> Moments:
     """The moments that the score file's basis is made of (a plain SVD has none, whatever was measured)."""
-    moments = Moments.of(module, scores.second_moments)
-    return Moments(
-        moments.inputs if scores.basis in ("input", "kfac") else None,
-        moments.gradients if scores.basis == "kfac" else None,
-    )
+    if scores.basis == "svd":
+        return Moments(None, None)
+    moments = Moments.of(module, scores.second_moments, weight)
+    return moments if scores.basis == "kfac" else Moments(moments.inputs, None)
 
 
 def dense_weight(weight: Tensor, module: ModuleScores | None, adapters: bool) -> Tensor:
@@ -69,7 +82,7 @@ def factor_pair(
     Args:
         weight: (out, in). kept: ``[start, stop)`` ranges of components. cache: of factors made before.
     """
-    right, left = whitenings_of(moments.inputs, moments.gradients)
+    right, left = moments.inputs, moments.gradients
     basis = (cache or FactorCache(None)).components(weight, right, left)
     units = torch.cat([torch.arange(start, stop) for start, stop in kept])
     pair = Pair(basis.up[:, units], basis.down[units])
@@ -93,9 +106,10 @@ class Norm:
     gradients: Tensor
 
     @classmethod
-    def of(cls, module: ModuleScores, triangles: Mapping[str, FloatArray]) -> Norm:
-        moments = Moments.of(module, triangles)
-        return cls(_damped(moments.inputs, module.input_moment), _damped(moments.gradients, module.gradient_moment))
+    def of(cls, module: ModuleScores, packed: Mapping[str, PackedMoment], weight: Tensor) -> Norm:
+        """Unpack the moments; ``weight`` is the dense one, without adapters."""
+        gradients = _gradients(module, packed[module.gradient_key], weight) if module.gradient_key else None
+        return cls(input_norm(module, packed), _damped(gradients, module.gradient_moment))
 
     def loss(self, change: Tensor) -> float:
         """Of a change (out, in)."""
@@ -103,8 +117,14 @@ class Norm:
         return 0.5 * float(((self.gradients @ wide) * (wide @ self.inputs)).sum())
 
 
-def _damped(moment: Tensor | None, diagonal: FloatArray) -> Tensor:
-    full = torch.diag(torch.from_numpy(diagonal.astype(np.float64))) if moment is None else moment
+def input_norm(module: ModuleScores, packed: Mapping[str, PackedMoment]) -> Tensor:
+    """:attr:`Norm.inputs` alone."""
+    key = module.input_key
+    return _damped(unpacked(packed[key], key) if key else None, module.input_moment)
+
+
+def _damped(known: Whitening | None, diagonal: FloatArray) -> Tensor:
+    full = torch.diag(torch.from_numpy(diagonal.astype(np.float64))) if known is None else known.moment
     return full + DAMPING * full.diagonal().mean() * torch.eye(len(full), dtype=torch.float64)
 
 

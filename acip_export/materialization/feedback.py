@@ -9,16 +9,22 @@ from threading import Lock
 from types import TracebackType
 from typing import Self
 
-from acip_export.artifacts.bundle import FEEDBACK_PARTS, stored_formats
+from torch import Tensor
+
+from acip_export.artifacts.bundle import FEEDBACK_PARTS, stored_formats, stored_of
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.error_feedback import FeedbackFactor, feedback_factor
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
-from acip_export.lowrank.components import unpack_moment
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
 _KEPT = 4
+
+
+def second_moment(scores: ScoreFile, key: str) -> Tensor:
+    """Return a full second moment, (n, n) float64; raises ScoreFileError where it overflows."""
+    return scores.second_moments[key].unpacked(f"the second moment {key!r}")
 
 
 class FeedbackFactors:
@@ -33,15 +39,19 @@ class FeedbackFactors:
         """Return the factor of a module's input; ``None`` where only the moment's diagonal is known.
 
         Raises:
+            ScoreFileError: see :meth:`by_key`.
+        """
+        return self.by_key(module.input_key) if module.input_key else None
+
+    def by_key(self, key: str) -> FeedbackFactor:
+        """Return the factor of a second moment.
+
+        Raises:
             ScoreFileError: see :func:`acip_export.error_feedback.feedback_factor`.
         """
-        key = module.input_key
-        if not key:
-            return None
         with self._lock:
             if key not in self._kept:
-                moment = unpack_moment(self._scores.second_moments[key], module.shape[1])
-                self._kept[key] = feedback_factor(moment, repr(key))
+                self._kept[key] = feedback_factor(second_moment(self._scores, key), repr(key))
             self._kept.move_to_end(key)
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
@@ -61,14 +71,12 @@ def matrices_with_feedback(plan: Plan, scores: ScoreFile, feedback_types: Collec
     found: dict[str, str] = {}
     wanted = 0
     for decision in plan.tensors:
-        module = scores.modules.get(decision.module) if decision.name.endswith(".weight") else None
-        if module is None:
-            continue
+        key = scores.moment_key(decision.name)
         for name, form in stored_formats(decision).items():
             if form in feedback_types and name != f"{decision.module}.up.weight":
-                wanted += 1
-                if module.input_key:
-                    found[name] = module.input_key
+                wanted += decision.module in scores.modules
+                if key:
+                    found[name] = key
     if wanted and not found:
         raise ScoreFileError(
             "the plan rounds with error feedback, which needs second moments of the inputs, and the score file has "
@@ -84,13 +92,14 @@ class FeedbackWriter:
         sha256: of the file, when all is written; ``None``: there is no file.
     """
 
-    def __init__(self, file: Path, scores: ScoreFile, matrices: Mapping[str, str]) -> None:
-        self._scores, self._matrices = scores, matrices
+    def __init__(self, file: Path, plan: Plan, matrices: Mapping[str, str]) -> None:
+        self._matrices = matrices
         self._pending: dict[str, None] = dict.fromkeys(matrices.values())
         self._writer: SafetensorsWriter | None = None
         if not matrices:
             return
-        sizes = {module.input_key: module.shape[1] for module in scores.modules.values()}
+        stored = {name: shape for decision in plan.tensors for name, shape in stored_of(decision).items()}
+        sizes = {key: stored[name][1] for name, key in matrices.items()}
         declared: dict[str, tuple[str, tuple[int, ...]]] = {}
         for key in self._pending:
             size = sizes[key]
@@ -103,12 +112,21 @@ class FeedbackWriter:
         return None if self._writer is None else self._writer.sha256
 
     def write(self, decision: TensorDecision, factors: FeedbackFactors) -> None:
-        """Write the factor of a decision's input, if it is the first that needs it."""
+        """Write the factor of a decision's input, if it is the first that needs it.
+
+        Raises:
+            ScoreFileError: it is of another size.
+        """
         key = next((self._matrices[name] for name in stored_formats(decision) if name in self._matrices), None)
         if key is None or key not in self._pending:
             return
-        factor = factors.of(self._scores.modules[decision.module])
-        assert factor is not None and self._writer is not None
+        assert self._writer is not None
+        factor = factors.by_key(key)
+        if factor.size != decision.shape[1]:
+            raise ScoreFileError(
+                f"the second moment {key!r} is of {factor.size} columns, {decision.name} has {decision.shape[1]}; "
+                "rank again"
+            )
         del self._pending[key]
         for part in FEEDBACK_PARTS:
             self._writer.write(f"{key}/{part}", getattr(factor, part).tobytes())

@@ -13,8 +13,8 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.error_feedback import feedback_factor
 from acip_export.lowrank.components import Whitening, whitened_components
 from acip_export.lowrank.losses import component_losses
-from acip_export.materialization.factors import Norm, Pair
-from acip_export.materialization.feedback import FeedbackFactors
+from acip_export.materialization.factors import Norm, Pair, input_norm
+from acip_export.materialization.feedback import FeedbackFactors, second_moment
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
@@ -129,22 +129,27 @@ def _dense(
     rows = _rows(*weight.shape)
     sample = weight[rows].float()
     module = scores.modules.get(tensor.removesuffix(".weight"))
+    key = scores.moment_key(tensor)
     if module is None:
-        # The embedding, or an untied head: every row counts alike, and nothing is known about its columns.
-        scale = scores.embedding_sensitivity.get(tensor, 0.0) / max(float(sample.double().square().sum()), 1e-300)
-        for name in types:
-            change = (round_trip(sample, name, None) - sample).double()
-            yield name, scale * float(change.square().sum())
-        return
-    plain = InputMoments(torch.from_numpy(module.input_moment))
-    informed = plain if set(feedback_types).isdisjoint(types) else replace(plain, feedback=factors.of(module))
-    norm = Norm.of(module, scores.second_moments)
-    gradients = norm.gradients.diagonal()[rows]
-    energy = float(gradients @ sample.double().square() @ norm.inputs.diagonal())
+        # The embedding, or an untied head: every row counts alike.
+        sensitivity, plain, gradients = (
+            scores.embedding_sensitivity.get(tensor, 0.0),
+            None,
+            torch.ones(len(rows)).double(),
+        )
+        inputs = second_moment(scores, key) if key else torch.eye(weight.shape[1]).double()
+    else:
+        sensitivity, plain = module.sensitivity, InputMoments(torch.from_numpy(module.input_moment))
+        gradients = torch.from_numpy(module.gradient_moment).double()[rows]
+        inputs = input_norm(module, scores.second_moments)
+    informed = plain
+    if key and not set(feedback_types).isdisjoint(types):
+        informed = InputMoments(inputs.diagonal().float(), factors.by_key(key))
+    energy = float(gradients @ sample.double().square() @ inputs.diagonal())
     for name in types:
         change = (round_trip(sample, name, informed if name in feedback_types else plain) - sample).double()
-        loss = float(((gradients[:, None] * change) * (change @ norm.inputs)).sum())
-        yield name, module.sensitivity * loss / max(energy, 1e-300)
+        loss = float(((gradients[:, None] * change) * (change @ inputs)).sum())
+        yield name, sensitivity * loss / max(energy, 1e-300)
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ def _measured_ranks(full: int, up: WeightType) -> list[int]:
 
 def _cropped(weight: Tensor, module: ModuleScores, scores: ScoreFile) -> tuple[Tensor, Norm]:
     """Evenly spaced rows and columns of a large layer, with their moments."""
-    norm = Norm.of(module, scores.second_moments)
+    norm = Norm.of(module, scores.second_moments, weight)
     if max(weight.shape) <= 2 * _LARGEST_SIDE:
         return weight, norm
     rows, columns = ((torch.arange(min(n, _LARGEST_SIDE)) * n) // min(n, _LARGEST_SIDE) for n in weight.shape)

@@ -151,10 +151,11 @@ def factorize_model(
         weight = dense_weight(checkpoint, model, name)
         inputs, gradients = whitenings.moments(name)
         components = context.factors.components(weight, *whitenings.wanted(inputs, gradients))
-        estimate = dense_sensitivity(weight, inputs.moment, gradients.moment)
+        diagonal = torch.from_numpy(statistics.gradients.diagonal(statistics.gradient_keys[name])).double()
+        estimate = dense_sensitivity(weight, inputs.moment.diagonal(), diagonal)
         exact = statistics.sensitivity.get(name)
         rounding = 1.0 if exact is None else exact / estimate
-        losses = component_losses(components, inputs.moment, gradients.moment, rounding)
+        losses = component_losses(components, inputs.moment, gradients.moment, rounding, diagonal)
         return _Factors(components, losses, torch.tensor(estimate if exact is None else exact, dtype=torch.float64))
 
     owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
@@ -192,8 +193,8 @@ class _Whitenings:
         """Return those of inputs and output gradients, whatever the basis."""
         key = self.statistics.input_keys[name]
         # Two threads that come at the same time may both read it: that costs a read.
-        inputs = self._shared.setdefault(key, self._shared.get(key) or Whitening.of(self.statistics.input_of(name)))
-        return inputs, Whitening.of(self.statistics.gradient_of(name))
+        inputs = self._shared.setdefault(key, self._shared.get(key) or self.statistics.inputs.whitening(key))
+        return inputs, self.statistics.gradients.whitening(self.statistics.gradient_keys[name])
 
     def wanted(self, inputs: Whitening, gradients: Whitening) -> Whitenings:
         """Leave out what the basis makes no use of."""

@@ -16,17 +16,18 @@ from torch import nn
 from acip_export.artifacts.scores import (
     SCORES_KIND,
     CurvePoint,
-    FloatArray,
     ModuleScores,
     RankedModel,
     RankedOn,
     ScoreFile,
+    rounded,
     save_scores,
 )
 from acip_export.errors import UnsupportedError, UsageError
 from acip_export.io.atomic import remove_leftovers
 from acip_export.io.outputs import claim_output
 from acip_export.lowrank.cache import FactorCache
+from acip_export.lowrank.moments import PackedMoment
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.opening import check_checkpoint
 from acip_export.model.torch_model import transformers_config
@@ -72,6 +73,7 @@ def rank_model(
     resume: bool = False,
     store_every: int = 50,
     cache: Path | None = None,
+    slim: bool = False,
     seconds: float | None = None,
     memory: int | None = None,
     announce: Callable[[str], None] = logger.info,
@@ -90,6 +92,7 @@ def rank_model(
         out: where the score file is written, whole or not at all. While an algorithm learns, its state is stored
             beside it (``NAME.acip.run``) every ``store_every`` steps and when it is interrupted; ``resume`` goes on
             from there to the ranking that the whole run would have given.
+        slim: leave second moments out: see :meth:`ScoreFile.without_moments`.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
         seconds, memory: what the ranking may take; it uses fewer tokens, windows and steps to stay within them.
         announce: is told what the ranking takes before it starts, and what was changed to fit.
@@ -165,6 +168,8 @@ def rank_model(
             ranking = chosen.score(context, factorized)
             curve = measure_curve(context, factorized, ranking.scores)
         ranked = _score_file(context, statistics, factorized, chosen, ranking, curve)
+        if slim:
+            ranked = ranked.without_moments()
     if processes.is_main and out is not None:
         save_scores(ranked, out, force)
         run_file(out).unlink(missing_ok=True)
@@ -232,18 +237,18 @@ def _score_file(
             for name, shape in checkpoint.linear_modules.items()
         },
         embedding_sensitivity=statistics.embedding_sensitivity,
-        second_moments=_Triangles(statistics),
+        second_moments=_PackedMoments(statistics),
     )
 
 
-class _Triangles(Mapping[str, FloatArray]):
+class _PackedMoments(Mapping[str, PackedMoment]):
     """Read moments as the score file has them, one at a time."""
 
     def __init__(self, statistics: Statistics) -> None:
         self._places = {key: moments for moments in (statistics.inputs, statistics.gradients) for key in moments}
 
-    def __getitem__(self, key: str) -> FloatArray:
-        return self._places[key].triangle(key)
+    def __getitem__(self, key: str) -> PackedMoment:
+        return self._places[key].packed(key)
 
     def __contains__(self, key: object) -> bool:
         return key in self._places  # Mapping's own would read it
@@ -266,9 +271,9 @@ def _module_scores(
     return ModuleScores(
         shape=shape,
         scores=ranking.scores[name],
-        drop_loss=ranking.drop_losses[name].astype(np.float32),
-        up_sensitivity=losses.up_sensitivity.float().numpy(),
-        down_sensitivity=losses.down_sensitivity.float().numpy(),
+        drop_loss=rounded(ranking.drop_losses[name].astype(np.float32)),
+        up_sensitivity=rounded(losses.up_sensitivity.float().numpy()),
+        down_sensitivity=rounded(losses.down_sensitivity.float().numpy()),
         sensitivity=factorized.sensitivity[name],
         input_moment=statistics.inputs.diagonal(statistics.input_keys[name]),
         gradient_moment=statistics.gradients.diagonal(statistics.gradient_keys[name]),

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from acip_export.artifacts.scores import FloatArray
 from acip_export.io.scratch import Scratch
-from acip_export.lowrank.components import pack_moment, unpack_moment
+from acip_export.lowrank.components import Whitening
+from acip_export.lowrank.moments import PackedMoment, lifted, pack_gradients, pack_moment
 from acip_export.ranking.block_sweep import BlockSweep
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.load import embedding_names
@@ -45,7 +46,10 @@ class Statistics:
     """Hold what one pass over calibration text says about a model.
 
     Attributes:
-        inputs: (in, in) float64 by key, read when asked for; modules that read the same tensor share one.
+        inputs: (in, in) float64 by key, read when asked for; modules that read the same tensor share one. Under the
+            names of embedding and head, what an error in a row of them is weighed with: the second moment of the
+            gradients at the embedding's rows, or of the head's inputs times the variance of its labels; the sum of
+            both where they are tied.
         gradients: (out, out) float64 by key, read when asked for.
         input_keys, gradient_keys: by module.
         embedding_sensitivity: by tensor name: predicted loss, in the task's unit, of rounding the embedding or head
@@ -75,38 +79,59 @@ class StoredMoments(Mapping[str, Tensor]):
     """Hold second moments in a scratch file as the score file stores them, so that one of them is in memory at a time.
 
     Whoever factorizes from the score file finds the same components therefore.
+
+    Args:
+        weight_of: gives the weight whose output gradients a moment is of; ``None``: the moments are of inputs.
     """
 
-    def __init__(self, scratch: Scratch) -> None:
-        self._scratch = scratch
-        self._sizes: dict[str, int] = {}
+    def __init__(self, scratch: Scratch, weight_of: Callable[[str], Tensor] | None = None) -> None:
+        self._scratch, self._weight_of = scratch, weight_of
+        self._diagonals: dict[str, FloatArray] = {}
 
     def store(self, key: str, moment: Tensor) -> None:
-        """Keep the upper triangle of a symmetric matrix; the other one is not looked at."""
-        self._sizes[key] = len(moment)
-        self._scratch.write(key, pack_moment(moment))
+        """Keep a symmetric matrix, of which the upper triangle is looked at.
 
-    def triangle(self, key: str) -> FloatArray:
+        Raises:
+            ScoreFileError: see :func:`pack_moment`.
+        """
+        self._diagonals[key] = moment.diagonal().float().clamp_min(0).cpu().numpy()
+        name = f"the second moment {key!r}"
+        packed = (
+            pack_moment(moment, name) if self._weight_of is None else pack_gradients(moment, self._weight_of(key), name)
+        )
+        self._scratch.write(f"{key}/rows", packed.rows)
+        self._scratch.write(f"{key}/codes", packed.codes)
+
+    def packed(self, key: str) -> PackedMoment:
         """Read a moment as the score file has it."""
-        return cast("FloatArray", self._scratch.read(key))
+        rows, codes = self._scratch.read(f"{key}/rows"), self._scratch.read(f"{key}/codes")
+        return PackedMoment.of(cast("FloatArray", rows), codes.view(np.uint8))
 
     def diagonal(self, key: str) -> FloatArray:
-        """Read the diagonal alone."""
-        size = self._sizes[key]
-        diagonal: FloatArray = self.triangle(key)[np.cumsum([0, *range(size, 1, -1)])]
-        return diagonal
+        """Return the diagonal alone, exactly."""
+        return self._diagonals[key]
+
+    def whitening(self, key: str) -> Whitening:
+        """Read a moment."""
+        packed = self.packed(key)
+        moment, identity, diagonal = packed.unpacked(), packed.digest, self._diagonals[key]
+        if packed.size == len(diagonal):
+            return Whitening.of(moment, identity)
+        assert self._weight_of is not None
+        weight = self._weight_of(key)
+        return Whitening.of(lifted(moment, diagonal, weight), identity + diagonal.tobytes())
 
     def __getitem__(self, key: str) -> Tensor:
-        return unpack_moment(self.triangle(key), self._sizes[key])
+        return self.whitening(key).moment
 
     def __contains__(self, key: object) -> bool:
-        return key in self._sizes  # Mapping's own would read it
+        return key in self._diagonals  # Mapping's own would read it
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sizes)
+        return iter(self._diagonals)
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._diagonals)
 
 
 class _Moments:
@@ -134,19 +159,23 @@ class _Moments:
             shrink: share of what is off the diagonal that is taken away.
         """
         for key in list(self.sums):
-            mean = processes.sum(self.sums.pop(key)) / count
-            if shrink:
-                diagonal = mean.diagonal().clone()
-                mean.mul_(1 - shrink).diagonal().copy_(diagonal)
+            mean = self.mean(key, count, processes)
+            diagonal = mean.diagonal().clone()
+            mean.mul_(1 - shrink).diagonal().copy_(diagonal)
             moments.store(key, mean)
+
+    def mean(self, key: str, count: int, processes: Processes) -> Tensor:
+        """Return a mean over all processes, its upper triangle, and forget the sum."""
+        return processes.sum(self.sums.pop(key)) / count
 
 
 class _HeadMoments:
     """Measure what rounding the head costs, from its inputs and the variance of the model's own labels."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
+        self.name = name
         self.weight = model.get_parameter(f"{name}.weight").detach()
-        self.inputs = torch.zeros(self.weight.shape[1], dtype=torch.float64)
+        self.inputs = _Moments()
         self.logits = torch.zeros(self.weight.shape[0], dtype=torch.float64)
         self._seen: list[Tensor] = []
 
@@ -157,15 +186,14 @@ class _HeadMoments:
         # E[(p - onehot(y))^2] over the model's own labels is p (1 - p): no sampling needed here.
         by_logit = (probabilities - probabilities.square()).sum(0).double()
         self.logits += by_logit.cpu()
-        self.inputs += select(self._seen.pop()).double().square().sum(0).cpu()
+        self.inputs.add(self.name, select(self._seen.pop()))
 
-    def sum_over(self, processes: Processes) -> None:
-        self.inputs, self.logits = processes.sum(self.inputs), processes.sum(self.logits)
-
-    def loss(self, counted: int) -> float:
-        weight = whole(self.weight)
-        by_logit = [rows.double().cpu().square() @ (self.inputs / counted) for rows in weight.split(_STRIP)]  # type: ignore[no-untyped-call]
-        return 0.5 * float((self.logits / counted) @ torch.cat(by_logit))
+    def mean(self, counted: int, processes: Processes) -> tuple[Tensor, float]:
+        """Return the moment that an error of a row is weighed with, and :attr:`Statistics.embedding_sensitivity`."""
+        inputs, logits = self.inputs.mean(self.name, counted, processes), processes.sum(self.logits) / counted
+        diagonal = inputs.diagonal().double().cpu()
+        by_logit = [rows.double().cpu().square() @ diagonal for rows in whole(self.weight).split(_STRIP)]  # type: ignore[no-untyped-call]
+        return inputs * float(logits.sum()), 0.5 * float(logits @ torch.cat(by_logit))
 
 
 class _SharedInputs:
@@ -225,24 +253,30 @@ def collect_statistics(context: RankContext, samples: bool = False) -> Statistic
     windows, graded, device = context.windows, context.graded, next(context.model.parameters()).device
     if len(windows) - len(graded) < processes.count:
         windows = graded  # too few are left to go forward only
-    inputs, gradients = StoredMoments(Scratch(context.scratch)), StoredMoments(Scratch(context.scratch))
     kept = Samples(context.scratch) if samples else None
+    inputs = StoredMoments(Scratch(context.scratch))
+    gradients = StoredMoments(
+        Scratch(context.scratch), lambda key: checkpoint.read(f"{key.removesuffix('.gradient')}.weight")
+    )
     keys: dict[str, str] = {}
     embedding, head_name = embedding_names(model)
     head = None if head_name is None else _HeadMoments(model, head_name)
     tokens, counted = task.tokens(windows), task.counted(graded)
     shrink = _UNCORRELATED / (_UNCORRELATED + task.tokens(graded))
     sums = dict.fromkeys(["embedding", *checkpoint.linear_modules], 0.0)
+    rows = _Moments()
 
-    def start(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def start(module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
         leaf = output.detach().requires_grad_()
+        scale = float(getattr(module, "embed_scale", 1.0))  # Gemma 3 multiplies inside
 
         def count(gradient: Tensor) -> None:
             # Token-wise, so that frequent tokens count as often as they occur.
             weighted = leaf.detach().double().square() * gradient.double().square()
             sums["embedding"] += float(weighted.sum())
+            rows.add(embedding, gradient * scale)
 
         leaf.register_hook(count)  # type: ignore[no-untyped-call]
         return leaf
@@ -286,12 +320,15 @@ def collect_statistics(context: RankContext, samples: bool = False) -> Statistic
             handle.remove()
 
     sums = dict(zip(sums, processes.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
-    if head is not None:
-        head.sum_over(processes)
     sensitivity = {f"{embedding}.weight": 0.5 * sums.pop("embedding") / counted}
+    weighing = {f"{embedding}.weight": rows.mean(embedding, counted, processes)}
     if head is not None:
         head_tensor = f"{embedding}.weight" if checkpoint.shape.tied_embeddings else f"{head_name}.weight"
-        sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + head.loss(counted)
+        moment, loss = head.mean(counted, processes)
+        sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + loss
+        weighing[head_tensor] = weighing[head_tensor] + moment if head_tensor in weighing else moment
+    for tensor, moment in weighing.items():
+        inputs.store(tensor, moment)
     return Statistics(
         inputs=inputs,
         gradients=gradients,

@@ -98,6 +98,10 @@ def _agreement(runtime: RuntimeReport) -> Iterator[Row]:
     if agreement.greedy_tokens:
         equal = f"{agreement.greedy_equal} of {agreement.greedy_tokens}"
         yield Row("Greedy tokens as the bundle's", _NONE, equal, "before the first one that differs")
+    tokens = runtime.tokens
+    if tokens is not None:
+        same = f"{tokens.texts - len(tokens.different)} of {tokens.texts}"
+        yield Row("Strings with the tokens of transformers", _NONE, same, "plain text, scripts, blanks and signs")
 
 
 def _speed(runtime: RuntimeReport) -> Iterator[Row]:

@@ -41,6 +41,7 @@ from acip_export.verification.encoders import verify_encoder
 from acip_export.verification.metrics import compare_logits, compare_with_dense, finite, perplexity
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, ProcessFigures, measure_process
 from acip_export.verification.structure import check_structure
+from acip_export.verification.tokens import compare_tokens, plain_text_failures, token_notes
 from acip_export.version import __version__
 
 # Sampled by the reference itself: real text for the model, with no need for the user's.
@@ -208,7 +209,9 @@ def _run(
     failures = list[str]()
     for report in runtimes:
         failures += _check_agreement(written_as, plan, report) + _check_memory(plan, report)
-    notes = _notes(runtimes[0].memory, text, dense)
+        failures += plain_text_failures(report.runtime, report.tokens)
+    odd = [note for report in runtimes for note in token_notes(report.runtime, report.tokens)]
+    notes = (*_notes(runtimes[0].memory, text, dense), *odd)
     return _Found(tuple(failures), notes, runtimes, bundle_perplexity, dense_perplexity)
 
 
@@ -300,6 +303,7 @@ def _compare(
                 session.logits(sample.windows),
                 (sample.continuation, session.greedy(sample.prompt, len(sample.continuation))),
             )
+            tokens = compare_tokens(session, bundle.path)
             if text is not None and not reports:
                 own, dense_perplexity, divergence = _quality(session, text.windows, dense)
         uncounted = uncounted_bytes(written_as, plan, bundle.as_checkpoint(), session_class.runtime)
@@ -312,6 +316,7 @@ def _compare(
                 finite(divergence),
                 _memory_report(plan, measured.memory, uncounted),
                 measured.speed,
+                tokens,
             )
         )
     return tuple(reports), finite(dense_perplexity)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from acip_export.error_feedback import round_with_feedback
+from acip_export.error_feedback import ROWS_AT_ONCE, round_with_feedback
 from converters.gguf import ggml_library as ggml
 from converters.gguf.block_codes import BLOCK_CODES, blocks_of
 
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     import torch
 
     from acip_export.rounding import InputMoments
-
-# Of a matrix, at once: copies of it are in memory, in another order. A multiple of what a thread takes.
-_ROWS = 2048
 
 
 def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None) -> ggml.Bytes:
@@ -36,8 +33,8 @@ def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None
     matrix = weight.detach().reshape(-1, weight.shape[-1])
     rows = len(matrix)
     row_bytes = data.nbytes // max(rows, 1)
-    for start in range(0, rows, _ROWS):
-        some = np.ascontiguousarray(matrix[start : start + _ROWS].float().numpy())
+    for start in range(0, rows, ROWS_AT_ONCE):
+        some = np.ascontiguousarray(matrix[start : start + ROWS_AT_ONCE].float().numpy())
         blocks = blocks_of(data[start * row_bytes : (start + len(some)) * row_bytes], name)
         grid = known.grid(blocks, len(some))
         known.put(blocks, round_with_feedback(some, grid, inputs.feedback, ggml.processors()))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from acip_export.artifacts.bundle import stored_tensors
 from acip_export.artifacts.plan import TensorDecision
+from acip_export.error_feedback import ROWS_AT_ONCE
 from acip_export.errors import UnsupportedError
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
@@ -190,16 +191,16 @@ def rounded(weight: Tensor, form: WeightType, inputs: InputMoments) -> Tensor:
 
 
 def _quantized(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
-    """Yield rows of the quantized matrix: some at a time, or with error feedback all at once."""
+    """Yield rows of the quantized matrix, some at a time."""
     importance = None if inputs.importance is None else _floats(inputs.importance)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        slices = _slices(weight, weight.shape[1])
-        parts = pool.map(lambda rows: quantize(_floats(rows), form, importance), slices)
-        if inputs.feedback is None:
-            yield from parts
-            return
-        whole = joined(list(parts))
-    yield with_feedback(whole, _floats(weight), form, inputs.feedback)
+        for some in weight.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+            slices = _slices(some, some.shape[1])
+            parts = pool.map(lambda rows: quantize(_floats(rows), form, importance), slices)
+            if inputs.feedback is None:
+                yield from parts
+            else:
+                yield with_feedback(joined(list(parts)), _floats(some), form, inputs.feedback)
 
 
 def _slices(weight: Tensor, width: int) -> Iterator[Tensor]:

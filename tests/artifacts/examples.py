@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from acip_export.artifacts.bundle import Manifest
 from acip_export.artifacts.plan import (
@@ -18,6 +19,7 @@ from acip_export.artifacts.plan import (
 )
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import CurvePoint, ModuleScores, RankedModel, RankedOn, ScoreFile, save_scores
+from acip_export.lowrank.moments import pack_moment
 
 
 def _decided(draft: TensorDecision) -> TensorDecision:
@@ -127,7 +129,7 @@ def write_scores(file: Path) -> Path:
         curve=(CurvePoint(1.0, 3.0), CurvePoint(0.5, 4.0, 3.5)),
         modules={"model.layers.0.up": module},
         embedding_sensitivity={"model.embed_tokens.weight": 0.5},
-        second_moments={"in": np.ones(3, np.float32), "out": np.ones(6, np.float32)},
+        second_moments={key: pack_moment(torch.eye(2)) for key in ("in", "out")},
     )
     save_scores(scores, file)
     return file

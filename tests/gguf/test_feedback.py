@@ -119,7 +119,7 @@ def test_threads_and_rows_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> Non
     alone = quantize(weight, "q4_0", inputs)
     monkeypatch.setattr(ggml, "processors", lambda: 3)
     assert np.array_equal(quantize(weight, "q4_0", inputs), alone)
-    monkeypatch.setattr(rounding, "_ROWS", 512)
+    monkeypatch.setattr(rounding, "ROWS_AT_ONCE", 512)
     assert np.array_equal(quantize(weight, "q4_0", inputs), alone)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from acip_export.artifacts.bundle import Bundle, load_bundle
 from acip_export.artifacts.names import WEIGHTS_FILE
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.lowrank.components import pack_moment
+from acip_export.lowrank.moments import PackedMoment, pack_gradients, pack_moment
 from acip_export.materialization import materialize_bundle
 from acip_export.materialization.channel_scales import scale_channels
 from acip_export.materialization.factors import Norm
@@ -24,11 +24,11 @@ from tests.support import dense, everywhere, make_model, make_plan, make_scores
 IDS = torch.arange(40)[None]
 
 
-def uneven(scores: ScoreFile) -> ScoreFile:
+def uneven(checkpoint: Checkpoint, scores: ScoreFile) -> ScoreFile:
     """Inputs of very different sizes, the same for layers that read the same; full moments of all."""
     generator = np.random.default_rng(0)
     kinds: dict[tuple[str, int], np.ndarray] = {}
-    moments: dict[str, np.ndarray] = {}
+    moments: dict[str, PackedMoment] = {}
     modules = {}
     for name, module in scores.modules.items():
         block, _, inner = name.rpartition(".")
@@ -38,7 +38,8 @@ def uneven(scores: ScoreFile) -> ScoreFile:
         for key, diagonal in ((f"{group} in", inputs), (f"{name} out", outputs)):
             full = torch.from_numpy(0.3 * np.sqrt(np.outer(diagonal, diagonal)))
             full.diagonal().copy_(torch.from_numpy(diagonal))
-            moments[key] = pack_moment(full)
+            weight = checkpoint.read(f"{name}.weight")
+            moments[key] = pack_moment(full) if diagonal is inputs else pack_gradients(full, weight)
         modules[name] = replace(
             module,
             input_moment=inputs.astype(np.float32),
@@ -54,7 +55,7 @@ def test_the_bundle_is_the_same_function(arch: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", arch)
     plan = replace(make_plan(model, "gguf", "stock", dense(type="q8_0")), rounding="feedback")
     checkpoint = Checkpoint.open(model)
-    scores = uneven(make_scores(model))
+    scores = uneven(checkpoint, make_scores(model))
     materialize_bundle(checkpoint, scores, plan, tmp_path / "b", feedback_types=FEEDBACK_TYPES)
     bundle = Bundle.open(tmp_path / "b")
     with torch.no_grad():
@@ -73,12 +74,16 @@ def test_the_bundle_is_the_same_function(arch: str, tmp_path: Path) -> None:
 
 def test_losses_are_those_of_the_model_as_it_is(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m")
-    checkpoint, scores = Checkpoint.open(model), uneven(make_scores(model, adapters=True))
+    checkpoint = Checkpoint.open(model)
+    scores = uneven(checkpoint, make_scores(model, adapters=True))
     scaled, scaled_scores = scale_channels(checkpoint, scores)
     for name in ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"):
         before, after = scores.modules[name], scaled_scores.modules[name]
-        norms = Norm.of(before, scores.second_moments), Norm.of(after, scaled_scores.second_moments)
         weights = checkpoint.read(f"{name}.weight").float(), scaled.read(f"{name}.weight")
+        norms = (
+            Norm.of(before, scores.second_moments, weights[0]),
+            Norm.of(after, scaled_scores.second_moments, weights[1]),
+        )
         adapters = [torch.from_numpy(m.adapter_b @ m.adapter_a) for m in (before, after)]  # type: ignore[operator]
         for one, other in (weights, adapters):
             # Up to what is added to the moments, as a share of their mean.
@@ -88,7 +93,8 @@ def test_losses_are_those_of_the_model_as_it_is(tmp_path: Path) -> None:
 
 def test_what_is_left_alone(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m")
-    checkpoint, scores = Checkpoint.open(model), uneven(make_scores(model))
+    checkpoint = Checkpoint.open(model)
+    scores = uneven(checkpoint, make_scores(model))
     floats = make_plan(model, "gguf", "stock", dense(type="bf16"))
     assert scale_channels(checkpoint, scores, floats)[0].scaled == frozenset()
     pairs = make_plan(

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from acip_export import api as pipeline
-from acip_export.api.rounding import settle_rounding
+from acip_export.api.rounding import rounding_errors, settle_rounding
 from acip_export.artifacts.bundle import Bundle, load_bundle
 from acip_export.artifacts.names import FEEDBACK_FILE, PLAN_FILE
 from acip_export.artifacts.plan import Plan
@@ -21,14 +21,16 @@ from acip_export.artifacts.rounding_errors import cache_file
 from acip_export.artifacts.scores import ScoreFile, load_scores, save_scores
 from acip_export.errors import BundleError, ScoreFileError, UsageError
 from acip_export.formats.registry import export_format
-from acip_export.lowrank.components import pack_moment
+from acip_export.lowrank.moments import PackedMoment, pack_moment
+from acip_export.materialization.feedback import second_moment
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest
+from acip_export.planning import PlanRequest, resolve
 from acip_export.rounding import InputMoments
 from converters.gguf import ggml_library as ggml
 from tests.support import dense, everywhere, make_model, make_plan, make_scores
 
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
     """Made-up scores with second moments of inputs; layers that read the same share one."""
     plain = make_scores(model)
-    moments: dict[str, np.ndarray] = {}
+    moments: dict[str, PackedMoment] = {}
     modules = {}
     for number, (name, module) in enumerate(plain.modules.items()):
         key = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
@@ -55,6 +57,7 @@ def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
             moments[key] = pack_moment(second)
             diagonals = second.diagonal().float().numpy()
         modules[name] = replace(module, input_key=key, input_moment=diagonals)
+    moments[EMBEDDING] = moments[QUERY]
     file = tmp_path_factory.mktemp("scores") / "tiny.acip"
     save_scores(replace(plain, modules=modules, second_moments=moments), file)
     return load_scores(file)
@@ -113,6 +116,28 @@ def test_nearest_has_no_factors_and_the_bytes_of_ggml(model: Path, scores: Score
     assert np.array_equal(tensors["blk.0.ffn_down.weight"], expected)
 
 
+@pytest.mark.parametrize("kind", ["gguf", "onnx"])
+def test_a_tied_embedding_is_rounded_with_feedback(model: Path, scores: ScoreFile, tmp_path: Path, kind: str) -> None:
+    """Under its own moment, in what is written and in what plans are made with."""
+    form = {"gguf": "q4_0", "onnx": "int4"}[kind]
+    round_trip = export_format(kind).round_trip
+    weight = Checkpoint.open(model).read(EMBEDDING).double()
+    moment = second_moment(scores, EMBEDDING)
+    costs, errors = {}, {}
+    for way in ("nearest", "feedback"):
+        plan = replace(make_plan(model, kind, "stock", dense(type=form, embedding_type=form)), rounding=way)  # type: ignore[arg-type]
+        pipeline.materialize_bundle(Checkpoint.open(model), scores, plan, tmp_path / way)
+        bundle = Bundle.open(tmp_path / way)
+        known = bundle.inputs(EMBEDDING)
+        assert (known.feedback is None, known.importance is None) == ((way == "nearest"),) * 2
+        change = load_bundle(bundle.path, round_trip).get_parameter(EMBEDDING).detach() - weight
+        costs[way] = float(((change @ moment) * change).sum())
+        space = resolve(PlanRequest(kind, types=(form,), rounding=way), Checkpoint.open(model)).space  # type: ignore[arg-type]
+        errors[way] = rounding_errors(Checkpoint.open(model), scores, space).dense[EMBEDDING][form]
+    assert costs["feedback"] < 0.75 * costs["nearest"]
+    assert 0.8 < errors["feedback"] / errors["nearest"] * costs["nearest"] / costs["feedback"] < 1.25
+
+
 def test_types_that_do_not_know_feedback_need_no_factor(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
     plan = replace(make_plan(model, "gguf", "stock", dense(type="f16")), rounding="feedback")
     bundle, _ = written(model, scores, plan, tmp_path)
@@ -136,7 +161,7 @@ def test_first_factors_of_pairs_are_rounded_with_feedback(model: Path, scores: S
     weight, costs = checkpoint.read(f"{DOWN}.weight").double(), []
     from acip_export.materialization.factors import Norm
 
-    norm = Norm.of(scores.modules[DOWN], scores.second_moments)
+    norm = Norm.of(scores.modules[DOWN], scores.second_moments, weight)
     for directory in ("n", "b"):
         module = load_bundle(tmp_path / directory, export_format("gguf").round_trip).get_submodule(DOWN)
         up, down = (module.get_submodule(part).weight.detach().double() for part in ("up", "down"))
@@ -169,8 +194,10 @@ def test_damaged_factors_are_refused(model: Path, scores: ScoreFile, tmp_path: P
 
 def test_moments_that_are_none_are_refused_by_name(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
     key = scores.modules[QUERY].input_key
-    broken = replace(scores, second_moments={**scores.second_moments, key: -scores.second_moments[key]})
-    with pytest.raises(ScoreFileError, match=f"the second moment '{key}, scaled' is none"):
+    packed = scores.second_moments[key]
+    huge = replace(packed, steps=np.full_like(packed.steps, np.finfo(np.float32).max))
+    broken = replace(scores, second_moments={**scores.second_moments, key: huge})
+    with pytest.raises(ScoreFileError, match=f"the second moment '{key}, scaled' overflows"):
         pipeline.materialize_bundle(Checkpoint.open(model), broken, planned(model), tmp_path / "b")
     with pytest.raises(ScoreFileError, match=r"needs second moments.*--rounding nearest"):
         pipeline.materialize_bundle(Checkpoint.open(model), make_scores(model), planned(model), tmp_path / "b")

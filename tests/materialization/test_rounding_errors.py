@@ -60,7 +60,7 @@ def test_dense_losses_are_those_of_all_rows(target: str, model: Path, measured: 
     checkpoint, scores = Checkpoint.open(model), load_scores(model / "tiny.acip")
     for name in ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.k_proj"):
         module, weight = scores.modules[name], checkpoint.read(f"{name}.weight")
-        norm = Norm.of(module, scores.second_moments)
+        norm = Norm.of(module, scores.second_moments, weight)
         energy = norm.loss(weight)  # identity moments: rounding all of it away
         for form in REQUESTS[target].types:
             rounded = export_format(target).round_trip(

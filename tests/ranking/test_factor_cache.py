@@ -93,7 +93,7 @@ def test_second_ranking_and_every_size_come_from_the_cache(
     checkpoint, factors = Checkpoint.open(model), FactorCache(cache)
     for name, module in cached.modules.items():
         weight = checkpoint.read(f"{name}.weight")
-        pair = factor_pair(weight, module, basis_moments(cached, module), ((0, 5),), False, factors)
+        pair = factor_pair(weight, module, basis_moments(cached, module, weight), ((0, 5),), False, factors)
         assert pair.up.shape == (weight.shape[0], 5)
     assert len(list(cache.iterdir())) == count
 

@@ -117,7 +117,8 @@ def test_two_processes_rank_as_one(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rank0.npy", "rank1.npy", "scores.acip", "script.py"]
     # Statistics are sums in float32 of the same rows, in another order.
     for key, moment in alone.second_moments.items():
-        np.testing.assert_allclose(together.second_moments[key], moment, rtol=1e-4, atol=1e-6 * np.abs(moment).max())
+        ours = together.second_moments[key].diagonal
+        np.testing.assert_allclose(ours, moment.diagonal, rtol=1e-4, atol=1e-6 * moment.diagonal.max())
     # Gradients are averaged in another order, and Adam turns the last bits of a tiny gradient into part of a step: a
     # mask may cross zero a step earlier or later, which moves a component past its neighbours only.
     for ratio in (0.9, 0.7, 0.5):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from acip_export.errors import UnsupportedError
 from acip_export.lowrank.components import components
 from acip_export.lowrank.losses import component_losses, dense_sensitivity
+from acip_export.lowrank.moments import PackedMoment
 from acip_export.ranking import statistics
 from acip_export.ranking.factorized_model import factorize_model
 from acip_export.ranking.mask_gradients import component_fisher
@@ -66,9 +67,11 @@ def test_moments_are_token_averages(ranked: Ranked) -> None:
         ranked.model(input_ids=ranked.windows)
     handle.remove()
     rows = seen[0].double()
-    torch.testing.assert_close(
-        ranked.statistics.input_of("model.layers.1.mlp.down_proj"), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5
-    )
+    expected, name = rows.T @ rows / len(rows), "model.layers.1.mlp.down_proj"
+    exact = torch.from_numpy(ranked.statistics.inputs.diagonal(f"{name}.input")).double()
+    torch.testing.assert_close(exact, expected.diagonal(), rtol=1e-4, atol=1e-5)
+    # What the score file has of it.
+    assert float((ranked.statistics.input_of(name) - expected).norm() / expected.norm()) < 0.03
 
 
 def test_modules_that_read_the_same_tensor_share_its_moment(ranked: Ranked) -> None:
@@ -79,7 +82,7 @@ def test_modules_that_read_the_same_tensor_share_its_moment(ranked: Ranked) -> N
     ):
         assert {keys[f"model.layers.0.{name}"] for name in others} == {keys[f"model.layers.0.{first}"]}
     assert len(set(keys.values())) == 2 * 4
-    assert set(ranked.statistics.inputs) == set(keys.values())
+    assert set(ranked.statistics.inputs) == {*keys.values(), "model.embed_tokens.weight"}
 
 
 def test_gradient_moment_is_that_of_each_tokens_own_loss(ranked: Ranked) -> None:
@@ -145,7 +148,7 @@ def test_sensitivity_predicts_rounding_noise(ranked: Ranked) -> None:
             for s in (weight.shape, parts.up.shape, parts.down.shape)
         ]
         cases = [
-            (weight * noise[0], dense_sensitivity(weight, h, g)),
+            (weight * noise[0], dense_sensitivity(weight, h.diagonal(), g.diagonal())),
             ((parts.up * noise[1]) @ parts.down, float(losses.up_sensitivity.sum())),
             (parts.up @ (parts.down * noise[2]), float(losses.down_sensitivity.sum())),
         ]
@@ -168,6 +171,19 @@ def test_embedding_sensitivity_covers_both_uses(tmp_path: Path, text: Path, tied
             assert 0.5 < ranked.divergence() / (1e-4 * sensitivity[name]) < 2
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_moments_of_embedding_and_head_tell_directions_apart(tmp_path: Path, text: Path, tied: bool) -> None:
+    ranked = Ranked(sharp_model(tmp_path / "model", tie_word_embeddings=tied), text)
+    for name in ranked.statistics.embedding_sensitivity:
+        values, vectors = torch.linalg.eigh(ranked.statistics.inputs[name])
+        for place in (len(values) // 2, -1):
+            noise = torch.randn(512, 1, generator=torch.Generator().manual_seed(0))
+            change = 1e-2 * values[-1] ** -0.5 * noise.double() @ vectors[None, :, place]
+            with ranked.changed(name, change.float()):
+                predicted = 0.5e-4 * float(values[place] / values[-1])
+                assert 0.4 < ranked.divergence() / predicted < 2.5
+
+
 def test_statistics_leave_no_hooks_and_no_gradients(ranked: Ranked) -> None:
     assert all(parameter.grad is None for parameter in ranked.model.parameters())
     assert not any(isinstance(m, nn.Linear) and m._forward_hooks for m in ranked.model.modules())
@@ -179,17 +195,17 @@ def test_moments_of_one_block_at_most_are_in_memory(
     context = context_of(sharp_model(tmp_path / "model", num_hidden_layers=6), text, windows=8)
     alive: set[int] = set()
     most = 0
-    unpack = statistics.unpack_moment
+    unpack = PackedMoment.unpacked
 
-    def counted(triangle: np.ndarray, size: int) -> Tensor:
+    def counted(packed: PackedMoment, name: str = "") -> Tensor:
         nonlocal most
-        moment = unpack(triangle, size)
+        moment = unpack(packed, name)
         alive.add(id(moment))
         weakref.finalize(moment, alive.discard, id(moment))
         most = max(most, len(alive))
         return moment
 
-    monkeypatch.setattr(statistics, "unpack_moment", counted)
+    monkeypatch.setattr(PackedMoment, "unpacked", counted)
     factorize_model(context, collect_statistics(context), "kfac")
     # Four inputs and seven output gradients; two blocks where layers are factorized side by side.
     assert 0 < most <= 2 * 11 < 6 * 11
@@ -227,14 +243,17 @@ def test_gradients_of_few_tokens_are_drawn_towards_the_diagonal(
     model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = context_of(model, text, windows=32)
-    drawn = collect_statistics(context)
+    stored: dict[str, Tensor] = {}
+    monkeypatch.setattr(statistics.StoredMoments, "store", lambda _self, key, moment: stored.update({key: moment}))
+    collect_statistics(context)
+    drawn = dict(stored)
     monkeypatch.setattr(statistics, "_UNCORRELATED", 0)
-    plain = collect_statistics(context)
-    name = "model.layers.1.mlp.down_proj"
-    moment = plain.gradient_of(name)
-    expected = moment / 2 + moment.diagonal().diag() / 2  # 1,024 tokens of 2,048
-    torch.testing.assert_close(drawn.gradient_of(name), expected, rtol=1e-6, atol=0)
-    assert torch.equal(drawn.input_of(name), plain.input_of(name))
+    collect_statistics(context)
+    inputs, gradients = (f"model.layers.1.mlp.down_proj.{side}" for side in ("input", "gradient"))
+    plain = stored[gradients]
+    # As much of what is off the diagonal is left as these 1,024 tokens have of them and 1,024 others.
+    torch.testing.assert_close(drawn[gradients], plain / 2 + plain.diagonal().diag() / 2, rtol=1e-6, atol=0)
+    assert torch.equal(drawn[inputs], stored[inputs])
 
 
 def test_more_windows_for_inputs_than_for_gradients(model: Path, text: Path) -> None:

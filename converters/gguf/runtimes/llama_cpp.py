@@ -97,10 +97,9 @@ class LlamaCppSession:
         """See :class:`acip_export.formats.session.RuntimeSession`."""
         return self._session.speed(prompt, new_tokens)
 
-    def tokenize(self, text: str) -> list[int]:
-        """llama.cpp's own tokens of ``text``: special tokens recognised, none added."""
-        tokens: list[int] = self._session.tokenize(text)  # type: ignore[attr-defined]
-        return tokens
+    def tokenize(self, text: str) -> list[int] | None:
+        """See :class:`acip_export.formats.session.RuntimeSession`."""
+        return self._session.tokenize(text)
 
     def __enter__(self) -> Self:
         self._session.__enter__()

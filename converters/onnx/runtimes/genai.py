@@ -66,6 +66,11 @@ class GenaiSession:
             new += pending
         return new
 
+    def tokenize(self, text: str) -> list[int]:
+        """See :class:`acip_export.formats.session.RuntimeSession`."""
+        self._tokenizer.update_options(add_special_tokens="false")
+        return [int(token) for token in self._tokenizer.encode(text)]
+
     def speed(self, prompt: list[int], new_tokens: int) -> Speed:
         """See :class:`acip_export.formats.session.RuntimeSession`."""
         # Below min_length the end-of-text token is never chosen, so the loop runs to its end.

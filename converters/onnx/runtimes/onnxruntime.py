@@ -112,6 +112,9 @@ class OnnxRuntimeSession:
             new.append(int(self._scores()[-1].argmax()))
         return new[:count]
 
+    def tokenize(self, text: str) -> None:
+        """Return nothing: onnxruntime reads token ids."""
+
     def speed(self, prompt: list[int], new_tokens: int) -> Speed:
         """See :class:`acip_export.formats.session.RuntimeSession`."""
         start = time.perf_counter()

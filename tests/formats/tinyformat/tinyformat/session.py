@@ -40,6 +40,9 @@ class TinySession:
             tokens.append(int(next(self.logits(np.array([tokens])))[-1].argmax()))
         return tokens[len(prompt) :]
 
+    def tokenize(self, text: str) -> None:
+        """Return nothing: there is no tokenizer in the files."""
+
     def speed(self, prompt: list[int], new_tokens: int) -> Speed:
         start = time.perf_counter()
         next(self.logits(np.array([prompt])))

@@ -1,0 +1,250 @@
+"""Pack second moments into a fifth of their float32 triangles, and make them again.
+
+With H^-1 = U^T U and U upper triangular, columns in the order of H's diagonal, the largest first, a packed moment is
+the diagonal of U, each row over its diagonal entry as whole multiples of a step, and the diagonal of H itself, which is
+exact. Whatever the steps, what is made again is positive definite. docs/score-file.md has the format, docs/LOG.md what
+it costs.
+
+Output gradients of a layer with more outputs than inputs have a moment that outweighs it. Only what it says about
+the columns of the weight counts for the layer's components: of these layers that is kept, see :func:`projected`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from acip_export.errors import ScoreFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats = npt.NDArray[np.float32]
+
+# Added to the diagonal before it is inverted, as shares of its mean. The first is used unless the moment has no factor
+# even so: moments of few tokens may have negative eigenvalues.
+_DAMPINGS = (3e-4, 3e-3, 3e-2, 0.3, 3.0)
+# A row's step is this share of its root mean square, unless its largest entry needs a larger one.
+_STEP = 1 / 16
+_MOST = 127
+# Added to a Gram matrix, as a share of each diagonal entry: dependent columns of a weight.
+_DEPENDENT = 1e-10
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMoment:
+    """Hold a second moment as the score file does.
+
+    Attributes:
+        diagonal: (n,) of the moment, exact.
+        pivots: (n,) diagonal of U, in descending order of the diagonal that the moment was packed with.
+        steps: (n,) of U's rows over their pivots.
+        codes: (bytes,) the entries of these rows above the diagonal, row by row, in steps: signed bytes, deflated.
+        order: (n,) the columns in descending order.
+    """
+
+    diagonal: Floats
+    pivots: Floats
+    steps: Floats
+    codes: npt.NDArray[np.uint8]
+    order: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: Floats, codes: npt.NDArray[np.uint8]) -> PackedMoment:
+        """Take diagonal, pivots and steps from the rows of a (3, n) array."""
+        return cls(rows[0], rows[1], rows[2], codes, np.argsort(-rows[0], kind="stable"))
+
+    @property
+    def size(self) -> int:
+        return len(self.diagonal)
+
+    @property
+    def rows(self) -> Floats:
+        """Undo :meth:`of`; not for a moment that was scaled."""
+        return np.stack([self.diagonal, self.pivots, self.steps])
+
+    @property
+    def digest(self) -> bytes:
+        """Return a SHA-256 of what the moment follows from."""
+        parts = (self.diagonal, self.pivots, self.steps, self.codes, self.order)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
+
+    def check(self, name: str) -> None:
+        """Refuse numbers that are no moment.
+
+        Raises:
+            ScoreFileError: a message that begins with ``name``.
+        """
+        wrong = None
+        if not (np.isfinite(self.diagonal).all() and (self.diagonal >= 0).all()):
+            wrong = "a diagonal that is negative or not finite"
+        elif not (np.isfinite(self.pivots).all() and (self.pivots > 0).all()):
+            wrong = "pivots that are not positive and finite"
+        elif not (np.isfinite(self.steps).all() and (self.steps >= 0).all()):
+            wrong = "steps that are negative or not finite"
+        if wrong is not None:
+            raise ScoreFileError(f"{name} has {wrong}; rank again")
+        self._entries(name)
+
+    def scaled(self, scales: Floats) -> PackedMoment:
+        """Return the moment of vectors whose entries are multiplied by ``scales``."""
+        return replace(self, diagonal=self.diagonal * scales**2)
+
+    def unpacked(self, name: str = "the second moment") -> Tensor:
+        """Return the moment, (n, n) float64, positive semidefinite.
+
+        Raises:
+            ScoreFileError: it overflows; the message begins with ``name``.
+        """
+        import torch
+
+        size = self.size
+        upper = torch.zeros(size, size, dtype=torch.float64)
+        upper.numpy()[_above(size)] = self._entries(name)
+        upper *= torch.from_numpy(self.steps.astype(np.float64))[:, None]
+        upper.diagonal().fill_(1.0)
+        root = torch.linalg.solve_triangular(
+            upper, torch.diag(torch.from_numpy(1 / self.pivots.astype(np.float64))), upper=True
+        )
+        ordered = root @ root.T
+        order, diagonal = torch.from_numpy(self.order), torch.from_numpy(self.diagonal.astype(np.float64))
+        scale = (diagonal[order] / ordered.diagonal()).sqrt()
+        moment = torch.empty_like(ordered)
+        moment[order[:, None], order] = ordered * scale * scale[:, None]
+        moment.diagonal().copy_(diagonal)
+        if not bool(torch.isfinite(moment).all()):
+            raise ScoreFileError(f"{name} overflows; rank again")
+        return moment
+
+    def _entries(self, name: str) -> npt.NDArray[np.int8]:
+        expected = self.size * (self.size - 1) // 2
+        reader = zlib.decompressobj()
+        try:
+            data = reader.decompress(self.codes.tobytes(), expected + 1)
+        except zlib.error as reason:
+            raise ScoreFileError(
+                f"{name} has codes that are damaged ({reason}); fetch or make the file again"
+            ) from None
+        if len(data) != expected or not reader.eof or reader.unused_data:
+            raise ScoreFileError(f"{name} has {len(data)} codes, expected {expected}; fetch or make the file again")
+        return np.frombuffer(data, np.int8)
+
+
+def pack_moment(moment: Tensor, name: str = "the second moment") -> PackedMoment:
+    """Pack a symmetric (n, n) matrix, of which the upper triangle is looked at.
+
+    Raises:
+        ScoreFileError: it is not finite, or no second moment; the message begins with ``name``.
+    """
+    import torch
+
+    wide = moment.detach().cpu().double().triu()
+    if not bool(torch.isfinite(wide).all()):
+        raise ScoreFileError(f"{name} holds NaN or infinity; rank again, with more text or another  --precision")
+    wide = wide + wide.triu(1).T
+    size = len(wide)
+    diagonal = wide.diagonal().float().clamp_min(0).numpy()
+    order = np.argsort(-diagonal, kind="stable")
+    mean = float(diagonal.astype(np.float64).mean())
+    if mean == 0:  # nothing but zeros was ever seen
+        ones, none = np.ones(size, np.float32), np.zeros(size, np.float32)
+        return PackedMoment(diagonal, ones, none, _deflated(np.zeros(size * (size - 1) // 2, np.int8)), order)
+    # Backwards: a lower factor of the reversed matrix is an upper one of the matrix.
+    backwards = torch.from_numpy(order[::-1].copy())
+    damped = wide[backwards[:, None], backwards]
+    added = 0.0
+    for damping in _DAMPINGS:
+        damped.diagonal().add_((damping - added) * mean)
+        added = damping
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return _packed(diagonal, order, lower.flip(0, 1))
+    raise ScoreFileError(f"{name} is none: it is not positive, even damped; rank again")
+
+
+def _packed(diagonal: Floats, order: npt.NDArray[np.int64], root: Tensor) -> PackedMoment:
+    import torch
+
+    size = len(diagonal)
+    upper = torch.linalg.solve_triangular(root, torch.eye(size, dtype=torch.float64), upper=True)
+    pivots = upper.diagonal().float()
+    above = (upper / upper.diagonal()[:, None]).triu(1).numpy()
+    count = np.maximum(np.arange(size - 1, -1, -1), 1)
+    steps = np.maximum(np.abs(above).max(axis=1) / _MOST, _STEP * np.sqrt(np.square(above).sum(axis=1) / count))
+    steps = steps.astype(np.float32)
+    inverse = np.divide(1, steps, out=np.zeros(size), where=steps > 0)
+    codes = np.rint(above * inverse[:, None]).clip(-_MOST, _MOST).astype(np.int8)
+    return PackedMoment(diagonal, pivots.numpy(), steps, _deflated(codes[_above(size)]), order)
+
+
+def _deflated(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+    # Codes do not repeat each other; how often each occurs is all that there is to gain.
+    stream = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    return np.frombuffer(stream.compress(codes.tobytes()) + stream.flush(), np.uint8)
+
+
+def _above(size: int) -> npt.NDArray[np.bool_]:
+    return np.triu(np.ones((size, size), np.bool_), 1)
+
+
+def is_projected(shape: tuple[int, int]) -> bool:
+    """Tell whether the moment of the output gradients of a layer (out, in) is kept by :func:`projected`."""
+    return shape[0] > shape[1]
+
+
+def pack_gradients(moment: Tensor, weight: Tensor, name: str = "the second moment") -> PackedMoment:
+    """Pack the second moment (out, out) of the output gradients of ``weight`` (out, in); see :func:`pack_moment`."""
+    wide = is_projected((weight.shape[0], weight.shape[1]))
+    return pack_moment(projected(moment, weight) if wide else moment, name)
+
+
+def projected(moment: Tensor, weight: Tensor) -> Tensor:
+    """Return what a second moment G (out, out) of output gradients says about the columns of ``weight`` (out, in).
+
+    With D the diagonal of G and P the orthonormal basis of the columns of D^1/2 W that Gram and Schmidt find, that is
+    P^T D^-1/2 G D^-1/2 P, (in, in) float64. Scaling rows or columns of W by positive numbers, and G with it, changes
+    nothing.
+    """
+    upper = moment.detach().cpu().double().triu()
+    full = upper + upper.triu(1).T
+    scale = full.diagonal().clamp_min(0).sqrt()
+    basis = _column_basis(weight, scale)
+    inverse = (1 / scale).where(scale > 0, 0 * scale)
+    part: Tensor = basis.T @ ((full * inverse * inverse[:, None]) @ basis)
+    return part
+
+
+def lifted(part: Tensor, diagonal: Floats, weight: Tensor) -> Tensor:
+    """Return a second moment (out, out), float64, that :func:`projected` takes to ``part``.
+
+    It is D^1/2 (I + P (part - I) P^T) D^1/2: gradients that do not meet the columns of the weight count as independent.
+    Its diagonal is D only nearly therefore.
+    """
+    import torch
+
+    scale = torch.from_numpy(diagonal.astype(np.float64)).sqrt()
+    basis = _column_basis(weight, scale)
+    change = part - torch.eye(len(part), dtype=torch.float64)
+    moment: Tensor = basis @ change @ basis.T
+    moment.diagonal().add_(1.0)
+    moment *= scale
+    moment *= scale[:, None]
+    return moment
+
+
+def _column_basis(weight: Tensor, scale: Tensor) -> Tensor:
+    """Orthonormalize the columns of the scaled weight, one after the other; dependent ones become next to nothing."""
+    import torch
+
+    scaled = weight.detach().cpu().double() * scale[:, None]
+    gram = scaled.T @ scaled
+    energy = gram.diagonal()
+    gram.diagonal().add_(torch.where(energy > 0, _DEPENDENT * energy, torch.ones_like(energy)))
+    lower = torch.linalg.cholesky(gram)
+    basis: Tensor = torch.linalg.solve_triangular(lower, scaled.T, upper=False).T
+    return basis

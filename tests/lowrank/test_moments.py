@@ -1,0 +1,148 @@
+"""Packed second moments: what they lose, what they keep exactly, and numbers that are none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from acip_export.errors import ScoreFileError
+from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.lowrank.moments import PackedMoment, lifted, pack_gradients, pack_moment
+
+
+def moment_of(size: int, seed: int = 0, tokens: int = 2000) -> Tensor:
+    """Correlated inputs of very different sizes, one of them ten times the others."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(tokens, size, generator=generator).double()
+    mixed += (
+        2 * torch.randn(tokens, 6, generator=generator).double() @ torch.randn(6, size, generator=generator).double()
+    )
+    mixed *= torch.logspace(0, -1, size, dtype=torch.float64)[torch.randperm(size, generator=generator)]
+    mixed[:, 3] *= 10
+    return mixed.T @ mixed / tokens
+
+
+def test_a_moment_in_six_bits_an_entry() -> None:
+    moment = moment_of(192)
+    packed = pack_moment(moment.triu())  # the lower triangle is not looked at
+    found = packed.unpacked()
+    assert 8 * packed.codes.nbytes < 6.6 * 192 * 191 / 2
+    assert torch.equal(found.diagonal(), moment.diagonal().float().double())
+    torch.testing.assert_close(found, found.T, rtol=0, atol=1e-12)
+    assert float(torch.linalg.eigvalsh(found)[0]) > 0
+    scale = moment.diagonal().rsqrt()
+    assert float(((found - moment) * scale * scale[:, None]).abs().max()) < 0.05
+    assert np.array_equal(pack_moment(moment).codes, packed.codes)  # equal moments give equal files
+
+
+def test_changes_of_a_weight_cost_what_they_cost() -> None:
+    """Also those that the moment itself makes cheap: the pairs of every rank."""
+    inputs, gradients = moment_of(96), moment_of(80, seed=1)
+    weight = torch.randn(80, 96, generator=torch.Generator().manual_seed(2))
+    packed = pack_moment(inputs).unpacked(), pack_gradients(gradients, weight).unpacked()
+    exact, rough = (
+        whitened_components(weight, Whitening.of(h), Whitening.of(g)) for h, g in ((inputs, gradients), packed)
+    )
+    for rank in (16, 40, 64):
+        costs = []
+        for basis in (exact, rough):
+            change = (basis.up[:, rank:] @ basis.down[rank:]).double()
+            costs.append(float(((gradients @ change) * (change @ inputs)).sum()))
+        assert costs[1] < 1.02 * costs[0]
+
+
+def test_gradients_of_many_outputs_keep_what_meets_the_columns_of_the_weight() -> None:
+    gradients = moment_of(160)
+    weight = torch.randn(160, 48, generator=torch.Generator().manual_seed(2)).double()
+    weight[:, 7] = weight[:, 5] + weight[:, 6]  # dependent columns
+    weight[:, 9] = 0
+    packed = pack_gradients(gradients, weight)
+    assert packed.size == 48
+    diagonal = gradients.diagonal().float().numpy()
+    found = lifted(packed.unpacked(), diagonal, weight)
+    assert float(torch.linalg.eigvalsh(found)[0]) > 0
+    for change in (
+        torch.eye(48).double()[:, :5],
+        torch.randn(48, 5, generator=torch.Generator().manual_seed(3)).double(),
+    ):
+        columns = weight @ change
+        measured, expected = ((columns.T @ g @ columns).diagonal() for g in (found, gradients))
+        torch.testing.assert_close(measured, expected, rtol=0.02, atol=0)
+    # Channels that are scaled before rounding: what is kept serves them too.
+    rows, columns = torch.rand(160).double() + 0.5, torch.rand(48).double() + 0.5
+    scaled = lifted(
+        packed.unpacked(), (torch.from_numpy(diagonal) * rows**2).float().numpy(), weight * columns / rows[:, None]
+    )
+    torch.testing.assert_close(scaled, found * rows * rows[:, None], rtol=1e-3, atol=1e-5 * float(found.max()))
+
+
+def test_scaled_inputs() -> None:
+    moment, scales = moment_of(64), torch.rand(64) + 0.5
+    packed = pack_moment(moment)
+    wide = scales.double()
+    torch.testing.assert_close(
+        packed.scaled(scales.numpy()).unpacked(), packed.unpacked() * wide * wide[:, None], rtol=1e-6, atol=1e-9
+    )
+
+
+def test_what_was_never_seen() -> None:
+    moment = moment_of(32)
+    moment[5] = moment[:, 5] = 0
+    found = pack_moment(moment).unpacked()
+    assert not found[5].any() and float(found[6, 6]) > 0
+    assert not pack_moment(torch.zeros(4, 4)).unpacked().any()
+    assert float(pack_moment(torch.ones(1, 1)).unpacked()) == 1
+
+
+def test_moments_of_few_tokens_and_those_that_are_none() -> None:
+    few = moment_of(64, tokens=10).float()
+    assert float(torch.linalg.eigvalsh(pack_moment(few).unpacked())[0]) > 0
+    slightly = torch.eye(64) * 1.0
+    slightly[0, 1] = slightly[1, 0] = 1.01  # an eigenvalue of -0.01
+    assert float(torch.linalg.eigvalsh(pack_moment(slightly).unpacked())[0]) > 0
+    with pytest.raises(ScoreFileError, match="x is none: it is not positive, even damped"):
+        pack_moment(torch.ones(8, 8) * 100 - 99.5 * torch.eye(8), "x")
+    with pytest.raises(ScoreFileError, match="x holds NaN"):
+        pack_moment(torch.full((4, 4), torch.nan), "x")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("diagonal", -1.0, "a diagonal that is negative"),
+        ("pivots", 0.0, "pivots that are not positive"),
+        ("pivots", -1.0, "pivots that are not positive"),
+        ("pivots", np.inf, "pivots that are not positive"),
+        ("steps", -1.0, "steps that are negative"),
+        ("steps", np.nan, "steps that are negative or not finite"),
+    ],
+)
+def test_hostile_rows(part: str, value: float, message: str) -> None:
+    packed = pack_moment(moment_of(8))
+    array = getattr(packed, part).copy()
+    array[2] = value
+    with pytest.raises(ScoreFileError, match=f"x has {message}"):
+        replace(packed, **{part: array}).check("x")
+
+
+@pytest.mark.parametrize("harm", ["truncated", "more", "less", "followed", "no stream"])
+def test_hostile_codes(harm: str) -> None:
+    packed, other = pack_moment(moment_of(8)), {"more": 9, "less": 7}
+    codes = {
+        "truncated": packed.codes[:-3],
+        "followed": np.append(packed.codes, np.uint8(0)),
+        "no stream": np.zeros(20, np.uint8),
+    }.get(harm)
+    if codes is None:
+        codes = pack_moment(moment_of(other[harm])).codes
+    with pytest.raises(ScoreFileError, match="x has"):
+        replace(packed, codes=codes).check("x")
+    huge = replace(packed, steps=np.full(8, np.finfo(np.float32).max, np.float32))
+    huge.check("x")
+    with pytest.raises(ScoreFileError, match="x overflows"):
+        huge.unpacked("x")
+    assert isinstance(PackedMoment.of(packed.rows, packed.codes), PackedMoment)
