@@ -88,7 +88,7 @@ def prepare(made: real.Real, scores: Path, tokens: int) -> Setting:
         with new_file(dense) as temporary:
             shape = (*chosen.shape, checkpoint.config["vocab_size"])
             logits = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-            for place, scored in enumerate(pass_dense(made.model, chosen).logits()):
+            for place, scored in enumerate(pass_dense(made.model, list(chosen)).logits()):
                 logits[place] = scored
             logits.flush()
     source = HOME / f"source-{sha256(checkpoint.fingerprint.encode()).hexdigest()[:12]}" / "model.gguf"
