@@ -145,12 +145,12 @@ def plan_export(
     if len(question.spaces) > 1:
         compared = ", ".join(f"{plan.layout} {plan.predicted_loss:.4f}" for plan, _ in plans)
         notes.append(f"predicted loss by layout: {compared} {best.loss_unit}")
-    return _loadable(
-        replace(
-            best, device=request.device, calibrated=calibrated != [] and all(calibrated), notes=(*best.notes, *notes)
-        ),
-        request,
-    )
+    notes = [*filter(None, [best.far_off]), *best.notes, *notes]
+    if request.device is not None:  # has no more memory to give
+        better = tuple(each for each in best.certificate.alternatives if not each.change.startswith("--budget"))
+        best = replace(best, certificate=replace(best.certificate, alternatives=better))
+    scaled = calibrated != [] and all(calibrated)
+    return _loadable(replace(best, device=request.device, calibrated=scaled, notes=tuple(notes)), request)
 
 
 def _loadable(plan: Plan, request: PlanRequest) -> Plan:

@@ -11,7 +11,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification.export import EvaluationText
 
 _LONGEST_WINDOW = 1024
-_MOST_HELD_OUT, _OPERATIONS = 4096, 4 * 10**12
+_MOST_HELD_OUT, _OPERATIONS = 2048, 2 * 10**12
 
 
 def evaluation_text(model: Path, text: Path, context: int, most_tokens: int = 32_768) -> EvaluationText:
@@ -53,7 +53,7 @@ def text_to_measure(
 def held_out_text(checkpoint: Checkpoint, scores: ScoreFile, context: int) -> EvaluationText | None:
     """Text that the ranking was not calibrated on, which its curve was measured on; ``None`` where it is not here.
 
-    So many tokens that a model takes a minute or two for them on two cores, windows as of :func:`evaluation_text`.
+    So many tokens that verifying on them takes a minute or two on two cores, windows as of :func:`evaluation_text`.
     """
     from acip_export.text.packing import MOST_TOKENS, pack_text
 

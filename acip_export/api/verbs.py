@@ -118,8 +118,8 @@ def plan(
     Args:
         model, revision, token: as in :func:`rank`.
         scores: what :func:`rank` returned or wrote; ``None``: the one beside the model.
-        budget: ``"900MB"``, ``"2GiB"``, or bytes. scope: what it covers: ``memory``: files, cache and buffers;
-            ``process``: the runtime too; ``file``: only the files.
+        budget: ``"900MB"``, ``"2GiB"``, ``"50%"`` of the dense weights, or bytes. scope: what it covers: ``memory``:
+            files, cache and buffers; ``process``: the runtime too; ``file``: only the files.
         format: ``gguf``, ``onnx``, or an installed one. layout, types, runtime, backend: of the format;
             ``acip-export formats`` lists them.
         context: tokens of KV cache; ``None``: the model's, at most 4096. cache_type: of the cache. prompt_batch: prompt
@@ -143,7 +143,7 @@ def plan(
     parsers = {option.name: option.parse for option in export_format(format).options}
     request = PlanRequest(
         format,
-        budget if isinstance(budget, int) else parse_bytes(budget),
+        budget if isinstance(budget, int) else parse_bytes(budget, whole=lambda: checkpoint.weight_bytes),
         scope,
         runtime=runtime,
         backend=backend,
@@ -181,7 +181,8 @@ def export(
         text: to measure perplexity and divergence from the dense model on; ``None``: what the ranking held out, where
             it is here. tasks: of lm-evaluation-harness.
         verify: open the export in its runtimes and compare. timeout: seconds that a runtime may take.
-        force: replace an earlier export. cache: directory that keeps the factors for other sizes.
+        force: replace an earlier export. cache: directory that keeps factors, and the dense
+            model's states on the text, for other sizes.
 
     Returns:
         The report, also in ``out`` (``report.json``, ``report.html``, ``README.md``); ``None`` without ``verify``.

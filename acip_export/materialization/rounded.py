@@ -101,8 +101,7 @@ class RoundedPlan:
             numbers[name] = numbers[name].float()
             if numbers[name].ndim == 2:
                 key = self._matrices.get(name)
-                factor = None if key is None else shared.feedback.by_key(key)
-                inputs = InputMoments(importance.get(name), factor)
+                inputs = InputMoments(importance.get(name), None if key is None else shared.feedback.by_key(key))
                 numbers[name] = shared.round_trip(numbers[name], form, inputs)
         if decision.rank is None:
             return numbers[decision.name]

@@ -4,7 +4,7 @@
 :class:`Problem` is everything that one search space has to offer for one model, and plans for any budget.
 """
 
-from acip_export.planning.advice import Suggestion, infeasible
+from acip_export.planning.advice import Suggestion, infeasible, unaccepted_loss
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.planner import make_plan
 from acip_export.planning.presets import preset
@@ -32,5 +32,6 @@ __all__ = [
     "preset_points",
     "resolve",
     "sweep",
+    "unaccepted_loss",
     "variations",
 ]

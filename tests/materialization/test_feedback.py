@@ -21,10 +21,12 @@ from acip_export.artifacts.rounding_errors import cache_file
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import BundleError, ScoreFileError, UsageError
 from acip_export.formats.registry import export_format
+from acip_export.kept_roundings import KeptRoundings
 from acip_export.materialization.feedback import second_moment
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
 from acip_export.rounding import InputMoments
+from acip_export.verification.reference import open_bundle
 from converters.gguf import ggml_library as ggml
 from tests.materialization.moments import scores_with_moments
 from tests.support import dense, everywhere, make_model, make_plan, make_scores
@@ -73,6 +75,24 @@ def test_the_bundle_has_one_factor_for_every_input(model: Path, scores: ScoreFil
     factor = bundle.inputs(f"{QUERY}.weight").feedback
     assert factor is not None and factor.size == scores.modules[QUERY].shape[1]
     assert bundle.inputs("model.embed_tokens.weight").feedback is None
+
+
+def test_the_reference_reads_what_the_export_was_rounded_to(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    """All but queries and keys, whose rows a GGUF has in another order."""
+    bundle, _ = written(model, scores, planned(model), tmp_path)
+    kept = KeptRoundings(tmp_path / "kept")
+    kept.directory.mkdir()
+    (tmp_path / "again").mkdir()
+    export_format("gguf").convert(Bundle.open(bundle.path, kept=kept), tmp_path / "again", lambda _: None)
+    before = len(list(kept.directory.iterdir()))
+    assert before == len(scores.modules)
+    windows = [np.arange(20)]
+    again = Bundle.open(bundle.path, kept=kept)
+    (found,) = open_bundle(again, export_format("gguf").round_trip).passed(windows).logits()
+    (expected,) = open_bundle(bundle, export_format("gguf").round_trip).passed(windows).logits()
+    assert np.array_equal(found, expected)
+    layers = sum(name.endswith("q_proj") for name in scores.modules)
+    assert len(list(kept.directory.iterdir())) == before + 2 * layers
 
 
 def test_bundle_and_export_are_rounded_alike(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
