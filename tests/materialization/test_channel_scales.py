@@ -113,7 +113,7 @@ def test_columns_become_of_one_size_but_for_outlying_inputs(tmp_path: Path) -> N
 def test_scaled_channels_need_no_scales(tmp_path: Path) -> None:
     """However a checkpoint shares sizes between tensors, what is rounded is the same."""
     checkpoint = Checkpoint.open(make_model(tmp_path / "m"))
-    scaled, scores = scale_channels(checkpoint, uneven(make_scores(checkpoint.path)))
+    scaled, scores = scale_channels(checkpoint, uneven(checkpoint, make_scores(checkpoint.path)))
     again, _ = scale_channels(scaled, scores)
     assert len(again.scaled) == 2 * (7 + 2)
     for name in again.scaled:  # what it is scaled by, of the checkpoint's own
