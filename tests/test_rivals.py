@@ -105,3 +105,7 @@ def test_a_preset_is_written_and_measured(tmp_path: Path) -> None:
     rounded = measure.measure("gguf", tmp_path / "preset", windows, dense)
     assert rounded["mean_kl"] > 0.01
     assert (tmp_path / "preset" / "model.gguf").stat().st_size < (tmp_path / "source" / "model.gguf").stat().st_size / 2
+    budget = (tmp_path / "preset" / "model.gguf").stat().st_size
+    words = (model, scores.file, "gguf", budget, 96, tmp_path / "ours")
+    subprocess.run([sys.executable, "-m", "benchmarks.rivals.ours", *map(str, words)], cwd=ROOT, check=True)
+    assert 0.8 * budget < (tmp_path / "ours" / "model.gguf").stat().st_size <= budget
