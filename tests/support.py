@@ -147,6 +147,15 @@ def make_model(
     return directory
 
 
+@torch.no_grad()
+def greedy_tokens(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    """The most likely continuation, without a cache."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
 def make_scores(model: Path, file: Path | None = None, adapters: bool = False, seed: int = 0) -> ScoreFile:
     """A score file with made-up but consistent numbers: plain SVD basis, identity second moments."""
     checkpoint = Checkpoint.open(model)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from acip_export.artifacts.report import Speed
 
+Tokens = npt.NDArray[np.int64]
 Windows = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Vectors = npt.NDArray[np.float32]

@@ -68,6 +68,11 @@ class ScaledCheckpoint(Checkpoint):
     def scaled(self) -> frozenset[str]:
         return frozenset(self._scalings)
 
+    def scaled_sides(self, name: str) -> tuple[bool, bool]:
+        """Tell whether the columns and the rows of a tensor are scaled."""
+        scaling = self._scalings.get(name, _Scaling())
+        return scaling.columns is not None, scaling.rows is not None
+
     def read(self, name: str) -> Tensor:
         """See :meth:`Checkpoint.read`."""
         weight = super().read(name)

@@ -8,11 +8,12 @@ import numpy as np
 
 from acip_export.error_feedback import ROWS_AT_ONCE, round_with_feedback
 from converters.gguf import ggml_library as ggml
-from converters.gguf.block_codes import BLOCK_CODES, blocks_of
+from converters.gguf.block_codes import BLOCK_CODES, BlockCodes, blocks_of
 
 if TYPE_CHECKING:
     import torch
 
+    from acip_export.error_feedback import FeedbackFactor
     from acip_export.rounding import InputMoments
 
 
@@ -26,10 +27,23 @@ def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None
         UnsupportedError: as :func:`acip_export.error_feedback.round_with_feedback`.
         UnsupportedError, MissingExtraError: as :func:`converters.gguf.ggml_library.quantize`.
     """
-    data = ggml.quantize(weight, name, None if inputs is None else inputs.importance)
     known = BLOCK_CODES.get(name)
+    importance = None if inputs is None else inputs.importance
     if inputs is None or inputs.feedback is None or known is None:
-        return data
+        return ggml.quantize(weight, name, importance)
+    feedback = inputs.feedback
+    if inputs.kept is None:
+        return _with_feedback(weight, name, importance, feedback, known)
+    (data,) = inputs.kept.arrays(
+        weight, name, importance, feedback, lambda: [_with_feedback(weight, name, importance, feedback, known)]
+    )
+    return data
+
+
+def _with_feedback(
+    weight: torch.Tensor, name: str, importance: torch.Tensor | None, feedback: FeedbackFactor, known: BlockCodes
+) -> ggml.Bytes:
+    data = ggml.quantize(weight, name, importance)
     matrix = weight.detach().reshape(-1, weight.shape[-1])
     rows = len(matrix)
     row_bytes = data.nbytes // max(rows, 1)
@@ -37,7 +51,7 @@ def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None
         some = np.ascontiguousarray(matrix[start : start + ROWS_AT_ONCE].float().numpy())
         blocks = blocks_of(data[start * row_bytes : (start + len(some)) * row_bytes], name)
         grid = known.grid(blocks, len(some))
-        known.put(blocks, round_with_feedback(some, grid, inputs.feedback, ggml.processors()))
+        known.put(blocks, round_with_feedback(some, grid, feedback, ggml.processors()))
     return data
 
 

@@ -83,7 +83,7 @@ class OnnxFormat(ExportFormat):
         return run_commands(plan, directory, template)
 
 
-_ORT = Companion("ort", "ONNX: also OUT-ort, for reduced onnxruntime builds.", ORT_KIND, check_size, write_ort)
+_ORT = Companion("ort", "Also OUT-ort, for reduced onnxruntime builds.", ORT_KIND, check_size, write_ort)
 
 ONNX = OnnxFormat(
     name="onnx",

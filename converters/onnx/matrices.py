@@ -191,7 +191,18 @@ def rounded(weight: Tensor, form: WeightType, inputs: InputMoments) -> Tensor:
 
 
 def _quantized(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
-    """Yield rows of the quantized matrix, some at a time."""
+    """Yield rows of the quantized matrix: some at a time, or those that were kept all at once."""
+    kept, feedback = inputs.kept, inputs.feedback
+    if kept is None or feedback is None:
+        yield from _made(weight, form, inputs)
+        return
+    codes, scales, *zeros = kept.arrays(
+        weight, form.name, inputs.importance, feedback, lambda: joined(list(_made(weight, form, inputs))).arrays
+    )
+    yield Quantized(codes, scales, *zeros)
+
+
+def _made(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
     importance = None if inputs.importance is None else _floats(inputs.importance)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for some in weight.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]

@@ -22,6 +22,8 @@ from acip_export.check.config import load_config
 from acip_export.check.quality import read_quality
 from acip_export.errors import BundleError
 from acip_export.formats.registry import export_format
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.torch_model import load_dense
 from acip_export.verification import metrics as measure
 from acip_export.verification.export import verify_export
 from acip_export.verification.structure import check_structure
@@ -69,9 +71,9 @@ def test_quality_is_what_torch_says(verified: tuple[Made, Report], text: Path) -
     """Every figure again, the plain way: all logits at once, in float64."""
     made, report = verified
     windows = pipeline.evaluation_text(made.model, text, CONTEXT).windows
-    from acip_export.verification.reference import TorchReference
-
-    dense = np.stack(list(TorchReference(made.model).logits(windows))).astype(np.float64)
+    model = load_dense(Checkpoint.open(made.model), torch.float32)
+    with torch.no_grad():
+        dense = model(torch.from_numpy(windows)).logits.double().numpy()
     logs = torch.log_softmax(torch.from_numpy(dense[:, :-1]), -1)
     losses = -logs.gather(-1, torch.from_numpy(windows[:, 1:, None]))[..., 0].flatten()
     assert report.dense_perplexity is not None
@@ -100,18 +102,22 @@ def test_divergence_against_a_direct_calculation(monkeypatch: pytest.MonkeyPatch
     kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).flatten()
     for piece in (1, 50, 1 << 22):  # whatever the pieces
         monkeypatch.setattr(measure, "_PIECE", piece)
-        dense, own, found = measure.compare_with_dense(a, b, windows)
+        figures = [measure.token_figures(*each) for each in zip(a, b, windows, strict=True)]
+        dense, own, found = measure.compare_with_dense(figures)
         assert found.mean_kl == pytest.approx(float(kl.mean()))
         assert found.kl_standard_error == pytest.approx(float(kl.std()) / len(kl) ** 0.5)
         assert found.kl_999 == pytest.approx(float(torch.quantile(kl, 0.999)))
         assert found.same_top == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
-        assert own == measure.perplexity(b, windows)
-        assert dense == measure.perplexity(a, windows)
+        for perplexity, logits in ((own, b), (dense, a)):
+            losses = [measure.token_losses(*each) for each in zip(logits, windows, strict=True)]
+            assert perplexity == measure.perplexity(losses)
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     logits = np.random.default_rng(1).normal(0, 2, (2, 9, 7)).astype(np.float32)
-    found = measure.compare_with_dense(logits, logits, np.zeros((2, 9), np.int64))[2]
+    windows = np.zeros((2, 9), np.int64)
+    figures = [measure.token_figures(each, each, window) for each, window in zip(logits, windows, strict=True)]
+    found = measure.compare_with_dense(figures)[2]
     assert (found.mean_kl, found.kl_999, found.loss_difference, found.same_top, found.tokens) == (0, 0, 0, 1, 16)
 
 
