@@ -31,9 +31,12 @@ def chat(
         Path | None, typer.Argument(metavar="[OTHER]", help="Another one, asked the same; the dense model, say.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer, end. So does text on stdin.")
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Ask this, print the answer, end. So does text on stdin."),
     ] = None,
-    system: Annotated[str, typer.Option("--system", help="What the model is told before the conversation.")] = "",
+    system: Annotated[
+        str, typer.Option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+    ] = "",
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="The longest answer.", min=1)] = 512,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0: the likeliest token. More: tokens are drawn.", min=0.0)
@@ -46,11 +49,11 @@ def chat(
 ) -> None:
     """Talk to an export in its own runtime, with the plan's context, cache and prompt batch.
 
-    acip-export chat export/gguf
+    acip-export chat export/gguf-4GB
 
-    acip-export chat export/gguf . --temperature 0.7
+    acip-export chat export/gguf-4GB . --temperature 0.7
 
-    acip-export chat export/onnx --prompt "What is the capital of France?" --max-tokens 32
+    acip-export chat export/onnx-900MB --prompt "What is the capital of France?"
 
     Ctrl-C stops an answer, Ctrl-D ends. After each answer: its tokens, their speed, and the most memory that the
     process has held, beside what was planned. A model without a chat template continues texts. With two, each answers

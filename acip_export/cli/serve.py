@@ -24,7 +24,8 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Its port.", min=1, max=65535)] = 8080,
     program: Annotated[
-        str | None, typer.Option("--program", help="The server to start. Default: llama-server, as it is found.")
+        str | None,
+        typer.Option("--program", metavar="PATH", help="The server to start. Default: llama-server, as it is found."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
     json: Json = False,
@@ -33,9 +34,9 @@ def serve(
 ) -> None:
     """Serve an export over HTTP: start its runtime's own server with the plan's settings.
 
-    acip-export serve export/gguf
+    acip-export serve export/gguf-4GB
 
-    acip-export serve export/gguf --port 9000 --dry-run
+    acip-export serve export/gguf-4GB --port 9000 --dry-run
 
     GGUF: the llama-server on the path, else the same server inside xllamacpp, with the plan's context, prompt batch and
     cache type, one conversation at a time, and without the copies of earlier ones that it keeps by default. It answers
