@@ -22,10 +22,14 @@ from acip_export.artifacts.plan import Tokens
 from acip_export.errors import AcipError, DeviceFileError, UsageError
 from acip_export.formats.registry import export_format, format_names
 from acip_export.io.inputs import convert, decode_toml, read_input
+from acip_export.machine import memory_bytes
 from acip_export.units import parse_bytes
 
 DEVICES_VARIABLE = "ACIP_EXPORT_DEVICES"
 BUILT_IN = "built in"
+# The machine that the command runs on, whatever it is.
+THIS_MACHINE = "this"
+_USABLE_HERE = Fraction(1, 2)
 
 Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\S")]
 
@@ -141,14 +145,36 @@ def load_devices(extra: Path | None = None) -> dict[str, Device]:
 
 
 def find_device(name: str, devices: dict[str, Device]) -> Device:
-    """Raises UsageError for an unknown name, with the closest known ones."""
-    if name in devices:
-        return devices[name]
+    """Raises UsageError for an unknown name, with the closest known ones; ``this`` is the machine that this runs on."""
+    if name.lower() in devices:
+        return devices[name.lower()]
+    if name.lower() == THIS_MACHINE:
+        return this_machine()
     folded = name.lower().replace(" ", "-").replace("_", "-")
     close = get_close_matches(folded, devices, n=3, cutoff=0.4)
     close = [known for known in devices if folded in known][:3] or close
     hint = f"Did you mean  {'  or  '.join(close)}?" if close else "None is like it."
     raise UsageError(f"unknown device {name!r}. {hint}\nacip-export devices  lists all {len(devices)}")
+
+
+def this_machine() -> Device:
+    """Return the machine that this process runs on: all formats, all types, half of its memory."""
+    return Device(
+        name=THIS_MACHINE,
+        title="This machine",
+        kind="computer",
+        memory_bytes=memory_bytes(),
+        usable=_USABLE_HERE,
+        runtimes={name: next(iter(export_format(name).runtimes)) for name in format_names()},
+        types={},
+        context=4096,
+        sources={
+            "memory": "what the system says, or the limit of the container",
+            "usable": "estimate: half is left beside the system and other programs; say more with  --budget",
+            "types": "all: which are fast here was not measured",
+        },
+        defined_in="this machine",
+    )
 
 
 def _parse(data: bytes, where: str) -> list[Device]:

@@ -16,6 +16,7 @@
     │   ├── ExtensionError             the llama.cpp checkout that our extension goes into
     │   └── BaselineError              acip-check.lock.json, or what --against names
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
+    ├── UnacceptedLossError        4   the plan that fits is far off the dense model; the message names what is not
     ├── UnsupportedError           5   the format cannot express what was asked
     ├── VerificationError          6   the export is not what was promised
     │   ├── RuntimeCrashError          its runtime died: the message has the signal and the end of its output
@@ -27,13 +28,18 @@ Anything else is a bug and exits with 1. Each message says what was found, what 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 
 class AcipError(Exception):
     """Base class. ``exit_code`` is what the command line exits with."""
 
     exit_code: ClassVar[int] = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``--json`` prints: the message, the exit code, the class, and what it knows beyond them."""
+        return {"error": str(self), "code": self.exit_code, "kind": type(self).__name__}
 
 
 class UsageError(AcipError):
@@ -99,14 +105,43 @@ class BaselineVersionError(BaselineError):
 class InfeasibleBudgetError(AcipError):
     """No plan fits the budget.
 
-    ``smallest_feasible_bytes`` is the smallest budget for which a plan exists with the same options.
+    Attributes:
+        smallest_feasible_bytes: the smallest budget for which a plan exists with the same options.
+        alternatives: settings for which the budget was found to be enough: ``change`` is what to type, ``floor_bytes``
+            the smallest budget with it.
     """
 
     exit_code = 4
 
-    def __init__(self, message: str, smallest_feasible_bytes: int) -> None:
+    def __init__(
+        self, message: str, smallest_feasible_bytes: int, alternatives: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         super().__init__(message)
         self.smallest_feasible_bytes = smallest_feasible_bytes
+        self.alternatives = tuple(alternatives)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **super().to_json(),
+            "floor_bytes": self.smallest_feasible_bytes,
+            "alternatives": [dict(each) for each in self.alternatives],
+        }
+
+
+class UnacceptedLossError(AcipError):
+    """A plan fits the budget, but is predicted to be far off the dense model, and nobody said that it may be.
+
+    ``alternatives`` are settings that are predicted to keep more: ``change`` is what to type.
+    """
+
+    exit_code = 4
+
+    def __init__(self, message: str, alternatives: Sequence[Mapping[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.alternatives = tuple(alternatives)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "alternatives": [dict(each) for each in self.alternatives]}
 
 
 class UnsupportedError(AcipError):

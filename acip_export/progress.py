@@ -1,9 +1,9 @@
-"""Tell how far a stage has come: one report for every stage, and a clock that adds speed and time left."""
+"""Tell how far a stage has come, with one report for every stage, and how far all of them have."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -70,3 +70,102 @@ class Clock:
                 eta_seconds=elapsed * (1 - share) / share if share else None,
             )
         )
+
+
+@dataclass(frozen=True)
+class Course:
+    """The stages that a command goes through, in their order.
+
+    Attributes:
+        shares: what each takes of the time, in any unit; those that are not known are added as they come.
+        seconds: what all of them take on an ordinary machine, if that can be told; the stages behind correct it.
+    """
+
+    shares: Mapping[str, float]
+    seconds: float | None = None
+
+
+# What the estimate beforehand counts for, beside what was seen: as much as this share of the way.
+_TRUST = 0.05
+
+
+class Journey:
+    """Add the stages of a command up: how much of it is done, and how long the rest takes.
+
+    The time that the stages so far took for their shares tells how long those to come take.
+
+    Args:
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, course: Course, clock: Callable[[], float] = time.monotonic) -> None:
+        self._shares, self._seconds, self._clock = dict(course.shares), course.seconds, clock
+        self._started = self._began = self._heard = clock()
+        self._finished = 0.0
+        self._at: Progress | None = None
+        self._passed: set[str] = set()
+
+    @property
+    def at(self) -> Progress | None:
+        """The last report."""
+        return self._at
+
+    def __call__(self, progress: Progress) -> None:
+        """Note a report."""
+        now = self._clock()
+        if progress.stage not in self._shares:
+            known = self._shares.values()
+            self._shares[progress.stage] = sum(known) / len(known) if known else 1.0
+        if self._at is None or progress.stage != self._at.stage or progress.done < self._at.done:
+            if self._at is not None:
+                self._finished += self._shares[self._at.stage]
+                self._began = self._heard
+            # What comes before this one in the course is behind, done or left out.
+            names = list(self._shares)
+            self._passed.update(names[: names.index(progress.stage) + 1])
+        self._at, self._heard = progress, now
+
+    @property
+    def share(self) -> float:
+        """Of the whole, between 0 and 1."""
+        done = self._finished + self._current * self._part
+        return done / (done + self._current * (1 - self._part) + self._pending or 1.0)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What the rest takes; ``None``: nobody can tell yet, or no longer."""
+        now = self._clock()
+        done = self._finished + self._current * self._part
+        total = done + self._current * (1 - self._part) + self._pending
+        trust = 0.0 if self._seconds is None else _TRUST * total
+        if done + trust == 0:
+            return None
+        per_share = (self._heard - self._started + trust * (self._seconds or 0.0) / (total or 1.0)) / (done + trust)
+        left = per_share * (total - done)
+        at = self._at
+        if at is not None and at.eta_seconds is not None:
+            left = at.eta_seconds + per_share * self._pending
+        left -= now - self._heard
+        if left <= 0:
+            return 0.0 if self.share == 1 else None
+        return left
+
+    @property
+    def _current(self) -> float:
+        return 0.0 if self._at is None else self._shares[self._at.stage]
+
+    @property
+    def _pending(self) -> float:
+        # A copy: the thread that draws asks while the one that works adds.
+        return sum(share for name, share in list(self._shares.items()) if name not in self._passed)
+
+    @property
+    def _part(self) -> float:
+        """How much of the present stage is done."""
+        at = self._at
+        if at is None:
+            return 0.0
+        if at.total:
+            return min(1.0, at.done / at.total)
+        elapsed = self._heard - self._began
+        return 0.0 if at.eta_seconds is None else elapsed / (elapsed + at.eta_seconds or 1.0)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from acip_export.error_feedback import FeedbackFactor
+    from acip_export.kept_roundings import KeptRoundings
 
 # How codes are chosen once a block has its scale: each weight's nearest, or with the errors before it carried forward.
 Rounding = Literal["nearest", "feedback"]
@@ -27,10 +28,12 @@ class InputMoments:
     Attributes:
         importance: (columns,) second moments: weights of the squared rounding error; ``None``: all columns count alike.
         feedback: how errors are carried from column to column; ``None``: every weight goes to its nearest code.
+        kept: where matrices that were rounded with error feedback are kept.
     """
 
     importance: torch.Tensor | None = None
     feedback: FeedbackFactor | None = None
+    kept: KeptRoundings | None = None
 
 
 class RoundTrip(Protocol):

@@ -3,42 +3,56 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 from acip_export.errors import UsageError
 
 _FACTORS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
+    f"{prefix}{binary}": (1024 if binary else 1000) ** power
+    for power, prefix in enumerate("KMGT", start=1)
+    for binary in ("", "I")
 }
-_QUANTITY = re.compile(r"([+-]?)\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_QUANTITY = re.compile(r"([+-]?)\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)")
 
 
-def parse_bytes(text: str, what: str = "budget") -> int:
-    """Read ``"4GB"`` (4*10^9) or ``"4GiB"`` (4*2^30) as bytes, rounded down.
+def parse_bytes(text: str, what: str = "budget", whole: Callable[[], int] | None = None) -> int:
+    """Read ``"4GB"`` or ``"4G"`` (4*10^9), ``"4GiB"`` (4*2^30) or ``"50%"`` (of ``whole``) as bytes, rounded down.
 
     Raises:
-        UsageError: no unit, an unknown unit, zero or negative, or not a number.
+        UsageError: no unit, an unknown unit, zero or negative, not a number, or per cent where there is no whole.
     """
     match = _QUANTITY.fullmatch(text.strip())
-    if match is None:
+    if match is None or (match[3] == "%" and whole is None):
         raise UsageError(f"{what} {text!r} is not a quantity of bytes; write for example 4GB, 900MB or 2GiB")
     sign, number, unit = match.groups()
     if not unit:
         raise UsageError(f"{what} {text!r} has no unit; write {number}MB, {number}GB or {number}GiB")
-    if unit.upper() not in _FACTORS:
+    if unit == "%" and whole is not None:
+        factor = Fraction(whole(), 100)
+    elif unit.upper() == "B":
+        factor = Fraction(1)
+    elif (prefix := unit.upper().removesuffix("B")) in _FACTORS:
+        factor = Fraction(_FACTORS[prefix])
+    else:
         raise UsageError(f"{what} {text!r} has the unknown unit {unit!r}; known: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")
-    value = int(Fraction(number) * _FACTORS[unit.upper()])
+    value = int(Fraction(number) * factor)
     if sign == "-" or value == 0:
         raise UsageError(f"{what} {text!r} must be more than zero bytes")
     return value
+
+
+def parse_seconds(text: str, what: str = "time") -> float:
+    """Read ``"20min"``, ``"2h"`` or ``"90s"`` as seconds.
+
+    Raises:
+        UsageError: no unit, an unknown unit, zero or negative, or not a number.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text.strip())
+    seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]] if match else 0.0
+    if not seconds:
+        raise UsageError(f"{what} {text!r} is no time; write for example 20min, 90s or 2h")
+    return seconds
 
 
 def format_bytes(count: int) -> str:
@@ -49,6 +63,12 @@ def format_bytes(count: int) -> str:
             digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
             return f"{value:.{digits}f} {unit}"
     return f"{count} B"
+
+
+def size_name(count: int) -> str:
+    """Put a size into a file's name, as it would be typed: ``150MB``, ``1.5GB``."""
+    number, unit = format_bytes(count).split()
+    return (number.rstrip("0").rstrip(".") if "." in number else number) + unit
 
 
 def format_seconds(seconds: float) -> str:

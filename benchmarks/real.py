@@ -12,6 +12,7 @@ has not seen: KL(dense || export) and perplexity. The score file is kept beside 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ from acip_export.cli import output as console
 from acip_export.errors import AcipError, InfeasibleBudgetError, ScoreFileError, VerificationError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
+from acip_export.progress import Progress, ProgressCallback
 from acip_export.ranking import DataConfig, rank_model
 from acip_export.text.packing import pack_text
 from acip_export.units import format_bytes, parse_bytes
@@ -112,12 +114,12 @@ def export(
     """
     checkpoint = Checkpoint.open(made.model)
     request = PlanRequest(fmt, parse_bytes(budget), "file", layout=FORMATS[fmt], context=CONTEXT)
-    started = time.perf_counter()
     with console.stage_progress() as bars:
-        plan = plan_export(checkpoint, scores, request, bars)
-        planned = time.perf_counter()
+        phases = Phases(bars)
+        plan = plan_export(checkpoint, scores, request, phases)
+        phases.begin("materialize")
         # The page's slider over sizes is not looked at here, and takes a plan for each.
-        report = export_model(checkpoint, scores, plan, out, True, text=text, sizes=(), progress=bars)
+        report = export_model(checkpoint, scores, plan, out, True, text=text, sizes=(), progress=phases)
     assert report is not None
     runtime = report.runtimes[0]
     assert runtime.divergence is not None
@@ -137,9 +139,49 @@ def export(
         "dense_perplexity": report.dense_perplexity.perplexity,
         "tokens": runtime.perplexity.tokens,
         "tokens_per_second": None if runtime.speed is None else runtime.speed.decode,
-        "plan_seconds": round(planned - started, 1),
-        "export_and_verify_seconds": round(time.perf_counter() - planned, 1),
+        "seconds": phases.seconds(),
+        "peak_bytes": peak_bytes(),
     }
+
+
+class Phases:
+    """Pass on reports of progress, and note when planning, materializing, converting and verifying begin."""
+
+    def __init__(self, pass_on: ProgressCallback) -> None:
+        self.pass_on = pass_on
+        self.began: dict[str, float] = {}
+        self.begin("plan")
+        forget_peak()
+
+    def begin(self, phase: str) -> None:
+        """Note that one begins now, unless it has."""
+        self.began.setdefault(phase, time.perf_counter())
+
+    def __call__(self, progress: Progress) -> None:
+        """See :data:`acip_export.progress.ProgressCallback`."""
+        if progress.stage in ("convert", "verify"):
+            self.begin(progress.stage)
+        self.pass_on(progress)
+
+    def seconds(self) -> dict[str, float]:
+        """What each phase took; the last one ends now."""
+        ends = [*list(self.began.values())[1:], time.perf_counter()]
+        return {phase: round(end - began, 1) for (phase, began), end in zip(self.began.items(), ends, strict=True)}
+
+
+def forget_peak() -> None:
+    """Count this process's peak anew, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """Largest resident memory of this process, mapped files included, without that of the runtimes' processes."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def types_of(tensors: Any) -> dict[str, int]:

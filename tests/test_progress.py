@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from acip_export.cli import output
-from acip_export.progress import Clock, Progress
+from acip_export.progress import Clock, Course, Journey, Progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,43 +38,119 @@ def test_a_resumed_stage_counts_on_and_measures_its_own_speed() -> None:
     assert seen[2].eta_seconds is None  # nobody can tell yet
 
 
-def test_bars_show_what_a_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
+class Watch:
+    """A clock that tests set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+COURSE = Course({"materialize": 3, "convert": 1, "verify": 4})
+
+
+def test_a_journey_adds_stages_up() -> None:
+    watch = Watch()
+    journey = Journey(COURSE, watch)
+    assert (journey.share, journey.seconds_left, journey.at) == (0, None, None)
+    for step in range(1, 7):
+        watch.now = 10.0 * step
+        journey(Progress("materialize", step, 6))
+    assert journey.share == pytest.approx(3 / 8)
+    assert journey.seconds_left == pytest.approx(100)  # a minute for three of eight shares
+    watch.now += 4
+    assert journey.seconds_left == pytest.approx(96)  # counted down while nobody reports
+    watch.now += 16
+    journey(Progress("convert", 1, 1))
+    assert (journey.share, journey.seconds_left) == (0.5, pytest.approx(80))
+
+
+def test_a_stage_that_is_left_out_is_no_progress() -> None:
+    """Nor does its time count: what is to come takes as long as it took before."""
+    watch = Watch()
+    journey = Journey(COURSE, watch)
+    watch.now = 30.0
+    journey(Progress("convert", 1, 1))
+    assert journey.share == pytest.approx(1 / 5)
+    assert journey.seconds_left == pytest.approx(120)
+
+
+def test_an_estimate_beforehand_is_corrected() -> None:
+    watch = Watch()
+    journey = Journey(Course(COURSE.shares, seconds=800), watch)
+    assert journey.seconds_left == 800
+    watch.now = 1.0
+    assert journey.seconds_left == 799
+    for step in range(1, 4):  # ten times as fast as was thought
+        watch.now = 10.0 * step
+        journey(Progress("materialize", step, 3))
+    assert 50 <= (journey.seconds_left or 0) < 150
+
+
+def test_stages_that_nobody_foresaw_and_stages_without_a_total() -> None:
+    watch = Watch()
+    journey = Journey(Course({}), watch)
+    watch.now = 5.0
+    journey(Progress("graph", 0, 1))
+    watch.now = 10.0
+    journey(Progress("graph", 1, 1))
+    assert journey.share == 1
+    journey(Progress("masks", 7, None, eta_seconds=20.0))
+    assert 0 < journey.share < 1
+    assert journey.seconds_left == 20
+    journey(Progress("verify", 0))
+    watch.now = 1000.0
+    assert journey.seconds_left is None  # later than was thought: nobody can tell how much
+    journey(Progress("verify", 1, 2))
+    journey(Progress("verify", 1, 2))
+    assert 0 < journey.share < 1
+
+
+def test_one_bar_shows_all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = io.StringIO()
-    monkeypatch.setattr(output, "err", Console(file=drawn, force_terminal=True, width=200, color_system=None))
-    with output.stage_progress() as progress:
-        progress(Progress("convert", 1, 4, "blk.0.attn_q.weight"))
-        progress(
-            Progress("masks", 7, None, ratio=0.5, loss=3.25, tokens_per_second=1234.0, eta_seconds=20.0),
-        )
-    text = drawn.getvalue()
-    assert "convert" in text and "1/4" in text and "blk.0.attn_q.weight" in text
-    assert "ratio 0.50  loss 3.250  1,234 tokens/s  about 20 s left" in text
+    monkeypatch.setattr(output, "err", Console(file=drawn, force_terminal=True, width=80, color_system=None))
+    with output.stage_progress(Course({"masks": 1, "convert": 1}, seconds=40.0)) as progress:
+        progress(Progress("masks", 7, None, ratio=0.5, loss=3.25, eta_seconds=20.0))
+        time.sleep(0.3)
+        progress(Progress("convert", 1, 4, "model.layers.17.self_attn.q_proj.weight" * 3))
+        time.sleep(0.3)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.getvalue()).replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("left, masks 7, ratio 0.50, loss 3.250" in line for line in lines)
+    assert any("convert 1 of 4, model.layers.17" in line for line in lines)
+    assert not any("masks" in line and "convert" in line for line in lines)
 
 
-def test_without_a_terminal_there_is_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    written, now = io.StringIO(), 0.0
+def test_without_a_terminal_there_is_a_line_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, watch = io.StringIO(), Watch()
     monkeypatch.setattr(output, "err", Console(file=written, force_terminal=False, width=40))
-    lines = output.ProgressLines(lambda: now)
-    for step in range(1, 401):  # one a second
-        now = float(step)
-        lines(Progress("statistics", step, 400, loss=3.25, tokens_per_second=1234.0))
-    for step in range(1, 61):
-        now = 400.0 + step
-        lines(Progress("masks", step, None, eta_seconds=7500.0))
+    journey = Journey(COURSE, watch)
+    lines = output.ProgressLines(journey, watch)
+    for second in range(1, 101):
+        watch.now = float(second)
+        if second <= 60:
+            journey(Progress("materialize", second, 100, loss=3.25, tokens_per_second=1234.0))
+        lines.print_due()  # whether or not anything is reported
     assert written.getvalue().splitlines() == [
-        *(
-            f"statistics {step} of 400, loss 3.250, 1,234 tokens/s, about {left} left"
-            for step, left in (
-                (60, "6 min"),
-                (120, "5 min"),
-                (180, "4 min"),
-                (240, "3 min"),
-                (300, "2 min"),
-                (360, "40 s"),
-            )
-        ),
-        "masks 20, about 2 h 5 min left",
+        "11%, about 4 min left, materialize 30 of 100, loss 3.250, 1,234 tokens/s",
+        "22%, about 3 min left, materialize 60 of 100, loss 3.250, 1,234 tokens/s",
+        "22%, about 3 min left, materialize 60 of 100, loss 3.250, 1,234 tokens/s",
     ]
+
+
+def test_a_silent_stage_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of its own prints, when the work does not report."""
+    written = io.StringIO()
+    monkeypatch.setattr(output, "err", Console(file=written, force_terminal=False))
+    monkeypatch.setattr(output, "_SECONDS_BETWEEN_LINES", 1)
+    with output.stage_progress() as progress:
+        progress(Progress("verify", 0, item="the bundle"))
+        time.sleep(3.5)
+    lines = written.getvalue().splitlines()
+    assert 1 <= len(lines) <= 3
+    assert all(line.endswith("verify, the bundle") for line in lines)
 
 
 def test_short_work_prints_no_line(monkeypatch: pytest.MonkeyPatch) -> None:

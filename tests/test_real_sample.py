@@ -116,6 +116,9 @@ def test_the_benchmark_tells_what_it_exported(tmp_path: Path, monkeypatch: pytes
     assert row["planned_bytes"] == row["written_bytes"] <= row["budget_bytes"]
     assert row["divergence"]["mean_kl"] >= 0
     assert row["types"]
+    assert list(row["seconds"]) == ["plan", "materialize", "convert", "verify"]
+    assert row["seconds"]["verify"] > 0
+    assert row["peak_bytes"] is None or row["peak_bytes"] > 10_000_000
     rows = [row, {"format": "gguf", "budget_bytes": 1000, "smallest_budget_bytes": 400_000}]
     lines = benchmark.table(rows).splitlines()
     assert lines[2].startswith(f"| gguf, stock | 900 kB | {rows[0]['written_bytes']:,} | ")

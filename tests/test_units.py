@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acip_export.errors import UsageError
-from acip_export.units import ceil_div, format_bytes, format_seconds, parse_bytes
+from acip_export.units import ceil_div, format_bytes, format_seconds, parse_bytes, size_name
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,10 @@ from acip_export.units import ceil_div, format_bytes, format_seconds, parse_byte
         ("900mb", 900 * 10**6),
         ("123456B", 123456),
         (" 2 kB ", 2000),
+        ("4G", 4 * 10**9),
+        ("200m", 200 * 10**6),
+        ("1.5Gi", 3 * 2**29),
+        ("2K", 2000),
     ],
 )
 def test_parse(text: str, expected: int) -> None:
@@ -37,11 +41,34 @@ def test_parse(text: str, expected: int) -> None:
         ("4GB5", "not a quantity"),
         ("nan GB", "not a quantity"),
         ("1e9GB", "not a quantity"),
+        ("BB", "not a quantity"),
+        ("4IB", "unknown unit"),
+        ("4KBB", "unknown unit"),
+        ("50%", "not a quantity"),
     ],
 )
 def test_refused(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("50%", 1_000_000), ("12.5 %", 250_000), ("150%", 3_000_000)])
+def test_a_share_of_a_whole(text: str, expected: int) -> None:
+    assert parse_bytes(text, whole=lambda: 2_000_000) == expected
+
+
+def test_no_share_is_nothing_or_negative() -> None:
+    for text in ("0%", "-5%"):
+        with pytest.raises(UsageError, match="more than zero"):
+            parse_bytes(text, whole=lambda: 2_000_000)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(150 * 10**6, "150MB"), (15 * 10**8, "1.5GB"), (4 * 10**9, "4GB"), (174_655_360, "175MB"), (999, "999B")],
+)
+def test_sizes_in_names(count: int, expected: str) -> None:
+    assert size_name(count) == expected
 
 
 @given(st.integers(1, 10**15))

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import typer
 
+from acip_export.cli.help import help_of, panels_of
 from acip_export.cli.main import app
 
 FILE = Path(__file__).parents[1] / "docs" / "cli.md"
@@ -20,7 +21,10 @@ _HEAD = """\
 # The command line
 
 Results go to stdout, progress and diagnostics to stderr. Every command that reports something has `--json`: exactly one
-JSON document on stdout. Existing output is refused without `--force`, and with it only what acip-export wrote is
+JSON document on stdout, which in case of an error is `{"error", "code", "kind"}` and, where no plan fits,
+`"floor_bytes"` and `"alternatives"`. Sizes are typed `4GB`, `900M`, `2GiB` or `50%` of the dense model's bytes; a flag
+that takes one value is given once. `acip-export --install-completion` makes the shell complete commands, flags, formats
+and devices. Existing output is refused without `--force`, and with it only what acip-export wrote is
 replaced. Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 infeasible budget, 5 unsupported by the format,
 6 verification or check failed, 7 missing extra, 130 interrupted.
 """
@@ -52,17 +56,18 @@ def _section(title: str, command: Any) -> str:
         lines += ["```console", f"$ {text}", "```", ""] if text.startswith("acip-export ") else [text, ""]
     # Examples that follow one another share a block.
     text = "\n".join(lines).replace("```\n\n```console\n", "")
-    return text + "\n" + "\n".join(_parameters(command)) + "\n"
+    return text + "\n" + "\n".join(_parameters(command))
 
 
 def _parameters(command: Any) -> Iterator[str]:
-    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
-    if not shown:
-        return
-    yield "| | | |"
-    yield "| --- | --- | --- |"
-    for parameter in shown:
-        yield f"| {_names(parameter)} | {_values(parameter)} | {_help(parameter)} |"
+    """A table a panel, in the order of help."""
+    for panel, parameters in panels_of(command, None).items():
+        yield f"| {panel} | | |"
+        yield "| --- | --- | --- |"
+        for parameter in parameters:
+            text = help_of(parameter, whole=True).replace("|", "\\|")
+            yield f"| {_names(parameter)} | {_values(parameter)} | {text} |"
+        yield ""
 
 
 def _names(parameter: Any) -> str:
@@ -90,14 +95,6 @@ def _words(annotation: Any) -> Iterator[str]:
         yield from (f"`{member.value}`" for member in annotation)
     else:
         yield {int: "integer", float: "number", Path: "path", str: "text"}.get(annotation, "text")
-
-
-def _help(parameter: Any) -> str:
-    text = (parameter.help or "").replace("\n", " ").replace("|", "\\|")
-    default = parameter.default
-    if default in (None, "", False, True) or "Default:" in text or "default" in text:
-        return text
-    return f"{text} Default: `{default}`." if text else f"Default: `{default}`."
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from acip_export.api.plan import plan_export, planned_sizes, planning_problem, s
 from acip_export.api.rank import ranking_summary, write_imatrix
 from acip_export.api.report import ranked_model_of, write_report
 from acip_export.api.rounding import measure_rounding_errors, rounding_errors
-from acip_export.api.verify import evaluation_text, text_to_measure, verify_directory
+from acip_export.api.text import evaluation_text, text_to_measure
+from acip_export.api.verify import verify_directory
 
 __all__ = [
     "convert_bundle",

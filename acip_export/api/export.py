@@ -19,6 +19,7 @@ from acip_export.errors import VerificationError
 from acip_export.formats.registry import export_format
 from acip_export.io.atomic import scratch_directory
 from acip_export.io.outputs import claim_output
+from acip_export.kept_roundings import KeptRoundings
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
 from acip_export.verification import export as verification
@@ -118,7 +119,10 @@ def export_model(
     with scratch_directory(output.place, ".bundle") as scratch, output.new_directory() as directory:
         bundle = scratch / "bundle"
         materialize_bundle(checkpoint, scores, plan, bundle, progress=progress, cache=cache)
-        _convert(Bundle.open(bundle), directory, progress, check=True)
+        kept = KeptRoundings(scratch / "rounded") if verify else None
+        if kept is not None:
+            kept.directory.mkdir()
+        _convert(Bundle.open(bundle, kept=kept), directory, progress, check=True)
         if not verify:
             return None
         report = verification.verify_export(
@@ -129,6 +133,8 @@ def export_model(
             tasks=tasks,
             timeout=timeout,
             progress=progress,
+            kept=kept,
+            cache=cache,
         )
         verification.require_passed(report)
         save_report(report, directory)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from acip_export.api.calibration import calibrated_errors
+from acip_export.api.candidates import measured_best
 from acip_export.api.rank import rounding_scores
 from acip_export.api.rounding import rounding_errors, settle_rounding
 from acip_export.artifacts.names import SWEEP
@@ -58,6 +60,8 @@ def planning_problem(
     checkpoint = checkpoint.with_options(space.options)
     _prepare(checkpoint, space.format, question.rule, progress)
     errors = rounding_errors(checkpoint, scores, space, progress)
+    if question.calibrate:
+        errors, _ = calibrated_errors(checkpoint, scores, space, errors, question.rule, progress)
     return Problem.of(checkpoint, scores, space, errors)
 
 
@@ -104,21 +108,28 @@ def plan_export(
     budget, rule = question.budget, question.rule
     checkpoint = checkpoint.with_options(request.options)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
-    notes = (*said, *limits, *_prepare(checkpoint, question.spaces[0].format, rule, progress))
+    notes = [*said, *limits, *_prepare(checkpoint, question.spaces[0].format, rule, progress)]
 
     def problem_of(space: SearchSpace) -> Problem:
         if space.format.tensor_limit(space.options):  # one that is too small is refused before anything is measured
             unmeasured = Problem.of(checkpoint, scores, space)
             unmeasured.floor(budget.scope, rule.serving(budget, unmeasured.memory))
-        return Problem.of(checkpoint, scores, space, rounding_errors(checkpoint, scores, space, progress))
+        errors = rounding_errors(checkpoint, scores, space, progress)
+        if question.calibrate:
+            uncalibrated = errors
+            errors, why_not = calibrated_errors(checkpoint, scores, space, errors, rule, progress)
+            notes.extend(note for note in why_not if note not in notes)
+            calibrated.append(errors is not uncalibrated)
+        return Problem.of(checkpoint, scores, space, errors)
 
-    plans: list[Plan] = []
+    calibrated: list[bool] = []
+    plans: list[tuple[Plan, Problem]] = []
     refused: list[tuple[Floor, Problem]] = []
     unsupported: list[UnsupportedError] = []
     for space in question.spaces:
         try:
             problem = problem_of(space)
-            plans.append(make_plan(problem, budget, rule))
+            plans.append((make_plan(problem, budget, rule), problem))
         except DoesNotFit as reason:
             refused.append((reason.floor, problem))
         except UnsupportedError as reason:
@@ -128,11 +139,18 @@ def plan_export(
             raise unsupported[0]
         floor, problem = min(refused, key=lambda each: each[0].nbytes)
         raise infeasible(problem, budget, rule, floor, other_formats(checkpoint, scores, request))
-    best = min(plans, key=lambda plan: plan.predicted_loss)
+    best, problem = min(plans, key=lambda planned: planned[0].predicted_loss)
+    if request.candidates > 1:
+        best = measured_best(scores, problem, budget, best, request.candidates, progress)
     if len(question.spaces) > 1:
-        compared = ", ".join(f"{plan.layout} {plan.predicted_loss:.4f}" for plan in plans)
-        notes = (*notes, f"predicted loss by layout: {compared} {best.loss_unit}")
-    return _loadable(replace(best, device=request.device, notes=(*best.notes, *notes)), request)
+        compared = ", ".join(f"{plan.layout} {plan.predicted_loss:.4f}" for plan, _ in plans)
+        notes.append(f"predicted loss by layout: {compared} {best.loss_unit}")
+    notes = [*filter(None, [best.far_off]), *best.notes, *notes]
+    if request.device is not None:  # has no more memory to give
+        better = tuple(each for each in best.certificate.alternatives if not each.change.startswith("--budget"))
+        best = replace(best, certificate=replace(best.certificate, alternatives=better))
+    scaled = calibrated != [] and all(calibrated)
+    return _loadable(replace(best, device=request.device, calibrated=scaled, notes=tuple(notes)), request)
 
 
 def _loadable(plan: Plan, request: PlanRequest) -> Plan:
@@ -278,6 +296,7 @@ def planned_sizes(
         prompt_batch=serving.prompt_batch,
         options=plan.options,
         rounding=plan.rounding,
+        calibrate=plan.calibrated,
     )
     problem = planning_problem(checkpoint, scores, resolve(request, checkpoint))
     smallest, largest = problem.floor(scope, serving).nbytes, problem.largest(scope, serving)

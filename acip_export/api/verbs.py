@@ -106,6 +106,8 @@ def plan(
     cache_type: str | None = None,
     prompt_batch: int | None = None,
     rounding: Rounding | None = None,
+    calibrate: bool = True,
+    candidates: int = 1,
     options: Mapping[str, str] = _NONE,
     progress: ProgressCallback = silent,
     revision: str | None = None,
@@ -116,14 +118,17 @@ def plan(
     Args:
         model, revision, token: as in :func:`rank`.
         scores: what :func:`rank` returned or wrote; ``None``: the one beside the model.
-        budget: ``"900MB"``, ``"2GiB"``, or bytes. scope: what it covers: ``memory``: files, cache and buffers;
-            ``process``: the runtime too; ``file``: only the files.
+        budget: ``"900MB"``, ``"2GiB"``, ``"50%"`` of the dense weights, or bytes. scope: what it covers: ``memory``:
+            files, cache and buffers; ``process``: the runtime too; ``file``: only the files.
         format: ``gguf``, ``onnx``, or an installed one. layout, types, runtime, backend: of the format;
             ``acip-export formats`` lists them.
         context: tokens of KV cache; ``None``: the model's, at most 4096. cache_type: of the cache. prompt_batch: prompt
             tokens processed together; ``None``: suits the budget.
         rounding: ``feedback`` carries the error of each weight to those that are rounded after it, ``nearest`` does
             not; ``None``: ``feedback`` where format and score file allow it.
+        calibrate: scale predictions to what rounding each class of layers was measured to cost; the first plan of a
+            format measures it, which takes minutes.
+        candidates: plans that are run on held-out text before the best is taken; 1: the prediction alone chooses.
         options: settings that only this format knows, as its flags are called (``split_max_size``).
 
     Raises:
@@ -138,7 +143,7 @@ def plan(
     parsers = {option.name: option.parse for option in export_format(format).options}
     request = PlanRequest(
         format,
-        budget if isinstance(budget, int) else parse_bytes(budget),
+        budget if isinstance(budget, int) else parse_bytes(budget, whole=lambda: checkpoint.weight_bytes),
         scope,
         runtime=runtime,
         backend=backend,
@@ -148,6 +153,8 @@ def plan(
         cache_type=cache_type,
         prompt_batch=prompt_batch,
         rounding=rounding,
+        calibrate=calibrate,
+        candidates=candidates,
         options={name: parsers.get(name, str)(text) for name, text in options.items()},
     )
     return plan_export(checkpoint, open_scores(checkpoint, scores), request, progress)
@@ -174,7 +181,8 @@ def export(
         text: to measure perplexity and divergence from the dense model on; ``None``: what the ranking held out, where
             it is here. tasks: of lm-evaluation-harness.
         verify: open the export in its runtimes and compare. timeout: seconds that a runtime may take.
-        force: replace an earlier export. cache: directory that keeps the factors for other sizes.
+        force: replace an earlier export. cache: directory that keeps factors, and the dense
+            model's states on the text, for other sizes.
 
     Returns:
         The report, also in ``out`` (``report.json``, ``report.html``, ``README.md``); ``None`` without ``verify``.
@@ -184,7 +192,7 @@ def export(
         PlanFileError, CheckpointError, ScoreFileError: plan, model and score file do not belong together.
     """
     from acip_export.api.export import export_model
-    from acip_export.api.verify import text_to_measure
+    from acip_export.api.text import text_to_measure
     from acip_export.artifacts.export_directory import EXPORT_KIND
     from acip_export.io.outputs import claim_output
 

@@ -8,7 +8,7 @@ for ``up @ down`` (plus ``M.weight``, where an adapter has a base that is not ze
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -30,6 +30,7 @@ from acip_export.errors import BundleError, PlanFileError
 from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
 from acip_export.io.inputs import Count
 from acip_export.io.outputs import DirectoryKind, FileKind, json_kind
+from acip_export.kept_roundings import KeptRoundings
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import InputMoments, RoundTrip
 
@@ -77,17 +78,26 @@ class Bundle:
         path, plan, manifest: the directory, its plan, its ``bundle.json``.
         checkpoint: the same directory seen as a model directory (config, tokenizer).
         tensors: header entries of the weights, by name.
+        kept: where those who round its matrices keep what they made of them, for each other.
     """
 
-    def __init__(self, path: Path, plan: Plan, manifest: Manifest, tensors: Mapping[str, HeaderEntry]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        manifest: Manifest,
+        tensors: Mapping[str, HeaderEntry],
+        kept: KeptRoundings | None = None,
+    ) -> None:
         self.path = path
+        self.kept = kept
         self.plan = plan
         self.manifest = manifest
         self.tensors = tensors
         self.config = read_json_object(path / CONFIG_FILE, BundleError)
 
     @classmethod
-    def open(cls, path: Path, verify_hash: bool = False) -> Bundle:
+    def open(cls, path: Path, verify_hash: bool = False, kept: KeptRoundings | None = None) -> Bundle:
         """Open and check a bundle; ``verify_hash`` also reads all its numbers and compares their SHA-256.
 
         Raises:
@@ -99,7 +109,7 @@ class Bundle:
         manifest = read_artifact(path / MANIFEST_FILE, Manifest, BundleError)
         plan = load_plan(path / PLAN_FILE)
         tensors, _ = read_safetensors_header(path / WEIGHTS_FILE, BundleError)
-        bundle = cls(path, plan, manifest, tensors)
+        bundle = cls(path, plan, manifest, tensors, kept)
         bundle._check_shapes()
         check_context(plan, bundle.as_checkpoint())
         hashes = {WEIGHTS_FILE: manifest.weights_sha256, IMPORTANCE_FILE: manifest.importance_sha256}
@@ -148,7 +158,7 @@ class Bundle:
         Raises:
             BundleError: its factor for error feedback is missing, damaged, or of another matrix.
         """
-        return InputMoments(self.importance(name), self._feedback(name))
+        return InputMoments(self.importance(name), self._feedback(name), self.kept)
 
     def _feedback(self, name: str) -> FeedbackFactor | None:
         key = self.manifest.feedback.get(name)
@@ -220,11 +230,19 @@ def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Mod
     Raises:
         BundleError: see :meth:`Bundle.open`.
     """
-    from safetensors.torch import load_file
-
-    from acip_export.model.torch_model import FactoredLinear, tied_names, untrained_model, with_fixed_positions
-
     bundle = Bundle.open(Path(path))
+    model = untrained_bundle(bundle)
+    types = stored_types(bundle.plan)
+    state = {name: rounded_tensor(bundle, name, types, round_trip) for name in bundle.tensors}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    check_names(bundle, missing, unexpected)
+    return model.eval()
+
+
+def untrained_bundle(bundle: Bundle) -> nn.Module:
+    """A model of the bundle's architecture, with factor pairs where the bundle has them; its numbers mean nothing."""
+    from acip_export.model.torch_model import FactoredLinear, untrained_model, with_fixed_positions
+
     model = untrained_model(with_fixed_positions(bundle.config, bundle.plan.serving.context))
     for decision in bundle.plan.tensors:
         if decision.rank is None:
@@ -240,17 +258,39 @@ def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Mod
             bias=getattr(dense, "bias", None) is not None,
         )
         setattr(model.get_submodule(parent), child, factored)
-    state = {name: tensor.float() for name, tensor in load_file(bundle.path / WEIGHTS_FILE).items()}
-    if round_trip is not None:
-        for decision in bundle.plan.tensors:
-            for name, form in stored_formats(decision).items():
-                if state[name].ndim == 2:
-                    state[name] = round_trip(state[name], form, bundle.inputs(name))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = tied_names(bundle.as_checkpoint())
-    if set(missing) - tied or unexpected:
-        raise BundleError(
-            f"{bundle.path} does not fit its architecture: missing {sorted(set(missing) - tied)[:3]}, "
-            f"unexpected {sorted(unexpected)[:3]}"
-        )
     return model.eval()
+
+
+def stored_types(plan: Plan) -> dict[str, str]:
+    """The weight type of every tensor that a bundle of ``plan`` stores."""
+    return {name: form for decision in plan.tensors for name, form in stored_formats(decision).items()}
+
+
+def rounded_tensor(
+    bundle: Bundle,
+    name: str,
+    types: Mapping[str, str],
+    round_trip: RoundTrip | None,
+    rows: torch.Tensor | slice | None = None,
+) -> torch.Tensor:
+    """A tensor of a bundle, float32, with the numbers that its export has.
+
+    Args:
+        types: as :func:`stored_types`. round_trip: as :func:`load_bundle`. rows: some only; ``None``: all.
+    """
+    tensor = bundle.read(name)
+    tensor = (tensor if rows is None else tensor[rows]).float()
+    if round_trip is None or tensor.ndim != 2 or name not in types:
+        return tensor
+    return round_trip(tensor, types[name], bundle.inputs(name))
+
+
+def check_names(bundle: Bundle, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises BundleError for tensors that the architecture misses, or does not know."""
+    from acip_export.model.torch_model import tied_names
+
+    absent, strange = sorted(set(missing) - tied_names(bundle.as_checkpoint())), sorted(unexpected)
+    if absent or strange:
+        raise BundleError(
+            f"{bundle.path} does not fit its architecture: missing {absent[:3]}, unexpected {strange[:3]}"
+        )

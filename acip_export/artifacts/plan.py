@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
+from math import exp, log
 from operator import lt
 from pathlib import Path, PurePosixPath
 from typing import Annotated, ClassVar, Literal
@@ -35,6 +36,8 @@ Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 Range = tuple[Count, Positive]
 # Tokens; runtimes count them in 32 bits.
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+# A plan is far off when its predicted perplexity is more than this many times the dense model's.
+FAR_OFF = 1.5
 # Longest name of a file in bytes, by every common file system.
 LONGEST_FILE_NAME = 255
 
@@ -91,11 +94,16 @@ class Serving:
 
 @dataclass(frozen=True)
 class Alternative:
-    """What the same budget would give with another setting; ``change`` is the flag that asks for it."""
+    """What another setting, or another budget, would give; ``change`` is the flag that asks for it."""
 
     change: str
     predicted_loss: Finite
     predicted_perplexity: PositiveFloat | None
+
+    @property
+    def far_off(self) -> bool:
+        """Whether it is as far off the dense model as nobody wants unasked."""
+        return self.predicted_perplexity is not None and self.predicted_loss > log(FAR_OFF)
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,8 @@ class Certificate:
         next_upgrade_bytes: what it would cost beyond the present plan.
         quantization_only_loss: predicted loss of the best plan without low rank at the same budget, ``None`` when no
             such plan fits.
-        alternatives: other settings that would give a better plan at the same budget, each planned.
+        alternatives: other settings that would give a better plan at the same budget, each planned; for a plan that is
+            far off, also what would bring it near.
         refused_types: what the format or its backend ruled out.
     """
 
@@ -130,6 +139,23 @@ class Certificate:
     quantization_only_loss: Finite | None = None
     alternatives: tuple[Alternative, ...] = ()
     refused_types: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeasuredCandidate:
+    """A plan for the same budget that was run on held-out text before one was chosen; losses in the plan's unit.
+
+    Attributes:
+        change: what sets it apart from the best predicted plan.
+        measured_loss: divergence from the dense model, and ``error``, its standard error; ``None``: it did not run, and
+            ``failure`` says why.
+    """
+
+    change: Name
+    predicted_loss: Finite
+    measured_loss: NotNegative | None = None
+    error: NotNegative | None = None
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +178,8 @@ class Plan(Artifact):
         device: name of the device whose memory was planned for, if it was one.
         options: what the user told the format beyond the model directory (:attr:`Checkpoint.options`).
         rounding: how the codes of its matrices are chosen, in the types that know more than the nearest.
+        calibrated: whether the prediction was scaled to losses measured on the model.
+        candidates: what was compared with it by measuring, itself included; empty: nothing.
     """
 
     NAME: ClassVar[ArtifactName] = PLAN
@@ -179,11 +207,29 @@ class Plan(Artifact):
     device: Name | None = None
     options: Mapping[Name, str] = field(default_factory=dict)
     rounding: Rounding = "nearest"
+    calibrated: bool = False
+    candidates: tuple[MeasuredCandidate, ...] = ()
 
     @property
     def loss_unit(self) -> str:
         """What losses are counted in."""
         return LOSS_UNITS[self.task]
+
+    @property
+    def dense_perplexity(self) -> float | None:
+        """Of the dense model on the text that the ranking measured, where the task has one."""
+        return None if self.predicted_perplexity is None else self.predicted_perplexity * exp(-self.predicted_loss)
+
+    @property
+    def far_off(self) -> str | None:
+        """Say how far, if the prediction is far off the dense model; ``None`` if it is near."""
+        if self.predicted_perplexity is None or self.predicted_loss <= log(FAR_OFF):
+            return None
+        times = exp(min(self.predicted_loss, 700.0))
+        return (
+            f"predicted perplexity {self.predicted_perplexity:,.2f} is {times:,.2f} times the dense model's "
+            f"{self.dense_perplexity:,.2f}"
+        )
 
     @property
     def process_bytes(self) -> int:

@@ -205,7 +205,7 @@ class Report(Artifact):
     Attributes:
         passed: every check held. failures: one sentence for each that did not. notes: what could not be measured.
         written_bytes, planned_bytes: of all files of the export.
-        bundle_perplexity, dense_perplexity: in PyTorch, on the same text.
+        dense_perplexity: in PyTorch, on the same text. bundle_perplexity: on what agreement was measured on.
         similarity: encoders: mean cosine similarity of the export's embeddings to the dense model's.
         similarity_spearman, similarity_error: of the similarities between texts, against the dense model's.
         tasks: task -> metric -> value and standard error.

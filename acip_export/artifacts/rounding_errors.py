@@ -6,7 +6,6 @@ Without it the planner falls back on the errors that :mod:`acip_export.weight_ty
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -18,15 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from acip_export.artifacts.document import Artifact, decode_artifact
+from acip_export.artifacts.cache import FormatCache, load_cache
 from acip_export.artifacts.names import ROUNDING_ERRORS, ArtifactName
 from acip_export.artifacts.plan import TensorDecision
-from acip_export.errors import InputError
 from acip_export.io.atomic import keep
-from acip_export.io.inputs import NotNegative, Share, read_input
+from acip_export.io.inputs import NotNegative, Share
 from acip_export.rounding import Rounding
-
-logger = logging.getLogger(__name__)
 
 # Ratios are interpolated in their logarithm; a pair that rounds without any error has this one.
 _LEAST_RATIO = 1e-6
@@ -35,12 +31,10 @@ Ratios = Annotated[tuple[tuple[Share, NotNegative], ...], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
-class RoundingErrors(Artifact):
+class RoundingErrors(FormatCache):
     """Measured errors for one score file and one format.
 
     Attributes:
-        quantizer: package and version that rounded, and how codes were chosen, unless each weight's nearest.
-        scores_sha256: of the score file.
         dense: predicted loss of rounding the dense weight, nats per token, by tensor and type.
         pairs: by module and ``DOWN*UP`` types: what a fitted pair loses by rounding, over what the table of formats
             says, as ``(rank / full rank, ratio)`` by growing rank; by module and ``BASE+``: what a base with a low-rank
@@ -49,9 +43,6 @@ class RoundingErrors(Artifact):
 
     NAME: ClassVar[ArtifactName] = ROUNDING_ERRORS
 
-    format: str
-    quantizer: str
-    scores_sha256: str
     dense: Mapping[str, Mapping[str, NotNegative]] = field(default_factory=dict)
     pairs: Mapping[str, Mapping[str, Ratios]] = field(default_factory=dict)
 
@@ -123,27 +114,13 @@ def cache_file(scores: Path, fmt: str, rounding: Rounding = "nearest") -> Path:
 
 def load_rounding_errors(file: Path, fmt: str, quantizer: str, scores_sha256: str) -> RoundingErrors:
     """What the cache knows; empty when there is none, or when it is of another model, quantizer or version."""
-    nothing = RoundingErrors(format=fmt, quantizer=quantizer, scores_sha256=scores_sha256)
-    if not file.exists():
-        return nothing
-    try:
-        known = decode_artifact(read_input(file, InputError), RoundingErrors, str(file), InputError, _OtherVersionError)
-        if any(
-            a >= b for pairs in known.pairs.values() for points in pairs.values() for (a, _), (b, _) in pairwise(points)
-        ):
-            raise InputError(f"{file}: $.pairs: the ranks of measured points do not grow")
-    except _OtherVersionError:
-        return nothing
-    except InputError as error:
-        # A cache: it is made again, not mourned.
-        logger.warning("%s; it is measured again", error)
-        return nothing
-    same = (known.format, known.quantizer, known.scores_sha256) == (fmt, quantizer, scores_sha256)
-    return known if same else nothing
+    return load_cache(file, RoundingErrors(format=fmt, quantizer=quantizer, scores_sha256=scores_sha256), _problem)
 
 
-class _OtherVersionError(InputError):
-    """The cache was written by another version of this tool."""
+def _problem(known: RoundingErrors) -> str | None:
+    ranks = [[rank for rank, _ in points] for pairs in known.pairs.values() for points in pairs.values()]
+    grow = all(a < b for each in ranks for a, b in pairwise(each))
+    return None if grow else "$.pairs: the ranks of measured points do not grow"
 
 
 def save_rounding_errors(errors: RoundingErrors, file: Path) -> None:

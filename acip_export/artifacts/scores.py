@@ -23,6 +23,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from acip_export.artifacts.document import Header, check_header
+from acip_export.artifacts.measured_losses import MeasuredLosses
 from acip_export.artifacts.names import SCORE_FILE_SUFFIX, SCORES
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.errors import ScoreFileError
@@ -176,8 +177,8 @@ class ScoreFile:
         sha256: identifies the file: over its header, every tensor but the second moments, and the first 4 KiB of each
             of those.
         file: that it was read from.
-        rounding_errors: what was measured for scores that are in no file, by format; for others a cache beside the file
-            has it.
+        rounding_errors, measured_losses: what was measured for scores that are in no file, by format; for others caches
+            beside the file have it.
     """
 
     model: RankedModel
@@ -193,6 +194,7 @@ class ScoreFile:
     sha256: str = ""
     file: Path | None = field(default=None, compare=False)
     rounding_errors: dict[str, RoundingErrors] = field(default_factory=dict, init=False, repr=False, compare=False)
+    measured_losses: dict[str, MeasuredLosses] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def basis(self) -> str:

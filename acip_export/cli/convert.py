@@ -8,12 +8,15 @@ from typing import Annotated
 import typer
 
 from acip_export.cli import output as console
-from acip_export.cli.options import Debug, Force, Json, Quiet
+from acip_export.cli.options import OUTPUT, Debug, Force, Json, Quiet, default_place
 
 
 def convert(
     bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: ./export/FORMAT.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Default: export/FORMAT-SIZE.", rich_help_panel=OUTPUT),
+    ] = None,
     json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -21,13 +24,15 @@ def convert(
 ) -> None:
     """Write a bundle in the format that its plan names.
 
-    acip-export convert bundle -o export/gguf
+    acip-export convert bundle -o export/gguf-4GB
     """
     from acip_export import api as pipeline
     from acip_export.artifacts.bundle import Bundle
 
-    place = out or Path("export") / Bundle.open(bundle).plan.format
+    if out is None:
+        plan = Bundle.open(bundle).plan
+        out = default_place(plan.format, plan.budget_bytes)
     with console.stage_progress() as progress:
-        made = pipeline.convert_bundle(bundle, place, force, progress)
-    data = {"out": str(place), "files": dict(made.files)}
-    console.done(data, json, f"{made.planned_bytes:,} bytes, as planned, written to {place}")
+        made = pipeline.convert_bundle(bundle, out, force, progress)
+    data = {"out": str(out), "files": dict(made.files)}
+    console.done(data, json, f"{made.planned_bytes:,} bytes, as planned, written to {out}")

@@ -8,8 +8,26 @@ from typing import Annotated
 import typer
 
 from acip_export.artifacts.export_directory import EXPORT_KIND
+from acip_export.artifacts.plan import FAR_OFF
 from acip_export.cli import output as console
-from acip_export.cli.options import Cache, Debug, Force, Json, Quiet, Tasks, Text, Timeout, Verbose, names
+from acip_export.cli.help import refuse_flags_before
+from acip_export.cli.options import (
+    BUDGET,
+    CHECK,
+    MORE,
+    OUTPUT,
+    Cache,
+    Debug,
+    Force,
+    Json,
+    Quiet,
+    Tasks,
+    Text,
+    Timeout,
+    Verbose,
+    default_place,
+    names,
+)
 from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
 from acip_export.cli.tables.plan import show_plan
 from acip_export.cli.tables.report import show_export, show_reports
@@ -18,8 +36,12 @@ from acip_export.formats.protocol import Companion
 from acip_export.formats.registry import export_format, export_formats
 from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import Course
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 from acip_export.version import __version__
+
+# Of a share, on two cores of 2024.
+_SECONDS_PER_BYTE = 4e-8
 
 
 def _version(value: bool) -> None:
@@ -32,42 +54,60 @@ def _version(value: bool) -> None:
 def export(
     context_: typer.Context,
     flags: PlanFlags,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: ./export/FORMAT.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Default: export/FORMAT-SIZE.", rich_help_panel=OUTPUT),
+    ] = None,
     text: Text = None,
     tasks: Tasks = "",
     timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     cache: Cache = None,
-    verify: Annotated[bool, typer.Option(help="Open the export in its runtime and compare.")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Open the export in its runtime and compare (default).", rich_help_panel=CHECK)
+    ] = True,
     companions: tuple[str, ...] = (),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    accept_loss: Annotated[
+        bool,
+        typer.Option(
+            "--accept-loss",
+            help=f"Export at more than {FAR_OFF:g} times the dense perplexity.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, write nothing.", rich_help_panel=OUTPUT)
+    ] = False,
     json: Json = False,
     force: Force = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     debug: Debug = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show it.", callback=_version, is_eager=True, rich_help_panel=MORE),
+    ] = False,
 ) -> None:
-    """Export a ranked model so that it fits a budget.
+    """Export a ranked model so that it fits a budget. In its directory:
 
-    Run inside a model directory that has a score file:
+    acip-export rank . --data text.txt
 
-        acip-export rank . --data text.txt
+    acip-export --budget 4GB --format gguf
 
-        acip-export --budget 4GB --format gguf
+    acip-export --device raspberry-pi-5-8gb
 
-        acip-export --device raspberry-pi-5-8gb
-
-        acip-export --budget 900MB --format onnx --context 2048 --dry-run
+    acip-export --budget 900MB --format onnx --context 2048 --dry-run
     """
     if context_.invoked_subcommand is not None:
+        refuse_flags_before(context_.invoked_subcommand, context_, ("quiet", "debug"))
         return
     if not flags.asks:
-        console.out.print(context_.get_help())
+        typer.echo(context_.get_help())
         raise typer.Exit
     from acip_export import api as pipeline
+    from acip_export.planning import unaccepted_loss
 
     request = flags.request()
-    directory = out or Path("export") / request.format
+    directory = out or default_place(request.format, request.budget_bytes)
     beside = _companions(request.format, companions, directory)
     if not dry_run:
         read = (*flags.inputs, text, cache, *names(tasks))
@@ -82,13 +122,15 @@ def export(
         companion.check(plan.files)
     wanted = text is not None or (verify and not dry_run)
     measured_on = pipeline.text_to_measure(checkpoint, opened, text, plan.serving.context) if wanted else None
+    if plan.far_off and not (dry_run or accept_loss):
+        raise unaccepted_loss(plan)
     if not json:
         show_plan(plan, verbose)
     if dry_run:
         if json:
             console.print_json(plan.to_json())
         return
-    with console.stage_progress() as progress:
+    with console.stage_progress(_course(checkpoint, verify)) as progress:
         report = pipeline.export_model(
             checkpoint,
             opened,
@@ -115,7 +157,14 @@ def export(
     show_export(plan, directory)
     for companion, files in written.items():
         total = sum(files.values())
-        console.out.print(f"{total:,} bytes in the {companion.name} format in {beside[companion]}", markup=False)
+        console.say(f"{total:,} bytes in the {companion.name} format in {beside[companion]}")
+
+
+def _course(checkpoint: Checkpoint, verify: bool) -> Course:
+    """What the stages take: rounding and verifying most, by the bytes of the dense model; processes have to start."""
+    shares = {"materialize": 4.0, "convert": 1.0, **({"verify": 4.0} if verify else {})}
+    seconds = (10 if verify else 2) + checkpoint.weight_bytes * _SECONDS_PER_BYTE * sum(shares.values())
+    return Course(shares, seconds)
 
 
 def _companions(format_name: str, names: tuple[str, ...], directory: Path) -> dict[Companion, Path]:

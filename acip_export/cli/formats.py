@@ -20,7 +20,7 @@ def formats(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> N
                 "runtimes": {runtime: list(layouts) for runtime, layouts in known.runtimes.items()},
                 "backends": [backend.name for backend in known.backends],
                 "cache_types": list(known.cache_types),
-                "options": {option.flag: option.help for option in known.options},
+                "options": {option.flag: " ".join(option.help.split()) for option in known.options},
                 "types": [
                     {"name": t.name, "bits_per_weight": t.bits_per_weight, "block": t.block} for t in known.weight_types
                 ],

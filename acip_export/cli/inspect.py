@@ -29,7 +29,7 @@ def inspect(
 ) -> None:
     """Show where the bytes of any model are, or what differs between two.
 
-    acip-export inspect export/gguf
+    acip-export inspect export/gguf-4GB
 
     acip-export inspect old.gguf new.gguf
     """

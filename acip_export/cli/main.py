@@ -11,6 +11,8 @@ from types import FrameType
 import typer
 
 from acip_export.cli import (
+    cache,
+    chat,
     check,
     convert,
     devices,
@@ -22,19 +24,20 @@ from acip_export.cli import (
     plan,
     rank,
     report,
+    serve,
     verify,
 )
 from acip_export.cli import output as console
+from acip_export.cli.help import Command, Group
 from acip_export.cli.options import ErrorBoundary
-from acip_export.errors import AcipError
+from acip_export.errors import AcipError, UsageError
 
 EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="acip-export",
+    cls=Group,
     no_args_is_help=False,
-    add_completion=False,
-    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -46,14 +49,17 @@ for command in (
     materialize.materialize,
     convert.convert,
     verify.verify,
+    chat.chat,
+    serve.serve,
     imatrix.imatrix,
     report.report,
     inspect.inspect,
     check.check,
     devices.devices,
     formats.formats,
+    cache.cache,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 class _Interruption:
@@ -70,7 +76,7 @@ class _Interruption:
 def main() -> None:
     """Entry point with the one error boundary."""
     boundary = ErrorBoundary()
-    console.be_quiet(False)
+    console.start(as_json="--json" in sys.argv[1:])
     interruption = _Interruption()
     # Unwinding removes half-written output; the default action of SIGTERM would leave it.
     signal.signal(signal.SIGTERM, interruption)
@@ -82,15 +88,22 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             # A console without UTF-8 shows question marks; it is no reason to fail.
             stream.reconfigure(errors="replace")
+    code, error = 0, None
     try:
-        app(obj=boundary)
-    except BaseException as error:
-        if interruption.happened or isinstance(error, KeyboardInterrupt):
-            console.note("interrupted; nothing was left half-written")
-            sys.exit(EXIT_INTERRUPTED)
-        if boundary.debug or not isinstance(error, Exception):
-            raise
-        if not isinstance(error, AcipError):
-            error = AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback")
-        console.print_error(error)
-        sys.exit(error.exit_code)
+        # Not "standalone", so that errors of the parser come here, too.
+        code = app(obj=boundary, prog_name="acip-export", standalone_mode=False) or 0
+    except BaseException as raised:
+        error = raised
+    if interruption.happened or isinstance(error, KeyboardInterrupt):
+        console.interrupted(EXIT_INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
+    if error is None:
+        sys.exit(code)
+    if boundary.debug or not isinstance(error, Exception):
+        raise error
+    if hasattr(error, "format_message"):  # of the parser, whose classes typer keeps to itself
+        error = UsageError(f"{error.format_message()}\nacip-export -h  shows what there is")
+    if not isinstance(error, AcipError):
+        error = AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback")
+    console.print_error(error)
+    sys.exit(error.exit_code)

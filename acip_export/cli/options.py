@@ -9,13 +9,32 @@ from typing import Annotated
 import typer
 
 from acip_export.cli import output as console
+from acip_export.units import size_name
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Model directory or Hugging Face id.", show_default=True)]
-Scores = Annotated[Path | None, typer.Option(help="Score file. Default: the *.acip beside the model.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what acip-export wrote there.")]
+# The headings of help, in their order; those of formats come before the last two.
+TARGET, BUDGET, MODEL, OUTPUT, CHECK, MORE = "Target", "Budget", "Model", "Output", "Check", "More"
+TEXT, METHOD, MACHINE = "Text", "Method", "Machine"
+PANELS = ("Arguments", TARGET, BUDGET, TEXT, METHOD, MODEL, MACHINE, "Options", OUTPUT, CHECK, MORE)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="DIR|ID",
+        help="Model directory or Hugging Face id. Default: here.",
+        rich_help_panel=MODEL,
+    ),
+]
+Scores = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Score file. Default: the *.acip beside the model.", rich_help_panel=MODEL),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; errors too.", rich_help_panel=OUTPUT)]
+Force = Annotated[bool, typer.Option("--force", help="Replace what acip-export wrote there.", rich_help_panel=OUTPUT)]
 Cache = Annotated[
-    Path | None, typer.Option("--cache", help="Directory that keeps the SVDs, for other sizes and rankings.")
+    Path | None,
+    typer.Option("--cache", metavar="DIR", help="Keep SVDs and the dense model's states there.", rich_help_panel=MODEL),
 ]
 
 
@@ -42,23 +61,61 @@ def _print_less(value: bool) -> bool:
     return value
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_show_tracebacks, is_eager=True)]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show tracebacks.", callback=_show_tracebacks, is_eager=True, rich_help_panel=MORE),
+]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="Print results and errors only.", callback=_print_less, is_eager=True),
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Print results and errors only.",
+        callback=_print_less,
+        is_eager=True,
+        rich_help_panel=MORE,
+    ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor.", rich_help_panel=MORE)]
 Text = Annotated[
     Path | None,
-    typer.Option("--text", help="Text to measure perplexity and divergence on. Default: what the ranking held out."),
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="To measure quality on. Default: what the ranking held out.",
+        rich_help_panel=CHECK,
+    ),
 ]
 Tasks = Annotated[
-    str, typer.Option("--tasks", help="Tasks of lm-evaluation-harness, by comma: names, or YAML files of your own.")
+    str,
+    typer.Option(
+        "--tasks",
+        metavar="NAMES",
+        help="Tasks of lm-evaluation-harness, or YAML files of your own.",
+        rich_help_panel=CHECK,
+    ),
 ]
-Timeout = Annotated[float, typer.Option("--timeout", help="Seconds that a runtime may take for one context.", min=0.1)]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        help="That a runtime may take for one context.",
+        min=0.1,
+        rich_help_panel=CHECK,
+    ),
+]
 DeviceFile = Annotated[
-    Path | None, typer.Option("--devices", metavar="FILE", help="More devices; see  acip-export devices --help.")
+    Path | None,
+    typer.Option(
+        "--devices", metavar="FILE", help="More devices; see  acip-export devices -h.", rich_help_panel=TARGET
+    ),
 ]
+
+
+def default_place(format_name: str, budget: int | None) -> Path:
+    """Return where an export of this budget goes, unless told otherwise."""
+    return Path("export") / (format_name if budget is None else f"{format_name}-{size_name(budget)}")
 
 
 def names(listed: str) -> tuple[str, ...]:

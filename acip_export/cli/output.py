@@ -3,31 +3,58 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import rich.progress
+import rich.progress_bar
 from rich.console import Console
+from rich.padding import Padding
+from rich.table import Column, Table
+from rich.text import Text
 
 from acip_export.errors import AcipError
-from acip_export.progress import Progress, ProgressCallback
+from acip_export.progress import Course, Journey, Progress, ProgressCallback
 from acip_export.units import format_seconds
 
-# Wide enough for every table when nobody's terminal says otherwise.
-_WIDTH = None if sys.stdout.isatty() else 120
+_SECONDS_BETWEEN_LINES = 30
+_UNKNOWN = Course({})
+# Columns that the bar takes.
+_BAR = 20
 
-_SECONDS_BETWEEN_LINES = 60
-
-out = Console(highlight=False, width=_WIDTH)
+# As wide as the terminal or COLUMNS says; every table and every page of help fits 80 columns.
+out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+@dataclass
+class _Documents:
+    """Whether JSON was asked for, and printed: there is one document on stdout, of the result or of the error."""
+
+    wanted: bool = False
+    printed: bool = False
+
+
+_documents = _Documents()
+
+
+def start(as_json: bool) -> None:
+    """Begin a command: not quiet, nothing printed yet."""
+    be_quiet(False)
+    _documents.wanted, _documents.printed = as_json, False
 
 
 def print_json(data: Any) -> None:
     """Machine-readable output: exactly one JSON document on stdout."""
     sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    _documents.printed = True
 
 
 def done(data: Any, as_json: bool, message: str) -> None:
@@ -35,21 +62,71 @@ def done(data: Any, as_json: bool, message: str) -> None:
     if as_json:
         print_json(data)
     else:
-        out.print(message, markup=False)
+        say(message)
+
+
+def say(text: str, indent: int = 0, markup: bool = False, style: str | None = None) -> None:
+    """Print a sentence on stdout: wrapped at words, or on one line where there is no width to fit."""
+    if _wraps(out):
+        out.print(Padding(Text.from_markup(text) if markup else Text(text), (0, 0, 0, indent)), style=style)
+    else:
+        out.print(" " * indent + text, markup=markup, style=style, soft_wrap=True)
+
+
+def _wraps(console: Console) -> bool:
+    return console.is_terminal or "COLUMNS" in os.environ
+
+
+def show_command(text: str, shell: bool) -> None:
+    """Print what is to be copied: never wrapped, but a long line of a shell goes on below its backslash."""
+    for line in text.splitlines():
+        if shell and len(line) > out.width:
+            line = _continued(line, out.width)
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def _continued(command: str, width: int) -> str:
+    """Break a command before its flags."""
+    lines = [""]
+    for part in re.split(r" (?=-)", command):
+        if lines[-1] and len(f"{lines[-1]} {part} \\") > width:
+            lines.append(f"    {part}")
+        else:
+            lines[-1] = f"{lines[-1]} {part}" if lines[-1] else part
+    return " \\\n".join(lines)
+
+
+def stream(text: str) -> None:
+    """A piece of a model's text on stdout, at once; nothing in it moves the cursor or colours what follows."""
+    sys.stdout.write("".join(c for c in text if c.isprintable() or c in "\n\t"))
+    sys.stdout.flush()
 
 
 def print_error(error: AcipError) -> None:
+    """Say what went wrong: on stderr, or as the JSON document on stdout, if the result is not one already."""
+    if _documents.wanted and not _documents.printed:
+        print_json(error.to_json())
+        return
     err.quiet = False
     first, _, rest = str(error).partition("\n")
     err.print("[bold red]error:[/] ", end="")
-    err.print(first, markup=False)
+    err.print(first, markup=False, soft_wrap=not _wraps(err))
     if rest:
-        err.print(rest, markup=False)
+        err.print(rest, markup=False, soft_wrap=not _wraps(err))
+
+
+def interrupted(code: int) -> None:
+    """Say that the user stopped the command."""
+    message = "interrupted; nothing was left half-written"
+    if _documents.wanted and not _documents.printed:
+        print_json({"error": message, "code": code, "kind": "KeyboardInterrupt"})
+    else:
+        note(message)
 
 
 def note(message: str) -> None:
     """A diagnostic, on stderr."""
-    err.print(message, markup=False, style="dim")
+    err.print(message, markup=False, style="dim", soft_wrap=not _wraps(err))
 
 
 def be_quiet(quiet: bool) -> None:
@@ -63,82 +140,95 @@ def annotate(line: str) -> None:
 
 
 @contextmanager
-def stage_progress() -> Iterator[ProgressCallback]:
-    """Show what is running on stderr: bars, one per stage, or on no terminal a line a minute."""
-    if err.is_terminal:
-        with _bars() as update:
-            yield update
-    else:
-        yield ProgressLines()
+def stage_progress(course: Course = _UNKNOWN) -> Iterator[ProgressCallback]:
+    """Show how far a command has come, on stderr: one bar, or on no terminal a line every half a minute."""
+    journey = Journey(course)
+    with _bar(journey) if err.is_terminal and not err.quiet else _lines(journey):
+        yield journey
+
+
+@contextmanager
+def _lines(journey: Journey) -> Iterator[None]:
+    lines, done = ProgressLines(journey), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            lines.print_due()
+
+    # Beside the work: a stage that does not report for minutes is one that people want to hear of.
+    threading.Thread(target=watch, name="progress", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 class ProgressLines:
-    """Prints what a stage reports, once a minute: for logs, and for jobs that nobody watches.
+    """Prints how far a command has come, every half a minute: for logs, and for jobs that nobody watches.
 
     Args:
         clock: seconds, for tests.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, journey: Journey, clock: Callable[[], float] = time.monotonic) -> None:
+        self._journey, self._clock = journey, clock
         self._printed = clock()
-        self._stage, self._began, self._first = "", 0.0, 0
 
-    def __call__(self, progress: Progress) -> None:
+    def print_due(self) -> None:
+        """Print a line, if it is time."""
         now = self._clock()
-        if progress.stage != self._stage:
-            self._stage, self._began, self._first = progress.stage, now, progress.done
         if now - self._printed < _SECONDS_BETWEEN_LINES:
             return
         self._printed = now
-        counted = f"{progress.done:,}" if progress.total is None else f"{progress.done:,} of {progress.total:,}"
-        left = self._seconds_left(progress, now)
-        parts = [f"{progress.stage} {counted}", *_figures(progress)]
-        if left is not None:
-            parts.append(f"about {format_seconds(left)} left")
+        parts = [f"{self._journey.share:.0%}", *_told(self._journey)]
         err.print(", ".join(parts), markup=False, soft_wrap=True)
-
-    def _seconds_left(self, progress: Progress, now: float) -> float | None:
-        """As reported, else by the speed of this stage so far."""
-        taken = progress.done - self._first
-        if progress.eta_seconds is not None or progress.total is None or not taken:
-            return progress.eta_seconds
-        return (now - self._began) / taken * (progress.total - progress.done)
 
 
 @contextmanager
-def _bars() -> Iterator[ProgressCallback]:
-    bars = rich.progress.Progress(
+def _bar(journey: Journey) -> Iterator[None]:
+    bar = rich.progress.Progress(
         rich.progress.SpinnerColumn(),
-        rich.progress.TextColumn("{task.description:<12}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("[dim]{task.fields[item]}"),
+        _OverallBar(journey),
         console=err,
         transient=True,
-        disable=err.quiet,
     )
-    tasks: dict[str, rich.progress.TaskID] = {}
-    with bars:
+    with bar:
+        bar.add_task("")
+        yield
 
-        def update(progress: Progress) -> None:
-            if progress.stage not in tasks:
-                tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, item="")
-            figures = _figures(progress)
-            if progress.total is None and progress.eta_seconds is not None:
-                figures.append(f"about {format_seconds(progress.eta_seconds)} left")
-            bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, item="  ".join(figures))
 
-        yield update
+class _OverallBar(rich.progress.ProgressColumn):
+    """One bar for all stages; what does not fit the line is left out at its end."""
+
+    def __init__(self, journey: Journey) -> None:
+        super().__init__()
+        self._journey = journey
+
+    def render(self, task: rich.progress.Task) -> Table:  # noqa: ARG002 - the journey knows
+        told = Text(", ".join(_told(self._journey)))
+        told.truncate(max(0, err.width - _BAR - 10))
+        line = Table.grid(Column(width=_BAR), Column(width=4, justify="right"), Column(), padding=(0, 1))
+        share = self._journey.share
+        line.add_row(rich.progress_bar.ProgressBar(total=1.0, completed=share, width=_BAR), f"{share:.0%}", told)
+        return line
+
+
+def _told(journey: Journey) -> list[str]:
+    """Time left, the stage, and what it says."""
+    left, at = journey.seconds_left, journey.at
+    parts = [] if left is None else [f"about {format_seconds(left)} left"]
+    if at is None:
+        return [*parts, "starting"]
+    counted = "" if not at.done else f" {at.done:,}" if at.total is None else f" {at.done:,} of {at.total:,}"
+    return [*parts, f"{at.stage}{counted}", *_figures(at)]
 
 
 def _figures(progress: Progress) -> list[str]:
-    parts = [progress.item]
+    parts = []
     if progress.ratio is not None:
         parts.append(f"ratio {progress.ratio:.2f}")
     if progress.loss is not None:
         parts.append(f"loss {progress.loss:.3f}")
     if progress.tokens_per_second is not None:
         parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
-    return [part for part in parts if part]
+    return [*parts, progress.item] if progress.item else parts

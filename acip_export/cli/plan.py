@@ -92,5 +92,5 @@ def _sweep(flags: PlanFlags, out: Path | None, json: bool, force: bool) -> None:
         console.print_json(document)
         return
     for line in sweep_plot.summary(lines):
-        console.out.print(line, markup=False)
-    console.out.print(f"drawn in {drawing}, figures in {drawing and drawing.with_suffix('.json')}", markup=False)
+        console.say(line)
+    console.say(f"drawn in {drawing}, figures in {drawing and drawing.with_suffix('.json')}")

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from acip_export.artifacts.plan import BudgetScope
-from acip_export.cli.options import DeviceFile, Model, Scores, type_names
-from acip_export.devices import Device, find_device, load_devices
+from acip_export.cli.options import BUDGET, CHECK, TARGET, DeviceFile, Model, Scores, type_names
+from acip_export.devices import THIS_MACHINE, Device, find_device, load_devices
 from acip_export.errors import UsageError
 from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats, format_names
+from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import Rounding
 from acip_export.units import format_bytes, parse_bytes
 
@@ -24,54 +25,130 @@ if TYPE_CHECKING:
     from acip_export.planning import PlanRequest
 
 
+def _device_names() -> list[str]:
+    return [THIS_MACHINE, *load_devices()]
+
+
 @dataclass(frozen=True)
 class PlanFlags:
     """Everything that a plan is asked for with. A field is a flag; :func:`takes_plan_flags` puts them on a command."""
 
-    model: Model = "."
-    scores: Scores = None
-    budget: Annotated[str | None, typer.Option(help="Bytes with a unit: 4GB, 900MB, 2GiB.")] = None
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="NAME",
+            help=f"File format: {' or '.join(format_names())}.",
+            autocompletion=format_names,
+            rich_help_panel=TARGET,
+        ),
+    ] = None
     device: Annotated[
         str | None,
-        typer.Option("--device", help="Sets budget, format, context and types; flags override. See  devices."),
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="Sets format, budget, context and types; this: this machine.\n\n"
+            "Flags override them. acip-export devices  lists "
+            "what is known; of this machine a model may take half the memory.",
+            autocompletion=_device_names,
+            rich_help_panel=TARGET,
+        ),
     ] = None
     devices: DeviceFile = None
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime", metavar="NAME", help="What runs it; see  acip-export formats.", rich_help_panel=TARGET
+        ),
+    ] = None
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--layout",
+            metavar="NAME",
+            help="Of the format; auto: the best predicted that it runs.",
+            rich_help_panel=TARGET,
+        ),
+    ] = None
+    types: Annotated[
+        str,
+        typer.Option(
+            "--types",
+            metavar="NAMES",
+            help="To choose from. Default: the device's or the format's.",
+            rich_help_panel=TARGET,
+        ),
+    ] = ""
+    rounding: Annotated[
+        Rounding | None,
+        typer.Option(
+            metavar="NAME",
+            help="nearest, or feedback: errors are made up for (default).\n\n"
+            "The error of each weight is carried to those that "
+            "are rounded after it, where format and score file allow it.",
+            rich_help_panel=TARGET,
+        ),
+    ] = None
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="4GB, 900M, 2GiB, or 50% of the dense model's bytes.", rich_help_panel=BUDGET
+        ),
+    ] = None
     budget_scope: Annotated[
         BudgetScope | None,
         typer.Option(
             "--budget-scope",
-            help="What the budget covers: files, cache and buffers (memory, the default); the runtime too (process, "
-            "the default of --device); only files.",
+            metavar="SCOPE",
+            help="memory (default); process: the runtime too; file.\n\n"
+            "memory: files, cache and buffers; process, the default of "
+            "--device: all that the runtime holds; file: only the files.",
+            rich_help_panel=BUDGET,
         ),
     ] = None
-    format_: Annotated[
-        str | None, typer.Option("--format", "-f", help="File format: gguf, onnx, or an installed one; see formats.")
-    ] = None
-    runtime: Annotated[str | None, typer.Option("--runtime", help="What will run it; see  acip-export formats.")] = None
-    backend: Annotated[
-        str | None, typer.Option("--backend", help="ONNX: cpu (the default), mobile, webgpu, cuda, dml, qnn-friendly.")
-    ] = None
-    layout: Annotated[
-        str | None,
-        typer.Option("--layout", help="Layout of the format; auto: the best predicted that the runtime runs."),
-    ] = None
-    types: Annotated[
-        str, typer.Option("--types", help="Types to choose from, by comma. Default: the device's or the format's.")
-    ] = ""
     context: Annotated[
-        int | None, typer.Option(help="Tokens of KV cache. Default: the model's, at most 4096 or the device's.")
+        int | None,
+        typer.Option(metavar="TOKENS", help="Of KV cache. Default: the model's, up to 4096.", rich_help_panel=BUDGET),
     ] = None
-    cache_type: Annotated[str | None, typer.Option(help="Type of the KV cache.")] = None
+    cache_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Type of the KV cache.", rich_help_panel=BUDGET)
+    ] = None
     prompt_batch: Annotated[
-        int | None, typer.Option(help="Prompt tokens processed together. Default: suits the budget.")
+        int | None,
+        typer.Option(metavar="TOKENS", help="Of a prompt at once. Default: suits the budget.", rich_help_panel=BUDGET),
     ] = None
-    rounding: Annotated[
-        Rounding | None,
+    model: Model = "."
+    scores: Scores = None
+    backend: Annotated[
+        str | None,
         typer.Option(
-            help="nearest code for each weight, or feedback: its error is made up for by those rounded after it (the "
-            "default, where format and score file allow it)."
+            "--backend",
+            metavar="NAME",
+            help="cpu (the default), mobile, webgpu, cuda, dml, qnn-friendly.",
+            rich_help_panel="ONNX",
         ),
     ] = None
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Measure what rounding costs, class by class (default).\n\nPredictions are scaled to it. "
+            "The first plan of a format then takes minutes.",
+            rich_help_panel=CHECK,
+        ),
+    ] = True
+    candidates: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=16,
+            metavar="N",
+            help="Run N plans, keep the best (default 1).\n\nOn text that the ranking held out, each a pass; 1: the "
+            "prediction alone.",
+            rich_help_panel=CHECK,
+        ),
+    ] = 1
     # What only one format understands, as typed: a flag for every option of an installed format.
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -134,17 +211,19 @@ class PlanFlags:
             budget_bytes=budget,
             budget_scope=self.budget_scope or ("memory" if device is None else "process"),
             runtime=self.runtime if self.runtime or device is None else device.runtimes.get(format_name),
-            backend=self.backend,
-            layout=layout,
+            backend=self.backend and self.backend.lower(),
+            layout=layout and layout.lower(),
             types=types,
             context=self.context,
-            cache_type=self.cache_type,
+            cache_type=self.cache_type and self.cache_type.lower(),
             prompt_batch=self.prompt_batch,
             default_context=DEFAULT_CONTEXT if device is None else device.context,
             device=None if device is None else device.name,
             whole_prompts=device is not None and format_name in device.whole_prompts,
             largest_file=None if device is None else device.largest_file,
             rounding=self.rounding,
+            calibrate=self.calibrate,
+            candidates=self.candidates,
             options=self._options(format_name),
         )
 
@@ -168,12 +247,12 @@ class PlanFlags:
             if device is None:
                 raise UsageError(f"no format; choose one with  --format {'|'.join(format_names())}")
             return device.default_format
-        if device is not None and self.format_ in format_names() and self.format_ not in device.runtimes:
+        name = self.format_.lower()
+        if device is not None and name in format_names() and name not in device.runtimes:
             raise UsageError(
-                f"{device.name} runs {' and '.join(device.runtimes)}, not {self.format_}; "
-                "leave --format or --device out"
+                f"{device.name} runs {' and '.join(device.runtimes)}, not {name}; leave --format or --device out"
             )
-        return self.format_
+        return name
 
     def _budget(self, device: Device | None) -> int:
         if self.budget is None:
@@ -183,7 +262,7 @@ class PlanFlags:
                     "acip-export devices  lists them"
                 )
             return device.budget_bytes
-        budget = parse_bytes(self.budget)
+        budget = parse_bytes(self.budget, whole=lambda: Checkpoint.open(self.model).weight_bytes)
         if device is not None and self.budget_scope != "file" and budget > device.memory_bytes:
             raise UsageError(
                 f"--budget {self.budget} is more than {device.name} has: {format_bytes(device.memory_bytes)} "
@@ -205,15 +284,28 @@ def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:
         for each in fields(PlanFlags)
         if each.name != "options"
     ]
-    options = {option.name: option for known in export_formats() for option in known.options}
-    companions = {companion.name: companion for known in export_formats() for companion in known.companions}
+    options = {option.name: (option, known) for known in export_formats() for option in known.options}
+    companions = {companion.name: (companion, known) for known in export_formats() for companion in known.companions}
     of_formats = [
-        _flag(option.name, Annotated[str | None, typer.Option(option.flag, help=option.help, metavar=option.metavar)])
-        for option in options.values()
+        _flag(
+            option.name,
+            Annotated[
+                str | None,
+                typer.Option(option.flag, help=option.help, metavar=option.metavar, rich_help_panel=known.name.upper()),
+            ],
+        )
+        for option, known in options.values()
     ]
     of_companions = [
-        _flag(companion.name, Annotated[bool, typer.Option(f"--{companion.name}", help=companion.help)], False)
-        for companion in companions.values()
+        _flag(
+            companion.name,
+            Annotated[
+                bool,
+                typer.Option(f"--{companion.name}", help=companion.help, rich_help_panel=known.name.upper()),
+            ],
+            False,
+        )
+        for companion, known in companions.values()
     ]
     own = inspect.signature(command, eval_str=True)
     takes_companions = "companions" in own.parameters

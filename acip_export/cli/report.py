@@ -29,9 +29,9 @@ def report(
 ) -> None:
     """Write report.html and the model card README.md of an export again.
 
-    acip-export report export/gguf --model . --scores model.acip
+    acip-export report export/gguf-4GB --model . --scores model.acip
 
-    acip-export report export/small export/large
+    acip-export report export/gguf-2GB export/gguf-4GB
     """
     from acip_export import api as pipeline
     from acip_export.artifacts.export_directory import claim_papers
@@ -51,4 +51,4 @@ def report(
     if json:
         console.print_json({"written": [str(file) for file in written], "planned_sizes": len(planned)})
     else:
-        console.out.print(f"written: {', '.join(map(str, written))}", markup=False)
+        console.say(f"written: {', '.join(map(str, written))}")

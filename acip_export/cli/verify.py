@@ -29,7 +29,7 @@ def verify(
 ) -> None:
     """Prove an export in its real runtime, and write report.json: files, logits, quality, memory, time, speed.
 
-    acip-export verify export/gguf --text held-out.txt
+    acip-export verify export/gguf-4GB --text held-out.txt
     """
     from acip_export import api as pipeline
     from acip_export.verification.export import require_passed

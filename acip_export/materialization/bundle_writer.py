@@ -92,7 +92,7 @@ def materialize_bundle(
             FeedbackWriter(directory / FEEDBACK_FILE, plan, matrices) as feedback_writer,
         ):
             made = one_ahead(
-                lambda decision: _numbers(
+                lambda decision: stored_numbers(
                     read, scores, plan, decision, round_trip, importance, factors, feedback, matrices
                 ),
                 plan.tensors,
@@ -157,7 +157,7 @@ def _stored_dtype(checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, decisio
     return checkpoint.tensors[decision.name].dtype if exact else "F32"
 
 
-def _numbers(
+def stored_numbers(
     checkpoint: Checkpoint,
     scores: ScoreFile,
     plan: Plan,
@@ -168,6 +168,7 @@ def _numbers(
     feedback: FeedbackFactors,
     matrices: Mapping[str, str],
 ) -> dict[str, Tensor]:
+    """Make what the bundle stores of a decision, by name; ``importance`` learns what rounding may know of inputs."""
     weight = checkpoint.read(decision.name)
     if not _finite(weight):
         raise CheckpointError(f"{checkpoint.path}: {decision.name} holds NaN or infinity")

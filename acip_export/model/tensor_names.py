@@ -54,6 +54,11 @@ def without_numbers(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
+def class_of(name: str) -> str:
+    """Return what a tensor or module is in every layer: ``mlp.up_proj``; outside the layers that is the whole name."""
+    return without_numbers(within_layer(name.removesuffix(".weight")))
+
+
 def is_embedding(name: str) -> bool:
     """Tell whether ``name`` is an input embedding, whose rows are looked up."""
     return name.endswith(EMBEDDINGS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -110,6 +111,26 @@ def untrained_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float3
     options = {"add_pooling_layer": False} if kind_of(config) == "embedding" else {}
     model: nn.Module = _encoder_class(config)._from_config(transformers_config(config), dtype=dtype, **options)
     return model.eval()
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Give the parameters of models that are made in here no memory: they are on the device ``meta``. Buffers are real.
+
+    Under ``torch.device("meta")`` buffers would be empty too, and nothing says how to compute them again.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _encoder_class(config: Mapping[str, Any]) -> Any:

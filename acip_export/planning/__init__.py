@@ -4,7 +4,7 @@
 :class:`Problem` is everything that one search space has to offer for one model, and plans for any budget.
 """
 
-from acip_export.planning.advice import Suggestion, infeasible
+from acip_export.planning.advice import Suggestion, infeasible, unaccepted_loss
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.planner import make_plan
 from acip_export.planning.presets import preset
@@ -12,6 +12,7 @@ from acip_export.planning.problem import DoesNotFit, Floor, Problem
 from acip_export.planning.request import DEFAULT_CONTEXT, PlanRequest, Question, resolve
 from acip_export.planning.space import SearchSpace
 from acip_export.planning.sweep import SweepLine, preset_points, sweep
+from acip_export.planning.variations import variations
 
 __all__ = [
     "DEFAULT_CONTEXT",
@@ -31,4 +32,6 @@ __all__ = [
     "preset_points",
     "resolve",
     "sweep",
+    "unaccepted_loss",
+    "variations",
 ]

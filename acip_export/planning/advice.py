@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from acip_export.artifacts.plan import Alternative, Plan, Serving
-from acip_export.errors import InfeasibleBudgetError, UnsupportedError, UsageError
+from acip_export.artifacts.plan import FAR_OFF, Alternative, Plan, Serving
+from acip_export.errors import InfeasibleBudgetError, UnacceptedLossError, UnsupportedError, UsageError
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.problem import Floor, Problem
-from acip_export.units import format_bytes
+from acip_export.units import format_bytes, size_name
 
 # Less than a paragraph of context is of no use, and a smaller batch frees next to nothing.
 _LEAST_CONTEXT = 64
@@ -17,6 +17,8 @@ _LEAST_BATCH = 8
 _MOST_SUGGESTIONS = 3
 # A part of the memory that takes less than this share of the budget holds nothing back.
 _NOTEWORTHY = 0.02
+# How exactly the budget is looked for that a plan needs to be near the dense model.
+_BUDGET_STEP = 1.03
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,31 @@ def infeasible(
     return InfeasibleBudgetError(
         f"no plan fits {format_bytes(budget.nbytes)} ({budget.nbytes} bytes).\n"
         f"The smallest feasible budget is {floor.nbytes} bytes ({format_bytes(floor.nbytes)}), most of it {largest}:\n"
-        f"{parts}\n{advice}\nOr  --budget {floor.nbytes}B",
+        f"{parts}\n{advice}\nOr  --budget {_round_up(floor.nbytes)}",
         floor.nbytes,
+        [{"change": suggestion.flags, "floor_bytes": suggestion.floor} for suggestion in fitting],
     )
+
+
+def unaccepted_loss(plan: Plan) -> UnacceptedLossError:
+    """Explain that a plan is far off, with what was planned to keep more."""
+    better = plan.certificate.alternatives
+    lines = "\n".join(f"  {each.change:<52}{each.predicted_perplexity or 0:>12,.2f}" for each in better)
+    advice = (
+        f"Predicted perplexity with other settings:\n{lines}"
+        if better
+        else "No shorter context or smaller cache keeps more; a larger  --budget  or other  --types  may"
+    )
+    return UnacceptedLossError(
+        f"{plan.far_off}, more than {FAR_OFF:g} times.\n{advice}\nTo export it anyway:  --accept-loss",
+        [{"change": each.change, "predicted_perplexity": each.predicted_perplexity} for each in better],
+    )
+
+
+def _round_up(nbytes: int) -> str:
+    """Return a budget of at least ``nbytes``, short enough to type."""
+    digits = 10 ** max(0, len(str(nbytes)) - 3)
+    return size_name(-(-nbytes // digits) * digits)
 
 
 def alternatives(problem: Problem, budget: Budget, plan: Plan) -> tuple[Alternative, ...]:
@@ -62,6 +86,45 @@ def alternatives(problem: Problem, budget: Budget, plan: Plan) -> tuple[Alternat
         if changed.predicted_loss < plan.predicted_loss:
             better.append(Alternative(flags, changed.predicted_loss, changed.predicted_perplexity))
     return tuple(better)
+
+
+def mended(
+    problem: Problem, budget: Budget, rule: ServingRule, plan: Plan, *, settings: bool
+) -> tuple[Alternative, ...]:
+    """Return what brings a plan that is far off near the dense model: the smallest budget that does, and with
+    ``settings`` the longest context that does at this one."""
+    found = []
+    if settings and budget.scope != "file" and problem.checkpoint.shape.generates:
+        cache = _smaller_cache(problem, plan.serving.cache_type) or plan.serving.cache_type
+        for context in (plan.serving.context, *_shorter(plan.serving.context)):
+            batch = min(_LEAST_BATCH, plan.serving.prompt_batch)
+            serving = replace(plan.serving, context=context, cache_type=cache, prompt_batch=batch)
+            changed = problem.plan(budget, serving, exact=False)
+            if not changed.far_off:
+                flags = f"--context {context} --cache-type {cache} --prompt-batch {batch}"
+                found.append(Alternative(flags, changed.predicted_loss, changed.predicted_perplexity))
+                break
+    larger = _near_budget(problem, budget, rule)
+    if larger is not None:
+        flags = f"--budget {_round_up(larger.budget_bytes)}"
+        found.append(Alternative(flags, larger.predicted_loss, larger.predicted_perplexity))
+    return tuple(found)
+
+
+def _near_budget(problem: Problem, budget: Budget, rule: ServingRule) -> Plan | None:
+    """Return the plan of the smallest budget, to a few per cent, that is not far off; ``None`` if all are."""
+    low, high = budget.nbytes, problem.largest(budget.scope, rule.serving(budget, problem.memory)).used_bytes
+    best: Plan | None = None
+    while high > low * _BUDGET_STEP or best is None:
+        larger = replace(budget, nbytes=high if best is None else (low + high) // 2)
+        plan = problem.plan(larger, rule.serving(larger, problem.memory), exact=False)
+        if not plan.far_off:
+            best, high = plan, larger.nbytes
+        elif best is None:
+            return None
+        else:
+            low = larger.nbytes
+    return best
 
 
 def _leaner(problem: Problem, plan: Plan, noteworthy: float) -> Iterator[tuple[str, Serving]]:

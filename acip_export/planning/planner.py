@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from acip_export.artifacts.plan import Plan
-from acip_export.planning.advice import alternatives
+from acip_export.planning.advice import alternatives, mended
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.certificate import refused_types
 from acip_export.planning.problem import Problem
@@ -19,15 +19,18 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule) -> Plan:
         UnsupportedError: the format cannot express a decision.
     """
     plan = problem.plan(budget, rule.serving(budget, problem.memory))
+    better = alternatives(problem, budget, plan)
+    if plan.far_off is not None:
+        better += mended(problem, budget, rule, plan, settings=all(each.far_off for each in better))
     certificate = replace(
         plan.certificate,
-        alternatives=alternatives(problem, budget, plan),
+        alternatives=better,
         refused_types=refused_types(problem.space, problem.candidates),
     )
-    return replace(plan, certificate=certificate, notes=(*plan.notes, *_gaussian_note(problem, plan)))
+    return replace(plan, certificate=certificate, notes=(*plan.notes, *gaussian_note(problem, plan)))
 
 
-def _gaussian_note(problem: Problem, plan: Plan) -> tuple[str, ...]:
+def gaussian_note(problem: Problem, plan: Plan) -> tuple[str, ...]:
     """Say so when the plan's rounding errors are those of Gaussian weights, where the model's own can be measured."""
     scores, format = problem.scores, problem.space.format
     rounded = [

@@ -169,7 +169,7 @@ class Problem:
     ) -> Plan:
         space, checkpoint, scores = self.space, self.checkpoint, self.scores
         loss = self.calibration.loss(solution.allocation.loss)
-        note = "this layout stores dense tensors only: the budget is spent on types"
+        note = None
         if space.layout.low_rank is not None:
             note = low_rank_note(solution, certificate, loss, scores.loss_unit, compared=compared)
         return Plan(
@@ -195,7 +195,7 @@ class Problem:
             rounding=space.rounding,
             certificate=certificate,
             tensors=solution.decisions,
-            notes=(note, *filter(None, [space.layout.note]), *space.format.file_notes(solution.files, space.options)),
+            notes=(*filter(None, [note, space.layout.note]), *space.format.file_notes(solution.files, space.options)),
             task=scores.task,
         )
 

@@ -39,6 +39,9 @@ class PlanRequest:
         options: for the format; :attr:`acip_export.formats.protocol.ExportFormat.options` names them.
         rounding: how codes are chosen; ``None``: the better way that the score file allows, see
             :func:`acip_export.api.rounding.settle_rounding`.
+        calibrate: predicted losses are scaled to what was measured, which is measured where it was not yet, see
+            :func:`acip_export.api.calibration.calibrated_errors`.
+        candidates: plans that are compared by measuring before one is chosen; 1: the prediction alone chooses.
     """
 
     format: str
@@ -57,6 +60,8 @@ class PlanRequest:
     largest_file: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     rounding: Rounding | None = None
+    calibrate: bool = False
+    candidates: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,14 @@ class Question:
         rule: the serving settings, up to what depends on the budget.
         scope: what a budget covers.
         nbytes: the budget's; ``None``: the question is about all budgets.
+        calibrate: as :attr:`PlanRequest.calibrate`.
     """
 
     spaces: tuple[SearchSpace, ...]
     rule: ServingRule
     scope: BudgetScope
     nbytes: int | None
+    calibrate: bool
 
     @property
     def space(self) -> SearchSpace:
@@ -115,7 +122,13 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
         SearchSpace(format, layout, types, backend, request.options, request.rounding or "nearest")
         for layout in format.layouts_for(request.layout, request.runtime)
     )
-    return Question(spaces, _rule(request, format, backend, checkpoint), request.budget_scope, request.budget_bytes)
+    return Question(
+        spaces,
+        _rule(request, format, backend, checkpoint),
+        request.budget_scope,
+        request.budget_bytes,
+        request.calibrate,
+    )
 
 
 def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: Checkpoint) -> ServingRule:

@@ -93,8 +93,8 @@ def _agreement(runtime: RuntimeReport) -> Iterator[Row]:
     agreement = runtime.agreement
     if agreement is None:
         return
-    largest = f"largest difference of a logit: {agreement.max_logit_difference:.2g}"
-    yield Row("KL divergence from the bundle", _NONE, f"{agreement.mean_kl:.1e}", largest)
+    note = f"largest difference of a logit: {agreement.max_logit_difference:.2g}; {agreement.positions:,} positions"
+    yield Row("Agreement with the bundle, nats", _NONE, f"{agreement.mean_kl:.1e}", note)
     if agreement.greedy_tokens:
         equal = f"{agreement.greedy_equal} of {agreement.greedy_tokens}"
         yield Row("Greedy tokens as the bundle's", _NONE, equal, "before the first one that differs")

@@ -20,18 +20,8 @@ from acip_export.model.encoder import Encoder
 from acip_export.rounding import RoundTrip
 from acip_export.text.packing import load_tokenizer
 from acip_export.verification.metrics import finite, log_softmax
+from acip_export.verification.sentences import SENTENCES
 
-# Texts that every export is checked on, when the user gives none: several lengths, scripts and signs.
-_TEXTS = (
-    "A text encoder turns sentences into vectors.",
-    "The weather is nice today, isn't it?",
-    "def main(argv): return sum(int(a) for a in argv[1:])",
-    "Prices rose by 3.5 % in 2024; wages didn't.",
-    "Größe, naïve, ça va? Привет, мир!",
-    "word",
-    "Where can I buy a bicycle near the old railway station, and what would a good one with three gears cost?",
-    "Bicycles are sold at the shop beside the station.",
-)
 # The bundle is rounded as the export is; what is left is the rounding of activations to eight bits. Ten times what was
 # measured on a trained encoder; a tensor in the wrong place costs some tenths.
 _ROUNDED_DISTANCE = 0.02
@@ -126,7 +116,7 @@ def _tokens(model: Path, encoder: Encoder, serving: Serving, text: Windows | Non
     tokenizer = load_tokenizer(model)
     if text is None:
         length = min(encoder.max_length, serving.context)
-        ids: list[list[int]] = tokenizer(list(_TEXTS), truncation=True, max_length=length)["input_ids"]
+        ids: list[list[int]] = tokenizer(list(SENTENCES), truncation=True, max_length=length)["input_ids"]
         return ids
     return [[int(token) for token in row[row != tokenizer.pad_token_id]] for row in text[:_MOST_TEXTS]]
 

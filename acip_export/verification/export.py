@@ -16,7 +16,6 @@ from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.names import PAPERS, PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import (
-    Divergence,
     FileReport,
     Memory,
     MemoryReport,
@@ -29,23 +28,23 @@ from acip_export.artifacts.report import (
 from acip_export.errors import BundleError, UnsupportedError, VerificationError
 from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
-from acip_export.formats.session import Logits, RuntimeSession, Windows
+from acip_export.formats.session import Windows
 from acip_export.io.atomic import sha256_of
+from acip_export.kept_roundings import KeptRoundings
 from acip_export.model.embedding_similarity import Similarity
 from acip_export.model.encoder import Encoder
 from acip_export.planning.memory import uncounted_bytes
 from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.units import format_bytes
 from acip_export.verification import harness as evaluation
+from acip_export.verification.decoders import verify_decoder
 from acip_export.verification.encoders import verify_encoder
-from acip_export.verification.metrics import compare_logits, compare_with_dense, finite, perplexity
-from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, ProcessFigures, measure_process
+from acip_export.verification.metrics import finite
+from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, measure_process
 from acip_export.verification.structure import check_structure
 from acip_export.verification.tokens import compare_tokens, plain_text_failures, token_notes
 from acip_export.version import __version__
 
-# Sampled by the reference itself: real text for the model, with no need for the user's.
-_SAMPLED_WINDOWS, _SAMPLED_TOKENS, _GREEDY_TOKENS = 2, 48, 16
 # Thirty times what was measured on trained models in both formats; a tensor in the wrong place costs whole nats.
 _ROUNDED_ACTIVATIONS_KL = 0.03
 
@@ -100,17 +99,22 @@ def verify_export(
     tasks: Sequence[str] = (),
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     progress: ProgressCallback = silent,
+    kept: KeptRoundings | None = None,
+    cache: Path | None = None,
 ) -> Report:
     """Check the files, run the export in every runtime of its format, and compare with the bundle and the dense model.
 
-    Each runtime first runs in a fresh process, which is measured, and which alone dies if the runtime crashes. At most
-    two models are in memory: a reference and the export.
+    Runtimes run in fresh processes, which are measured, and which alone die if a runtime crashes. Language models that
+    exports are compared with are passed block by block: at most two blocks of one are in memory, or its head in slices,
+    and the logits of one window.
 
     Args:
         text: to measure quality on. dense: the base model's directory, for perplexity and divergence on that text, and
             for the similarities that an encoder keeps.
         tasks: of lm-evaluation-harness, run on the bundle.
-        timeout: seconds for each of the fresh processes.
+        timeout: seconds for each answer of the fresh processes.
+        kept: what was rounded when the export was written. cache: directory that keeps the dense model's hidden
+            states on ``text``, for other exports.
 
     Raises:
         PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged or of another plan.
@@ -120,7 +124,7 @@ def verify_export(
     if tasks:
         evaluation.require()
     plan = load_plan(export / PLAN_FILE)
-    made_of = Bundle.open(bundle, verify_hash=True)
+    made_of = Bundle.open(bundle, verify_hash=True, kept=kept)
     _check_same_plan(export, plan, made_of)
     written_as = export_format(plan.format)
     failures = check_bytes(export, plan)
@@ -131,7 +135,7 @@ def verify_export(
     if not failures and encoder is not None:
         found = _run_encoder(written_as, export, made_of, encoder, text, dense, timeout, progress)
     elif not failures:
-        found = _run(written_as, export, made_of, text, dense, timeout, progress)
+        found = _run(written_as, export, made_of, text, dense, timeout, progress, cache)
     failures += found.failures
     similarity = found.similarity
     return Report(
@@ -197,22 +201,40 @@ def _run(
     dense: Path | None,
     timeout: float,
     progress: ProgressCallback,
+    cache: Path | None,
 ) -> _Found:
     plan = bundle.plan
-    progress(Progress("verify", 0, item="bundle"))
-    sampled, bundle_perplexity = _sample(written_as, bundle.path, plan, text)
-    figures = []
-    for session_class in written_as.sessions:
-        progress(Progress("verify", 0, item=f"{session_class.runtime}, in a process of its own"))
-        figures.append(measure_process(session_class.module, session_class.name, export, timeout))
-    runtimes, dense_perplexity = _compare(written_as, export, bundle, sampled, figures, text, dense, progress)
+    windows = None if text is None else text.windows
+    found = verify_decoder(export, bundle, written_as, windows, dense, timeout, progress, cache)
+    reports: list[RuntimeReport] = []
+    for session, each in zip(written_as.sessions, found.runtimes, strict=True):
+        uncounted = uncounted_bytes(written_as, plan, bundle.as_checkpoint(), session.runtime)
+        quality = None if reports else found.quality
+        reports.append(
+            RuntimeReport(
+                each.process.runtime,
+                each.process.load_seconds,
+                finite(each.agreement),
+                None if quality is None else finite(quality.export),
+                None if quality is None else finite(quality.divergence),
+                _memory_report(plan, each.process.memory, uncounted),
+                each.process.speed,
+                compare_tokens(each.process.tokens, bundle.path),
+            )
+        )
     failures = list[str]()
-    for report in runtimes:
+    for report in reports:
         failures += _check_agreement(written_as, plan, report) + _check_memory(plan, report)
         failures += plain_text_failures(report.runtime, report.tokens)
-    odd = [note for report in runtimes for note in token_notes(report.runtime, report.tokens)]
-    notes = (*_notes(runtimes[0].memory, text, dense), *odd)
-    return _Found(tuple(failures), notes, runtimes, bundle_perplexity, dense_perplexity)
+    odd = [note for report in reports for note in token_notes(report.runtime, report.tokens)]
+    quality = found.quality
+    return _Found(
+        tuple(failures),
+        (*_notes(reports[0].memory, text, dense), *odd),
+        tuple(reports),
+        None if quality is None else finite(quality.bundle),
+        None if quality is None else finite(quality.dense),
+    )
 
 
 def _notes(memory: Memory | None, text: EvaluationText | None, dense: Path | None) -> tuple[str, ...]:
@@ -252,87 +274,6 @@ def _run_encoder(
     )
     failures = (*figures.failures, *_check_memory(plan, report))
     return _Found(failures, _notes(report.memory, text, dense), (report,), similarity=figures.similarity)
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Text drawn from the bundle, and what the bundle says about it."""
-
-    windows: Windows
-    logits: list[Logits]
-    prompt: list[int]
-    continuation: list[int]
-
-
-def _sample(
-    written_as: ExportFormat, bundle: Path, plan: Plan, text: EvaluationText | None
-) -> tuple[_Sample, Perplexity | None]:
-    from acip_export.verification.reference import TorchReference
-
-    reference = TorchReference(bundle, written_as.round_trip)
-    context = plan.serving.context
-    windows = reference.sample(_SAMPLED_WINDOWS, min(_SAMPLED_TOKENS, context), seed=0)
-    prompt = [int(token) for token in windows[0][: max(1, windows.shape[1] // 3)]]
-    continuation = reference.greedy(prompt, min(_GREEDY_TOKENS, context - len(prompt)))
-    sample = _Sample(windows, list(reference.logits(windows)), prompt, continuation)
-    return sample, None if text is None else finite(perplexity(reference.logits(text.windows), text.windows))
-
-
-def _compare(
-    written_as: ExportFormat,
-    export: Path,
-    bundle: Bundle,
-    sample: _Sample,
-    figures: Sequence[ProcessFigures],
-    text: EvaluationText | None,
-    dense: Path | None,
-    progress: ProgressCallback,
-) -> tuple[tuple[RuntimeReport, ...], Perplexity | None]:
-    """Every runtime's report, and the dense model's perplexity."""
-    plan = bundle.plan
-    reports: list[RuntimeReport] = []
-    dense_perplexity: Perplexity | None = None
-    for session_class, measured in zip(written_as.sessions, figures, strict=True):
-        session: RuntimeSession
-        own: Perplexity | None = None
-        divergence: Divergence | None = None
-        with session_class.open(export, plan.serving) as session:
-            progress(Progress("verify", 0, item=session.name))
-            agreement = compare_logits(
-                sample.logits,
-                session.logits(sample.windows),
-                (sample.continuation, session.greedy(sample.prompt, len(sample.continuation))),
-            )
-            tokens = compare_tokens(session, bundle.path)
-            if text is not None and not reports:
-                own, dense_perplexity, divergence = _quality(session, text.windows, dense)
-        uncounted = uncounted_bytes(written_as, plan, bundle.as_checkpoint(), session_class.runtime)
-        reports.append(
-            RuntimeReport(
-                session.name,
-                measured.load_seconds,
-                finite(agreement),
-                finite(own),
-                finite(divergence),
-                _memory_report(plan, measured.memory, uncounted),
-                measured.speed,
-                tokens,
-            )
-        )
-    return tuple(reports), finite(dense_perplexity)
-
-
-def _quality(
-    session: RuntimeSession, windows: Windows, dense: Path | None
-) -> tuple[Perplexity, Perplexity | None, Divergence | None]:
-    if dense is None:
-        return perplexity(session.logits(windows), windows), None, None
-    from acip_export.verification.reference import TorchReference
-
-    of_dense, own, divergence = compare_with_dense(
-        TorchReference(dense).logits(windows), session.logits(windows), windows
-    )
-    return own, of_dense, divergence
 
 
 def _memory_report(plan: Plan, memory: Memory | None, uncounted: int) -> MemoryReport | None:

@@ -5,11 +5,11 @@ An export whose runtime reads other tokens than the model was trained on answers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from acip_export.artifacts.report import TokenDifference, Tokens
 from acip_export.errors import DataError
-from acip_export.formats.session import RuntimeSession
 from acip_export.text.packing import load_tokenizer
 
 # What everybody types; a runtime that reads it otherwise is no runtime for the model.
@@ -37,31 +37,32 @@ NASTY = (
     '!!!??? ... --- ***bold*** $$x^2$$ `code` {"a": [1, 2]}',
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
 )
+STRINGS = (*PLAIN, *NASTY)
 _SHOWN = 3
 
 
-def compare_tokens(session: RuntimeSession, model: Path) -> Tokens | None:
-    """Tokenize every string with both, special tokens recognised and none put around it.
+def compare_tokens(found: Sequence[Sequence[int]] | None, model: Path) -> Tokens | None:
+    """Compare a runtime's tokens of every string with transformers', special ones recognised and none put around it.
 
     Args:
+        found: the runtime's, of :data:`STRINGS`; ``None``: it has no tokenizer.
         model: a directory with the tokenizer that transformers reads.
 
     Returns:
         ``None`` where the runtime has no tokenizer, or the model none.
     """
-    if session.tokenize(PLAIN[0]) is None:
+    if found is None:
         return None
     try:
         tokenizer = load_tokenizer(model)
     except DataError:
         return None
     different = []
-    for text in (*PLAIN, *NASTY):
-        expected = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-        found = session.tokenize(text)
-        if found != expected:
-            different.append(TokenDifference(text, tuple(expected), tuple(found or ())))
-    return Tokens(len(PLAIN) + len(NASTY), tuple(different))
+    for text, tokens in zip(STRINGS, found, strict=True):
+        expected = tuple(int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"])
+        if tuple(tokens) != expected:
+            different.append(TokenDifference(text, expected, tuple(tokens)))
+    return Tokens(len(STRINGS), tuple(different))
 
 
 def plain_text_failures(runtime: str, tokens: Tokens | None) -> list[str]:

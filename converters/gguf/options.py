@@ -23,22 +23,15 @@ def _bytes(text: str) -> str:
 
 
 OPTIONS = (
-    Option("pre_tokenizer", "GGUF: llama.cpp's name of the pre-tokenizer, where it is not recognised."),
-    Option(
-        "base_gguf",
-        "GGUF: the same model as llama.cpp's own converter wrote it, for architectures not known.",
-        "PATH",
-        _file,
-    ),
+    Option("pre_tokenizer", "llama.cpp's name of it, where it is not recognised.", "NAME"),
+    Option("base_gguf", "llama.cpp's own file, for architectures not known.", "FILE", _file),
     Option(
         "imatrix",
-        "GGUF: llama.cpp's importance matrix, to round with in place of the score file's moments.",
-        "PATH",
+        "llama.cpp's importance matrix, to round with.\n\nIn place of the score file's moments.",
+        "FILE",
         _file,
     ),
-    Option(
-        SPLIT, "GGUF: a model in several files of at most this size (2GB); llama.cpp opens the first.", parse=_bytes
-    ),
+    Option(SPLIT, "A model in several files of at most this size (2GB).\n\nllama.cpp opens the first.", "SIZE", _bytes),
 )
 
 

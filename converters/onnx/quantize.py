@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,11 @@ class Quantized:
     codes: Codes
     scales: NDArray[np.float32] | NDArray[np.float16]
     zeros: Codes | None = None
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """All that there is, in the order of the fields."""
+        return (self.codes, self.scales) if self.zeros is None else (self.codes, self.scales, self.zeros)
 
 
 def scale_type(fmt: WeightType) -> np.dtype[np.float32] | np.dtype[np.float16]:

@@ -1,7 +1,7 @@
 """Serve the page, an export and the JavaScript packages to a browser on this machine; nothing comes from elsewhere.
 
 npm install --ignore-scripts                       once, in this directory
-python serve.py ../../export/onnx                  then open the address that it prints
+python serve.py ../../export/onnx-900MB            then open the address that it prints
 """
 
 from __future__ import annotations

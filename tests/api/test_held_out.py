@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import acip_export
-from acip_export.api.verify import held_out_text
+from acip_export.api.text import held_out_text
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking import data as ranking_data

@@ -15,32 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from acip_export import api as pipeline
 from acip_export.cli import main as cli
 from acip_export.errors import CheckpointError
-from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest, resolve
 from tests.ranking.support import calibration_text
-from tests.support import Run, make_model, make_scores
-
-
-@pytest.fixture(scope="module")
-def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = make_model(tmp_path_factory.mktemp("models") / "tiny")
-    scores = make_scores(model)
-    for target in ("gguf", "onnx"):  # measured once, not in every copy; a plan from the cache needs no torch
-        checkpoint = Checkpoint.open(model)
-        pipeline.rounding_errors(checkpoint, scores, resolve(PlanRequest(target), checkpoint).space)
-    return model
-
-
-@pytest.fixture
-def model(ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh copy, which is also the working directory: as a user would have it."""
-    copy = tmp_path / "tiny"
-    shutil.copytree(ranked, copy)
-    monkeypatch.chdir(copy)
-    return copy
+from tests.support import Run, make_scores
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
@@ -54,13 +32,13 @@ def test_main_job_with_defaults(target: str, model: Path, run: Run) -> None:
     assert runtime > 10_000_000  # the library alone is more
     assert sum(plan["breakdown"].values()) == plan["memory_bytes"]
     for name, size in plan["files"].items():
-        assert (model / "export" / target / name).stat().st_size == size
+        assert (model / "export" / f"{target}-3MB" / name).stat().st_size == size
     assert report["passed"]
     assert report["written_bytes"] == plan["planned_bytes"]
     assert len(report["runtimes"]) == (2 if target == "onnx" else 1)
-    assert json.loads((model / "export" / target / "report.json").read_text()) == report
+    assert json.loads((model / "export" / f"{target}-3MB" / "report.json").read_text()) == report
     # Nothing but the export was left.
-    assert [f.name for f in (model / "export").iterdir()] == [target]
+    assert [f.name for f in (model / "export").iterdir()] == [f"{target}-3MB"]
 
 
 def test_dry_run_writes_nothing(model: Path, run: Run) -> None:

@@ -367,7 +367,7 @@ def test_export_verify_report_inspect_and_check(ranked: Path, tmp_path: Path, ru
     assert done.code == 0, done.err
     report = json.loads(done.out)["report"]
     assert report["passed"]
-    export = model / "export" / "gguf"
+    export = Path("export", "gguf-900kB")
     names = [file.name for file in sorted(export.glob("*.gguf"))]
     assert names == list(part_names(MODEL_FILE, len(names)))
     assert len(names) > 3
@@ -385,9 +385,7 @@ def test_export_verify_report_inspect_and_check(ranked: Path, tmp_path: Path, ru
     other = run("inspect", export / names[1])
     assert other.code == 3
     assert flat(f"name the first: {names[0]}") in flat(other.err)
-    (model / "acip-check.toml").write_text(
-        f'[[check]]\nname = "m"\npath = "export/gguf/{names[0]}"\nmax_growth = "0%"\n'
-    )
+    (model / "acip-check.toml").write_text(f'[[check]]\nname = "m"\npath = "{export}/{names[0]}"\nmax_growth = "0%"\n')
     assert run("check", "--update").code == 0
     assert run("check").code == 0
     (export / names[2]).unlink()

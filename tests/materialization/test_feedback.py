@@ -18,15 +18,17 @@ from acip_export.artifacts.bundle import Bundle, load_bundle
 from acip_export.artifacts.names import FEEDBACK_FILE, PLAN_FILE
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.rounding_errors import cache_file
-from acip_export.artifacts.scores import ScoreFile, load_scores, save_scores
+from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import BundleError, ScoreFileError, UsageError
 from acip_export.formats.registry import export_format
-from acip_export.lowrank.moments import PackedMoment, pack_moment
+from acip_export.kept_roundings import KeptRoundings
 from acip_export.materialization.feedback import second_moment
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
 from acip_export.rounding import InputMoments
+from acip_export.verification.reference import open_bundle
 from converters.gguf import ggml_library as ggml
+from tests.materialization.moments import scores_with_moments
 from tests.support import dense, everywhere, make_model, make_plan, make_scores
 
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -40,33 +42,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
-    """Made-up scores with second moments of inputs; layers that read the same share one."""
-    plain = make_scores(model)
-    moments: dict[str, PackedMoment] = {}
-    modules = {}
-    for number, (name, module) in enumerate(plain.modules.items()):
-        key = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
-        if key not in moments:
-            generator = torch.Generator().manual_seed(number)
-            columns = module.shape[1]
-            samples = torch.randn(600, columns, generator=generator, dtype=torch.float64)
-            samples += torch.randn(600, 4, generator=generator, dtype=torch.float64) @ (
-                3 * torch.randn(4, columns, generator=generator, dtype=torch.float64)
-            )
-            second = samples.T @ samples / 600
-            moments[key] = pack_moment(second)
-            diagonals = second.diagonal().float().numpy()
-        modules[name] = replace(module, input_key=key, input_moment=diagonals)
-    moments[EMBEDDING] = moments[QUERY]
-    file = tmp_path_factory.mktemp("scores") / "tiny.acip"
-    save_scores(replace(plain, modules=modules, second_moments=moments), file)
-    return load_scores(file)
+    return scores_with_moments(model, tmp_path_factory.mktemp("scores") / "tiny.acip")
 
 
 def key_of(scores: ScoreFile, module: str) -> str:
-    """What the bundle calls the input of a whole matrix: its channels are scaled, unless heads tie them."""
-    key = scores.modules[module].input_key
-    return key if module.endswith("o_proj") else f"{key}, scaled"
+    """What the bundle calls the input of a whole matrix: its channels are scaled."""
+    return f"{scores.modules[module].input_key}, scaled"
 
 
 def planned(model: Path, rounding: str = "feedback", **fields: object) -> Plan:
@@ -93,6 +74,24 @@ def test_the_bundle_has_one_factor_for_every_input(model: Path, scores: ScoreFil
     factor = bundle.inputs(f"{QUERY}.weight").feedback
     assert factor is not None and factor.size == scores.modules[QUERY].shape[1]
     assert bundle.inputs("model.embed_tokens.weight").feedback is None
+
+
+def test_the_reference_reads_what_the_export_was_rounded_to(model: Path, scores: ScoreFile, tmp_path: Path) -> None:
+    """All but queries and keys, whose rows a GGUF has in another order."""
+    bundle, _ = written(model, scores, planned(model), tmp_path)
+    kept = KeptRoundings(tmp_path / "kept")
+    kept.directory.mkdir()
+    (tmp_path / "again").mkdir()
+    export_format("gguf").convert(Bundle.open(bundle.path, kept=kept), tmp_path / "again", lambda _: None)
+    before = len(list(kept.directory.iterdir()))
+    assert before == len(scores.modules)
+    windows = [np.arange(20)]
+    again = Bundle.open(bundle.path, kept=kept)
+    (found,) = open_bundle(again, export_format("gguf").round_trip).passed(windows).logits()
+    (expected,) = open_bundle(bundle, export_format("gguf").round_trip).passed(windows).logits()
+    assert np.array_equal(found, expected)
+    layers = sum(name.endswith("q_proj") for name in scores.modules)
+    assert len(list(kept.directory.iterdir())) == before + 2 * layers
 
 
 def test_bundle_and_export_are_rounded_alike(model: Path, scores: ScoreFile, tmp_path: Path) -> None:

@@ -13,14 +13,13 @@ from transformers import AutoModelForCausalLM
 from acip_export.artifacts.bundle import load_bundle
 from acip_export.formats.session import Windows
 from acip_export.verification.metrics import compare_logits
-from acip_export.verification.reference import TorchReference
 from converters.onnx import converter
 from converters.onnx.genai_builder.families import FAMILIES
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, RULES, SIZES, Export
 from tests.onnx.test_converter import dequantized
-from tests.support import make_bundle, make_model, make_plan
+from tests.support import greedy_tokens, make_bundle, make_model, make_plan
 
 WINDOWS: Windows = np.random.default_rng(0).integers(0, 512, (2, CONTEXT))
 PROMPT = [int(token) for token in WINDOWS[0][: PROMPT_BATCH + 5]]
@@ -114,7 +113,7 @@ def test_runtimes_agree_with_the_bundle(tmp_path: Path, case: str, rule: str) ->
     assert 0.1 < np.std(expected) < 10
     if rule != "mixed":
         # A text shorter than longrope's original context, in a longer one.
-        expected_greedy = TorchReference(made.bundle.path).greedy(PROMPT, 20)
+        expected_greedy = greedy_tokens(reference, PROMPT, 20)
     with OnnxRuntimeSession(made.path, runtime, threads=1) as plain, GenaiSession(made.path, runtime) as genai:
         greedy = plain.greedy(PROMPT, 20), genai.greedy(PROMPT, 20)
         for session in (plain, genai):

@@ -10,7 +10,8 @@ import pytest
 
 from acip_export.artifacts.report import Tokens
 from acip_export.verification.export import verify_export
-from acip_export.verification.tokens import NASTY, PLAIN, compare_tokens, plain_text_failures, token_notes
+from acip_export.verification.process import measure_process
+from acip_export.verification.tokens import NASTY, PLAIN, STRINGS, compare_tokens, plain_text_failures, token_notes
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
@@ -21,7 +22,7 @@ def found(exported: MakeExport, target: str, tokenizer: Path) -> Tokens | None:
     made = exported(target)
     opened = LlamaCppSession if target == "gguf" else GenaiSession
     with opened(made.export, made.plan.serving) as session:
-        return compare_tokens(session, tokenizer)
+        return compare_tokens([session.tokenize(text) for text in STRINGS], tokenizer)
 
 
 @pytest.fixture
@@ -67,8 +68,9 @@ def test_a_normalizer_that_the_runtime_lacks_is_named(exported: MakeExport, tmp_
 
 def test_a_runtime_without_a_tokenizer_is_not_compared(exported: MakeExport) -> None:
     made = exported("onnx")
-    with OnnxRuntimeSession(made.export, made.plan.serving) as session:
-        assert compare_tokens(session, made.model) is None
+    figures = measure_process(OnnxRuntimeSession.__module__, "OnnxRuntimeSession", made.export, texts=STRINGS)
+    assert figures.tokens is None
+    assert compare_tokens(figures.tokens, made.model) is None
 
 
 def test_verification_fails_and_says_so(exported: MakeExport, other_tokenizer: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -22,6 +23,9 @@ from acip_export.check.config import load_config
 from acip_export.check.quality import read_quality
 from acip_export.errors import BundleError
 from acip_export.formats.registry import export_format
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.torch_model import load_dense
+from acip_export.progress import Progress
 from acip_export.verification import metrics as measure
 from acip_export.verification.export import verify_export
 from acip_export.verification.structure import check_structure
@@ -40,6 +44,22 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def verified(request: pytest.FixtureRequest, exported: MakeExport, text: Path) -> tuple[Made, Report]:
     made = exported(request.param)
     return made, pipeline.verify_directory(made.export, str(made.model), None, made.bundle, text)
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+def test_progress_counts_to_the_end(with_text: bool, exported: MakeExport, text: Path) -> None:
+    """Block by block and window by window, so that minutes of verifying are no standstill."""
+    made, seen = exported("onnx"), list[Progress]()
+    pipeline.verify_directory(
+        made.export, str(made.model), None, made.bundle, text if with_text else None, progress=seen.append
+    )
+    own = [report for report in seen if report.stage == "verify"]
+    assert len({report.total for report in own}) == 1
+    done = [report.done for report in own]
+    assert done == sorted(done)
+    assert done[0] == 0 and done[-1] == own[-1].total
+    assert max(after - before for before, after in itertools.pairwise(done)) <= (own[-1].total or 0) / 3
+    assert len(set(done)) > 6
 
 
 def test_a_good_export_passes(verified: tuple[Made, Report]) -> None:
@@ -69,9 +89,9 @@ def test_quality_is_what_torch_says(verified: tuple[Made, Report], text: Path) -
     """Every figure again, the plain way: all logits at once, in float64."""
     made, report = verified
     windows = pipeline.evaluation_text(made.model, text, CONTEXT).windows
-    from acip_export.verification.reference import TorchReference
-
-    dense = np.stack(list(TorchReference(made.model).logits(windows))).astype(np.float64)
+    model = load_dense(Checkpoint.open(made.model), torch.float32)
+    with torch.no_grad():
+        dense = model(torch.from_numpy(windows)).logits.double().numpy()
     logs = torch.log_softmax(torch.from_numpy(dense[:, :-1]), -1)
     losses = -logs.gather(-1, torch.from_numpy(windows[:, 1:, None]))[..., 0].flatten()
     assert report.dense_perplexity is not None
@@ -100,18 +120,22 @@ def test_divergence_against_a_direct_calculation(monkeypatch: pytest.MonkeyPatch
     kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).flatten()
     for piece in (1, 50, 1 << 22):  # whatever the pieces
         monkeypatch.setattr(measure, "_PIECE", piece)
-        dense, own, found = measure.compare_with_dense(a, b, windows)
+        figures = [measure.token_figures(*each) for each in zip(a, b, windows, strict=True)]
+        dense, own, found = measure.compare_with_dense(figures)
         assert found.mean_kl == pytest.approx(float(kl.mean()))
         assert found.kl_standard_error == pytest.approx(float(kl.std()) / len(kl) ** 0.5)
         assert found.kl_999 == pytest.approx(float(torch.quantile(kl, 0.999)))
         assert found.same_top == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
-        assert own == measure.perplexity(b, windows)
-        assert dense == measure.perplexity(a, windows)
+        for perplexity, logits in ((own, b), (dense, a)):
+            losses = [measure.token_losses(*each) for each in zip(logits, windows, strict=True)]
+            assert perplexity == measure.perplexity(losses)
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     logits = np.random.default_rng(1).normal(0, 2, (2, 9, 7)).astype(np.float32)
-    found = measure.compare_with_dense(logits, logits, np.zeros((2, 9), np.int64))[2]
+    windows = np.zeros((2, 9), np.int64)
+    figures = [measure.token_figures(each, each, window) for each, window in zip(logits, windows, strict=True)]
+    found = measure.compare_with_dense(figures)[2]
     assert (found.mean_kl, found.kl_999, found.loss_difference, found.same_top, found.tokens) == (0, 0, 0, 1, 16)
 
 

@@ -31,13 +31,14 @@ def show_check(outcome: Outcome, summary: str, verbose: bool) -> None:
     console.out.print(table)
     for result in outcome.results:
         _show_result(result, verbose)
-    console.out.print(f"\n{summary}", markup=False)
+    console.say(f"\n{summary}")
 
 
 def _show_result(result: Result, verbose: bool) -> None:
     for problem in result.problems:
-        console.out.print(f"\n[red]✗[/] [bold]{escape(result.name)}[/] {problem.rule}: {escape(problem.message)}")
+        told = f"\n[red]✗[/] [bold]{escape(result.name)}[/] {problem.rule}: {escape(problem.message)}"
+        console.say(told, markup=True)
     for note in result.notes:
-        console.out.print(f"\n• {result.name}: {note}", markup=False)
+        console.say(f"\n• {result.name}: {note}")
     if result.changes:
         show_changes(result.changes, len(result.changes) if verbose else _CHANGES_SHOWN)

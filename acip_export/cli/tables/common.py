@@ -28,6 +28,15 @@ def plain_table(*columns: str, title: str | None = None, show_header: bool = Tru
     return table
 
 
+def facts_table(title: str | None = None) -> Table:
+    """A name, a figure and what it says, on each row."""
+    table = plain_table("", "", "", title=title, show_header=False)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table.columns[0].style = table.columns[2].style = "dim"
+    table.columns[1].justify = "right"
+    return table
+
+
 def size_text(count: int | None) -> str:
     return "" if count is None else format_bytes(count)
 
@@ -46,4 +55,4 @@ def show_changes(changes: Sequence[TensorChange], shown: int) -> None:
         )
     console.out.print(table)
     if len(changes) > shown:
-        console.out.print(f"  and {len(changes) - shown} more", style="dim")
+        console.say(f"  and {len(changes) - shown} more", style="dim")

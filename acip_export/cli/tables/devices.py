@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from rich.markup import escape
-from rich.table import Table
 
 from acip_export.cli import output as console
+from acip_export.cli.tables.common import facts_table, plain_table
 from acip_export.devices import BUILT_IN, Device
 from acip_export.units import format_bytes
 
 
 def show_devices(known: list[Device]) -> None:
-    table = Table(
-        "name", "class", "memory", "budget", "formats", "context", box=None, padding=(0, 2), header_style="dim"
-    )
-    for column in (2, 3, 5):
-        table.columns[column].justify = "right"
+    table = plain_table("name", "class", "memory", "budget", "formats")
+    table.columns[2].justify = table.columns[3].justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
     for device in known:
         name = escape(device.name) if device.defined_in == BUILT_IN else f"{escape(device.name)} [dim](yours)[/]"
-        budget = f"{format_bytes(device.budget_bytes)} [dim]{float(device.usable):>4.0%}[/]"
         memory = f"{device.memory_bytes / 2**30:g} GiB"
-        table.add_row(name, escape(device.kind), memory, budget, ", ".join(device.runtimes), str(device.context))
+        table.add_row(name, escape(device.kind), memory, format_bytes(device.budget_bytes), ", ".join(device.runtimes))
     console.out.print(table)
-    console.out.print("sources of a device's figures:  acip-export devices NAME", style="dim")
+    console.say("the rest of it, with sources:  acip-export devices NAME", style="dim")
 
 
 def show_device(device: Device) -> None:
-    table = Table(title=escape(device.title), title_justify="left", show_header=False, box=None, padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(style="dim", overflow="fold")
+    table = facts_table(escape(device.title))
     budget, memory = (format_bytes(size) for size in (device.budget_bytes, device.memory_bytes))
     table.add_row("memory", memory, escape(device.sources["memory"]))
     table.add_row("usable", f"{float(device.usable):.0%}", escape(device.sources["usable"]))
@@ -43,4 +38,4 @@ def show_device(device: Device) -> None:
         table.add_row("largest file", format_bytes(device.largest_file), "that can be loaded there")
     table.add_row("defined in", escape(device.defined_in), "")
     console.out.print(table)
-    console.out.print(f"next:  acip-export plan --device {device.name}", markup=False)
+    console.say(f"next:  acip-export plan --device {device.name}")

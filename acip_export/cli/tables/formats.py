@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from acip_export.cli import output as console
+from acip_export.cli.tables.common import plain_table
 from acip_export.formats.protocol import ExportFormat
 from acip_export.formats.registry import export_formats
 
@@ -13,25 +12,23 @@ def _use(known: ExportFormat, name: str) -> str:
     if name in known.types:
         return "default"
     if name in known.narrow_types:
-        return "default for rows that larger blocks do not fit"
+        return "where 256 does not fit"
     return "refused" if name in known.refused else ""
 
 
 def show_formats() -> None:
     """Formats with their layouts and types."""
     for known in export_formats():
-        console.out.print(f"[bold]{known.name}[/]  {known.description}; KV cache: {', '.join(known.cache_types)}")
+        console.say(f"{known.name}  {known.description}; KV cache: {', '.join(known.cache_types)}", style="bold")
         for layout in known.layouts:
-            console.out.print(f"  layout {layout.name}: {layout.description}", markup=False)
+            console.say(f"layout {layout.name}: {layout.description}", indent=2)
         for runtime, layouts in known.runtimes.items():
-            console.out.print(f"  runtime {runtime}: {', '.join(layouts)}", markup=False)
+            console.say(f"runtime {runtime}: {', '.join(layouts)}", indent=2)
         for backend in known.backends:
-            console.out.print(f"  backend {backend.name}: {backend.description}", markup=False)
+            console.say(f"backend {backend.name}: {backend.description}", indent=2)
         for option in known.options:
-            console.out.print(f"  option {option.flag}: {option.help}", markup=False)
-        table = Table(
-            "type", "bits/weight", "block", "rounding error", "", box=None, padding=(0, 2), header_style="dim"
-        )
+            console.say(f"option {option.flag}: {' '.join(option.help.split())}", indent=2)
+        table = plain_table("type", "bits/weight", "block", "rounding error", "")
         for f in known.weight_types:
             table.add_row(
                 f.name, f"{f.bits_per_weight:.3f}", str(f.block), f"{f.relative_mse**0.5:.4f}", _use(known, f.name)

@@ -58,7 +58,7 @@ def show_difference(before: Anatomy, after: Anatomy, changes: Sequence[TensorCha
         ("everything else", before.overhead_bytes, after.overhead_bytes),
     ):
         table.add_row(label, format_bytes(was), format_bytes(now), signed(now - was, was))
-    console.out.print(f"{before.path} → {after.path}", markup=False)
+    console.say(f"{before.path} → {after.path}")
     console.out.print(table)
     console.out.print()
     if changes:

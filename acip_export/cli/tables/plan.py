@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from acip_export.cli import output as console
+from acip_export.cli.tables.common import facts_table, plain_table
 from acip_export.model.tensor_names import within_layer
 from acip_export.units import format_bytes
 
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
 
 
 def show_plan(plan: Plan, verbose: bool) -> None:
-    """The budget, where its bytes go, and what was chosen, folded by kind of layer."""
-    title = f"{plan.model} → {plan.format} ({plan.layout})"
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    table.add_column(style="dim")
+    """What is wrong with it; the budget, where its bytes go, and what was chosen, folded by kind of layer."""
+    if plan.far_off is not None:
+        console.say(plan.far_off, style="bold red")
+        for other in plan.certificate.alternatives:
+            console.say(f"{_quality(other.predicted_perplexity, other.predicted_loss)} with  {other.change}", indent=2)
+        console.say("an export needs  --accept-loss\n", indent=2)
+    table = facts_table(f"{plan.model} → {plan.format} ({plan.layout})")
     table.add_row("budget", format_bytes(plan.budget_bytes), f"{plan.budget_bytes:,} bytes of {plan.budget_scope}")
     for name, size in plan.breakdown.items():
         if size == 0:
@@ -34,13 +36,12 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     table.add_row("used", format_bytes(used), f"{used / plan.budget_bytes:.2%} of the budget")
     table.add_row("left", format_bytes(plan.certificate.bytes_left), _upgrade(plan))
     table.add_row("files", format_bytes(plan.planned_bytes), f"{plan.size_ratio:.3f} of the dense model's bytes")
-    bound = f"(lower bound {plan.certificate.lower_bound:.4f})"
+    loss, least = plan.predicted_loss, plan.certificate.lower_bound
     if plan.predicted_perplexity is not None:
-        quality = f"{plan.predicted_loss:.4f} {plan.loss_unit} above dense {bound}"
-        table.add_row("predicted perplexity", f"{plan.predicted_perplexity:.2f}", quality)
+        quality = f"dense {plan.dense_perplexity:,.2f}; {loss:.4f} {plan.loss_unit} more (at least {least:.4f})"
+        table.add_row("predicted perplexity", f"{plan.predicted_perplexity:,.2f}", quality)
     else:
-        bound = f"(lower bound {plan.certificate.lower_bound:.2e})"
-        table.add_row("predicted loss", f"{plan.predicted_loss:.2e}", f"{plan.loss_unit} {bound}")
+        table.add_row("predicted loss", f"{loss:.2e}", f"{plan.loss_unit} (at least {least:.2e})")
     serving = plan.serving
     table.add_row(
         "runtime",
@@ -52,36 +53,37 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     console.out.print(table)
     console.out.print()
     console.out.print(_tensor_table(plan) if verbose else _folded_table(plan))
-    for line in (*plan.notes, *_held_back(plan)):
-        console.out.print(f"• {line}", markup=False)
+    for line in (*(note for note in plan.notes if note != plan.far_off), *_held_back(plan, verbose)):
+        console.say(f"• {line}")
 
 
-def _held_back(plan: Plan) -> Iterator[str]:
+def _held_back(plan: Plan, verbose: bool) -> Iterator[str]:
     """Why the plan is not better: what else is in the budget, and what the format or its backend forbids."""
-    buffers = plan.breakdown["compute"] + plan.breakdown["output"] if plan.certificate.alternatives else 0
-    for other in plan.certificate.alternatives:
-        if other.change.startswith("--prompt-batch"):
-            part = f"buffers take {buffers / plan.budget_bytes:.0%} of the budget"
-        else:
-            part = f"the KV cache takes {plan.breakdown['kv_cache'] / plan.budget_bytes:.0%} of the budget"
-        quality = (
-            f"loss {other.predicted_loss:.4f}"
-            if other.predicted_perplexity is None
-            else f"perplexity {other.predicted_perplexity:.2f}"
-        )
-        yield f"{part}; predicted with  {other.change}:  {quality}"
+    own = _quality(plan.predicted_perplexity, plan.predicted_loss)
+    for other in () if plan.far_off else plan.certificate.alternatives:
+        better = _quality(other.predicted_perplexity, other.predicted_loss)
+        if better == own:
+            continue  # too little to be shown
+        batch = other.change.startswith("--prompt-batch")
+        part = sum(plan.breakdown[name] for name in (("compute", "output") if batch else ("kv_cache",)))
+        what = "buffers take" if batch else "the KV cache takes"
+        yield f"{what} {part / plan.budget_bytes:.0%} of the budget; predicted with  {other.change}:  {better}"
     by_tensors: dict[tuple[str, str], list[str]] = {}
-    for refusal in plan.certificate.refused_types:
+    for refusal in plan.certificate.refused_types if verbose else ():
         which = refusal.example if refusal.tensors == 1 else f"{refusal.example} and {refusal.tensors - 1} more"
         by_tensors.setdefault((which, refusal.reason), []).append(refusal.type)
     for (which, reason), types in by_tensors.items():
         yield f"{which}: not {', '.join(types)} ({reason})"
 
 
+def _quality(perplexity: float | None, loss: float) -> str:
+    return f"loss {loss:.4f}" if perplexity is None else f"perplexity {perplexity:,.2f}"
+
+
 def _upgrade(plan: Plan) -> str:
     if plan.certificate.next_upgrade is None:
         return "nothing left to improve"
-    return f"next upgrade: {plan.certificate.next_upgrade} (+{format_bytes(plan.certificate.next_upgrade_bytes or 0)})"
+    return f"next: {plan.certificate.next_upgrade} (+{format_bytes(plan.certificate.next_upgrade_bytes or 0)})"
 
 
 def _choice(decision: TensorDecision) -> str:
@@ -99,7 +101,9 @@ def _folded_table(plan: Plan) -> Table:
     for decision in plan.tensors:
         if len(decision.shape) == 2:
             groups[within_layer(decision.module)].append(decision)
-    table = Table("tensors", "n", "shape", "bytes", "what they become", box=None, padding=(0, 2), header_style="dim")
+    table = plain_table("tensors", "n", "shape", "bytes", "what they become")
+    for column in table.columns[:4]:
+        column.no_wrap = column.header != "tensors"
     for name, members in groups.items():
         counts: dict[str, int] = defaultdict(int)
         for member in members:
@@ -112,7 +116,7 @@ def _folded_table(plan: Plan) -> Table:
 
 
 def _tensor_table(plan: Plan) -> Table:
-    table = Table("tensor", "shape", "bytes", "becomes", box=None, padding=(0, 2), header_style="dim")
+    table = plain_table("tensor", "shape", "bytes", "becomes")
     for decision in plan.tensors:
         shape = "x".join(str(extent) for extent in decision.shape)
         table.add_row(decision.name, shape, f"{decision.nbytes:,}", _choice(decision))

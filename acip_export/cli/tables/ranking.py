@@ -6,9 +6,8 @@ from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from acip_export.cli import output as console
+from acip_export.cli.tables.common import plain_table
 
 if TYPE_CHECKING:
     from acip_export.artifacts.scores import ScoreFile
@@ -21,15 +20,17 @@ def show_ranking(scores: ScoreFile, file: Path) -> None:
     def shown(loss: float) -> str:
         return f"{exp(loss):.2f}" if causal else f"{loss:.4f}"
 
-    columns = ["parameters kept", "perplexity" if causal else scores.loss_unit, "with adapters"]
+    adapted = any(point.loss_with_adapters is not None for point in scores.curve)
+    columns = ["parameters kept", "perplexity" if causal else scores.loss_unit, *(["with adapters"] if adapted else [])]
     if scores.curve[0].spearman is not None:
-        columns += ["Spearman of similarities", "mean error of similarities"]
-    table = Table(*columns, box=None, padding=(0, 2), header_style="dim")
+        columns += ["similarities: Spearman", "mean error"]
+    table = plain_table(*columns)
     for point in scores.curve:
         row = [f"{point.ratio:.0%}", shown(point.loss)]
-        row.append("" if point.loss_with_adapters is None else shown(point.loss_with_adapters))
+        if adapted:
+            row.append("" if point.loss_with_adapters is None else shown(point.loss_with_adapters))
         if point.spearman is not None and point.similarity_error is not None:
             row += [f"{point.spearman:.4f}", f"{point.similarity_error:.4f}"]
         table.add_row(*row)
     console.out.print(table)
-    console.out.print(f"score file written to {file}; next:  acip-export --budget 4GB --format gguf", markup=False)
+    console.say(f"score file written to {file}; next:  acip-export --budget 50% --format gguf")

@@ -2,74 +2,123 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.markup import escape
 
 from acip_export.cli import output as console
+from acip_export.cli.tables.common import plain_table
 from acip_export.units import format_bytes
 
 if TYPE_CHECKING:
     from acip_export.artifacts.plan import Plan
-    from acip_export.artifacts.report import Agreement, Divergence, Report
+    from acip_export.artifacts.report import Report, RuntimeReport
+
+_SCOPES = {"file": "files", "memory": "memory", "process": "memory, the runtime included"}
 
 
-def show_reports(reports: list[Report]) -> None:
-    """One row per runtime and export."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    # What others' exports are compared by; it takes the dense model and a text.
-    compared = ("KL", "99.9 %", "same top") if any(_divergence(report) for report in reports) else ()
-    before = ("export", "budget", "planned", "written", "runtime", "perplexity", "dense")
-    for column in (*before, *(compared or ("from bundle",)), "tok/s"):
-        table.add_column(column, justify="left" if column in ("export", "runtime") else "right", no_wrap=True)
+def show_reports(reports: Sequence[Report]) -> None:
+    """One export in sentences, several in a table."""
+    if len(reports) == 1:
+        _show_report(reports[0])
+    else:
+        _show_table(reports)
+
+
+def _show_report(report: Report) -> None:
+    say = console.say
+    say(
+        f"[bold]{report.format} {report.layout}[/]: {report.planned_bytes:,} bytes planned, "
+        f"{report.written_bytes:,} written; budget {format_bytes(report.budget_bytes)} of "
+        f"{_SCOPES[report.budget_scope]}",
+        markup=True,
+    )
+    for runtime in report.runtimes:
+        say(f"{runtime.runtime}: {', '.join(_process(runtime))}", indent=2)
+        quality = "; ".join(_quality(runtime, report))
+        if quality:
+            say(quality, indent=4)
+        if runtime.agreement is not None:
+            agreed = runtime.agreement
+            say(f"agreement with the bundle: KL {agreed.mean_kl:.1e}, same top token {agreed.same_top:.1%}", indent=4)
+    if report.similarity is not None:
+        say(_similarity(report), indent=2)
+    for line in (*report.failures, *report.notes):
+        say(f"• {line}", indent=2)
+
+
+def _process(runtime: RuntimeReport) -> Iterator[str]:
+    """What a process of a runtime took."""
+    if runtime.memory is not None:
+        memory = runtime.memory
+        yield f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.predicted_bytes)} planned in memory"
+    if runtime.load_seconds is not None:
+        yield f"loaded in {runtime.load_seconds:.1f} s"
+    if runtime.speed is not None:
+        # What an encoder does is read.
+        yield f"{runtime.speed.decode or runtime.speed.prefill:.0f} tokens/s"
+
+
+def _quality(runtime: RuntimeReport, report: Report) -> Iterator[str]:
+    """What was measured on a text: perplexity, and the divergence from the dense model."""
+    if runtime.perplexity is not None:
+        dense = report.dense_perplexity
+        beside = "" if dense is None else f" (dense {dense.perplexity:.2f})"
+        yield f"perplexity {runtime.perplexity.perplexity:.2f}{beside}"
+    if runtime.divergence is not None:
+        far = runtime.divergence
+        worst = f"99.9 % below {far.kl_999:.2f}"
+        yield f"from the dense model: KL {far.mean_kl:.4f}, {worst}, same top token {far.same_top:.1%}"
+
+
+def _similarity(report: Report) -> str:
+    kept = f"embeddings {report.similarity:.5f} similar to the dense model's"
+    if report.similarity_spearman is None:
+        return kept
+    error = report.similarity_error or 0.0
+    return f"{kept}; similarities of texts kept: Spearman {report.similarity_spearman:.5f}, mean error {error:.5f}"
+
+
+def _show_table(reports: Sequence[Report]) -> None:
+    """One row an export, by its first runtime."""
+    names = ("export", "budget", "bytes written", "perplexity", "dense", "KL to dense", "tokens/s")
+    table = plain_table(*names)
+    for column in table.columns[1:]:
+        column.justify = "right"
     for report in reports:
-        dense = "" if report.dense_perplexity is None else f"{report.dense_perplexity.perplexity:.2f}"
-        for runtime in report.runtimes:
-            table.add_row(
-                f"{report.format} {report.layout}",
-                format_bytes(report.budget_bytes),
-                f"{report.planned_bytes:,}",
-                f"{report.written_bytes:,}",
-                runtime.runtime,
-                "" if runtime.perplexity is None else f"{runtime.perplexity.perplexity:.2f}",
-                dense,
-                *(_compared(runtime.divergence) if compared else _agreed(runtime.agreement)),
-                # What an encoder does is read.
-                "" if runtime.speed is None else f"{runtime.speed.decode or runtime.speed.prefill:.0f}",
-            )
+        runtime = report.runtimes[0] if report.runtimes else None
+        own, dense = runtime and runtime.perplexity, report.dense_perplexity
+        far, speed = runtime and runtime.divergence, runtime and runtime.speed
+        planned = "" if report.written_bytes == report.planned_bytes else " [red]not as planned[/]"
+        table.add_row(
+            f"{report.format} {report.layout}",
+            format_bytes(report.budget_bytes),
+            f"{report.written_bytes:,}{planned}",
+            f"{own.perplexity:.2f}" if own else "",
+            f"{dense.perplexity:.2f}" if dense else "",
+            f"{far.mean_kl:.4f}" if far else "",
+            f"{speed.decode or speed.prefill:.0f}" if speed else "",
+        )
     console.out.print(table)
     for report in reports:
-        if report.similarity is not None and report.similarity_spearman is not None:
-            error = report.similarity_error or 0.0
-            console.out.print(
-                f"{report.format} {report.layout}: embeddings {report.similarity:.5f} similar to the dense model's; "
-                f"similarities of texts kept: Spearman {report.similarity_spearman:.5f}, mean error {error:.5f}"
-            )
-
-
-def _divergence(report: Report) -> Divergence | None:
-    return next((runtime.divergence for runtime in report.runtimes if runtime.divergence is not None), None)
-
-
-def _compared(divergence: Divergence | None) -> tuple[str, str, str]:
-    """From the dense model; nothing where it was not measured."""
-    if divergence is None:
-        return "", "", ""
-    return f"{divergence.mean_kl:.4f}", f"{divergence.kl_999:.2f}", f"{divergence.same_top:.1%}"
-
-
-def _agreed(agreement: Agreement | None) -> tuple[str]:
-    return ("" if agreement is None else f"{agreement.mean_kl:.1e}",)
+        if report.similarity is not None:
+            console.say(f"{report.format} {report.layout}: {_similarity(report)}")
 
 
 def show_export(plan: Plan, directory: Path) -> None:
     """Where the export is, and how to run it."""
     from acip_export.formats.registry import export_format
 
-    console.out.print(f"\n[bold]{format_bytes(plan.planned_bytes)}[/] in {directory}, as planned. Run it with:")
-    commands = export_format(plan.format).run_commands(plan, directory)
+    size = format_bytes(plan.planned_bytes)
+    console.say(f"\n[bold]{size}[/] in {escape(str(directory))}, as planned. Run it with:", markup=True)
+    written_as = export_format(plan.format)
+    commands = written_as.run_commands(plan, directory, written_as.chat_template(directory))
+    if plan.task == "causal":
+        console.show_command(shlex.join(["acip-export", "chat", str(directory)]), shell=True)
     for command in [c for c in commands if c.language == "console"] or commands[:1]:
-        console.out.print(command.text, markup=False, soft_wrap=True)
+        console.show_command(command.text, shell=command.language == "console")
         if command.note:
-            console.out.print(f"  ({command.note})", markup=False, style="dim")
+            console.say(f"({command.note})", indent=2, style="dim")

@@ -38,7 +38,7 @@ class AcipExportCommand(BaseOptimumCLICommand):
 
         for option in get_command(app).params:
             names: Sequence[str] = [*option.opts, *option.secondary_opts]
-            if option.name not in ("help", "version", "json_indent"):
+            if option.name not in ("help", "version", "install_completion", "show_completion"):
                 flag = bool(getattr(option, "is_flag", False))
                 text = str(getattr(option, "help", None) or "").replace("%", "%%")
                 parser.add_argument(*names, action=_Forward, nargs=0 if flag else None, dest=option.name, help=text)

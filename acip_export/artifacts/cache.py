@@ -1,0 +1,57 @@
+"""Read caches beside a score file: they are made again, not mourned, when they are damaged or of something else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from acip_export.artifacts.document import Artifact, decode_artifact
+from acip_export.errors import InputError
+from acip_export.io.inputs import read_input
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FormatCache(Artifact):
+    """What was measured for one format with one quantizer and one score file.
+
+    Attributes:
+        quantizer: package and version that rounded, and how codes were chosen, unless each weight's nearest.
+        scores_sha256: of the score file.
+    """
+
+    format: str
+    quantizer: str
+    scores_sha256: str
+
+
+_C = TypeVar("_C", bound=FormatCache)
+
+
+def load_cache(file: Path, nothing: _C, problem: Callable[[_C], str | None] = lambda _cache: None) -> _C:
+    """Return what the cache knows; ``nothing`` when it is not there, or was made for something else than ``nothing``.
+
+    Args:
+        problem: says what is wrong with contents of which each value has its type.
+    """
+    if not file.exists():
+        return nothing
+    try:
+        known = decode_artifact(read_input(file, InputError), type(nothing), str(file), InputError, _OtherVersionError)
+        if (wrong := problem(known)) is not None:
+            raise InputError(f"{file}: {wrong}")
+    except _OtherVersionError:
+        return nothing
+    except InputError as error:
+        logger.warning("%s; it is measured again", error)
+        return nothing
+    same = (known.format, known.quantizer, known.scores_sha256)
+    return known if same == (nothing.format, nothing.quantizer, nothing.scores_sha256) else nothing
+
+
+class _OtherVersionError(InputError):
+    """The cache was written by another version of this tool."""

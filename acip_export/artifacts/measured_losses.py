@@ -1,0 +1,127 @@
+"""What rounding costs a model, measured by forward passes: the cache beside a score file. See docs/measured-losses.md.
+
+Rounding errors (:mod:`acip_export.artifacts.rounding_errors`) predict the loss of rounding one matrix to second order,
+which gets types and layers right, and the sizes of whole classes of layers wrong. So each class is rounded alone, and
+its divergence from the dense model measured; the predictions of all its layers are scaled by the quotient.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import exp, log
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from acip_export.artifacts.cache import FormatCache, load_cache
+from acip_export.artifacts.names import MEASURED_LOSSES, ArtifactName
+from acip_export.artifacts.rounding_errors import RoundingErrors
+from acip_export.io.atomic import keep
+from acip_export.io.inputs import Count, NotNegative
+from acip_export.model.tensor_names import class_of
+from acip_export.rounding import Rounding
+
+# Losses below this are the noise of float32, nats per token.
+_NOISE = 1e-7
+# Measured over predicted: beyond these a file was not made by measuring.
+_LEAST_FACTOR, _LARGEST_FACTOR = 1e-4, 1e4
+
+
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """All matrices of one class in one type, everything else dense; nats per token.
+
+    Attributes:
+        predicted: the sum of their rounding errors. measured: divergence from the dense model. error: its standard
+            error.
+    """
+
+    predicted: NotNegative
+    measured: NotNegative
+    error: NotNegative
+
+
+@dataclass(frozen=True)
+class MeasuredLosses(FormatCache):
+    """Measured losses for one score file and one format.
+
+    Attributes:
+        text_sha256: of the text that was measured on, and ``tokens`` how much of it.
+        classes: by class of layers (``mlp.up_proj``; an embedding or head by its name) and type.
+    """
+
+    NAME: ClassVar[ArtifactName] = MEASURED_LOSSES
+
+    text_sha256: str = ""
+    tokens: Count = 0
+    classes: Mapping[str, Mapping[str, MeasuredLoss]] = field(default_factory=dict)
+
+    def calibrated(self, errors: RoundingErrors) -> RoundingErrors:
+        """Return ``errors`` with the losses of each class and type scaled to what was measured.
+
+        Between measured types the factor is interpolated in the logarithms of factor and predicted loss; beyond them
+        it stays. A pair is scaled as a matrix of the type of its ``down``; corrections follow their bases.
+        """
+        factors = {
+            name: _factors(self.classes[name], predicted)
+            for name, predicted in class_losses(errors).items()
+            if name in self.classes
+        }
+        dense = {
+            name: {type_: loss * factors.get(class_of(name), {}).get(type_, 1.0) for type_, loss in losses.items()}
+            for name, losses in errors.dense.items()
+        }
+        pairs = {
+            name: {
+                types: tuple((rank, ratio * _of_pair(factors.get(class_of(name), {}), types)) for rank, ratio in points)
+                for types, points in measured.items()
+            }
+            for name, measured in errors.pairs.items()
+        }
+        return replace(errors, dense=dense, pairs=pairs)
+
+
+def class_losses(errors: RoundingErrors) -> dict[str, dict[str, float]]:
+    """Return the predicted loss of rounding all matrices of a class, by class and type."""
+    sums: dict[str, dict[str, float]] = {}
+    for name, losses in errors.dense.items():
+        of_class = sums.setdefault(class_of(name), {})
+        for type_, loss in losses.items():
+            of_class[type_] = of_class.get(type_, 0.0) + loss
+    return sums
+
+
+def _factors(measured: Mapping[str, MeasuredLoss], predicted: Mapping[str, float]) -> dict[str, float]:
+    points = sorted(
+        (log(each.predicted), log(min(max(each.measured / each.predicted, _LEAST_FACTOR), _LARGEST_FACTOR)))
+        for each in measured.values()
+        if each.predicted > _NOISE
+    )
+    if not points:
+        return {}
+    places = [log(max(loss, _NOISE)) for loss in predicted.values()]
+    logs = np.interp(places, [place for place, _ in points], [factor for _, factor in points])
+    return {type_: exp(value) for type_, value in zip(predicted, logs, strict=True)}
+
+
+def _of_pair(factors: Mapping[str, float], types: str) -> float:
+    return factors.get(types.partition("*")[0], 1.0)
+
+
+def cache_file(scores: Path, fmt: str, rounding: Rounding) -> Path:
+    """``llama.acip`` -> ``llama.acip.losses-gguf.json``, or ``….losses-gguf-feedback.json``."""
+    way = "" if rounding == "nearest" else f"-{rounding}"
+    return scores.with_name(f"{scores.name}.losses-{fmt}{way}.json")
+
+
+def load_measured_losses(file: Path, nothing: MeasuredLosses) -> MeasuredLosses:
+    """Return what the cache knows; ``nothing`` where it is of another format, quantizer, score file or version."""
+    return load_cache(file, nothing)
+
+
+def save_measured_losses(losses: MeasuredLosses, file: Path) -> None:
+    """Write atomically, replacing what is there; a directory that cannot be written to is no error."""
+    keep(file, (json.dumps(losses.to_json(), indent=1) + "\n").encode(), "losses are measured")

@@ -1,0 +1,74 @@
+"""Say what is kept to save time, how much it is, and remove it. All of it is made again where it is missing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from acip_export.errors import OutputError
+from acip_export.io.atomic import user_cache
+
+_PURPOSES = {
+    "graphs": "ONNX graphs, by configuration: seconds to a minute each",
+    "llama-cpp": "llama.cpp with factor pairs, built: ten minutes",
+    "real": "the real model of tests and benchmarks: a download",
+    "consumers": "other programs that tests open exports with: a download",
+}
+_FACTORS = re.compile(r"[0-9a-f]{64}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A cache.
+
+    Attributes:
+        name: what to call it. purpose: what is in it, and what it takes to make it again.
+        places: the files and directories that it consists of.
+    """
+
+    name: str
+    purpose: str
+    places: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(file.stat().st_size for place in self.places for file in _files(place))
+
+    def remove(self) -> None:
+        """Remove it.
+
+        Raises:
+            OutputError: the system does not let us.
+        """
+        for place in self.places:
+            try:
+                shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+            except OSError as reason:
+                raise OutputError(f"{place} cannot be removed: {reason.strerror}") from reason
+
+
+def find_caches(model: Path | None = None, factors: Path | None = None) -> list[Kept]:
+    """Return the user's caches, the rounding errors beside the score files of ``model``, and a directory of factors."""
+    home = user_cache()
+    found = [
+        Kept(place.name, _PURPOSES.get(place.name, "not of this version"), (place,))
+        for place in sorted(home.iterdir() if home.is_dir() else ())
+        if place.is_dir()
+    ]
+    if model is not None:
+        rounding = tuple(sorted(model.glob("*.acip.rounding-*.json")))
+        found.append(Kept("rounding", f"rounding errors measured on {model.resolve().name}: minutes", rounding))
+    if factors is not None:
+        kept = tuple(sorted(file for file in factors.glob("*.safetensors") if _FACTORS.fullmatch(file.name)))
+        found.append(Kept("factors", f"singular components in {factors}: minutes to hours", kept))
+    return [each for each in found if each.places]
+
+
+def _files(place: Path) -> Iterator[Path]:
+    yield from (
+        (file for file in place.rglob("*") if file.is_file() and not file.is_symlink()) if place.is_dir() else [place]
+    )

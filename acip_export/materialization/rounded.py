@@ -1,0 +1,110 @@
+"""The numbers that an export of a plan computes with, one tensor at a time and without files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from acip_export.artifacts.bundle import stored_formats
+from acip_export.artifacts.plan import Plan, TensorDecision
+from acip_export.artifacts.scores import ScoreFile
+from acip_export.lowrank.cache import FactorCache
+from acip_export.materialization.bundle_writer import stored_numbers
+from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
+from acip_export.materialization.feedback import FeedbackFactors, matrices_with_feedback
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.rounding import InputMoments, RoundTrip
+from acip_export.weight_types import weight_type
+
+
+class RoundedWeights:
+    """What plans of one model and format have in common: what rounding knows about inputs, and tensors made twice."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scores: ScoreFile,
+        round_trip: RoundTrip,
+        feedback_types: Collection[str] = (),
+        cache: FactorCache | None = None,
+    ) -> None:
+        self.checkpoint, self.scores, self.round_trip = checkpoint, scores, round_trip
+        self.feedback_types = feedback_types
+        self.factors = cache or FactorCache(None)
+        # Of all inputs, scaled or not: keys tell them apart.
+        self.feedback = FeedbackFactors(scale_channels(checkpoint, scores)[1] if feedback_types else scores)
+        self._made: dict[object, Tensor] = {}
+        self._asked: Sequence[str] = ()
+
+    def of(self, plan: Plan) -> RoundedPlan:
+        """Return the numbers of one plan."""
+        return RoundedPlan(self, plan)
+
+    def kept(self, names: Sequence[str]) -> dict[object, Tensor]:
+        """Return what other plans had made of these tensors; of the last names that were asked for, no others."""
+        if names is not self._asked:
+            self._made, self._asked = {}, names
+        return self._made
+
+
+class RoundedPlan:
+    """A plan's weights as its runtime has them: rounded, pairs multiplied out, float32.
+
+    Types of floats count as exact: what they hold is left out, unless its channels are scaled.
+    """
+
+    def __init__(self, shared: RoundedWeights, plan: Plan) -> None:
+        self._shared, self.plan = shared, plan
+        self._read, self._scores = shared.checkpoint, shared.scores
+        if plan.rounding == "feedback" and shared.feedback_types:
+            self._read, self._scores = scale_channels(shared.checkpoint, shared.scores, plan)
+        self._matrices = matrices_with_feedback(plan, self._scores, shared.feedback_types)
+        self._decisions = {decision.name: decision for decision in plan.tensors}
+
+    def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return those of the named tensors that differ from the dense model's."""
+        kept = self._shared.kept(names)
+        found = {}
+        for name in names:
+            decision = self._decisions.get(name)
+            scaled = self._scaled(name)
+            if decision is None or (self._exact(decision) and not any(scaled)):
+                continue
+            key = (decision, scaled, self.plan.adapters)
+            if key not in kept:
+                kept[key] = self._tensor(decision)
+            found[name] = kept[key]
+        return found
+
+    def _scaled(self, name: str) -> tuple[bool, bool]:
+        return self._read.scaled_sides(name) if isinstance(self._read, ScaledCheckpoint) else (False, False)
+
+    def _exact(self, decision: TensorDecision) -> bool:
+        return decision.rank is None and weight_type(self.plan.format, decision.type or "").is_float
+
+    def _tensor(self, decision: TensorDecision) -> Tensor:
+        shared = self._shared
+        importance: dict[str, Tensor] = {}
+        numbers = stored_numbers(
+            self._read,
+            self._scores,
+            self.plan,
+            decision,
+            shared.round_trip,
+            importance,
+            shared.factors,
+            shared.feedback,
+            self._matrices,
+        )
+        for name, form in stored_formats(decision).items():
+            numbers[name] = numbers[name].float()
+            if numbers[name].ndim == 2:
+                key = self._matrices.get(name)
+                inputs = InputMoments(importance.get(name), None if key is None else shared.feedback.by_key(key))
+                numbers[name] = shared.round_trip(numbers[name], form, inputs)
+        if decision.rank is None:
+            return numbers[decision.name]
+        pair = numbers[f"{decision.module}.up.weight"] @ numbers[f"{decision.module}.down.weight"]
+        base = numbers.get(decision.name)
+        return pair if base is None else pair + base

@@ -1,0 +1,51 @@
+"""Measure what rounding whole classes of layers costs: one pass for each class and type, all of them block by block."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from acip_export.artifacts.measured_losses import MeasuredLoss
+from acip_export.artifacts.plan import Plan, TensorDecision
+from acip_export.materialization.rounded import RoundedWeights
+from acip_export.measurement.block_passes import BlockPasses, blocks_of
+from acip_export.measurement.passes import ClassPass
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import Clock, ProgressCallback, silent
+from acip_export.ranking.load import load_model
+
+
+def measure_classes(
+    checkpoint: Checkpoint,
+    weights: RoundedWeights,
+    plan: Plan,
+    exact: str,
+    passes: tuple[ClassPass, ...],
+    windows: Tensor,
+    progress: ProgressCallback = silent,
+) -> dict[str, dict[str, MeasuredLoss]]:
+    """Measure each of ``passes`` on ``windows`` (n, tokens); by class and type.
+
+    Args:
+        plan: any plan of the format: classes are rounded as it rounds. exact: a type of the format that rounds nothing.
+    """
+    model = load_model(checkpoint, torch.device("cpu"), "auto")
+    blocks = blocks_of(checkpoint)
+
+    def alone(measured: ClassPass) -> Plan:
+        decisions = (
+            TensorDecision(name, info.shape, "dense", 0, type=measured.type if name in measured.tensors else exact)
+            for name, info in checkpoint.tensors.items()
+        )
+        return replace(plan, tensors=tuple(decisions), adapters=False)
+
+    clock = Clock("calibrate", len(blocks) * (1 + len(passes)), progress)
+    variants = [weights.of(alone(each)) for each in passes]
+    divergences = BlockPasses(model, blocks, windows).divergences(variants, clock.advance)
+    measured: dict[str, dict[str, MeasuredLoss]] = {}
+    for each, found in zip(passes, divergences, strict=True):
+        loss = MeasuredLoss(each.predicted, max(0.0, found.kl), found.error)
+        measured.setdefault(each.name, {})[each.type] = loss
+    return measured

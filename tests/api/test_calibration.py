@@ -1,0 +1,128 @@
+"""Predictions are scaled to what rounding each class of layers was measured to cost, once for a format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import acip_export
+from acip_export.api.calibration import calibrated_errors
+from acip_export.api.rounding import rounding_errors
+from acip_export.artifacts.measured_losses import MeasuredLoss, MeasuredLosses, cache_file, class_losses
+from acip_export.artifacts.rounding_errors import RoundingErrors
+from acip_export.artifacts.scores import ScoreFile
+from acip_export.measurement.passes import passes_for
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest, resolve
+from acip_export.progress import Progress
+from tests.ranking.support import calibration_text
+from tests.support import make_model
+
+CONTEXT = 32
+ASKED = {"budget": "1MB", "format": "gguf", "scope": "file", "context": 64, "types": ["q8_0", "q4_0"]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def text(model: Path) -> Path:
+    return calibration_text(model.parent / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def ranked(model: Path, text: Path) -> ScoreFile:
+    acip_export.rank(model, text, out=model / "m.acip", algorithm="fisher", context=CONTEXT)
+    return acip_export.load_scores(model / "m.acip")
+
+
+@pytest.fixture
+def copied(model: Path, ranked: ScoreFile, tmp_path: Path) -> Path:
+    """Its directory without measured losses."""
+    assert ranked.file is not None
+    shutil.copytree(model, tmp_path / "m", ignore=shutil.ignore_patterns("*losses*"))
+    return tmp_path / "m"
+
+
+def stages(**options: object) -> tuple[acip_export.Plan, set[str]]:
+    steps: list[Progress] = []
+    plan = acip_export.plan(progress=steps.append, **{**ASKED, **options})  # type: ignore[arg-type]
+    return plan, {step.stage for step in steps}
+
+
+def test_the_first_plan_measures_and_the_others_know(copied: Path) -> None:
+    plain, measured = stages(model=copied, calibrate=False)
+    assert not plain.calibrated and "calibrate" not in measured
+    plan, measured = stages(model=copied)
+    assert plan.calibrated and "calibrate" in measured and not plan.notes[1:]
+    file = cache_file(copied / "m.acip", "gguf", "feedback")
+    known = json.loads(file.read_text())
+    assert known["tokens"] > 0
+    assert set(known["classes"]) == {
+        "model.embed_tokens",
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    }
+    again, measured = stages(model=copied)
+    assert again == plan and "calibrate" not in measured
+    file.write_text("{")
+    assert stages(model=copied) == (plan, {"calibrate"} | measured)
+
+
+def test_what_was_measured_is_what_the_class_loses(copied: Path) -> None:
+    """All of a class in one type, and nothing else: the calibrated prediction is the measured divergence."""
+    checkpoint, scores = Checkpoint.open(copied), acip_export.load_scores(copied / "m.acip")
+    question = resolve(PlanRequest("gguf", types=("q8_0", "q4_0"), rounding="feedback"), checkpoint)
+    errors = rounding_errors(checkpoint, scores, question.space)
+    scaled, why_not = calibrated_errors(checkpoint, scores, question.space, errors, question.rule)
+    assert why_not == ()
+    known = json.loads(cache_file(copied / "m.acip", "gguf", "feedback").read_text())["classes"]
+    sums = class_losses(scaled)
+    for each in passes_for(errors, scores.embedding_sensitivity):
+        measured = known[each.name][each.type]["measured"]
+        assert sums[each.name][each.type] == pytest.approx(measured, rel=1e-6)
+
+
+def test_it_says_why_not(copied: Path, text: Path) -> None:
+    hidden = text.with_name("elsewhere.txt")
+    text.rename(hidden)
+    try:
+        plan, measured = stages(model=copied)
+    finally:
+        hidden.rename(text)
+    assert not plan.calibrated and "calibrate" not in measured
+    assert plan.notes[-1] == (
+        "predicted losses are not calibrated on this model: the text that the ranking held out is not here"
+    )
+
+
+def test_scores_in_no_file_keep_what_was_measured(model: Path, text: Path) -> None:
+    scores = acip_export.rank(model, text, algorithm="fisher", context=CONTEXT)
+    plan, measured = stages(model=model, scores=scores)
+    assert plan.calibrated and "calibrate" in measured
+    again, measured = stages(model=model, scores=scores)
+    assert again == plan and "calibrate" not in measured
+
+
+def test_factors_are_interpolated_between_types() -> None:
+    dense = {
+        f"model.layers.{layer}.mlp.up_proj.weight": {"q8_0": 0.0001, "q5_0": 0.001, "q4_0": 0.01, "q2_k": 0.1}
+        for layer in (0, 1)
+    }
+    pairs = {"model.layers.0.mlp.up_proj": {"q4_0*q8_0": ((0.5, 2.0),), "q4_0+": ((0.0, 1.0), (0.5, 0.5))}}
+    other = {"model.layers.0.mlp.down_proj.weight": {"q4_0": 0.5}}
+    errors = RoundingErrors("gguf", "test", "0", {**dense, **other}, pairs)
+    measured = {"q8_0": MeasuredLoss(0.0002, 0.0002, 0.0), "q4_0": MeasuredLoss(0.02, 0.08, 0.0)}
+    scaled = MeasuredLosses("gguf", "test", "0", classes={"mlp.up_proj": measured}).calibrated(errors)
+    for name in dense:
+        assert scaled.dense[name] == pytest.approx({"q8_0": 0.0001, "q5_0": 0.002, "q4_0": 0.04, "q2_k": 0.4})
+    assert scaled.dense["model.layers.0.mlp.down_proj.weight"] == {"q4_0": 0.5}
+    assert scaled.pairs["model.layers.0.mlp.up_proj"] == {
+        "q4_0*q8_0": (pytest.approx((0.5, 8.0)),),
+        "q4_0+": ((0.0, 1.0), (0.5, 0.5)),
+    }

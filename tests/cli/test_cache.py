@@ -1,0 +1,53 @@
+"""``acip-export cache``: everything that is kept is listed, and removed where it is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import Run
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the user's, in an empty directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return tmp_path / "home" / "acip-export"
+
+
+def test_nothing_is_kept_at_first(run: Run) -> None:
+    done = run("cache")
+    assert done.code == 0
+    assert done.out.startswith("0 B kept")
+    assert run("cache", "graphs").code == 2
+
+
+def test_caches_are_listed_and_cleared(home: Path, run: Run) -> None:
+    (home / "graphs").mkdir(parents=True)
+    (home / "graphs" / "a.onnx").write_bytes(b"x" * 1000)
+    (home / "traces").mkdir()
+    mine = [Path("model.acip"), Path("notes.json"), Path("factors") / "model.safetensors"]
+    kept = [Path("model.acip.rounding-gguf-feedback.json"), Path("factors") / f"{'0a' * 32}.safetensors"]
+    Path("factors").mkdir()
+    for file in (*mine, *kept):
+        file.write_bytes(b"x" * 100)
+    listed = json.loads(run("cache", "--cache", "factors", "--json").out)
+    assert {each["name"]: each["bytes"] for each in listed["caches"]} == {
+        "graphs": 1000,
+        "traces": 0,
+        "rounding": 100,
+        "factors": 100,
+    }
+    assert not listed["cleared"]
+    assert "graphs" in run("cache").out
+    assert run("cache", "graphs", "--clear").code == 0
+    assert not (home / "graphs").exists() and kept[0].exists()
+    done = run("cache", "--cache", "factors", "--clear")
+    assert done.out.splitlines()[-1].startswith("200 B removed")
+    assert not any(file.exists() for file in kept)
+    assert all(file.exists() for file in mine)

@@ -1,0 +1,260 @@
+"""What people see: lines of 80 columns, nothing cut off, errors that a program can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+
+from acip_export.artifacts.plan import FAR_OFF
+from acip_export.artifacts.scores import load_scores, save_scores
+from acip_export.cli import output
+from acip_export.cli.main import app
+from acip_export.errors import MissingExtraError
+from tests.support import Run
+
+ASKED = ("--budget", "3MB", "--format", "gguf", "--context", "64")
+COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(output, "out", Console(highlight=False, width=80))
+    monkeypatch.setattr(output, "err", Console(highlight=False, width=80, stderr=True))
+
+
+def assert_fits(text: str) -> None:
+    assert text.strip()
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits(command: str, run: Run) -> None:
+    done = run(*([command] if command else []), "--help")
+    assert done.code == 0, done.err
+    assert_fits(done.out)
+
+
+def test_the_first_screen(run: Run) -> None:
+    """Commands first, then flags under headings, on a screen and a half."""
+    shown = run("-h").out.splitlines()
+    assert len(shown) <= 70
+    headings = [line.split(" ─")[0] for line in shown if "───" in line]
+    assert headings == ["Commands", "Target", "Budget", "Model", "Output", "Check", "GGUF", "ONNX", "More"]
+    assert run().out.splitlines() == shown
+
+
+def test_tables_fit(model: Path, run: Run) -> None:
+    text = model / "text.txt"
+    text.write_text("def main(argv: list[str]) -> int:\n    return sum(int(a) for a in argv[1:]) or 12345\n\n" * 20)
+    made = run(*ASKED, "--text", "text.txt", "-o", "out")
+    assert made.code == 0, made.err
+    assert_fits(made.out)
+    assert "perplexity" in made.out and "(dense " in made.out
+    assert "from the dense model: KL" in made.out and "agreement with the bundle: KL" in made.out
+    (model / "acip-check.toml").write_text(
+        '[[check]]\nname = "a-model-with-a-long-name-of-its-own"\npath = "out"\nmax_growth = "1%"\n'
+    )
+    for arguments in (
+        ("plan", *ASKED, "-v"),
+        ("plan", "--budget", "2500kB", "--format", "onnx", "--context", "64"),
+        ("verify", "out"),
+        ("inspect", "out"),
+        ("inspect", ".", "out"),
+        ("check", "--update"),
+        ("check",),
+        ("devices",),
+        ("devices", "this"),
+        ("devices", "pixel-9-12gb"),
+        ("formats",),
+    ):
+        done = run(*arguments)
+        assert done.code == 0, (arguments, done.err)
+        assert_fits(done.out)
+
+
+def test_where_nobody_looks_sentences_stay_whole(model: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In logs a path that is broken at a column could not be searched for."""
+    monkeypatch.delenv("COLUMNS")
+    place = model / ("long-" * 12) / ("name-" * 12)
+    done = run(*ASKED, "--no-verify", "-o", place)
+    assert done.code == 0, done.err
+    assert f"in {place}, as planned" in done.out
+
+
+def _far_off(model: Path) -> None:
+    """A model whose predicted loss is large at small sizes."""
+    file = next(model.glob("*.acip"))
+    scores, heavier = load_scores(file), 100
+    losses = ("drop_loss", "sensitivity", "up_sensitivity", "down_sensitivity")
+    modules = {
+        name: dataclasses.replace(module, **{loss: heavier * getattr(module, loss) for loss in losses})
+        for name, module in scores.modules.items()
+    }
+    dense = scores.curve[0].loss
+    curve = tuple(dataclasses.replace(at, loss=dense + heavier * (at.loss - dense)) for at in scores.curve)
+    save_scores(dataclasses.replace(scores, modules=modules, curve=curve), file, force=True)
+
+
+def test_a_plan_that_is_far_off_says_so_first(model: Path, run: Run) -> None:
+    _far_off(model)
+    asked = ("--budget", "1MB", "--format", "gguf", "--context", "64")
+    planned = run("plan", *asked)
+    assert planned.code == 0, planned.err
+    assert_fits(planned.out)
+    assert "times the dense model's" in planned.out.splitlines()[0]
+    assert "--accept-loss" in planned.out
+    document = json.loads(run("plan", *asked, "--json").out)
+    assert any("times the dense model's" in note for note in document["notes"])
+    mending = document["certificate"]["alternatives"][-1]
+    assert mending["change"].startswith("--budget ")
+    again = run("plan", "--format", "gguf", "--context", "64", *mending["change"].split())
+    assert "times the dense" not in again.out
+
+
+def test_a_loss_has_to_be_accepted(model: Path, run: Run) -> None:
+    _far_off(model)
+    asked = ("--budget", "1MB", "--format", "gguf", "--context", "64", "--no-verify", "-o", "out")
+    refused = run(*asked)
+    assert refused.code == 4
+    assert f"more than {FAR_OFF:g} times" in " ".join(refused.err.split())
+    assert "--accept-loss" in refused.err and not Path("out").exists()
+    assert refused.out == ""
+    error = json.loads(run(*asked, "--json").out)
+    assert error["code"] == 4 and error["kind"] == "UnacceptedLossError"
+    assert all(each["change"].startswith("--") and each["predicted_perplexity"] for each in error["alternatives"])
+    assert run(*asked, "--dry-run").code == 0
+    accepted = run(*asked, "--accept-loss")
+    assert accepted.code == 0, accepted.err
+    assert Path("out").is_dir()
+
+
+def _nothing(_model: Path) -> None:
+    pass
+
+
+def _truncated_scores(model: Path) -> None:
+    file = next(model.glob("*.acip"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("harm", "arguments", "code", "kind"),
+    [
+        (_nothing, ("--colour",), 2, "UsageError"),
+        (_nothing, ("--context", "many"), 2, "UsageError"),
+        (_nothing, ("no-such-command",), 2, "UsageError"),
+        (_nothing, ("--budget", "4"), 2, "UsageError"),
+        (_truncated_scores, (), 3, "ScoreFileError"),
+        (_nothing, ("--types", "int4"), 5, "UnsupportedError"),
+    ],
+)
+def test_errors_as_json(
+    harm: Callable[[Path], None], arguments: tuple[str, ...], code: int, kind: str, model: Path, run: Run
+) -> None:
+    harm(model)
+    own = () if "--budget" in arguments else ("--budget", "3MB")
+    done = run(*own, "--format", "gguf", "--json", *arguments)
+    assert done.code == code
+    error = json.loads(done.out)
+    assert (error["code"], error["kind"]) == (code, kind)
+    assert error["error"] and done.err == ""
+
+
+@pytest.mark.usefixtures("model")
+def test_an_infeasible_budget_as_json(run: Run) -> None:
+    asked = ("--format", "gguf", "--context", "256", "--json")
+    floor = json.loads(run("--budget", "1kB", *asked).out)["floor_bytes"]
+    done = run("--budget", f"{floor - 1}B", *asked)
+    assert done.code == 4
+    error = json.loads(done.out)
+    assert error["floor_bytes"] == floor
+    assert error["alternatives"]
+    for each in error["alternatives"]:
+        assert each["floor_bytes"] < floor
+        assert each["change"] in error["error"]
+    assert MissingExtraError("gguf", "gguf", "this").to_json()["code"] == 7
+
+
+def test_a_failed_check_is_one_document(model: Path, run: Run) -> None:
+    (model / "acip-check.toml").write_text('[[check]]\nname = "m"\npath = "model.safetensors"\nmax_bytes = "1kB"\n')
+    done = run("check", "--json")
+    assert done.code == 6, done.err
+    json.loads(done.out)
+    assert "error:" in done.err
+
+
+@pytest.mark.usefixtures("model")
+def test_flags_given_twice_or_elsewhere(run: Run) -> None:
+    twice = run(*ASKED, "--budget", "4MB")
+    assert twice.code == 2
+    assert "--budget is given 2 times" in twice.err
+    assert run("plan", "-f", "gguf", "--format", "onnx", "--budget", "3MB").code == 2
+    assert run("plan", *ASKED, "-q", "-q").code == 0
+    before = run("--budget", "3MB", "plan", "--format", "gguf")
+    assert before.code == 2
+    assert "acip-export plan --budget" in before.err.replace("\n", "")
+    assert run("-q", "devices").code == 0
+
+
+def test_forgiving_spellings(model: Path, run: Run) -> None:
+    dense = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    shared = ("plan", "--context", "64", "--json")
+    half = json.loads(run(*shared, "--format", "GGUF", "--budget", "150%").out)
+    assert half["format"] == "gguf"
+    assert 0.98 * dense < half["budget_bytes"] / 1.5 <= dense
+    assert json.loads(run(*shared, "--format", "gguf", "--budget", "3m").out)["budget_bytes"] == 3_000_000
+
+
+@pytest.mark.usefixtures("model")
+def test_names_of_exports_carry_their_size(run: Run) -> None:
+    done = run("--budget", "2500kB", "--format", "onnx", "--context", "64", "--no-verify")
+    assert done.code == 0, done.err
+    assert [place.name for place in Path("export").iterdir()] == ["onnx-2.5MB"]
+
+
+@pytest.mark.usefixtures("model")
+def test_this_machine_is_a_device(run: Run) -> None:
+    device = json.loads(run("devices", "this", "--json").out)
+    assert 0 < device["budget_bytes"] < device["memory_bytes"]
+    planned = run("plan", "--device", "this", "--context", "64", "--json")
+    assert planned.code == 0, planned.err
+    plan = json.loads(planned.out)
+    assert (plan["device"], plan["budget_scope"], plan["budget_bytes"]) == ("this", "process", device["budget_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("acip-export pl", {"plan"}),
+        ("acip-export plan --format o", {"onnx"}),
+        ("acip-export --device raspberry-pi-5-1", {"raspberry-pi-5-16gb"}),
+        ("acip-export plan --accept", set()),
+        ("acip-export --accept", {"--accept-loss"}),
+    ],
+)
+def test_the_shell_completes(words: str, expected: set[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "acip_export"],
+        env={
+            **os.environ,
+            "_ACIP_EXPORT_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert set(done.stdout.split()) == expected, done.stderr

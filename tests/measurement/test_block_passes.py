@@ -1,0 +1,88 @@
+"""Variants that go through a model block by block lose what whole models of them lose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from acip_export.errors import UnsupportedError
+from acip_export.measurement.block_passes import BlockPasses
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.tensor_names import block_of
+from acip_export.model.torch_model import load_causal_lm
+from tests.support import make_model
+
+WINDOWS = torch.randint(512, (3, 24), generator=torch.Generator().manual_seed(1))
+ARCHITECTURES = {
+    "llama": {},
+    "qwen3": {"tie_word_embeddings": False},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64},
+}
+
+
+class Changed:
+    """Some tensors with noise."""
+
+    def __init__(self, checkpoint: Checkpoint, ends: Sequence[str]) -> None:
+        noise = torch.Generator().manual_seed(0)
+        self.all = {
+            name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=noise)
+            for name in checkpoint.tensors
+            if name.endswith(tuple(ends))
+            for tensor in [checkpoint.read(name).float()]
+        }
+
+    def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        return {name: self.all[name] for name in names if name in self.all}
+
+
+def passes(checkpoint: Checkpoint) -> BlockPasses:
+    blocks = dict.fromkeys(block for name in checkpoint.linear_modules if (block := block_of(name)) is not None)
+    return BlockPasses(load_causal_lm(checkpoint, torch.float32), list(blocks), WINDOWS)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_divergences_are_those_of_whole_models(arch: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_model(tmp_path / "m", arch, **ARCHITECTURES[arch]))
+    embedding = "wte.weight" if arch == "gpt2" else "embed_tokens.weight"
+    ends = ((), ("c_fc.weight", "mlp.up_proj.weight"), (embedding,), ("weight",))
+    variants = [Changed(checkpoint, each) for each in ends]
+    steps = []
+    measured = passes(checkpoint).divergences(variants, lambda: steps.append(1))
+    assert len(steps) == 2 * (1 + len(variants))
+    dense = load_causal_lm(checkpoint, torch.float32)
+    with torch.no_grad():
+        expected = dense(input_ids=WINDOWS).logits
+        for variant, found in zip(variants, measured, strict=True):
+            assert len(variant.all) > 0 or variant is variants[0]
+            model = load_causal_lm(checkpoint, torch.float32)
+            model.load_state_dict(dict(variant.all), strict=False)
+            logits = model(input_ids=WINDOWS).logits
+            believed, predicted = expected.log_softmax(-1), logits.log_softmax(-1)
+            kl = (believed.exp() * (believed - predicted)).sum(-1)
+            assert found.kl == pytest.approx(float(kl.mean()), rel=1e-3, abs=1e-7)
+            assert found.error == pytest.approx(float(kl.std() / kl.numel() ** 0.5), rel=1e-3, abs=1e-7)
+            assert found.same_top == pytest.approx(float((logits.argmax(-1) == expected.argmax(-1)).float().mean()))
+            assert found.tokens == WINDOWS.numel()
+    assert measured[0].kl == 0 and min(each.kl for each in measured[1:]) > 1e-5
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_model(tmp_path / "m"))
+    through = passes(checkpoint)
+    with torch.no_grad():
+        before = through.model(input_ids=WINDOWS).logits
+        through.divergences([Changed(checkpoint, ("weight",))])
+        assert torch.equal(through.model(input_ids=WINDOWS).logits, before)
+
+
+def test_blocks_that_are_no_chain_are_refused(tmp_path: Path) -> None:
+    through = passes(Checkpoint.open(make_model(tmp_path / "m")))
+    through.blocks = [through.model.get_submodule(f"model.layers.{n}.mlp") for n in (0, 1)]
+    with pytest.raises(UnsupportedError, match="no chain"):
+        through.divergences([])
