@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: bench-rank-memory bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-memory bench-onnx help setup demo docs picture test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
+.PHONY: bench-rank-memory bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-rivals bench-memory bench-onnx help setup demo docs picture test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -78,6 +78,9 @@ bench-plan: $(STAMP) ## Measure planning time and memory for a model of 7 billio
 
 bench-presets: $(STAMP) ## Compare plans with presets in the runtimes, both sample models (an hour; goes on where it was)
 	$(BIN)/python -m benchmarks.presets
+
+bench-rivals: real-model llama-cpp ## Compare with other tools at equal bytes on a real model (hours; goes on where it was)
+	$(BIN)/python -m benchmarks.rivals
 
 bench-rank: $(STAMP) ## Time and memory of a ranking step against a straightforward one
 	$(BIN)/python -m benchmarks.rank_speed

@@ -2,6 +2,7 @@
 
     python -m benchmarks.llama_steps convert LLAMA_CPP MODEL OUT
     python -m benchmarks.llama_steps quantize SOURCE OUT [IMATRIX]
+    python -m benchmarks.llama_steps preset SOURCE OUT IMATRIX PRESET     as llama-quantize does: Q4_K_M, IQ3_XS, ...
 
 A file apart, so that neither process loads what only ours needs.
 """
@@ -28,7 +29,18 @@ def convert(llama_cpp: Path, model: Path, out: Path) -> None:
 
 
 def quantize(source: Path, out: Path, imatrix: Path | None = None) -> None:
-    """llama.cpp's second step."""
+    """llama.cpp's second step, every matrix in one type."""
+    _quantize(source, out, imatrix, ftype=_Q4_K_M, pure=True, token_embedding_type=_Q4_K, output_tensor_type=_Q4_K)
+
+
+def preset(source: Path, out: Path, imatrix: Path, name: Path) -> None:
+    """llama.cpp's second step, by one of ``llama-quantize``'s names for a mixture of types."""
+    import llama_cpp
+
+    _quantize(source, out, imatrix, ftype=getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"))
+
+
+def _quantize(source: Path, out: Path, imatrix: Path | None, **fields: int) -> None:
     import llama_cpp
 
     from converters.gguf.ggml_library import processors
@@ -41,8 +53,9 @@ def quantize(source: Path, out: Path, imatrix: Path | None = None) -> None:
         entry.name, entry.size = name, values.size
         entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.pure, settings.nthread = _Q4_K_M, True, processors()
-    settings.token_embedding_type = settings.output_tensor_type = _Q4_K
+    settings.nthread = processors()
+    for field, value in fields.items():
+        setattr(settings, field, value)
     if weights:
         settings.imatrix = entries
     if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings)):
@@ -50,5 +63,5 @@ def quantize(source: Path, out: Path, imatrix: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    steps: dict[str, Callable[..., None]] = {"convert": convert, "quantize": quantize}
+    steps: dict[str, Callable[..., None]] = {"convert": convert, "quantize": quantize, "preset": preset}
     steps[sys.argv[1]](*map(Path, sys.argv[2:]))
