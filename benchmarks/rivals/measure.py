@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from acip_export.artifacts.plan import Serving
-from acip_export.verification.metrics import compare_with_dense
+from acip_export.verification.metrics import compare_with_dense, token_figures
 from acip_export.verification.probe import resident, spread_tokens
 
 SESSIONS = {
@@ -40,12 +40,13 @@ def measure(fmt: str, export: Path, windows: np.ndarray[Any, Any], dense: np.nda
         speeds = [session.speed(prompt, NEW_TOKENS)]
         peak = resident("VmHWM")
         speeds += [session.speed(prompt, NEW_TOKENS) for _ in range(REPETITIONS - 1)]
-        logits = (found[:, : dense.shape[-1]] for found in session.logits(windows))
-        before_perplexity, after, divergence = compare_with_dense(dense, logits, windows)
+        logits = (scored[:, : dense.shape[-1]] for scored in session.logits(windows))
+        rows = [token_figures(*each) for each in zip(dense, logits, windows, strict=True)]
+        expected, found, divergence = compare_with_dense(rows)
         return {
             **asdict(divergence),
-            "perplexity": after.perplexity,
-            "dense_perplexity": before_perplexity.perplexity,
+            "perplexity": found.perplexity,
+            "dense_perplexity": expected.perplexity,
             "runtime": session.name,
             "prefill_tokens_per_second": round(max(speed.prefill for speed in speeds), 1),
             "decode_tokens_per_second": round(max(speed.decode or 0.0 for speed in speeds), 1),
