@@ -108,7 +108,7 @@ def feedback_factor(moment: torch.Tensor, name: str) -> FeedbackFactor:
         added = damping
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            upper = _inverse(lower.flip(0, 1))  # H = root root^T, so U = root^-1
+            upper = inverse_of_upper(lower.flip(0, 1))  # H = root root^T, so U = root^-1
             return _coded(order.to(torch.int32).numpy(), (upper / upper.diagonal()[:, None]).float().numpy())
     if mean == 0:  # inputs that were never anything but zero: nothing can be made up for
         nothing = np.zeros(size, np.float32)
@@ -116,7 +116,7 @@ def feedback_factor(moment: torch.Tensor, name: str) -> FeedbackFactor:
     raise ScoreFileError(f"the second moment {name} is none: it is not positive, even damped; rank again")
 
 
-def _inverse(upper: torch.Tensor) -> torch.Tensor:
+def inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:
     """Invert an upper triangular matrix by halves: a third of the products that solving for all columns takes."""
     import torch
 
@@ -126,8 +126,8 @@ def _inverse(upper: torch.Tensor) -> torch.Tensor:
         return solved
     half = size // 2
     found = torch.zeros_like(upper)
-    found[:half, :half] = first = _inverse(upper[:half, :half])
-    found[half:, half:] = last = _inverse(upper[half:, half:])
+    found[:half, :half] = first = inverse_of_upper(upper[:half, :half])
+    found[half:, half:] = last = inverse_of_upper(upper[half:, half:])
     found[:half, half:] = -(first @ upper[:half, half:]) @ last
     return found
 

@@ -42,6 +42,19 @@ def parse_bytes(text: str, what: str = "budget", whole: Callable[[], int] | None
     return value
 
 
+def parse_seconds(text: str, what: str = "time") -> float:
+    """Read ``"20min"``, ``"2h"`` or ``"90s"`` as seconds.
+
+    Raises:
+        UsageError: no unit, an unknown unit, zero or negative, or not a number.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text.strip())
+    seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]] if match else 0.0
+    if not seconds:
+        raise UsageError(f"{what} {text!r} is no time; write for example 20min, 90s or 2h")
+    return seconds
+
+
 def format_bytes(count: int) -> str:
     """Decimal units, three significant digits: ``3.97 MB``."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

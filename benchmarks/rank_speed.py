@@ -192,7 +192,7 @@ def run_ours(model_path: Path, windows: Tensor, most: int) -> Iterator[Steps]:
         losses[name] = 0.5 * parts.singular.double().numpy() ** 2
         replace_linear(model, name, layers[name])
     text = PackedText(windows, "random", "", 1)
-    context = RankContext(checkpoint, model, CalibrationData(text, windows, windows, windows))
+    context = RankContext(checkpoint, model, CalibrationData(text, windows, windows, windows, len(windows)))
     run = AcipRun(context, layers, losses, config)
     steps = Steps()
     while not run.masks_done or run.tune_steps < run.mask_steps:

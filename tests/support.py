@@ -43,6 +43,12 @@ CORPUS = (
     "class Foo(Bar):\n\tdef __init__(self, *args, **kwargs):\n\t\tsuper().__init__(*args)  # TODO\n",
 )
 
+# The template that most small chat models have.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 SPLITS = {
     "llama-bpe": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -189,6 +195,34 @@ def make_scores(model: Path, file: Path | None = None, adapters: bool = False, s
     file = file or model / f"{checkpoint.name}.acip"
     save_scores(scores, file, force=True)
     return load_scores(file)
+
+
+def unranked(checkpoint: Checkpoint) -> ScoreFile:
+    """A score file that knows nothing but the model: enough for plans without low rank."""
+    modules = {
+        name: ModuleScores(
+            shape=(out, inputs),
+            scores=np.zeros(min(out, inputs), np.float32),
+            drop_loss=np.zeros(min(out, inputs), np.float32),
+            up_sensitivity=np.zeros(min(out, inputs), np.float32),
+            down_sensitivity=np.zeros(min(out, inputs), np.float32),
+            sensitivity=0.0,
+            input_moment=np.ones(inputs, np.float32),
+            gradient_moment=np.ones(out, np.float32),
+        )
+        for name, (out, inputs) in checkpoint.linear_modules.items()
+    }
+    return ScoreFile(
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        task=task_of(checkpoint.config),
+        algorithm={"name": "none", "basis": "svd"},
+        data=RankedOn(source="none", sha256="0" * 64, tokens=0),
+        versions={},
+        curve=(),
+        modules=modules,
+        embedding_sensitivity={},
+        second_moments={},
+    )
 
 
 def make_plan(

@@ -12,6 +12,7 @@ import typer
 
 from acip_export.cli import (
     cache,
+    chat,
     check,
     convert,
     devices,
@@ -23,6 +24,7 @@ from acip_export.cli import (
     plan,
     rank,
     report,
+    serve,
     verify,
 )
 from acip_export.cli import output as console
@@ -47,6 +49,8 @@ for command in (
     materialize.materialize,
     convert.convert,
     verify.verify,
+    chat.chat,
+    serve.serve,
     imatrix.imatrix,
     report.report,
     inspect.inspect,

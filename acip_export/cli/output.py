@@ -96,6 +96,12 @@ def _continued(command: str, width: int) -> str:
     return " \\\n".join(lines)
 
 
+def stream(text: str) -> None:
+    """A piece of a model's text on stdout, at once; nothing in it moves the cursor or colours what follows."""
+    sys.stdout.write("".join(c for c in text if c.isprintable() or c in "\n\t"))
+    sys.stdout.flush()
+
+
 def print_error(error: AcipError) -> None:
     """Say what went wrong: on stderr, or as the JSON document on stdout, if the result is not one already."""
     if _documents.wanted and not _documents.printed:

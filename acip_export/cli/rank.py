@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +18,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Course
 from acip_export.ranking.algorithms import algorithms, find_algorithm, learned_algorithms
 from acip_export.ranking.config import Basis, Objective, Precision
+from acip_export.units import format_seconds, parse_bytes, parse_seconds
 
 _LEARNED = learned_algorithms()
 _UNTRAINED = ", ".join(name for name, known in algorithms().items() if not known.learns)
@@ -111,6 +114,21 @@ def rank(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    time: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Fit the ranking to it: 20min, 90s, 2h.", rich_help_panel=MACHINE),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Fit the ranking to it: 6GB.", rich_help_panel=MACHINE)
+    ] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Only say what it takes: time, memory, disk.\n\nNeeds no text and no weights.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False,
     cache: Cache = None,
     measure_rounding: Annotated[
         bool,
@@ -138,7 +156,7 @@ def rank(
     from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
     from acip_export.ranking.processes import launched_index
 
-    if data is None:
+    if data is None and not estimate:
         raise UsageError("no calibration text; give a file, a directory, a data set or  self  with  --data")
     chosen = {
         "basis": basis,
@@ -153,6 +171,12 @@ def rank(
         name = next(iter(settings))
         flag = name.replace("_", "-") if name in chosen else f"set {name}"
         raise UsageError(f"--{flag} is a setting of {_LEARNED}; --algorithm {algorithm} has none")
+    seconds = None if time is None else parse_seconds(time)
+    bytes_ = None if memory is None else parse_bytes(memory, "memory")
+    if estimate:
+        _estimate(model, algorithm, settings, context, out, seconds, bytes_, json)
+        return
+    assert data is not None
     checkpoint = Checkpoint.open(model)
     place = out or checkpoint.path / f"{checkpoint.name}.acip"
     if log_json is not None:
@@ -187,6 +211,9 @@ def rank(
                 force=force,
                 resume=resume,
                 progress=to_all(callbacks),
+                seconds=seconds,
+                memory=bytes_,
+                announce=console.note if is_main else _silently,
             )
             if is_main and measure_rounding:
                 pipeline.measure_rounding_errors(checkpoint, place, to_all(callbacks))
@@ -215,3 +242,48 @@ def _course(learns: bool, sampled: bool, measured: bool) -> Course:
             **({"measure rounding": 2.0} if measured else {}),
         }
     )
+
+
+def _silently(_line: str) -> None:
+    """Say nothing."""
+
+
+def _estimate(
+    model: str,
+    algorithm: str,
+    settings: Mapping[str, Any],
+    context: int | None,
+    out: Path | None,
+    seconds: float | None,
+    memory: int | None,
+    json: bool,
+) -> None:
+    from acip_export.ranking import DataConfig, automatic_config
+    from acip_export.ranking.estimate import open_sizes
+    from acip_export.ranking.fitting import Limits, fit_ranking
+
+    checkpoint, chosen = open_sizes(model), find_algorithm(algorithm)
+    acip = replace(automatic_config(checkpoint), **settings) if chosen.learns else None
+    limits = Limits(seconds, memory, asked=seconds is not None or memory is not None)
+    fitted = fit_ranking(checkpoint, chosen, acip, DataConfig(context=context), limits)
+    taken, calibration = fitted.estimate, fitted.calibration
+    if json:
+        console.print_json(
+            {
+                "algorithm": fitted.algorithm.name,
+                "seconds": {"total": taken.total_seconds, **taken.seconds},
+                "memory": taken.memory,
+                "disk": taken.disk,
+                "statistics_tokens": calibration.statistics_tokens,
+                "gradient_tokens": calibration.gradient_tokens,
+                "curve_tokens": calibration.curve_tokens,
+                "batch": calibration.batch,
+                "changes": list(fitted.changes),
+            }
+        )
+        return
+    console.out.print(fitted.summary(), markup=False)
+    for stage, part in taken.seconds.items():
+        console.out.print(f"  {stage:<12} {format_seconds(part)}", markup=False)
+    for line in fitted.changes:
+        console.out.print(line, markup=False)

@@ -251,6 +251,8 @@ class ExportFormat(ABC):
         float_tolerance: how far logits of an export with float weights may be from the bundle's.
         float_kl: or how far its predictions may be, in nats per token, where the runtime rounds its cache.
         sessions: runtimes of language models; the first one measures quality. encoder_session: that of encoders.
+        chats: runtimes that hold conversations, in the order in which they are tried; classes that are called with the
+            number of threads as well; see :class:`acip_export.formats.session.ChatSession`.
         memory: what its runtimes hold.
         feedback_types: types that :meth:`round_trip` rounds with error feedback, where it is given a factor for it.
         refused: types that what runs the format has no kernel for, and why that matters.
@@ -270,6 +272,7 @@ class ExportFormat(ABC):
     sessions: tuple[SessionClass, ...]
     memory: MemoryModel
     encoder_session: SessionClass | None = None
+    chats: tuple[SessionClass, ...] = ()
     float_kl: float | None = None
     narrow_types: tuple[str, ...] = ()
     backends: tuple[Backend, ...] = ()
@@ -456,6 +459,39 @@ class ExportFormat(ABC):
             ModelFileError: a file cannot be read.
         """
 
+    def chat_template(self, export: Path) -> str | None:  # noqa: ARG002 - for formats that carry one
+        """Return the chat template of a finished export, in Jinja; ``None``: it has none.
+
+        Raises:
+            InputError: the file that holds it cannot be read.
+        """
+        return None
+
     @abstractmethod
-    def run_commands(self, plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
-        """Return how every program runs the export within the plan's memory; the recommended one first."""
+    def run_commands(self, plan: Plan, directory: Path, template: str | None = None) -> tuple[RunCommand, ...]:
+        """Return how every program runs the export within the plan's memory; the recommended one first.
+
+        Args:
+            directory: as the text names it. template: of chats, by which the programs are then told to write.
+        """
+
+    def server(
+        self,
+        plan: Plan,  # noqa: ARG002 - for formats that have one
+        export: Path,
+        host: str,  # noqa: ARG002
+        port: int,  # noqa: ARG002
+        program: str | None,  # noqa: ARG002
+    ) -> tuple[str, ...]:
+        """Return the command that serves the export over HTTP with the plan's settings.
+
+        Args:
+            program: the server's executable, in place of the one that is found.
+
+        Raises:
+            UnsupportedError: the runtime has no server, or none that runs this layout. MissingExtraError: none is here.
+        """
+        raise UnsupportedError(
+            f"what runs {self.name} has no server of its own; talk to it with  acip-export chat {export},  or export "
+            "with  --format gguf"
+        )

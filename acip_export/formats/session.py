@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -51,6 +51,41 @@ class RuntimeSession(ProbedSession, Protocol):
     def tokenize(self, text: str) -> list[int] | None:
         """The runtime's own tokens of ``text``: special ones recognised, none added. ``None``: it has no tokenizer."""
         ...
+
+
+class ChatSession(Protocol):
+    """An opened model that goes on from the tokens that it holds, for conversations.
+
+    Attributes:
+        name: runtime and version. ends: tokens that end an answer. tokens: special tokens as text, by the names that
+            chat templates have for them.
+    """
+
+    name: str
+    ends: frozenset[int]
+    tokens: Mapping[str, str]
+
+    def encode(self, text: str, begin: bool) -> list[int]:
+        """Tokens of ``text``, special ones recognised; ``begin``: after the one that begins texts, if there is one."""
+        ...
+
+    def stream(self) -> Callable[[int], str]:
+        """What turns the tokens of one answer into text; empty where a character is not whole yet."""
+        ...
+
+    def extend(self, tokens: Sequence[int]) -> Logits:
+        """Compute ``tokens`` after those that are held: logits (vocabulary,) after the last one."""
+        ...
+
+    def rewind(self, position: int) -> int:
+        """Forget all but the first ``position`` tokens, or all, where less cannot be. Returns how many are held."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
 
 
 class EncoderSession(ProbedSession, Protocol):

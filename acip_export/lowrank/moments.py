@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from acip_export.error_feedback import inverse_of_upper
 from acip_export.errors import ScoreFileError
 
 if TYPE_CHECKING:
@@ -104,18 +105,15 @@ class PackedMoment:
         import torch
 
         size = self.size
-        upper = torch.zeros(size, size, dtype=torch.float64)
-        upper.numpy()[_above(size)] = self._entries(name)
-        upper *= torch.from_numpy(self.steps.astype(np.float64))[:, None]
+        codes = np.zeros((size, size), np.int8)
+        codes[_above(size)] = self._entries(name)
+        upper = torch.from_numpy(codes).double().mul_(torch.from_numpy(self.steps)[:, None])
         upper.diagonal().fill_(1.0)
-        root = torch.linalg.solve_triangular(
-            upper, torch.diag(torch.from_numpy(1 / self.pivots.astype(np.float64))), upper=True
-        )
-        ordered = root @ root.T
-        order, diagonal = torch.from_numpy(self.order), torch.from_numpy(self.diagonal.astype(np.float64))
-        scale = (diagonal[order] / ordered.diagonal()).sqrt()
-        moment = torch.empty_like(ordered)
-        moment[order[:, None], order] = ordered * scale * scale[:, None]
+        root = inverse_of_upper(upper).div_(torch.from_numpy(self.pivots))
+        diagonal, order = torch.from_numpy(self.diagonal).double(), torch.from_numpy(self.order)
+        root *= (diagonal[order].sqrt() / root.norm(dim=1))[:, None]
+        root = root[torch.from_numpy(np.argsort(self.order))]
+        moment = root @ root.T
         moment.diagonal().copy_(diagonal)
         if not bool(torch.isfinite(moment).all()):
             raise ScoreFileError(f"{name} overflows; rank again")
@@ -171,15 +169,13 @@ def _packed(diagonal: Floats, order: npt.NDArray[np.int64], root: Tensor) -> Pac
     import torch
 
     size = len(diagonal)
-    upper = torch.linalg.solve_triangular(root, torch.eye(size, dtype=torch.float64), upper=True)
+    upper = inverse_of_upper(root)
     pivots = upper.diagonal().float()
-    above = (upper / upper.diagonal()[:, None]).triu(1).numpy()
-    count = np.maximum(np.arange(size - 1, -1, -1), 1)
-    steps = np.maximum(np.abs(above).max(axis=1) / _MOST, _STEP * np.sqrt(np.square(above).sum(axis=1) / count))
-    steps = steps.astype(np.float32)
-    inverse = np.divide(1, steps, out=np.zeros(size), where=steps > 0)
-    codes = np.rint(above * inverse[:, None]).clip(-_MOST, _MOST).astype(np.int8)
-    return PackedMoment(diagonal, pivots.numpy(), steps, _deflated(codes[_above(size)]), order)
+    above = upper.div_(upper.diagonal().clone()[:, None]).float().triu_(1)
+    count = torch.arange(size - 1, -1, -1).clamp_min_(1)
+    steps = torch.maximum(above.abs().amax(1) / _MOST, _STEP * above.norm(dim=1) / count.sqrt())
+    codes = above.mul_((1 / steps).where(steps > 0, 0 * steps)[:, None]).round_().clamp_(-_MOST, _MOST).to(torch.int8)
+    return PackedMoment(diagonal, pivots.numpy(), steps.numpy(), _deflated(codes.numpy()[_above(size)]), order)
 
 
 def _deflated(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:

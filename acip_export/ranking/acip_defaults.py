@@ -44,3 +44,8 @@ def automatic_config(checkpoint: Checkpoint) -> AcipConfig:
         penalty_growth=1.0,
         batch=batch,
     )
+
+
+def mask_steps_of(config: AcipConfig) -> int:
+    """Return about how many steps the masks take under Adam: a learning rate each, over the graded range."""
+    return min(config.max_steps, round(_PRUNED_SHARE * config.mask_scale / config.learning_rate))

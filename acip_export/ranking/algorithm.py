@@ -41,7 +41,8 @@ class Algorithm:
         basis: that the components are taken in; of an algorithm that learns, the default.
         score: ranks the components of a model that was factorized in the basis.
         source: where it is from. learns: whether it trains masks and adapters: then it has hyper-parameters
-            (:class:`acip_export.ranking.config.AcipConfig`), and its runs are stored and resumed.
+            (:class:`acip_export.ranking.config.AcipConfig`), and its runs are stored and resumed. fisher: whether it
+            looks at the Fisher information of the masks, for which the statistics keep samples.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Algorithm:
     score: Callable[[RankContext, Factorized], Ranking]
     source: str = ""
     learns: bool = False
+    fisher: bool = False
 
 
 def as_scores(values: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:

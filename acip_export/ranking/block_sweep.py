@@ -1,177 +1,227 @@
-"""Go forward and backward through a model block by block: memory holds the activations of one block and one batch.
+"""Go forward and backward through a model block by block: memory holds one block's weights and activations of a batch.
 
-Forward, what enters each block is kept in a scratch file, batch by batch. Backward, from the last block to the first,
-each block is computed again for all batches, with gradients: whoever measures something in a block has all of the text
-pass through it, and can be done with it before the next. That costs one forward pass more than to keep all activations.
+Forward, all of the text passes through one block before the next; what enters a block is kept in a scratch file, batch
+by batch. Backward, from the last block to the first, each block is computed again, with gradients. Whoever measures
+something in a block is done with it before the next, and its weights are read once in each direction. That costs one
+forward pass more than to keep all activations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
-from acip_export.io.scratch import Scratch
-from acip_export.progress import Clock, ProgressCallback
-from acip_export.ranking.processes import Processes
+from acip_export.progress import Clock
+from acip_export.ranking.context import RankContext
+from acip_export.ranking.load import weights_from_file
+from acip_export.ranking.sharding import by_block
+from acip_export.ranking.stored_tensors import StoredTensors
 
 # Work of a window in one block, backward, as a multiple of what it is forward: for the time left.
 _BACKWARD = 3
 
-# Runs the model on a batch, sums a loss and takes it backward; returns it by what the task counts.
-Tail = Callable[[int, Tensor], float]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Steps = Iterator[tuple[Tensor, Callable[[], None]]]
 
 
-@dataclass
-class _Batch:
-    """Hold what is known of one batch between the two directions.
+@dataclass(frozen=True)
+class Entry:
+    """Hold what a batch brings to the blocks.
 
     Attributes:
-        windows: the batch.arguments: of every block, hidden states left out. embedded: what entered the first block, as
-            a function of the embedding's output.
+        hidden: what enters the first block, as a function of the embedding's output. arguments: of every block, hidden
+            states left out.
     """
 
-    windows: Tensor
-    dtype: torch.dtype = torch.float32
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    embedded: Tensor | None = None
+    hidden: Tensor
+    arguments: tuple[Arguments, ...]
+
+
+class Blocks:
+    """Run the blocks of a context's model one by one, and what is before and after them without them."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+        self.members = dict(by_block(context.checkpoint.linear_modules))
+        self.names = list(self.members)
+        self.modules = [context.model.get_submodule(name) for name in self.names]
+        self._tuples: dict[type[nn.Module], int] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def enter(self, windows: Tensor) -> Entry:
+        """Compute what is before the blocks.
+
+        Raises:
+            UnsupportedError: the blocks are no chain.
+        """
+        arguments: list[Arguments] = []
+        states: list[Tensor] = []
+
+        def passed(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            hidden, rest = _split(args, kwargs)
+            if number and hidden is not states[-1]:
+                raise UnsupportedError(
+                    f"{self.names[number]} does not read what {self.names[number - 1]} returns; a model whose "
+                    "blocks are no chain cannot be ranked"
+                )
+            arguments.append(rest)
+            states[1:] = [hidden.detach()]
+            if not number:
+                states.insert(0, hidden)
+            return states[-1]
+
+        with self._instead(passed):
+            self.context.task.run_through(self.context.model, windows)
+        return Entry(states[0], tuple(arguments))
+
+    def run(self, number: int, hidden: Tensor, entry: Entry) -> Tensor:
+        """Compute block ``number`` of what enters it."""
+        args, kwargs = entry.arguments[number]
+        return _hidden_of(self.modules[number](hidden, *args, **kwargs))
+
+    @contextmanager
+    def left(self, hidden: Tensor) -> Iterator[None]:
+        """Let the model compute inside as if ``hidden`` were what leaves its last block."""
+        last = len(self.names) - 1
+        with self._instead(lambda number, args, kwargs: hidden if number == last else _split(args, kwargs)[0]):
+            yield
+
+    def weights(self, number: int) -> Any:
+        """Let a block compute inside with weights whose memory is given back afterwards."""
+        return weights_from_file(self.context.checkpoint, self.context.model, self.members[self.names[number]])
+
+    @contextmanager
+    def _instead(self, forward: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        """Have ``forward`` of number and arguments in the place of the blocks; it returns hidden states."""
+
+        def called(number: int, *args: Any, **kwargs: Any) -> Any:
+            kind = type(self.modules[number])
+            if kind not in self._tuples:  # what else it returns has to be seen once
+                with torch.no_grad():
+                    output = kind.forward(self.modules[number], *args, **kwargs)
+                self._tuples[kind] = 0 if isinstance(output, Tensor) else len(output)
+            hidden = forward(number, args, kwargs)
+            count = self._tuples[kind]
+            return (hidden, *[None] * (count - 1)) if count else hidden
+
+        for number, block in enumerate(self.modules):
+            block.forward = partial(called, number)
+        try:
+            yield
+        finally:
+            for block in self.modules:
+                block.__dict__.pop("forward")
 
 
 class BlockSweep:
-    """Take batches through a model whose parameters want no gradients.
+    """Take batches forward through all blocks, and some of them backward; the parameters want no gradients.
 
     Args:
-        blocks: names of the model's blocks, in the order in which they compute. directory: for the scratch file.
+        batches: of this process, with the index of each one's first window; of these, ``graded`` go backward.
+        windows, graded_windows: of all processes together, for the progress.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[str], processes: Processes, directory: Path | None = None
+        self,
+        context: RankContext,
+        stage: str,
+        batches: Sequence[tuple[int, Tensor]],
+        graded: int,
+        windows: int,
+        graded_windows: int,
     ) -> None:
-        self.model, self.names, self.processes, self.directory = model, list(blocks), processes, directory
-        self.blocks = [model.get_submodule(name) for name in blocks]
+        self.blocks, self.batches, self.graded, self.count = Blocks(context), batches, graded, context.processes.count
+        depth, length = len(self.blocks), batches[0][1].shape[1]
+        total = depth * (windows + _BACKWARD * graded_windows)
+        self.clock = Clock(stage, total, context.progress, tokens=length * windows / total)
+        self._states = StoredTensors(context.scratch)
+        self._entries: list[Entry] = []
 
-    @contextmanager
-    def run(
-        self, stage: str, batches: Sequence[tuple[int, Tensor]], windows: int, tail: Tail, progress: ProgressCallback
-    ) -> Iterator[Iterator[tuple[str, Iterator[tuple[Tensor, Callable[[], None]]]]]]:
-        """Go forward; yield the blocks from the last to the first, each with its batches and what takes them backward.
+    def close(self) -> None:
+        """Give the scratch file's room back."""
+        self._states.close()
 
-        All of a block's batches have to be taken backward, in order, before the next block is asked for.
+    def forward(self) -> Iterator[tuple[str, Steps]]:
+        """Yield the blocks from the first to the last, each with its batches and what takes them through.
 
-        Args:
-            batches: of this process, with the index of each one's first window. windows: of all processes.
+        All of a block's batches have to be taken, in order, before the next block is asked for.
         """
-        depth, count = len(self.blocks), self.processes.count
-        length = batches[0][1].shape[1]
-        unit = depth * (1 + _BACKWARD)
-        clock = Clock(stage, windows * unit, progress, tokens=length / unit)
-        scratch = Scratch(self.directory)
-        try:
-            known = []
-            for index, (first, part) in enumerate(batches):
-                known.append(_Batch(part))
-                loss = self._forward(index, known[-1], scratch, partial(tail, first, part))
-                clock.advance(len(part) * count * depth, loss=loss)
+        for index, (_, part) in enumerate(self.batches):
+            with torch.set_grad_enabled(index < self.graded):
+                entry = self.blocks.enter(part)
+            self._states[self._place(0, index)] = entry.hidden
+            # Only what goes backward needs its way back into the embedding.
+            self._entries.append(entry if index < self.graded else Entry(entry.hidden[:0], entry.arguments))
 
-            def backward(number: int) -> Iterator[tuple[Tensor, Callable[[], None]]]:
-                for index, batch in enumerate(known):
-                    yield batch.windows, partial(self._backward, number, index, batch, scratch)
-                    clock.advance(len(batch.windows) * count * _BACKWARD)
+        @torch.no_grad()
+        def step(number: int, index: int) -> None:
+            hidden = self._state(self._place(number, index), index)
+            self._states[self._place(number + 1, index)] = self.blocks.run(number, hidden, self._entries[index])
 
-            yield ((self.names[number], backward(number)) for number in reversed(range(depth)))
-        finally:
-            scratch.close()
+        def steps(number: int) -> Steps:
+            with self.blocks.weights(number):
+                for index, (_, part) in enumerate(self.batches):
+                    yield part, partial(step, number, index)
+                    self.clock.advance(len(part) * self.count)
 
-    def _forward(self, index: int, batch: _Batch, scratch: Scratch, tail: Callable[[], float]) -> float:
-        """Run ``tail``, keep what enters the blocks, and the gradient of what leaves the last one."""
-        handles: list[Any] = []
-        left: list[Tensor] = []
-        last: list[Tensor] = []
+        yield from ((name, steps(number)) for number, name in enumerate(self.blocks.names))
 
-        def enter(number: int) -> Callable[..., Any]:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                hidden, rest = _split(args, kwargs)
-                if number == 0:
-                    batch.embedded, batch.dtype = hidden, hidden.dtype
-                elif hidden is not left[-1]:
-                    raise UnsupportedError(
-                        f"{self.names[number]} does not read what {self.names[number - 1]} returns; a model whose "
-                        "blocks are no chain cannot be ranked"
-                    )
-                hidden = hidden.detach()
-                scratch.write(f"{number}/{index}", _stored(hidden))
-                batch.arguments.append(rest)
-                return _joined(hidden, rest)
+    def turn(self, tail: Callable[[int, Tensor], float]) -> None:
+        """Run ``tail`` for every graded batch, by the index of its first window: it goes through the model and back."""
+        for index, (first, part) in enumerate(self.batches[: self.graded]):
+            leaf = self._state(self._place(len(self.blocks), index), index).requires_grad_()
+            with self.blocks.left(leaf):
+                loss = tail(first, part)
+            assert leaf.grad is not None
+            self._states[f"gradient/{index}"] = leaf.grad
+            self.clock.advance(0, loss=loss)
 
-            return hook
+    def backward(self) -> Iterator[tuple[str, Steps]]:
+        """Yield the blocks from the last to the first, each with its graded batches and what takes them backward."""
 
-        def leave(number: int) -> Callable[..., Any]:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-                if number < len(self.blocks) - 1:
-                    left[:] = [_hidden_of(output)]
-                    return output
-                last.append(_hidden_of(output).detach().requires_grad_())
-                return last[0] if isinstance(output, Tensor) else (last[0], *output[1:])
+        def steps(number: int) -> Steps:
+            with self.blocks.weights(number):
+                for index, (_, part) in enumerate(self.batches[: self.graded]):
+                    yield part, partial(self._backward, number, index)
+                    self.clock.advance(len(part) * self.count * _BACKWARD)
 
-            return hook
+        yield from ((self.blocks.names[n], steps(n)) for n in reversed(range(len(self.blocks))))
 
-        for number, block in enumerate(self.blocks):
-            handles.append(block.register_forward_pre_hook(enter(number), with_kwargs=True))
-            handles.append(block.register_forward_hook(leave(number)))
-        try:
-            loss = tail()
-        finally:
-            for handle in handles:
-                handle.remove()
-        (leaf,) = last
-        assert leaf.grad is not None
-        scratch.write(f"gradient/{index}", _stored(leaf.grad))
-        return loss
-
-    def _backward(self, number: int, index: int, batch: _Batch, scratch: Scratch) -> None:
-        hidden = _restored(scratch.read(f"{number}/{index}"), batch).requires_grad_()
-        args, kwargs = _joined(hidden, batch.arguments[number])
-        output = _hidden_of(self.blocks[number](*args, **kwargs))
-        output.backward(_restored(scratch.read(f"gradient/{index}"), batch))  # type: ignore[no-untyped-call]
+    def _backward(self, number: int, index: int) -> None:
+        entry = self._entries[index]
+        hidden = self._state(self._place(number, index), index).requires_grad_()
+        output = self.blocks.run(number, hidden, entry)
+        output.backward(self._state(f"gradient/{index}", index))  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
         if number:
-            scratch.write(f"gradient/{index}", _stored(hidden.grad))
-            return
-        assert batch.embedded is not None
-        if batch.embedded.requires_grad:
-            batch.embedded.backward(hidden.grad)  # type: ignore[no-untyped-call]
-        batch.embedded = None
+            self._states[f"gradient/{index}"] = hidden.grad
+        elif entry.hidden.requires_grad:
+            entry.hidden.backward(hidden.grad)  # type: ignore[no-untyped-call]
+
+    def _place(self, number: int, index: int) -> str:
+        """Name the hidden states that enter a block: those that do not go backward take each other's place."""
+        return f"{number}/{index}" if index < self.graded else f"now/{index}"
+
+    def _state(self, place: str, index: int) -> Tensor:
+        return self._states[place].to(self.batches[index][1].device)
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
     """Take the hidden states out of a block's arguments."""
     if args:
         return args[0], (args[1:], kwargs)
     return kwargs["hidden_states"], ((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
 
 
-def _joined(hidden: Tensor, rest: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (hidden, *rest[0]), rest[1]
-
-
 def _hidden_of(output: Any) -> Tensor:
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
-
-
-def _stored(tensor: Tensor) -> np.ndarray:
-    # As bytes: numpy has no bfloat16.
-    array: np.ndarray = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return array
-
-
-def _restored(array: np.ndarray, like: _Batch) -> Tensor:
-    return torch.from_numpy(array).view(like.dtype).to(like.windows.device)

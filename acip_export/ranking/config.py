@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,7 +19,13 @@ TieBreak = Literal["drop-loss", "index"]
 Predictor = Literal["kfac", "fisher"]
 PostTuneSizes = Literal["stop", "sampled"]
 
-CURVE_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+CURVE_RATIOS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2)
+
+# Products of a token and a linear weight that statistics take by default, and the tokens that these are at least and at
+# most: text is nearly free for small models. Inputs cost a third of what gradients do, and need more of it.
+_INPUT_WORK, _GRADIENT_WORK = 1.3e12, 4.4e11
+_LEAST_INPUTS, _LEAST_GRADIENTS, _MOST = 8_192, 4_096, 24_576
+_WHOLE = 2_048
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,9 @@ class DataConfig:
 
     Attributes:
         context: tokens per window; ``None``: 512, or the model's limit if that is smaller.
-        statistics_tokens: how many from the front of the text the second moments are measured on.
+        statistics_tokens: how many from the front of the text the second moments of inputs are measured on, and
+        gradient_tokens: how many of these the moments of gradients and the Fisher information are measured on;
+            ``None``: what suits the model's size.
         curve_tokens: how many from its end, at most a fifth of it, the curve is measured on; nothing else sees them.
         batch: windows per forward pass of statistics and curve.
         seed: of label sampling, adapters, dropout, the order of the windows, and text of the model's own.
@@ -145,8 +153,9 @@ class DataConfig:
     """
 
     context: int | None = None
-    statistics_tokens: int = 24_576
-    curve_tokens: int = 8_192
+    statistics_tokens: int | None = None
+    gradient_tokens: int | None = None
+    curve_tokens: int = 2_048
     batch: int = 4
     seed: int = 0
     field: str | None = None
@@ -160,3 +169,13 @@ class DataConfig:
         ratios = self.curve_ratios
         if not ratios or ratios[0] != 1 or ratios[-1] < 0 or any(a <= b for a, b in pairwise(ratios)):
             raise UsageError(f"the curve's ratios {ratios} must fall from 1")
+
+    def for_weights(self, weights: int) -> DataConfig:
+        """Choose what was left open for a model whose linear layers have so many weights."""
+
+        def tokens(work: float, least: int) -> int:
+            return min(max(int(work / weights) // _WHOLE * _WHOLE, least), _MOST)
+
+        inputs = self.statistics_tokens or tokens(_INPUT_WORK, _LEAST_INPUTS)
+        gradients = self.gradient_tokens or min(tokens(_GRADIENT_WORK, _LEAST_GRADIENTS), inputs)
+        return replace(self, statistics_tokens=inputs, gradient_tokens=gradients)

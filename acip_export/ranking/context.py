@@ -49,8 +49,13 @@ class RankContext:
 
     @property
     def windows(self) -> Tensor:
-        """The windows (n, length) that statistics and gradients of masks are measured on."""
+        """The windows (n, length) that statistics are measured on."""
         return self.data.statistics
+
+    @property
+    def graded(self) -> Tensor:
+        """The first of these windows, which gradients are measured on."""
+        return self.data.statistics[: self.data.graded]
 
     @property
     def batch(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -13,15 +13,17 @@ from acip_export.lowrank.components import fold
 from acip_export.lowrank.order import GlobalOrder
 from acip_export.model.embedding_similarity import Similarity
 from acip_export.progress import Clock
+from acip_export.ranking.block_sweep import Blocks
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.factorized_model import Factorized
 from acip_export.ranking.losses import next_token_loss
-from acip_export.ranking.masked_linear import MaskedLinear, dense_behaviour
+from acip_export.ranking.masked_linear import MaskedLinear, replace_linear
 from acip_export.ranking.processes import ALONE, Processes
 from acip_export.ranking.sharding import whole
-from acip_export.ranking.tasks import Task
+from acip_export.ranking.stored_tensors import StoredTensors
 
 
+@torch.no_grad()
 def measure_curve(
     context: RankContext, factorized: Factorized, scores: Mapping[str, FloatArray]
 ) -> tuple[CurvePoint, ...]:
@@ -31,46 +33,109 @@ def measure_curve(
 
     A module of shape (m, n) and rank r counts min(r*(m+n), m*n) parameters, and where its pair would be larger, it
     stays dense. Adapters are measured the way they are exported: folded into a pair at the same rank, added to a
-    dense weight. Ratio 1 is the dense model.
+    dense weight. Ratio 1 is the dense model. All cuts go through the model together, block by block, so that the
+    factors of one block are in memory at a time.
     """
-    model, task, processes, batch = context.model, context.task, context.processes, context.batch
-    windows, ratios = context.data.held_out, context.calibration.curve_ratios
-    model.eval()
-    layers = factorized.layers
-    order = GlobalOrder(scores, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
-    for name, layer in layers.items():
-        layer.arrange(torch.from_numpy(np.argsort(-scores[name], kind="stable")).to(layer.mask.device), len(layer.mask))
-        layer.gated = False
-    adapted = any(len(layer.adapter_a) for layer in layers.values())
-    with dense_behaviour(layers):
-        dense = None if task.labelled else [o for _, o in _outputs(task, model, windows, batch)]
-
-    def measure() -> tuple[float, Similarity | None]:
-        if dense is None:
-            return held_out_loss(model, windows, batch, processes), None
-        return held_out_divergence(task, model, windows, batch, dense)
-
-    clock = Clock("curve", len(ratios) * (1 + adapted), context.progress, tokens=windows.numel())
-    points = []
-    for ratio in ratios:
-        ranks = order.ranks_at(ratio)
-        for name, layer in layers.items():
-            layer.live = len(layer.mask) if order.stays_dense(name, ranks[name]) else ranks[name]
-            layer.adapted = False
-        loss, similarity = measure()
-        clock.advance(ratio=ratio, loss=loss)
-        with_adapters = None
-        if adapted:
-            _fold_adapters(factorized, processes)
-            with_adapters, adapted_similarity = measure()
-            if with_adapters < loss:
-                similarity = adapted_similarity
-            for layer in layers.values():
-                layer.release()
-            clock.advance(ratio=ratio, loss=with_adapters)
-        kept = (None, None) if similarity is None else (similarity.spearman, similarity.mean_error)
-        points.append(CurvePoint(ratio, loss, with_adapters, *kept))
+    ratios = context.calibration.curve_ratios
+    context.model.eval()
+    curve = _Curve(context, factorized, scores)
+    try:
+        for number in range(len(curve.blocks)):
+            curve.pass_block(number)
+        points = []
+        for place, ratio in enumerate(ratios):
+            loss, similarity = curve.measure(place, False)
+            with_adapters = None
+            if curve.adapted:
+                with_adapters, adapted_similarity = curve.measure(place, True)
+                if with_adapters < loss:
+                    similarity = adapted_similarity
+            kept = (None, None) if similarity is None else (similarity.spearman, similarity.mean_error)
+            points.append(CurvePoint(ratio, loss, with_adapters, *kept))
+    finally:
+        curve.states.close()
     return tuple(points)
+
+
+class _Curve:
+    """Take the held-out batches through all cuts of the model."""
+
+    def __init__(self, context: RankContext, factorized: Factorized, scores: Mapping[str, FloatArray]) -> None:
+        self.context, self.factorized, self.scores = context, factorized, scores
+        self.task, self.windows = context.task, context.data.held_out
+        self.ratios = context.calibration.curve_ratios
+        self.order = GlobalOrder(scores, dict(context.checkpoint.linear_modules))
+        # Encoders compare outputs of texts with each other; windows too few to share are everybody's.
+        alone = not self.task.labelled or len(self.windows) < context.processes.count
+        self.processes = ALONE if alone else context.processes
+        device = context.processes.device
+        self.batches = [
+            self.task.trimmed(part.to(device)) for _, part in self.processes.batches(self.windows, context.batch)
+        ]
+        self.adapted = any(factorized.adapter.rank_for(*shape) for shape in context.checkpoint.linear_modules.values())
+        self.variants = [
+            (place, adapted) for place in range(len(self.ratios)) for adapted in (False, True)[: 1 + self.adapted]
+        ]
+        self.blocks = Blocks(context)
+        self.entries = [self.blocks.enter(part) for part in self.batches]
+        self.states = StoredTensors(context.scratch)
+        self.dense: list[Tensor] = []
+        steps = len(self.variants) * (len(self.blocks) + 1)
+        tokens = self.windows.numel() / (len(self.blocks) + 1)
+        self.clock = Clock("curve", steps, context.progress, tokens=tokens)
+
+    def pass_block(self, number: int) -> None:
+        """Compute a block of every cut."""
+        model, names = self.context.model, self.blocks.members[self.blocks.names[number]]
+        dense = {} if self.factorized.whole else {name: model.get_submodule(name) for name in names}
+        with self.blocks.weights(number), self.factorized.of_block(names) as layers:
+            for name, layer in layers.items():
+                order = np.argsort(-self.scores[name], kind="stable")
+                layer.arrange(torch.from_numpy(order).to(layer.mask.device), len(layer.mask))
+                layer.gated = False
+            for place, adapted in self.variants:
+                ranks = self.order.ranks_at(self.ratios[place])
+                for name, layer in layers.items():
+                    stays = self.order.stays_dense(name, ranks[name])
+                    layer.live = len(layer.mask) if stays else ranks[name]
+                    layer.adapted = False
+                    if not self.factorized.whole:
+                        replace_linear(model, name, dense[name] if stays else layer)
+                if adapted:
+                    _fold_adapters(self.factorized, layers, self.context.processes)
+                for index, entry in enumerate(self.entries):
+                    cut = f"{place}/{adapted}/{index}"
+                    hidden = self.states[cut].to(self.batches[index].device) if number else entry.hidden
+                    self.states[cut] = self.blocks.run(number, hidden, entry)
+                if adapted:
+                    for layer in layers.values():
+                        layer.release()
+                self.clock.advance()
+
+    def measure(self, place: int, adapted: bool) -> tuple[float, Similarity | None]:
+        """Return the loss of a cut that has passed all blocks, and how well an encoder keeps similarities.
+
+        Of an encoder the first one that is measured has to be the dense one.
+        """
+        task, model, total, outputs = self.task, self.context.model, 0.0, []
+        for index, part in enumerate(self.batches):
+            hidden = self.states[f"{place}/{adapted}/{index}"].to(part.device)
+            with self.blocks.left(hidden):
+                if task.labelled:
+                    total += next_token_loss(model, part).item() * len(part)
+                else:
+                    outputs.append(task.outputs(model, part))
+        if task.labelled:
+            loss = float(self.processes.sum(torch.tensor(total, dtype=torch.float64))) / len(self.windows)
+            similarity = None
+        else:
+            self.dense = self.dense or outputs
+            total = sum(task.divergence(o, d).item() for o, d in zip(outputs, self.dense, strict=True))
+            # The divergence of a model from itself is zero up to rounding, which is of no sign.
+            loss = max(0.0, total / sum(task.counted(part) for part in self.batches))
+            similarity = task.similarity(torch.cat(outputs), torch.cat(self.dense))
+        self.clock.advance(ratio=self.ratios[place], loss=loss)
+        return loss, similarity
 
 
 @torch.no_grad()
@@ -85,35 +150,13 @@ def held_out_loss(model: nn.Module, windows: Tensor, batch: int, processes: Proc
     return float(processes.sum(torch.tensor(total, dtype=torch.float64))) / len(windows)
 
 
-@torch.no_grad()
-def held_out_divergence(
-    task: Task, model: nn.Module, windows: Tensor, batch: int, dense: list[Tensor]
-) -> tuple[float, Similarity | None]:
-    """Measure the mean divergence of an encoder from its ``dense`` outputs (by batch), in the task's unit; and for
-    sentence embeddings how well their similarities are kept.
-    """
-    outputs = list(_outputs(task, model, windows, batch))
-    total = sum(task.divergence(o, d).item() for (_, o), d in zip(outputs, dense, strict=True))
-    # The divergence of a model from itself is zero up to rounding, which is of no sign.
-    loss = max(0.0, total / sum(task.counted(part) for part, _ in outputs))
-    return loss, task.similarity(torch.cat([o for _, o in outputs]), torch.cat(dense))
-
-
-@torch.no_grad()
-def _outputs(task: Task, model: nn.Module, windows: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    device = next(model.parameters()).device
-    for part in windows.split(batch):  # type: ignore[no-untyped-call]
-        trimmed = task.trimmed(part.to(device))
-        yield trimmed, task.outputs(model, trimmed)
-
-
 def adapter_pair(layer: MaskedLinear) -> tuple[Tensor, Tensor]:
     """Return ``(b, a)`` of a layer's whole adapter, float32, with LoRA's scale folded into ``b``."""
     return layer.adapter_scale * layer.adapter_b.detach(), layer.adapter_a.detach()
 
 
-def _fold_adapters(factorized: Factorized, processes: Processes) -> None:
-    for name, layer in factorized.layers.items():
+def _fold_adapters(factorized: Factorized, layers: Mapping[str, MaskedLinear], processes: Processes) -> None:
+    for name, layer in layers.items():
         if layer.live == len(layer.mask):
             layer.adapted = len(layer.adapter_a) > 0
             continue

@@ -15,6 +15,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import Encoder
 from acip_export.progress import ProgressCallback, silent
 from acip_export.ranking.config import DataConfig
+from acip_export.ranking.load import linear_weights
 from acip_export.ranking.self_text import SELF, sample_text
 from acip_export.ranking.tasks import CAUSAL, MaskedTask, Task, task_of
 from acip_export.text.packing import PackedText, load_tokenizer, pack_text, pad_texts
@@ -32,7 +33,8 @@ class CalibrationData:
     """Hold token windows (n, context) int64. ``training`` and ``held_out`` are disjoint stretches of one text.
 
     Attributes:
-        statistics: the first windows of ``training``. task: what the model is for.
+        statistics: the first windows of ``training``. graded: how many of these gradients are measured on, all if
+            there are fewer. task: what the model is for.
         evaluation: the text that is held out, if it is another one.
     """
 
@@ -40,6 +42,7 @@ class CalibrationData:
     training: Tensor
     held_out: Tensor
     statistics: Tensor
+    graded: int
     task: Task = CAUSAL
     evaluation: PackedText | None = None
 
@@ -53,6 +56,7 @@ def read_data(
         DataError: unreadable text, or less than eight windows of it. MissingExtraError: a package that reads it.
         UnsupportedError: chats for a model without a chat template.
     """
+    config = config.for_weights(linear_weights(checkpoint))
     encoder = checkpoint.encoder
     if encoder is not None:
         return _texts(checkpoint.path, encoder, source, config, evaluation)
@@ -75,6 +79,7 @@ def sample_data(
     """
     if checkpoint.encoder is not None:
         raise UnsupportedError("an encoder generates no text; give it some with  --data FILE, one text a line")
+    config = config.for_weights(linear_weights(checkpoint))
     context = window_length(checkpoint, config)
     if config.self_tokens < _LEAST_WINDOWS * context:
         raise DataError(
@@ -112,8 +117,14 @@ def _split(
 
 
 def _calibration(text: PackedText, training: Tensor, held_out: Tensor, config: DataConfig) -> CalibrationData:
-    windows = max(1, config.statistics_tokens // training.shape[1])
-    return CalibrationData(text, training, held_out, training[:windows])
+    windows, graded = (max(1, tokens // training.shape[1]) for tokens in _tokens(config))
+    return CalibrationData(text, training, held_out, training[:windows], graded)
+
+
+def _tokens(config: DataConfig) -> tuple[int, int]:
+    """Return those of inputs and of gradients, which are among them."""
+    assert config.statistics_tokens is not None and config.gradient_tokens is not None  # for_weights has set them
+    return config.statistics_tokens, min(config.gradient_tokens, config.statistics_tokens)
 
 
 def _texts(
@@ -141,8 +152,8 @@ def _texts(
         reversed_ = text.windows.flip(0)
         tail = min(_texts_of(task, reversed_, config.curve_tokens), count // _LARGEST_HELD_OUT_SHARE)
         training, held_out = text.windows[: count - tail], text.windows[count - tail :]
-    statistics = training[: _texts_of(task, training, config.statistics_tokens)]
-    return CalibrationData(text, training, held_out, statistics, task)
+    statistics, graded = (_texts_of(task, training, tokens) for tokens in _tokens(config))
+    return CalibrationData(text, training, held_out, training[:statistics], graded, task)
 
 
 def _texts_of(task: Task, windows: Tensor, tokens: int) -> int:

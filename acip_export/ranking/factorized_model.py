@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -19,9 +21,11 @@ from acip_export.lowrank.losses import ComponentLosses, component_losses, dense_
 from acip_export.progress import Clock
 from acip_export.ranking.config import Basis
 from acip_export.ranking.context import RankContext
+from acip_export.ranking.load import dense_weight
 from acip_export.ranking.masked_linear import NO_ADAPTER, AdapterShape, MaskedLinear, replace_linear
 from acip_export.ranking.sharding import by_block, shard_block, shard_rest
 from acip_export.ranking.statistics import Statistics
+from acip_export.ranking.stored_tensors import StoredTensors
 
 _Result = TypeVar("_Result")
 Whitenings = tuple[Whitening | None, Whitening | None]
@@ -29,25 +33,75 @@ Whitenings = tuple[Whitening | None, Whitening | None]
 
 @dataclass(frozen=True)
 class Factorized:
-    """Hold what is known about a model whose linear layers became :class:`MaskedLinear`.
+    """Hold what is known about a model whose linear layers are factorized; the factors are in a scratch file.
 
     Attributes:
-        layers, losses, singular, sensitivity, owners: by module name; the owner is the process that does the linear
-            algebra of the module for all.
+        context, statistics: that the factors were made from.
+        losses, singular, sensitivity, owners: by module name; the owner is the process that does the linear algebra of
+            the module for all.
         whitenings: of a module's (inputs, gradients), made anew whenever they are asked for.
+        mask_scale, adapter: of the layers that are made of the factors.
     """
 
-    layers: Mapping[str, MaskedLinear]
+    context: RankContext
+    statistics: Statistics
     losses: Mapping[str, ComponentLosses]
     singular: Mapping[str, FloatArray]
     sensitivity: Mapping[str, float]
     whitenings: Callable[[str], Whitenings]
     owners: Mapping[str, int]
+    mask_scale: float
+    adapter: AdapterShape
+    factors: StoredTensors
 
     @property
     def drop_losses(self) -> dict[str, npt.NDArray[np.float64]]:
         """The loss that the moments predict for dropping each component, (k,) by module."""
         return {name: losses.drop.numpy() for name, losses in self.losses.items()}
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Read the factors (out, k) and (k, in) of a module, in the dense weight's dtype."""
+        return self.factors[f"{name}.up"], self.factors[f"{name}.down"]
+
+    @cached_property
+    def layers(self) -> dict[str, MaskedLinear]:
+        """All layers, which take the places of the dense ones in the model; these are released one by one."""
+        model, mesh = self.context.model, self.context.processes.mesh
+        layers = {}
+        for block, names in by_block(self.singular):
+            for name in names:
+                layers[name] = self._layer(name)
+                replace_linear(model, name, layers[name])
+            if mesh is not None:
+                shard_block(model.get_submodule(block), mesh, [layers[name].down for name in names])
+        if mesh is not None:
+            shard_rest(model, mesh)
+        return layers
+
+    @property
+    def whole(self) -> bool:
+        """Whether :attr:`layers` were made: then the dense ones are gone."""
+        return "layers" in self.__dict__
+
+    @contextmanager
+    def of_block(self, names: Sequence[str]) -> Iterator[dict[str, MaskedLinear]]:
+        """Make some layers, for a moment; where all were made, these."""
+        model = self.context.model
+        if self.whole or self.context.processes.mesh is not None:
+            yield {name: self.layers[name] for name in names}
+            return
+        dense = {name: model.get_submodule(name) for name in names}
+        try:
+            yield {name: self._layer(name) for name in names}
+        finally:
+            for name, layer in dense.items():
+                replace_linear(model, name, layer)
+
+    def _layer(self, name: str) -> MaskedLinear:
+        dense = self.context.model.get_submodule(name)
+        assert isinstance(dense, nn.Linear)  # load_model has checked it
+        components = Components(*self.pair(name), torch.from_numpy(self.singular[name]))
+        return MaskedLinear(components, dense, self.mask_scale, self.adapter)
 
 
 @dataclass(frozen=True)
@@ -82,18 +136,19 @@ def factorize_model(
     mask_scale: float = 1.0,
     adapter: AdapterShape = NO_ADAPTER,
 ) -> Factorized:
-    """Replace every linear layer of the model in place; the dense weights are released one by one.
+    """Factorize every linear layer of the model.
 
-    Each process factorizes its share for all; a model to be sharded is on the host and sharded block by block. As many
-    layers are factorized side by side as torch has threads, one thread each: an SVD gains little from more.
+    Each process factorizes its share for all. As many layers are factorized side by side as torch has threads, one
+    thread each: an SVD gains little from more.
     """
     checkpoint, model, processes = context.checkpoint, context.model, context.processes
-    layers, losses, singular, sensitivity = {}, {}, {}, {}
+    losses, singular, sensitivity = {}, {}, {}
+    stored = StoredTensors(context.scratch)
     whitenings = _Whitenings(statistics, basis)
     clock = Clock("components", len(checkpoint.linear_modules), context.progress)
 
     def factorize(name: str) -> _Factors:
-        weight = model.get_parameter(f"{name}.weight").detach().cpu()
+        weight = dense_weight(checkpoint, model, name)
         inputs, gradients = whitenings.moments(name)
         components = context.factors.components(weight, *whitenings.wanted(inputs, gradients))
         diagonal = torch.from_numpy(statistics.gradients.diagonal(statistics.gradient_keys[name])).double()
@@ -106,23 +161,20 @@ def factorize_model(
     owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
     own = [name for name in checkpoint.linear_modules if owners[name] == processes.index]
     factorized = side_by_side(factorize, own, ahead=processes.count > 1)
-    for block, names in by_block(checkpoint.linear_modules):
+    for _, names in by_block(checkpoint.linear_modules):
         for name in names:
-            dense = model.get_submodule(name)
-            assert isinstance(dense, nn.Linear)  # load_model has checked it
-            mine = next(factorized)[1] if owners[name] == processes.index else _Factors.empty(dense.weight)
+            dense = model.get_parameter(f"{name}.weight")
+            mine = next(factorized)[1] if owners[name] == processes.index else _Factors.empty(dense)
             factors = _Factors.of([processes.from_owner(tensor, owners[name]) for tensor in mine.tensors()])
             losses[name], sensitivity[name] = factors.losses, float(factors.sensitivity)
             singular[name] = factors.components.singular.numpy()
-            layers[name] = MaskedLinear(factors.components, dense, mask_scale, adapter)
-            replace_linear(model, name, layers[name])
+            stored[f"{name}.up"] = factors.components.up.to(dense.dtype)
+            stored[f"{name}.down"] = factors.components.down.to(dense.dtype)
             clock.advance()
         whitenings.forget(names)
-        if processes.mesh is not None:
-            shard_block(model.get_submodule(block), processes.mesh, [layers[name].down for name in names])
-    if processes.mesh is not None:
-        shard_rest(model, processes.mesh)
-    return Factorized(layers, losses, singular, sensitivity, whitenings, owners)
+    return Factorized(
+        context, statistics, losses, singular, sensitivity, whitenings, owners, mask_scale, adapter, stored
+    )
 
 
 class _Whitenings:

@@ -44,7 +44,7 @@ def _predicted(
     context: RankContext, factorized: Factorized, config: AcipConfig
 ) -> Mapping[str, npt.NDArray[np.float64]]:
     if config.predictor == "fisher":
-        return component_fisher(context, factorized.layers)
+        return component_fisher(context, factorized)
     return factorized.drop_losses
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,15 +61,49 @@ def load_model(
         if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != shape:
             found = "missing from the loaded model" if module is None else f"a {type(module).__name__}"
             raise UnsupportedError(f"{name} is {found}, expected an nn.Linear of shape {shape}; it cannot be ranked")
-        if not torch.isfinite(module.weight).all():
+        weight = checkpoint.read(f"{name}.weight")  # not the module's, whose file would stay in memory
+        if not torch.isfinite(weight).all():
             raise CheckpointError(f"{name}.weight holds NaN or infinity; the model cannot be ranked")
-        if not module.weight.any():
+        if not weight.any():
             raise CheckpointError(f"{name}.weight is all zeros; the model was not saved, or not trained, completely")
     if precision == "model" and device.type == "cpu":
         first = model.get_parameter(f"{next(iter(checkpoint.linear_modules))}.weight")
         if first.dtype != torch.bfloat16 or not checkpoint.shape.generates or not fast_bfloat16():
             _compute_in_float32(model, checkpoint.linear_modules)
     return model
+
+
+@contextmanager
+def weights_from_file(checkpoint: Checkpoint, model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Let linear layers compute inside with weights that are mapped from the checkpoint now, and unmapped afterwards.
+
+    A loaded model's weights are mapped, too, but what was touched of them stays in memory as long as the model. Those
+    that are not as stored, or elsewhere, are used as they are.
+    """
+    before: dict[str, Tensor] = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        if (
+            not isinstance(layer, nn.Linear)
+            or type(layer.weight.data) is not Tensor
+            or layer.weight.device.type != "cpu"
+        ):
+            continue
+        stored = checkpoint.read(f"{name}.weight")
+        if stored.dtype == layer.weight.dtype and stored.is_contiguous():
+            before[name], layer.weight.data = layer.weight.data, stored
+    try:
+        yield
+    finally:
+        for name, weight in before.items():
+            model.get_parameter(f"{name}.weight").data = weight
+
+
+def dense_weight(checkpoint: Checkpoint, model: nn.Module, name: str) -> Tensor:
+    """Return a linear layer's weight on the CPU, in the model's dtype; mapped as by :func:`weights_from_file`."""
+    kept = model.get_parameter(f"{name}.weight").detach()
+    stored = checkpoint.read(f"{name}.weight")
+    return stored if stored.dtype == kept.dtype else kept.cpu()
 
 
 def fast_bfloat16() -> bool:

@@ -1,7 +1,4 @@
-"""Measure gradients of the components' masks at the dense model: Fisher information and first-order changes.
-
-Every layer gets a probe of ones that its components are multiplied with, by window; its gradient is that of the masks.
-"""
+"""Measure gradients of the components' masks at the dense model: Fisher information and first-order changes."""
 
 from __future__ import annotations
 
@@ -14,49 +11,44 @@ import torch
 from torch import Tensor
 
 from acip_export.progress import Clock
-from acip_export.ranking.block_sweep import BlockSweep
 from acip_export.ranking.context import RankContext
+from acip_export.ranking.factorized_model import Factorized, side_by_side
 from acip_export.ranking.masked_linear import MaskedLinear, dense_behaviour
-from acip_export.ranking.sharding import by_block
 
-# Every window is one sample of the Fisher information; shorter ones give more samples of the same text.
-_LONGEST_WINDOW = 128
+# Every stretch of so many tokens is one sample of the Fisher information; shorter ones give more samples of a text.
+_LONGEST_STRETCH = 32
 
 
-def component_fisher(context: RankContext, layers: Mapping[str, MaskedLinear]) -> dict[str, npt.NDArray[np.float64]]:
+def component_fisher(context: RankContext, factorized: Factorized) -> dict[str, npt.NDArray[np.float64]]:
     """Predict the loss of dropping each component of the dense model, (k,) in the task's unit, by module.
 
-    With m the mask of a component, z = sum_t dL_t/dm over a window and labels drawn from the model, E[z^2] per what
-    the task counts is the diagonal of the Fisher information of the masks, and half of it the second-order loss of
-    dropping the component. Unlike the Kronecker-factored estimate it knows how inputs and gradients go together, and
-    tokens with each other.
+    With m the mask of a component, z = sum_t dL/dm over a stretch of text and labels drawn from the model, E[z^2] per
+    what the task counts is the diagonal of the Fisher information of the masks, and half of it the second-order loss
+    of dropping the component. Unlike the Kronecker-factored estimate it knows how inputs and gradients go together,
+    and tokens with each other. A token's dL/dm is (down x)(up^T g), so the samples of the statistics are enough.
     """
-    task, windows, processes = context.task, context.windows, context.processes
-    length = min(windows.shape[1], _LONGEST_WINDOW) if task.padding is None else windows.shape[1]
-    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-    sums = _zeros(layers)
+    task, processes, statistics = context.task, context.processes, factorized.statistics
+    samples = statistics.samples
+    assert samples is not None
+    stretch = _LONGEST_STRETCH if task.padding is None else context.graded.shape[1]
+    counted, device = task.counted(context.graded), context.processes.device
+    clock = Clock("fisher", len(factorized.singular), context.progress)
 
-    def tail(first: int, part: Tensor) -> float:
-        generator = torch.Generator().manual_seed((context.seed << 32) + first)
-        return task.backward_sampled(context.model, part, generator) / task.counted(part)
+    def measure(name: str) -> Tensor:
+        up, down = (factor.to(device, torch.float32) for factor in factorized.pair(name))
+        total = torch.zeros(len(down), dtype=torch.float64)
+        both = samples.of(statistics.input_keys[name]), samples.of(statistics.gradient_keys[name])
+        for x, g in zip(*both, strict=True):
+            by_token = (x.to(device) @ down.T).mul_(g.to(device) @ up)
+            for part in by_token.split(stretch, dim=1):  # type: ignore[no-untyped-call]
+                total += part.sum(1).square().sum(0).cpu()
+        return total
 
-    members = dict(by_block(layers))
-    sweep = BlockSweep(context.model, list(members), processes, context.scratch)
-    size = max(1, context.batch * windows.shape[1] // length)
-    with _probed(layers) as device:
-        batches = [(first, task.trimmed(part.to(device))) for first, part in processes.batches(pieces, size)]
-        with sweep.run("fisher", batches, len(pieces), tail, context.progress) as blocks:
-            for block, steps in blocks:
-                inside = {name: layers[name] for name in members[block]}
-                for part, step in steps:
-                    for layer in inside.values():
-                        layer.probe = torch.ones(len(part), 1, len(layer.mask), device=device, requires_grad=True)
-                    step()
-                    for name, layer in inside.items():
-                        sums[name][layer.arrangement.cpu()] += _gradient(layer).square().sum((0, 1)).cpu()
-                        layer.probe = None
-    counted = task.counted(pieces)
-    return {name: (0.5 * processes.sum(total) / counted).numpy() for name, total in sums.items()}
+    losses = {}
+    for name, total in side_by_side(measure, list(factorized.singular)):
+        losses[name] = (0.5 * processes.sum(total) / counted).numpy()
+        clock.advance()
+    return losses
 
 
 def first_order_changes(context: RankContext, layers: Mapping[str, MaskedLinear]) -> dict[str, npt.NDArray[np.float64]]:

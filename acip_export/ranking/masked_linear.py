@@ -165,8 +165,8 @@ def dense_behaviour(layers: Mapping[str, MaskedLinear]) -> Iterator[None]:
             layer.live, layer.gated, layer.adapted = before[name]
 
 
-def replace_linear(model: nn.Module, name: str, layer: MaskedLinear) -> None:
-    """Put ``layer`` where the linear layer ``name`` was; the dense weight is not kept."""
+def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` where the linear layer ``name`` was, which is not kept."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
 

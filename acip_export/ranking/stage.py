@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,8 @@ from acip_export.ranking.context import RankContext
 from acip_export.ranking.curve import adapter_pair, measure_curve
 from acip_export.ranking.data import is_self, read_data, sample_data
 from acip_export.ranking.factorized_model import Factorized, factorize_model
-from acip_export.ranking.load import enable_recomputation, load_model
+from acip_export.ranking.fitting import Limits, fit_ranking
+from acip_export.ranking.load import enable_recomputation, linear_weights, load_model
 from acip_export.ranking.masked_linear import AdapterShape
 from acip_export.ranking.out_of_memory import out_of_memory_named
 from acip_export.ranking.processes import start_processes
@@ -47,6 +49,8 @@ from acip_export.ranking.run_state import RUN_KIND, RunStates, run_file
 from acip_export.ranking.sharding import shard_dense
 from acip_export.ranking.statistics import Statistics, collect_statistics
 from acip_export.version import __version__
+
+logger = logging.getLogger(__name__)
 
 # A text is a few dozen tokens, a window hundreds.
 _TEXTS_PER_WINDOW = 8
@@ -70,6 +74,9 @@ def rank_model(
     store_every: int = 50,
     cache: Path | None = None,
     slim: bool = False,
+    seconds: float | None = None,
+    memory: int | None = None,
+    announce: Callable[[str], None] = logger.info,
 ) -> ScoreFile:
     """Rank the singular components of every linear layer of a causal language model or an encoder.
 
@@ -87,8 +94,11 @@ def rank_model(
             from there to the ranking that the whole run would have given.
         slim: leave second moments out: see :meth:`ScoreFile.without_moments`.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
+        seconds, memory: what the ranking may take; it uses fewer tokens, windows and steps to stay within them.
+        announce: is told what the ranking takes before it starts, and what was changed to fit.
 
     Raises:
+        InfeasibleBudgetError: more memory than there is. OutputError: more disk.
         UsageError: unknown algorithm, or ``out`` may not be written. DataError, MissingExtraError: the text.
             CheckpointError, UnsupportedError: the model. RankingError: the run diverged.
     """
@@ -101,6 +111,8 @@ def rank_model(
         claim_output(run_file(out), RUN_KIND, True, read, model)
     if resume and (out is None or not chosen.learns):
         raise UsageError(f"only a run of {learned_algorithms()} that writes a score file can be resumed; give  --out")
+    if resume and seconds is not None:
+        raise UsageError("a run goes on with the settings that it had; leave out the time, or  --resume")
     if store_every < 1:
         raise UsageError(f"a run state every {store_every} steps is impossible; give at least 1 with  --store-every")
     processes = start_processes(device)
@@ -109,8 +121,16 @@ def rank_model(
     transformers_config(checkpoint.config)  # what transformers refuses, before a tokenizer is looked for
     if processes.mesh is not None and not checkpoint.shape.generates:
         raise UnsupportedError(f"{checkpoint.path} is an encoder, which fits on one device; launch with  --multi_gpu")
-    calibration = calibration or DataConfig()
+    calibration = (calibration or DataConfig()).for_weights(linear_weights(checkpoint))
     acip = (acip or automatic_config(checkpoint)) if chosen.learns else None
+    if processes.count == 1 and processes.device.type == "cpu":
+        limits = Limits.of(seconds, memory, None if out is None else out.absolute().parent)
+        fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits)
+        chosen, acip, calibration = fitted.algorithm, fitted.acip, fitted.calibration
+        for line in (fitted.summary(), *fitted.changes):
+            announce(line)
+    elif seconds is not None or memory is not None:
+        raise UnsupportedError("a ranking fits itself to time and memory in one process on processors; leave them out")
     load = partial(load_model, checkpoint, processes.device, precision, processes.home)
     with out_of_memory_named(_what_to_lower(acip, calibration, precision)):
         text = None if is_self(data) else read_data(checkpoint, data, calibration, evaluation)
@@ -136,7 +156,8 @@ def rank_model(
         del dense  # the context has it alone
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
-            statistics = collect_statistics(context)
+            wanted = chosen.fisher and (acip is None or acip.predictor == "fisher")
+            statistics = collect_statistics(context, samples=wanted)
             if processes.mesh is not None:
                 # What is sharded cannot get other layers; it is gone before the model is loaded again.
                 context = replace(context, model=nn.Module())
@@ -211,7 +232,10 @@ def _score_file(
             "numpy": np.__version__,
         },
         curve=curve,
-        modules={name: _module_scores(name, statistics, factorized, ranking) for name in checkpoint.linear_modules},
+        modules={
+            name: _module_scores(name, shape, statistics, factorized, ranking)
+            for name, shape in checkpoint.linear_modules.items()
+        },
         embedding_sensitivity=statistics.embedding_sensitivity,
         second_moments=_PackedMoments(statistics),
     )
@@ -236,12 +260,16 @@ class _PackedMoments(Mapping[str, PackedMoment]):
         return len(self._places)
 
 
-def _module_scores(name: str, statistics: Statistics, factorized: Factorized, ranking: Ranking) -> ModuleScores:
-    layer, losses = factorized.layers[name], factorized.losses[name]
-    b, a = (pair.float().cpu().numpy() for pair in adapter_pair(layer))
-    adapted = a.shape[0] > 0
+def _module_scores(
+    name: str, shape: tuple[int, int], statistics: Statistics, factorized: Factorized, ranking: Ranking
+) -> ModuleScores:
+    losses = factorized.losses[name]
+    layer = factorized.layers[name] if factorized.whole else None
+    b = a = None
+    if layer is not None and len(layer.adapter_a):
+        b, a = (pair.float().cpu().numpy() for pair in adapter_pair(layer))
     return ModuleScores(
-        shape=(layer.out_features, layer.in_features),
+        shape=shape,
         scores=ranking.scores[name],
         drop_loss=rounded(ranking.drop_losses[name].astype(np.float32)),
         up_sensitivity=rounded(losses.up_sensitivity.float().numpy()),
@@ -251,7 +279,7 @@ def _module_scores(name: str, statistics: Statistics, factorized: Factorized, ra
         gradient_moment=statistics.gradients.diagonal(statistics.gradient_keys[name]),
         input_key=statistics.input_keys[name],
         gradient_key=statistics.gradient_keys[name],
-        adapter_a=a if adapted else None,
-        adapter_b=b if adapted else None,
-        adapter_scaling=layer.adapter_scaling,
+        adapter_a=a,
+        adapter_b=b,
+        adapter_scaling="constant" if layer is None else layer.adapter_scaling,
     )

@@ -1,4 +1,4 @@
-"""Collect second moments of every linear layer's inputs and output gradients, in one streaming pass.
+"""Collect second moments of every linear layer's inputs and output gradients, block by block.
 
 H = E[x x^T] and G = E[g g^T], both per token, where g is the gradient of the summed loss at the layer's output and the
 labels are drawn from the model's own distribution: 1/2 tr(G dW H dW^T) is then the Kronecker-factored Fisher estimate
@@ -11,10 +11,12 @@ of a whole weight the exact sum costs no more than a backward pass: 1/2 sum_ij W
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -29,10 +31,14 @@ from acip_export.ranking.block_sweep import BlockSweep
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.load import embedding_names
 from acip_export.ranking.processes import Processes
-from acip_export.ranking.sharding import by_block, whole
+from acip_export.ranking.sharding import whole
+from acip_export.ranking.stored_tensors import StoredTensors
 
 # Rows of a triangle, and of a head, that are worked on at a time.
 _STRIP = 256
+# Gradients of few tokens say little about how outputs go together: G is drawn towards its diagonal as if so many tokens
+# had been seen whose gradients do not.
+_UNCORRELATED = 1024
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Statistics:
             with a relative mean square error of one; the sum of both uses where they are tied.
         tokens: how many went in.
         sensitivity: by module, as :func:`dense_sensitivity`, but measured text by text; empty for causal models.
+        samples: by the same keys, if they were wanted.
     """
 
     inputs: StoredMoments
@@ -59,6 +66,7 @@ class Statistics:
     embedding_sensitivity: Mapping[str, float]
     tokens: int
     sensitivity: Mapping[str, float]
+    samples: Samples | None = None
 
     def input_of(self, module: str) -> Tensor:
         return self.inputs[self.input_keys[module]]
@@ -144,10 +152,17 @@ class _Moments:
             end = min(begin + _STRIP, width)
             self.sums[key][begin:end, begin:].addmm_(rows[:, begin:end].T, rows[:, begin:])
 
-    def store(self, moments: StoredMoments, count: int, processes: Processes) -> None:
-        """Put the means into ``moments``, over all processes, and forget the sums."""
+    def store(self, moments: StoredMoments, count: int, processes: Processes, shrink: float = 0.0) -> None:
+        """Put the means into ``moments``, over all processes, and forget the sums.
+
+        Args:
+            shrink: share of what is off the diagonal that is taken away.
+        """
         for key in list(self.sums):
-            moments.store(key, self.mean(key, count, processes))
+            mean = self.mean(key, count, processes)
+            diagonal = mean.diagonal().clone()
+            mean.mul_(1 - shrink).diagonal().copy_(diagonal)
+            moments.store(key, mean)
 
     def mean(self, key: str, count: int, processes: Processes) -> Tensor:
         """Return a mean over all processes, its upper triangle, and forget the sum."""
@@ -199,18 +214,46 @@ class _SharedInputs:
         self._seen.clear()
 
 
-def collect_statistics(context: RankContext) -> Statistics:
-    """Go forward and backward over the context's windows once, block by block; parameters get no gradients.
+class Samples:
+    """Keep inputs and output gradients of linear layers, token by token and batch by batch, in a scratch file.
+
+    In bfloat16: they go into sums of thousands, whose sampling error is far larger.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._stored = StoredTensors(directory)
+        self._counts: Counter[str] = Counter()
+
+    def add(self, key: str, rows: Tensor) -> None:
+        """Keep (n, length, width) of one batch."""
+        self._stored[f"{key}/{self._counts[key]}"] = rows.detach().bfloat16()
+        self._counts[key] += 1
+
+    def of(self, key: str) -> Iterator[Tensor]:
+        """Read what was kept, batch by batch, in float32."""
+        for number in range(self._counts[key]):
+            yield self._stored[f"{key}/{number}"].float()
+
+
+def collect_statistics(context: RankContext, samples: bool = False) -> Statistics:
+    """Go forward over the context's windows and backward over the first of them, block by block.
 
     H is per token, G per what the task counts, so that 1/2 tr(G dW H dW^T) is in the task's unit. Several processes
     share the windows; each batch draws its labels from a generator of its own, so that it does not matter which one
     has it.
 
-    Memory: one (in, in) matrix per distinct input and one (out, out) per module of one block, float32, beside the
-    activations of that block for one batch. On disk: the hidden states of all windows at every block, and the moments.
+    Memory: one (in, in) matrix per distinct input, later one (out, out) per module, of one block, float32, beside the
+    weights of that block and its activations for one batch. On disk: the hidden states of all windows that go backward
+    at every block, the moments, and the samples.
+
+    Args:
+        samples: whether inputs and gradients of single tokens are kept for the Fisher information.
     """
     checkpoint, model, task, processes = context.checkpoint, context.model, context.task, context.processes
-    windows, device = context.windows, next(context.model.parameters()).device
+    windows, graded, device = context.windows, context.graded, next(context.model.parameters()).device
+    if len(windows) - len(graded) < processes.count:
+        windows = graded  # too few are left to go forward only
+    kept = Samples(context.scratch) if samples else None
     inputs = StoredMoments(Scratch(context.scratch))
     gradients = StoredMoments(
         Scratch(context.scratch), lambda key: checkpoint.read(f"{key.removesuffix('.gradient')}.weight")
@@ -218,11 +261,14 @@ def collect_statistics(context: RankContext) -> Statistics:
     keys: dict[str, str] = {}
     embedding, head_name = embedding_names(model)
     head = None if head_name is None else _HeadMoments(model, head_name)
-    tokens, counted = task.tokens(windows), task.counted(windows)
+    tokens, counted = task.tokens(windows), task.counted(graded)
+    shrink = _UNCORRELATED / (_UNCORRELATED + task.tokens(graded))
     sums = dict.fromkeys(["embedding", *checkpoint.linear_modules], 0.0)
     rows = _Moments()
 
-    def start(module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def start(module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
         leaf = output.detach().requires_grad_()
         scale = float(getattr(module, "embed_scale", 1.0))  # Gemma 3 multiplies inside
 
@@ -243,23 +289,33 @@ def collect_statistics(context: RankContext) -> Statistics:
     handles = [model.get_submodule(embedding).register_forward_hook(start)]
     if head_name is not None and head is not None:
         handles.append(model.get_submodule(head_name).register_forward_pre_hook(head.watch))
-    members = dict(by_block(checkpoint.linear_modules))
-    sweep = BlockSweep(model, list(members), processes, context.scratch)
-    batches = [(first, task.trimmed(part.to(device))) for first, part in processes.batches(windows, context.batch)]
+    backward, forward = processes.batches(graded, context.batch), []
+    if len(windows) > len(graded):
+        forward = processes.batches(windows[len(graded) :], context.batch)
+    batches = [*backward, *((len(graded) + first, part) for first, part in forward)]
+    batches = [(first, task.trimmed(part.to(device))) for first, part in batches]
+    sweep = BlockSweep(context, "statistics", batches, len(backward), len(windows), len(graded))
     try:
-        with sweep.run("statistics", batches, len(windows), tail, context.progress) as blocks:
-            for block, steps in blocks:
-                of_block = _BlockMoments({name: model.get_submodule(name) for name in members[block]})
-                with of_block.watching():
-                    for part, step in steps:
-                        of_block.real = task.real(part)
-                        step()
-                        of_block.shared.next_batch()
-                of_block.inputs.store(inputs, tokens, processes)
-                of_block.gradients.store(gradients, counted, processes)
-                keys |= of_block.shared.keys
-                sums |= of_block.sums
+        for block, steps in sweep.forward():
+            seen = _BlockInputs({name: model.get_submodule(name) for name in sweep.blocks.members[block]})
+            with seen.watching():
+                for part, step in steps:
+                    seen.real = task.real(part)
+                    step()
+                    seen.shared.next_batch()
+            seen.moments.store(inputs, tokens, processes)
+            keys |= seen.shared.keys
+        sweep.turn(tail)
+        for block, steps in sweep.backward():
+            layers = {name: model.get_submodule(name) for name in sweep.blocks.members[block]}
+            sent = _BlockGradients(layers, keys, task.padding is not None, kept)
+            with sent.watching():
+                for _, step in steps:
+                    step()
+            sent.moments.store(gradients, counted, processes, shrink)
+            sums |= sent.sums
     finally:
+        sweep.close()
         for handle in handles:
             handle.remove()
 
@@ -281,46 +337,79 @@ def collect_statistics(context: RankContext) -> Statistics:
         embedding_sensitivity=sensitivity,
         tokens=tokens,
         sensitivity={} if task.padding is None else {name: 0.5 * total / counted for name, total in sums.items()},
+        samples=kept,
     )
 
 
-class _BlockMoments:
-    """Watch the linear layers of one block.
+class _BlockInputs:
+    """Watch what enters the linear layers of one block.
 
     Attributes:
-        real: which tokens of the batch are no padding; ``None``: all. sums: by module, of the squared changes of the
-            loss that rounding each weight would make, text by text, where there is padding.
+        real: which tokens of the batch are no padding; ``None``: all.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self.layers = layers
-        self.inputs, self.gradients, self.shared = _Moments(), _Moments(), _SharedInputs()
+        self.layers, self.moments, self.shared = layers, _Moments(), _SharedInputs()
         self.real: Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Measure whatever passes the layers inside."""
+        with _hooked(self.layers, self._see):
+            yield
+
+    def _see(self, name: str, _layer: nn.Linear, args: tuple[Any, ...], _output: Tensor) -> None:
+        key, first = self.shared.key(name, args[0])
+        if first:
+            self.moments.add(key, args[0] if self.real is None else args[0][self.real])
+
+
+class _BlockGradients:
+    """Watch what comes back to the outputs of the linear layers of one block.
+
+    Attributes:
+        sums: by module, of the squared changes of the loss that rounding each weight would make, text by text, where
+            texts are ``padded``.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], keys: Mapping[str, str], padded: bool, samples: Samples | None
+    ) -> None:
+        self.layers, self.keys, self.padded, self.samples = layers, keys, padded, samples
+        self.moments = _Moments()
         self.sums = dict.fromkeys(layers, 0.0)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Measure whatever passes the layers inside."""
-        handles = []
-        for name, layer in self.layers.items():
-            assert isinstance(layer, nn.Linear)  # load_model has checked it
-            handles.append(layer.register_forward_hook(partial(self._see, name)))
-        try:
+        with _hooked(self.layers, self._see):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _see(self, name: str, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
-        key, first = self.shared.key(name, args[0])
-        mask, x = self.real, args[0].detach()
-        if first:
-            self.inputs.add(key, x if mask is None else x[mask])
+        x = args[0].detach()
+        if self.samples is not None and self.keys[name] == f"{name}.input":
+            self.samples.add(self.keys[name], x)
 
         def receive(gradient: Tensor) -> None:
-            self.gradients.add(f"{name}.gradient", gradient)  # zero where the input is padding
-            if mask is not None:
+            self.moments.add(f"{name}.gradient", gradient)  # zero where the input is padding
+            if self.samples is not None:
+                self.samples.add(f"{name}.gradient", gradient)
+            if self.padded:
                 by_text = torch.einsum("nto,nti->noi", gradient.float(), x.float())
                 self.sums[name] += float((by_text * layer.weight).square().sum())
 
         output.register_hook(receive)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _hooked(layers: Mapping[str, nn.Module], see: Callable[..., None]) -> Iterator[None]:
+    """Have ``see`` called with the name of every linear layer that computes, and with what forward hooks get."""
+    handles = []
+    for name, layer in layers.items():
+        assert isinstance(layer, nn.Linear)  # load_model has checked it
+        handles.append(layer.register_forward_hook(partial(see, name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

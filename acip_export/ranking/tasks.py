@@ -61,6 +61,10 @@ class Task(ABC):
             windows: (n, length) int64.
         """
 
+    def run_through(self, model: nn.Module, windows: Tensor) -> None:
+        """Run all parts of the model, with as little at its end as it can."""
+        self.outputs(model, windows)
+
     @abstractmethod
     def select(self, by_token: Tensor, windows: Tensor) -> Tensor:
         """Pick the rows of a tensor by token (n, length, width) that outputs are made for, (counted, width)."""
@@ -150,6 +154,9 @@ class CausalTask(Task):
                 gradient[part] = leaf.grad
         hidden.backward(gradient.view_as(hidden))  # type: ignore[no-untyped-call]
         return total
+
+    def run_through(self, model: nn.Module, windows: Tensor) -> None:
+        (final_hidden if can_slice(model) else self.outputs)(model, windows)
 
     def outputs(self, model: nn.Module, windows: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=windows, use_cache=False).logits

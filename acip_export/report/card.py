@@ -23,10 +23,10 @@ _PIPELINE_TAGS: Mapping[Task, str] = {
 }
 
 
-def render(page: Page, commands: Iterable[RunCommand]) -> str:
-    """The card; ``commands`` run the export."""
+def render(page: Page, commands: Iterable[RunCommand], chats: bool = False) -> str:
+    """The card; ``commands`` run the export. ``chats``: it has a template for conversations."""
     plan, report = page.own.plan, page.own.report
-    lines = [*_front_matter(page), "", f"# {plain(plan.model)}, {format_bytes(plan.planned_bytes)}", ""]
+    lines = [*_front_matter(page, chats), "", f"# {plain(plan.model)}, {format_bytes(plan.planned_bytes)}", ""]
     low_rank = sum(d.rank is not None for d in plan.tensors)
     kinds = sorted({t for d in plan.tensors for t in (d.type, d.down_type, d.up_type) if t})
     matrices = sum(len(d.shape) == 2 for d in plan.tensors)
@@ -61,7 +61,7 @@ def render(page: Page, commands: Iterable[RunCommand]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(page: Page) -> list[str]:
+def _front_matter(page: Page, chats: bool) -> list[str]:
     """YAML whose strings are written as JSON, which YAML includes: no name can break out."""
     plan, ranking = page.own.plan, page.ranking
     hub, license_ = ("", "") if ranking is None else (ranking.hub, ranking.license)
@@ -72,7 +72,7 @@ def _front_matter(page: Page) -> list[str]:
         ("pipeline_tag", _PIPELINE_TAGS[plan.task]),
         ("license", license_),
         ("quantized_by", "acip-export"),
-        ("tags", [*export_format(plan.format).tags, "acip"]),
+        ("tags", [*export_format(plan.format).tags, "acip", *(["conversational"] if chats else [])]),
     ]
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields if value), "---"]
 

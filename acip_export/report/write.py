@@ -15,9 +15,12 @@ def write_papers(page: Page, directory: Path) -> tuple[Path, Path]:
     """Write ``report.html`` and ``README.md``, each whole or not at all; earlier ones of ours are replaced."""
     papers = claim_papers(directory)
     plan = page.own.plan
-    commands = export_format(plan.format).run_commands(plan, Path())
+    written_as = export_format(plan.format)
+    template = written_as.chat_template(directory)
+    commands = written_as.run_commands(plan, Path(), template)
     written = directory / PAGE_FILE, directory / CARD_FILE
-    for file, text in zip(written, (html.render(page, commands), card.render(page, commands)), strict=True):
+    texts = html.render(page, commands), card.render(page, commands, template is not None)
+    for file, text in zip(written, texts, strict=True):
         with papers[file.name].new_file() as temporary:
             temporary.write_text(text, encoding="utf-8")
     return written

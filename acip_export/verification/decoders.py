@@ -30,6 +30,8 @@ from acip_export.verification.tokens import STRINGS
 _AGREEMENT_TOKENS = 512
 # Without a text: that many windows of our own sentences, so long.
 _OWN_WINDOWS, _OWN_TOKENS = 2, 48
+# What a process that starts, loads and is measured counts as.
+_PROCESS_WINDOWS = 4
 _PROMPT_TOKENS, _GREEDY_TOKENS = 16, 16
 
 
@@ -91,18 +93,32 @@ def verify_decoder(
     context = bundle.plan.serving.context
     compared = _own_windows(bundle) if text is None else _first_windows(text)
     prompt = [int(token) for token in compared[0][: max(1, min(_PROMPT_TOKENS, compared.shape[1] // 3))]]
+    runtimes_read = [len(compared if text is None or number else text) for number in range(len(written_as.sessions))]
+    compares_dense = text is not None and dense is not None
+    steps = _Steps(
+        progress,
+        bundle.as_checkpoint().shape.layers,
+        len(runtimes_read) * _PROCESS_WINDOWS
+        + len(compared)
+        + len(runtimes_read)
+        + (len(text) if text is not None and compares_dense else 0)
+        + sum(runtimes_read),
+    )
     figures = []
     for session in written_as.sessions:
-        progress(Progress("verify", 0, item=f"{session.runtime}, in a process of its own"))
+        steps.begin(f"{session.runtime}, in a process of its own")
         count = min(_GREEDY_TOKENS, context - len(prompt))
         figures.append(measure_process(session.module, session.name, export, timeout, prompt, count, STRINGS))
+        steps.windows(_PROCESS_WINDOWS)
     continued = [np.array([*prompt, *measured.greedy], np.int64) for measured in figures]
-    progress(Progress("verify", 0, item="bundle, block by block"))
-    of_bundle = open_bundle(bundle, written_as.round_trip).passed([*compared, *continued])
+    steps.begin("bundle, block by block")
+    of_bundle = open_bundle(bundle, written_as.round_trip).passed(
+        [*compared, *continued], steps.blocks(len(compared) + len(continued))
+    )
     of_dense = None
     if text is not None and dense is not None:
-        progress(Progress("verify", 0, item="dense model, block by block"))
-        of_dense = pass_dense(dense, list(text), cache)
+        steps.begin("dense model, block by block")
+        of_dense = pass_dense(dense, list(text), cache, steps.blocks(len(text)))
     # After each of the runtime's tokens, the bundle's next one: the same as its own continuation up to a difference.
     expected = [
         [int(token) for token in logits[len(prompt) - 1 : -1].argmax(-1)] for logits in of_bundle.logits(len(compared))
@@ -110,9 +126,10 @@ def verify_decoder(
     runtimes: list[RuntimeFigures] = []
     quality: _Quality | None = None
     for session, measured, tokens in zip(written_as.sessions, figures, expected, strict=True):
-        progress(Progress("verify", 0, item=f"{measured.runtime}: logits"))
+        steps.begin(f"{measured.runtime}: logits")
         windows = compared if text is None or runtimes else text
         with logits_of_process(session.module, session.name, export, windows, timeout) as found:
+            found = _watched(found, windows, lambda _logits, _window: steps.windows(1))
             reference = of_bundle.logits(0, len(compared))
             if text is not None and quality is None:
                 quality = _Quality(None if of_dense is None else of_dense.logits())
@@ -123,6 +140,35 @@ def verify_decoder(
                 pass
         runtimes.append(RuntimeFigures(measured, agreement))
     return DecoderFigures(tuple(runtimes), None if quality is None else quality.figures())
+
+
+class _Steps:
+    """Report how far it is, in windows that pass a block; a window's logits count as all blocks.
+
+    Args:
+        blocks: of the model. windows: that pass in all, a process of its own as some.
+    """
+
+    def __init__(self, progress: ProgressCallback, blocks: int, windows: int) -> None:
+        self._progress, self._blocks = progress, blocks
+        self._done, self._total, self._item = 0, blocks * windows, ""
+
+    def begin(self, item: str) -> None:
+        """Say what comes now."""
+        self._item = item
+        self._advance(0)
+
+    def windows(self, count: int) -> None:
+        """Note that so many windows are through."""
+        self._advance(count * self._blocks)
+
+    def blocks(self, windows: int) -> Callable[[], None]:
+        """Return what to call when all ``windows`` are through one block."""
+        return lambda: self._advance(windows)
+
+    def _advance(self, steps: int) -> None:
+        self._done += steps
+        self._progress(Progress("verify", self._done, self._total, self._item))
 
 
 class _Quality:

@@ -15,8 +15,8 @@ from acip_export.formats.session import Logits
 
 Floats = npt.NDArray[np.float64]
 
-# Numbers of a float64 copy of logits.
-_PIECE = 1 << 21
+# Numbers of a float64 copy of logits: it stays in a core's cache.
+_PIECE = 1 << 18
 
 
 _Figures = TypeVar("_Figures", Agreement, Perplexity, Divergence)

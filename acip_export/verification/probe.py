@@ -45,7 +45,7 @@ def resident(*fields: str) -> list[int] | None:
     return [int(found[field].split()[0]) * 1024 for field in fields]
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Start counting the peak anew, so that importing this module's own needs does not hide the runtime's."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -72,7 +72,7 @@ def measure(
     new_tokens = min(_NEW_TOKENS, serving.context // 2) if generates else 0
     prompt = spread_tokens(vocabulary, serving.context - new_tokens if generates else serving.prompt_batch)
     gc.collect()
-    _forget_peak()
+    forget_peak()
     before = resident("VmRSS")
     start = time.perf_counter()
     with session_class(export, serving) as session:

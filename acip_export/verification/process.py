@@ -120,17 +120,12 @@ class _Probe:
         self._output: BinaryIO = (scratch / "output").open("w+b")
 
     def __enter__(self) -> Self:
-        # Modules come from where this package is, never from the working directory: that may be a downloaded model's.
-        package = str(Path(version.__file__).parents[1])
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        # Without it ggml starts a debugger when it aborts, whose output buries the reason.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GGML_NO_BACKTRACE": "1"}
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._output,
-            env=environment,
+            env=module_environment(),
             start_new_session=True,
         )
         return self
@@ -138,7 +133,7 @@ class _Probe:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _kill(self._process)
+        kill(self._process)
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._output.close()
@@ -171,8 +166,8 @@ class _Probe:
             status = self._process.wait()
         if status or not self._result.is_file():
             raise RuntimeCrashError(
-                f"the process that ran {self._export} in {self._class_name} {_ending(status)}; the end of its output:"
-                f"\n{_tail(self._output)}\nThe export, or the runtime's build for this machine, is broken"
+                f"the process that ran {self._export} in {self._class_name} {ending(status)}; the end of its output:"
+                f"\n{tail(self._output)}\nThe export, or the runtime's build for this machine, is broken"
             )
         answer = read_json(self._result, Answer, RuntimeCrashError)
         if answer.missing is not None:
@@ -188,7 +183,7 @@ class _Probe:
 
         def stop() -> None:
             late.set()
-            _kill(self._process)
+            kill(self._process)
 
         timer = threading.Timer(self._timeout, stop)
         timer.daemon = True
@@ -200,11 +195,22 @@ class _Probe:
             if late.is_set():
                 raise RuntimeHangError(
                     f"the process that ran the export in {self._class_name} gave no result in {self._timeout:g} s and "
-                    f"was killed; the end of its output:\n{_tail(self._output)}\nAllow it more with  --timeout SECONDS"
+                    f"was killed; the end of its output:\n{tail(self._output)}\nAllow it more with  --timeout SECONDS"
                 )
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def module_environment() -> dict[str, str]:
+    """Return the environment of a process that runs one of our modules.
+
+    Modules come from where this package is, never from the working directory: that may be a downloaded model's.
+    """
+    package = str(Path(version.__file__).parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Without it ggml starts a debugger when it aborts, whose output buries the reason.
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GGML_NO_BACKTRACE": "1"}
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
     """With everything that it started; SIGKILL reaches stopped processes too."""
     if process.poll() is not None:
         return
@@ -216,7 +222,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _ending(status: int) -> str:
+def ending(status: int) -> str:
+    """Say how a process ended."""
     if status >= 0:
         return f"ended with status {status} and no result"
     try:
@@ -227,7 +234,8 @@ def _ending(status: int) -> str:
     return f"was ended by {name}{reason}"
 
 
-def _tail(output: BinaryIO) -> str:
+def tail(output: BinaryIO) -> str:
+    """Return the end of what a process printed."""
     end = output.seek(0, os.SEEK_END)
     output.seek(max(0, end - _TAIL_BYTES))
     lines = output.read().decode("utf-8", "replace").splitlines()[-_TAIL_LINES:]

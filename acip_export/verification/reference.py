@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from acip_export.artifacts.bundle import Bundle, check_names, rounded_tensor, stored_types, untrained_bundle
+from acip_export.error_feedback import ROWS_AT_ONCE
 from acip_export.errors import CheckpointError, OutputError, UnsupportedError
 from acip_export.formats.session import Logits, Tokens
 from acip_export.io.atomic import new_file
@@ -156,21 +157,28 @@ class StoredBundle(StoredModel):
         return file
 
 
+def _nothing() -> None:
+    pass
+
+
 def open_bundle(bundle: Bundle, round_trip: RoundTrip | None) -> Reference:
     """The reference for a bundle's export."""
     return Reference(StoredBundle(bundle, round_trip))
 
 
-def pass_dense(path: Path, windows: Sequence[Tokens], cache: Path | None = None) -> Passed:
+def pass_dense(
+    path: Path, windows: Sequence[Tokens], cache: Path | None = None, passed_block: Callable[[], None] = _nothing
+) -> Passed:
     """Take windows through a dense model, or read what the last block made of them when it was done before.
 
     Args:
         cache: directory of hidden states, read and filled: far smaller than logits, and exact.
+        passed_block: called after each block.
     """
     stored = StoredCheckpoint(Checkpoint.open(path))
     reference = Reference(stored)
     if cache is None:
-        return reference.passed(windows)
+        return reference.passed(windows, passed_block)
     digest = hashlib.sha256(stored.checkpoint.fingerprint.encode())
     for window in windows:
         digest.update(np.asarray(window, np.int64).tobytes() + b"|")
@@ -178,13 +186,15 @@ def pass_dense(path: Path, windows: Sequence[Tokens], cache: Path | None = None)
     names = [str(index) for index in range(len(windows))]
     known = _read_states(file)
     if known is None or [len(known.get(name, ())) for name in names] != list(map(len, windows)):
-        passed = reference.passed(windows)
+        passed = reference.passed(windows, passed_block)
         cache.mkdir(parents=True, exist_ok=True)
         with new_file(file) as temporary:
             save_file(
                 {name: states[0].contiguous() for name, states in zip(names, passed.hidden, strict=True)}, temporary
             )
         return passed
+    for _ in reference.blocks:
+        passed_block()
     return Passed(reference, tuple(windows), tuple(known[name][None] for name in names))
 
 
@@ -241,9 +251,14 @@ class Reference:
         self._names = sorted(self._blocks, key=natural_key)
         self._modules = [self.model.get_submodule(name) for name in self._names]
 
+    @property
+    def blocks(self) -> Sequence[str]:
+        """Names of its blocks, in their order."""
+        return self._names
+
     @torch.no_grad()
-    def passed(self, windows: Sequence[Tokens]) -> Passed:
-        """Take windows through all blocks."""
+    def passed(self, windows: Sequence[Tokens], passed_block: Callable[[], None] = _nothing) -> Passed:
+        """Take windows through all blocks, calling ``passed_block`` after each."""
         entered = self._enter(windows)
         hidden = [states for states, _ in entered]
         for number, (_, tensors) in enumerate(one_ahead(self._read_block, self._names)):
@@ -252,6 +267,7 @@ class Reference:
                 for index, (_, arguments) in enumerate(entered):
                     args, kwargs = arguments[number]
                     hidden[index] = _hidden_of(block(hidden[index], *args, **kwargs))
+            passed_block()
         return Passed(self, tuple(windows), tuple(hidden))
 
     @torch.no_grad()
@@ -420,7 +436,8 @@ def _ids(window: Tokens) -> Tensor:
 
 
 def _slices(count: int, width: int) -> Iterator[slice]:
-    step = max(1, _SLICE // width)
+    """Rows of the head in pieces, of as many rows as are rounded at once or a multiple: so they may have been kept."""
+    step = max(1, _SLICE // (width * ROWS_AT_ONCE)) * ROWS_AT_ONCE
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 

@@ -38,7 +38,6 @@ import acip_export
 from acip_export.api import write_imatrix
 from acip_export.artifacts.names import PAPERS
 from acip_export.artifacts.scores import load_scores
-from acip_export.formats.session import Logits, Windows
 from acip_export.io.atomic import new_file
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.text.packing import pack_text
@@ -82,12 +81,14 @@ def prepare(made: real.Real, scores: Path, tokens: int) -> Setting:
     key = sha256(checkpoint.fingerprint.encode() + chosen.tobytes()).hexdigest()[:12]
     windows, dense = HOME / f"windows-{key}.npy", HOME / f"dense-{key}.npy"
     if not dense.is_file():
+        from acip_export.verification.reference import pass_dense
+
         note("the dense model's logits")
         np.save(windows, chosen)
         with new_file(dense) as temporary:
             shape = (*chosen.shape, checkpoint.config["vocab_size"])
             logits = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-            for place, scored in enumerate(dense_logits(checkpoint, chosen)):
+            for place, scored in enumerate(pass_dense(made.model, list(chosen)).logits()):
                 logits[place] = scored
             logits.flush()
     source = HOME / f"source-{sha256(checkpoint.fingerprint.encode()).hexdigest()[:12]}" / "model.gguf"
@@ -110,18 +111,6 @@ def prepare(made: real.Real, scores: Path, tokens: int) -> Setting:
         "importance_tokens": loaded.ranked_by.statistics_tokens,
     }
     return Setting(Inputs(made.model, source, imatrix, made.calibration), scores, text, windows, dense)
-
-
-def dense_logits(checkpoint: Checkpoint, windows: Windows) -> Iterator[Logits]:
-    """(tokens, vocabulary) of every window, by the dense model in float32."""
-    import torch
-
-    from acip_export.model.torch_model import load_causal_lm
-
-    model = load_causal_lm(checkpoint, torch.float32)
-    with torch.no_grad():
-        for window in windows:
-            yield model(input_ids=torch.from_numpy(window)[None]).logits[0].numpy()
 
 
 def watched(command: list[str], hours: float) -> Row:

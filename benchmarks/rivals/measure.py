@@ -40,13 +40,15 @@ def measure(fmt: str, export: Path, windows: np.ndarray[Any, Any], dense: np.nda
         speeds = [session.speed(prompt, NEW_TOKENS)]
         peak = resident("VmHWM")
         speeds += [session.speed(prompt, NEW_TOKENS) for _ in range(REPETITIONS - 1)]
-        logits = (scored[:, : dense.shape[-1]] for scored in session.logits(windows))
-        rows = [token_figures(*each) for each in zip(dense, logits, windows, strict=True)]
-        expected, found, divergence = compare_with_dense(rows)
+        figures = [
+            token_figures(expected, found[:, : dense.shape[-1]], window)
+            for expected, found, window in zip(dense, session.logits(windows), windows, strict=True)
+        ]
+        before_perplexity, after, divergence = compare_with_dense(figures)
         return {
             **asdict(divergence),
-            "perplexity": found.perplexity,
-            "dense_perplexity": expected.perplexity,
+            "perplexity": after.perplexity,
+            "dense_perplexity": before_perplexity.perplexity,
             "runtime": session.name,
             "prefill_tokens_per_second": round(max(speed.prefill for speed in speeds), 1),
             "decode_tokens_per_second": round(max(speed.decode or 0.0 for speed in speeds), 1),

@@ -71,10 +71,22 @@ class GgufFormat(ExportFormat):
 
         return missing_tensors(export, bundle)
 
-    def run_commands(self, plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
+    def chat_template(self, export: Path) -> str | None:
+        from acip_export.inspection.gguf import read_head
+        from converters.gguf.arrange import model_file
+
+        template = read_head(model_file(export)).values.get("tokenizer.chat_template")
+        return template if isinstance(template, str) else None
+
+    def run_commands(self, plan: Plan, directory: Path, template: str | None = None) -> tuple[RunCommand, ...]:
         from converters.gguf.run_commands import run_commands
 
-        return run_commands(plan, directory)
+        return run_commands(plan, directory, template)
+
+    def server(self, plan: Plan, export: Path, host: str, port: int, program: str | None) -> tuple[str, ...]:
+        from converters.gguf.serve import server_command
+
+        return server_command(plan, export, host, port, program)
 
 
 _CACHE_TYPES = {"f16": (2, 1), "q8_0": (34, 32), "f32": (4, 1)}
@@ -114,6 +126,7 @@ GGUF = GgufFormat(
     float_kl=1e-5,
     sessions=(SessionClass("llama.cpp", "converters.gguf.runtimes.llama_cpp", "LlamaCppSession"),),
     encoder_session=SessionClass("llama.cpp", "converters.gguf.runtimes.llama_encoder", "LlamaEncoderSession"),
+    chats=(SessionClass("llama.cpp", "converters.gguf.runtimes.llama_chat", "LlamaChatSession"),),
     memory=LlamaMemory(_CACHE_TYPES),
     options=options.OPTIONS,
     library="gguf",

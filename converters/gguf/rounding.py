@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from acip_export.error_feedback import ROWS_AT_ONCE, round_with_feedback
+from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
 from converters.gguf.block_codes import BLOCK_CODES, BlockCodes, blocks_of
 
@@ -31,28 +33,25 @@ def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None
     importance = None if inputs is None else inputs.importance
     if inputs is None or inputs.feedback is None or known is None:
         return ggml.quantize(weight, name, importance)
-    feedback = inputs.feedback
-    if inputs.kept is None:
-        return _with_feedback(weight, name, importance, feedback, known)
-    (data,) = inputs.kept.arrays(
-        weight, name, importance, feedback, lambda: [_with_feedback(weight, name, importance, feedback, known)]
-    )
+    matrix, feedback, kept = weight.detach().reshape(-1, weight.shape[-1]), inputs.feedback, inputs.kept
+    data = np.empty(weight_type("gguf", name).nbytes(*matrix.shape), np.uint8)
+    end = 0
+    for some in matrix.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+        compute = partial(_with_feedback, some, name, importance, feedback, known)
+        (rounded,) = compute() if kept is None else kept.arrays(some, name, importance, feedback, compute)
+        data[end : end + rounded.nbytes] = rounded
+        end += rounded.nbytes
     return data
 
 
 def _with_feedback(
     weight: torch.Tensor, name: str, importance: torch.Tensor | None, feedback: FeedbackFactor, known: BlockCodes
-) -> ggml.Bytes:
+) -> tuple[ggml.Bytes]:
     data = ggml.quantize(weight, name, importance)
-    matrix = weight.detach().reshape(-1, weight.shape[-1])
-    rows = len(matrix)
-    row_bytes = data.nbytes // max(rows, 1)
-    for start in range(0, rows, ROWS_AT_ONCE):
-        some = np.ascontiguousarray(matrix[start : start + ROWS_AT_ONCE].float().numpy())
-        blocks = blocks_of(data[start * row_bytes : (start + len(some)) * row_bytes], name)
-        grid = known.grid(blocks, len(some))
-        known.put(blocks, round_with_feedback(some, grid, feedback, ggml.processors()))
-    return data
+    blocks = blocks_of(data, name)
+    matrix = np.ascontiguousarray(weight.float().numpy())
+    known.put(blocks, round_with_feedback(matrix, known.grid(blocks, len(matrix)), feedback, ggml.processors()))
+    return (data,)
 
 
 def round_trip(weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:

@@ -11,10 +11,12 @@ from pathlib import Path
 from acip_export.artifacts.plan import Plan
 from acip_export.formats.protocol import RunCommand
 from converters.gguf.arrange import ADAPTER_FILE, MODEL_FILE, model_files
+from converters.gguf.ollama import ollama_template
 from converters.gguf.types import TYPE_IDS
 
 _STOCK = ("stock", "lora")
 _EXTENDED = (*_STOCK, "factored")
+QUESTION = "What is the capital of France?"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class _Export:
 
     Attributes:
         parts: the model's files, of which most programs are told the first. adapter: ``None`` if there is none.
+        template: of chats; ``None``: the model continues text.
     """
 
     parts: tuple[Path, ...]
@@ -30,6 +33,7 @@ class _Export:
     context: int
     batch: int
     cache_type: str
+    template: str | None = None
 
     @property
     def model(self) -> Path:
@@ -50,23 +54,34 @@ class _Program:
     split_note: str = ""
 
 
-def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
+def run_commands(plan: Plan, directory: Path, template: str | None = None) -> tuple[RunCommand, ...]:
     """For every program that runs the plan's layout; the recommended one first."""
-    parts = tuple(directory / name for name in model_files(plan.files) or (MODEL_FILE,))
     if plan.task != "causal":
-        # The file says how to pool; a text has to fit into one batch.
-        tokens = str(plan.serving.prompt_batch)
-        options = ["-m", str(parts[0]), "-c", tokens, "-b", tokens, "-ub", tokens, "--no-repack"]
-        server = shlex.join(["llama-server", "--embedding", *options, "-np", "1"])
-        return (RunCommand("llama-server", "console", server, "POST /v1/embeddings"),)
-    adapter = directory / ADAPTER_FILE if ADAPTER_FILE in plan.files else None
-    serving = plan.serving
-    export = _Export(parts, adapter, serving.context, serving.prompt_batch, serving.cache_type)
+        return (RunCommand("llama-server", "console", shlex.join(server(plan, directory)), "POST /v1/embeddings"),)
+    export = _export(plan, directory, template)
     return tuple(
-        RunCommand(program.name, program.language, program.text(export), _note(program, plan.layout, len(parts)))
+        RunCommand(program.name, program.language, program.text(export), _note(program, plan.layout, len(export.parts)))
         for program in _PROGRAMS
         if plan.layout in program.layouts
     )
+
+
+def server(plan: Plan, directory: Path, program: str = "llama-server") -> tuple[str, ...]:
+    """llama.cpp's server with the plan's settings, for all layouts."""
+    export = _export(plan, directory)
+    if plan.task == "causal":
+        return (program, *_options(export), "-np", "1")
+    # The file says how to pool; a text has to fit into one batch.
+    batch = str(export.batch)
+    options = ("-m", str(export.model), "-c", batch, "-b", batch, "-ub", batch)
+    return (program, "--embedding", *options, "--no-repack", "--gpu-layers", "0", "-np", "1")
+
+
+def _export(plan: Plan, directory: Path, template: str | None = None) -> _Export:
+    parts = tuple(directory / name for name in model_files(plan.files) or (MODEL_FILE,))
+    adapter = directory / ADAPTER_FILE if ADAPTER_FILE in plan.files else None
+    serving = plan.serving
+    return _Export(parts, adapter, serving.context, serving.prompt_batch, serving.cache_type, template)
 
 
 def _note(program: _Program, layout: str, parts: int) -> str:
@@ -80,13 +95,15 @@ def _options(export: _Export) -> list[str]:
     options = ["-m", str(export.model)]
     if export.adapter is not None:
         options += ["--lora", str(export.adapter)]
-    # One slot, since every slot has its own share of the context; no repacked copy of the weights.
     options += ["-c", str(export.context), "-b", str(export.batch), "-ub", str(export.batch)]
-    options += ["--cache-type-k", export.cache_type, "--cache-type-v", export.cache_type, "-fa", "on", "--no-repack"]
-    return options
+    options += ["--cache-type-k", export.cache_type, "--cache-type-v", export.cache_type, "-fa", "on"]
+    # No repacked copy of the weights; no copies of earlier conversations (8 GiB of them by default); the plan's memory
+    # is the processor's.
+    return [*options, "--no-repack", "--cache-ram", "0", "--ctx-checkpoints", "0", "--gpu-layers", "0"]
 
 
 def _llama_server(export: _Export) -> str:
+    # One slot, since every slot has its own share of the context.
     return shlex.join(["llama-server", *_options(export), "-np", "1"])
 
 
@@ -97,36 +114,54 @@ def _llama_cli(export: _Export) -> str:
 def _llama_cpp_python(export: _Export) -> str:
     lora = "" if export.adapter is None else f"    lora_path={str(export.adapter)!r},\n"
     cache = TYPE_IDS[export.cache_type]
-    return (
+    opened = (
         "from llama_cpp import Llama\n\n"
         "model = Llama(\n"
         f"    {str(export.model)!r},\n{lora}"
-        f"    n_ctx={export.context}, n_batch={export.batch}, n_ubatch={export.batch},\n"
+        f"    n_ctx={export.context}, n_batch={export.batch}, n_ubatch={export.batch}, n_gpu_layers=0,\n"
         f"    type_k={cache}, type_v={cache}, flash_attn=True,  # {export.cache_type}\n"
         "    verbose=False,\n"
         ")\n"
-        "print(model('Hello', max_tokens=32)['choices'][0]['text'])"
+    )
+    if export.template is None:
+        return opened + "print(model('Hello', max_tokens=32)['choices'][0]['text'])"
+    return opened + (
+        f"messages = [{{'role': 'user', 'content': {QUESTION!r}}}]\n"
+        "for part in model.create_chat_completion(messages, max_tokens=256, stream=True):\n"
+        "    print(part['choices'][0]['delta'].get('content', ''), end='', flush=True)"
     )
 
 
 def _node_llama_cpp(export: _Export) -> str:
+    chats = export.template is not None
     lora = "" if export.adapter is None else f"  lora: {_javascript(export.adapter)},\n"
     cache = export.cache_type.upper()
-    return (
-        'import {getLlama, LlamaCompletion} from "node-llama-cpp";\n\n'
-        "const llama = await getLlama();\n"
+    opened = (
+        f'import {{getLlama, {"LlamaChatSession" if chats else "LlamaCompletion"}}} from "node-llama-cpp";\n\n'
+        "const llama = await getLlama({gpu: false});\n"
         f"const model = await llama.loadModel({{modelPath: {_javascript(export.model)}}});\n"
         "const context = await model.createContext({\n"
         f"  contextSize: {export.context}, batchSize: {export.batch}, flashAttention: true,\n{lora}"
         f'  experimentalKvCacheKeyType: "{cache}", experimentalKvCacheValueType: "{cache}"\n'
         "});\n"
-        "const completion = new LlamaCompletion({contextSequence: context.getSequence()});\n"
-        'console.log(await completion.generateCompletion("Hello", {maxTokens: 32}));'
+    )
+    if not chats:
+        return opened + (
+            "const completion = new LlamaCompletion({contextSequence: context.getSequence()});\n"
+            'console.log(await completion.generateCompletion("Hello", {maxTokens: 32}));'
+        )
+    return opened + (
+        "const session = new LlamaChatSession({contextSequence: context.getSequence()});\n"
+        "session.setChatHistory([]);  // no system prompt but the template's\n"
+        f"await session.prompt({_javascript(QUESTION)}, {{\n"
+        "  maxTokens: 256, onTextChunk: (text) => process.stdout.write(text)\n"
+        "});\n"
+        "await llama.dispose();"
     )
 
 
-def _javascript(path: Path) -> str:
-    return json.dumps(str(path))  # JSON's strings are JavaScript's
+def _javascript(text: object) -> str:
+    return json.dumps(str(text))  # JSON's strings are JavaScript's
 
 
 def _modelfile(path: Path) -> str:
@@ -138,12 +173,21 @@ def _ollama(export: _Export) -> str:
     lines = [f"FROM {_modelfile(part)}" for part in export.parts]
     if export.adapter is not None:
         lines.append(f"ADAPTER {_modelfile(export.adapter)}")
-    return "\n".join([*lines, f"PARAMETER num_ctx {export.context}", f"PARAMETER num_batch {export.batch}"])
+    lines += [f"PARAMETER num_ctx {export.context}", f"PARAMETER num_batch {export.batch}", "PARAMETER num_gpu 0"]
+    template = None if export.template is None else ollama_template(export.template)
+    if template is not None:
+        lines.append(f'TEMPLATE """{template}"""')
+    return "\n".join(lines)
 
 
 _BUILD = "Needs a llama.cpp that was built after  python -m converters.gguf.llama_cpp.extension PATH"
+# What the other flags are for, for who wants to change them.
+_MORE = (
+    "Earlier conversations in memory:  --cache-ram MIB  in place of 0, beside the budget. A graphics card: without  "
+    "--gpu-layers 0"
+)
 _PROGRAMS = (
-    _Program("llama-server", "console", _EXTENDED, _llama_server, factored_note=_BUILD),
+    _Program("llama-server", "console", _EXTENDED, _llama_server, note=_MORE, factored_note=_BUILD),
     _Program("llama-cli", "console", _EXTENDED, _llama_cli, factored_note=_BUILD),
     _Program(
         "llama-cpp-python",
@@ -159,8 +203,9 @@ _PROGRAMS = (
         "dockerfile",
         _STOCK,
         _ollama,
-        note="Save as Modelfile, here: its paths are relative to it. Then  ollama create NAME -f Modelfile.  The type "
-        "of the KV cache is the server's: OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE",
+        note="Save as Modelfile, here: its paths are relative to it. Then  ollama create NAME -f Modelfile.  The rest "
+        "is the server's: OLLAMA_FLASH_ATTENTION=1, OLLAMA_KV_CACHE_TYPE for the type of the KV cache, and "
+        "LLAMA_ARG_CACHE_RAM=0 against copies of earlier conversations",
         split_note="A model in several files needs Ollama 0.30 or later",
     ),
 )

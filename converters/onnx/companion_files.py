@@ -16,6 +16,7 @@ from acip_export.artifacts.plan import Serving
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object
 from acip_export.io.frozen import thawed
+from acip_export.model.chat_template import find_chat_template
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
 from converters.onnx.backends import PROVIDERS
@@ -54,6 +55,9 @@ def small_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Path]
         return _encoder_files(source, serving)
     generation = _read(source.path / _GENERATION_CONFIG)
     tokens = _tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), serving)
+    template = find_chat_template(source.path, tokens)
+    if template is not None:
+        tokens["chat_template"] = template  # transformers.js reads no other file
     special = _special_tokens(source.config, generation, tokens, _added_tokens(tokenizer))
     files: dict[str, bytes | Path] = {
         name: source.path / name for name in TOKENIZER_FILES if (source.path / name).is_file()

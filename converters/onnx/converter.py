@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import Plan, Serving, TensorDecision
+from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
-from acip_export.formats.protocol import DEFAULT_BACKEND, RunCommand
+from acip_export.formats.protocol import DEFAULT_BACKEND
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress, ProgressCallback
 from acip_export.rounding import InputMoments
@@ -224,29 +224,3 @@ def round_trip(weight: torch.Tensor, name: str, inputs: InputMoments | None) -> 
     from converters.onnx.matrices import rounded
 
     return rounded(weight, weight_type("onnx", name), inputs or InputMoments())
-
-
-def run_commands(plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
-    """See :class:`acip_export.formats.protocol.ExportFormat`. Context and prompt batch are in ``genai_config.json``."""
-    lines: tuple[str, ...]
-    if plan.task != "causal":
-        lines = (
-            "import onnxruntime",
-            "from transformers import AutoTokenizer",
-            f"tokenizer = AutoTokenizer.from_pretrained({str(directory)!r})",
-            f"session = onnxruntime.InferenceSession({str(directory / MODEL_FILE)!r})",
-            "texts = tokenizer(['Hello', 'A second text'], padding=True, truncation=True, return_tensors='np')",
-            "print(session.run([session.get_outputs()[-1].name], dict(texts))[0])",
-        )
-        return (RunCommand("onnxruntime", "python", "\n".join(lines)),)
-    lines = (
-        "import onnxruntime_genai as og",
-        f"model = og.Model({str(directory)!r})",
-        "tokenizer = og.Tokenizer(model)",
-        "generator = og.Generator(model, og.GeneratorParams(model))",
-        "generator.append_tokens(tokenizer.encode('Hello'))",
-        f"while not generator.is_done() and generator.token_count() < {plan.serving.context}:",
-        "    generator.generate_next_token()",
-        "print(tokenizer.decode(generator.get_sequence(0)))",
-    )
-    return (RunCommand("onnxruntime-genai", "python", "\n".join(lines)),)

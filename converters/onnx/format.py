@@ -72,10 +72,15 @@ class OnnxFormat(ExportFormat):
 
         return missing_tensors(export, bundle)
 
-    def run_commands(self, plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
-        from converters.onnx import converter
+    def chat_template(self, export: Path) -> str | None:
+        from acip_export.model.chat_template import find_chat_template
 
-        return converter.run_commands(plan, directory)
+        return find_chat_template(export)
+
+    def run_commands(self, plan: Plan, directory: Path, template: str | None = None) -> tuple[RunCommand, ...]:
+        from converters.onnx.run_commands import run_commands
+
+        return run_commands(plan, directory, template)
 
 
 _ORT = Companion("ort", "Also OUT-ort, for reduced onnxruntime builds.", ORT_KIND, check_size, write_ort)
@@ -98,6 +103,10 @@ ONNX = OnnxFormat(
     ),
     feedback_types=frozenset(form.name for form in NUMBERS if not form.is_float),
     encoder_session=SessionClass("onnxruntime", "converters.onnx.runtimes.onnx_encoder", "OnnxEncoderSession"),
+    chats=(
+        SessionClass("onnxruntime-genai", "converters.onnx.runtimes.chat", "GenaiChatSession"),
+        SessionClass("onnxruntime", "converters.onnx.runtimes.chat", "OnnxRuntimeChatSession"),
+    ),
     memory=OnnxMemory(),
     backends=OTHERS,
     refused=CPU.refused,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from acip_export.artifacts.bundle import Bundle
+    from acip_export.error_feedback import FeedbackFactor
+    from acip_export.kept_roundings import Arrays
     from acip_export.rounding import InputMoments
 
 # Weights that a thread converts at once: large enough for vectorised work, small enough to stay in a core's cache.
@@ -191,27 +194,26 @@ def rounded(weight: Tensor, form: WeightType, inputs: InputMoments) -> Tensor:
 
 
 def _quantized(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
-    """Yield rows of the quantized matrix: some at a time, or those that were kept all at once."""
-    kept, feedback = inputs.kept, inputs.feedback
-    if kept is None or feedback is None:
-        yield from _made(weight, form, inputs)
-        return
-    codes, scales, *zeros = kept.arrays(
-        weight, form.name, inputs.importance, feedback, lambda: joined(list(_made(weight, form, inputs))).arrays
-    )
-    yield Quantized(codes, scales, *zeros)
+    """Yield rows of the quantized matrix, some at a time."""
+    feedback, kept = inputs.feedback, inputs.kept
+    for some in weight.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+        if feedback is None:
+            yield from _nearest(some, form, inputs)
+            continue
+        compute = partial(_with_feedback, some, form, inputs, feedback)
+        arrays = compute() if kept is None else kept.arrays(some, form.name, inputs.importance, feedback, compute)
+        yield Quantized(*arrays)
 
 
-def _made(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
+def _nearest(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
     importance = None if inputs.importance is None else _floats(inputs.importance)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for some in weight.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
-            slices = _slices(some, some.shape[1])
-            parts = pool.map(lambda rows: quantize(_floats(rows), form, importance), slices)
-            if inputs.feedback is None:
-                yield from parts
-            else:
-                yield with_feedback(joined(list(parts)), _floats(some), form, inputs.feedback)
+        slices = _slices(weight, weight.shape[1])
+        yield from pool.map(lambda rows: quantize(_floats(rows), form, importance), slices)
+
+
+def _with_feedback(weight: Tensor, form: WeightType, inputs: InputMoments, feedback: FeedbackFactor) -> Arrays:
+    return with_feedback(joined(list(_nearest(weight, form, inputs))), _floats(weight), form, feedback).arrays
 
 
 def _slices(weight: Tensor, width: int) -> Iterator[Tensor]:

@@ -56,9 +56,9 @@ class Quantized:
     zeros: Codes | None = None
 
     @property
-    def arrays(self) -> Sequence[NDArray[Any]]:
+    def arrays(self) -> tuple[NDArray[Any], ...]:
         """All that there is, in the order of the fields."""
-        return [self.codes, self.scales] if self.zeros is None else [self.codes, self.scales, self.zeros]
+        return (self.codes, self.scales) if self.zeros is None else (self.codes, self.scales, self.zeros)
 
 
 def scale_type(fmt: WeightType) -> np.dtype[np.float32] | np.dtype[np.float16]:

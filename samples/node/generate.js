@@ -1,13 +1,15 @@
-// Generates with a GGUF export in Node:  node generate.js EXPORT [PROMPT] [TOKENS]
-// The settings are those that the export's plan promises its memory for. One JSON line at the end says what was chosen.
-// THREADS in the environment limits the threads; all cores are used by default.
+// Generates with a GGUF export in Node:  node generate.js EXPORT [PROMPT] [TOKENS] [--json]
+// A model with a chat template answers the prompt, any other continues it. The settings are those that the export's plan
+// promises its memory for. --json prints the tokens in place of the text. THREADS in the environment limits the threads;
+// all cores are used by default.
 import {existsSync, readFileSync} from "node:fs";
 import {join} from "node:path";
-import {getLlama, LlamaLogLevel} from "node-llama-cpp";
+import {getLlama, LlamaChatSession, LlamaLogLevel} from "node-llama-cpp";
 
-const [directory, prompt = "def main(", tokens = "32"] = process.argv.slice(2);
+const asJson = process.argv.includes("--json");
+const [directory, prompt = "def main(", tokens = "32"] = process.argv.slice(2).filter((word) => word !== "--json");
 if (directory === undefined) {
-  console.error("usage: node generate.js EXPORT [PROMPT] [TOKENS]");
+  console.error("usage: node generate.js EXPORT [PROMPT] [TOKENS] [--json]");
   process.exit(2);
 }
 const plan = JSON.parse(readFileSync(join(directory, "plan.json"), "utf8"));
@@ -33,17 +35,24 @@ const context = await model.createContext({
   ...(existsSync(adapter) ? {lora: adapter} : {})
 });
 
-const input = model.tokenize(prompt);
-const room = Math.min(Number(tokens), contextSize - input.length);
+const show = (text) => asJson || process.stdout.write(text);
+const chats = model.fileInfo.metadata.tokenizer?.chat_template !== undefined;
 const output = [];
-process.stdout.write(prompt);
-if (room > 0) {
+let input = model.tokenize(prompt);
+const room = Math.min(Number(tokens), contextSize - input.length);
+if (chats) {
+  const session = new LlamaChatSession({contextSequence: context.getSequence()});
+  session.setChatHistory([]); // without it the library's own system prompt takes 190 tokens
+  await session.prompt(prompt, {maxTokens: room, temperature: 0, onTextChunk: show, onToken: (some) => output.push(...some)});
+  // What was written around the prompt, and what is held of the answer.
+  input = session.sequence.contextTokens;
+} else if (room > 0) {
+  show(prompt);
   for await (const token of context.getSequence().evaluate(input, {temperature: 0, yieldEogToken: true})) {
-    process.stdout.write(model.detokenize([token]));
+    show(model.detokenize([token]));
     output.push(token);
     if (output.length >= room) break;
   }
 }
-console.log();
-console.log(JSON.stringify({input, output}));
+console.log(asJson ? JSON.stringify({input, output}) : "");
 await llama.dispose();

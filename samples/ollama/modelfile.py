@@ -17,10 +17,11 @@ def modelfile(export: Path) -> str:
         PlanFileError: no export. UnsupportedError: one that Ollama does not run.
     """
     plan = load_plan(export / "plan.json")
-    for command in export_format(plan.format).run_commands(plan, export.resolve()):
+    written_as = export_format(plan.format)
+    for command in written_as.run_commands(plan, export.resolve(), written_as.chat_template(export)):
         if command.program == "Ollama":
-            cache = f"# The server needs  OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={plan.serving.cache_type}"
-            return f"{cache}\n{command.text}\n"
+            cache = f"OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={plan.serving.cache_type}"
+            return f"# The server needs  {cache} LLAMA_ARG_CACHE_RAM=0\n{command.text}\n"
     raise UnsupportedError(f"{export} is {plan.format} ({plan.layout}); Ollama runs gguf, stock or lora")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 INSTRUCTIONS = {"from", "parameter", "template", "system", "adapter", "license", "message", "requires"}
-# The reference's table, and of the options of its API (docs/api.md) the one that is not in it.
+# The reference's table, and of the options of its API (docs/api.md) two that are not in it.
 PARAMETERS: dict[str, type] = {
     "num_ctx": int,
     "repeat_last_n": int,
@@ -23,6 +23,7 @@ PARAMETERS: dict[str, type] = {
     "top_p": float,
     "min_p": float,
     "num_batch": int,
+    "num_gpu": int,
 }
 _INSTRUCTION = re.compile(r'([A-Za-z]+)[ \t]+("""(?:.|\n)*?"""|[^\n]+)(?:\n|$)')
 

@@ -131,7 +131,7 @@ def test_hostile_rows(part: str, value: float, message: str) -> None:
 
 @pytest.mark.parametrize("harm", ["truncated", "more", "less", "followed", "no stream"])
 def test_hostile_codes(harm: str) -> None:
-    packed, other = pack_moment(moment_of(8)), {"more": 9, "less": 7}
+    packed, other = pack_moment(moment_of(24)), {"more": 25, "less": 23}
     codes = {
         "truncated": packed.codes[:-3],
         "followed": np.append(packed.codes, np.uint8(0)),
@@ -141,7 +141,7 @@ def test_hostile_codes(harm: str) -> None:
         codes = pack_moment(moment_of(other[harm])).codes
     with pytest.raises(ScoreFileError, match="x has"):
         replace(packed, codes=codes).check("x")
-    huge = replace(packed, steps=np.full(8, np.finfo(np.float32).max, np.float32))
+    huge = replace(packed, steps=np.full(24, np.finfo(np.float32).max, np.float32))
     huge.check("x")
     with pytest.raises(ScoreFileError, match="x overflows"):
         huge.unpacked("x")

@@ -46,9 +46,8 @@ def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
 
 
 def key_of(scores: ScoreFile, module: str) -> str:
-    """What the bundle calls the input of a whole matrix: its channels are scaled, unless heads tie them."""
-    key = scores.modules[module].input_key
-    return key if module.endswith("o_proj") else f"{key}, scaled"
+    """What the bundle calls the input of a whole matrix: its channels are scaled."""
+    return f"{scores.modules[module].input_key}, scaled"
 
 
 def planned(model: Path, rounding: str = "feedback", **fields: object) -> Plan:

@@ -17,18 +17,18 @@ import torch
 from acip_export import api as pipeline
 from acip_export.artifacts.bundle import Bundle, load_bundle
 from acip_export.artifacts.plan import TensorDecision
-from acip_export.artifacts.scores import ModuleScores, RankedModel, RankedOn, ScoreFile
+from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError, UsageError
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.encoder import task_of
 from acip_export.model.torch_model import load_dense, pooled
 from acip_export.planning import PlanRequest, resolve
 from acip_export.ranking import rank_model
 from converters.onnx import converter
 from converters.onnx.converter import MODEL_FILE, Options
+from converters.onnx.run_commands import run_commands
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
-from tests.support import everywhere, make_bundle, make_plan
+from tests.support import everywhere, make_bundle, make_plan, unranked
 
 TEXTS = ["The quick brown fox doesn't jump.", "def main", "Größe, naïve, ça va? emoji: 🎉 and runs of blanks"]
 FACTORED = {"representation": "factored", "rank": 24, "up_type": "f32", "down_type": "f32"}
@@ -219,7 +219,7 @@ def test_verified(tmp_path: Path) -> None:
     report = pipeline.export_model(checkpoint, scores, plan, tmp_path / "export", text=windows)
     assert report is not None and report.passed and report.similarity is not None
     assert 0.8 < report.similarity < 1 and report.similarity_spearman is not None and report.similarity_spearman > 0.8
-    command = converter.run_commands(plan, tmp_path / "export")[0].text
+    command = run_commands(plan, tmp_path / "export")[0].text
     shown = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout
     assert shown.startswith("[[")
     data = tmp_path / "export" / converter.DATA_FILE
@@ -256,31 +256,3 @@ def test_real_encoder(tmp_path: Path) -> None:
     inputs = batch(model, texts)
     found = run(tmp_path / "export", inputs)["sentence_embedding"]
     assert (found * expected_dense(model, inputs)).sum(1).min() > 0.999  # eight bits
-
-
-def unranked(checkpoint: Checkpoint) -> ScoreFile:
-    """A score file that knows nothing but the model: enough for plans without low rank."""
-    modules = {
-        name: ModuleScores(
-            shape=(out, inputs),
-            scores=np.zeros(min(out, inputs), np.float32),
-            drop_loss=np.zeros(min(out, inputs), np.float32),
-            up_sensitivity=np.zeros(min(out, inputs), np.float32),
-            down_sensitivity=np.zeros(min(out, inputs), np.float32),
-            sensitivity=0.0,
-            input_moment=np.ones(inputs, np.float32),
-            gradient_moment=np.ones(out, np.float32),
-        )
-        for name, (out, inputs) in checkpoint.linear_modules.items()
-    }
-    return ScoreFile(
-        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
-        task=task_of(checkpoint.config),
-        algorithm={"name": "none", "basis": "svd"},
-        data=RankedOn(source="none", sha256="0" * 64, tokens=0),
-        versions={},
-        curve=(),
-        modules=modules,
-        embedding_sensitivity={},
-        second_moments={},
-    )

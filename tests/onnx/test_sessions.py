@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,14 @@ import torch
 
 from acip_export.artifacts.bundle import load_bundle
 from acip_export.errors import VerificationError
+from acip_export.formats.protocol import RunCommand
+from acip_export.model.chat_template import ChatTemplate
 from acip_export.verification.metrics import compare_logits
-from converters.onnx import converter
+from converters.onnx.run_commands import QUESTION, run_commands
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, PROMPT_BATCH, MakeExport
-from tests.support import greedy_tokens
+from tests.support import CHATML, greedy_tokens
 
 SESSIONS = [OnnxRuntimeSession, GenaiSession]
 WINDOWS = np.random.default_rng(1).integers(0, 512, (2, CONTEXT))
@@ -88,9 +92,44 @@ def test_a_damaged_export_is_a_verification_error(
         session_class(tmp_path, runtime)
 
 
-def test_the_printed_code_runs(make_export: MakeExport) -> None:
-    export = make_export("llama", True, "dense f32")
+def _printed(command: RunCommand) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(converter.run_commands(export.bundle.plan, export.path)[0].text, {})
-    assert printed.getvalue().startswith("Hello")
+        exec(command.text, {})
+    return printed.getvalue()
+
+
+def test_the_printed_code_runs(make_export: MakeExport) -> None:
+    export = make_export("samples/llama", True, "int8")
+    command = run_commands(export.bundle.plan, export.path)[0]
+    with GenaiSession(export.path, export.bundle.plan.serving) as session:
+        prompt = [int(token) for token in session._tokenizer.encode("Hello")]
+        wanted = session._tokenizer.decode(np.array(session.greedy(prompt, CONTEXT - len(prompt)), np.int32))
+    printed = _printed(command)
+    assert printed and wanted.startswith(printed)
+
+
+def test_the_printed_code_chats_where_there_is_a_template(make_export: MakeExport, tmp_path: Path) -> None:
+    """genai writes the conversation with the export's own template."""
+    export = make_export("samples/llama", True, "int8")
+    chats = shutil.copytree(export.path, tmp_path / "export")
+    (chats / "chat_template.jinja").write_text(CHATML)
+    genai = run_commands(export.bundle.plan, chats, CHATML)[0]
+    question = ChatTemplate(CHATML).render([{"role": "user", "content": QUESTION}])
+    with GenaiSession(chats, export.bundle.plan.serving) as session:
+        prompt = session.tokenize(question)
+        wanted = session._tokenizer.decode(np.array(session.greedy(prompt, CONTEXT - len(prompt)), np.int32))
+    printed = _printed(genai)
+    assert printed and wanted.startswith(printed)
+
+
+def test_other_programs_are_told_where_they_run_the_graph(make_export: MakeExport) -> None:
+    plan = make_export("llama", True, "int8").bundle.plan
+    for template in (None, CHATML):
+        programs = {c.program: c.text for c in run_commands(plan, Path("my export"), template)}
+        assert list(programs) == ["onnxruntime-genai", "transformers.js", "optimum"]
+        assert all(("apply_chat_template" in text) == (template is not None) for text in programs.values())
+        for name in ("onnxruntime-genai", "optimum"):
+            compile(programs[name], name, "exec")
+    static = dataclasses.replace(plan, serving=dataclasses.replace(plan.serving, backend="qnn-friendly"))
+    assert [c.program for c in run_commands(static, Path())] == ["onnxruntime-genai"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import json
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from acip_export.artifacts.plan import save_plan
 from tests.browser import open_page
-from tests.onnx.conftest import CONTEXT, MakeExport
+from tests.onnx.conftest import CONTEXT, Export, MakeExport
 from tests.onnx.consumers import HOME
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "web"
@@ -37,16 +40,24 @@ def served(model: Path, packages: Path) -> Iterator[int]:
         thread.join()
 
 
+def whole(export: Export, place: Path) -> Path:
+    """A copy with its plan, which holds the model's name."""
+    copy = shutil.copytree(export.path, place / "export")
+    save_plan(export.bundle.plan, copy / "plan.json")
+    return copy
+
+
 @pytest.mark.parametrize("rule", ["int8", "mixed"])
-def test_the_page_loads_an_export_and_generates(make_export: MakeExport, rule: str) -> None:
+def test_the_page_loads_an_export_and_generates(make_export: MakeExport, rule: str, tmp_path: Path) -> None:
     if not PACKAGES.is_dir():
         pytest.skip("transformers.js is not installed; with Node on the path run  make consumers")
-    export = make_export("samples/llama", True, rule)
-    with served(export.path, PACKAGES) as port, open_page() as page:
+    export = whole(make_export("samples/llama", True, rule), tmp_path)
+    with served(export, PACKAGES) as port, open_page() as page:
         page.goto(f"http://127.0.0.1:{port}/")
         page.wait_for_selector("body[data-state]", timeout=120_000)
         assert page.inner_text("#status") == ""
-        assert f"{CONTEXT} tokens of context" in page.inner_text("#about")
+        about = page.inner_text("#about")
+        assert f"{CONTEXT} tokens of context" in about and about.startswith("samples-llama")
         page.fill("#prompt", "import os\n")
         page.fill("#count", "12")
         page.click("#run")
@@ -60,6 +71,31 @@ def test_the_page_loads_an_export_and_generates(make_export: MakeExport, rule: s
         page.click("#run")
         page.wait_for_selector("body[data-state=failed]", timeout=60_000)
         assert f"the context is {CONTEXT} tokens" in page.inner_text("#status")
+
+
+def test_the_page_holds_a_conversation(make_export: MakeExport, tmp_path: Path) -> None:
+    """Where the tokenizer has a template; the beginning is forgotten when the context is full."""
+    if not PACKAGES.is_dir():
+        pytest.skip("transformers.js is not installed; with Node on the path run  make consumers")
+    export = whole(make_export("samples/llama", True, "int8"), tmp_path)
+    settings = json.loads((export / "tokenizer_config.json").read_text())
+    # Short, for a short context.
+    template = "{% for m in messages %}{{ m['role'][0] + m['content'] + ';' }}{% endfor %}"
+    (export / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    with served(export, PACKAGES) as port, open_page() as page:
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+        assert page.inner_text("#run") == "Send"
+        page.fill("#count", "8")
+        for number in range(1, 5):
+            page.fill("#prompt", "import os")
+            page.click("#run")
+            answered = f"document.querySelectorAll('#output b').length === {number}"
+            page.wait_for_function(f"{answered} && !document.querySelector('#run').disabled", timeout=120_000)
+            assert "tokens in" in page.inner_text("#status")
+        assert page.inner_text("#output").count("> import os") == 4
+        page.click("#anew")
+        assert page.inner_text("#output") == ""
 
 
 def test_the_server_stays_within_its_directories(make_export: MakeExport, tmp_path: Path) -> None:

@@ -69,9 +69,9 @@ def test_learned_ranking_is_no_worse_than_where_it_starts(encoder: Path, text: P
         best = min(after.loss, after.loss_with_adapters)
         # 1 % and 1e-5: what the order of a few equally harmless components decides.
         assert best <= 1.01 * before.loss + 1e-5
-    # Adapters were trained, and pay where much is cut (0.88 of the distance at half; a broken one gains nothing).
+    # Adapters were trained, and pay where much is cut; a broken one gains nothing.
     by_ratio = {round(point.ratio, 1): point for point in learned.curve}
-    assert by_ratio[0.5].loss_with_adapters < 0.95 * by_ratio[0.5].loss  # type: ignore[operator]
+    assert by_ratio[0.4].loss_with_adapters < 0.95 * by_ratio[0.4].loss  # type: ignore[operator]
 
 
 def test_interrupted_run_resumes_to_the_same_bytes(encoder: Path, text: Path, tmp_path: Path) -> None:

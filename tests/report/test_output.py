@@ -141,8 +141,9 @@ def test_card_as_the_hub_reads_it(exports: Exports) -> None:
     rows = [token for token in tokens[table:] if token.type == "tr_open"]
     assert len(rows) > 6
     code = [token for token in tokens if token.type == "fence"]
-    assert [token.info for token in code] == ["python"]
-    compile(code[0].content, "card", "exec")
+    assert [token.info for token in code] == ["python", "javascript", "python"]
+    for token in code[::2]:
+        compile(token.content, "card", "exec")
 
 
 def _walk(tokens: list[Token]) -> list[Token]:

@@ -65,6 +65,7 @@ def test_a_bundle_with_its_exports_numbers(
     bundle = make_bundle(model, make_plan(model, file_format, "factored", decide), tmp_path / "b")
     round_trip = export_format(file_format).round_trip
     monkeypatch.setattr("acip_export.verification.reference._SLICE", 10_000)
+    monkeypatch.setattr("acip_export.verification.reference.ROWS_AT_ONCE", 100)
     expected = whole(load_bundle(bundle.path, round_trip))
     for found, logits in zip(open_bundle(bundle, round_trip).passed(WINDOWS).logits(), expected, strict=True):
         np.testing.assert_allclose(found, logits, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from acip_export.errors import BundleError
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import load_dense
+from acip_export.progress import Progress
 from acip_export.verification import metrics as measure
 from acip_export.verification.export import verify_export
 from acip_export.verification.structure import check_structure
@@ -42,6 +44,22 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def verified(request: pytest.FixtureRequest, exported: MakeExport, text: Path) -> tuple[Made, Report]:
     made = exported(request.param)
     return made, pipeline.verify_directory(made.export, str(made.model), None, made.bundle, text)
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+def test_progress_counts_to_the_end(with_text: bool, exported: MakeExport, text: Path) -> None:
+    """Block by block and window by window, so that minutes of verifying are no standstill."""
+    made, seen = exported("onnx"), list[Progress]()
+    pipeline.verify_directory(
+        made.export, str(made.model), None, made.bundle, text if with_text else None, progress=seen.append
+    )
+    own = [report for report in seen if report.stage == "verify"]
+    assert len({report.total for report in own}) == 1
+    done = [report.done for report in own]
+    assert done == sorted(done)
+    assert done[0] == 0 and done[-1] == own[-1].total
+    assert max(after - before for before, after in itertools.pairwise(done)) <= (own[-1].total or 0) / 3
+    assert len(set(done)) > 6
 
 
 def test_a_good_export_passes(verified: tuple[Made, Report]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,7 +114,10 @@ def show_export(plan: Plan, directory: Path) -> None:
 
     size = format_bytes(plan.planned_bytes)
     console.say(f"\n[bold]{size}[/] in {escape(str(directory))}, as planned. Run it with:", markup=True)
-    commands = export_format(plan.format).run_commands(plan, directory)
+    written_as = export_format(plan.format)
+    commands = written_as.run_commands(plan, directory, written_as.chat_template(directory))
+    if plan.task == "causal":
+        console.show_command(shlex.join(["acip-export", "chat", str(directory)]), shell=True)
     for command in [c for c in commands if c.language == "console"] or commands[:1]:
         console.show_command(command.text, shell=command.language == "console")
         if command.note:

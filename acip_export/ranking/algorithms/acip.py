@@ -25,4 +25,5 @@ ALGORITHM = Algorithm(
     score,
     source="ACIP, arXiv 2502.01717",
     learns=True,
+    fisher=True,
 )

@@ -15,10 +15,10 @@ def score(context: RankContext, factorized: Factorized) -> Ranking:
     """Score each component by the loss that the Fisher information of its mask predicts for dropping it."""
     from acip_export.ranking.mask_gradients import component_fisher
 
-    drop_losses = component_fisher(context, factorized.layers)
+    drop_losses = component_fisher(context, factorized)
     return Ranking(as_scores(drop_losses), drop_losses)
 
 
 ALGORITHM = Algorithm(
-    "fisher", "The loss that the Fisher information of each component's mask predicts.", "kfac", score
+    "fisher", "The loss that the Fisher information of each component's mask predicts.", "kfac", score, fisher=True
 )

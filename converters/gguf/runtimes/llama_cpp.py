@@ -73,7 +73,7 @@ class LlamaCppSession:
         extended = has_factor_pairs(model_file(export)) if extended is None else extended
         found = llama_capi.find(extended)
         if found is not None:
-            native = _NativeSession(*found, export, serving, threads, flash_attention, every_logit)
+            native = NativeSession(*found, export, serving, threads, flash_attention, every_logit)
             self._session, self.buffers = native, native.buffers
         elif extended:
             raise MissingExtraError("a llama.cpp with our extension", "gguf", "running factor pairs", BUILD_COMMAND)
@@ -111,7 +111,7 @@ class LlamaCppSession:
         self._session.__exit__(kind, value, traceback)
 
 
-class _NativeSession(NativeModel):
+class NativeSession(NativeModel):
     """A language model."""
 
     _special_tokens_around: ClassVar = False

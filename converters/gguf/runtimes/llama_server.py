@@ -26,6 +26,25 @@ _TIMEOUT_SECONDS = 60
 _SILENT = -1
 
 
+def server_parameters(export: Path, serving: Serving, threads: int, flash_attention: bool = True) -> Any:
+    """Return ``xllamacpp.CommonParams`` with the plan's settings: what the printed llama-server is told."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model_file(export))
+    if (export / ADAPTER_FILE).is_file():
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(export / ADAPTER_FILE), 1.0)]
+    batch = min(serving.prompt_batch, serving.context)
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel = serving.context, batch, batch, 1
+    params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{serving.cache_type.upper()}")
+    flash = "ENABLED" if flash_attention else "DISABLED"
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{flash}"]
+    params.no_extra_bufts, params.warmup, params.n_gpu_layers = True, False, 0
+    params.cache_ram_mib = params.n_ctx_checkpoints = 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    return params
+
+
 class ServerSession:
     """An opened export; a :class:`~acip_export.formats.session.RuntimeSession` whose logits are log-probabilities."""
 
@@ -34,19 +53,7 @@ class ServerSession:
     def __init__(self, export: Path, serving: Serving, threads: int, flash_attention: bool = True) -> None:
         import xllamacpp
 
-        params = xllamacpp.CommonParams()
-        params.model.path = str(model_file(export))
-        if (export / ADAPTER_FILE).is_file():
-            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(export / ADAPTER_FILE), 1.0)]
-        batch = min(serving.prompt_batch, serving.context)
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel = serving.context, batch, batch, 1
-        params.cache_type_k = params.cache_type_v = getattr(
-            xllamacpp.ggml_type, f"GGML_TYPE_{serving.cache_type.upper()}"
-        )
-        flash = "ENABLED" if flash_attention else "DISABLED"
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{flash}"]
-        params.no_extra_bufts, params.warmup, params.cache_ram_mib, params.n_gpu_layers = True, False, 0, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params = server_parameters(export, serving, threads, flash_attention)
         params.verbosity = _SILENT
         try:
             self._server: Any = xllamacpp.Server(params)

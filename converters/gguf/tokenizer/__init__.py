@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,14 +13,15 @@ import msgspec
 from acip_export.errors import CheckpointError, ModelFileError, UnsupportedError
 from acip_export.io.atomic import read_json_object
 from acip_export.io.frozen import thawed
-from acip_export.io.inputs import open_input, read_foreign_json, read_json
+from acip_export.io.inputs import read_foreign_json, read_json
+from acip_export.model.chat_template import TEMPLATE_FILE, find_chat_template
 from converters.gguf.tokenizer.bpe import bpe_metadata, is_byte_level
 from converters.gguf.tokenizer.common import Source
 from converters.gguf.tokenizer.sentencepiece import model_file_metadata, sentencepiece_metadata
 from converters.gguf.tokenizer.wordpiece import wordpiece_metadata
 from converters.gguf.writer import Metadata, string
 
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", TEMPLATE_FILE)
 # Phi 3's special tokens that leave the text after them alone (llama-vocab.cpp).
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -96,7 +96,7 @@ def _metadata(
         metadata = dict(model_file_metadata(file, source) if stamps[0] is None else _by_kind(source, pre))
     except (KeyError, TypeError, ValueError, AttributeError, ModelFileError) as error:
         raise CheckpointError(f"{file} is damaged or of an unknown form: {error!r}") from error
-    template = _chat_template(model, options)
+    template = find_chat_template(model, options)
     if template:
         metadata["tokenizer.chat_template"] = string(template)
     return metadata
@@ -116,21 +116,6 @@ def _by_kind(source: Source, pre: str | None) -> Metadata:
         f"the tokenizer is a {kind} that llama.cpp does not have; the GGUF converter writes byte-level BPE (Llama 3, "
         "Qwen, GPT-2, SmolLM), SentencePiece (Llama 2, Mistral, Gemma, Phi 3) and WordPiece (BERT)"
     )
-
-
-def _chat_template(model: Path, options: Mapping[str, Any]) -> str | None:
-    file = model / "chat_template.jinja"
-    if file.is_file():
-        try:
-            with open_input(file, CheckpointError) as stream, io.TextIOWrapper(stream, encoding="utf-8") as text:
-                return text.read()
-        except UnicodeDecodeError as reason:
-            raise CheckpointError(f"{file} is no UTF-8: {reason.reason} at byte {reason.start}") from None
-    template = options.get("chat_template")
-    if isinstance(template, tuple):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
 
 
 __all__ = ["strips_after_special", "tokenizer_metadata"]

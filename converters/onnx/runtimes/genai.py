@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ class GenaiSession:
         VerificationError: it refuses the directory.
     """
 
-    def __init__(self, export: Path, serving: Serving) -> None:
+    def __init__(self, export: Path, serving: Serving, threads: int | None = None) -> None:
         try:
             import onnxruntime_genai
         except ImportError as error:
@@ -34,6 +35,9 @@ class GenaiSession:
             config = onnxruntime_genai.Config(str(export))
             # Graphs for graphics cards are verified on the processor, which computes the same operators.
             config.clear_providers()
+            if threads:
+                options = {"intra_op_num_threads": threads}
+                config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model: Any = onnxruntime_genai.Model(config)
             # Not used here; applications do, and its tables are a part of what the process takes.
             self._tokenizer: Any = onnxruntime_genai.Tokenizer(self._model)

@@ -157,6 +157,15 @@ class OnnxRuntimeSession:
         if not self._in_place:
             self._caches = dict(zip(self._caches, self._binding.get_outputs()[1:], strict=True))
 
+    def _cut(self, tokens: int) -> None:
+        """Keep the first ``tokens`` of a cache that grows."""
+        from onnxruntime import OrtValue
+
+        self._caches = {
+            name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(cache.numpy()[:, :, :tokens]))
+            for name, cache in self._caches.items()
+        }
+
     def _scores(self) -> Logits:
         """Of the last step: float32 (tokens, vocabulary), copied."""
         scores: Logits = np.array(self._binding.get_outputs()[0].numpy()[0], np.float32)

@@ -92,7 +92,7 @@ class TinyFormat(ExportFormat):
 
         return files.missing(export, bundle)
 
-    def run_commands(self, plan: Plan, directory: Path) -> tuple[RunCommand, ...]:
+    def run_commands(self, plan: Plan, directory: Path, template: str | None = None) -> tuple[RunCommand, ...]:
         return (RunCommand("tiny", "console", f"tiny-run {directory}"),)
 
 

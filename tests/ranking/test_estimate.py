@@ -1,0 +1,111 @@
+"""What a ranking takes is known before it starts, and it fits itself to what there is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from acip_export.errors import InfeasibleBudgetError, OutputError, UsageError
+from acip_export.ranking import DataConfig, automatic_config, rank_model
+from acip_export.ranking.acip_defaults import mask_steps_of
+from acip_export.ranking.algorithms import find_algorithm
+from acip_export.ranking.estimate import Machine, RankModel, open_sizes
+from acip_export.ranking.fitting import Limits, fit_ranking
+from acip_export.units import parse_seconds
+from tests.ranking.support import CALIBRATION
+
+TWO_CORES = Machine(1e11, 5e10, 2)
+FISHER, ACIP = find_algorithm("fisher"), find_algorithm("acip")
+
+
+def llama(directory: Path, layers: int = 32) -> Path:
+    """The configuration of Llama 3 8B, without weights."""
+    directory.mkdir()
+    fields = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    (directory / "config.json").write_text(json.dumps(fields))
+    return directory
+
+
+def test_memory_does_not_grow_with_layers_and_needs_no_weights(tmp_path: Path) -> None:
+    few, many = (open_sizes(llama(tmp_path / str(layers), layers)) for layers in (16, 32))
+    one, two = (RankModel(c).estimate(DataConfig(), FISHER, None, TWO_CORES) for c in (few, many))
+    assert one.memory == two.memory
+    assert two.disk == pytest.approx(2 * one.disk, rel=0.1)
+    assert two.seconds["statistics"] == pytest.approx(2 * one.seconds["statistics"], rel=0.1)
+
+
+def test_learned_ranking_takes_the_steps_that_there_is_time_for(model: Path) -> None:
+    checkpoint = open_sizes(model)
+    acip = automatic_config(checkpoint)
+    slow = Machine(1e9, 1e9, 2)
+    whole = RankModel(checkpoint).estimate(DataConfig(), ACIP, acip, slow)
+    seconds = whole.total_seconds - 0.3 * whole.seconds["learning"]
+    fitted = fit_ranking(checkpoint, ACIP, acip, DataConfig(), Limits(seconds=seconds), slow)
+    assert fitted.acip is not None and fitted.algorithm is ACIP
+    steps = mask_steps_of(fitted.acip) + fitted.acip.post_tune
+    assert steps == pytest.approx(0.7 * (mask_steps_of(acip) + acip.post_tune), rel=0.05)
+    assert fitted.estimate.total_seconds == pytest.approx(seconds, rel=0.05)
+    assert "steps instead of" in fitted.changes[0]
+
+
+def test_time_too_short_to_learn_anything(model: Path) -> None:
+    checkpoint = open_sizes(model)
+    limits = Limits(seconds=20)
+    fitted = fit_ranking(checkpoint, ACIP, automatic_config(checkpoint), DataConfig(), limits, Machine(1e8, 1e8, 2))
+    assert fitted.algorithm is FISHER and fitted.acip is None
+    assert "too short for acip to learn anything; ranking with fisher" in fitted.changes[0]
+
+
+def test_less_memory_and_time_take_fewer_windows_and_tokens(tmp_path: Path) -> None:
+    checkpoint = open_sizes(llama(tmp_path / "model"))
+    whole = fit_ranking(checkpoint, FISHER, None, DataConfig(), Limits(asked=False), TWO_CORES)
+    limits = Limits(seconds=0.95 * whole.estimate.total_seconds)
+    fitted = fit_ranking(checkpoint, FISHER, None, DataConfig(), limits, TWO_CORES)
+    assert fitted.estimate.total_seconds <= 0.95 * whole.estimate.total_seconds
+    assert (fitted.calibration.statistics_tokens or 0) < (whole.calibration.statistics_tokens or 0)
+
+
+def test_too_little_memory_or_disk_is_said_with_what_would_fit(tmp_path: Path) -> None:
+    checkpoint = open_sizes(llama(tmp_path / "model"))
+    for limits in (Limits(memory=10**9), Limits(memory=10**9, asked=False)):
+        with pytest.raises(
+            InfeasibleBudgetError, match=r"at least .* of memory, .*\n--memory (\d+)MB  would fit"
+        ) as told:
+            fit_ranking(checkpoint, FISHER, None, DataConfig(), limits, TWO_CORES)
+    enough = told.value.smallest_feasible_bytes
+    fitted = fit_ranking(checkpoint, FISHER, None, DataConfig(), Limits(memory=enough), TWO_CORES)
+    assert fitted.estimate.memory <= enough
+    with pytest.raises(OutputError, match=r"of disk, and 1\.00 GB are free"):
+        fit_ranking(checkpoint, FISHER, None, DataConfig(), Limits(disk=10**9), TWO_CORES)
+
+
+def test_too_little_memory_is_said_before_text_and_weights_are_read(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InfeasibleBudgetError, match="of memory"):
+        rank_model(model, tmp_path / "no-text", algorithm="fisher", memory=10**6)
+
+
+def test_ranking_says_what_it_takes(model: Path, text: Path) -> None:
+    said: list[str] = []
+    rank_model(model, text, algorithm="kfac", calibration=CALIBRATION, announce=said.append)
+    assert said[0].startswith("ranking with kfac takes about ") and said[0].endswith(" of disk")
+
+
+def test_times_are_read_as_people_write_them() -> None:
+    assert [parse_seconds(text) for text in ("20min", "90 s", "1.5h")] == [1200, 90, 5400]
+    for text in ("20", "0s", "soon", "-3min"):
+        with pytest.raises(UsageError, match="write for example 20min"):
+            parse_seconds(text)
