@@ -16,7 +16,7 @@ import pytest
 import acip_export
 from acip_export.api import write_imatrix
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.verification.reference import TorchReference
+from acip_export.verification.reference import pass_dense
 from benchmarks.rivals import __main__ as benchmark
 from benchmarks.rivals import measure, pages
 from benchmarks.rivals.tools import rivals
@@ -92,7 +92,7 @@ def test_a_preset_is_written_and_measured(tmp_path: Path) -> None:
     scores = make_scores(model)
     plan = acip_export.plan(model, scores, budget="100MB", scope="file", format="gguf", types=("bf16",), context=96)
     acip_export.export(plan, tmp_path / "source", model=model, scores=scores, verify=False)
-    dense = np.stack(list(TorchReference(model).logits(windows)))
+    dense = np.stack(list(pass_dense(model, list(windows)).logits()))
     exact = measure.measure("gguf", tmp_path / "source", windows, dense)
     assert exact["mean_kl"] < 1e-3
     assert exact["perplexity"] == pytest.approx(exact["dense_perplexity"], rel=0.01)
