@@ -151,8 +151,9 @@ def _ways(calibration: DataConfig, acip: AcipConfig | None) -> Iterator[tuple[Da
             for tokens in (calibration.statistics_tokens, calibration.gradient_tokens, calibration.curve_tokens)
         )
         fewer = replace(calibration, statistics_tokens=inputs, gradient_tokens=gradients, curve_tokens=held_out)
-        for batch in sorted({calibration.batch, min(calibration.batch, 2), 1}, reverse=True):
-            yield replace(fewer, batch=batch), None if acip is None else replace(acip, batch=min(acip.batch, batch))
+        for part in (1, 2, 4):
+            learned = None if acip is None else replace(acip, batch=max(1, acip.batch // part))
+            yield replace(fewer, batch=max(1, calibration.batch // part)), learned
 
 
 def _said(before: DataConfig, after: DataConfig, acip: AcipConfig | None, chosen: AcipConfig | None) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,13 @@ def test_learned_ranking_takes_the_steps_that_there_is_time_for(model: Path) -> 
     assert steps == pytest.approx(0.7 * (mask_steps_of(acip) + acip.post_tune), rel=0.05)
     assert fitted.estimate.total_seconds == pytest.approx(seconds, rel=0.05)
     assert "steps instead of" in fitted.changes[0]
+
+
+def test_nothing_is_changed_unless_it_is_asked_for(model: Path) -> None:
+    checkpoint = open_sizes(model)
+    acip, calibration = replace(automatic_config(checkpoint), batch=32), DataConfig(batch=4)
+    fitted = fit_ranking(checkpoint, ACIP, acip, calibration, Limits(asked=False), TWO_CORES)
+    assert fitted.acip == acip and fitted.calibration.batch == 4 and not fitted.changes
 
 
 def test_time_too_short_to_learn_anything(model: Path) -> None:
