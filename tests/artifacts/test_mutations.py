@@ -116,23 +116,32 @@ def mutations(
                 yield f"{place}: no {gone}", dumps(replaced(document, place, fewer))
 
 
+def _read(load: Load, file: Path, errors: tuple[type[AcipError], ...], what: str) -> bool:
+    """Whether it was refused."""
+    try:
+        made = load(file)
+    except AcipError as error:
+        assert isinstance(error, errors), f"{what}: {error!r}"
+        assert len(str(error)) < 2000, what
+        return True
+    except Exception as error:
+        raise AssertionError(f"{what}: {error!r}") from error
+    if isinstance(made, Artifact):
+        json.dumps(made.to_json(), allow_nan=False)
+    return False
+
+
 def check_all(cases: Iterator[tuple[str, str]], write: Write, load: Load, errors: tuple[type[AcipError], ...]) -> None:
     refused = 0
     for what, text in cases:
         file = write(text)
         start = time.process_time()
-        try:
-            made = load(file)
-        except AcipError as error:
-            assert isinstance(error, errors), f"{what}: {error!r}"
-            assert len(str(error)) < 2000, what
-            refused += 1
-        except Exception as error:
-            raise AssertionError(f"{what}: {error!r}") from error
-        else:
-            if isinstance(made, Artifact):
-                json.dumps(made.to_json(), allow_nan=False)
-        assert time.process_time() - start < 1, what
+        refused += _read(load, file, errors, what)
+        if time.process_time() - start > 1:
+            # Python's collection of garbage, after thousands of other tests, takes as long: what is slow is slow again.
+            start = time.process_time()
+            _read(load, file, errors, what)
+            assert time.process_time() - start < 1, what
     assert refused > 30
 
 
