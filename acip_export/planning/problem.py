@@ -48,7 +48,7 @@ class Problem:
     Attributes:
         errors: what rounding costs, where it was measured on this model.
         candidates: one entry per tensor.
-        calibration: the map from their summed losses to the measured loss.
+        calibration: the map from the summed losses of dropped components to the measured loss.
         dropping: the loss of dropping each component, by module.
         sizes: what decisions take, to the byte.
     """
@@ -148,8 +148,8 @@ class Problem:
         return _Searches(self.candidates, self.space, self.sizes)
 
     def _certificate(self, solution: Solution, left: int) -> Certificate:
-        bound = self.calibration.loss(max(0.0, solution.allocation.lower_bound))
-        return Certificate(left, bound)
+        bound = max(0.0, solution.allocation.lower_bound)
+        return Certificate(left, bound + self._beyond_scales(solution.decisions))
 
     def _compared(self, certificate: Certificate, table: Table, solution: Solution) -> Certificate:
         """Add the next upgrade, and what quantization alone would reach."""
@@ -161,14 +161,14 @@ class Problem:
             certificate,
             next_upgrade=None if upgrade is None else upgrade.decision,
             next_upgrade_bytes=None if upgrade is None else upgrade.nbytes,
-            quantization_only_loss=None if alone is None else self.calibration.loss(alone),
+            quantization_only_loss=alone,
         )
 
     def _plan(
         self, solution: Solution, budget: Budget, serving: Serving, certificate: Certificate, *, compared: bool
     ) -> Plan:
         space, checkpoint, scores = self.space, self.checkpoint, self.scores
-        loss = self.calibration.loss(solution.allocation.loss)
+        loss = solution.allocation.loss + self._beyond_scales(solution.decisions)
         note = None
         if space.layout.low_rank is not None:
             note = low_rank_note(solution, certificate, loss, scores.loss_unit, compared=compared)
@@ -201,12 +201,22 @@ class Problem:
 
     def _adapters(self, decisions: tuple[TensorDecision, ...]) -> bool:
         """Return whether the learned adapters help: they make up for dropped components, not for rounding."""
+        dropped = self._dropped(decisions)
+        return dropped > 0 and self.calibration.adapters(dropped)
+
+    def _beyond_scales(self, decisions: tuple[TensorDecision, ...]) -> float:
+        """Return what dropping was measured to cost beyond the sum of the components' scaled losses."""
+        dropped = self._dropped(decisions)
+        return self.calibration.loss(dropped) - dropped if dropped > 0 else 0.0
+
+    def _dropped(self, decisions: tuple[TensorDecision, ...]) -> float:
+        """Sum the losses of the components that pairs have dropped."""
         dropped = 0.0
         for decision in decisions:
             if decision.kept is not None:
                 losses = self.dropping[decision.module]
                 dropped += float(losses.sum() - sum(losses[start:stop].sum() for start, stop in decision.kept))
-        return dropped > 0 and self.calibration.adapters(dropped)
+        return dropped
 
 
 @dataclass(frozen=True, eq=False)
