@@ -1,7 +1,7 @@
 """What ``make demo`` runs: rank the sample model once, export it at three budgets in both formats, run every export.
 
     python -m samples.demo                      prints the table
-    python -m samples.demo --update-readme      also writes benchmarks/demo.json and the table in README.md
+    python -m samples.demo --update-readme      also writes benchmarks/demo.json and the table in samples/README.md
 
 The score file is kept in .demo/, so that a second run shows what a new size costs: planning, writing, verifying.
 """
@@ -131,10 +131,10 @@ def update_readme(rows: list[dict[str, Any]], model: str) -> None:
         "rows": rows,
     }
     (ROOT / "benchmarks" / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (SAMPLES / "README.md").read_text(encoding="utf-8")
     before, _, rest = readme.partition(TABLE_START)
     _, _, after = rest.partition(TABLE_END)
-    (ROOT / "README.md").write_text(f"{before}{TABLE_START}\n{table(rows)}\n{TABLE_END}{after}", encoding="utf-8")
+    (SAMPLES / "README.md").write_text(f"{before}{TABLE_START}\n{table(rows)}\n{TABLE_END}{after}", encoding="utf-8")
 
 
 def main() -> None:

@@ -76,12 +76,14 @@ def test_the_table_has_ours_beside_theirs() -> None:
     assert "| llama-quantize Q4_K_M | 105.5 | 0.0500 | 0.0100 | 0.20 | 0.80 | 0.80 | 86.0% | 86.0% |" in table
     assert "| A x | a / b |" in table
     assert "Q4_K_M" not in pages.tables({"rows": rows}, "onnx")
+    assert "| llama-quantize Q4_K_M | 105.5 | 0.0500 | **0.0100** | 5.0 times less |" in pages.summary({"rows": rows})
 
 
 def test_the_page_shows_the_figures_that_were_measured() -> None:
     document = json.loads((ROOT / "benchmarks" / "rivals.json").read_text(encoding="utf-8"))
     text = (ROOT / pages.PAGE).read_text(encoding="utf-8")
     assert text == pages.page(text, document), "run  python -m benchmarks.rivals --draw"
+    assert pages.summary(document) in (ROOT / "README.md").read_text(encoding="utf-8"), "the same"
 
 
 @needs_factor_pairs

@@ -64,6 +64,18 @@ def tables(document: dict[str, Any], fmt: str) -> str:
     return "\n".join(lines)
 
 
+def summary(document: dict[str, Any]) -> str:
+    """KL of other tools' files, and of ours of at most the same bytes."""
+    lines = ["| file | MB | its KL | **ours** | |", "| --- |" + " ---: |" * 4]
+    for fmt in RUNTIMES:
+        for theirs, ours in pairs(document["rows"], fmt):
+            if ours:
+                cells = [f"{theirs['tool']} {theirs['name']}", f"{theirs['bytes'] / 1e6:.1f}"]
+                cells += [_text(theirs, "mean_kl", ".4f"), f"**{_text(ours, 'mean_kl', '.4f')}**"]
+                lines.append(f"| {' | '.join(cells)} | {theirs['mean_kl'] / ours['mean_kl']:.1f} times less |")
+    return "\n".join(lines)
+
+
 def _text(row: Row, field: str, form: str, unit: float = 1) -> str:
     value = row.get(field)
     return "" if value is None else format(value / unit, form)
@@ -72,15 +84,23 @@ def _text(row: Row, field: str, form: str, unit: float = 1) -> str:
 def page(text: str, document: dict[str, Any]) -> str:
     """``text`` with the tables between its markers."""
     for fmt in RUNTIMES:
-        start, end = f"<!-- rivals {fmt} -->", f"<!-- end of rivals {fmt} -->"
-        before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        text = f"{before}{start}\n{tables(document, fmt)}\n{end}{after}"
+        text = _between(text, f"rivals {fmt}", tables(document, fmt))
     return text
 
 
+def _between(text: str, marker: str, new: str) -> str:
+    start, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    return f"{before}{start}\n{new}\n{end}{after}"
+
+
 def update(document: dict[str, Any], root: Path) -> None:
-    """Write the page's tables and the plots again."""
+    """Write the page's tables, the README's, and the plots again."""
+    readme = root / "README.md"
+    readme.write_text(
+        _between(readme.read_text(encoding="utf-8"), "rivals summary", summary(document)), encoding="utf-8"
+    )
     file = root / PAGE
     file.write_text(page(file.read_text(encoding="utf-8"), document), encoding="utf-8")
     for fmt in RUNTIMES:
