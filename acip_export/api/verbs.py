@@ -104,6 +104,8 @@ def plan(
     backend: str | None = None,
     context: int | None = None,
     cache_type: str | None = None,
+    cache_type_k: str | None = None,
+    cache_type_v: str | None = None,
     prompt_batch: int | None = None,
     rounding: Rounding | None = None,
     calibrate: bool = True,
@@ -122,8 +124,9 @@ def plan(
             files, cache and buffers; ``process``: the runtime too; ``file``: only the files.
         format: ``gguf``, ``onnx``, or an installed one. layout, types, runtime, backend: of the format;
             ``acip-export formats`` lists them.
-        context: tokens of KV cache; ``None``: the model's, at most 4096. cache_type: of the cache. prompt_batch: prompt
-            tokens processed together; ``None``: suits the budget.
+        context: tokens of KV cache; ``None``: the model's, at most 4096. cache_type: of the cache; cache_type_k,
+            cache_type_v: of its keys or its values alone. prompt_batch: prompt tokens processed together; ``None``:
+            suits the budget.
         rounding: ``feedback`` carries the error of each weight to those that are rounded after it, ``nearest`` does
             not; ``None``: ``feedback`` where format and score file allow it.
         calibrate: scale predictions to what rounding each class of layers was measured to cost; the first plan of a
@@ -151,6 +154,8 @@ def plan(
         types=tuple(types),
         context=context,
         cache_type=cache_type,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
         prompt_batch=prompt_batch,
         rounding=rounding,
         calibrate=calibrate,

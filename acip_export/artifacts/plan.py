@@ -81,15 +81,30 @@ class Serving:
 
     Attributes:
         context: tokens of KV cache.
-        cache_type: ``f32``, ``f16`` or ``q8_0``.
+        cache_type_k, cache_type_v: of its keys and its values, each one of the format's; values not said are as keys.
         prompt_batch: tokens of a prompt that are processed together (llama.cpp ``n_ubatch``, genai ``chunk_size``).
         backend: what computes inside the runtime; see :class:`acip_export.formats.protocol.Backend`.
     """
 
     context: Tokens
-    cache_type: Name
+    cache_type_k: Name
     prompt_batch: Tokens
     backend: Name = "cpu"
+    cache_type_v: Name = ""
+
+    def __post_init__(self) -> None:
+        if not self.cache_type_v:
+            object.__setattr__(self, "cache_type_v", self.cache_type_k)
+
+    @property
+    def cache_types(self) -> str:
+        """Both types as people read them: ``q8_0``, or ``q8_0 (K), q4_0 (V)``."""
+        return cache_types(self.cache_type_k, self.cache_type_v)
+
+
+def cache_types(keys: str, values: str) -> str:
+    """Return two types of a KV cache as people read them: ``q8_0``, or ``q8_0 (K), q4_0 (V)``."""
+    return keys if keys == values else f"{keys} (K), {values} (V)"
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,14 @@ class PlanFlags:
         typer.Option(metavar="TOKENS", help="Of KV cache. Default: the model's, up to 4096.", rich_help_panel=BUDGET),
     ] = None
     cache_type: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="Type of the KV cache.", rich_help_panel=BUDGET)
+        str | None,
+        typer.Option(metavar="TYPE", help="Of the KV cache; acip-export formats  lists them.", rich_help_panel=BUDGET),
+    ] = None
+    cache_type_k: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of its keys alone.", rich_help_panel=BUDGET)
+    ] = None
+    cache_type_v: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of its values alone.", rich_help_panel=BUDGET)
     ] = None
     prompt_batch: Annotated[
         int | None,
@@ -216,6 +223,8 @@ class PlanFlags:
             types=types,
             context=self.context,
             cache_type=self.cache_type and self.cache_type.lower(),
+            cache_type_k=self.cache_type_k and self.cache_type_k.lower(),
+            cache_type_v=self.cache_type_v and self.cache_type_v.lower(),
             prompt_batch=self.prompt_batch,
             default_context=DEFAULT_CONTEXT if device is None else device.context,
             device=None if device is None else device.name,

@@ -24,19 +24,21 @@ class ServingRule:
     """Serving settings that are known before the budget, and how the prompt batch follows from it.
 
     Attributes:
+        cache_type_k, cache_type_v: as those of :class:`~acip_export.artifacts.plan.Serving`.
         prompt_batch: the user's; ``None``: chosen to suit each budget.
         whole_prompts: a prompt batch that is not the user's is the whole context.
     """
 
     context: int
-    cache_type: str
+    cache_type_k: str
     backend: str
     prompt_batch: int | None = None
     whole_prompts: bool = False
+    cache_type_v: str = ""
 
     def serving(self, budget: Budget, memory: ModelMemory) -> Serving:
         """Return the settings that suit ``budget``."""
-        longest = Serving(self.context, self.cache_type, self.context, self.backend)
+        longest = Serving(self.context, self.cache_type_k, self.context, self.backend, self.cache_type_v)
         batch = self.prompt_batch
         if batch is None:
             batch = self.context if self.whole_prompts else _prompt_batch(budget, memory, longest)
@@ -47,7 +49,7 @@ class ServingRule:
         batch = self.prompt_batch
         if batch is None:
             batch = self.context if self.whole_prompts else min(prompt_batch, self.context)
-        return Serving(self.context, self.cache_type, batch, self.backend)
+        return Serving(self.context, self.cache_type_k, batch, self.backend, self.cache_type_v)
 
 
 def _prompt_batch(budget: Budget, memory: ModelMemory, longest: Serving) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from acip_export.artifacts.plan import BudgetScope
-from acip_export.errors import UsageError
+from acip_export.artifacts.plan import BudgetScope, cache_types
+from acip_export.errors import UnsupportedError, UsageError
 from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
@@ -30,7 +30,8 @@ class PlanRequest:
         layout: a layout of the format; ``auto``: every one that the runtime runs; ``None``: the runtime's default.
         types: names of the weight types to choose from; empty: the format's defaults.
         context: tokens; ``None``: the model's, at most ``default_context``.
-        cache_type: the type of the KV cache; ``None``: the format's default.
+        cache_type: of the whole KV cache; ``None``: the format's default. cache_type_k, cache_type_v: of its keys or
+            values alone.
         prompt_batch: prompt tokens that are computed together; ``None``: chosen to suit the budget.
         default_context: the most tokens of context that are planned for without being asked.
         device: the name of the device that the budget is of, if it is of one.
@@ -53,6 +54,8 @@ class PlanRequest:
     types: tuple[str, ...] = ()
     context: int | None = None
     cache_type: str | None = None
+    cache_type_k: str | None = None
+    cache_type_v: str | None = None
     prompt_batch: int | None = None
     default_context: int = DEFAULT_CONTEXT
     device: str | None = None
@@ -142,14 +145,35 @@ def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: 
             else f"; {format.name} has no sliding window for it"
         )
         raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")
-    cache_type = request.cache_type or next(iter(format.cache_types))
-    if cache_type not in format.cache_types:
-        known = ", ".join(format.cache_types)
-        raise UsageError(f"{format.name} has no KV cache type {cache_type!r}; it has: {known}")
+    keys, values = _cache_types(request, format, checkpoint)
     if encoder is not None and request.prompt_batch is not None and request.prompt_batch < context:
         raise UsageError(
             f"--prompt-batch {request.prompt_batch} is less than a text of --context {context} tokens, which an "
             "encoder reads in one piece; give more, or a shorter --context"
         )
     whole = request.whole_prompts or encoder is not None
-    return ServingRule(context, cache_type, backend, request.prompt_batch, whole)
+    return ServingRule(context, keys, backend, request.prompt_batch, whole, values)
+
+
+def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) -> tuple[str, str]:
+    """Return the types of keys and values.
+
+    Raises:
+        UsageError: the flags contradict each other, or the format has no such type.
+        UnsupportedError: what runs it refuses them for this model.
+    """
+    both, one_sided = request.cache_type, (request.cache_type_k, request.cache_type_v)
+    if both and any(one_sided):
+        raise UsageError(
+            f"--cache-type {both} is of keys and values; leave it out, or  --cache-type-k  and  --cache-type-v"
+        )
+    default = both or next(iter(format.cache_types))
+    keys, values = (name or default for name in one_sided)
+    for name in (keys, values):
+        if name not in format.cache_types:
+            known = ", ".join(format.cache_types)
+            raise UsageError(f"{format.name} has no KV cache type {name!r}; it has: {known}")
+    refused = format.refused_cache(checkpoint.shape.head_dim, keys, values)
+    if refused is not None and checkpoint.shape.generates:
+        raise UnsupportedError(f"no KV cache of {cache_types(keys, values)}: {refused}")
+    return keys, values

@@ -46,7 +46,7 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     table.add_row(
         "runtime",
         f"{serving.context} tokens",
-        f"KV cache {serving.cache_type}, prompts in batches of {serving.prompt_batch}"
+        f"KV cache {serving.cache_types}, prompts in batches of {serving.prompt_batch}"
         if plan.task == "causal"
         else f"a text, {serving.prompt_batch} in a batch of texts",
     )
