@@ -18,6 +18,7 @@ from acip_export.errors import (
     CheckpointError,
     MissingExtraError,
     OutputError,
+    UnacceptedLossError,
     UnsupportedError,
     UsageError,
 )
@@ -97,6 +98,7 @@ def plan_export(
     the best predicted of all.
 
     Raises:
+        UnacceptedLossError: no context of ``max`` has a plan that loses as little as was asked for.
         InfeasibleBudgetError: no layout has a plan that fits; names the smallest budget that does, what dominates it,
             and what would fit.
         ScoreFileError: the score file is of another model.
@@ -113,7 +115,7 @@ def plan_export(
     def problem_of(space: SearchSpace) -> Problem:
         if space.format.tensor_limit(space.options):  # one that is too small is refused before anything is measured
             unmeasured = Problem.of(checkpoint, scores, space)
-            unmeasured.floor(budget.scope, rule.serving(budget, unmeasured.memory))
+            unmeasured.floor(budget.scope, rule.least.serving(budget, unmeasured.memory))
         errors = rounding_errors(checkpoint, scores, space, progress)
         if question.calibrate:
             uncalibrated = errors
@@ -125,21 +127,22 @@ def plan_export(
     calibrated: list[bool] = []
     plans: list[tuple[Plan, Problem]] = []
     refused: list[tuple[Floor, Problem]] = []
-    unsupported: list[UnsupportedError] = []
+    refusals: list[UnacceptedLossError | UnsupportedError] = []
     for space in question.spaces:
         try:
             problem = problem_of(space)
             plans.append((make_plan(problem, budget, rule), problem))
         except DoesNotFit as reason:
             refused.append((reason.floor, problem))
-        except UnsupportedError as reason:
-            unsupported.append(reason)
+        except (UnacceptedLossError, UnsupportedError) as reason:
+            refusals.append(reason)
     if not plans:
         if not refused:
-            raise unsupported[0]
+            raise refusals[0]
         floor, problem = min(refused, key=lambda each: each[0].nbytes)
-        raise infeasible(problem, budget, rule, floor, other_formats(checkpoint, scores, request))
-    best, problem = min(plans, key=lambda planned: planned[0].predicted_loss)
+        raise infeasible(problem, budget, rule.least, floor, other_formats(checkpoint, scores, request))
+    # With a context to be found, the longest.
+    best, problem = min(plans, key=lambda each: (-each[0].serving.context, each[0].predicted_loss))
     if request.candidates > 1:
         best = measured_best(scores, problem, budget, best, request.candidates, progress)
     if len(question.spaces) > 1:
@@ -212,7 +215,7 @@ def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> i
     """Return the smallest budget of the default layout, which needs no rounding errors."""
     question, _ = possible_with(scores, resolve(request, checkpoint))
     problem = Problem.of(checkpoint, scores, question.spaces[0])
-    return problem.floor(question.scope, question.rule.serving(question.budget, problem.memory)).nbytes
+    return problem.floor(question.scope, question.rule.least.serving(question.budget, problem.memory)).nbytes
 
 
 def _prepare(

@@ -132,6 +132,20 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class ContextCost:
+    """What a context takes and leaves of quality at the plan's budget; without a loss, no plan fits.
+
+    Attributes:
+        kv_cache: its bytes.
+    """
+
+    context: Tokens
+    kv_cache: Count
+    predicted_loss: Finite | None = None
+    predicted_perplexity: PositiveFloat | None = None
+
+
+@dataclass(frozen=True)
 class Certificate:
     """What is known about how good the plan is.
 
@@ -145,6 +159,7 @@ class Certificate:
         alternatives: other settings that would give a better plan at the same budget, each planned; for a plan that is
             far off, also what would bring it near.
         refused_types: what the format or its backend ruled out.
+        contexts: what each doubling of the context costs, where the budget covers the cache.
     """
 
     bytes_left: Count
@@ -154,6 +169,7 @@ class Certificate:
     quantization_only_loss: Finite | None = None
     alternatives: tuple[Alternative, ...] = ()
     refused_types: tuple[Refusal, ...] = ()
+    contexts: tuple[ContextCost, ...] = ()
 
 
 @dataclass(frozen=True)

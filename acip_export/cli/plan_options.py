@@ -19,7 +19,7 @@ from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats, format_names
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import Rounding
-from acip_export.units import format_bytes, parse_bytes
+from acip_export.units import format_bytes, parse_bytes, parse_context
 
 if TYPE_CHECKING:
     from acip_export.planning import PlanRequest
@@ -109,8 +109,18 @@ class PlanFlags:
         ),
     ] = None
     context: Annotated[
-        int | None,
-        typer.Option(metavar="TOKENS", help="Of KV cache. Default: the model's, up to 4096.", rich_help_panel=BUDGET),
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Of KV cache: 8192, 8k, max. Default: the model's, up to 4096.\n\n"
+            "max: the longest that fits, in steps of 256, with a predicted loss of at most --max-loss, or 0.01 nats "
+            "more than with 256 tokens.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None
+    max_loss: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="Predicted, that --context max may have.", rich_help_panel=BUDGET),
     ] = None
     cache_type: Annotated[
         str | None,
@@ -188,6 +198,8 @@ class PlanFlags:
         """
         if self.budget is not None:
             raise UsageError("--sweep plans for every budget; leave --budget out")
+        if self.context == "max":
+            raise UsageError("--sweep plans for one context at every budget; name it with  --context 4096")
         device = self._device()
         formats = [self._format(device)] if self.format_ or device else format_names()
         requests = []
@@ -221,7 +233,8 @@ class PlanFlags:
             backend=self.backend and self.backend.lower(),
             layout=layout and layout.lower(),
             types=types,
-            context=self.context,
+            context=None if self.context is None else parse_context(self.context),
+            max_loss=self.max_loss,
             cache_type=self.cache_type and self.cache_type.lower(),
             cache_type_k=self.cache_type_k and self.cache_type_k.lower(),
             cache_type_v=self.cache_type_v and self.cache_type_v.lower(),

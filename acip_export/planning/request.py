@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from acip_export.artifacts.plan import BudgetScope, cache_types
 from acip_export.errors import UnsupportedError, UsageError
@@ -29,7 +30,8 @@ class PlanRequest:
         backend: what computes the export (``cpu``, ``webgpu``, ...); ``None``: the format's default.
         layout: a layout of the format; ``auto``: every one that the runtime runs; ``None``: the runtime's default.
         types: names of the weight types to choose from; empty: the format's defaults.
-        context: tokens; ``None``: the model's, at most ``default_context``.
+        context: tokens; ``None``: the model's, at most ``default_context``; ``max``: the longest that fits the budget.
+        max_loss: the most predicted loss that the longest context may have; ``None``: 0.01 nats more than the shortest.
         cache_type: of the whole KV cache; ``None``: the format's default. cache_type_k, cache_type_v: of its keys or
             values alone.
         prompt_batch: prompt tokens that are computed together; ``None``: chosen to suit the budget.
@@ -52,7 +54,8 @@ class PlanRequest:
     backend: str | None = None
     layout: str | None = None
     types: tuple[str, ...] = ()
-    context: int | None = None
+    context: int | Literal["max"] | None = None
+    max_loss: float | None = None
     cache_type: str | None = None
     cache_type_k: str | None = None
     cache_type_v: str | None = None
@@ -137,7 +140,15 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
 def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: Checkpoint) -> ServingRule:
     encoder = checkpoint.encoder
     longest = format.longest_context(checkpoint.shape) if encoder is None else encoder.max_length
-    context = min(longest, request.default_context) if request.context is None else request.context
+    to_find = request.context == "max"
+    if to_find and encoder is not None:
+        raise UsageError("--context max is for models that generate; an encoder keeps nothing of the texts before")
+    if request.max_loss is not None and not (to_find and request.max_loss > 0):
+        raise UsageError(f"--max-loss {request.max_loss:g} is the most that  --context max  may lose, above 0")
+    if isinstance(request.context, int):
+        context = request.context
+    else:
+        context = longest if to_find else min(longest, request.default_context)
     if not 0 < context <= longest:
         why = (
             ""
@@ -152,7 +163,7 @@ def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: 
             "encoder reads in one piece; give more, or a shorter --context"
         )
     whole = request.whole_prompts or encoder is not None
-    return ServingRule(context, keys, backend, request.prompt_batch, whole, values)
+    return ServingRule(context, keys, backend, request.prompt_batch, whole, values, to_find, request.max_loss)
 
 
 def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) -> tuple[str, str]:
