@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from acip_export.api.cache_types import known_cache_losses, measured_cache_losses
 from acip_export.api.calibration import calibrated_errors
 from acip_export.api.candidates import measured_best
 from acip_export.api.rank import rounding_scores
 from acip_export.api.rounding import rounding_errors, settle_rounding
+from acip_export.artifacts.cache_losses import CacheLosses
 from acip_export.artifacts.names import SWEEP
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
@@ -42,6 +44,7 @@ from acip_export.planning import (
     preset_points,
     resolve,
     sweep,
+    with_best_cache,
 )
 from acip_export.progress import ProgressCallback, silent
 from acip_export.units import format_bytes
@@ -63,7 +66,7 @@ def planning_problem(
     errors = rounding_errors(checkpoint, scores, space, progress)
     if question.calibrate:
         errors, _ = calibrated_errors(checkpoint, scores, space, errors, question.rule, progress)
-    return Problem.of(checkpoint, scores, space, errors)
+    return Problem.of(checkpoint, scores, space, errors, known_cache_losses(scores, space))
 
 
 def possible_with(scores: ScoreFile, question: Question) -> tuple[Question, tuple[str, ...]]:
@@ -122,7 +125,13 @@ def plan_export(
             errors, why_not = calibrated_errors(checkpoint, scores, space, errors, rule, progress)
             notes.extend(note for note in why_not if note not in notes)
             calibrated.append(errors is not uncalibrated)
-        return Problem.of(checkpoint, scores, space, errors)
+        return Problem.of(checkpoint, scores, space, errors, cache_losses(space))
+
+    def cache_losses(space: SearchSpace) -> CacheLosses:
+        if len(question.caches) == 1:
+            return known_cache_losses(scores, space)
+        types = tuple(dict.fromkeys(name for pair in question.caches for name in pair))
+        return measured_cache_losses(checkpoint, scores, space, types, progress)
 
     calibrated: list[bool] = []
     plans: list[tuple[Plan, Problem]] = []
@@ -131,7 +140,8 @@ def plan_export(
     for space in question.spaces:
         try:
             problem = problem_of(space)
-            plans.append((make_plan(problem, budget, rule), problem))
+            chosen = with_best_cache(problem, budget, rule, question.caches)
+            plans.append((make_plan(problem, budget, chosen), problem))
         except DoesNotFit as reason:
             refused.append((reason.floor, problem))
         except (UnacceptedLossError, UnsupportedError) as reason:

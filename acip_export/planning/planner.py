@@ -31,7 +31,20 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule) -> Plan:
         refused_types=refused_types(problem.space, problem.candidates),
         contexts=doublings(problem, budget, rule, plan),
     )
-    return replace(plan, certificate=certificate, notes=(*plan.notes, *gaussian_note(problem, plan)))
+    return replace(
+        plan, certificate=certificate, notes=(*plan.notes, *gaussian_note(problem, plan), *cache_note(problem, plan))
+    )
+
+
+def cache_note(problem: Problem, plan: Plan) -> tuple[str, ...]:
+    """Say so when the prediction leaves out what the KV cache's types cost."""
+    serving = plan.serving
+    own = next(iter(problem.space.format.cache_types))
+    if plan.task != "causal" or problem.cache_losses.loss(serving) is not None or serving.cache_types in (own, "f32"):
+        return ()
+    return (
+        f"the predicted loss leaves out what a KV cache of {serving.cache_types} costs; --cache-type auto  measures it",
+    )
 
 
 def gaussian_note(problem: Problem, plan: Plan) -> tuple[str, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from acip_export.artifacts.plan import BudgetScope, cache_types
 from acip_export.errors import UnsupportedError, UsageError
-from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
+from acip_export.formats.protocol import AUTO, DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.budget import Budget, ServingRule
@@ -32,8 +33,9 @@ class PlanRequest:
         types: names of the weight types to choose from; empty: the format's defaults.
         context: tokens; ``None``: the model's, at most ``default_context``; ``max``: the longest that fits the budget.
         max_loss: the most predicted loss that the longest context may have; ``None``: 0.01 nats more than the shortest.
-        cache_type: of the whole KV cache; ``None``: the format's default. cache_type_k, cache_type_v: of its keys or
-            values alone.
+        cache_type: of the whole KV cache; ``None``: the format's default; ``auto``: what loses least together with the
+            weights, see :func:`acip_export.api.cache_types.measured_cache_losses`. cache_type_k, cache_type_v: of its
+            keys or values alone.
         prompt_batch: prompt tokens that are computed together; ``None``: chosen to suit the budget.
         default_context: the most tokens of context that are planned for without being asked.
         device: the name of the device that the budget is of, if it is of one.
@@ -80,6 +82,7 @@ class Question:
         scope: what a budget covers.
         nbytes: the budget's; ``None``: the question is about all budgets.
         calibrate: as :attr:`PlanRequest.calibrate`.
+        caches: the types of keys and values to choose from; ``rule`` has the first.
     """
 
     spaces: tuple[SearchSpace, ...]
@@ -87,6 +90,7 @@ class Question:
     scope: BudgetScope
     nbytes: int | None
     calibrate: bool
+    caches: tuple[tuple[str, str], ...]
 
     @property
     def space(self) -> SearchSpace:
@@ -128,16 +132,20 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
         SearchSpace(format, layout, types, backend, request.options, request.rounding or "nearest")
         for layout in format.layouts_for(request.layout, request.runtime)
     )
+    caches = _cache_types(request, format, checkpoint)
     return Question(
         spaces,
-        _rule(request, format, backend, checkpoint),
+        _rule(request, caches[0], format, backend, checkpoint),
         request.budget_scope,
         request.budget_bytes,
         request.calibrate,
+        caches,
     )
 
 
-def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: Checkpoint) -> ServingRule:
+def _rule(
+    request: PlanRequest, cache: tuple[str, str], format: ExportFormat, backend: str, checkpoint: Checkpoint
+) -> ServingRule:
     encoder = checkpoint.encoder
     longest = format.longest_context(checkpoint.shape) if encoder is None else encoder.max_length
     to_find = request.context == "max"
@@ -156,7 +164,7 @@ def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: 
             else f"; {format.name} has no sliding window for it"
         )
         raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")
-    keys, values = _cache_types(request, format, checkpoint)
+    keys, values = cache
     if encoder is not None and request.prompt_batch is not None and request.prompt_batch < context:
         raise UsageError(
             f"--prompt-batch {request.prompt_batch} is less than a text of --context {context} tokens, which an "
@@ -166,8 +174,8 @@ def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: 
     return ServingRule(context, keys, backend, request.prompt_batch, whole, values, to_find, request.max_loss)
 
 
-def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) -> tuple[str, str]:
-    """Return the types of keys and values.
+def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) -> tuple[tuple[str, str], ...]:
+    """Return the types of keys and values, every pair of them where they are to be chosen.
 
     Raises:
         UsageError: the flags contradict each other, or the format has no such type.
@@ -180,11 +188,16 @@ def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpo
         )
     default = both or next(iter(format.cache_types))
     keys, values = (name or default for name in one_sided)
-    for name in (keys, values):
+    size = checkpoint.shape.head_dim
+    if AUTO in (keys, values) and not checkpoint.shape.generates:
+        raise UsageError("--cache-type auto is for models that generate; an encoder keeps no KV cache")
+    every_key, every_value = (tuple(format.cache_types) if name == AUTO else (name,) for name in (keys, values))
+    for name in (*every_key, *every_value):
         if name not in format.cache_types:
             known = ", ".join(format.cache_types)
             raise UsageError(f"{format.name} has no KV cache type {name!r}; it has: {known}")
-    refused = format.refused_cache(checkpoint.shape.head_dim, keys, values)
-    if refused is not None and checkpoint.shape.generates:
-        raise UnsupportedError(f"no KV cache of {cache_types(keys, values)}: {refused}")
-    return keys, values
+    pairs = list(product(every_key, every_value))
+    possible = tuple(pair for pair in pairs if not checkpoint.shape.generates or not format.refused_cache(size, *pair))
+    if not possible:
+        raise UnsupportedError(f"no KV cache of {cache_types(*pairs[0])}: {format.refused_cache(size, *pairs[0])}")
+    return possible
