@@ -19,7 +19,7 @@ from acip_export.planning.candidates import Candidates, build_candidates
 from acip_export.planning.capacity_search import Search, Solution, Table
 from acip_export.planning.certificate import loss_of_quantization_alone, low_rank_note, next_upgrade
 from acip_export.planning.export_sizes import ExportSizes
-from acip_export.planning.losses import Calibration, FloatArray, calibrate, component_losses
+from acip_export.planning.losses import FloatArray, MeasuredCuts, component_losses, measured_cuts
 from acip_export.planning.memory import ModelMemory
 from acip_export.planning.space import SearchSpace
 from acip_export.planning.tensor_limit import fitting
@@ -49,7 +49,7 @@ class Problem:
     Attributes:
         errors: what rounding costs, where it was measured on this model.
         candidates: one entry per tensor.
-        calibration: the map from their summed losses to the measured loss.
+        cuts: what the ranking measured.
         dropping: the loss of dropping each component, by module.
         sizes: what decisions take, to the byte.
         cache_losses: what cache types cost; of one that was not measured, nothing is predicted.
@@ -60,7 +60,7 @@ class Problem:
     space: SearchSpace
     errors: RoundingErrors
     candidates: tuple[Candidates, ...]
-    calibration: Calibration
+    cuts: MeasuredCuts
     dropping: Mapping[str, FloatArray]
     sizes: ExportSizes
     cache_losses: CacheLosses
@@ -89,9 +89,9 @@ class Problem:
         errors = errors or RoundingErrors(space.format.name, "", scores.sha256)
         candidates = fitting(build_candidates(checkpoint, scores, losses, space, errors), space)
         sizes = ExportSizes(ModelMemory.of(space.format, checkpoint), space.layout.name)
+        cuts = measured_cuts(scores, losses)
         cache_losses = cache_losses or CacheLosses(space.format.name, "", scores.sha256)
-        calibration = calibrate(scores, losses)
-        return cls(checkpoint, scores, space, errors, candidates, calibration, losses, sizes, cache_losses)
+        return cls(checkpoint, scores, space, errors, candidates, cuts, losses, sizes, cache_losses)
 
     @property
     def memory(self) -> ModelMemory:
@@ -157,11 +157,10 @@ class Problem:
 
     def _loss(self, of_weights: float, serving: Serving) -> float:
         """Return what weights and cache lose together."""
-        return self.calibration.loss(of_weights) + (self.cache_losses.loss(serving) or 0.0)
+        return of_weights + (self.cache_losses.loss(serving) or 0.0)
 
     def _certificate(self, solution: Solution, left: int, serving: Serving) -> Certificate:
-        bound = self._loss(max(0.0, solution.allocation.lower_bound), serving)
-        return Certificate(left, bound)
+        return Certificate(left, self._loss(max(0.0, solution.allocation.lower_bound), serving))
 
     def _compared(self, certificate: Certificate, table: Table, solution: Solution, serving: Serving) -> Certificate:
         """Add the next upgrade, and what quantization alone would reach."""
@@ -197,9 +196,7 @@ class Problem:
             files=solution.files,
             breakdown=self.memory.breakdown(solution.decisions, solution.file_bytes, serving),
             predicted_loss=loss,
-            predicted_perplexity=exp(min(self.calibration.dense_loss + loss, 700.0))
-            if scores.task == "causal"
-            else None,
+            predicted_perplexity=exp(min(self.cuts.dense_loss + loss, 700.0)) if scores.task == "causal" else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
             adapters=self._adapters(solution.decisions),
             serving=serving,
@@ -218,7 +215,7 @@ class Problem:
             if decision.kept is not None:
                 losses = self.dropping[decision.module]
                 dropped += float(losses.sum() - sum(losses[start:stop].sum() for start, stop in decision.kept))
-        return dropped > 0 and self.calibration.adapters(dropped)
+        return dropped > 0 and self.cuts.adapters(dropped)
 
 
 @dataclass(frozen=True, eq=False)
