@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Literal
 
 from acip_export.errors import UsageError
 
@@ -40,6 +41,20 @@ def parse_bytes(text: str, what: str = "budget", whole: Callable[[], int] | None
     if sign == "-" or value == 0:
         raise UsageError(f"{what} {text!r} must be more than zero bytes")
     return value
+
+
+def parse_context(text: str) -> int | Literal["max"]:
+    """Read ``"8192"``, ``"8k"`` (1024 each) or ``"max"`` as tokens.
+
+    Raises:
+        UsageError: none of these.
+    """
+    if text.strip().lower() == "max":
+        return "max"
+    match = re.fullmatch(r"([+-]?\d+)\s*(k?)", text.strip().lower())
+    if match is None:
+        raise UsageError(f"--context {text!r} is no number of tokens; write for example 8192, 8k or max")
+    return int(match[1]) * (1024 if match[2] else 1)
 
 
 def parse_seconds(text: str, what: str = "time") -> float:

@@ -187,7 +187,7 @@ def row(name: str, case: Case, plan: Plan, predicted: int, figures: ProcessFigur
         "layout": case.layout,
         "formats": f"{case.layers}, {case.embedding}" + (f", rank {case.rank}" if case.rank else ""),
         "context": plan.serving.context,
-        "cache_type": plan.serving.cache_type,
+        "cache_type": plan.serving.cache_types,
         "prompt_batch": plan.serving.prompt_batch,
         "runtime": figures.runtime,
         "breakdown": dict(plan.breakdown),

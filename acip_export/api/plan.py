@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from acip_export.api.cache_types import known_cache_losses, measured_cache_losses
 from acip_export.api.calibration import calibrated_errors
 from acip_export.api.candidates import measured_best
 from acip_export.api.rank import rounding_scores
 from acip_export.api.rounding import rounding_errors, settle_rounding
+from acip_export.artifacts.cache_losses import CacheLosses
 from acip_export.artifacts.names import SWEEP
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
@@ -18,6 +20,7 @@ from acip_export.errors import (
     CheckpointError,
     MissingExtraError,
     OutputError,
+    UnacceptedLossError,
     UnsupportedError,
     UsageError,
 )
@@ -41,6 +44,7 @@ from acip_export.planning import (
     preset_points,
     resolve,
     sweep,
+    with_best_cache,
 )
 from acip_export.progress import ProgressCallback, silent
 from acip_export.units import format_bytes
@@ -62,7 +66,7 @@ def planning_problem(
     errors = rounding_errors(checkpoint, scores, space, progress)
     if question.calibrate:
         errors, _ = calibrated_errors(checkpoint, scores, space, errors, question.rule, progress)
-    return Problem.of(checkpoint, scores, space, errors)
+    return Problem.of(checkpoint, scores, space, errors, known_cache_losses(scores, space))
 
 
 def possible_with(scores: ScoreFile, question: Question) -> tuple[Question, tuple[str, ...]]:
@@ -97,6 +101,7 @@ def plan_export(
     the best predicted of all.
 
     Raises:
+        UnacceptedLossError: no context of ``max`` has a plan that loses as little as was asked for.
         InfeasibleBudgetError: no layout has a plan that fits; names the smallest budget that does, what dominates it,
             and what would fit.
         ScoreFileError: the score file is of another model.
@@ -113,33 +118,41 @@ def plan_export(
     def problem_of(space: SearchSpace) -> Problem:
         if space.format.tensor_limit(space.options):  # one that is too small is refused before anything is measured
             unmeasured = Problem.of(checkpoint, scores, space)
-            unmeasured.floor(budget.scope, rule.serving(budget, unmeasured.memory))
+            unmeasured.floor(budget.scope, rule.least.serving(budget, unmeasured.memory))
         errors = rounding_errors(checkpoint, scores, space, progress)
         if question.calibrate:
             uncalibrated = errors
             errors, why_not = calibrated_errors(checkpoint, scores, space, errors, rule, progress)
             notes.extend(note for note in why_not if note not in notes)
             calibrated.append(errors is not uncalibrated)
-        return Problem.of(checkpoint, scores, space, errors)
+        return Problem.of(checkpoint, scores, space, errors, cache_losses(space))
+
+    def cache_losses(space: SearchSpace) -> CacheLosses:
+        if len(question.caches) == 1:
+            return known_cache_losses(scores, space)
+        types = tuple(dict.fromkeys(name for pair in question.caches for name in pair))
+        return measured_cache_losses(checkpoint, scores, space, types, progress)
 
     calibrated: list[bool] = []
     plans: list[tuple[Plan, Problem]] = []
     refused: list[tuple[Floor, Problem]] = []
-    unsupported: list[UnsupportedError] = []
+    refusals: list[UnacceptedLossError | UnsupportedError] = []
     for space in question.spaces:
         try:
             problem = problem_of(space)
-            plans.append((make_plan(problem, budget, rule), problem))
+            chosen = with_best_cache(problem, budget, rule, question.caches)
+            plans.append((make_plan(problem, budget, chosen), problem))
         except DoesNotFit as reason:
             refused.append((reason.floor, problem))
-        except UnsupportedError as reason:
-            unsupported.append(reason)
+        except (UnacceptedLossError, UnsupportedError) as reason:
+            refusals.append(reason)
     if not plans:
         if not refused:
-            raise unsupported[0]
+            raise refusals[0]
         floor, problem = min(refused, key=lambda each: each[0].nbytes)
-        raise infeasible(problem, budget, rule, floor, other_formats(checkpoint, scores, request))
-    best, problem = min(plans, key=lambda planned: planned[0].predicted_loss)
+        raise infeasible(problem, budget, rule.least, floor, other_formats(checkpoint, scores, request))
+    # With a context to be found, the longest.
+    best, problem = min(plans, key=lambda each: (-each[0].serving.context, each[0].predicted_loss))
     if request.candidates > 1:
         best = measured_best(scores, problem, budget, best, request.candidates, progress)
     if len(question.spaces) > 1:
@@ -175,6 +188,8 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
         "types": request.types,
         "layout": request.layout,
         "cache-type": request.cache_type,
+        "cache-type-k": request.cache_type_k,
+        "cache-type-v": request.cache_type_v,
         "runtime": request.runtime,
         "format": request.backend,
         **{name.replace("_", "-"): value for name, value in request.options.items()},
@@ -189,6 +204,8 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
                 types=(),
                 layout=None,
                 cache_type=None,
+                cache_type_k=None,
+                cache_type_v=None,
                 runtime=None,
                 backend=None,
                 options={},
@@ -208,7 +225,7 @@ def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> i
     """Return the smallest budget of the default layout, which needs no rounding errors."""
     question, _ = possible_with(scores, resolve(request, checkpoint))
     problem = Problem.of(checkpoint, scores, question.spaces[0])
-    return problem.floor(question.scope, question.rule.serving(question.budget, problem.memory)).nbytes
+    return problem.floor(question.scope, question.rule.least.serving(question.budget, problem.memory)).nbytes
 
 
 def _prepare(
@@ -291,7 +308,8 @@ def planned_sizes(
         layout=plan.layout,
         types=types,
         context=serving.context,
-        cache_type=serving.cache_type,
+        cache_type_k=serving.cache_type_k,
+        cache_type_v=serving.cache_type_v,
         backend=serving.backend,
         prompt_batch=serving.prompt_batch,
         options=plan.options,

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from acip_export.api.opening import Location, open_model, open_scores
 from acip_export.artifacts.plan import BudgetScope, Plan
@@ -102,8 +102,11 @@ def plan(
     types: Sequence[str] = (),
     runtime: str | None = None,
     backend: str | None = None,
-    context: int | None = None,
+    context: int | Literal["max"] | None = None,
+    max_loss: float | None = None,
     cache_type: str | None = None,
+    cache_type_k: str | None = None,
+    cache_type_v: str | None = None,
     prompt_batch: int | None = None,
     rounding: Rounding | None = None,
     calibrate: bool = True,
@@ -122,8 +125,10 @@ def plan(
             files, cache and buffers; ``process``: the runtime too; ``file``: only the files.
         format: ``gguf``, ``onnx``, or an installed one. layout, types, runtime, backend: of the format;
             ``acip-export formats`` lists them.
-        context: tokens of KV cache; ``None``: the model's, at most 4096. cache_type: of the cache. prompt_batch: prompt
-            tokens processed together; ``None``: suits the budget.
+        context: tokens of KV cache; ``None``: the model's, at most 4096; ``max``: the longest that fits with a
+            predicted loss of at most ``max_loss``, or, without, of 0.01 nats more than the shortest.
+        cache_type: of the cache; cache_type_k, cache_type_v: of its keys or its values alone.
+        prompt_batch: prompt tokens processed together; ``None``: suits the budget.
         rounding: ``feedback`` carries the error of each weight to those that are rounded after it, ``nearest`` does
             not; ``None``: ``feedback`` where format and score file allow it.
         calibrate: scale predictions to what rounding each class of layers was measured to cost; the first plan of a
@@ -150,7 +155,10 @@ def plan(
         layout=layout,
         types=tuple(types),
         context=context,
+        max_loss=max_loss,
         cache_type=cache_type,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
         prompt_batch=prompt_batch,
         rounding=rounding,
         calibrate=calibrate,

@@ -81,15 +81,30 @@ class Serving:
 
     Attributes:
         context: tokens of KV cache.
-        cache_type: ``f32``, ``f16`` or ``q8_0``.
+        cache_type_k, cache_type_v: of its keys and its values, each one of the format's; values not said are as keys.
         prompt_batch: tokens of a prompt that are processed together (llama.cpp ``n_ubatch``, genai ``chunk_size``).
         backend: what computes inside the runtime; see :class:`acip_export.formats.protocol.Backend`.
     """
 
     context: Tokens
-    cache_type: Name
+    cache_type_k: Name
     prompt_batch: Tokens
     backend: Name = "cpu"
+    cache_type_v: Name = ""
+
+    def __post_init__(self) -> None:
+        if not self.cache_type_v:
+            object.__setattr__(self, "cache_type_v", self.cache_type_k)
+
+    @property
+    def cache_types(self) -> str:
+        """Both types as people read them: ``q8_0``, or ``q8_0 (K), q4_0 (V)``."""
+        return cache_types(self.cache_type_k, self.cache_type_v)
+
+
+def cache_types(keys: str, values: str) -> str:
+    """Return two types of a KV cache as people read them: ``q8_0``, or ``q8_0 (K), q4_0 (V)``."""
+    return keys if keys == values else f"{keys} (K), {values} (V)"
 
 
 @dataclass(frozen=True)
@@ -117,6 +132,20 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class ContextCost:
+    """What a context takes and leaves of quality at the plan's budget; without a loss, no plan fits.
+
+    Attributes:
+        kv_cache: its bytes.
+    """
+
+    context: Tokens
+    kv_cache: Count
+    predicted_loss: Finite | None = None
+    predicted_perplexity: PositiveFloat | None = None
+
+
+@dataclass(frozen=True)
 class Certificate:
     """What is known about how good the plan is.
 
@@ -130,6 +159,7 @@ class Certificate:
         alternatives: other settings that would give a better plan at the same budget, each planned; for a plan that is
             far off, also what would bring it near.
         refused_types: what the format or its backend ruled out.
+        contexts: what each doubling of the context costs, where the budget covers the cache.
     """
 
     bytes_left: Count
@@ -139,6 +169,7 @@ class Certificate:
     quantization_only_loss: Finite | None = None
     alternatives: tuple[Alternative, ...] = ()
     refused_types: tuple[Refusal, ...] = ()
+    contexts: tuple[ContextCost, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats, format_names
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import Rounding
-from acip_export.units import format_bytes, parse_bytes
+from acip_export.units import format_bytes, parse_bytes, parse_context
 
 if TYPE_CHECKING:
     from acip_export.planning import PlanRequest
@@ -109,11 +109,33 @@ class PlanFlags:
         ),
     ] = None
     context: Annotated[
-        int | None,
-        typer.Option(metavar="TOKENS", help="Of KV cache. Default: the model's, up to 4096.", rich_help_panel=BUDGET),
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Of KV cache: 8192, 8k, max. Default: the model's, up to 4096.\n\n"
+            "max: the longest that fits, in steps of 256, with a predicted loss of at most --max-loss, or 0.01 nats "
+            "more than with 256 tokens.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None
+    max_loss: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="Predicted, that --context max may have.", rich_help_panel=BUDGET),
     ] = None
     cache_type: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="Type of the KV cache.", rich_help_panel=BUDGET)
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Of the KV cache; auto: loses least.\n\nacip-export formats  lists them. auto measures once what each "
+            "costs, in the runtime on held-out text: a few seconds a type and 100 million parameters.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None
+    cache_type_k: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of its keys alone.", rich_help_panel=BUDGET)
+    ] = None
+    cache_type_v: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of its values alone.", rich_help_panel=BUDGET)
     ] = None
     prompt_batch: Annotated[
         int | None,
@@ -181,6 +203,10 @@ class PlanFlags:
         """
         if self.budget is not None:
             raise UsageError("--sweep plans for every budget; leave --budget out")
+        if "auto" in (self.cache_type, self.cache_type_k, self.cache_type_v):
+            raise UsageError("--sweep plans for one KV cache at every budget; name its type in place of auto")
+        if self.context == "max":
+            raise UsageError("--sweep plans for one context at every budget; name it with  --context 4096")
         device = self._device()
         formats = [self._format(device)] if self.format_ or device else format_names()
         requests = []
@@ -214,8 +240,11 @@ class PlanFlags:
             backend=self.backend and self.backend.lower(),
             layout=layout and layout.lower(),
             types=types,
-            context=self.context,
+            context=None if self.context is None else parse_context(self.context),
+            max_loss=self.max_loss,
             cache_type=self.cache_type and self.cache_type.lower(),
+            cache_type_k=self.cache_type_k and self.cache_type_k.lower(),
+            cache_type_v=self.cache_type_v and self.cache_type_v.lower(),
             prompt_batch=self.prompt_batch,
             default_context=DEFAULT_CONTEXT if device is None else device.context,
             device=None if device is None else device.name,

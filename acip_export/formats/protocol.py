@@ -245,7 +245,7 @@ class ExportFormat(ABC):
         embedding_types: types that the embedding (and a head tied to it) may take.
         narrow_types: types with smaller blocks, which join the default ones for rows that not all of those fit.
         vector_type: type of norms and biases.
-        cache_types: bytes of a KV cache entry as ``(numerator, denominator)``; the first is the default.
+        cache_types: bytes of the numbers of a KV cache as ``(numerator, denominator)``; the first is the default.
         layouts: the first is the default.
         runtimes: the layouts that each runtime runs, its default first; the first runtime is the default.
         float_tolerance: how far logits of an export with float weights may be from the bundle's.
@@ -376,6 +376,10 @@ class ExportFormat(ABC):
         """Return the tokens up to which the runtime computes what the model does."""
         return longest_context(shape, self.applies_window(shape))
 
+    def refused_cache(self, head_size: int, keys: str, values: str) -> str | None:  # noqa: ARG002
+        """Return why the runtime has no KV cache of these types for heads of so many numbers, and what is possible."""
+        return None if keys == values else f"{self.name} keeps keys and values in one type"
+
     def tensor_limit(self, options: Mapping[str, str]) -> TensorLimit | None:  # noqa: ARG002 - for formats that split
         """Return the limit that the user's options put on a tensor; ``None``: none."""
         return None
@@ -385,7 +389,7 @@ class ExportFormat(ABC):
         return ()
 
     def is_exact(self, plan: Plan) -> bool:
-        """Tell whether every matrix of a plan keeps its numbers, but for those of an all-zero base."""
+        """Tell whether a plan keeps all numbers: every matrix, but for those of an all-zero base, and the KV cache."""
         base = self.layout(plan.layout).base_type
         used = {name for d in plan.tensors for name in (d.type, d.up_type, d.down_type) if name and name != base}
         return all(self.type(name).relative_mse == 0 for name in used)

@@ -17,6 +17,8 @@ _LEAST_BATCH = 8
 _MOST_SUGGESTIONS = 3
 # A part of the memory that takes less than this share of the budget holds nothing back.
 _NOTEWORTHY = 0.02
+# Bytes of a number in the KV cache from which on its rounding is next to nothing (docs/memory.md).
+_HARMLESS_CACHE = 1.0
 # How exactly the budget is looked for that a plan needs to be near the dense model.
 _BUDGET_STEP = 1.03
 
@@ -95,13 +97,15 @@ def mended(
     ``settings`` the longest context that does at this one."""
     found = []
     if settings and budget.scope != "file" and problem.checkpoint.shape.generates:
-        cache = _smaller_cache(problem, plan.serving.cache_type) or plan.serving.cache_type
+        serving = plan.serving
+        smaller = _smaller_cache(problem, serving.cache_type_k, serving.cache_type_v)
+        keys, values = (smaller, smaller) if smaller else (serving.cache_type_k, serving.cache_type_v)
         for context in (plan.serving.context, *_shorter(plan.serving.context)):
             batch = min(_LEAST_BATCH, plan.serving.prompt_batch)
-            serving = replace(plan.serving, context=context, cache_type=cache, prompt_batch=batch)
-            changed = problem.plan(budget, serving, exact=False)
+            leaner = replace(serving, context=context, cache_type_k=keys, cache_type_v=values, prompt_batch=batch)
+            changed = problem.plan(budget, leaner, exact=False)
             if not changed.far_off:
-                flags = f"--context {context} --cache-type {cache} --prompt-batch {batch}"
+                flags = f"--context {context} {_cache_flags(keys, values)} --prompt-batch {batch}"
                 found.append(Alternative(flags, changed.predicted_loss, changed.predicted_perplexity))
                 break
     larger = _near_budget(problem, budget, rule)
@@ -133,9 +137,9 @@ def _leaner(problem: Problem, plan: Plan, noteworthy: float) -> Iterator[tuple[s
         return
     serving = plan.serving
     if plan.breakdown["kv_cache"] > noteworthy:
-        cache = _smaller_cache(problem, serving.cache_type)
+        cache = _smaller_cache(problem, serving.cache_type_k, serving.cache_type_v)
         if cache is not None:
-            yield f"--cache-type {cache}", replace(serving, cache_type=cache)
+            yield f"--cache-type {cache}", replace(serving, cache_type_k=cache, cache_type_v=cache)
         if serving.context > _LEAST_CONTEXT:
             half = serving.context // 2
             yield f"--context {half}", replace(serving, context=half, prompt_batch=min(half, serving.prompt_batch))
@@ -184,9 +188,10 @@ def _changes(problem: Problem, budget: Budget, rule: ServingRule) -> Iterator[_C
             yield _Change("types", f"--types {names}", with_defaults, rule)
     if budget.scope == "file":
         return
-    cache = _smaller_cache(problem, rule.cache_type)
-    if cache is not None:
-        yield _Change("cache", f"--cache-type {cache}", problem, replace(rule, cache_type=cache))
+    caches = _smaller_caches(problem, rule.cache_type_k, rule.cache_type_v)
+    for cache in caches:
+        smaller = replace(rule, cache_type_k=cache, cache_type_v=cache)
+        yield _Change("cache", f"--cache-type {cache}", problem, smaller)
     if not problem.checkpoint.shape.generates:
         return
     small_batch = replace(rule, prompt_batch=_LEAST_BATCH)
@@ -194,10 +199,11 @@ def _changes(problem: Problem, budget: Budget, rule: ServingRule) -> Iterator[_C
         yield _Change("batch", f"--prompt-batch {_LEAST_BATCH}", problem, small_batch)
     for context in _shorter(rule.context):
         yield _Change("context", f"--context {context}", problem, replace(rule, context=context))
-    if cache is not None:
+    for cache in caches:
         for context in _shorter(rule.context):
             flags = f"--context {context} --cache-type {cache} --prompt-batch {_LEAST_BATCH}"
-            yield _Change("all", flags, problem, replace(small_batch, context=context, cache_type=cache))
+            leaner = replace(small_batch, context=context, cache_type_k=cache, cache_type_v=cache)
+            yield _Change("all", flags, problem, leaner)
 
 
 def _shorter(context: int) -> Iterator[int]:
@@ -206,8 +212,28 @@ def _shorter(context: int) -> Iterator[int]:
         yield context
 
 
-def _smaller_cache(problem: Problem, cache_type: str) -> str | None:
-    """Return the smallest cache type, if it is smaller than ``cache_type``."""
-    sizes = {name: numerator / bits for name, (numerator, bits) in problem.space.format.cache_types.items()}
-    smallest = min(sizes, key=lambda name: sizes[name])
-    return smallest if sizes[smallest] < sizes[cache_type] else None
+def _smaller_cache(problem: Problem, keys: str, values: str) -> str | None:
+    """Return the smallest type that loses next to nothing, if it is smaller than those of keys and values."""
+    types = _smaller_caches(problem, keys, values)
+    return types[0] if types and _cache_bytes(problem, types[0]) >= _HARMLESS_CACHE else None
+
+
+def _smaller_caches(problem: Problem, keys: str, values: str) -> list[str]:
+    """Return types that make a smaller cache: the smallest that loses next to nothing, and the smallest of all."""
+    format, size = problem.space.format, problem.checkpoint.shape.head_dim
+    present = _cache_bytes(problem, keys) + _cache_bytes(problem, values)
+    sizes = {
+        name: _cache_bytes(problem, name) for name in format.cache_types if not format.refused_cache(size, name, name)
+    }
+    smaller = {name: size for name, size in sizes.items() if 2 * size < present}
+    harmless = {name: size for name, size in smaller.items() if size >= _HARMLESS_CACHE}
+    return list(dict.fromkeys(min(each, key=lambda name: each[name]) for each in (harmless, smaller) if each))
+
+
+def _cache_bytes(problem: Problem, cache_type: str) -> float:
+    numerator, denominator = problem.space.format.cache_types[cache_type]
+    return numerator / denominator
+
+
+def _cache_flags(keys: str, values: str) -> str:
+    return f"--cache-type {keys}" if keys == values else f"--cache-type-k {keys} --cache-type-v {values}"

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from acip_export.artifacts.plan import BudgetScope, Serving
 from acip_export.planning.memory import ModelMemory
 
+# Contexts that are looked for are multiples of it: llama.cpp's caches are.
+CONTEXT_STEP = 256
 # The prompt batches that are chosen from, the largest first.
 _PROMPT_BATCHES = (512, 256, 128, 64, 32, 16, 8)
 
@@ -24,19 +26,30 @@ class ServingRule:
     """Serving settings that are known before the budget, and how the prompt batch follows from it.
 
     Attributes:
+        cache_type_k, cache_type_v: as those of :class:`~acip_export.artifacts.plan.Serving`.
         prompt_batch: the user's; ``None``: chosen to suit each budget.
         whole_prompts: a prompt batch that is not the user's is the whole context.
+        longest: the context is the longest up to ``context`` whose plan loses at most ``most_loss``; see
+            :func:`acip_export.planning.context.settled`.
     """
 
     context: int
-    cache_type: str
+    cache_type_k: str
     backend: str
     prompt_batch: int | None = None
     whole_prompts: bool = False
+    cache_type_v: str = ""
+    longest: bool = False
+    most_loss: float | None = None
+
+    @property
+    def least(self) -> ServingRule:
+        """The rule with the shortest context that it may mean."""
+        return replace(self, context=min(CONTEXT_STEP, self.context), longest=False) if self.longest else self
 
     def serving(self, budget: Budget, memory: ModelMemory) -> Serving:
         """Return the settings that suit ``budget``."""
-        longest = Serving(self.context, self.cache_type, self.context, self.backend)
+        longest = Serving(self.context, self.cache_type_k, self.context, self.backend, self.cache_type_v)
         batch = self.prompt_batch
         if batch is None:
             batch = self.context if self.whole_prompts else _prompt_batch(budget, memory, longest)
@@ -47,7 +60,7 @@ class ServingRule:
         batch = self.prompt_batch
         if batch is None:
             batch = self.context if self.whole_prompts else min(prompt_batch, self.context)
-        return Serving(self.context, self.cache_type, batch, self.backend)
+        return Serving(self.context, self.cache_type_k, batch, self.backend, self.cache_type_v)
 
 
 def _prompt_batch(budget: Budget, memory: ModelMemory, longest: Serving) -> int:

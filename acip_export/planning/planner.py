@@ -8,6 +8,7 @@ from acip_export.artifacts.plan import Plan
 from acip_export.planning.advice import alternatives, mended
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.certificate import refused_types
+from acip_export.planning.context import doublings, settled
 from acip_export.planning.problem import Problem
 
 
@@ -15,9 +16,11 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule) -> Plan:
     """Return the plan of least predicted loss whose exact bytes are within the budget, and why it is not better.
 
     Raises:
+        UnacceptedLossError: no context has a plan that loses as little as was asked for.
         DoesNotFit: no plan fits; :func:`acip_export.planning.advice.infeasible` explains it to the user.
         UnsupportedError: the format cannot express a decision.
     """
+    rule = settled(problem, budget, rule)
     plan = problem.plan(budget, rule.serving(budget, problem.memory))
     better = alternatives(problem, budget, plan)
     if plan.far_off is not None:
@@ -26,8 +29,22 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule) -> Plan:
         plan.certificate,
         alternatives=better,
         refused_types=refused_types(problem.space, problem.candidates),
+        contexts=doublings(problem, budget, rule, plan),
     )
-    return replace(plan, certificate=certificate, notes=(*plan.notes, *gaussian_note(problem, plan)))
+    return replace(
+        plan, certificate=certificate, notes=(*plan.notes, *gaussian_note(problem, plan), *cache_note(problem, plan))
+    )
+
+
+def cache_note(problem: Problem, plan: Plan) -> tuple[str, ...]:
+    """Say so when the prediction leaves out what the KV cache's types cost."""
+    serving = plan.serving
+    own = next(iter(problem.space.format.cache_types))
+    if plan.task != "causal" or problem.cache_losses.loss(serving) is not None or serving.cache_types in (own, "f32"):
+        return ()
+    return (
+        f"the predicted loss leaves out what a KV cache of {serving.cache_types} costs; --cache-type auto  measures it",
+    )
 
 
 def gaussian_note(problem: Problem, plan: Plan) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from math import exp
 
 import numpy as np
 
+from acip_export.artifacts.cache_losses import CacheLosses
 from acip_export.artifacts.plan import BudgetScope, Certificate, Plan, Serving, TensorDecision
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
@@ -51,6 +52,7 @@ class Problem:
         cuts: what the ranking measured.
         dropping: the loss of dropping each component, by module.
         sizes: what decisions take, to the byte.
+        cache_losses: what cache types cost; of one that was not measured, nothing is predicted.
     """
 
     checkpoint: Checkpoint
@@ -61,6 +63,7 @@ class Problem:
     cuts: MeasuredCuts
     dropping: Mapping[str, FloatArray]
     sizes: ExportSizes
+    cache_losses: CacheLosses
 
     @classmethod
     def of(
@@ -69,11 +72,13 @@ class Problem:
         scores: ScoreFile,
         space: SearchSpace,
         errors: RoundingErrors | None = None,
+        cache_losses: CacheLosses | None = None,
     ) -> Problem:
         """Make every candidate of a search space.
 
         Args:
             errors: what rounding costs, measured on this model; ``None``: as on Gaussian weights.
+            cache_losses: what cache types cost, as far as it was measured.
 
         Raises:
             ScoreFileError: the score file is of another model.
@@ -84,7 +89,9 @@ class Problem:
         errors = errors or RoundingErrors(space.format.name, "", scores.sha256)
         candidates = fitting(build_candidates(checkpoint, scores, losses, space, errors), space)
         sizes = ExportSizes(ModelMemory.of(space.format, checkpoint), space.layout.name)
-        return cls(checkpoint, scores, space, errors, candidates, measured_cuts(scores, losses), losses, sizes)
+        cuts = measured_cuts(scores, losses)
+        cache_losses = cache_losses or CacheLosses(space.format.name, "", scores.sha256)
+        return cls(checkpoint, scores, space, errors, candidates, cuts, losses, sizes, cache_losses)
 
     @property
     def memory(self) -> ModelMemory:
@@ -101,7 +108,8 @@ class Problem:
         Raises:
             UsageError, UnsupportedError: a tensor has no candidate.
         """
-        return Problem.of(self.checkpoint, self.scores, replace(self.space, types=types))
+        space = replace(self.space, types=types)
+        return Problem.of(self.checkpoint, self.scores, space, cache_losses=self.cache_losses)
 
     def plan(self, budget: Budget, serving: Serving, *, exact: bool = True) -> Plan:
         """Return the plan of least predicted loss whose exact bytes are within the budget.
@@ -117,16 +125,16 @@ class Problem:
         solution = search.best(room, exact=exact)
         if solution is None:
             raise DoesNotFit(self.floor(budget.scope, serving))
-        certificate = self._certificate(solution, room - solution.used)
+        certificate = self._certificate(solution, room - solution.used, serving)
         if exact:
-            certificate = self._compared(certificate, search.table, solution)
+            certificate = self._compared(certificate, search.table, solution, serving)
         return self._plan(solution, budget, serving, certificate, compared=exact)
 
     def largest(self, scope: BudgetScope, serving: Serving) -> Plan:
         """Return the plan that no larger budget improves; its budget is what it uses."""
         solution = self._searches.search(scope, serving).largest()
         budget = Budget(solution.used + self.memory.fixed(scope, serving), scope)
-        return self._plan(solution, budget, serving, self._certificate(solution, 0), compared=False)
+        return self._plan(solution, budget, serving, self._certificate(solution, 0, serving), compared=False)
 
     def floor(self, scope: BudgetScope, serving: Serving) -> Floor:
         """Return the smallest budget that has a plan."""
@@ -147,10 +155,14 @@ class Problem:
     def _searches(self) -> _Searches:
         return _Searches(self.candidates, self.space, self.sizes)
 
-    def _certificate(self, solution: Solution, left: int) -> Certificate:
-        return Certificate(left, max(0.0, solution.allocation.lower_bound))
+    def _loss(self, of_weights: float, serving: Serving) -> float:
+        """Return what weights and cache lose together."""
+        return of_weights + (self.cache_losses.loss(serving) or 0.0)
 
-    def _compared(self, certificate: Certificate, table: Table, solution: Solution) -> Certificate:
+    def _certificate(self, solution: Solution, left: int, serving: Serving) -> Certificate:
+        return Certificate(left, self._loss(max(0.0, solution.allocation.lower_bound), serving))
+
+    def _compared(self, certificate: Certificate, table: Table, solution: Solution, serving: Serving) -> Certificate:
         """Add the next upgrade, and what quantization alone would reach."""
         upgrade = next_upgrade(table, solution, certificate.bytes_left)
         alone: float | None = solution.allocation.loss
@@ -160,14 +172,14 @@ class Problem:
             certificate,
             next_upgrade=None if upgrade is None else upgrade.decision,
             next_upgrade_bytes=None if upgrade is None else upgrade.nbytes,
-            quantization_only_loss=alone,
+            quantization_only_loss=None if alone is None else self._loss(alone, serving),
         )
 
     def _plan(
         self, solution: Solution, budget: Budget, serving: Serving, certificate: Certificate, *, compared: bool
     ) -> Plan:
         space, checkpoint, scores = self.space, self.checkpoint, self.scores
-        loss = solution.allocation.loss
+        loss = self._loss(solution.allocation.loss, serving)
         note = None
         if space.layout.low_rank is not None:
             note = low_rank_note(solution, certificate, loss, scores.loss_unit, compared=compared)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal
 
-from acip_export.artifacts.plan import BudgetScope
-from acip_export.errors import UsageError
-from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
+from acip_export.artifacts.plan import BudgetScope, cache_types
+from acip_export.errors import UnsupportedError, UsageError
+from acip_export.formats.protocol import AUTO, DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.budget import Budget, ServingRule
@@ -29,8 +31,11 @@ class PlanRequest:
         backend: what computes the export (``cpu``, ``webgpu``, ...); ``None``: the format's default.
         layout: a layout of the format; ``auto``: every one that the runtime runs; ``None``: the runtime's default.
         types: names of the weight types to choose from; empty: the format's defaults.
-        context: tokens; ``None``: the model's, at most ``default_context``.
-        cache_type: the type of the KV cache; ``None``: the format's default.
+        context: tokens; ``None``: the model's, at most ``default_context``; ``max``: the longest that fits the budget.
+        max_loss: the most predicted loss that the longest context may have; ``None``: 0.01 nats more than the shortest.
+        cache_type: of the whole KV cache; ``None``: the format's default; ``auto``: what loses least together with the
+            weights, see :func:`acip_export.api.cache_types.measured_cache_losses`. cache_type_k, cache_type_v: of its
+            keys or values alone.
         prompt_batch: prompt tokens that are computed together; ``None``: chosen to suit the budget.
         default_context: the most tokens of context that are planned for without being asked.
         device: the name of the device that the budget is of, if it is of one.
@@ -51,8 +56,11 @@ class PlanRequest:
     backend: str | None = None
     layout: str | None = None
     types: tuple[str, ...] = ()
-    context: int | None = None
+    context: int | Literal["max"] | None = None
+    max_loss: float | None = None
     cache_type: str | None = None
+    cache_type_k: str | None = None
+    cache_type_v: str | None = None
     prompt_batch: int | None = None
     default_context: int = DEFAULT_CONTEXT
     device: str | None = None
@@ -74,6 +82,7 @@ class Question:
         scope: what a budget covers.
         nbytes: the budget's; ``None``: the question is about all budgets.
         calibrate: as :attr:`PlanRequest.calibrate`.
+        caches: the types of keys and values to choose from; ``rule`` has the first.
     """
 
     spaces: tuple[SearchSpace, ...]
@@ -81,6 +90,7 @@ class Question:
     scope: BudgetScope
     nbytes: int | None
     calibrate: bool
+    caches: tuple[tuple[str, str], ...]
 
     @property
     def space(self) -> SearchSpace:
@@ -122,19 +132,31 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
         SearchSpace(format, layout, types, backend, request.options, request.rounding or "nearest")
         for layout in format.layouts_for(request.layout, request.runtime)
     )
+    caches = _cache_types(request, format, checkpoint)
     return Question(
         spaces,
-        _rule(request, format, backend, checkpoint),
+        _rule(request, caches[0], format, backend, checkpoint),
         request.budget_scope,
         request.budget_bytes,
         request.calibrate,
+        caches,
     )
 
 
-def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: Checkpoint) -> ServingRule:
+def _rule(
+    request: PlanRequest, cache: tuple[str, str], format: ExportFormat, backend: str, checkpoint: Checkpoint
+) -> ServingRule:
     encoder = checkpoint.encoder
     longest = format.longest_context(checkpoint.shape) if encoder is None else encoder.max_length
-    context = min(longest, request.default_context) if request.context is None else request.context
+    to_find = request.context == "max"
+    if to_find and encoder is not None:
+        raise UsageError("--context max is for models that generate; an encoder keeps nothing of the texts before")
+    if request.max_loss is not None and not (to_find and request.max_loss > 0):
+        raise UsageError(f"--max-loss {request.max_loss:g} is the most that  --context max  may lose, above 0")
+    if isinstance(request.context, int):
+        context = request.context
+    else:
+        context = longest if to_find else min(longest, request.default_context)
     if not 0 < context <= longest:
         why = (
             ""
@@ -142,14 +164,40 @@ def _rule(request: PlanRequest, format: ExportFormat, backend: str, checkpoint: 
             else f"; {format.name} has no sliding window for it"
         )
         raise UsageError(f"--context {context} is outside what the model was made for: 1 to {longest} tokens{why}")
-    cache_type = request.cache_type or next(iter(format.cache_types))
-    if cache_type not in format.cache_types:
-        known = ", ".join(format.cache_types)
-        raise UsageError(f"{format.name} has no KV cache type {cache_type!r}; it has: {known}")
+    keys, values = cache
     if encoder is not None and request.prompt_batch is not None and request.prompt_batch < context:
         raise UsageError(
             f"--prompt-batch {request.prompt_batch} is less than a text of --context {context} tokens, which an "
             "encoder reads in one piece; give more, or a shorter --context"
         )
     whole = request.whole_prompts or encoder is not None
-    return ServingRule(context, cache_type, backend, request.prompt_batch, whole)
+    return ServingRule(context, keys, backend, request.prompt_batch, whole, values, to_find, request.max_loss)
+
+
+def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) -> tuple[tuple[str, str], ...]:
+    """Return the types of keys and values, every pair of them where they are to be chosen.
+
+    Raises:
+        UsageError: the flags contradict each other, or the format has no such type.
+        UnsupportedError: what runs it refuses them for this model.
+    """
+    both, one_sided = request.cache_type, (request.cache_type_k, request.cache_type_v)
+    if both and any(one_sided):
+        raise UsageError(
+            f"--cache-type {both} is of keys and values; leave it out, or  --cache-type-k  and  --cache-type-v"
+        )
+    default = both or next(iter(format.cache_types))
+    keys, values = (name or default for name in one_sided)
+    size = checkpoint.shape.head_dim
+    if AUTO in (keys, values) and not checkpoint.shape.generates:
+        raise UsageError("--cache-type auto is for models that generate; an encoder keeps no KV cache")
+    every_key, every_value = (tuple(format.cache_types) if name == AUTO else (name,) for name in (keys, values))
+    for name in (*every_key, *every_value):
+        if name not in format.cache_types:
+            known = ", ".join(format.cache_types)
+            raise UsageError(f"{format.name} has no KV cache type {name!r}; it has: {known}")
+    pairs = list(product(every_key, every_value))
+    possible = tuple(pair for pair in pairs if not checkpoint.shape.generates or not format.refused_cache(size, *pair))
+    if not possible:
+        raise UnsupportedError(f"no KV cache of {cache_types(*pairs[0])}: {format.refused_cache(size, *pairs[0])}")
+    return possible

@@ -49,7 +49,7 @@ def render(page: Page, commands: Iterable[RunCommand], chats: bool = False) -> s
         "## Limits",
         "",
         f"- The memory figure holds for {plan.serving.context} tokens of context, a KV cache of type "
-        f"{plan.serving.cache_type} and prompts in batches of {plan.serving.prompt_batch}; longer contexts need more.",
+        f"{plan.serving.cache_types} and prompts in batches of {plan.serving.prompt_batch}; longer contexts need more.",
         *(f"- {plain(note)}" for note in (report.notes if report is not None else ())),
         "- Compression changes what a model says. Quality was measured as given above and nowhere else; what the base "
         "model cannot or must not do holds for this one too.",

@@ -134,7 +134,7 @@ def provenance(page: Page) -> dict[str, str]:
     pairs |= {
         "Budget": f"{format_bytes(plan.budget_bytes)} ({plan.budget_bytes:,} bytes) of {plan.budget_scope}",
         "Settings the budget holds for": (
-            f"{serving.context} tokens of context, KV cache {serving.cache_type}, "
+            f"{serving.context} tokens of context, KV cache {serving.cache_types}, "
             f"prompts in batches of {serving.prompt_batch}"
         ),
     }

@@ -14,7 +14,7 @@ from acip_export.model.shape import ModelShape
 from acip_export.progress import ProgressCallback
 from converters.gguf import options
 from converters.gguf.layouts import LAYOUTS
-from converters.gguf.memory import LlamaMemory
+from converters.gguf.memory import CACHE_TYPES, LlamaMemory, cache_block
 from converters.gguf.types import FEEDBACK_TYPES, GGML
 
 if TYPE_CHECKING:
@@ -32,6 +32,21 @@ class GgufFormat(ExportFormat):
         from converters.gguf.architectures import applies_window
 
         return applies_window(shape.architecture)
+
+    def refused_cache(self, head_size: int, keys: str, values: str) -> str | None:
+        refused = [name for name in dict.fromkeys((keys, values)) if head_size % cache_block(name)]
+        if not refused:
+            return None
+        block = cache_block(refused[0])
+        possible = ", ".join(name for name in CACHE_TYPES if head_size % cache_block(name) == 0)
+        return (
+            f"its heads have {head_size} numbers, no multiple of the {block} that a block of {refused[0]} has, and "
+            f"llama.cpp refuses it; possible are {possible}"
+        )
+
+    def is_exact(self, plan: Plan) -> bool:
+        # Attention rounds keys and values to float16 anyway, which the tolerance is made for.
+        return super().is_exact(plan) and {plan.serving.cache_type_k, plan.serving.cache_type_v} <= {"f32", "f16"}
 
     def tensor_limit(self, options_: Mapping[str, str]) -> TensorLimit | None:
         return options.tensor_limit(options_)
@@ -89,8 +104,6 @@ class GgufFormat(ExportFormat):
         return server_command(plan, export, host, port, program)
 
 
-_CACHE_TYPES = {"f16": (2, 1), "q8_0": (34, 32), "f32": (4, 1)}
-
 GGUF = GgufFormat(
     name="gguf",
     description="files of llama.cpp: one of dense tensors, or with factor pairs",
@@ -116,7 +129,7 @@ GGUF = GgufFormat(
     embedding_types=("f16", "q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl", "q3_k", "q2_k"),
     vector_type="f32",
     feedback_types=FEEDBACK_TYPES,
-    cache_types=_CACHE_TYPES,
+    cache_types=CACHE_TYPES,
     layouts=LAYOUTS,
     runtimes={"llama.cpp": ("stock", "lora"), "acip-llama.cpp": ("factored", "stock", "lora")},
     # llama.cpp's tanh form of GELU is from a float16 table; its attention rounds K and V to float16: large logits move
@@ -127,7 +140,7 @@ GGUF = GgufFormat(
     sessions=(SessionClass("llama.cpp", "converters.gguf.runtimes.llama_cpp", "LlamaCppSession"),),
     encoder_session=SessionClass("llama.cpp", "converters.gguf.runtimes.llama_encoder", "LlamaEncoderSession"),
     chats=(SessionClass("llama.cpp", "converters.gguf.runtimes.llama_chat", "LlamaChatSession"),),
-    memory=LlamaMemory(_CACHE_TYPES),
+    memory=LlamaMemory(),
     options=options.OPTIONS,
     library="gguf",
     tags=("gguf", "llama.cpp"),

@@ -5,17 +5,24 @@ Source: its own log lines, for the versions in constraints.txt; a test compares 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.formats.protocol import ProcessBase, ServingMemory, TensorMemory
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
 from acip_export.units import ceil_div
+from converters.gguf.types import GGML
 from converters.process_memory import RuntimeBase
 
 # llama.cpp rounds the cells of its KV cache up to this.
 _CACHE_CELLS = 256
+# What flash attention reads keys and values from, in any pair: bytes and numbers of a block. Without flash attention it
+# would read no values in blocks; every runtime is opened with it.
+CACHE_TYPES = {
+    form.name: (form.block_bytes, form.block)
+    for name in ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "f32")
+    for form in GGML
+    if form.name == name
+}
 # Positions, token ids, output ids and the like, per token of a prompt batch; at most 184 were seen.
 _SMALL_TENSORS = 192
 # With two threads; each further one adds 0.4 MB. Tokens and merges are strings in hash tables; what they take is beside
@@ -27,15 +34,12 @@ RECOMMENDED = "llama.cpp"
 class LlamaMemory:
     """The memory model of llama.cpp; see :class:`acip_export.formats.protocol.MemoryModel`."""
 
-    def __init__(self, cache_types: Mapping[str, tuple[int, int]]) -> None:
-        self._cache_types = cache_types
-
     def serving(self, shape: ModelShape, serving: Serving) -> ServingMemory:
         """Return cache and buffers for one sequence of ``serving.context`` tokens."""
         if not shape.generates:
             return _encoder(shape, serving)
-        numerator, denominator = self._cache_types[serving.cache_type]
-        per_cell = 2 * shape.kv_heads * shape.head_dim * numerator
+        types = serving.cache_type_k, serving.cache_type_v
+        per_cell = sum(_cell_bytes(shape, name) for name in types)
         batch = min(serving.prompt_batch, serving.context)
         cells = _rounded(serving.context)
         # The widest moment of the graph, in float32: the gated FFN or the attention (queries, their rotated copy and
@@ -47,10 +51,10 @@ class LlamaMemory:
         full_layers = shape.layers - (sum(shape.sliding_layers) if windowed else 0)
         widest = max(3 * shape.ffn, attention) + 6 * shape.hidden
         per_prompt_token = 4 * widest + 2 * (cells + windowed) + _SMALL_TENSORS
-        compute = batch * per_prompt_token + _cache_buffers(shape, serving.cache_type, cells, windowed)
+        compute = batch * per_prompt_token + sum(_cache_buffers(shape, name, cells, windowed) for name in types)
         compute += 4 * (shape.vocabulary + shape.hidden)
         all_cells = full_layers * cells + (shape.layers - full_layers) * windowed
-        return ServingMemory(per_cell * all_cells // denominator, compute, 4 * shape.vocabulary)
+        return ServingMemory(per_cell * all_cells, compute, 4 * shape.vocabulary)
 
     def beside(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:  # noqa: ARG002
         """Return nothing: llama.cpp maps the stored numbers and, with repacking off, keeps nothing else."""
@@ -87,11 +91,22 @@ def _rounded(cells: int) -> int:
     return ceil_div(cells, _CACHE_CELLS) * _CACHE_CELLS
 
 
+def cache_block(cache_type: str) -> int:
+    """Return the numbers of a block of a KV cache, which the head size has to be a multiple of."""
+    return CACHE_TYPES[cache_type][1]
+
+
+def _cell_bytes(shape: ModelShape, cache_type: str) -> int:
+    """Return the bytes of the keys, or of the values, of one token in one layer."""
+    numerator, denominator = CACHE_TYPES[cache_type]
+    return shape.kv_heads * shape.head_dim * numerator // denominator
+
+
 def _cache_buffers(shape: ModelShape, cache_type: str, cells: int, windowed: int) -> int:
-    """Return what a cache type needs in the compute buffer, whatever the batch."""
+    """Return what keys or values of a cache type need in the compute buffer, whatever the batch."""
     if cache_type == "f32":
-        return 2 * 2 * cells * shape.kv_heads * shape.head_dim  # one layer's K and V, cast to float16
-    if cache_type == "q8_0":
+        return 2 * cells * shape.kv_heads * shape.head_dim  # those of one layer, cast to float16
+    if cache_block(cache_type) > 1:
         caches = 2 if windowed else 1
-        return caches * 2 * 4 * shape.head_dim**2  # the rotations that make K and V easy to quantize
+        return caches * 4 * shape.head_dim**2  # the rotation that makes them easy to quantize
     return 0

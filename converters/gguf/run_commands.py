@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.plan import Plan, cache_types
 from acip_export.formats.protocol import RunCommand
 from converters.gguf.arrange import ADAPTER_FILE, MODEL_FILE, model_files
 from converters.gguf.ollama import ollama_template
@@ -32,7 +32,8 @@ class _Export:
     adapter: Path | None
     context: int
     batch: int
-    cache_type: str
+    cache_type_k: str
+    cache_type_v: str
     template: str | None = None
 
     @property
@@ -43,7 +44,8 @@ class _Export:
 @dataclass(frozen=True)
 class _Program:
     """``note``: one sentence on what the program needs; ``factored_note`` replaces it for factor pairs, ``split_note``
-    is added for a model in several files."""
+    is added for a model in several files. ``cache_types``: what it keeps keys and values in, both in one; ``None``:
+    whatever llama.cpp does, in any pair."""
 
     name: str
     language: str
@@ -52,6 +54,13 @@ class _Program:
     note: str = ""
     factored_note: str = ""
     split_note: str = ""
+    cache_types: frozenset[str] | None = None
+
+    def runs(self, plan: Plan) -> bool:
+        """Whether it takes the plan's layout and cache."""
+        types = {plan.serving.cache_type_k, plan.serving.cache_type_v}
+        one_of_its = self.cache_types is None or (len(types) == 1 and types <= self.cache_types)
+        return plan.layout in self.layouts and one_of_its
 
 
 def run_commands(plan: Plan, directory: Path, template: str | None = None) -> tuple[RunCommand, ...]:
@@ -62,7 +71,7 @@ def run_commands(plan: Plan, directory: Path, template: str | None = None) -> tu
     return tuple(
         RunCommand(program.name, program.language, program.text(export), _note(program, plan.layout, len(export.parts)))
         for program in _PROGRAMS
-        if plan.layout in program.layouts
+        if program.runs(plan)
     )
 
 
@@ -81,7 +90,8 @@ def _export(plan: Plan, directory: Path, template: str | None = None) -> _Export
     parts = tuple(directory / name for name in model_files(plan.files) or (MODEL_FILE,))
     adapter = directory / ADAPTER_FILE if ADAPTER_FILE in plan.files else None
     serving = plan.serving
-    return _Export(parts, adapter, serving.context, serving.prompt_batch, serving.cache_type, template)
+    cache = serving.cache_type_k, serving.cache_type_v
+    return _Export(parts, adapter, serving.context, serving.prompt_batch, *cache, template)
 
 
 def _note(program: _Program, layout: str, parts: int) -> str:
@@ -96,7 +106,7 @@ def _options(export: _Export) -> list[str]:
     if export.adapter is not None:
         options += ["--lora", str(export.adapter)]
     options += ["-c", str(export.context), "-b", str(export.batch), "-ub", str(export.batch)]
-    options += ["--cache-type-k", export.cache_type, "--cache-type-v", export.cache_type, "-fa", "on"]
+    options += ["--cache-type-k", export.cache_type_k, "--cache-type-v", export.cache_type_v, "-fa", "on"]
     # No repacked copy of the weights; no copies of earlier conversations (8 GiB of them by default); the plan's memory
     # is the processor's.
     return [*options, "--no-repack", "--cache-ram", "0", "--ctx-checkpoints", "0", "--gpu-layers", "0"]
@@ -113,13 +123,13 @@ def _llama_cli(export: _Export) -> str:
 
 def _llama_cpp_python(export: _Export) -> str:
     lora = "" if export.adapter is None else f"    lora_path={str(export.adapter)!r},\n"
-    cache = TYPE_IDS[export.cache_type]
+    keys, values = export.cache_type_k, export.cache_type_v
     opened = (
         "from llama_cpp import Llama\n\n"
         "model = Llama(\n"
         f"    {str(export.model)!r},\n{lora}"
         f"    n_ctx={export.context}, n_batch={export.batch}, n_ubatch={export.batch}, n_gpu_layers=0,\n"
-        f"    type_k={cache}, type_v={cache}, flash_attn=True,  # {export.cache_type}\n"
+        f"    type_k={TYPE_IDS[keys]}, type_v={TYPE_IDS[values]}, flash_attn=True,  # {cache_types(keys, values)}\n"
         "    verbose=False,\n"
         ")\n"
     )
@@ -135,14 +145,14 @@ def _llama_cpp_python(export: _Export) -> str:
 def _node_llama_cpp(export: _Export) -> str:
     chats = export.template is not None
     lora = "" if export.adapter is None else f"  lora: {_javascript(export.adapter)},\n"
-    cache = export.cache_type.upper()
+    keys, values = (name.upper() for name in (export.cache_type_k, export.cache_type_v))
     opened = (
         f'import {{getLlama, {"LlamaChatSession" if chats else "LlamaCompletion"}}} from "node-llama-cpp";\n\n'
         "const llama = await getLlama({gpu: false});\n"
         f"const model = await llama.loadModel({{modelPath: {_javascript(export.model)}}});\n"
         "const context = await model.createContext({\n"
         f"  contextSize: {export.context}, batchSize: {export.batch}, flashAttention: true,\n{lora}"
-        f'  experimentalKvCacheKeyType: "{cache}", experimentalKvCacheValueType: "{cache}"\n'
+        f'  experimentalKvCacheKeyType: "{keys}", experimentalKvCacheValueType: "{values}"\n'
         "});\n"
     )
     if not chats:
@@ -206,6 +216,7 @@ _PROGRAMS = (
         note="Save as Modelfile, here: its paths are relative to it. Then  ollama create NAME -f Modelfile.  The rest "
         "is the server's: OLLAMA_FLASH_ATTENTION=1, OLLAMA_KV_CACHE_TYPE for the type of the KV cache, and "
         "LLAMA_ARG_CACHE_RAM=0 against copies of earlier conversations",
+        cache_types=frozenset(("f16", "q8_0", "q4_0")),
         split_note="A model in several files needs Ollama 0.30 or later",
     ),
 )

@@ -87,7 +87,7 @@ def _config(config: Mapping[str, Any], serving: Serving) -> dict[str, Any]:
         # The cache has the graph's own precision.
         "transformers.js_config": {
             **_TRANSFORMERS_JS,
-            **({"kv_cache_dtype": "float16"} if serving.cache_type == "f16" else {}),
+            **({"kv_cache_dtype": "float16"} if serving.cache_type_k == "f16" else {}),
         },
     }
 

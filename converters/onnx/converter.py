@@ -141,9 +141,9 @@ def _check(layout: str, serving: Serving) -> None:
     if layout != LAYOUT:
         raise UnsupportedError(f"ONNX has no layout {layout!r}; it has: {LAYOUT}")
     caches = backend_of(serving.backend).cache_types
-    if serving.cache_type not in caches:
+    if serving.cache_type_k not in caches or serving.cache_type_k != serving.cache_type_v:
         raise UnsupportedError(
-            f"ONNX exports for {serving.backend} keep the KV cache in {', '.join(caches)}, not {serving.cache_type}; "
+            f"ONNX exports for {serving.backend} keep the KV cache in {', '.join(caches)}, not {serving.cache_types}; "
             f"use --cache-type {next(iter(caches))}"
         )
     _check_packages()
@@ -169,7 +169,7 @@ def _check_execution(checkpoint: Checkpoint, backend: str) -> None:
 def _check_types(tensors: tuple[TensorDecision, ...], serving: Serving) -> None:
     """Raises UnsupportedError for a number that what runs the graph does not compute with."""
     known = {form.name: form.item_bytes for form in NUMBERS}
-    wanted, refused = known[serving.cache_type], backend_of(serving.backend).refused
+    wanted, refused = known[serving.cache_type_k], backend_of(serving.backend).refused
     for decision in tensors:
         for name in filter(None, (decision.type, decision.up_type, decision.down_type)):
             again = f"plan again with  --backend {serving.backend}"
@@ -178,7 +178,7 @@ def _check_types(tensors: tuple[TensorDecision, ...], serving: Serving) -> None:
             if name in known and known[name] != wanted:
                 raise UnsupportedError(
                     f"{decision.name} is planned as {name}, but a graph for {serving.backend} computes in "
-                    f"{serving.cache_type}; {again}"
+                    f"{serving.cache_type_k}; {again}"
                 )
 
 

@@ -122,7 +122,7 @@ def logit_bytes(shape: ModelShape, serving: Serving) -> int:
 
 def _item_bytes(serving: Serving) -> int:
     """Return the bytes of a number: a graph computes in the precision of its cache."""
-    return 2 if serving.cache_type == "f16" else 4
+    return 2 if serving.cache_type_k == "f16" else 4
 
 
 def encoder_bytes(shape: ModelShape, serving: Serving) -> int:

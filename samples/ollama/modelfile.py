@@ -20,9 +20,12 @@ def modelfile(export: Path) -> str:
     written_as = export_format(plan.format)
     for command in written_as.run_commands(plan, export.resolve(), written_as.chat_template(export)):
         if command.program == "Ollama":
-            cache = f"OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={plan.serving.cache_type}"
+            cache = f"OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={plan.serving.cache_type_k}"
             return f"# The server needs  {cache} LLAMA_ARG_CACHE_RAM=0\n{command.text}\n"
-    raise UnsupportedError(f"{export} is {plan.format} ({plan.layout}); Ollama runs gguf, stock or lora")
+    raise UnsupportedError(
+        f"{export} is {plan.format} ({plan.layout}) with a KV cache of {plan.serving.cache_types}; Ollama runs gguf, "
+        "stock or lora, with one of f16, q8_0 or q4_0"
+    )
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from acip_export.artifacts.bundle import Manifest
 from acip_export.artifacts.plan import (
     Alternative,
     Certificate,
+    ContextCost,
     Plan,
     Refusal,
     Serving,
@@ -75,7 +76,14 @@ PLAN = Plan(
     adapters=False,
     serving=Serving(64, "f16", 32),
     certificate=Certificate(
-        1000, 0.2, "lm_head: q8_0", 100, 0.3, (Alternative("--context 32", 0.2, 12.0),), (Refusal("q4_k", 1, "x", "y"),)
+        1000,
+        0.2,
+        "lm_head: q8_0",
+        100,
+        0.3,
+        (Alternative("--context 32", 0.2, 12.0),),
+        (Refusal("q4_k", 1, "x", "y"),),
+        (ContextCost(512, 1000, 0.2, 12.0), ContextCost(1024, 2000)),
     ),
     tensors=TENSORS,
     notes=("a note",),

@@ -11,7 +11,9 @@ import pytest
 
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import MissingExtraError, VerificationError
+from acip_export.formats.session import Logits
 from acip_export.verification.metrics import compare_logits, log_softmax
+from converters.gguf.memory import CACHE_TYPES
 from converters.gguf.runtimes import c_api as llama_capi
 from converters.gguf.runtimes import llama_cpp
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession
@@ -69,15 +71,25 @@ def test_windows_do_not_see_each_other(stock: Path) -> None:
     np.testing.assert_array_equal(together[1], alone)
 
 
-def test_quantized_cache_is_used(stock: Path) -> None:
+def test_every_type_of_cache_is_used(stock: Path) -> None:
+    """Each on either side: it rounds as much as its bits say, and not what the other side keeps."""
     windows = np.random.default_rng(4).integers(0, 512, (1, 64))
-    exact, rounded = (
-        next(iter(session.logits(windows)))
-        for cache in ("f32", "q8_0")
-        for session in [LlamaCppSession(stock, dataclasses.replace(RUNTIME, cache_type=cache), threads=1)]
-    )
-    difference = np.abs(exact - rounded).max()
-    assert 1e-4 < difference < 0.5  # it rounds, and no more than that
+
+    def logits(keys: str, values: str) -> Logits:
+        serving = dataclasses.replace(RUNTIME, cache_type_k=keys, cache_type_v=values)
+        with LlamaCppSession(stock, serving, threads=1) as session:
+            return next(iter(session.logits(windows)))
+
+    exact = logits("f16", "f16")
+    errors = {
+        side: {name: float(np.abs(logits(*pair(name)) - exact).mean()) for name in CACHE_TYPES}
+        for side, pair in (("k", lambda name: (name, "f16")), ("v", lambda name: ("f16", name)))
+    }
+    for of_side in errors.values():
+        assert of_side["f16"] == 0
+        assert of_side["bf16"] > 0 and 0 < of_side["q8_0"] < 0.5 * of_side["q5_1"]
+        assert of_side["q5_0"] < 0.8 * of_side["q4_0"] < 0.2
+        assert len(set(of_side.values())) >= len(CACHE_TYPES) - 1  # f32 is rounded to float16 all the same
 
 
 def test_weights_are_mapped_and_not_repacked(models: dict[str, Path], tmp_path: Path) -> None:

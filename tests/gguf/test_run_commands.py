@@ -61,6 +61,17 @@ def test_llama_server_gets_the_plans_memory_settings(plan: Plan) -> None:
     assert options["--cache-ram"] == options["--ctx-checkpoints"] == options["--gpu-layers"] == "0"
 
 
+def test_keys_and_values_have_types_of_their_own(plan: Plan) -> None:
+    serving = dataclasses.replace(plan.serving, cache_type_k="q8_0", cache_type_v="iq4_nl")
+    found = texts(dataclasses.replace(plan, serving=serving))
+    for program in ("llama-server", "llama-cli"):
+        options = dict(pairwise(shlex.split(found[program])))
+        assert (options["--cache-type-k"], options["--cache-type-v"], options["-fa"]) == ("q8_0", "iq4_nl", "on")
+    assert "type_k=8, type_v=20, flash_attn=True,  # q8_0 (K), iq4_nl (V)" in found["llama-cpp-python"]
+    assert 'KeyType: "Q8_0", experimentalKvCacheValueType: "IQ4_NL"' in found["node-llama-cpp"]
+    assert "Ollama" not in found  # it has one type for both
+
+
 def test_llama_cpp_knows_every_option(plan: Plan) -> None:
     assert unknown_options(["--cache-rams", "--cache-ram"]) == ["--cache-rams"]
     encoder = dataclasses.replace(plan, task="embedding")

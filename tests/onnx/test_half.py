@@ -83,7 +83,7 @@ def test_planned_for_a_graphics_card(tmp_path: Path, backend: str) -> None:
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
     request = PlanRequest("onnx", 700_000, backend=backend, context=CONTEXT, prompt_batch=8)
     plan = plan_export(checkpoint, scores, request)
-    assert plan.serving.cache_type == "f16"
+    assert plan.serving.cache_types == "f16"
     names = {name for d in plan.tensors for name in (d.type, d.up_type, d.down_type) if name}
     assert all(name.endswith("f16") for name in names)
     assert backend != "dml" or not any("int8" in name for name in names)
@@ -110,8 +110,10 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match=re.escape(message)):
             plan_export(checkpoint, scores, request)
     made = export(tmp_path / "x", "llama", {}, "f16").bundle.plan
-    plain = replace(made.serving, backend="cpu", cache_type="f32")
+    plain = Serving(CONTEXT, "f32", PROMPT_BATCH)
     with pytest.raises(UnsupportedError, match="plan again with  --backend cpu"):
         converter.predict_files(checkpoint, "factored", made.tensors, plain)
     with pytest.raises(UnsupportedError, match="use --cache-type f16"):
-        converter.predict_files(checkpoint, "factored", made.tensors, replace(made.serving, cache_type="f32"))
+        converter.predict_files(
+            checkpoint, "factored", made.tensors, Serving(CONTEXT, "f32", PROMPT_BATCH, made.serving.backend)
+        )

@@ -125,6 +125,17 @@ def test_low_rank_that_does_not_pay_is_said(ranked: tuple[Checkpoint, ScoreFile]
         (PlanRequest("gguf", 9_000_000, context=100_000), UsageError, "1 to 256"),
         (PlanRequest("gguf", 9_000_000, context=-1), UsageError, "1 to 256"),
         (PlanRequest("onnx", 9_000_000, cache_type="q8_0"), UsageError, "no KV cache type"),
+        (PlanRequest("gguf", 9_000_000, cache_type_v="q2_k"), UsageError, "no KV cache type 'q2_k'; it has: f16, bf16"),
+        (
+            PlanRequest("gguf", 9_000_000, cache_type="q8_0", cache_type_k="f16"),
+            UsageError,
+            "leave it out, or  --cache",
+        ),
+        (
+            PlanRequest("onnx", 9_000_000, backend="webgpu", cache_type_k="f16", cache_type_v="f32"),
+            UsageError,
+            "no KV cache type 'f32'",
+        ),
     ],
 )
 def test_refusals(

@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_defaults_are_filled_in(checkpoint: Checkpoint) -> None:
     question = resolve(PlanRequest("gguf", 10**6, "file"), checkpoint)
     assert question.budget == Budget(10**6, "file")
-    assert question.rule == ServingRule(checkpoint.shape.max_context, "f16", "cpu")
+    assert question.rule == ServingRule(checkpoint.shape.max_context, "f16", "cpu", cache_type_v="f16")
     assert question.space.layout.name == "stock"
     assert question.space.types == question.space.default_types
 

@@ -46,12 +46,15 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     table.add_row(
         "runtime",
         f"{serving.context} tokens",
-        f"KV cache {serving.cache_type}, prompts in batches of {serving.prompt_batch}"
+        f"KV cache {serving.cache_types}, prompts in batches of {serving.prompt_batch}"
         if plan.task == "causal"
         else f"a text, {serving.prompt_batch} in a batch of texts",
     )
     console.out.print(table)
     console.out.print()
+    if len(plan.certificate.contexts) > 1:
+        console.out.print(_context_table(plan))
+        console.out.print()
     console.out.print(_tensor_table(plan) if verbose else _folded_table(plan))
     for line in (*(note for note in plan.notes if note != plan.far_off), *_held_back(plan, verbose)):
         console.say(f"• {line}")
@@ -112,6 +115,21 @@ def _folded_table(plan: Plan) -> Table:
         rows, columns = members[0].shape
         size = format_bytes(sum(member.nbytes for member in members))
         table.add_row(name, str(len(members)), f"{rows}x{columns}", size, chosen)
+    return table
+
+
+def _context_table(plan: Plan) -> Table:
+    """What each doubling of the context costs under the same budget."""
+    table = plain_table("context", "KV cache", "predicted", "the budget's plan with it")
+    for cost in plan.certificate.contexts:
+        loss = cost.predicted_loss
+        quality = "-" if loss is None else _quality(cost.predicted_perplexity, loss)
+        table.add_row(
+            str(cost.context),
+            format_bytes(cost.kv_cache),
+            quality,
+            "does not fit" if loss is None else f"{loss:.4f} {plan.loss_unit} above the dense model",
+        )
     return table
 
 

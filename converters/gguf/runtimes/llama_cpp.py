@@ -136,7 +136,7 @@ class NativeSession(NativeModel):
         params.n_ctx, params.n_batch, params.n_ubatch = self._runtime.context, self._batch_size, self._batch_size
         params.swa_full = False  # as llama-server does: layers with a sliding window keep no more than it
         params.n_threads = params.n_threads_batch = self._threads
-        params.type_k = params.type_v = TYPE_IDS[self._runtime.cache_type]
+        params.type_k, params.type_v = TYPE_IDS[self._runtime.cache_type_k], TYPE_IDS[self._runtime.cache_type_v]
         # A quantized cache of values needs it, and the plan's memory formulas assume it.
         params.flash_attn_type = _FLASH_ON if self._flash_attention else _FLASH_OFF
 

@@ -36,7 +36,10 @@ def server_parameters(export: Path, serving: Serving, threads: int, flash_attent
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(export / ADAPTER_FILE), 1.0)]
     batch = min(serving.prompt_batch, serving.context)
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel = serving.context, batch, batch, 1
-    params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{serving.cache_type.upper()}")
+    params.cache_type_k, params.cache_type_v = (
+        getattr(xllamacpp.ggml_type, f"GGML_TYPE_{name.upper()}")
+        for name in (serving.cache_type_k, serving.cache_type_v)
+    )
     flash = "ENABLED" if flash_attention else "DISABLED"
     params.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{flash}"]
     params.no_extra_bufts, params.warmup, params.n_gpu_layers = True, False, 0

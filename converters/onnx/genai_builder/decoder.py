@@ -59,7 +59,7 @@ def build_decoder(
     Raises:
         UnsupportedError: the builder cannot do this model or is another release, or a decision has no place in it.
     """
-    half = serving.cache_type == "f16"
+    half = serving.cache_type_k == "f16"
     recipe = marked_decoder(config, shape, serving.backend, half, serving.context)
     graph = _DecoderGraph(tensors, accuracy_level, shape.tied_embeddings, serving.backend == STATIC_CACHE)
     numbers: Numbers = {}
