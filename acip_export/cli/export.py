@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from acip_export.artifacts.export_directory import EXPORT_KIND
-from acip_export.artifacts.plan import FAR_OFF
+from acip_export.artifacts.names import PLAN_FILE
+from acip_export.artifacts.plan import FAR_OFF, load_plan
 from acip_export.cli import output as console
 from acip_export.cli.help import refuse_flags_before
 from acip_export.cli.options import (
@@ -144,7 +146,11 @@ def export(
             types=request.types,
             progress=progress,
             cache=cache,
+            plan_again=lambda nbytes: pipeline.plan_export(
+                checkpoint, opened, replace(request, budget_bytes=nbytes), progress
+            ),
         )
+    plan = load_plan(directory / PLAN_FILE)  # it may have been planned again
     written = {companion: companion.write(directory, place, force) for companion, place in beside.items()}
     if json:
         result = {"out": str(directory), "plan": plan.to_json(), "report": report and report.to_json()}
