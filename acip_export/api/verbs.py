@@ -176,8 +176,8 @@ def export(
 ) -> Report | None:
     """Write a plan's export into ``out`` and prove it in its runtimes.
 
-    It appears when it is written, whole, and is marked (``UNVERIFIED.txt``) until it has passed; an earlier export there
-    is replaced only by one that has.
+    It appears when it is written, whole, and is marked (``UNVERIFIED.txt``) until it has passed; an earlier export is
+    replaced only by one that has.
 
     Args:
         plan: what :func:`plan` returned, or a ``plan.json``. model, scores: that it was made from.
@@ -191,7 +191,7 @@ def export(
         The report, also in ``out`` (``report.json``, ``report.html``, ``README.md``); ``None`` without ``verify``.
 
     Raises:
-        UsageError: ``out`` may not be written. VerificationError: numbers are not what was planned; the export stays, marked.
+        UsageError: ``out`` may not be written. VerificationError: numbers are not what was planned; the export stays.
         PlanFileError, CheckpointError, ScoreFileError: plan, model and score file do not belong together.
     """
     from acip_export.api.export import export_model
