@@ -141,7 +141,7 @@ def make_plan(checkpoint: Checkpoint, case: Case, serving: Serving) -> Plan:
         fields: dict[str, Any] = {"representation": "dense", "type": "f32"}
         if len(info.shape) == 2:
             embedding = "embed_tokens" in name or "lm_head" in name
-            fields["artifact"] = case.embedding if embedding else case.layers
+            fields["type"] = case.embedding if embedding else case.layers
             rank = min(case.rank, *info.shape)
             if rank and not embedding:
                 fields = {

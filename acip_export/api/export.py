@@ -109,6 +109,7 @@ def export_model(
     progress: ProgressCallback = silent,
     cache: Path | None = None,
     plan_again: Callable[[int], Plan] | None = None,
+    roundings: Path | None = None,
 ) -> Report | None:
     """Materialize, convert and verify ``plan``.
 
@@ -121,6 +122,7 @@ def export_model(
         sizes: for the slider of ``report.html``, see :func:`planned_sizes`; made from ``types`` if not given.
         plan_again: makes a plan for a budget of so many bytes. What a process takes beyond the plan's budget is taken
             off, twice at most, before verification fails.
+        roundings: existing directory that keeps rounded matrices for other sizes.
 
     Returns:
         The report, also written as ``report.json``, ``report.html`` and ``README.md``; ``None`` without ``verify``.
@@ -146,8 +148,8 @@ def export_model(
         last = plan_again is None or len(budgets) > _PLANS_AGAIN
         try:
             with scratch_directory(output.place, ".bundle") as scratch:
-                bundle, kept = scratch / "bundle", KeptRoundings(scratch / "rounded")
-                kept.directory.mkdir()
+                bundle, kept = scratch / "bundle", KeptRoundings(roundings or scratch / "rounded")
+                kept.directory.mkdir(exist_ok=True)
                 materialize_bundle(checkpoint, scores, plan, bundle, progress=progress, cache=cache)
                 with waiting.new_directory() as directory:
                     _convert(Bundle.open(bundle, kept=kept), directory, progress, check=True)
@@ -239,6 +241,23 @@ def _verify_command(export: Path, checkpoint: Checkpoint, scores: ScoreFile) -> 
     if scores.file is not None and list(checkpoint.path.glob(f"*{SCORE_FILE_SUFFIX}")) != [scores.file]:
         words += ["--scores", str(scores.file)]
     return shlex.join(words)
+
+
+@contextmanager
+def shared_work(place: Path | None, cache: Path | None) -> Iterator[tuple[Path | None, Path | None]]:
+    """Yield the cache and the directory of rounded matrices that exports of several sizes share.
+
+    Args:
+        place: directory that the exports are written into; ``None``: there is one export, and nothing to share.
+        cache: the user's, if there is one, which stays.
+    """
+    if place is None:
+        yield cache, None
+        return
+    with scratch_directory(place / "shared", ".tmp") as scratch:
+        roundings, own = scratch / "rounded", scratch / "cache"
+        roundings.mkdir()
+        yield cache or own, roundings
 
 
 def _settled(

@@ -15,6 +15,9 @@ from acip_export.io.outputs import DirectoryKind, FileKind, Output, claim_output
 REPORT_KIND = json_kind(REPORT.noun, REPORT.artifact)
 # The title of the page, and the front matter of the card.
 PAGE_KIND = FileKind("a report's page", re.compile(rb"(?si)<!doctype html>.*acip-export</title>"))
+COMPARISON_KIND = FileKind(
+    "a comparison of exports", re.compile(rb"(?si)<!doctype html>.*exports compared \xc2\xb7 acip-export</title>")
+)
 CARD_KIND = FileKind("a model card", re.compile(rb'(?s)---\n.*^quantized_by: "acip-export"$', re.MULTILINE))
 _UNVERIFIED = "acip-export: this export is not verified."
 MARK_KIND = FileKind("a mark of acip-export", re.compile(re.escape(_UNVERIFIED.encode())))
