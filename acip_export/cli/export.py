@@ -183,7 +183,8 @@ def export(
             # What was planned again is another plan.
             results.append(Result(job, load_plan(job.out / PLAN_FILE), report, written))
     page = pipeline.write_comparison([result.job.out for result in results]) if several and results else None
-    _show(results, page, json)
+    if results:
+        _show(results, page, json)
     if failed:
         raise VerificationError("\n".join(map(str, failed)))
 
