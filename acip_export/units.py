@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Literal
 
@@ -14,6 +15,7 @@ _FACTORS = {
     for power, prefix in enumerate("KMGT", start=1)
     for binary in ("", "I")
 }
+_MOST_STEPS = 64
 _QUANTITY = re.compile(r"([+-]?)\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)")
 
 
@@ -55,6 +57,32 @@ def parse_context(text: str) -> int | Literal["max"]:
     if match is None:
         raise UsageError(f"--context {text!r} is no number of tokens; write for example 8192, 8k or max")
     return int(match[1]) * (1024 if match[2] else 1)
+
+
+def parse_budgets(texts: Sequence[str], whole: Callable[[], int]) -> tuple[int, ...]:
+    """Read budgets and ladders of them: ``1GB..4GB:5`` is five budgets at equal factors, the two included.
+
+    Raises:
+        UsageError: as :func:`parse_bytes`; a ladder that does not rise, or has no two steps; a budget that comes twice.
+    """
+    budgets: list[int] = []
+    for text in texts:
+        if ".." not in text:
+            budgets.append(parse_bytes(text, whole=whole))
+            continue
+        ladder = re.fullmatch(r"(.+?)\.\.(.+):(\d+)", text.strip())
+        if ladder is None:
+            raise UsageError(f"budget {text!r} is no ladder; write for example 1GB..4GB:5")
+        first, last, count = parse_bytes(ladder[1], whole=whole), parse_bytes(ladder[2], whole=whole), int(ladder[3])
+        if not 2 <= count <= _MOST_STEPS or first >= last:
+            raise UsageError(f"budget {text!r} must rise, in 2 to {_MOST_STEPS} steps; write for example 1GB..4GB:5")
+        inner = [round(first * (last / first) ** (step / (count - 1))) for step in range(1, count - 1)]
+        budgets += [first, *inner, last]
+    named = Counter(map(size_name, budgets))
+    for name, times in named.items():
+        if times > 1:
+            raise UsageError(f"{times} budgets are {name}; each needs a directory of its own")
+    return tuple(budgets)
 
 
 def parse_seconds(text: str, what: str = "time") -> float:

@@ -1,10 +1,11 @@
 """What a plan predicts for a process, against the peak resident memory of one that loads, fills its context, generates.
 
-    python -m benchmarks.memory [--only sample 100m 1b] [--scratch DIRECTORY]
+    python -m benchmarks.memory [--only sample 100m 1b smollm2] [--scratch DIRECTORY]
 
 Writes benchmarks/memory.json; prints the table of docs/memory.md with --update-docs into it. The models of 135 million
 and 1.2 billion parameters have random weights (benchmarks/random_model.py) and are deleted afterwards. The largest
-takes 8 GB of disk and 2 GiB of memory.
+takes 8 GB of disk and 2 GiB of memory. Of smollm2, the real model of ``make real-model``, the planner mixes the types,
+for three budgets from near the smallest to near the largest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -39,11 +40,13 @@ from acip_export.formats.registry import export_format
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import task_of
+from acip_export.planning import Budget, PlanRequest, Problem, resolve
 from acip_export.planning.memory import ModelMemory, uncounted_bytes
 from acip_export.units import format_bytes
 from acip_export.verification.process import ProcessFigures, measure_process
 from benchmarks.random_model import SHAPES, write_random_model
 from benchmarks.ruled_plan import ruled_plan
+from samples import real
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_START, TABLE_END = "<!-- memory table -->", "<!-- end of memory table -->"
@@ -60,6 +63,11 @@ class Case:
     embedding: str
     rank: int = 0
     runs: tuple[Serving, ...] = ()
+
+    @property
+    def types(self) -> str:
+        """Of the layers and of the embedding, as the table names them."""
+        return f"{self.layers}, {self.embedding}" + (f", rank {self.rank}" if self.rank else "")
 
 
 CASES: dict[str, tuple[Case, ...]] = {
@@ -81,6 +89,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("onnx", "factored", "int4", "int8", runs=(Serving(512, "f32", 64),)),
     ),
 }
+# Of the real model: contexts, and where between the smallest and the largest plan budgets lie (equal factors).
+REAL, REAL_CONTEXTS, REAL_BUDGETS = "smollm2", (512, 2048), (0.15, 0.5, 0.85)
 
 
 def warm_libraries() -> None:
@@ -131,7 +141,7 @@ def make_plan(checkpoint: Checkpoint, case: Case, serving: Serving) -> Plan:
         fields: dict[str, Any] = {"representation": "dense", "type": "f32"}
         if len(info.shape) == 2:
             embedding = "embed_tokens" in name or "lm_head" in name
-            fields["artifact"] = case.embedding if embedding else case.layers
+            fields["type"] = case.embedding if embedding else case.layers
             rank = min(case.rank, *info.shape)
             if rank and not embedding:
                 fields = {
@@ -174,18 +184,54 @@ def measure(name: str, checkpoint: Checkpoint, scratch: Path) -> Iterator[dict[s
             known = export_format(case.format)
             for session in known.sessions:
                 predicted = plan.memory_bytes + uncounted_bytes(known, plan, checkpoint, session.runtime)
-                yield row(name, case, plan, predicted, measure_process(session.module, session.name, export))
+                yield row(name, case.types, plan, predicted, measure_process(session.module, session.name, export))
         shutil.rmtree(export)
 
 
-def row(name: str, case: Case, plan: Plan, predicted: int, figures: ProcessFigures) -> dict[str, Any]:
+def measure_planned(
+    name: str, checkpoint: Checkpoint, scratch: Path, contexts: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """ONNX plans of the planner's own, which mix types: convert, run, compare. What weights are does not matter."""
+    scores, known = made_up_scores(checkpoint, scratch / "scores.acip"), export_format("onnx")
+    for context in contexts:
+        question = resolve(PlanRequest("onnx", context=context), checkpoint)
+        # Pairs are measured above, and take a decomposition each.
+        problem = Problem.of(checkpoint, scores, question.space).only(lambda _, decision: decision.rank is None)
+        # What the smallest and the largest plan take at a prompt batch of the middle; each budget chooses its own.
+        serving = question.rule.serving(Budget(checkpoint.weight_bytes, "memory"), problem.memory)
+        smallest, largest = problem.floor("memory", serving).nbytes, problem.largest("memory", serving).memory_bytes
+        for share in REAL_BUDGETS:
+            budget = Budget(round(smallest * (largest / smallest) ** share), "memory")
+            plan = problem.plan(budget, question.rule.serving(budget, problem.memory), exact=False)
+            bundle, export = scratch / "bundle", scratch / "export"
+            materialize_bundle(checkpoint, scores, plan, bundle, force=True)
+            convert_bundle(bundle, export, force=True)
+            shutil.rmtree(bundle)
+            for session in known.sessions:
+                predicted = plan.memory_bytes + uncounted_bytes(known, plan, checkpoint, session.runtime)
+                figures = measure_process(session.module, session.name, export)
+                yield row(name, types_of(plan), plan, predicted, figures)
+            shutil.rmtree(export)
+
+
+def types_of(plan: Plan) -> str:
+    """The types of a plan's matrices, those of the most bytes first."""
+    held: dict[str, int] = {}
+    for decision in plan.tensors:
+        if len(decision.shape) == 2:
+            kind = decision.type or f"{decision.up_type} pairs"
+            held[kind] = held.get(kind, 0) + decision.nbytes
+    return ", ".join(sorted(held, key=lambda kind: -held[kind]))
+
+
+def row(name: str, types: str, plan: Plan, predicted: int, figures: ProcessFigures) -> dict[str, Any]:
     memory = figures.memory
     assert memory is not None
     found = {
         "shape": name,
-        "format": case.format,
-        "layout": case.layout,
-        "formats": f"{case.layers}, {case.embedding}" + (f", rank {case.rank}" if case.rank else ""),
+        "format": plan.format,
+        "layout": plan.layout,
+        "formats": types,
         "context": plan.serving.context,
         "cache_type": plan.serving.cache_types,
         "prompt_batch": plan.serving.prompt_batch,
@@ -198,7 +244,7 @@ def row(name: str, case: Case, plan: Plan, predicted: int, figures: ProcessFigur
         "interpreter": memory.interpreter_bytes,
     }
     print(
-        f"{name:7} {case.format} {case.layout:9}{found['formats']:26}{plan.serving.context:5} {figures.runtime:28}"
+        f"{name:7} {plan.format} {plan.layout:9}{types:26}{plan.serving.context:5} {figures.runtime:28}"
         f"{format_bytes(predicted):>10} predicted {format_bytes(memory.peak_bytes):>10} measured "
         f"{predicted / memory.peak_bytes - 1:+.1%}",
         flush=True,
@@ -230,8 +276,9 @@ def update_docs(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="*", choices=[*CASES, REAL], default=[*CASES, REAL])
     parser.add_argument("--scratch", type=Path, help="where models are made; default: the system's temporary directory")
+    parser.add_argument("--contexts", nargs="*", type=int, default=REAL_CONTEXTS, help="of the real model")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "memory.json")
     parser.add_argument("--update-docs", action="store_true")
     arguments = parser.parse_args()
@@ -240,14 +287,15 @@ def main() -> None:
     for name in arguments.only:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as directory:
             scratch = Path(directory)
-            checkpoint = (
-                Checkpoint.open(ROOT / "samples" / "llama")
-                if name == "sample"
-                else write_random_model(scratch / "model", SHAPES[name])
-            )
-            found = list(measure(name, checkpoint, scratch))
-        rows = [r for r in rows if r["shape"] != name] + found
-    rows.sort(key=lambda row: list(CASES).index(row["shape"]))
+            if name == REAL:
+                found = list(measure_planned(name, Checkpoint.open(real.cached().model), scratch, arguments.contexts))
+            elif name == "sample":
+                found = list(measure(name, Checkpoint.open(ROOT / "samples" / "llama"), scratch))
+            else:
+                found = list(measure(name, write_random_model(scratch / "model", SHAPES[name]), scratch))
+        again = arguments.contexts if name == REAL else [row["context"] for row in found]
+        rows = [r for r in rows if r["shape"] != name or r["context"] not in again] + found
+    rows.sort(key=lambda row: [*CASES, REAL].index(row["shape"]))
     document = {
         "benchmark": "memory",
         "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},

@@ -21,6 +21,7 @@ class RuntimeBase:
     Attributes:
         measured_with: packages and platform.
         library: bytes of code, sessions and allocators: everything that no model changes.
+        layer: bytes that the graph of one layer takes: its nodes, their names, the plan of running them.
         token, merge: bytes that the tokenizer keeps for each token and each merge.
         building: share of that which building the tokenizer takes besides, and frees.
     """
@@ -30,9 +31,11 @@ class RuntimeBase:
     token: int
     merge: int
     building: float = 0.0
+    layer: int = 0
 
     def of(self, checkpoint: Checkpoint) -> ProcessBase:
         """Return what the runtime holds for one model."""
         size = checkpoint.tokenizer_size
         tokenizer = self.token * max(size.tokens, checkpoint.shape.vocabulary) + self.merge * size.merges
-        return ProcessBase(self.library, tokenizer, tokenizer + math.ceil(self.building * tokenizer))
+        library = self.library + self.layer * checkpoint.shape.layers
+        return ProcessBase(library, tokenizer, tokenizer + math.ceil(self.building * tokenizer))

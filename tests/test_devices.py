@@ -137,13 +137,13 @@ def test_limits_of_a_browser_reach_the_request() -> None:
     assert (onnx.format, onnx.whole_prompts, onnx.largest_file) == ("onnx", True, 2 * 10**9)
     gguf = PlanFlags(device="browser", format_="gguf").request()
     assert (gguf.whole_prompts, gguf.largest_file) == (False, 2 * 10**9)
-    without = PlanFlags(budget="1GB", format_="onnx").request()
+    without = PlanFlags(budget=["1GB"], format_="onnx").request()
     assert (without.whole_prompts, without.largest_file) == (False, None)
 
 
 def test_flags_override_the_device(camera: Path) -> None:
     flags = PlanFlags(
-        device="camera", devices=camera, budget="100MB", budget_scope="file", types="Q6_K, f16", context=9
+        device="camera", devices=camera, budget=["100MB"], budget_scope="file", types="Q6_K, f16", context=9
     )
     request = flags.request()
     assert (request.budget_bytes, request.budget_scope, request.types, request.context) == (

@@ -1,15 +1,17 @@
 """The chain of stages. What the command line does, as plain functions."""
 
-from acip_export.api.export import convert_bundle, export_model, materialize_bundle
+from acip_export.api.export import convert_bundle, export_model, materialize_bundle, shared_work
 from acip_export.api.opening import open_model, open_scores
-from acip_export.api.plan import plan_export, planned_sizes, planning_problem, sweep_document, sweep_sizes
+from acip_export.api.plan import Known, plan_export, planned_sizes, planning_problem, sweep_document, sweep_sizes
 from acip_export.api.rank import ranking_summary, write_imatrix
 from acip_export.api.report import ranked_model_of, write_report
 from acip_export.api.rounding import measure_rounding_errors, rounding_errors
 from acip_export.api.text import evaluation_text, text_to_measure
 from acip_export.api.verify import verify_directory
+from acip_export.report import write_comparison
 
 __all__ = [
+    "Known",
     "convert_bundle",
     "evaluation_text",
     "export_model",
@@ -23,10 +25,12 @@ __all__ = [
     "ranked_model_of",
     "ranking_summary",
     "rounding_errors",
+    "shared_work",
     "sweep_document",
     "sweep_sizes",
     "text_to_measure",
     "verify_directory",
+    "write_comparison",
     "write_imatrix",
     "write_report",
 ]

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from acip_export.api.plan import planned_sizes
 from acip_export.api.rank import rounding_scores
 from acip_export.api.report import write_report
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.export_directory import EXPORT_KIND
-from acip_export.artifacts.names import PLAN_FILE
+from acip_export.artifacts.export_directory import EXPORT_KIND, is_unverified, mark_unverified, settle_mark
+from acip_export.artifacts.names import PLAN_FILE, SCORE_FILE_SUFFIX
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import VerificationError
+from acip_export.errors import AcipError, InfeasibleBudgetError, VerificationError
 from acip_export.formats.registry import export_format
 from acip_export.io.atomic import scratch_directory
-from acip_export.io.outputs import claim_output
+from acip_export.io.outputs import Output, claim_output
 from acip_export.kept_roundings import KeptRoundings
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
+from acip_export.units import format_bytes
 from acip_export.verification import export as verification
 from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
+
+logger = logging.getLogger(__name__)
+
+_PLANS_AGAIN = 2
 
 
 def materialize_bundle(
@@ -98,46 +108,179 @@ def export_model(
     types: tuple[str, ...] = (),
     progress: ProgressCallback = silent,
     cache: Path | None = None,
+    plan_again: Callable[[int], Plan] | None = None,
+    roundings: Path | None = None,
 ) -> Report | None:
-    """Materialize, convert and verify ``plan``; the directory ``out`` appears only when all of it went well.
+    """Materialize, convert and verify ``plan``.
 
+    The directory ``out`` appears when the export is converted, whole, and is marked as unverified until it has passed.
+    One that is there already is replaced only by one that has passed: until then, the new one is ``out-unverified``.
     The bundle is kept beside the export only while it is needed.
 
     Args:
         text, tasks, timeout: see :func:`acip_export.verification.export.verify_export`.
         sizes: for the slider of ``report.html``, see :func:`planned_sizes`; made from ``types`` if not given.
+        plan_again: makes a plan for a budget of so many bytes. What a process takes beyond the plan's budget is taken
+            off, twice at most, before verification fails.
+        roundings: existing directory that keeps rounded matrices for other sizes.
 
     Returns:
         The report, also written as ``report.json``, ``report.html`` and ``README.md``; ``None`` without ``verify``.
 
     Raises:
         UsageError: ``out`` may not be written; see :func:`acip_export.io.outputs.claim_output`.
-        VerificationError: bytes or numbers are not what was planned; nothing is left behind.
+        VerificationError: bytes are not what was planned: nothing is left behind. Or numbers are not: the export stays,
+            marked, with its report.
     """
     read = (scores.file, cache, *tasks, *plan.options.values())
     output = claim_output(out, EXPORT_KIND, force, read, checkpoint.path)
-    with scratch_directory(output.place, ".bundle") as scratch, output.new_directory() as directory:
-        bundle = scratch / "bundle"
-        materialize_bundle(checkpoint, scores, plan, bundle, progress=progress, cache=cache)
-        kept = KeptRoundings(scratch / "rounded") if verify else None
-        if kept is not None:
-            kept.directory.mkdir()
-        _convert(Bundle.open(bundle, kept=kept), directory, progress, check=True)
-        if not verify:
-            return None
-        report = verification.verify_export(
-            directory,
-            bundle,
-            text=text,
-            dense=checkpoint.path,
-            tasks=tasks,
-            timeout=timeout,
-            progress=progress,
-            kept=kept,
-            cache=cache,
-        )
-        verification.require_passed(report)
-        save_report(report, directory)
-        planned = planned_sizes(checkpoint, scores, plan, types) if sizes is None else sizes
-        write_report(directory, checkpoint, scores, sizes=planned)
-        return report
+    if not verify:
+        with scratch_directory(output.place, ".bundle") as scratch, output.new_directory() as directory:
+            materialize_bundle(checkpoint, scores, plan, scratch / "bundle", progress=progress, cache=cache)
+            _convert(Bundle.open(scratch / "bundle"), directory, progress, check=True)
+        return None
+    waiting = output
+    if output.place.is_dir() and any(output.place.iterdir()) and not is_unverified(output.place):
+        waiting = claim_output(out.with_name(f"{out.name}-unverified"), EXPORT_KIND, True, read, checkpoint.path)
+    command = _verify_command(waiting.named, checkpoint, scores)
+    budgets = [plan.budget_bytes]
+    while True:
+        last = plan_again is None or len(budgets) > _PLANS_AGAIN
+        try:
+            with scratch_directory(output.place, ".bundle") as scratch:
+                bundle, kept = scratch / "bundle", KeptRoundings(roundings or scratch / "rounded")
+                kept.directory.mkdir(exist_ok=True)
+                materialize_bundle(checkpoint, scores, plan, bundle, progress=progress, cache=cache)
+                with waiting.new_directory() as directory:
+                    _convert(Bundle.open(bundle, kept=kept), directory, progress, check=True)
+                    mark_unverified(directory, f"Verify it with:  {command}")
+                with _staying(waiting.named, plan, command):
+                    report = verification.verify_export(
+                        waiting.place,
+                        bundle,
+                        text=text,
+                        dense=checkpoint.path,
+                        tasks=tasks,
+                        timeout=timeout,
+                        progress=progress,
+                        kept=kept,
+                        cache=cache,
+                        stop_over_budget=not last,
+                    )
+                    planned = planned_sizes(checkpoint, scores, plan, types) if sizes is None else sizes
+                    return _settled(report, waiting, output, checkpoint, scores, planned)
+        except verification.OverBudget as over:
+            assert plan_again is not None
+            # Two processes with the same export differ by as much as a two hundredth.
+            budgets.append(budgets[-1] - over.nbytes - plan.budget_bytes // 200)
+            logger.warning(
+                "%s took %s bytes more than the budget of %s: planned again, for %s",
+                over.runtime,
+                f"{over.nbytes:,}",
+                format_bytes(plan.budget_bytes),
+                format_bytes(budgets[-1]),
+            )
+            plan = _planned_again(plan, budgets[-1], over, plan_again, waiting.named, command)
+            waiting = replace(waiting, force=True)
+
+
+def _planned_again(
+    plan: Plan,
+    nbytes: int,
+    over: verification.OverBudget,
+    plan_again: Callable[[int], Plan],
+    export: Path,
+    command: str,
+) -> Plan:
+    """Return a plan for ``nbytes``, whose budget is still what was asked for.
+
+    Raises:
+        VerificationError: there is none; ``export`` stays.
+    """
+    try:
+        smaller = plan_again(nbytes)
+    except InfeasibleBudgetError as reason:
+        needed = math.ceil((plan.budget_bytes + over.nbytes) / 1e6)
+        raise VerificationError(
+            f"{over.runtime} took {over.nbytes:,} bytes more than the budget of {plan.budget_bytes:,}, and no plan "
+            f"takes so much less: the smallest is of {reason.smallest_feasible_bytes:,}.\n"
+            f"{_stays(export, plan, command)}\nGive it  --budget {needed}MB"
+        ) from over
+    note = f"planned for {nbytes:,} bytes: {over.runtime} took {over.nbytes:,} more than the budget before"
+    return replace(smaller, budget_bytes=plan.budget_bytes, notes=(*smaller.notes, note))
+
+
+@contextmanager
+def _staying(export: Path, plan: Plan, command: str) -> Iterator[None]:
+    """Say, where verification does not come to its end, that the export is still there, and what to type."""
+    try:
+        yield
+    except verification.OverBudget:
+        raise
+    except AcipError as error:
+        error.args = (f"{error}\n{_stays(export, plan, command)}",)
+        raise
+    except BaseException:
+        logger.warning("%s", _stays(export, plan, command))
+        raise
+
+
+def _stays(export: Path, plan: Plan, command: str) -> str:
+    written = sum(verification.written_files(export, plan).values())
+    return (
+        f"The export stays in {export}, marked as unverified: {plan.planned_bytes:,} bytes planned, {written:,} "
+        f"written.\nVerify it with:  {command}"
+    )
+
+
+def _verify_command(export: Path, checkpoint: Checkpoint, scores: ScoreFile) -> str:
+    """What verifies an export, typed where this command was."""
+    words = ["acip-export", "verify", str(export)]
+    if not checkpoint.path.samefile(Path.cwd()):
+        words += ["--model", str(checkpoint.path)]
+    if scores.file is not None and list(checkpoint.path.glob(f"*{SCORE_FILE_SUFFIX}")) != [scores.file]:
+        words += ["--scores", str(scores.file)]
+    return shlex.join(words)
+
+
+@contextmanager
+def shared_work(place: Path | None, cache: Path | None) -> Iterator[tuple[Path | None, Path | None]]:
+    """Yield the cache and the directory of rounded matrices that exports of several sizes share.
+
+    Args:
+        place: directory that the exports are written into; ``None``: there is one export, and nothing to share.
+        cache: the user's, if there is one, which stays.
+    """
+    if place is None:
+        yield cache, None
+        return
+    with scratch_directory(place / "shared", ".tmp") as scratch:
+        roundings, own = scratch / "rounded", scratch / "cache"
+        roundings.mkdir()
+        yield cache or own, roundings
+
+
+def _settled(
+    report: Report,
+    waiting: Output,
+    output: Output,
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    sizes: Sequence[Plan],
+) -> Report:
+    """Write what was found into the export, and put it into its place if it has passed.
+
+    Raises:
+        VerificationError: it has not.
+    """
+    place = waiting.place
+    if report.passed:
+        report = replace(report, export=output.place.name)
+    save_report(report, place)
+    if report.passed and place != output.place:
+        output.take(place)
+        place = output.place
+    write_report(place, checkpoint, scores, sizes=sizes)
+    settle_mark(place, report.failures)
+    verification.require_passed(report)
+    return report

@@ -49,6 +49,9 @@ from acip_export.planning import (
 from acip_export.progress import ProgressCallback, silent
 from acip_export.units import format_bytes
 
+# What all budgets of a request share, by layout: the problem, whether it is calibrated, and why not.
+Known = dict[str, tuple[Problem, bool, tuple[str, ...]]]
+
 
 def planning_problem(
     checkpoint: Checkpoint, scores: ScoreFile, question: Question, progress: ProgressCallback = silent
@@ -95,10 +98,17 @@ def possible_with(scores: ScoreFile, question: Question) -> tuple[Question, tupl
 
 
 def plan_export(
-    checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest, progress: ProgressCallback = silent
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    request: PlanRequest,
+    progress: ProgressCallback = silent,
+    known: Known | None = None,
 ) -> Plan:
     """Plan with measured rounding errors and the exact file sizes of the format; with the layout ``auto``,
     the best predicted of all.
+
+    Args:
+        known: what other budgets of the same request have made; what is made is added.
 
     Raises:
         UnacceptedLossError: no context of ``max`` has a plan that loses as little as was asked for.
@@ -108,6 +118,7 @@ def plan_export(
         UsageError, UnsupportedError: the request contradicts itself, the model, the scores or the format; or a file
             would be larger than ``request.largest_file``.
     """
+    known = {} if known is None else known
     request, said = settle_rounding(scores, request)
     question, limits = possible_with(scores, resolve(request, checkpoint))
     budget, rule = question.budget, question.rule
@@ -116,16 +127,23 @@ def plan_export(
     notes = [*said, *limits, *_prepare(checkpoint, question.spaces[0].format, rule, progress)]
 
     def problem_of(space: SearchSpace) -> Problem:
+        if space.layout.name not in known:
+            known[space.layout.name] = made(space)
+        problem, scaled, why_not = known[space.layout.name]
+        notes.extend(note for note in why_not if note not in notes)
+        calibrated.append(scaled)
+        return problem
+
+    def made(space: SearchSpace) -> tuple[Problem, bool, tuple[str, ...]]:
         if space.format.tensor_limit(space.options):  # one that is too small is refused before anything is measured
             unmeasured = Problem.of(checkpoint, scores, space)
             unmeasured.floor(budget.scope, rule.least.serving(budget, unmeasured.memory))
-        errors = rounding_errors(checkpoint, scores, space, progress)
+        errors, why_not = rounding_errors(checkpoint, scores, space, progress), tuple[str, ...]()
+        uncalibrated = errors
         if question.calibrate:
-            uncalibrated = errors
             errors, why_not = calibrated_errors(checkpoint, scores, space, errors, rule, progress)
-            notes.extend(note for note in why_not if note not in notes)
-            calibrated.append(errors is not uncalibrated)
-        return Problem.of(checkpoint, scores, space, errors, cache_losses(space))
+        problem = Problem.of(checkpoint, scores, space, errors, cache_losses(space))
+        return problem, errors is not uncalibrated, why_not
 
     def cache_losses(space: SearchSpace) -> CacheLosses:
         if len(question.caches) == 1:

@@ -182,7 +182,10 @@ def export(
     cache: Location | None = None,
     progress: ProgressCallback = silent,
 ) -> Report | None:
-    """Write a plan's export into ``out`` and prove it in its runtimes; it appears whole or not at all.
+    """Write a plan's export into ``out`` and prove it in its runtimes.
+
+    It appears when it is written, whole, and is marked (``UNVERIFIED.txt``) until it has passed; an earlier export is
+    replaced only by one that has.
 
     Args:
         plan: what :func:`plan` returned, or a ``plan.json``. model, scores: that it was made from.
@@ -196,7 +199,7 @@ def export(
         The report, also in ``out`` (``report.json``, ``report.html``, ``README.md``); ``None`` without ``verify``.
 
     Raises:
-        UsageError: ``out`` may not be written. VerificationError: bytes or numbers are not what was planned.
+        UsageError: ``out`` may not be written. VerificationError: numbers are not what was planned; the export stays.
         PlanFileError, CheckpointError, ScoreFileError: plan, model and score file do not belong together.
     """
     from acip_export.api.export import export_model

@@ -9,7 +9,7 @@ from pathlib import Path
 from acip_export.api.export import materialize_bundle
 from acip_export.api.opening import Location, open_model, open_scores
 from acip_export.api.text import evaluation_text, held_out_text
-from acip_export.artifacts.export_directory import claim_papers
+from acip_export.artifacts.export_directory import claim_papers, settle_mark
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import Report, save_report
@@ -60,6 +60,7 @@ def verify_directory(
             progress=progress,
         )
     save_report(report, export)
+    settle_mark(export, report.failures)
     return report
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
 from acip_export.artifacts.document import listed_files
-from acip_export.artifacts.names import CARD_FILE, PAGE_FILE, PLAN, PLAN_FILE, REPORT, REPORT_FILE
+from acip_export.artifacts.names import CARD_FILE, MARK_FILE, PAGE_FILE, PLAN, PLAN_FILE, REPORT, REPORT_FILE
 from acip_export.artifacts.plan import PLAN_KIND
 from acip_export.io.outputs import DirectoryKind, FileKind, Output, claim_output, json_kind
 
 REPORT_KIND = json_kind(REPORT.noun, REPORT.artifact)
 # The title of the page, and the front matter of the card.
 PAGE_KIND = FileKind("a report's page", re.compile(rb"(?si)<!doctype html>.*acip-export</title>"))
+COMPARISON_KIND = FileKind(
+    "a comparison of exports", re.compile(rb"(?si)<!doctype html>.*exports compared \xc2\xb7 acip-export</title>")
+)
 CARD_KIND = FileKind("a model card", re.compile(rb'(?s)---\n.*^quantized_by: "acip-export"$', re.MULTILINE))
-_PAPERS = {REPORT_FILE: REPORT_KIND, PAGE_FILE: PAGE_KIND, CARD_FILE: CARD_KIND}
+_UNVERIFIED = "acip-export: this export is not verified."
+MARK_KIND = FileKind("a mark of acip-export", re.compile(re.escape(_UNVERIFIED.encode())))
+_PAPERS = {REPORT_FILE: REPORT_KIND, PAGE_FILE: PAGE_KIND, CARD_FILE: CARD_KIND, MARK_FILE: MARK_KIND}
 
 
 def _contents(directory: Path) -> Mapping[str, int | FileKind]:
@@ -28,10 +33,29 @@ EXPORT_KIND = DirectoryKind("an export", _contents)
 
 
 def claim_papers(export: Path, inputs: Iterable[str | PathLike[str] | None] = ()) -> dict[str, Output]:
-    """The report, the page and the card of an export, by name: written anew without asking, if they are ours.
+    """The report, the page, the card and the mark of an export, by name: written anew without asking, if they are ours.
 
     Raises:
         UsageError: one of them is somebody else's, or an input; see :func:`acip_export.io.outputs.claim_output`.
     """
     read = tuple(inputs)
     return {name: claim_output(export / name, kind, True, read, export) for name, kind in _PAPERS.items()}
+
+
+def is_unverified(export: Path) -> bool:
+    """Whether an export is marked: its last verification failed, or did not come to its end."""
+    return (export / MARK_FILE).is_file()
+
+
+def mark_unverified(export: Path, why: str) -> None:
+    """Leave a file in an export that says, to whoever lists it, that nothing is proven, why, and what to do."""
+    with claim_papers(export)[MARK_FILE].new_file() as file:
+        file.write_text(f"{_UNVERIFIED}\n\n{why}\n", encoding="utf-8")
+
+
+def settle_mark(export: Path, failures: Sequence[str]) -> None:
+    """Remove the mark of an export that was verified, or write what failed into it."""
+    if failures:
+        mark_unverified(export, "\n".join(failures))
+    else:
+        claim_papers(export)[MARK_FILE].place.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ PLAN_FILE = "plan.json"
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
 CARD_FILE = "README.md"
+COMPARISON_FILE = "comparison.html"
+MARK_FILE = "UNVERIFIED.txt"
 MANIFEST_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 IMPORTANCE_FILE = "importance.safetensors"
@@ -15,7 +17,7 @@ FEEDBACK_FILE = "feedback.safetensors"
 CONFIG_FILE = "config.json"
 SCORE_FILE_SUFFIX = ".acip"
 # What an export's directory holds for people and tools, and no device needs.
-PAPERS = frozenset({PLAN_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE})
+PAPERS = frozenset({PLAN_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE, MARK_FILE})
 
 
 class ArtifactName(NamedTuple):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from acip_export.artifacts.export_directory import EXPORT_KIND
-from acip_export.artifacts.plan import FAR_OFF
+from acip_export.artifacts.export_directory import COMPARISON_KIND, EXPORT_KIND
+from acip_export.artifacts.names import COMPARISON_FILE, PLAN_FILE
+from acip_export.artifacts.plan import FAR_OFF, Plan, load_plan
 from acip_export.cli import output as console
 from acip_export.cli.help import refuse_flags_before
 from acip_export.cli.options import (
@@ -29,9 +31,9 @@ from acip_export.cli.options import (
     names,
 )
 from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
-from acip_export.cli.tables.plan import show_plan
+from acip_export.cli.tables.plan import show_plan, show_plans
 from acip_export.cli.tables.report import show_export, show_reports
-from acip_export.errors import UsageError
+from acip_export.errors import UsageError, VerificationError
 from acip_export.formats.protocol import Companion
 from acip_export.formats.registry import export_format, export_formats
 from acip_export.io.outputs import claim_output
@@ -39,6 +41,10 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Course
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
 from acip_export.version import __version__
+
+if TYPE_CHECKING:
+    from acip_export.artifacts.report import Report
+    from acip_export.planning import PlanRequest
 
 # Of a share, on two cores of 2024.
 _SECONDS_PER_BYTE = 4e-8
@@ -106,58 +112,129 @@ def export(
     from acip_export import api as pipeline
     from acip_export.planning import unaccepted_loss
 
-    request = flags.request()
-    directory = out or default_place(request.format, request.budget_bytes)
-    beside = _companions(request.format, companions, directory)
-    if not dry_run:
-        read = (*flags.inputs, text, cache, *names(tasks))
-        claim_output(directory, EXPORT_KIND, force, read, flags.model)
-        for companion, place in beside.items():
+    requests = flags.requests()
+    sizes = [default_place(each.format, each.budget_bytes) for each in requests]
+    several = len(requests) > 1
+    places = [(out or size.parent) / size.name if several else out or size for size in sizes]
+    jobs = [
+        Job(request, place, _companions(request.format, companions, place))
+        for request, place in zip(requests, places, strict=True)
+    ]
+    read = (*flags.inputs, text, cache, *names(tasks))
+    for job in () if dry_run else jobs:
+        claim_output(job.out, EXPORT_KIND, force, read, flags.model)
+        for companion, place in job.companions.items():
             claim_output(place, companion.kind, force, read, flags.model)
+    if several and not dry_run:
+        claim_output(places[0].parent / COMPARISON_FILE, COMPARISON_KIND, True, read, flags.model)
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
+    known: pipeline.Known = {}
     with console.stage_progress() as progress:
-        plan = pipeline.plan_export(checkpoint, opened, request, progress)
-    for companion in beside:
-        companion.check(plan.files)
+        plans = [pipeline.plan_export(checkpoint, opened, request, progress, known) for request in requests]
+    for job, plan in zip(jobs, plans, strict=True):
+        for companion in job.companions:
+            companion.check(plan.files)
+        if plan.far_off and not (dry_run or accept_loss):
+            raise unaccepted_loss(plan)
     wanted = text is not None or (verify and not dry_run)
-    measured_on = pipeline.text_to_measure(checkpoint, opened, text, plan.serving.context) if wanted else None
-    if plan.far_off and not (dry_run or accept_loss):
-        raise unaccepted_loss(plan)
-    if not json:
-        show_plan(plan, verbose)
+    measured_on = pipeline.text_to_measure(checkpoint, opened, text, plans[0].serving.context) if wanted else None
+    if not json and not several:
+        show_plan(plans[0], verbose)
+    elif not json:
+        show_plans(plans)
     if dry_run:
         if json:
-            console.print_json(plan.to_json())
+            documents = [plan.to_json() for plan in plans]
+            console.print_json(documents if several else documents[0])
         return
-    with console.stage_progress(_course(checkpoint, verify)) as progress:
-        report = pipeline.export_model(
-            checkpoint,
-            opened,
-            plan,
-            directory,
-            force,
-            verify,
-            measured_on,
-            names(tasks),
-            timeout,
-            types=request.types,
-            progress=progress,
-            cache=cache,
-        )
-    written = {companion: companion.write(directory, place, force) for companion, place in beside.items()}
+    results: list[Result] = []
+    failed: list[VerificationError] = []
+    with pipeline.shared_work(places[0].parent if several else None, cache) as (cache, roundings):
+        for job, plan in zip(jobs, plans, strict=True):
+
+            def plan_again(nbytes: int, asked: PlanRequest = job.request) -> Plan:
+                return pipeline.plan_export(checkpoint, opened, replace(asked, budget_bytes=nbytes), known=known)
+
+            try:
+                with console.stage_progress(_course(checkpoint, verify)) as progress:
+                    report = pipeline.export_model(
+                        checkpoint,
+                        opened,
+                        plan,
+                        job.out,
+                        force,
+                        verify,
+                        measured_on,
+                        names(tasks),
+                        timeout,
+                        types=job.request.types,
+                        progress=progress,
+                        cache=cache,
+                        plan_again=plan_again,
+                        roundings=roundings,
+                    )
+            except VerificationError as error:
+                if not several:
+                    raise
+                failed.append(error)
+                continue
+            written = {companion: companion.write(job.out, place, force) for companion, place in job.companions.items()}
+            # What was planned again is another plan.
+            results.append(Result(job, load_plan(job.out / PLAN_FILE), report, written))
+    page = pipeline.write_comparison([result.job.out for result in results]) if several and results else None
+    if results:
+        _show(results, page, json)
+    if failed:
+        raise VerificationError("\n".join(map(str, failed)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """An export to be made: what is asked, its directory, and those of its companions."""
+
+    request: PlanRequest
+    out: Path
+    companions: dict[Companion, Path]
+
+
+@dataclass(frozen=True)
+class Result:
+    """An export that was made. ``written``: of its companions, bytes by file."""
+
+    job: Job
+    plan: Plan
+    report: Report | None
+    written: dict[Companion, dict[str, int]]
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        also = {
+            companion.name: {"out": str(self.job.companions[companion]), "files": files}
+            for companion, files in self.written.items()
+        }
+        report = self.report and self.report.to_json()
+        return {"out": str(self.job.out), "plan": self.plan.to_json(), "report": report, "companions": also}
+
+
+def _show(results: list[Result], page: Path | None, json: bool) -> None:
+    """Of several exports a table and the page that compares them, of one how to run it."""
     if json:
-        result = {"out": str(directory), "plan": plan.to_json(), "report": report and report.to_json()}
-        also = {companion.name: {"out": str(beside[companion]), "files": files} for companion, files in written.items()}
-        console.print_json({**result, "companions": also})
+        documents = [result.to_json() for result in results]
+        console.print_json(documents[0] if page is None else documents)
         return
-    if report is not None:
+    reports = [result.report for result in results if result.report is not None]
+    if reports:
         console.out.print()
-        show_reports([report])
-    show_export(plan, directory)
-    for companion, files in written.items():
-        total = sum(files.values())
-        console.say(f"{total:,} bytes in the {companion.name} format in {beside[companion]}")
+    show_reports(reports)
+    for result in results:
+        if page is None:
+            show_export(result.plan, result.job.out)
+        for companion, files in result.written.items():
+            total, place = sum(files.values()), result.job.companions[companion]
+            console.say(f"{total:,} bytes in the {companion.name} format in {place}")
+    if page is not None:
+        console.say(f"\n{len(results)} exports in {page.parent}, compared in {page}")
 
 
 def _course(checkpoint: Checkpoint, verify: bool) -> Course:

@@ -19,7 +19,7 @@ from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats, format_names
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import Rounding
-from acip_export.units import format_bytes, parse_bytes, parse_context
+from acip_export.units import format_bytes, parse_budgets, parse_context
 
 if TYPE_CHECKING:
     from acip_export.planning import PlanRequest
@@ -92,9 +92,12 @@ class PlanFlags:
         ),
     ] = None
     budget: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="SIZE", help="4GB, 900M, 2GiB, or 50% of the dense model's bytes.", rich_help_panel=BUDGET
+            metavar="SIZE",
+            help="4GB, 900M, 2GiB, or 50% of the dense model's bytes.\n\nGiven several times, or as a ladder "
+            "(1GB..4GB:5): one export each.",
+            rich_help_panel=BUDGET,
         ),
     ] = None
     budget_scope: Annotated[
@@ -182,7 +185,7 @@ class PlanFlags:
     @property
     def asks(self) -> bool:
         """Whether anything was asked for at all."""
-        return (self.budget or self.device or self.format_) is not None
+        return bool(self.budget) or (self.device or self.format_) is not None
 
     def request(self) -> PlanRequest:
         """The flags as one request, completed from the device.
@@ -190,10 +193,21 @@ class PlanFlags:
         Raises:
             UsageError: a flag is missing or malformed, or flags contradict each other. DeviceFileError.
         """
+        request, *others = self.requests()
+        if others:
+            raise UsageError("one plan is for one --budget; several are for exports, and  --sweep  draws all of them")
+        return request
+
+    def requests(self) -> tuple[PlanRequest, ...]:
+        """The flags as one request a budget.
+
+        Raises:
+            As :meth:`request`.
+        """
         device = self._device()
         format_name = self._format(device)
         (types,) = self._type_sets(1)
-        return self._request(device, format_name, self._budget(device), self.layout, types)
+        return tuple(self._request(device, format_name, budget, self.layout, types) for budget in self._budgets(device))
 
     def sweep_requests(self) -> list[tuple[str, PlanRequest]]:
         """One request for every line of a sweep, labelled: formats, layouts and sets of types, all that were not named.
@@ -201,7 +215,7 @@ class PlanFlags:
         Raises:
             UsageError: as :meth:`request`, or a budget. UnsupportedError: no such layout or runtime.
         """
-        if self.budget is not None:
+        if self.budget:
             raise UsageError("--sweep plans for every budget; leave --budget out")
         if "auto" in (self.cache_type, self.cache_type_k, self.cache_type_v):
             raise UsageError("--sweep plans for one KV cache at every budget; name its type in place of auto")
@@ -283,21 +297,21 @@ class PlanFlags:
             )
         return name
 
-    def _budget(self, device: Device | None) -> int:
-        if self.budget is None:
+    def _budgets(self, device: Device | None) -> tuple[int, ...]:
+        if not self.budget:
             if device is None:
                 raise UsageError(
                     "no budget; give one with  --budget 4GB,  or name a device with  --device raspberry-pi-5-8gb\n"
                     "acip-export devices  lists them"
                 )
-            return device.budget_bytes
-        budget = parse_bytes(self.budget, whole=lambda: Checkpoint.open(self.model).weight_bytes)
-        if device is not None and self.budget_scope != "file" and budget > device.memory_bytes:
+            return (device.budget_bytes,)
+        budgets = parse_budgets(self.budget, lambda: Checkpoint.open(self.model).weight_bytes)
+        if device is not None and self.budget_scope != "file" and max(budgets) > device.memory_bytes:
             raise UsageError(
-                f"--budget {self.budget} is more than {device.name} has: {format_bytes(device.memory_bytes)} "
-                f"({device.memory_bytes} bytes)"
+                f"--budget {' '.join(self.budget)} is more than {device.name} has: "
+                f"{format_bytes(device.memory_bytes)} ({device.memory_bytes} bytes)"
             )
-        return budget
+        return budgets
 
 
 def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:

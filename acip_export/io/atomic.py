@@ -271,15 +271,18 @@ def new_directory(target: Path, allow: Callable[[], None] = _nothing) -> Iterato
         yield temporary
         allow()
         temporary.chmod(0o755)
-        _exchange(temporary, target)
+        exchange(temporary, target)
 
 
-def _exchange(new: Path, target: Path) -> None:
+def exchange(new: Path, target: Path) -> None:
     """Put ``new`` where ``target`` is, by renames: what was there is back if they fail, and removed when they have not.
 
     A crash between the two leaves the old directory, whole, beside the place.
+
+    Raises:
+        OutputError: it cannot be replaced.
     """
-    old = new.with_suffix(".old")
+    old = target.parent / f".{target.name}.{secrets.token_hex(4)}.old"
     try:
         if target.exists():
             target.replace(old)

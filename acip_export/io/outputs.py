@@ -98,6 +98,11 @@ class Output:
         """Yield a temporary directory that becomes this one; see :func:`acip_export.io.atomic.new_directory`."""
         return atomic.new_directory(self.place, self.check)
 
+    def take(self, directory: Path) -> None:
+        """Put ``directory``, which lies beside it, into its place; see :func:`acip_export.io.atomic.exchange`."""
+        self.check()
+        atomic.exchange(directory, self.place)
+
     def _check_inputs(self) -> None:
         around = {"the current directory": Path.cwd(), "your home directory": _home(), "what is read": self.base}
         for what, directory in around.items():

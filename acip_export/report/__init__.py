@@ -4,6 +4,7 @@ Neither has a figure of its own: all come from ``plan.json``, ``report.json`` an
 ``report.html`` where the score file is out of reach.
 """
 
+from acip_export.report.comparison import write_comparison
 from acip_export.report.page import Exported, Page, Ranking, build_page, read_export
 from acip_export.report.write import write_papers
 
@@ -13,5 +14,6 @@ __all__ = [
     "Ranking",
     "build_page",
     "read_export",
+    "write_comparison",
     "write_papers",
 ]

@@ -6,7 +6,7 @@ windows block by block; when logits are compared, a reference is no more than hi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -78,12 +78,14 @@ def verify_decoder(
     timeout: float,
     progress: ProgressCallback,
     cache: Path | None,
+    measured_all: Callable[[Sequence[ProcessFigures]], None] = lambda _figures: None,
 ) -> DecoderFigures:
     """Open the export in every runtime of its format and compare.
 
     Args:
         text: windows to measure quality on; agreement is measured on the first of them, else on sentences of our own.
         dense: the base model, for quality. cache: directory that keeps its states on a text for other exports.
+        measured_all: told what the runtimes' processes took, before anything is compared, which takes longer.
 
     Raises:
         As :func:`acip_export.verification.process.measure_process`.
@@ -110,6 +112,7 @@ def verify_decoder(
         count = min(_GREEDY_TOKENS, context - len(prompt))
         figures.append(measure_process(session.module, session.name, export, timeout, prompt, count, STRINGS))
         steps.windows(_PROCESS_WINDOWS)
+    measured_all(figures)
     continued = [np.array([*prompt, *measured.greedy], np.int64) for measured in figures]
     steps.begin("bundle, block by block")
     of_bundle = open_bundle(bundle, written_as.round_trip).passed(

@@ -40,7 +40,7 @@ from acip_export.verification import harness as evaluation
 from acip_export.verification.decoders import verify_decoder
 from acip_export.verification.encoders import verify_encoder
 from acip_export.verification.metrics import finite
-from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, measure_process
+from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, ProcessFigures, measure_process
 from acip_export.verification.structure import check_structure
 from acip_export.verification.tokens import compare_tokens, plain_text_failures, token_notes
 from acip_export.version import __version__
@@ -91,6 +91,14 @@ def check_bytes(export: Path, plan: Plan) -> list[str]:
     return failures + [f"{name}: written, but not planned" for name in sorted(unplanned)]
 
 
+class OverBudget(Exception):  # noqa: N818 - an answer, which the caller acts on
+    """A process took ``nbytes`` more than its plan's budget."""
+
+    def __init__(self, runtime: str, nbytes: int) -> None:
+        super().__init__(f"{runtime} took {nbytes} bytes more than the budget")
+        self.runtime, self.nbytes = runtime, nbytes
+
+
 def verify_export(
     export: Path,
     bundle: Path,
@@ -101,6 +109,7 @@ def verify_export(
     progress: ProgressCallback = silent,
     kept: KeptRoundings | None = None,
     cache: Path | None = None,
+    stop_over_budget: bool = False,
 ) -> Report:
     """Check the files, run the export in every runtime of its format, and compare with the bundle and the dense model.
 
@@ -115,8 +124,10 @@ def verify_export(
         timeout: seconds for each answer of the fresh processes.
         kept: what was rounded when the export was written. cache: directory that keeps the dense model's hidden
             states on ``text``, for other exports.
+        stop_over_budget: end as soon as it is known that memory is above the budget, with the most of all runtimes.
 
     Raises:
+        OverBudget: see ``stop_over_budget``.
         PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged or of another plan.
         RuntimeCrashError, RuntimeHangError: a runtime died or did not answer; VerificationError: it refuses the export.
         MissingExtraError: a runtime, or lm-evaluation-harness for ``tasks``, is not installed.
@@ -133,9 +144,9 @@ def verify_export(
     failures += differences
     found = _Found()
     if not failures and encoder is not None:
-        found = _run_encoder(written_as, export, made_of, encoder, text, dense, timeout, progress)
+        found = _run_encoder(written_as, export, made_of, encoder, text, dense, timeout, progress, stop_over_budget)
     elif not failures:
-        found = _run(written_as, export, made_of, text, dense, timeout, progress, cache)
+        found = _run(written_as, export, made_of, text, dense, timeout, progress, cache, stop_over_budget)
     failures += found.failures
     similarity = found.similarity
     return Report(
@@ -202,10 +213,16 @@ def _run(
     timeout: float,
     progress: ProgressCallback,
     cache: Path | None,
+    stop_over_budget: bool,
 ) -> _Found:
     plan = bundle.plan
     windows = None if text is None else text.windows
-    found = verify_decoder(export, bundle, written_as, windows, dense, timeout, progress, cache)
+
+    def measured(figures: Sequence[ProcessFigures]) -> None:
+        if stop_over_budget:
+            _stop_over_budget(written_as, bundle, figures)
+
+    found = verify_decoder(export, bundle, written_as, windows, dense, timeout, progress, cache, measured)
     reports: list[RuntimeReport] = []
     for session, each in zip(written_as.sessions, found.runtimes, strict=True):
         uncounted = uncounted_bytes(written_as, plan, bundle.as_checkpoint(), session.runtime)
@@ -256,6 +273,7 @@ def _run_encoder(
     dense: Path | None,
     timeout: float,
     progress: ProgressCallback,
+    stop_over_budget: bool,
 ) -> _Found:
     plan, session_class = bundle.plan, written_as.encoder_session
     if session_class is None:
@@ -264,6 +282,8 @@ def _run_encoder(
         )
     progress(Progress("verify", 0, item=f"{session_class.runtime}, in a process of its own"))
     measured = measure_process(session_class.module, session_class.name, export, timeout)
+    if stop_over_budget:
+        _stop_over_budget(written_as, bundle, [measured])
     progress(Progress("verify", 0, item=session_class.runtime))
     windows = None if text is None else text.windows
     figures = verify_encoder(export, plan, encoder, bundle.path, written_as, session_class, dense, windows)
@@ -280,14 +300,37 @@ def _memory_report(plan: Plan, memory: Memory | None, uncounted: int) -> MemoryR
     """``uncounted``: bytes beside the plan's ``memory_bytes``."""
     if memory is None:
         return None
-    if plan.budget_scope == "file" or plan.serving.backend != DEFAULT_BACKEND:
-        within = None
-    else:
-        uncovered = uncounted if plan.budget_scope == "memory" else 0
-        within = memory.peak_bytes - uncovered <= plan.budget_bytes
+    within = None
+    if _bounds_memory(plan):
+        within = _beyond(plan, memory, uncounted) <= 0
     return MemoryReport(
         **dataclasses.asdict(memory), predicted_bytes=plan.memory_bytes + uncounted, within_budget=within
     )
+
+
+def _bounds_memory(plan: Plan) -> bool:
+    """Whether what a process on this machine takes says anything about the budget."""
+    return plan.budget_scope != "file" and plan.serving.backend == DEFAULT_BACKEND
+
+
+def _beyond(plan: Plan, memory: Memory, uncounted: int) -> int:
+    """Bytes that a process took above the budget."""
+    uncovered = uncounted if plan.budget_scope == "memory" else 0
+    return memory.peak_bytes - uncovered - plan.budget_bytes
+
+
+def _stop_over_budget(written_as: ExportFormat, bundle: Bundle, measured: Sequence[ProcessFigures]) -> None:
+    """Raises OverBudget, of the runtime that took the most beyond it."""
+    plan, checkpoint = bundle.plan, bundle.as_checkpoint()
+    sessions = written_as.sessions if plan.task == "causal" else (written_as.encoder_session,)
+    over = [
+        (_beyond(plan, figures.memory, uncounted_bytes(written_as, plan, checkpoint, session.runtime)), figures.runtime)
+        for session, figures in zip(sessions, measured, strict=True)
+        if session is not None and figures.memory is not None and _bounds_memory(plan)
+    ]
+    beyond, runtime = max(over, default=(0, ""))
+    if beyond > 0:
+        raise OverBudget(runtime, beyond)
 
 
 def _check_same_plan(export: Path, plan: Plan, bundle: Bundle) -> None:
@@ -346,8 +389,8 @@ def _check_memory(plan: Plan, report: RuntimeReport) -> list[str]:
     if memory is None or memory.within_budget is not False:
         return []
     return [
-        f"{report.runtime}: its process took {format_bytes(memory.peak_bytes)}, {format_bytes(memory.predicted_bytes)} "
-        f"were planned; the budget of {format_bytes(plan.budget_bytes)} ({plan.budget_scope}) does not hold"
+        f"{report.runtime}: its process took {memory.peak_bytes:,} bytes, {memory.predicted_bytes:,} were planned; "
+        f"the budget of {format_bytes(plan.budget_bytes)} ({plan.budget_scope}) does not hold"
     ]
 
 

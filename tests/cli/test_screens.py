@@ -197,9 +197,9 @@ def test_a_failed_check_is_one_document(model: Path, run: Run) -> None:
 
 @pytest.mark.usefixtures("model")
 def test_flags_given_twice_or_elsewhere(run: Run) -> None:
-    twice = run(*ASKED, "--budget", "4MB")
+    twice = run(*ASKED, "--context", "32")
     assert twice.code == 2
-    assert "--budget is given 2 times" in twice.err
+    assert "--context is given 2 times" in twice.err
     assert run("plan", "-f", "gguf", "--format", "onnx", "--budget", "3MB").code == 2
     assert run("plan", *ASKED, "-q", "-q").code == 0
     before = run("--budget", "3MB", "plan", "--format", "gguf")

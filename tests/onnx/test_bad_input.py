@@ -100,7 +100,7 @@ def test_what_fails_while_writing_leaves_nothing(model: Path, tmp_path: Path, mo
         raise OSError(28, "No space left on device")
 
     checkpoint, scores = Checkpoint.open(model), pipeline.open_scores(Checkpoint.open(model), None)
-    request = PlanFlags(model=str(model), budget="50MB", format_="onnx", types="f32").request()
+    request = PlanFlags(model=str(model), budget=["50MB"], format_="onnx", types="f32").request()
     plan = pipeline.plan_export(checkpoint, scores, request)
     monkeypatch.setattr(writer, "write_data", stops)
     with pytest.raises(OutputError, match="No space left"):

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.plan import RUNTIME_PARTS, save_plan
+from acip_export.formats.registry import export_format
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning.memory import ModelMemory, uncounted_bytes
+from acip_export.verification.process import measure_process
 from acip_export.weight_types import weight_type
 from converters.onnx import converter
 from converters.onnx.memory import activation_bytes, leftover_bytes, logit_bytes, packed_bytes, tied_bytes
@@ -48,6 +53,28 @@ def export(directory: Path, fmt: str, tied: bool, sizes: dict[str, int]) -> tupl
 def peak(export: Path) -> int:
     command = [sys.executable, "-c", PROBE, str(export), str(CONTEXT)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize("fmt", ["f32", "int4"])
+@pytest.mark.parametrize("layers", [2, 32])
+def test_layers_cost_more_than_their_weights(tmp_path: Path, fmt: str, layers: int) -> None:
+    """Nodes, names and the plan of running them: megabytes, in a model of 32 layers whose weights are nothing."""
+    model = make_model(tmp_path / "m", **{**SMALL, "num_hidden_layers": layers, "head_dim": 32})
+    plan = make_plan(model, "onnx", "factored", dense(type=fmt), 64, 16)
+    checkpoint, known = Checkpoint.open(model), export_format("onnx")
+    files = known.predict_files(checkpoint, plan.layout, plan.tensors, plan.serving)
+    memory = ModelMemory.of(known, checkpoint)
+    breakdown = memory.breakdown(plan.tensors, sum(files.values()), plan.serving)
+    own = sum(nbytes for part, nbytes in breakdown.items() if part not in RUNTIME_PARTS)
+    out = tmp_path / "e"
+    out.mkdir()
+    converter.convert(make_bundle(model, plan, tmp_path / "b"), out, lambda _: None)
+    save_plan(plan, out / "plan.json")
+    for session in known.sessions:
+        measured = measure_process(session.module, session.name, out).memory
+        assert measured is not None
+        predicted = own + uncounted_bytes(known, plan, checkpoint, session.runtime)
+        assert measured.peak_bytes <= predicted <= 1.06 * measured.peak_bytes, session.runtime
 
 
 def formula(bundle: Bundle) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -58,6 +58,23 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     console.out.print(_tensor_table(plan) if verbose else _folded_table(plan))
     for line in (*(note for note in plan.notes if note != plan.far_off), *_held_back(plan, verbose)):
         console.say(f"• {line}")
+
+
+def show_plans(plans: Sequence[Plan]) -> None:
+    """One line a plan, when there are several."""
+    table = plain_table("budget", "used", "files", "predicted perplexity", "dense")
+    for column in table.columns:
+        column.justify = "right"
+    for plan in plans:
+        predicted, dense = plan.predicted_perplexity, plan.dense_perplexity
+        table.add_row(
+            format_bytes(plan.budget_bytes),
+            format_bytes(plan.used_bytes),
+            format_bytes(plan.planned_bytes),
+            f"{plan.predicted_loss:.2e} {plan.loss_unit}" if predicted is None else f"{predicted:,.2f}",
+            "" if dense is None else f"{dense:,.2f}",
+        )
+    console.out.print(table)
 
 
 def _held_back(plan: Plan, verbose: bool) -> Iterator[str]:

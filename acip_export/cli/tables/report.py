@@ -22,6 +22,8 @@ _SCOPES = {"file": "files", "memory": "memory", "process": "memory, the runtime 
 
 def show_reports(reports: Sequence[Report]) -> None:
     """One export in sentences, several in a table."""
+    if not reports:
+        return
     if len(reports) == 1:
         _show_report(reports[0])
     else:

@@ -1,0 +1,168 @@
+"""A converted export is never thrown away, a good one is never harmed, and what takes too much is planned again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from acip_export.artifacts.names import MARK_FILE
+from acip_export.artifacts.plan import load_plan
+from acip_export.artifacts.report import load_report
+from acip_export.errors import RuntimeCrashError
+from acip_export.io.outputs import sizes_below
+from acip_export.verification import export as verification
+from converters.gguf import memory
+from tests.support import Run, make_scores
+
+SAMPLE = Path(__file__).parents[2] / "samples" / "llama"
+# q8_0 only: nothing is measured before planning.
+PLAN = ("--format", "gguf", "--types", "q8_0", "--no-calibrate", "--context", "128", "--accept-loss")
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tmp_path_factory.mktemp("unverified") / "llama"
+    shutil.copytree(SAMPLE, model)
+    make_scores(model)
+    return model
+
+
+@pytest.fixture
+def here(ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory beside the model's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(ranked)
+    return tmp_path
+
+
+def _names(directory: Path) -> set[str]:
+    return {file.name for file in directory.iterdir()} - {"model"}
+
+
+def _no_temporary_names(text: str) -> None:
+    assert not re.search(r"\.[0-9a-f]{8}\.|/tmp/tmp", text), text
+
+
+def test_a_failed_one_stays_and_verify_lifts_the_mark(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        # Nothing is so close.
+        patch.setattr(verification, "_ROUNDED_ACTIVATIONS_KL", -1.0)
+        done = run("-m", "model", *PLAN, "--budget", "8MB", "-o", "out")
+    assert done.code == 6
+    assert _names(here) == {"out"}
+    plan = load_plan(here / "out" / "plan.json")
+    counts = f"{plan.planned_bytes:,} bytes planned, {plan.planned_bytes:,} written"
+    assert "KL from the bundle" in done.err
+    assert counts in done.err.replace("\n", " ")
+    command = re.search(r"Verify it with:  acip-export (.*)", done.err)
+    assert command is not None
+    _no_temporary_names(done.err + done.out)
+    mark = (here / "out" / MARK_FILE).read_text()
+    assert "not verified" in mark and "KL from the bundle" in mark
+    assert not load_report(here / "out" / "report.json").passed
+    assert (here / "out" / "report.html").is_file()
+    # What is marked needs --force to be replaced, like any other.
+    assert run("-m", "model", *PLAN, "--budget", "8MB", "-o", "out").code == 2
+    again = run(*command[1].split())
+    assert again.code == 0, again.err
+    assert not (here / "out" / MARK_FILE).exists()
+    assert load_report(here / "out" / "report.json").passed
+
+
+def test_a_good_one_is_never_harmed(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("-m", "model", *PLAN, "--budget", "8MB", "-o", "out")
+    assert run(*flags).code == 0
+    good = sizes_below(here / "out")
+    assert run(*flags).code == 2  # without --force
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "_ROUNDED_ACTIVATIONS_KL", -1.0)
+        done = run(*flags, "--force")
+        assert done.code == 6
+        assert sizes_below(here / "out") == good
+        assert load_report(here / "out" / "report.json").passed
+        assert _names(here) == {"out", "out-unverified"}
+        assert "out-unverified" in done.err
+        assert run(*flags, "--force").code == 6  # and once more
+        assert sizes_below(here / "out") == good
+    (here / "out-unverified" / "mine.txt").write_text("mine")
+    assert run(*flags, "--force").code == 2  # ours is no more what is there
+    (here / "out-unverified" / "mine.txt").unlink()
+    done = run(*flags, "--force")
+    assert done.code == 0, done.err
+    assert _names(here) == {"out"}
+    assert not (here / "out" / MARK_FILE).exists()
+    assert load_report(here / "out" / "report.json").export == "out"
+
+
+def test_a_crash_of_the_runtime_keeps_its_exit_code(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_arguments: object, **_settings: object) -> None:
+        raise RuntimeCrashError("it died")
+
+    monkeypatch.setattr(verification, "verify_decoder", crash)
+    done = run("-m", "model", *PLAN, "--budget", "8MB", "-o", "out")
+    assert done.code == 6
+    assert "it died\nThe export stays in out, marked as unverified" in done.err
+    assert _names(here) == {"out"} and (here / "out" / MARK_FILE).is_file()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted(here: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "acip_export", "-m", "model", *PLAN, "--budget", "8MB", "-o", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(SAMPLE.parents[1])}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        patience = time.monotonic() + 240
+        while not (here / "out" / MARK_FILE).is_file() and process.poll() is None and time.monotonic() < patience:
+            time.sleep(0.02)
+        process.send_signal(how)
+        _, said = process.communicate(timeout=240)
+    plan = load_plan(here / "out" / "plan.json")
+    assert {name: (here / "out" / name).stat().st_size for name in plan.files} == dict(plan.files)
+    assert "acip-export verify out --model" in (here / "out" / MARK_FILE).read_text()
+    if how is signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        return
+    assert process.returncode == 130
+    assert _names(here) == {"out"}
+    assert "The export stays in out, marked as unverified" in said
+    _no_temporary_names(said)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_too_much_memory_is_planned_again(
+    here: Path, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prediction that forgets megabytes of llama.cpp's own: its process takes more than the budget."""
+    name = next(iter(memory.RUNTIMES))
+    base = memory.RUNTIMES[name]
+    flags = ("-m", "model", *PLAN[:3], "q8_0,q4_0", *PLAN[4:], "--budget-scope", "process")
+    monkeypatch.setitem(memory.RUNTIMES, name, dataclasses.replace(base, library=base.library - 4_000_000))
+    done = run(*flags, "--budget", "19MB", "-o", "out")
+    assert done.code == 0, done.err
+    assert caplog.text.count("planned again") in (1, 2)
+    plan, report = load_plan(here / "out" / "plan.json"), load_report(here / "out" / "report.json")
+    assert plan.budget_bytes == 19_000_000
+    assert any(note.startswith("planned for") for note in plan.notes)
+    (runtime,) = report.runtimes
+    assert runtime.memory is not None and runtime.memory.within_budget
+    assert runtime.memory.peak_bytes <= 19_000_000
+    assert _names(here) == {"out"} and not (here / "out" / MARK_FILE).exists()
+    # Where nothing smaller is left, that is said, and what was written stays.
+    monkeypatch.setitem(memory.RUNTIMES, name, dataclasses.replace(base, library=base.library - 12_000_000))
+    done = run(*flags, "--budget", "11MB", "-o", "small")
+    assert done.code == 6
+    assert "more than the budget of 11,000,000, and no plan takes so much less" in done.err
+    assert "The export stays in small, marked as unverified" in done.err
+    assert re.search(r"Give it  --budget \d+MB", done.err)
+    assert (here / "small" / MARK_FILE).is_file()
