@@ -93,13 +93,17 @@ def _unmade(piece: str) -> float:
 
 
 def _unigram_pieces(model: Mapping[str, Any]) -> Pieces:
-    if model.get("byte_fallback"):
-        raise UnsupportedError("llama.cpp's unigram tokenizer has no byte fallback, the model's tokenizer has one")
+    _refuse_bytes(bool(model.get("byte_fallback")))
     unknown = model.get("unk_id")
     return {
         number: (piece, TokenType.UNKNOWN if number == unknown else TokenType.NORMAL, float(score))
         for number, (piece, score) in enumerate(model["vocab"])
     }
+
+
+def _refuse_bytes(fallback: bool) -> None:
+    if fallback:
+        raise UnsupportedError("llama.cpp's unigram tokenizer has no byte fallback, the model's tokenizer has one")
 
 
 def _piece_type(piece: str, unknown: str | None) -> TokenType:
@@ -239,6 +243,7 @@ def model_file_metadata(file: Path, source: Source) -> Metadata:
     tokens, types, scores = _with_added(pieces, wrapped)
     keys = {"tokenizer.ggml.add_space_prefix": boolean(model.prefix)}
     if model.unigram:
+        _refuse_bytes(any(kind is TokenType.BYTE for _, kind, _ in model.pieces.values()))
         keys["tokenizer.ggml.remove_extra_whitespaces"] = boolean(model.merged)
         if model.charsmap:
             keys["tokenizer.ggml.precompiled_charsmap"] = int8s(model.charsmap)
