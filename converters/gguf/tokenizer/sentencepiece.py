@@ -281,9 +281,12 @@ def _read_model_file(file: Path) -> _ModelFile:
     for field in message.fields():
         if field.number == 1 and field.wire == BYTES:
             inner = {part.number: part for part in message.inner(field).fields()}
-            kind = TokenType(inner[3].value) if 3 in inner else TokenType.NORMAL
-            score = struct.unpack("<f", message.raw(inner[2]))[0] if 2 in inner else 0.0
-            pieces[len(pieces)] = (message.text(inner[1]) if 1 in inner else "", kind, score)
+            number = inner[3].value if 3 in inner else int(TokenType.NORMAL)
+            score = message.raw(inner[2]) if 2 in inner else bytes(4)
+            if number not in set(TokenType) or len(score) != 4:
+                raise CheckpointError(f"{file} is damaged: piece {len(pieces)} is of an unknown kind")
+            kind = TokenType(number)
+            pieces[len(pieces)] = (message.text(inner[1]) if 1 in inner else "", kind, struct.unpack("<f", score)[0])
         elif field.number == 2:
             trainer = {part.number: part for part in message.inner(field).fields()}
         elif field.number == 3:
