@@ -2,8 +2,8 @@
 
     python tools/build_release.py dist
 
-Times are those of SOURCE_DATE_EPOCH (default: the last commit's, else 1980), owners and the umask of who builds are left
-out, members are sorted.
+Times are those of SOURCE_DATE_EPOCH (default: the last commit's, else 1980), owners and the umask of who builds are
+left out, members are sorted.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/licences.md"
 _HEAD = """# Licences of dependencies
 
-acip-export is under the Apache License 2.0. It has none of these packages inside; `pip` installs them beside it. Written by
-`make licences` from the metadata of the tested versions in `constraints.txt`, development tools included.
+acip-export is under the Apache License 2.0. It has none of these packages inside; `pip` installs them beside it. Written
+by `make licences` from the metadata of the tested versions in `constraints.txt`, development tools included.
 
 | package | version | licence, as its metadata says |
 | --- | --- | --- |
