@@ -32,6 +32,8 @@ class WeightType:
         item_bytes: of one number of a graph that computes with it (ONNX): 4 or 2. Activations, cache and scales have
             the same precision, so all formats of a plan agree in it.
         zero_point_bits: of every block's zero point, packed row by row behind the scales (ONNX); 0: symmetric.
+        input_block: columns of what the matrix is multiplied with that the runtime rounds to int8 under one scale, on
+            processors; 0: it multiplies in floating point.
     """
 
     name: str
@@ -43,6 +45,7 @@ class WeightType:
     needs_importance: bool = False
     item_bytes: int = 4
     zero_point_bits: int = 0
+    input_block: int = 0
 
     @property
     def bits_per_weight(self) -> float:

@@ -45,7 +45,7 @@ FORMATS = {"gguf": "stock", "onnx": "factored"}
 # Files: of about the bytes of Q8_0, Q5_K_M, Q4_K_M, Q3_K_M, and below what presets of this model have.
 BUDGETS = ("145MB", "112MB", "105MB", "93MB", "80MB")
 CONTEXT = 512
-MEASURED_TOKENS = 8_192
+MEASURED_TOKENS = 4_096
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "gguf", "xllamacpp", "numpy")
 
 
@@ -113,7 +113,7 @@ def export(
         InfeasibleBudgetError: nothing fits. VerificationError: the export is not what was planned.
     """
     checkpoint = Checkpoint.open(made.model)
-    request = PlanRequest(fmt, parse_bytes(budget), "file", layout=FORMATS[fmt], context=CONTEXT)
+    request = PlanRequest(fmt, parse_bytes(budget), "file", layout=FORMATS[fmt], context=CONTEXT, calibrate=True)
     with console.stage_progress() as bars:
         phases = Phases(bars)
         plan = plan_export(checkpoint, scores, request, phases)

@@ -80,7 +80,7 @@ def _measured(
         MissingExtraError, UnsupportedError: it cannot be measured here.
     """
     wanted = passes_for(errors, scores.embedding_sensitivity)
-    passes = tuple(each for each in wanted if each.type not in known.classes.get(each.name, {}))
+    passes = tuple(each for each in wanted if each.type not in known.by_class(each.inputs).get(each.name, {}))
     if not passes:
         return known
     windows, text_sha256 = held_out_windows(checkpoint, scores, len(passes))
@@ -88,9 +88,11 @@ def _measured(
 
     weights = rounded_weights(checkpoint, scores, space)
     plan = Problem.of(checkpoint, scores, space, errors).largest("file", rule.at_every_budget(1))
-    classes = measure_classes(checkpoint, weights, plan, space.format.vector_type, passes, windows, progress)
-    merged = {name: {**known.classes.get(name, {}), **classes.get(name, {})} for name in {**known.classes, **classes}}
-    return replace(known, text_sha256=text_sha256, tokens=windows.numel(), classes=merged)
+    losses = measure_classes(checkpoint, weights, plan, space.format.vector_type, passes, windows, progress)
+    measured = replace(known, text_sha256=text_sha256, tokens=windows.numel())
+    for each, loss in zip(passes, losses, strict=True):
+        measured = measured.with_loss(each.name, each.type, each.inputs, loss)
+    return measured
 
 
 def held_out_windows(checkpoint: Checkpoint, scores: ScoreFile, passes: int) -> tuple[Tensor, str]:

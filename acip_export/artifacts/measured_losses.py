@@ -2,7 +2,8 @@
 
 Rounding errors (:mod:`acip_export.artifacts.rounding_errors`) predict the loss of rounding one matrix to second order,
 which gets types and layers right, and the sizes of whole classes of layers wrong. So each class is rounded alone, and
-its divergence from the dense model measured; the predictions of all its layers are scaled by the quotient.
+its divergence from the dense model measured; the predictions of all its layers are scaled by the quotient. What the
+runtime loses by rounding what the matrices are multiplied with is measured beside it, and added.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from acip_export.io.atomic import keep
 from acip_export.io.inputs import Count, NotNegative
 from acip_export.model.tensor_names import class_of
 from acip_export.rounding import Rounding
+from acip_export.weight_types import weight_type
 
 # Losses below this are the noise of float32, nats per token.
 _NOISE = 1e-7
@@ -51,6 +53,7 @@ class MeasuredLosses(FormatCache):
     Attributes:
         text_sha256: of the text that was measured on, and ``tokens`` how much of it.
         classes: by class of layers (``mlp.up_proj``; an embedding or head by its name) and type.
+        inputs: the same, with the matrices' inputs rounded too, as runtimes do on processors.
     """
 
     NAME: ClassVar[ArtifactName] = MEASURED_LOSSES
@@ -58,17 +61,32 @@ class MeasuredLosses(FormatCache):
     text_sha256: str = ""
     tokens: Count = 0
     classes: Mapping[str, Mapping[str, MeasuredLoss]] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, MeasuredLoss]] = field(default_factory=dict)
+
+    def by_class(self, inputs: bool) -> Mapping[str, Mapping[str, MeasuredLoss]]:
+        """Return what was measured with or without rounded inputs."""
+        return self.inputs if inputs else self.classes
+
+    def with_loss(self, name: str, type_: str, inputs: bool, loss: MeasuredLoss) -> MeasuredLosses:
+        """Return these losses and another."""
+        known = self.by_class(inputs)
+        more = {**known, name: {**known.get(name, {}), type_: loss}}
+        return replace(self, inputs=more) if inputs else replace(self, classes=more)
 
     def calibrated(self, errors: RoundingErrors) -> RoundingErrors:
         """Return ``errors`` with the losses of each class and type scaled to what was measured.
 
         Between measured types the factor is interpolated in the logarithms of factor and predicted loss; beyond them
-        it stays. A pair is scaled as a matrix of the type of its ``down``; corrections follow their bases.
+        it stays. A pair is scaled as a matrix of the type of its ``down``; corrections follow their bases. Rounding
+        inputs costs layers in proportion to what rounding their weights does.
         """
+        sums = class_losses(errors)
         factors = {
-            name: _factors(self.classes[name], predicted)
-            for name, predicted in class_losses(errors).items()
-            if name in self.classes
+            name: _factors(self.classes[name], predicted) for name, predicted in sums.items() if name in self.classes
+        }
+        inputs = {
+            name: _input_losses(errors.format, measured, factors.get(name, {}), sums.get(name, {}))
+            for name, measured in self.inputs.items()
         }
         dense = {
             name: {type_: loss * factors.get(class_of(name), {}).get(type_, 1.0) for type_, loss in losses.items()}
@@ -81,7 +99,15 @@ class MeasuredLosses(FormatCache):
             }
             for name, measured in errors.pairs.items()
         }
-        return replace(errors, dense=dense, pairs=pairs)
+        of_inputs = {
+            name: {
+                type_: whole * share
+                for type_, (like, whole) in inputs.get(class_of(name), {}).items()
+                if type_ in losses and like in losses and (share := losses[like] / sums[class_of(name)][like]) > 0
+            }
+            for name, losses in errors.dense.items()
+        }
+        return replace(errors, dense=dense, pairs=pairs, inputs=of_inputs)
 
 
 def class_losses(errors: RoundingErrors) -> dict[str, dict[str, float]]:
@@ -105,6 +131,27 @@ def _factors(measured: Mapping[str, MeasuredLoss], predicted: Mapping[str, float
     places = [log(max(loss, _NOISE)) for loss in predicted.values()]
     logs = np.interp(places, [place for place, _ in points], [factor for _, factor in points])
     return {type_: exp(value) for type_, value in zip(predicted, logs, strict=True)}
+
+
+def _input_losses(
+    fmt: str, measured: Mapping[str, MeasuredLoss], factors: Mapping[str, float], predicted: Mapping[str, float]
+) -> dict[str, tuple[str, float]]:
+    """Return what a class loses by rounding its inputs, by type, and the measured type that layers share it as.
+
+    Linear in the logarithm of the block between measured blocks.
+    """
+    points = sorted(
+        (weight_type(fmt, type_).input_block, type_, max(0.0, loss.measured - loss.predicted * factors.get(type_, 1.0)))
+        for type_, loss in measured.items()
+    )
+    points = [point for point in points if point[0]]
+    blocks = {type_: weight_type(fmt, type_).input_block for type_ in predicted}
+    places, losses = [log(block) for block, _, _ in points], [loss for _, _, loss in points]
+    return {
+        type_: (points[0][1], float(np.interp(log(block), places, losses)))
+        for type_, block in blocks.items()
+        if block and points
+    }
 
 
 def _of_pair(factors: Mapping[str, float], types: str) -> float:

@@ -39,16 +39,23 @@ class RoundingErrors(FormatCache):
         pairs: by module and ``DOWN*UP`` types: what a fitted pair loses by rounding, over what the table of formats
             says, as ``(rank / full rank, ratio)`` by growing rank; by module and ``BASE+``: what a base with a low-rank
             correction loses, over what the base loses alone.
+        inputs: predicted loss of rounding what the weight is multiplied with, by tensor and type; only where that was
+            measured (:mod:`acip_export.artifacts.measured_losses`).
     """
 
     NAME: ClassVar[ArtifactName] = ROUNDING_ERRORS
 
     dense: Mapping[str, Mapping[str, NotNegative]] = field(default_factory=dict)
     pairs: Mapping[str, Mapping[str, Ratios]] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, NotNegative]] = field(default_factory=dict)
 
     def dense_loss(self, tensor: str, name: str, expected: float) -> float:
         """Loss of rounding ``tensor`` to the type ``name``; ``expected`` where it was not measured."""
         return self.dense.get(tensor, {}).get(name, expected)
+
+    def input_loss(self, tensor: str, name: str) -> float:
+        """Loss of rounding what ``tensor`` in the type ``name`` is multiplied with; 0 where it was not measured."""
+        return self.inputs.get(tensor, {}).get(name, 0.0)
 
     def pair_ratios(
         self, module: str, down: str, up: str, shares: npt.NDArray[np.float64]

@@ -37,9 +37,13 @@ class RoundedWeights:
         self._made: dict[object, Tensor] = {}
         self._asked: Sequence[str] = ()
 
-    def of(self, plan: Plan) -> RoundedPlan:
-        """Return the numbers of one plan."""
-        return RoundedPlan(self, plan)
+    def of(self, plan: Plan, inputs: bool = True) -> RoundedPlan:
+        """Return the numbers of one plan.
+
+        Args:
+            inputs: whether what matrices are multiplied with is rounded too, as runtimes do on processors.
+        """
+        return RoundedPlan(self, plan, inputs)
 
     def kept(self, names: Sequence[str]) -> dict[object, Tensor]:
         """Return what other plans had made of these tensors; of the last names that were asked for, no others."""
@@ -54,8 +58,8 @@ class RoundedPlan:
     Types of floats count as exact: what they hold is left out, unless its channels are scaled.
     """
 
-    def __init__(self, shared: RoundedWeights, plan: Plan) -> None:
-        self._shared, self.plan = shared, plan
+    def __init__(self, shared: RoundedWeights, plan: Plan, inputs: bool = True) -> None:
+        self._shared, self.plan, self._inputs = shared, plan, inputs
         self._read, self._scores = shared.checkpoint, shared.scores
         if plan.rounding == "feedback" and shared.feedback_types:
             self._read, self._scores = scale_channels(shared.checkpoint, shared.scores, plan)
@@ -75,6 +79,16 @@ class RoundedPlan:
             if key not in kept:
                 kept[key] = self._tensor(decision)
             found[name] = kept[key]
+        return found
+
+    def input_blocks(self, names: Sequence[str]) -> Mapping[str, int]:
+        """Return the blocks in which what the named matrices are multiplied with is rounded; of pairs, ``down``'s."""
+        found = {}
+        for name in names if self._inputs else ():
+            decision = self._decisions.get(name)
+            read = None if decision is None else decision.type if decision.rank is None else decision.down_type
+            if read is not None and (block := weight_type(self.plan.format, read).input_block):
+                found[name] = block
         return found
 
     def _scaled(self, name: str) -> tuple[bool, bool]:

@@ -1,8 +1,8 @@
 """Run one text through several variants of a model at once, block by block.
 
-A variant differs from the dense model in some tensors. The weights of one block are made when its turn has come and
-let go after it: beside the dense model, memory holds the changed tensors of one block of one variant, and the hidden
-states of all variants.
+A variant differs from the dense model in some tensors, and in how its products round what they read. The weights of
+one block are made when its turn has come and let go after it: beside the dense model, memory holds the changed tensors
+of one block of one variant, and the hidden states of all variants.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from acip_export.errors import UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
@@ -33,6 +34,10 @@ class Variant(Protocol):
         """Return the changed tensors among those named, float32; all others stay dense."""
         ...
 
+    def input_blocks(self, names: Sequence[str]) -> Mapping[str, int]:
+        """Return, of the named matrices that are multiplied with int8, how many numbers share a scale."""
+        ...
+
 
 @dataclass(frozen=True)
 class MeasuredDivergence:
@@ -47,6 +52,22 @@ class MeasuredDivergence:
     error: float
     same_top: float
     tokens: int
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What a variant says of some tensors."""
+
+    tensors: Mapping[str, Tensor]
+    input_blocks: Mapping[str, int]
+
+    @classmethod
+    def of(cls, variant: Variant, names: Sequence[str]) -> _Changes:
+        """Ask a variant."""
+        return cls(variant.tensors(names), variant.input_blocks(names))
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors) or bool(self.input_blocks)
 
 
 class _Stop(Exception):  # noqa: N818 - no error
@@ -70,6 +91,12 @@ class BlockPasses:
         for name, _ in model.named_parameters():
             block = next((prefix[:-1] for prefix in inside if name.startswith(prefix)), "")
             self._parameters[block].append(name)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        # A head that shares the embedding's weight goes by the embedding's name.
+        self._products: dict[str, list[nn.Module]] = {}
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                self._products.setdefault(names[id(module.weight)], []).append(module)
 
     @torch.no_grad()
     def divergences(
@@ -80,20 +107,21 @@ class BlockPasses:
         Args:
             advance: called after each block of each variant, the dense model being one.
         """
-        outside = [dict(variant.tensors(self._parameters[""])) for variant in variants]
+        outside = [_Changes.of(variant, self._parameters[""]) for variant in variants]
         dense, arguments = self._enter({})
-        hidden = [self._enter(changed)[0] if changed else dense for changed in outside]
+        hidden = [self._enter(changes.tensors)[0] if changes.tensors else dense for changes in outside]
         for number, (name, block) in enumerate(zip(self.names, self.blocks, strict=True)):
             before = dense
             dense = _through(block, {}, before, arguments[number])
             advance()
             for index, variant in enumerate(variants):
-                changed = variant.tensors(self._parameters[name])
-                if not changed and hidden[index] is before:
+                changes = _Changes.of(variant, self._parameters[name])
+                if not changes and hidden[index] is before:
                     hidden[index] = dense
                 else:
-                    own = {key.removeprefix(f"{name}."): value for key, value in changed.items()}
-                    hidden[index] = _through(block, own, hidden[index], arguments[number])
+                    own = {key.removeprefix(f"{name}."): value for key, value in changes.tensors.items()}
+                    with self._rounding(changes.input_blocks):
+                        hidden[index] = _through(block, own, hidden[index], arguments[number])
                 advance()
         return self._compare(dense, hidden, outside)
 
@@ -119,10 +147,11 @@ class BlockPasses:
             self._call(changed, self.windows)
         return entered[0], arguments
 
-    def _leave(self, changed: Mapping[str, Tensor], hidden: Tensor, window: Tensor) -> Tensor:
+    def _leave(self, changes: _Changes, hidden: Tensor, window: Tensor) -> Tensor:
         """Return the logits (tokens, vocabulary) of one window that leaves the last block as ``hidden``."""
-        with self._instead([lambda *_args, **_kwargs: self._returned(hidden)] * len(self.blocks)):
-            logits: Tensor = self._call(changed, window[None]).logits[0]
+        handed_on = [lambda *_args, **_kwargs: self._returned(hidden)] * len(self.blocks)
+        with self._instead(handed_on), self._rounding(changes.input_blocks):
+            logits: Tensor = self._call(changes.tensors, window[None]).logits[0]
         return logits
 
     def _returned(self, hidden: Tensor) -> Any:
@@ -142,22 +171,46 @@ class BlockPasses:
             for block in self.blocks:
                 block.__dict__.pop("forward", None)
 
+    @contextmanager
+    def _rounding(self, input_blocks: Mapping[str, int]) -> Iterator[None]:
+        """Round what the named matrices are multiplied with."""
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, block=block: (in_int8(args[0], block), *args[1:]))
+            for name, block in input_blocks.items()
+            for module in self._products.get(name, ())
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _compare(
-        self, dense: Tensor, hidden: Sequence[Tensor], outside: Sequence[Mapping[str, Tensor]]
+        self, dense: Tensor, hidden: Sequence[Tensor], outside: Sequence[_Changes]
     ) -> list[MeasuredDivergence]:
         found: list[list[Tensor]] = [[] for _ in hidden]
         same = [0] * len(hidden)
         for number, window in enumerate(self.windows):
-            expected = self._leave({}, dense[number : number + 1], window)
-            for index, (states, changed) in enumerate(zip(hidden, outside, strict=True)):
-                if states is dense and not changed:
+            expected = self._leave(_Changes({}, {}), dense[number : number + 1], window)
+            for index, (states, changes) in enumerate(zip(hidden, outside, strict=True)):
+                if states is dense and not changes:
                     found[index].append(torch.zeros(len(expected)))
                     same[index] += len(expected)
                     continue
-                logits = self._leave(changed, states[number : number + 1], window)
+                logits = self._leave(changes, states[number : number + 1], window)
                 found[index].append(_divergence(expected, logits))
                 same[index] += int((expected.argmax(-1) == logits.argmax(-1)).sum())
         return [_measured(torch.cat(each).double().numpy(), top) for each, top in zip(found, same, strict=True)]
+
+
+def in_int8(rows: Tensor, block: int) -> Tensor:
+    """Round rows (..., width) to 8 bits, ``block`` numbers at a time under one scale, their largest being 127."""
+    width = rows.shape[-1]
+    padded = nn.functional.pad(rows, (0, -width % block))
+    blocks = padded.view(*rows.shape[:-1], -1, block)
+    scales = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) / 127
+    rounded: Tensor = (blocks / scales).round().mul_(scales).view_as(padded)[..., :width]
+    return rounded
 
 
 def blocks_of(checkpoint: Checkpoint) -> list[str]:

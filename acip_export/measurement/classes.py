@@ -25,8 +25,8 @@ def measure_classes(
     passes: tuple[ClassPass, ...],
     windows: Tensor,
     progress: ProgressCallback = silent,
-) -> dict[str, dict[str, MeasuredLoss]]:
-    """Measure each of ``passes`` on ``windows`` (n, tokens); by class and type.
+) -> list[MeasuredLoss]:
+    """Measure each of ``passes`` on ``windows`` (n, tokens).
 
     Args:
         plan: any plan of the format: classes are rounded as it rounds. exact: a type of the format that rounds nothing.
@@ -42,10 +42,9 @@ def measure_classes(
         return replace(plan, tensors=tuple(decisions), adapters=False)
 
     clock = Clock("calibrate", len(blocks) * (1 + len(passes)), progress)
-    variants = [weights.of(alone(each)) for each in passes]
+    variants = [weights.of(alone(each), each.inputs) for each in passes]
     divergences = BlockPasses(model, blocks, windows).divergences(variants, clock.advance)
-    measured: dict[str, dict[str, MeasuredLoss]] = {}
-    for each, found in zip(passes, divergences, strict=True):
-        loss = MeasuredLoss(each.predicted, max(0.0, found.kl), found.error)
-        measured.setdefault(each.name, {})[each.type] = loss
-    return measured
+    return [
+        MeasuredLoss(each.predicted, max(0.0, found.kl), found.error)
+        for each, found in zip(passes, divergences, strict=True)
+    ]

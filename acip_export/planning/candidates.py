@@ -205,7 +205,12 @@ def _dense(
         raise UnsupportedError(
             f"{name}: rows of {shape[-1]} weights fit none of the allowed types: {names}.\nAllow another with  --types"
         )
-    loss = np.array([errors.dense_loss(name, t.name, sensitivity * t.relative_mse) for t in fitting])
+    loss = np.array(
+        [
+            errors.dense_loss(name, t.name, sensitivity * t.relative_mse) + errors.input_loss(name, t.name)
+            for t in fitting
+        ]
+    )
     return Candidates(name, _dense_table(shape, types), loss, module)
 
 
@@ -237,6 +242,7 @@ def _linear(
     for group in shared.pairs:
         ratios = errors.pair_ratios(layer, group.down, group.up, shared.rank[group.numbers] / len(losses))
         pairs[group.numbers] *= ratios
+        pairs[group.numbers] += errors.input_loss(name, group.down)
     corrections: list[float] = []
     unmeasured: list[int] = []
     first = len(shared.table.decisions) - len(shared.corrections)
@@ -245,7 +251,8 @@ def _linear(
         if ratio is None:
             unmeasured.append(number)
         else:
-            corrections.append(dense.loss[correction.base] * ratio)
+            of_inputs = errors.input_loss(name, correction.type)
+            corrections.append((dense.loss[correction.base] - of_inputs) * ratio + of_inputs)
     table = shared.table
     if unmeasured:
         table = table.subset(tuple(i for i in range(len(table.decisions)) if i not in unmeasured))

@@ -54,22 +54,25 @@ def isotonic(values: FloatArray) -> FloatArray:
 
 
 def _scaled(scores: ScoreFile, losses: dict[str, FloatArray]) -> dict[str, FloatArray]:
-    """Scale each component's loss by (measured / estimated) of the step of the curve that drops it first."""
+    """Scale each component's loss by (measured / estimated) of the step of the curve that drops it first.
+
+    What the bounds on that leave out, the next step makes up for.
+    """
     scaled = {name: values.copy() for name, values in losses.items()}
     dropped = {name: np.zeros(len(values), bool) for name, values in losses.items()}
-    before, factor = 0.0, 1.0
+    scaled_so_far, factor = 0.0, 1.0
     for point in scores.curve[1:]:
         new: dict[str, npt.NDArray[np.int64]] = {}
         for name, components in _dropped_at(scores, point.ratio):
             new[name] = components[~dropped[name][components]]
             dropped[name][components] = True
         estimate = sum(float(losses[name][components].sum()) for name, components in new.items())
-        measured = max(before, _measured(point) - scores.curve[0].loss)
+        measured = _measured(point) - scores.curve[0].loss
         if estimate > 0:
-            factor = float(np.clip((measured - before) / estimate, *_FACTORS))
+            factor = float(np.clip((measured - scaled_so_far) / estimate, *_FACTORS))
         for name, components in new.items():
             scaled[name][components] *= factor
-        before = measured
+        scaled_so_far += factor * estimate
     for name, done in dropped.items():
         scaled[name][~done] *= factor
     return scaled
@@ -89,50 +92,32 @@ def _measured(point: CurvePoint) -> float:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Monotone map from summed losses to measured loss, from the score file's curve.
-
-    Nearly the identity: :func:`component_losses` has scaled each component already. What is left is what its bounds
-    on the scale did not allow.
+class MeasuredCuts:
+    """What the ranking measured at its cuts.
 
     Attributes:
-        estimated, measured: (n,) both start at 0 and never fall.
-        adapters_help: (n,) whether the adapters lowered the loss at that point.
+        estimated: (n,) summed losses of the components that a cut drops, growing.
+        adapters_help: (n,) whether the adapters lowered the loss there.
         dense_loss: nats per token of the dense model, on the curve's text.
     """
 
     estimated: FloatArray
-    measured: FloatArray
     adapters_help: tuple[bool, ...]
     dense_loss: float
 
-    def loss(self, estimate: float) -> float:
-        """Map linearly between points; beyond the last, on along the last segment."""
-        if len(self.estimated) < 2:
-            return estimate
-        if estimate <= self.estimated[-1]:
-            return float(np.interp(estimate, self.estimated, self.measured))
-        rise = self.measured[-1] - self.measured[-2]
-        run = self.estimated[-1] - self.estimated[-2]
-        return float(self.measured[-1] + (estimate - self.estimated[-1]) * rise / run)
-
     def adapters(self, estimate: float) -> bool:
-        """Return whether the adapters helped at the measured point closest to ``estimate``."""
+        """Return whether the adapters helped at the measured cut closest to ``estimate``."""
         return self.adapters_help[int(np.argmin(np.abs(self.estimated - estimate)))]
 
 
-def calibrate(scores: ScoreFile, losses: dict[str, FloatArray]) -> Calibration:
+def measured_cuts(scores: ScoreFile, losses: dict[str, FloatArray]) -> MeasuredCuts:
     """Estimate every cut of the measured curve and pair it with what was measured."""
-    dense = scores.curve[0].loss
-    points: list[tuple[float, float, bool]] = [(0.0, 0.0, False)]
+    points = [(0.0, False)]
     for point in scores.curve[1:]:
         dropped = _dropped_at(scores, point.ratio)
         estimate = sum(float(losses[name][components].sum()) for name, components in dropped)
-        with_adapters = point.loss if point.loss_with_adapters is None else point.loss_with_adapters
-        points.append((estimate, _measured(point) - dense, with_adapters < point.loss))
+        points.append((estimate, point.loss_with_adapters is not None and point.loss_with_adapters < point.loss))
     points.sort()
-    kept: list[tuple[float, float, bool]] = []
-    for estimate, measured, helps in points:
-        if not kept or estimate > kept[-1][0]:
-            kept.append((estimate, max(measured, kept[-1][1] if kept else 0.0), helps))
-    return Calibration(np.array([k[0] for k in kept]), np.array([k[1] for k in kept]), tuple(k[2] for k in kept), dense)
+    return MeasuredCuts(
+        np.array([estimate for estimate, _ in points]), tuple(h for _, h in points), scores.curve[0].loss
+    )

@@ -18,7 +18,7 @@ from acip_export.planning.candidates import Candidates, build_candidates
 from acip_export.planning.capacity_search import Search, Solution, Table
 from acip_export.planning.certificate import loss_of_quantization_alone, low_rank_note, next_upgrade
 from acip_export.planning.export_sizes import ExportSizes
-from acip_export.planning.losses import Calibration, FloatArray, calibrate, component_losses
+from acip_export.planning.losses import FloatArray, MeasuredCuts, component_losses, measured_cuts
 from acip_export.planning.memory import ModelMemory
 from acip_export.planning.space import SearchSpace
 from acip_export.planning.tensor_limit import fitting
@@ -48,7 +48,7 @@ class Problem:
     Attributes:
         errors: what rounding costs, where it was measured on this model.
         candidates: one entry per tensor.
-        calibration: the map from their summed losses to the measured loss.
+        cuts: what the ranking measured.
         dropping: the loss of dropping each component, by module.
         sizes: what decisions take, to the byte.
     """
@@ -58,7 +58,7 @@ class Problem:
     space: SearchSpace
     errors: RoundingErrors
     candidates: tuple[Candidates, ...]
-    calibration: Calibration
+    cuts: MeasuredCuts
     dropping: Mapping[str, FloatArray]
     sizes: ExportSizes
 
@@ -84,7 +84,7 @@ class Problem:
         errors = errors or RoundingErrors(space.format.name, "", scores.sha256)
         candidates = fitting(build_candidates(checkpoint, scores, losses, space, errors), space)
         sizes = ExportSizes(ModelMemory.of(space.format, checkpoint), space.layout.name)
-        return cls(checkpoint, scores, space, errors, candidates, calibrate(scores, losses), losses, sizes)
+        return cls(checkpoint, scores, space, errors, candidates, measured_cuts(scores, losses), losses, sizes)
 
     @property
     def memory(self) -> ModelMemory:
@@ -148,8 +148,7 @@ class Problem:
         return _Searches(self.candidates, self.space, self.sizes)
 
     def _certificate(self, solution: Solution, left: int) -> Certificate:
-        bound = self.calibration.loss(max(0.0, solution.allocation.lower_bound))
-        return Certificate(left, bound)
+        return Certificate(left, max(0.0, solution.allocation.lower_bound))
 
     def _compared(self, certificate: Certificate, table: Table, solution: Solution) -> Certificate:
         """Add the next upgrade, and what quantization alone would reach."""
@@ -161,14 +160,14 @@ class Problem:
             certificate,
             next_upgrade=None if upgrade is None else upgrade.decision,
             next_upgrade_bytes=None if upgrade is None else upgrade.nbytes,
-            quantization_only_loss=None if alone is None else self.calibration.loss(alone),
+            quantization_only_loss=alone,
         )
 
     def _plan(
         self, solution: Solution, budget: Budget, serving: Serving, certificate: Certificate, *, compared: bool
     ) -> Plan:
         space, checkpoint, scores = self.space, self.checkpoint, self.scores
-        loss = self.calibration.loss(solution.allocation.loss)
+        loss = solution.allocation.loss
         note = None
         if space.layout.low_rank is not None:
             note = low_rank_note(solution, certificate, loss, scores.loss_unit, compared=compared)
@@ -185,9 +184,7 @@ class Problem:
             files=solution.files,
             breakdown=self.memory.breakdown(solution.decisions, solution.file_bytes, serving),
             predicted_loss=loss,
-            predicted_perplexity=exp(min(self.calibration.dense_loss + loss, 700.0))
-            if scores.task == "causal"
-            else None,
+            predicted_perplexity=exp(min(self.cuts.dense_loss + loss, 700.0)) if scores.task == "causal" else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
             adapters=self._adapters(solution.decisions),
             serving=serving,
@@ -206,7 +203,7 @@ class Problem:
             if decision.kept is not None:
                 losses = self.dropping[decision.module]
                 dropped += float(losses.sum() - sum(losses[start:stop].sum() for start, stop in decision.kept))
-        return dropped > 0 and self.calibration.adapters(dropped)
+        return dropped > 0 and self.cuts.adapters(dropped)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.artifacts.scores import FloatArray
+from acip_export.io.heap import give_back
 from acip_export.lowrank.components import Components, Whitening, component_dtype
 from acip_export.lowrank.losses import ComponentLosses, component_losses, dense_sensitivity
 from acip_export.progress import Clock
@@ -172,6 +173,7 @@ def factorize_model(
             stored[f"{name}.down"] = factors.components.down.to(dense.dtype)
             clock.advance()
         whitenings.forget(names)
+        give_back()
     return Factorized(
         context, statistics, losses, singular, sensitivity, whitenings, owners, mask_scale, adapter, stored
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.io.heap import give_back
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import load_dense
 from acip_export.ranking.config import Precision
@@ -97,6 +98,7 @@ def weights_from_file(checkpoint: Checkpoint, model: nn.Module, names: Collectio
     finally:
         for name, weight in before.items():
             model.get_parameter(f"{name}.weight").data = weight
+        give_back()
 
 
 def dense_weight(checkpoint: Checkpoint, model: nn.Module, name: str) -> Tensor:

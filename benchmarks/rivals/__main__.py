@@ -58,10 +58,12 @@ class Setting:
 
     Attributes:
         text: what it is measured on, for the JSON file. windows, dense: .npy files. scores: of our ranking.
+        statistics_tokens: that the score file, and so the importance matrix, was made from.
     """
 
     inputs: Inputs
     scores: Path
+    statistics_tokens: int | None
     text: dict[str, Any]
     windows: Path
     dense: Path
@@ -108,9 +110,9 @@ def prepare(made: real.Real, scores: Path, tokens: int) -> Setting:
         "sha256": packed.sha256,
         "windows": [count, CONTEXT],
         "model": json.loads((made.model.parent / real.RECORD).read_text()),
-        "importance_tokens": loaded.ranked_by.statistics_tokens,
     }
-    return Setting(Inputs(made.model, source, imatrix, made.calibration), scores, text, windows, dense)
+    inputs = Inputs(made.model, source, imatrix, made.calibration)
+    return Setting(inputs, scores, loaded.ranked_by.statistics_tokens, text, windows, dense)
 
 
 def watched(command: list[str], hours: float) -> Row:
@@ -250,6 +252,7 @@ def run(document: dict[str, Any], setting: Setting, arguments: argparse.Namespac
         with tempfile.TemporaryDirectory(dir=HOME) as scratch:
             out = Path(scratch) / "export"
             try:
+                row["statistics_tokens"] = setting.statistics_tokens
                 row |= measured(setting, row["format"], writer(setting, out), out, arguments.hours)
                 note(f"  KL {row['mean_kl']:.4f}, same top {row['same_top']:.1%}, perplexity {row['perplexity']:.2f}")
             except (NotInstalledError, RuntimeError) as error:

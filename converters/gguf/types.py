@@ -30,6 +30,8 @@ class GgmlType(WeightType):
 
 def _ggml(name: str, relative_mse: float, file_type: int, needs_importance: bool = False) -> GgmlType:
     type_id, block, nbytes = _LAYOUTS[name]
+    # ggml's products read the other factor in blocks of their own: Q8_0 or Q8_1 of 32 numbers, Q8_K of 256.
+    input_block = 0 if block == 1 else 256 if block == 256 else 32
     return GgmlType(
         name,
         "gguf",
@@ -37,6 +39,7 @@ def _ggml(name: str, relative_mse: float, file_type: int, needs_importance: bool
         nbytes,
         relative_mse,
         needs_importance=needs_importance,
+        input_block=input_block,
         type_id=type_id,
         file_type=file_type,
     )

@@ -39,6 +39,8 @@ def _nbits(item_bytes: int) -> tuple[WeightType, ...]:
                     pads_rows=True,
                     item_bytes=item_bytes,
                     zero_point_bits=bits * asymmetric,
+                    # At accuracy level 4 (converters/onnx/converter.py); of 2 bits no such product is known.
+                    input_block=block if bits > 2 else 0,
                 )
             )
     return tuple(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,34 @@ def test_what_was_measured_is_what_the_class_loses(copied: Path) -> None:
     errors = rounding_errors(checkpoint, scores, question.space)
     scaled, why_not = calibrated_errors(checkpoint, scores, question.space, errors, question.rule)
     assert why_not == ()
-    known = json.loads(cache_file(copied / "m.acip", "gguf", "feedback").read_text())["classes"]
-    sums = class_losses(scaled)
+    known = json.loads(cache_file(copied / "m.acip", "gguf", "feedback").read_text())
+    sums, inputs = class_losses(scaled), class_losses(replace(scaled, dense=scaled.inputs))
+    with_inputs = 0
     for each in passes_for(errors, scores.embedding_sensitivity):
-        measured = known[each.name][each.type]["measured"]
-        assert sums[each.name][each.type] == pytest.approx(measured, rel=1e-6)
+        measured = known["inputs" if each.inputs else "classes"][each.name][each.type]["measured"]
+        if not each.inputs:
+            assert sums[each.name][each.type] == pytest.approx(measured, rel=1e-6)
+        elif measured > sums[each.name][each.type]:
+            assert sums[each.name][each.type] + inputs[each.name][each.type] == pytest.approx(measured, rel=1e-6)
+            with_inputs += 1
+    assert with_inputs > 4
+
+
+def test_rounded_inputs_are_added() -> None:
+    """By the blocks in which they are rounded, shared by layers as their weights' losses are."""
+    up, down = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    dense = {
+        up: {"q8_0": 0.001, "q6_k": 0.002, "q4_0": 0.3, "f16": 1e-9},
+        down: {"q8_0": 0.003, "q6_k": 0.006, "q4_0": 0.5},
+    }
+    weights = {"q8_0": MeasuredLoss(0.004, 0.004, 0.0), "q6_k": MeasuredLoss(0.008, 0.008, 0.0)}
+    inputs = {"q8_0": MeasuredLoss(0.004, 0.024, 0.0), "q6_k": MeasuredLoss(0.008, 0.048, 0.0)}
+    errors = RoundingErrors("gguf", "test", "0", dense)
+    losses = MeasuredLosses("gguf", "test", "0", classes={"mlp.up_proj": weights}, inputs={"mlp.up_proj": inputs})
+    scaled = losses.calibrated(errors)
+    assert scaled.dense[up] == pytest.approx(dense[up])
+    assert scaled.inputs[up] == pytest.approx({"q8_0": 0.005, "q6_k": 0.01, "q4_0": 0.005})
+    assert scaled.inputs[down] == pytest.approx({"q8_0": 0.015, "q6_k": 0.03, "q4_0": 0.015})
 
 
 def test_it_says_why_not(copied: Path, text: Path) -> None:

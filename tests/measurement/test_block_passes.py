@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
-from acip_export.measurement.block_passes import BlockPasses
+from acip_export.measurement.block_passes import BlockPasses, in_int8
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of
 from acip_export.model.torch_model import load_causal_lm
@@ -26,9 +26,10 @@ ARCHITECTURES = {
 
 
 class Changed:
-    """Some tensors with noise."""
+    """Some tensors with noise, and some products that read int8."""
 
-    def __init__(self, checkpoint: Checkpoint, ends: Sequence[str]) -> None:
+    def __init__(self, checkpoint: Checkpoint, ends: Sequence[str], in_int8: Mapping[str, int] | None = None) -> None:
+        self.blocks = in_int8 or {}
         noise = torch.Generator().manual_seed(0)
         self.all = {
             name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=noise)
@@ -39,6 +40,9 @@ class Changed:
 
     def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         return {name: self.all[name] for name in names if name in self.all}
+
+    def input_blocks(self, names: Sequence[str]) -> Mapping[str, int]:
+        return {name: self.blocks[name] for name in names if name in self.blocks}
 
 
 def passes(checkpoint: Checkpoint) -> BlockPasses:
@@ -70,6 +74,45 @@ def test_divergences_are_those_of_whole_models(arch: str, tmp_path: Path) -> Non
             assert found.same_top == pytest.approx(float((logits.argmax(-1) == expected.argmax(-1)).float().mean()))
             assert found.tokens == WINDOWS.numel()
     assert measured[0].kl == 0 and min(each.kl for each in measured[1:]) > 1e-5
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_products_read_int8(arch: str, tmp_path: Path) -> None:
+    """In blocks, of the named matrices alone; a head that shares the embedding goes by its name."""
+    checkpoint = Checkpoint.open(make_model(tmp_path / "m", arch, **ARCHITECTURES[arch]))
+    embedding, layer = (
+        ("transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight")
+        if arch == "gpt2"
+        else ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight")
+    )
+    dense = load_causal_lm(checkpoint, torch.float32)
+    head = "lm_head" if arch == "gpt2" or checkpoint.shape.tied_embeddings else None
+    assert head is not None
+    through = passes(checkpoint)
+    variants = [Changed(checkpoint, (), {name: 48}) for name in (embedding, layer)]
+    for variant, name in zip(variants, (head, layer.removesuffix(".weight")), strict=True):
+        (found,) = through.divergences([variant])
+
+        def round_rows(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            rows = args[0].clone()
+            for begin in range(0, rows.shape[-1], 48):
+                part = rows[..., begin : begin + 48]
+                step = part.abs().amax(-1, keepdim=True) / 127
+                rows[..., begin : begin + 48] = (part / step).round() * step
+            return (rows,)
+
+        with torch.no_grad():
+            expected = dense(input_ids=WINDOWS).logits.log_softmax(-1)
+            handle = dense.get_submodule(name).register_forward_pre_hook(round_rows)
+            logits = dense(input_ids=WINDOWS).logits.log_softmax(-1)
+            handle.remove()
+        kl = float((expected.exp() * (expected - logits)).sum(-1).mean())
+        assert found.kl == pytest.approx(kl, rel=1e-2, abs=3e-8)  # what float32 leaves of a mean of log-softmaxes
+        assert kl > 3e-7
+
+
+def test_a_row_of_zeros_stays() -> None:
+    assert torch.equal(in_int8(torch.zeros(2, 3), 32), torch.zeros(2, 3))
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

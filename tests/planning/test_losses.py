@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
 from acip_export.artifacts.scores import CurvePoint, ScoreFile
-from acip_export.planning.losses import calibrate, component_losses, isotonic
+from acip_export.planning.losses import component_losses, isotonic, measured_cuts
 from tests.support import make_model, make_scores
 
 MEASURED = {1.0: 3.0, 0.8: 3.05, 0.6: 3.3, 0.4: 4.1, 0.2: 6.0}
@@ -40,27 +40,30 @@ def _cut(scores: ScoreFile, ratio: float) -> dict[str, np.ndarray]:
 
 def test_every_cut_costs_what_it_was_measured_to_cost(scores: ScoreFile) -> None:
     losses = component_losses(scores)
-    calibration = calibrate(scores, losses)
     for point in scores.curve[1:]:
         estimate = sum(float(losses[name][units].sum()) for name, units in _cut(scores, point.ratio).items())
         measured = point.loss - scores.curve[0].loss
-        assert calibration.loss(estimate) == pytest.approx(measured, rel=1e-6)
-        # Already without the map: rounding, which is added to it, is not scaled by what dropping costs.
         assert estimate == pytest.approx(measured, rel=1e-6)
 
 
 def test_adapters_count_where_they_help(scores: ScoreFile) -> None:
     curve = tuple(replace(p, loss_with_adapters=p.loss + (0.01 if p.ratio > 0.5 else -0.01)) for p in scores.curve)
     helped = replace(scores, curve=curve)
-    losses, calibration = component_losses(helped), calibrate(helped, component_losses(helped))
+    losses = component_losses(helped)
+    cuts = measured_cuts(helped, losses)
     estimates = [sum(float(losses[n][u].sum()) for n, u in _cut(helped, p.ratio).items()) for p in helped.curve[1:]]
-    assert [calibration.adapters(e) for e in estimates] == [False, False, True, True]
+    assert [cuts.adapters(e) for e in estimates] == [False, False, True, True]
     assert estimates[-1] == pytest.approx(helped.curve[-1].loss - 0.01 - helped.curve[0].loss, rel=1e-6)
 
 
 def test_noise_near_the_dense_model_makes_nothing_free(scores: ScoreFile) -> None:
     flat = replace(scores, curve=(scores.curve[0], CurvePoint(0.8, scores.curve[0].loss - 0.01), *scores.curve[2:]))
-    assert all((values > 0).all() for values in component_losses(flat).values())
+    losses = component_losses(flat)
+    assert all((values > 0).all() for values in losses.values())
+    # What the first step was given too much of, the next ones make up for.
+    for point in flat.curve[2:]:
+        estimate = sum(float(losses[name][units].sum()) for name, units in _cut(flat, point.ratio).items())
+        assert estimate == pytest.approx(point.loss - flat.curve[0].loss, rel=1e-6)
 
 
 def test_a_score_file_without_a_curve_keeps_its_estimates(scores: ScoreFile) -> None:
