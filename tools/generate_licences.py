@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/licences.md"
 _HEAD = """# Licences of dependencies
 
-acip-export is under the Apache License 2.0. It has none of these packages inside; `pip` installs them beside it. Written
-by `make licences` from the metadata of the tested versions in `constraints.txt`, development tools included.
+acip-export is under the Apache License 2.0. It has none of these packages inside; `pip` installs them beside it.
+Written by `make licences` from the metadata of the tested versions in `constraints.txt`, development tools included.
 
 | package | version | licence, as its metadata says |
 | --- | --- | --- |
@@ -27,11 +27,11 @@ def pinned() -> dict[str, str]:
 def licence(package: Distribution) -> str:
     """Return an expression where there is one, else classifiers, else the first line of the text."""
     metadata = package.metadata
-    expression = metadata.get("License-Expression")
+    expression, *_ = metadata.get_all("License-Expression", [""])
     if expression:
         return str(expression)
     named = [each.rpartition(" :: ")[2] for each in metadata.get_all("Classifier", []) if each.startswith("License ::")]
-    text = str(metadata.get("License") or "").strip().partition("\n")[0]
+    text = str(metadata.get_all("License", [""])[0]).strip().partition("\n")[0]
     return ", ".join(named) or re.sub(r"[|`]", " ", text)[:60] or "not said"
 
 
