@@ -16,6 +16,8 @@ _FACTORS = {
     for binary in ("", "I")
 }
 _MOST_STEPS = 64
+# Digits of a text that is a quantity, and bytes that files, memory and JSON's whole numbers can have.
+_LONGEST, _MOST = 40, 2**63 - 1
 _QUANTITY = re.compile(r"([+-]?)\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)")
 
 
@@ -25,8 +27,9 @@ def parse_bytes(text: str, what: str = "budget", whole: Callable[[], int] | None
     Raises:
         UsageError: no unit, an unknown unit, zero or negative, not a number, or per cent where there is no whole.
     """
-    match = _QUANTITY.fullmatch(text.strip())
+    match = _QUANTITY.fullmatch(text.strip()) if len(text) <= _LONGEST else None
     if match is None or (match[3] == "%" and whole is None):
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
         raise UsageError(f"{what} {text!r} is not a quantity of bytes; write for example 4GB, 900MB or 2GiB")
     sign, number, unit = match.groups()
     if not unit:
@@ -42,6 +45,8 @@ def parse_bytes(text: str, what: str = "budget", whole: Callable[[], int] | None
     value = int(Fraction(number) * factor)
     if sign == "-" or value == 0:
         raise UsageError(f"{what} {text!r} must be more than zero bytes")
+    if value > _MOST:
+        raise UsageError(f"{what} {text!r} is more than any file or memory has ({_MOST:,} bytes)")
     return value
 
 
@@ -91,7 +96,7 @@ def parse_seconds(text: str, what: str = "time") -> float:
     Raises:
         UsageError: no unit, an unknown unit, zero or negative, or not a number.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text.strip()[:_LONGEST])
     seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]] if match else 0.0
     if not seconds:
         raise UsageError(f"{what} {text!r} is no time; write for example 20min, 90s or 2h")

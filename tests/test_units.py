@@ -90,3 +90,10 @@ def test_ceil_div_is_the_least_number_of_blocks_that_holds_all(count: int, size:
 )
 def test_seconds_as_people_say_them(seconds: float, expected: str) -> None:
     assert format_seconds(seconds) == expected
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "1" + "0" * 400, "1" * 30 + "GB", "9" * 5000 + "GB", "1e400GB"])
+def test_more_than_there_is(text: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_bytes(text)
+    assert len(str(refused.value)) < 200

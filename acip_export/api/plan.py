@@ -27,6 +27,7 @@ from acip_export.errors import (
 from acip_export.formats.protocol import ExportFormat
 from acip_export.formats.registry import format_names
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.notes import model_notes
 from acip_export.model.opening import check_checkpoint
 from acip_export.planning import (
     Budget,
@@ -176,7 +177,7 @@ def plan_export(
     if len(question.spaces) > 1:
         compared = ", ".join(f"{plan.layout} {plan.predicted_loss:.4f}" for plan, _ in plans)
         notes.append(f"predicted loss by layout: {compared} {best.loss_unit}")
-    notes = [*filter(None, [best.far_off]), *best.notes, *notes]
+    notes = [*filter(None, [best.far_off]), *best.notes, *notes, *model_notes(checkpoint, best.serving.context)]
     if request.device is not None:  # has no more memory to give
         better = tuple(each for each in best.certificate.alternatives if not each.change.startswith("--budget"))
         best = replace(best, certificate=replace(best.certificate, alternatives=better))

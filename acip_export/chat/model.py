@@ -28,9 +28,10 @@ from acip_export.errors import (
 )
 from acip_export.formats.protocol import SessionClass
 from acip_export.formats.registry import export_format
+from acip_export.io.processes import module_environment
 from acip_export.model.chat_template import ChatTemplate, Message, find_chat_template
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.verification.process import ending, kill, module_environment, tail
+from acip_export.verification.process import ending, kill, tail
 
 _WORKER = "acip_export.chat.worker"
 # What a dense model is given where no export beside it says more.

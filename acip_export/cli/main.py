@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
 from types import FrameType
 
@@ -30,9 +32,11 @@ from acip_export.cli import (
 from acip_export.cli import output as console
 from acip_export.cli.help import Command, Group
 from acip_export.cli.options import ErrorBoundary
-from acip_export.errors import AcipError, UsageError
+from acip_export.errors import AcipError, OutputError, UsageError
 
 EXIT_INTERRUPTED = 130
+# As a shell says of a program that wrote into a pipe that nobody read any more.
+EXIT_CLOSED_PIPE = 141
 
 app = typer.Typer(
     name="acip-export",
@@ -63,7 +67,7 @@ for command in (
 
 
 class _Interruption:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt, and remembers: C code between here and there may replace it."""
+    """Turns signals into KeyboardInterrupt, and remembers: C code between here and there may replace it."""
 
     def __init__(self) -> None:
         self.happened = False
@@ -81,6 +85,9 @@ def main() -> None:
     # Unwinding removes half-written output; the default action of SIGTERM would leave it.
     signal.signal(signal.SIGTERM, interruption)
     signal.signal(signal.SIGINT, interruption)
+    # A terminal that is closed; nohup has it ignored.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, interruption)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -92,18 +99,33 @@ def main() -> None:
     try:
         # Not "standalone", so that errors of the parser come here, too.
         code = app(obj=boundary, prog_name="acip-export", standalone_mode=False) or 0
+        sys.stdout.flush()
     except BaseException as raised:
         error = raised
     if interruption.happened or isinstance(error, KeyboardInterrupt):
-        console.interrupted(EXIT_INTERRUPTED)
+        with suppress(OSError):  # the terminal may be gone
+            console.interrupted(EXIT_INTERRUPTED)
         sys.exit(EXIT_INTERRUPTED)
+    if isinstance(error, BrokenPipeError | console.ClosedPipeError):
+        _drop_output()
+        sys.exit(EXIT_CLOSED_PIPE)
     if error is None:
         sys.exit(code)
     if boundary.debug or not isinstance(error, Exception):
         raise error
     if hasattr(error, "format_message"):  # of the parser, whose classes typer keeps to itself
         error = UsageError(f"{error.format_message()}\nacip-export -h  shows what there is")
+    # Of files, io/atomic.py has made sentences.
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        _drop_output()
+        error = OutputError(f"the results cannot be written to the standard output: {error.strerror}")
     if not isinstance(error, AcipError):
         error = AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback")
     console.print_error(error)
     sys.exit(error.exit_code)
+
+
+def _drop_output() -> None:
+    """Send what is left of the standard output nowhere, so that Python does not complain of it at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

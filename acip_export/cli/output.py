@@ -29,9 +29,29 @@ _UNKNOWN = Course({})
 # Columns that the bar takes.
 _BAR = 20
 
+
+class ClosedPipeError(Exception):
+    """Nobody reads the standard output any more. No OSError: the parser of the command line would take it."""
+
+
+class _Results(Console):
+    """Standard output. A pipe that nobody reads any more ends the command, with the code that main has for it."""
+
+    def on_broken_pipe(self) -> None:
+        raise ClosedPipeError
+
+
+class _Diagnostics(Console):
+    """Standard error. The work goes on when nobody reads what it says."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 # As wide as the terminal or COLUMNS says; every table and every page of help fits 80 columns.
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = _Results(highlight=False)
+err = _Diagnostics(stderr=True, highlight=False)
 
 
 @dataclass
@@ -53,8 +73,11 @@ def start(as_json: bool) -> None:
 
 def print_json(data: Any) -> None:
     """Machine-readable output: exactly one JSON document on stdout."""
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
     _documents.printed = True
+    try:
+        sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    except BrokenPipeError:
+        raise ClosedPipeError from None
 
 
 def done(data: Any, as_json: bool, message: str) -> None:

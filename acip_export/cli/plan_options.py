@@ -242,8 +242,8 @@ class PlanFlags:
     ) -> PlanRequest:
         from acip_export.planning import DEFAULT_CONTEXT, PlanRequest
 
-        if self.prompt_batch is not None and self.prompt_batch < 1:
-            raise UsageError(f"--prompt-batch {self.prompt_batch} must be at least 1")
+        if self.prompt_batch is not None and not 1 <= self.prompt_batch < 2**31:
+            raise UsageError(f"--prompt-batch {self.prompt_batch} must be at least 1, and less than 2^31")
         if device is not None and not types:
             types = device.types.get(format_name, ())
         return PlanRequest(

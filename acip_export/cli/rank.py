@@ -37,8 +37,8 @@ def rank(
         str | None,
         typer.Option(
             metavar="FILE|DIR|ID|self",
-            help="Calibration text.\n\nPlain, .jsonl or .parquet, a directory of them, a Hugging Face data set "
-            "(owner/name[/config][:split]), or self: sampled from the model.",
+            help="Calibration text.\n\nPlain, .jsonl, .json, .csv, .parquet, a directory of them, a Hugging Face data "
+            "set (owner/name[/config][:split]), or self: sampled from the model.",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -78,7 +78,10 @@ def rank(
         int | None,
         typer.Option(metavar="TOKENS", help="Per window. Default: 512, or the model's limit.", rich_help_panel=TEXT),
     ] = None,
-    seed: Annotated[int, typer.Option(help="What everything random follows from.", rich_help_panel=METHOD)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**31 - 1, help="What everything random follows from.", rich_help_panel=METHOD),
+    ] = 0,
     torch_device: Annotated[
         str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1.", rich_help_panel=MACHINE)
     ] = "auto",
@@ -151,6 +154,7 @@ def rank(
     """
     from acip_export import api as pipeline
     from acip_export.api import verbs
+    from acip_export.artifacts.scores import SCORES_KIND
     from acip_export.io.outputs import claim_output
     from acip_export.ranking import parse_settings
     from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
@@ -188,6 +192,7 @@ def rank(
         with ExitStack() as stack:
             callbacks = []
             if is_main:
+                stack.enter_context(claim_output(place, SCORES_KIND, force, (data,), checkpoint.path).held())
                 callbacks.append(stack.enter_context(console.stage_progress(course)))
                 if log_json is not None:
                     callbacks.append(stack.enter_context(json_log(log_json)))

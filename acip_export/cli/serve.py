@@ -16,7 +16,7 @@ from acip_export.artifacts.plan import load_plan
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json, Quiet
 from acip_export.formats.registry import export_format
-from acip_export.verification.process import module_environment
+from acip_export.io.processes import module_environment
 
 
 def serve(

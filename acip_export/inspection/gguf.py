@@ -23,6 +23,8 @@ _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _MOST_DIMENSIONS = 4
+# Far beyond any model; each takes time.
+_MOST_TENSORS = 100_000
 _DEEPEST_ARRAY = 8
 _SMALLEST_KEY = 8 + 4 + 1
 _SMALLEST_TENSOR = 8 + 4 + 4 + 8
@@ -117,6 +119,8 @@ def _parse(data: mmap.mmap, file: Path) -> GgufHead:
     tensor_count, key_count = head.number("<Q"), head.number("<Q")
     head.expect(tensor_count, _SMALLEST_TENSOR, "tensors")
     head.expect(key_count, _SMALLEST_KEY, "keys")
+    if max(tensor_count, key_count) > _MOST_TENSORS:
+        raise ModelFileError(f"{file} is damaged: it has more than {_MOST_TENSORS:,} tensors or keys")
     metadata: dict[str, object] = {}
     encoded: dict[str, bytes] = {}
     for _ in range(key_count):

@@ -6,6 +6,7 @@ onnx/onnx.proto. External data is checked against the sizes of the files that it
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from math import prod
 from mmap import mmap
@@ -18,6 +19,8 @@ from acip_export.inspection.protobuf import BYTES, VARINT, Message
 from acip_export.units import ceil_div
 
 _DEEPEST_GRAPH = 16
+# Far beyond any model: each takes time, and a file of a megabyte can declare as many.
+_MOST_DIMENSIONS, _MOST_TENSORS = 64, 100_000
 
 # TensorProto.DataType: id -> (name, bits); 0 bits: no fixed size.
 ONNX_TYPES: dict[int, tuple[str, int]] = {
@@ -139,6 +142,10 @@ class _Walk:
         external: dict[str, str] = {}
         for field in tensor.fields():
             if field.number == 1:
+                if field.end - field.begin > 10 * _MOST_DIMENSIONS or len(shape) > _MOST_DIMENSIONS:
+                    raise ModelFileError(
+                        f"{self._file} is damaged: a tensor has more than {_MOST_DIMENSIONS} dimensions"
+                    )
                 shape += tensor.integers(field)
             elif field.number == 2:
                 type_id = field.value
@@ -152,6 +159,8 @@ class _Walk:
                 entry = tensor.inner(field).strings()
                 external[entry.get(1, "")] = entry.get(2, "")
         name = self._unique(name)
+        if len(self._tensors) >= _MOST_TENSORS:
+            raise ModelFileError(f"{self._file} is damaged: it has more than {_MOST_TENSORS:,} tensors")
         if any(extent >= 1 << 63 for extent in shape):
             raise ModelFileError(f"{self._file} is damaged: tensor {name!r} has a negative extent")
         type_name, bits = ONNX_TYPES.get(type_id, (f"type {type_id}", 0))
@@ -163,6 +172,8 @@ class _Walk:
             raise ModelFileError(
                 f"{self._file} is damaged: tensor {name!r} has {nbytes} bytes, its shape needs {needed}"
             )
+        if needed and not nbytes:
+            raise ModelFileError(f"{self._file} is damaged: tensor {name!r} has no bytes, its shape needs {needed}")
         if external:
             nbytes = self._count_once(name, where, offset, nbytes)
         self._tensors.append(TensorPart(name, tuple(shape), type_name, nbytes, where))
@@ -176,12 +187,7 @@ class _Walk:
             )
         path = (PurePosixPath(self._name).parent / location).as_posix()
         if path not in self._external_files:
-            try:
-                self._external_files[path] = (self._file.parent / location).stat().st_size
-            except OSError:
-                raise ModelFileError(
-                    f"{self._file} keeps its weights in {location}, which is not beside it; copy that file as well"
-                ) from None
+            self._external_files[path] = self._external_size(location)
         size = self._external_files[path]
         try:
             offset = int(entries.get("offset", "0"))
@@ -196,6 +202,25 @@ class _Walk:
                 f"file has {size}; copy or download it again"
             )
         return path, offset, length
+
+    def _external_size(self, location: PurePosixPath) -> int:
+        """Of a file beside the model; in a cache of downloads both are links, and what they stand for is together."""
+        data = self._file.parent / location
+        try:
+            real, status = data.resolve(strict=True), data.stat()
+        except (OSError, RuntimeError):
+            raise ModelFileError(
+                f"{self._file} keeps its weights in {location}, which is not beside it; copy that file as well"
+            ) from None
+        beside = (self._file.parent.resolve(), self._file.resolve().parent)
+        if not any(real.is_relative_to(directory) for directory in beside):
+            raise ModelFileError(
+                f"{self._file} is hostile or damaged: its weights in {location} are a link to {real}, which is not "
+                "beside the model"
+            )
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelFileError(f"{data} is no regular file: devices and pipes are not read")
+        return status.st_size
 
     def _count_once(self, name: str, path: str, offset: int, nbytes: int) -> int:
         """Tied weights are two names of the same bytes: the second one counts nothing."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from acip_export.errors import OutputError, UsageError
 from acip_export.io import atomic
+from acip_export.io.locks import held, refuse_held
 
 _HEAD = 65_536
 
@@ -90,13 +91,21 @@ class Output:
                 f"{self.named} cannot be written: {reason.strerror or reason}; choose another place"
             ) from reason
 
-    def new_file(self) -> AbstractContextManager[Path]:
+    @contextmanager
+    def new_file(self) -> Iterator[Path]:
         """Yield a temporary file that becomes this one; see :func:`acip_export.io.atomic.new_file`."""
-        return atomic.new_file(self.place, self.check)
+        with self.held(), atomic.new_file(self.place, self.check) as temporary:
+            yield temporary
 
-    def new_directory(self) -> AbstractContextManager[Path]:
+    @contextmanager
+    def new_directory(self) -> Iterator[Path]:
         """Yield a temporary directory that becomes this one; see :func:`acip_export.io.atomic.new_directory`."""
-        return atomic.new_directory(self.place, self.check)
+        with self.held(), atomic.new_directory(self.place, self.check) as temporary:
+            yield temporary
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other processes from writing here; see :func:`acip_export.io.locks.held`."""
+        return held(self.place)
 
     def take(self, directory: Path) -> None:
         """Put ``directory``, which lies beside it, into its place; see :func:`acip_export.io.atomic.exchange`."""
@@ -164,7 +173,8 @@ def claim_output(
         base: the directory that outputs may lie in although it is read: the model's, or that of a check.
 
     Raises:
-        UsageError: it may not; the message names what stands in the way. OutputError: it cannot be told.
+        UsageError: it may not; the message names what stands in the way: another process, too.
+        OutputError: it cannot be told.
     """
     try:
         named = tuple(_real(read) for read in inputs if read is not None)
@@ -172,6 +182,7 @@ def claim_output(
     except (OSError, ValueError) as reason:
         raise OutputError(f"{out} cannot be written: {reason}; choose another place") from reason
     output.check()
+    refuse_held(output.place)
     return output
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import io
-import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from acip_export.errors import CheckpointError, InputError
 from acip_export.io.atomic import read_json_object
 from acip_export.io.inputs import open_input
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from acip_export.model.template_process import TemplateError, TemplateProcess
 
 TEMPLATE_FILE = "chat_template.jinja"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -45,9 +40,22 @@ def find_chat_template(directory: Path, options: Mapping[str, Any] | None = None
         options = read_json_object(config, CheckpointError) if config.is_file() else {}
     template = options.get("chat_template")
     if isinstance(template, (tuple, list)):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        named = dict(map(_named, template))
+        if None in named:
+            raise CheckpointError(
+                f"{directory / _TOKENIZER_CONFIG}: chat_template is a list of something else than objects with texts "
+                "name and template"
+            )
         template = named.get("default")
-    return template if isinstance(template, str) else None
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{directory / _TOKENIZER_CONFIG}: chat_template is no text, and no list of them")
+    return template
+
+
+def _named(entry: Any) -> tuple[str | None, str]:
+    """The name and text of one of several templates; no name: it is none."""
+    name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)
+    return (name, text) if isinstance(name, str) and isinstance(text, str) else (None, "")
 
 
 class ChatTemplate:
@@ -59,51 +67,21 @@ class ChatTemplate:
 
     def __init__(self, text: str, tokens: Mapping[str, str] | None = None) -> None:
         self._text, self._tokens = text, dict(tokens or {})
+        self._process = TemplateProcess()
 
-    @cached_property
-    def _template(self) -> Template:
-        from jinja2 import nodes
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        class Generation(Extension):
-            """``{% generation %}`` marks what an assistant said, for training; it changes no text."""
-
-            tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-            def parse(self, parser: Any) -> nodes.Node:
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-                return nodes.Scope(body, lineno=line)
-
-        def dump(value: Any, indent: int | None = None, **_: Any) -> str:
-            return json.dumps(value, ensure_ascii=False, indent=indent)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = dump
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        return environment.from_string(self._text)
-
-    def render(self, messages: Sequence[Message], answer: bool = True) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], answer: bool = True) -> str:
         """Write a conversation, with what begins the next ``answer``.
 
         Raises:
-            InputError: the template refuses it.
+            InputError: the template refuses it, does not end, or takes too much memory.
         """
+        request = {
+            "template": self._text,
+            "tokens": self._tokens,
+            "messages": [dict(message) for message in messages],
+            "answer": answer,
+        }
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages], add_generation_prompt=answer, **self._tokens
-            )
-        except Exception as error:  # templates raise whatever they like, jinja2's own errors included
+            return self._process.render(request)
+        except TemplateError as error:
             raise InputError(f"the model's chat template refuses this conversation: {error}") from error
-
-
-class _RefusedError(Exception):
-    """What a template raises on purpose."""
-
-
-def _refuse(message: str) -> NoReturn:
-    raise _RefusedError(message)

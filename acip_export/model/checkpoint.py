@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -148,15 +149,26 @@ class Checkpoint:
         """One tensor, in its stored dtype.
 
         Raises:
-            CheckpointError: no such tensor.
+            CheckpointError: no such tensor, or one that holds NaN or infinity; its file is gone or has changed.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.path} has no tensor {name!r}")
-        with safe_open(self.path / info.shard, framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(info.stored or name)
+        file = self.path / info.shard
+        try:
+            with safe_open(file, framework="pt") as shard:
+                tensor: torch.Tensor = shard.get_tensor(info.stored or name)
+        except (OSError, SafetensorError) as reason:
+            raise CheckpointError(
+                f"{file} cannot be read any more, it was changed or moved while it was read: {reason}"
+            ) from reason
+        # Ten times as fast as isfinite, and NaN comes through.
+        if tensor.is_floating_point() and tensor.numel() and not all(map(isfinite, map(float, tensor.aminmax()))):
+            raise CheckpointError(
+                f"{file}: {name} holds NaN or infinity, so the model computes none; fetch or train it again"
+            )
         return tensor.T.contiguous() if info.transposed else tensor
 
 

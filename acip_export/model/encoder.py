@@ -15,7 +15,7 @@ import msgspec
 
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object
-from acip_export.io.inputs import Count, read_json
+from acip_export.io.inputs import Count, Positive, read_json
 from acip_export.model.architectures import ARCHITECTURES
 from acip_export.model.task import EncoderKind, Task
 
@@ -31,6 +31,7 @@ _POOLING_KEYS: dict[str, PoolingMode] = {
     "pooling_mode_max_tokens": "max",
 }
 _MODULES_FILE, _LENGTH_FILE = "modules.json", "sentence_bert_config.json"
+_SENTENCE_FILE = "config_sentence_transformers.json"
 
 
 class _Step(msgspec.Struct, frozen=True):
@@ -38,6 +39,14 @@ class _Step(msgspec.Struct, frozen=True):
 
     type: str
     path: str
+
+
+class _Settings(msgspec.Struct, frozen=True):
+    """Of ``config_sentence_transformers.json``."""
+
+    prompts: dict[str, str | None] | None = None
+    default_prompt_name: str | None = None
+    truncate_dim: Positive | None = None
 
 
 class _Length(msgspec.Struct, frozen=True):
@@ -52,6 +61,20 @@ class Pooling:
 
     mode: PoolingMode
     normalize: bool
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """What sentence-transformers does around the model.
+
+    Attributes:
+        prompts: texts that are put before texts, by name. default_prompt: the one that is always, or nothing.
+        truncate_dim: numbers of an embedding that are kept; ``None``: all.
+    """
+
+    prompts: Mapping[str, str]
+    default_prompt: str
+    truncate_dim: int | None
 
 
 @dataclass(frozen=True)
@@ -116,9 +139,20 @@ def pools_tokens(model: Path) -> bool:
     return any(step == "Pooling" for step, _ in _steps(model))
 
 
+def sentence_settings(model: Path) -> SentenceSettings:
+    """Read ``config_sentence_transformers.json``; without one nothing is done. Raises CheckpointError if damaged."""
+    file = model / _SENTENCE_FILE
+    found = read_json(file, _Settings, CheckpointError) if file.is_file() else _Settings()
+    prompts = {name: prompt for name, prompt in (found.prompts or {}).items() if prompt}
+    name = found.default_prompt_name
+    if name is not None and name not in (found.prompts or {}):
+        raise CheckpointError(f"{file}: default_prompt_name is {name!r}, and prompts has no text of that name")
+    return SentenceSettings(prompts, prompts.get(name or "", ""), found.truncate_dim)
+
+
 def sentence_files(model: Path) -> list[str]:
     """The files below ``model`` that sentence-transformers reads beside the transformer and its tokenizer."""
-    names = (_MODULES_FILE, _LENGTH_FILE, "config_sentence_transformers.json")
+    names = (_MODULES_FILE, _LENGTH_FILE, _SENTENCE_FILE)
     pooling = sorted(file.relative_to(model).as_posix() for file in model.glob("*_Pooling/config.json"))
     return [name for name in names if (model / name).is_file()] + pooling
 
@@ -135,7 +169,7 @@ def _pooling(model: Path) -> Pooling:
     normalize = False
     for step, path in _steps(model):
         if step == "Pooling":
-            mode = _mode(model / path / "config.json")
+            mode = _mode(model, model / path / "config.json")
         elif step == "Normalize":
             normalize = True
         elif step != "Transformer":
@@ -155,8 +189,14 @@ def _steps(model: Path) -> list[tuple[str, str]]:
     return [(step.type.rpartition(".")[2], step.path) for step in steps]
 
 
-def _mode(file: Path) -> PoolingMode:
+def _mode(model: Path, file: Path) -> PoolingMode:
     config = read_json_object(file, CheckpointError)
+    if config.get("include_prompt") is False and sentence_settings(model).prompts:
+        raise UnsupportedError(
+            f"{file}: include_prompt is false, so that the tokens of a prompt are not pooled; exports pool "
+            "every token, and embeddings of texts with a prompt would differ. "
+            f"Remove the prompts from {_SENTENCE_FILE} to use none"
+        )
     # Newer versions of sentence-transformers write one key, older ones a flag for each mode.
     named = config.get("pooling_mode")
     chosen = (

@@ -18,10 +18,11 @@ from acip_export.io.placeholders import refuse_placeholder
 from acip_export.model.architectures import architecture_of
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.config_fields import check_generation_config
-from acip_export.model.encoder import is_encoder, pools_tokens
+from acip_export.model.encoder import is_encoder, pools_tokens, sentence_settings
 from acip_export.model.expected_tensors import Shapes, bias_key, expected_tensors
 from acip_export.model.rope import rope_fields
 from acip_export.model.tensor_names import HEAD
+from acip_export.model.tokenizer_files import check_template, check_tokenizer
 
 # Types of numbers that dense weights are stored in.
 _DENSE = ("F16", "BF16", "F32", "F64")
@@ -50,6 +51,8 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
     _check_attention(checkpoint)
     if checkpoint.encoder is None:
         _refuse_embedding_decoder(checkpoint)
+    else:
+        sentence_settings(checkpoint.path)
     _check_tensors(checkpoint)
     if not checkpoint.linear_modules:
         raise UnsupportedError(
@@ -227,6 +230,8 @@ def _check_tokenizer(model: Path) -> None:
             f"{model} has {found + ', but ' if found else ''}no tokenizer.json, which exports need. Make it with\n"
             f"{_SAVE_TOKENIZER}"
         )
+    stamps = ((file.stat().st_mtime_ns, file.stat().st_size) for file in files.values())
+    _check_template(model, tuple(stamps))
 
 
 @lru_cache(maxsize=64)
@@ -235,8 +240,14 @@ def _check_json(file: Path, modified: int, size: int) -> None:  # noqa: ARG001 -
     data = read_json_object(file, CheckpointError)
     if file.name == "generation_config.json":
         check_generation_config(file, data)
-    if file.name == "tokenizer.json" and not isinstance(data.get("model"), Mapping):
-        raise CheckpointError(f"{file} is no tokenizer: it has no object  model")
+    if file.name == "tokenizer.json":
+        check_tokenizer(file, data)
+
+
+@lru_cache(maxsize=64)
+def _check_template(model: Path, stamps: tuple[tuple[int, int], ...]) -> None:  # noqa: ARG001 - part of the key
+    """It takes a process."""
+    check_template(model)
 
 
 def _check_text(file: Path) -> None:

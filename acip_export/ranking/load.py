@@ -48,8 +48,10 @@ def load_model(
 
     Raises:
         UnsupportedError: neither an encoder nor a causal language model, or linear layers that are not ``nn.Linear``.
-        CheckpointError: a linear weight that is zero or not finite.
+        CheckpointError: a linear weight that is zero, or any tensor that is not finite.
     """
+    for name in checkpoint.tensors.keys() - {f"{module}.weight" for module in checkpoint.linear_modules}:
+        checkpoint.read(name)
     small = linear_weights(checkpoint) <= _FLOAT32_WEIGHTS
     if precision == "auto":
         precision = "float32" if device.type == "cpu" and small else "model"
@@ -63,8 +65,6 @@ def load_model(
             found = "missing from the loaded model" if module is None else f"a {type(module).__name__}"
             raise UnsupportedError(f"{name} is {found}, expected an nn.Linear of shape {shape}; it cannot be ranked")
         weight = checkpoint.read(f"{name}.weight")  # not the module's, whose file would stay in memory
-        if not torch.isfinite(weight).all():
-            raise CheckpointError(f"{name}.weight holds NaN or infinity; the model cannot be ranked")
         if not weight.any():
             raise CheckpointError(f"{name}.weight is all zeros; the model was not saved, or not trained, completely")
     if precision == "model" and device.type == "cpu":

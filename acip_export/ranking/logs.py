@@ -44,13 +44,18 @@ def tensorboard_log(directory: Path) -> Iterator[ProgressCallback]:
     """Write ``STAGE/loss``, ``STAGE/ratio`` and ``STAGE/tokens_per_second`` over the steps for TensorBoard.
 
     Raises:
-        MissingExtraError: tensorboard is not installed.
+        MissingExtraError: tensorboard is not installed. UsageError: the directory cannot be written.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MissingExtraError("tensorboard", "tensorboard", "--tensorboard") from None
-    writer: SummaryWriter = SummaryWriter(str(directory))
+    try:
+        writer: SummaryWriter = SummaryWriter(str(directory))
+    except OSError as error:
+        raise UsageError(
+            f"{directory} cannot be written: {error.strerror}; choose another directory with  --tensorboard"
+        ) from error
 
     def log(progress: Progress) -> None:
         for name in ("loss", "ratio", "tokens_per_second"):

@@ -5,6 +5,7 @@ Read lazily and in a fixed order: files by path, rows as stored.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -14,10 +15,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from acip_export.errors import DataError, MissingExtraError
-from acip_export.io.inputs import open_input
+from acip_export.io.inputs import open_input, read_input
 
 _JSON_LINES = (".jsonl", ".ndjson")
 _PARQUET = (".parquet",)
+# What stands between columns.
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_LARGEST_JSON = 2**30
+# Fields that a message lists.
+_MOST_SHOWN = 20
 # What a directory is searched for; anything else in it (a README, an index) is no calibration text.
 _IN_DIRECTORIES = (".txt", *_JSON_LINES, *_PARQUET)
 _TEXT_FIELDS = ("text", "content")
@@ -43,9 +49,9 @@ def read_documents(source: str | Path, field: str | None = None) -> Iterator[Doc
     """The documents of ``source`` in order.
 
     Args:
-        source: a file (``.jsonl`` or ``.ndjson``, ``.parquet``; anything else is one plain text), a directory of
-            ``*.txt``, ``*.jsonl``, ``*.ndjson`` and ``*.parquet``, or a data set ``owner/name[/config][:split]``
-            (split ``train`` unless given).
+        source: a file (``.jsonl`` or ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``; else one plain text),
+            a directory of ``*.txt``, ``*.jsonl``, ``*.ndjson`` and ``*.parquet``, or a data set
+            ``owner/name[/config][:split]`` (split ``train`` unless given).
         field: of records. ``None``: the first of ``text``, ``content``, ``messages``, ``conversations`` that a record
             has. A field that holds a list is a chat.
 
@@ -75,6 +81,15 @@ def _read_file(file: Path, field: str | None) -> Iterator[Document]:
             yield from _read_parquet(file, field)
         elif suffix in _JSON_LINES:
             yield from _read_json_lines(file, field)
+        elif suffix == ".json":
+            yield from _read_json(file, field)
+        elif suffix in _TABLES:
+            yield from _read_table(file, field, _TABLES[suffix])
+        elif field is not None:
+            raise DataError(
+                f"{file} is read as one plain text, which has no fields; leave out  --field, or name the file "
+                ".jsonl, .json, .csv, .tsv or .parquet after what it holds"
+            )
         else:
             with _opened(file) as stream, io.TextIOWrapper(stream, encoding="utf-8") as text:
                 yield Document(text.read(), str(file))
@@ -102,6 +117,42 @@ def _read_json_lines(file: Path, field: str | None) -> Iterator[Document]:
             if not isinstance(record, dict):
                 raise DataError(f"{origin}: a {type(record).__name__}, expected a JSON object per line")
             yield _document(record, field, origin)
+
+
+def _read_json(file: Path, field: str | None) -> Iterator[Document]:
+    """An array of objects or texts, or objects one a line."""
+    with _opened(file) as stream:
+        array = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    if not array:
+        yield from _read_json_lines(file, field)
+        return
+    try:
+        records = json.loads(read_input(file, DataError, _LARGEST_JSON))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON: {error}") from error
+    for number, record in enumerate(records):
+        origin = f"{file}: $[{number}]"
+        if isinstance(record, str) and field is None:
+            yield Document(record, origin)
+        elif isinstance(record, dict):
+            yield _document(record, field, origin)
+        else:
+            raise DataError(f"{origin}: a {type(record).__name__}, expected an object")
+
+
+def _read_table(file: Path, field: str | None, delimiter: str) -> Iterator[Document]:
+    """Columns under the names of the first line."""
+    with _opened(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            names = next(rows, [])
+            column = names.index(_field_of(names, field, str(file)))
+            for row in filter(None, rows):
+                if len(row) != len(names):
+                    raise DataError(f"{file}:{rows.line_num}: {len(row)} columns, expected {len(names)}")
+                yield Document(row[column], f"{file}:{rows.line_num}")
+        except csv.Error as error:
+            raise DataError(f"{file}:{rows.line_num}: no table of columns: {error}") from error
 
 
 def _read_parquet(file: Path, field: str | None) -> Iterator[Document]:
@@ -155,7 +206,9 @@ def _field_of(names: Sequence[str], field: str | None, origin: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "none"
+    shown = [repr(name if len(name) <= 40 else f"{name[:40]}…") for name in names[:_MOST_SHOWN]]
+    more = [f"{len(names) - _MOST_SHOWN} more"] if len(names) > _MOST_SHOWN else []
+    return ", ".join(shown + more) or "none"
 
 
 def _document(record: Mapping[str, Any], field: str | None, origin: str) -> Document:

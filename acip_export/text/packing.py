@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from acip_export.errors import DataError, UnsupportedError
+from acip_export.errors import DataError, InputError, UnsupportedError
+from acip_export.model.chat_template import ChatTemplate, find_chat_template
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.text.documents import Document, read_documents
 
@@ -67,11 +68,11 @@ def pack_text(
 
     tokenizer = load_tokenizer(model)
     between = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else _ids(tokenizer, "\n")
-    digest = hashlib.sha256()
+    digest, texts_of = hashlib.sha256(), _Texts(model, tokenizer)
     ids: list[int] = []
     documents = 0
     for document in read_documents(source, field):
-        text = _text_of(document, tokenizer)
+        text = texts_of.of(document)
         if not text.strip():
             continue
         if documents:
@@ -117,12 +118,12 @@ def pad_texts(
     tokenizer = load_tokenizer(model)
     if tokenizer.pad_token_id is None:
         raise DataError(f"the tokenizer of {model} has no padding token; texts of different lengths need one")
-    digest = hashlib.sha256()
+    digest, texts_of = hashlib.sha256(), _Texts(model, tokenizer)
     texts: dict[str, list[int]] = {}
     documents = tokens = 0
     for document in read_documents(source, field):
         documents += 1
-        lines = dict.fromkeys(" ".join(line.split()) for line in _text_of(document, tokenizer).splitlines())
+        lines = dict.fromkeys(" ".join(line.split()) for line in texts_of.of(document).splitlines())
         new = [line for line in lines if line.count(" ") + 1 >= _LEAST_WORDS and line not in texts]
         if not new:
             continue
@@ -173,16 +174,23 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _text_of(document: Document, tokenizer: Any) -> str:
-    if isinstance(document.content, str):
-        return document.content
-    if not getattr(tokenizer, "chat_template", None):
-        raise UnsupportedError(
-            f"{document.origin} is a chat, but the model's tokenizer has no chat template; "
-            "choose a field that holds text with  --field"
-        )
-    try:
-        text: str = tokenizer.apply_chat_template(list(document.content), tokenize=False)
-    except Exception as error:  # templates raise whatever they like, jinja2's own errors included
-        raise DataError(f"{document.origin}: the model's chat template refuses this chat: {error}") from error
-    return text
+class _Texts:
+    """The texts of documents; chats go through the model's template."""
+
+    def __init__(self, model: Path, tokenizer: Any) -> None:
+        template = find_chat_template(model)
+        tokens = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        self._chats = None if template is None else ChatTemplate(template, tokens)
+
+    def of(self, document: Document) -> str:
+        if isinstance(document.content, str):
+            return document.content
+        if self._chats is None:
+            raise UnsupportedError(
+                f"{document.origin} is a chat, but the model's tokenizer has no chat template; "
+                "choose a field that holds text with  --field"
+            )
+        try:
+            return self._chats.render(document.content, answer=False)
+        except InputError as error:
+            raise DataError(f"{document.origin}: {error}") from error

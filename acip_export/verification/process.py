@@ -21,11 +21,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from acip_export import version
 from acip_export.artifacts.report import Memory, Speed
 from acip_export.errors import MissingExtraError, RuntimeCrashError, RuntimeHangError, VerificationError
 from acip_export.formats.session import Logits, Windows
 from acip_export.io.inputs import Count, NotNegative, read_json
+from acip_export.io.processes import module_environment
 
 DEFAULT_TIMEOUT_SECONDS = 900.0
 _PROBE = "acip_export.verification.probe"
@@ -197,17 +197,6 @@ class _Probe:
                     f"the process that ran the export in {self._class_name} gave no result in {self._timeout:g} s and "
                     f"was killed; the end of its output:\n{tail(self._output)}\nAllow it more with  --timeout SECONDS"
                 )
-
-
-def module_environment() -> dict[str, str]:
-    """Return the environment of a process that runs one of our modules.
-
-    Modules come from where this package is, never from the working directory: that may be a downloaded model's.
-    """
-    package = str(Path(version.__file__).parents[1])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Without it ggml starts a debugger when it aborts, whose output buries the reason.
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GGML_NO_BACKTRACE": "1"}
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

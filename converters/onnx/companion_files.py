@@ -19,6 +19,7 @@ from acip_export.io.frozen import thawed
 from acip_export.model.chat_template import find_chat_template
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
+from acip_export.model.tokenizer_files import lost_normalizer, resolved_normalizer
 from converters.onnx.backends import PROVIDERS
 from converters.onnx.genai_builder.families import genai_type
 
@@ -70,12 +71,28 @@ def small_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Path]
     return dict(sorted(files.items()))
 
 
+def normalizer_notes(model: Path) -> tuple[str, ...]:
+    """Return a sentence where onnxruntime-genai's tokenizer leaves out what the model's does to its input."""
+    kind = lost_normalizer(_read(model / _TOKENIZER))
+    if kind is None:
+        return ()
+    return (
+        f"the tokenizer normalizes its input ({kind}), which onnxruntime-genai does not do; transformers.js and "
+        "optimum do: normalize texts before they go to onnxruntime-genai",
+    )
+
+
 def _encoder_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Path]:
     """For encoders: nothing generates, and sentence-transformers' files tell others how to pool."""
     names = [name for name in (*TOKENIZER_FILES, *sentence_files(source.path)) if name != _GENERATION_CONFIG]
     files: dict[str, bytes | Path] = {name: source.path / name for name in names if (source.path / name).is_file()}
     files["config.json"] = _json({**source.config, "transformers.js_config": _TRANSFORMERS_JS})
-    files[_TOKENIZER_CONFIG] = _json(_tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), serving))
+    options = _read(source.path / _TOKENIZER_CONFIG)
+    files[_TOKENIZER_CONFIG] = _json(_tokenizer_config(options, serving))
+    tokenizer = _read(source.path / _TOKENIZER)
+    resolved = resolved_normalizer(tokenizer, options)
+    if resolved is not tokenizer:  # transformers.js reads no other file
+        files[_TOKENIZER] = _json(resolved)
     return dict(sorted(files.items()))
 
 

@@ -75,7 +75,7 @@ def check_size(files: Mapping[str, int]) -> None:
 
 def _convert(model: Path, directory: Path) -> None:
     """In a process of its own: onnxruntime's tool prints, and sets the log level of the whole process."""
-    command = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(model)]
+    command = [sys.executable, "-P", "-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(model)]
     # "Fixed": optimized here once, not again at every start on the device. "arm": nothing specific to this machine.
     command += ["--output_dir", str(directory), "--optimization_style", "Fixed", "--target_platform", "arm"]
     done = subprocess.run([*command, "--enable_type_reduction"], capture_output=True, text=True)

@@ -249,3 +249,42 @@ def test_field_reaches_the_ranking(model: Path, text: Path, tmp_path: Path) -> N
 def test_a_window_of_one_token_predicts_nothing() -> None:
     with pytest.raises(UsageError, match="at least 2 tokens"):
         DataConfig(context=1)
+
+
+RECORDS = [{"n": number, "text": f'Line {number}, "quoted" and\nbroken.'} for number in range(3)]
+QUOTED = [[str(record["n"]), '"{}"'.format(str(record["text"]).replace('"', '""'))] for record in RECORDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps(RECORDS)),
+        ("b.json", " \n" + json.dumps([record["text"] for record in RECORDS])),
+        ("c.json", "\n".join(map(json.dumps, RECORDS))),
+        ("d.csv", "n,text\n" + "".join(f"{','.join(row)}\n" for row in QUOTED)),
+        ("e.tsv", "\ufeffn\ttext\r\n" + "".join("\t".join(row) + "\r\n" for row in QUOTED)),
+    ],
+)
+def test_arrays_and_tables_are_records(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    for field in (None, "text") if name != "b.json" else (None,):
+        found = [document.content for document in read_documents(tmp_path / name, field)]
+        assert found == [record["text"] for record in RECORDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field", "says"),
+    [
+        ("a.json", "[1]", None, r"a\.json: \$\[0\]: a int, expected an object"),
+        ("a.json", "[" * 100_000, None, "not JSON"),
+        ("a.json", json.dumps(RECORDS), "words", "no field 'words'; it has 'n', 'text'"),
+        ("a.csv", "n,text\n1\n", None, r"a\.csv:2: 1 columns, expected 2"),
+        ("a.csv", 'text\n"a\n', None, r"a\.csv:2: no table of columns: unexpected end of data"),
+        ("a.csv", "", None, "none of the usual text fields"),
+        ("a.txt", "plain", "text", "one plain text, which has no fields; leave out  --field"),
+    ],
+)
+def test_bad_records(name: str, content: str, field: str | None, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=says):
+        list(read_documents(tmp_path / name, field))

@@ -15,6 +15,7 @@ from acip_export.io.atomic import read_json_object
 from acip_export.io.frozen import thawed
 from acip_export.io.inputs import read_foreign_json, read_json
 from acip_export.model.chat_template import TEMPLATE_FILE, find_chat_template
+from acip_export.model.tokenizer_files import resolved_normalizer
 from converters.gguf.tokenizer.bpe import bpe_metadata, is_byte_level
 from converters.gguf.tokenizer.common import Source
 from converters.gguf.tokenizer.sentencepiece import model_file_metadata, sentencepiece_metadata
@@ -91,7 +92,7 @@ def _metadata(
     options = {} if stamps[2] is None else read_json_object(model / "tokenizer_config.json", CheckpointError)
     file = model / ("tokenizer.model" if stamps[0] is None else "tokenizer.json")
     tokenizer = {} if stamps[0] is None else read_foreign_json(file, CheckpointError)
-    source = Source(tokenizer, options, json.loads(config_ids), vocabulary)
+    source = Source(resolved_normalizer(tokenizer, options), options, json.loads(config_ids), vocabulary)
     try:
         metadata = dict(model_file_metadata(file, source) if stamps[0] is None else _by_kind(source, pre))
     except (KeyError, TypeError, ValueError, AttributeError, ModelFileError) as error:

@@ -93,13 +93,17 @@ def _unmade(piece: str) -> float:
 
 
 def _unigram_pieces(model: Mapping[str, Any]) -> Pieces:
-    if model.get("byte_fallback"):
-        raise UnsupportedError("llama.cpp's unigram tokenizer has no byte fallback, the model's tokenizer has one")
+    _refuse_bytes(bool(model.get("byte_fallback")))
     unknown = model.get("unk_id")
     return {
         number: (piece, TokenType.UNKNOWN if number == unknown else TokenType.NORMAL, float(score))
         for number, (piece, score) in enumerate(model["vocab"])
     }
+
+
+def _refuse_bytes(fallback: bool) -> None:
+    if fallback:
+        raise UnsupportedError("llama.cpp's unigram tokenizer has no byte fallback, the model's tokenizer has one")
 
 
 def _piece_type(piece: str, unknown: str | None) -> TokenType:
@@ -239,6 +243,7 @@ def model_file_metadata(file: Path, source: Source) -> Metadata:
     tokens, types, scores = _with_added(pieces, wrapped)
     keys = {"tokenizer.ggml.add_space_prefix": boolean(model.prefix)}
     if model.unigram:
+        _refuse_bytes(any(kind is TokenType.BYTE for _, kind, _ in model.pieces.values()))
         keys["tokenizer.ggml.remove_extra_whitespaces"] = boolean(model.merged)
         if model.charsmap:
             keys["tokenizer.ggml.precompiled_charsmap"] = int8s(model.charsmap)
@@ -276,9 +281,12 @@ def _read_model_file(file: Path) -> _ModelFile:
     for field in message.fields():
         if field.number == 1 and field.wire == BYTES:
             inner = {part.number: part for part in message.inner(field).fields()}
-            kind = TokenType(inner[3].value) if 3 in inner else TokenType.NORMAL
-            score = struct.unpack("<f", message.raw(inner[2]))[0] if 2 in inner else 0.0
-            pieces[len(pieces)] = (message.text(inner[1]) if 1 in inner else "", kind, score)
+            number = inner[3].value if 3 in inner else int(TokenType.NORMAL)
+            score = message.raw(inner[2]) if 2 in inner else bytes(4)
+            if number not in set(TokenType) or len(score) != 4:
+                raise CheckpointError(f"{file} is damaged: piece {len(pieces)} is of an unknown kind")
+            kind = TokenType(number)
+            pieces[len(pieces)] = (message.text(inner[1]) if 1 in inner else "", kind, struct.unpack("<f", score)[0])
         elif field.number == 2:
             trainer = {part.number: part for part in message.inner(field).fields()}
         elif field.number == 3:

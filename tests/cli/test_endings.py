@@ -1,0 +1,91 @@
+"""Commands that are stopped, and commands whose output nobody can take: an exit code, no traceback, nothing left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acip_export.io.processes import module_environment
+from tests.support import make_model, make_scores
+
+COMMAND = [sys.executable, "-P", "-c", "from acip_export.cli.main import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = make_model(tmp_path_factory.mktemp("model") / "model", hidden_size=64, intermediate_size=96)
+    make_scores(made)
+    return made
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    environment = {**module_environment(), **options.pop("env", {})}
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
+def test_a_pipe_that_nobody_reads(flags: tuple[str, ...], model: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = start("inspect", model, *flags, stdout=writing)
+    os.close(writing)
+    assert (process.communicate()[1], process.returncode) == ("", 141)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
+def test_a_full_disk_behind_the_output(flags: tuple[str, ...], model: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = start("inspect", model, *flags, stdout=full)
+    err = process.communicate()[1]
+    assert process.returncode == 2
+    assert "cannot be written to the standard output: No space left" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_signals_leave_nothing(number: signal.Signals, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start("--model", model, "--budget", "50MB", "--format", "gguf", "--types", "f32", "-o", out,
+                    stdout=subprocess.DEVNULL)  # fmt: skip
+    while process.poll() is None and not list(tmp_path.iterdir()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    err = process.communicate()[1]
+    assert (process.returncode, list(tmp_path.iterdir())) == (130, []), err
+    assert "interrupted; nothing was left half-written" in err
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "tr_TR.UTF-8"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"TZ": "Nowhere/Never"},
+        {"HOME": "/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"},
+        {"SOURCE_DATE_EPOCH": "0"},
+        {"TERM": "dumb", "COLUMNS": "1"},
+    ],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_surroundings_change_no_byte(environment: dict[str, str], model: Path, tmp_path: Path) -> None:
+    """Locale, clock, home and terminal; in a directory with blanks, umlauts, quotes and a line break."""
+    odd = tmp_path / "é 'a\"b\n$(touch x) %s {0} [red]"
+    odd.mkdir()
+    written = []
+    for index, env in enumerate(({}, environment)):
+        out = odd / f"out{index}"
+        process = start("--model", model, "--budget", "200kB", "--budget-scope", "file", "--format", "gguf",
+                        "--types", "q8_0", "--no-verify", "-o", out, env=env, stdout=subprocess.DEVNULL)  # fmt: skip
+        err = process.communicate()[1]
+        assert process.returncode == 0, err
+        written.append({file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.is_file()})
+    assert written[0] == written[1]
