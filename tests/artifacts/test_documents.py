@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from acip_export.artifacts.bundle import Manifest
-from acip_export.artifacts.plan import RUNTIME_PARTS, Alternative, Certificate, Plan, Refusal, Serving, TensorDecision
+from acip_export.artifacts.plan import (
+    RUNTIME_PARTS,
+    Alternative,
+    Certificate,
+    ContextCost,
+    Plan,
+    Refusal,
+    Serving,
+    TensorDecision,
+)
 from acip_export.artifacts.report import (
     Agreement,
     Divergence,
@@ -86,7 +95,7 @@ def test_every_key_is_documented_and_every_documented_key_is_there(page: str, ti
 
 PARTS = {
     ("plan.md", "", "serving"): keys_of(Serving),
-    ("plan.md", "", "certificate"): keys_of(Certificate, Alternative, Refusal),
+    ("plan.md", "", "certificate"): keys_of(Certificate, Alternative, Refusal, ContextCost),
     ("plan.md", "", "breakdown"): {*RUNTIME_PARTS},
     ("plan.md", "", "options"): {option.name for each in export_formats() for option in each.options},
     ("report.md", "", "files"): keys_of(FileReport),
