@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,13 +162,13 @@ def test_flags_override_the_device(camera: Path) -> None:
         ({}, "no format"),
         ({"format_": "gguf"}, "--device raspberry-pi-5-8gb"),
         ({"device": "camera", "format_": "onnx"}, "camera runs gguf, not onnx"),
-        ({"device": "camera", "budget": "2GB"}, "more than camera has"),
+        ({"device": "camera", "budget": ["2GB"]}, "more than camera has"),
         ({"device": "kamera"}, "camera"),
-        ({"devices": "here", "budget": "1GB", "format_": "gguf"}, "choose one with  --device"),
+        ({"devices": "here", "budget": ["1GB"], "format_": "gguf"}, "choose one with  --device"),
         ({"device": "camera", "prompt_batch": 0}, "at least 1"),
     ],
 )
-def test_contradictions(camera: Path, flags: dict[str, str], says: str) -> None:
+def test_contradictions(camera: Path, flags: dict[str, Any], says: str) -> None:
     given = {**flags, "devices": camera} if "device" in flags or "devices" in flags else flags
     with pytest.raises(AcipError, match=says) as caught:
         PlanFlags(**given).request()  # type: ignore[arg-type]
