@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: fuzz requirements licences release bench-rank-memory bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-rivals bench-memory bench-onnx help setup demo docs picture test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
+.PHONY: fuzz licences release bench-rank-memory bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-rivals bench-memory bench-onnx help setup demo docs picture test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -46,17 +46,11 @@ llama-cpp: $(STAMP) ## Build llama.cpp with factor pairs (10 minutes, once) and 
 fuzz: $(STAMP) ## Read files damaged at random for SECONDS (300); what is new is kept in .fuzz
 	$(BIN)/python -m tools.fuzz --seconds $(or $(SECONDS),300)
 
-requirements: $(STAMP) ## Write requirements.txt again: the tested versions with the hashes of this platform's files
-	$(BIN)/python tools/generate_requirements.py
-
 licences: $(STAMP) ## Write docs/licences.md again, from what is installed
 	$(BIN)/python tools/generate_licences.py
 
-release: $(STAMP) ## Build wheel and sdist into dist/, the same bytes whoever builds, and list what is in them (SBOM)
+release: $(STAMP) ## Build wheel and sdist into dist/, the same bytes whoever builds
 	$(BIN)/python tools/build_release.py dist
-	$(PYTHON) -m venv --clear $(CACHE)/sbom
-	$(CACHE)/sbom/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom
-	$(CACHE)/sbom/bin/cyclonedx-py environment --output-reproducible --of JSON --pyproject pyproject.toml -o dist/acip-export.cdx.json $(BIN)/python
 
 lint: $(STAMP) ## Style, format, and the direction of imports
 	$(BIN)/ruff check .

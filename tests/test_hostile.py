@@ -172,9 +172,9 @@ def place(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refused(run: Run, command: tuple[str, ...], error: type[errors.AcipError], size: int) -> None:
     before = sorted(Path.cwd().rglob("*"))
-    start, most = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, most = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     done = run(*command, "--json")
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most) * 1024 < BYTES + size
     said = json.loads(done.out)
     assert "this is a bug" not in said["error"] and "Traceback" not in done.err, said
@@ -196,7 +196,7 @@ def test_damage(case: str, place: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, kind in KINDS.items() if name != "importance" and kind.command != RANK]
+    "name", [name for name, kind in KINDS.items() if name != "importance" and kind.command[0] != "rank"]
 )
 @pytest.mark.usefixtures("place")
 def test_whole_files_pass(name: str, run: Run) -> None:

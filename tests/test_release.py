@@ -37,14 +37,3 @@ def test_licences_are_those_of_the_pinned_versions() -> None:
     # Other platforms have fewer packages.
     here = [row for row in page().splitlines() if "not installed" not in row]
     assert set(here) <= set(written.splitlines()), "make licences"
-
-
-def test_hashes_are_of_the_pinned_versions() -> None:
-    text = (PAGE.parents[1] / "requirements.txt").read_text(encoding="utf-8")
-    known = {name.lower().replace("_", "-"): version for name, version in pinned().items()}
-    for row in text.split("\n")[1:]:
-        if row and not row.startswith(" "):
-            name, _, version = row.removesuffix(" \\").partition("==")
-            assert known.get(name.lower().replace("_", "-").replace(".", "-"), version) == version, "make requirements"
-    assert text.count("--hash=sha256:") == text.count("==")
-    assert "://" not in text

@@ -51,6 +51,8 @@ DTYPE_BYTES = {
 _DTYPE_BITS = {**{name: 8 * nbytes for name, nbytes in DTYPE_BYTES.items()}, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _LARGEST_HEADER = 100_000_000
 _MOST_DIMENSIONS = 64
+# Far beyond any model in one file; each takes time.
+_MOST_TENSORS = 100_000
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
         raise error(f"{file} cannot be read: {reason}") from reason
     raw = decode_json(header, dict[str, msgspec.Raw], f"{file}: header", error)
     metadata = decode_json(bytes(raw.pop("__metadata__", b"{}")), dict[str, str], f"{file}: metadata", error)
+    if len(raw) > _MOST_TENSORS:
+        raise error(f"{file} is damaged: it has more than {_MOST_TENSORS:,} tensors")
     entries = {name: _entry(file, name, value, 8 + length, error) for name, value in raw.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
