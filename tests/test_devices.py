@@ -144,7 +144,7 @@ def test_limits_of_a_browser_reach_the_request() -> None:
 
 def test_flags_override_the_device(camera: Path) -> None:
     flags = PlanFlags(
-        device="camera", devices=camera, budget=["100MB"], budget_scope="file", types="Q6_K, f16", context=9
+        device="camera", devices=camera, budget=["100MB"], budget_scope="file", types="Q6_K, f16", context="9"
     )
     request = flags.request()
     assert (request.budget_bytes, request.budget_scope, request.types, request.context) == (

@@ -115,7 +115,7 @@ class PlanFlags:
         str | None,
         typer.Option(
             metavar="TOKENS",
-            help="Of KV cache: 8192, 8k, max. Default: the model's, up to 4096.\n\n"
+            help="8192, 8k or max. Default: the model's, up to 4096.\n\n"
             "max: the longest that fits, in steps of 256, with a predicted loss of at most --max-loss, or 0.01 nats "
             "more than with 256 tokens.",
             rich_help_panel=BUDGET,
