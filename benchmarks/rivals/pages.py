@@ -10,6 +10,8 @@ PAGE, PLOTS = "docs/rivals.md", "docs/images/rivals-{}.svg"
 RUNTIMES = {"gguf": "GGUF in llama.cpp", "onnx": "ONNX in onnxruntime-genai"}
 # Readable in grey and with the common colour blindnesses (Okabe and Ito).
 STYLES = (("#D55E00", "s"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "x"))
+# What the README shows of them: each size class once.
+SHOWN = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "Q2_K", "int4 default")
 Row = dict[str, Any]
 
 
@@ -69,7 +71,7 @@ def summary(document: dict[str, Any]) -> str:
     lines = ["| file | MB | its KL | **ours** | |", "| --- |" + " ---: |" * 4]
     for fmt in RUNTIMES:
         for theirs, ours in pairs(document["rows"], fmt):
-            if ours:
+            if ours and theirs["name"] in SHOWN:
                 cells = [f"{theirs['tool']} {theirs['name']}", f"{theirs['bytes'] / 1e6:.1f}"]
                 cells += [_text(theirs, "mean_kl", ".4f"), f"**{_text(ours, 'mean_kl', '.4f')}**"]
                 lines.append(f"| {' | '.join(cells)} | {theirs['mean_kl'] / ours['mean_kl']:.1f} times less |")
