@@ -11,7 +11,7 @@ RUNTIMES = {"gguf": "GGUF in llama.cpp", "onnx": "ONNX in onnxruntime-genai"}
 # Readable in grey and with the common colour blindnesses (Okabe and Ito).
 STYLES = (("#D55E00", "s"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "x"))
 # What the README shows of them: each size class once.
-SHOWN = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "Q2_K", "int4 default")
+SHOWN = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "int4 default")
 Row = dict[str, Any]
 
 
