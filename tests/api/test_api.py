@@ -42,10 +42,10 @@ def test_every_error_has_its_documented_exit_code() -> None:
     assert documented == classes
 
 
-def test_readme_table_is_the_demos() -> None:
+def test_the_table_of_the_samples_is_the_demos() -> None:
     """The table is generated; a stale or hand-made one fails."""
     record = json.loads((ROOT / "benchmarks" / "demo.json").read_text())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "samples" / "README.md").read_text(encoding="utf-8")
     shown = readme.partition(demo.TABLE_START)[2].partition(demo.TABLE_END)[0].strip()
     assert shown == demo.table(record["rows"])
     assert all(row["planned_bytes"] == row["written_bytes"] for row in record["rows"])

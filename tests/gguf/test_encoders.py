@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,8 @@ def test_refused(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match=match):
             converter.predict_files(Checkpoint.open(model), "stock", plan.tensors, plan.serving)
     cased = make_encoder(tmp_path / "cased")
-    file = cased / "tokenizer.json"
-    file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false'))
+    file = cased / "tokenizer_config.json"  # which decides, as in transformers
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_lower_case": False}))
     plan = make_plan(cased, "gguf", "stock", ALL_FLOAT)
     with pytest.raises(UnsupportedError, match="lower-cases and strips accents"):
         converter.predict_files(Checkpoint.open(cased), "stock", plan.tensors, plan.serving)

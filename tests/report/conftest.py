@@ -15,7 +15,7 @@ from acip_export.planning import PlanRequest
 from tests.support import CORPUS, make_model, make_scores
 
 CONTEXT = 64
-BUDGETS = (650_000, 850_000)
+BUDGETS = (950_000, 1_150_000)
 TYPES = ("int8", "int4")
 
 
