@@ -17,7 +17,8 @@ if (plan.format !== "gguf" || plan.layout === "factored") {
   console.error(`${directory} is ${plan.format} (${plan.layout}); node-llama-cpp runs gguf, stock or lora`);
   process.exit(2);
 }
-const {context: contextSize, prompt_batch: batchSize, cache_type: cacheType} = plan.serving;
+const {context: contextSize, prompt_batch: batchSize} = plan.serving;
+const [keys, values] = [plan.serving.cache_type_k, plan.serving.cache_type_v].map((type) => type.toUpperCase());
 
 // The plan counts memory of the processor; with gpu: "auto" some of it moves to the graphics card.
 const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});
@@ -30,8 +31,8 @@ const context = await model.createContext({
   batchSize,
   flashAttention: true,
   threads: Number(process.env.THREADS ?? 0), // 0: all
-  experimentalKvCacheKeyType: cacheType.toUpperCase(),
-  experimentalKvCacheValueType: cacheType.toUpperCase(),
+  experimentalKvCacheKeyType: keys,
+  experimentalKvCacheValueType: values,
   ...(existsSync(adapter) ? {lora: adapter} : {})
 });
 
