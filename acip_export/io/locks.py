@@ -1,7 +1,7 @@
 """A lock on an output: of two processes that write the same, the second is told which is the first.
 
 The lock is the system's, on a hidden file beside the output, and goes with its process, however that ends; what the
-file says is for people.
+file says is for people. Of several processes that were launched together, the first holds it for all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def held(place: Path) -> Iterator[None]:
         UsageError: another process has it. OutputError: there is no place for it.
     """
     with _one_at_a_time:
-        stream = None if _ours.get(place) else _locked(place, leave=True)
+        stream = None if _ours.get(place) or _follows() else _locked(place, leave=True)
         _ours[place] = _ours.get(place, 0) + 1
     try:
         yield
@@ -47,11 +47,16 @@ def held(place: Path) -> Iterator[None]:
 
 def refuse_held(place: Path) -> None:
     """Raises UsageError if another process writes ``place`` now."""
-    if _ours.get(place) or not _file(place).exists():
+    if _ours.get(place) or _follows() or not _file(place).exists():
         return
     stream = _locked(place, leave=False)
     if stream is not None:
         stream.close()
+
+
+def _follows() -> bool:
+    """Tell whether this process was launched with others and is not the first, as torch and accelerate say it."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _file(place: Path) -> Path:
