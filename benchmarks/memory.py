@@ -47,9 +47,9 @@ from acip_export.verification.process import ProcessFigures, measure_process
 from benchmarks.random_model import SHAPES, write_random_model
 from benchmarks.ruled_plan import ruled_plan
 from samples import real
+from samples.marked import with_marked
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE_START, TABLE_END = "<!-- memory table -->", "<!-- end of memory table -->"
 PACKAGES = ("xllamacpp", "onnxruntime", "onnxruntime-genai")
 
 
@@ -269,9 +269,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def update_docs(rows: list[dict[str, Any]]) -> None:
     file = ROOT / "docs" / "memory.md"
-    before, _, rest = file.read_text(encoding="utf-8").partition(TABLE_START)
-    _, _, after = rest.partition(TABLE_END)
-    file.write_text(f"{before}{TABLE_START}\n{table(rows)}\n{TABLE_END}{after}", encoding="utf-8")
+    file.write_text(with_marked(file.read_text(encoding="utf-8"), "memory table", table(rows)), encoding="utf-8")
 
 
 def main() -> None:

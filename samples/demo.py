@@ -31,6 +31,7 @@ from acip_export.errors import ScoreFileError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from acip_export.units import format_bytes, parse_bytes
+from samples.marked import with_marked
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"
@@ -38,7 +39,7 @@ WORK = ROOT / ".demo"
 CONTEXT = 256
 BUDGETS = ("6MB", "4.5MB", "3.5MB")
 MEASURED_TOKENS = 8_192
-TABLE_START, TABLE_END = "<!-- demo table -->", "<!-- end of demo table -->"
+TABLE = "demo table"
 
 
 def ranked(checkpoint: Checkpoint) -> ScoreFile:
@@ -131,10 +132,8 @@ def update_readme(rows: list[dict[str, Any]], model: str) -> None:
         "rows": rows,
     }
     (ROOT / "benchmarks" / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
-    readme = (SAMPLES / "README.md").read_text(encoding="utf-8")
-    before, _, rest = readme.partition(TABLE_START)
-    _, _, after = rest.partition(TABLE_END)
-    (SAMPLES / "README.md").write_text(f"{before}{TABLE_START}\n{table(rows)}\n{TABLE_END}{after}", encoding="utf-8")
+    page = SAMPLES / "README.md"
+    page.write_text(with_marked(page.read_text(encoding="utf-8"), TABLE, table(rows)), encoding="utf-8")
 
 
 def main() -> None:

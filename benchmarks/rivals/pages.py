@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from samples.marked import with_marked
+
 OURS = "acip-export"
 PAGE, PLOTS = "docs/rivals.md", "docs/images/rivals-{}.svg"
 RUNTIMES = {"gguf": "GGUF in llama.cpp", "onnx": "ONNX in onnxruntime-genai"}
@@ -86,22 +88,15 @@ def _text(row: Row, field: str, form: str, unit: float = 1) -> str:
 def page(text: str, document: dict[str, Any]) -> str:
     """``text`` with the tables between its markers."""
     for fmt in RUNTIMES:
-        text = _between(text, f"rivals {fmt}", tables(document, fmt))
+        text = with_marked(text, f"rivals {fmt}", tables(document, fmt))
     return text
-
-
-def _between(text: str, marker: str, new: str) -> str:
-    start, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
-    return f"{before}{start}\n{new}\n{end}{after}"
 
 
 def update(document: dict[str, Any], root: Path) -> None:
     """Write the page's tables, the README's, and the plots again."""
     readme = root / "README.md"
     readme.write_text(
-        _between(readme.read_text(encoding="utf-8"), "rivals summary", summary(document)), encoding="utf-8"
+        with_marked(readme.read_text(encoding="utf-8"), "rivals summary", summary(document)), encoding="utf-8"
     )
     file = root / PAGE
     file.write_text(page(file.read_text(encoding="utf-8"), document), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from acip_export.planning import problem
 from acip_export.units import parse_budgets
 from acip_export.verification import export as verification
 from acip_export.verification import reference
-from tests.support import Run, make_scores
+from tests.support import Run
 
-SAMPLE = Path(__file__).parents[2] / "samples" / "llama"
 ASKED = ("-m", "model", "-f", "gguf", "--types", "q8_0,q4_0", "--no-calibrate", "--context", "128")
 PLAN = (*ASKED, "--accept-loss")
 LADDER = ("--budget", "3500kB..5MB:3")
@@ -44,21 +42,6 @@ def test_ladders() -> None:
             parse_budgets([bad], whole)
     with pytest.raises(UsageError, match="2 budgets are 2GB"):
         parse_budgets(["1GB..4GB:3", "2GB"], whole)
-
-
-@pytest.fixture(scope="module")
-def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tmp_path_factory.mktemp("several") / "llama"
-    shutil.copytree(SAMPLE, model)
-    make_scores(model)
-    return model
-
-
-@pytest.fixture
-def here(ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(ranked)
-    return tmp_path
 
 
 def test_one_export_a_budget(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,27 +20,11 @@ from acip_export.errors import RuntimeCrashError
 from acip_export.io.outputs import sizes_below
 from acip_export.verification import export as verification
 from converters.gguf import memory
-from tests.support import Run, make_scores
+from tests.api.conftest import SAMPLE
+from tests.support import Run
 
-SAMPLE = Path(__file__).parents[2] / "samples" / "llama"
 # q8_0 only: nothing is measured before planning.
 PLAN = ("--format", "gguf", "--types", "q8_0", "--no-calibrate", "--context", "128", "--accept-loss")
-
-
-@pytest.fixture(scope="module")
-def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tmp_path_factory.mktemp("unverified") / "llama"
-    shutil.copytree(SAMPLE, model)
-    make_scores(model)
-    return model
-
-
-@pytest.fixture
-def here(ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory beside the model's own."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(ranked)
-    return tmp_path
 
 
 def _names(directory: Path) -> set[str]:
