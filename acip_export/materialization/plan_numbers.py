@@ -14,7 +14,8 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import PlanFileError, ScoreFileError
 from acip_export.io.scratch import Scratch
 from acip_export.lowrank.cache import FactorCache
-from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.lowrank.components import whitened_components
+from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
 from acip_export.materialization.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
 from acip_export.materialization.feedback import FeedbackFactors, matrices_with_feedback, second_moment

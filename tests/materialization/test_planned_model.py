@@ -82,9 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Path, Sco
     return found
 
 
-@pytest.mark.parametrize(
-    ("case", "tied"), [*((case, True) for case in CASES), ("onnx, pairs", False)]
-)
+@pytest.mark.parametrize(("case", "tied"), [*((case, True) for case in CASES), ("onnx, pairs", False)])
 def test_the_bytes_are_those_by_way_of_a_bundle(
     made: dict[bool, tuple[Path, ScoreFile]], case: str, tied: bool, tmp_path: Path
 ) -> None:
@@ -111,9 +109,7 @@ def test_encoders(target: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "direct") == contents(through_a_bundle(model, scores, plan, tmp_path))
 
 
-def test_every_tensor_and_what_is_known_of_its_inputs(
-    made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path
-) -> None:
+def test_every_tensor_and_what_is_known_of_its_inputs(made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path) -> None:
     """With what is made kept, and made again each time."""
     model, scores = made[True]
     plan = replace(make_plan(model, "gguf", "factored", mixed(("q4_0", "q8_0"))), rounding="feedback")
