@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from acip_export.artifacts.bundle import BUNDLE_KIND
 from acip_export.artifacts.export_directory import COMPARISON_KIND, EXPORT_KIND
 from acip_export.artifacts.names import COMPARISON_FILE, PLAN_FILE
 from acip_export.artifacts.plan import FAR_OFF, Plan, load_plan
@@ -72,6 +73,10 @@ def export(
         bool, typer.Option(help="Open the export in its runtime and compare (default).", rich_help_panel=CHECK)
     ] = True,
     companions: tuple[str, ...] = (),
+    keep_bundle: Annotated[
+        bool,
+        typer.Option("--keep-bundle", help="Write the bundle too, as DIR-bundle.", rich_help_panel=OUTPUT),
+    ] = False,
     accept_loss: Annotated[
         bool,
         typer.Option(
@@ -123,6 +128,8 @@ def export(
     read = (*flags.inputs, text, cache, *names(tasks))
     for job in () if dry_run else jobs:
         claim_output(job.out, EXPORT_KIND, force, read, flags.model)
+        if keep_bundle:
+            claim_output(pipeline.bundle_beside(job.out), BUNDLE_KIND, force, read, flags.model)
         for companion, place in job.companions.items():
             claim_output(place, companion.kind, force, read, flags.model)
     if several and not dry_run:
@@ -157,7 +164,7 @@ def export(
                 return pipeline.plan_export(checkpoint, opened, replace(asked, budget_bytes=nbytes), known=known)
 
             try:
-                with console.stage_progress(_course(checkpoint, verify)) as progress:
+                with console.stage_progress(_course(checkpoint, verify, keep_bundle)) as progress:
                     report = pipeline.export_model(
                         checkpoint,
                         opened,
@@ -173,6 +180,7 @@ def export(
                         cache=cache,
                         plan_again=plan_again,
                         roundings=roundings,
+                        keep_bundle=keep_bundle,
                     )
             except VerificationError as error:
                 if not several:
@@ -237,9 +245,10 @@ def _show(results: list[Result], page: Path | None, json: bool) -> None:
         console.say(f"\n{len(results)} exports in {page.parent}, compared in {page}")
 
 
-def _course(checkpoint: Checkpoint, verify: bool) -> Course:
+def _course(checkpoint: Checkpoint, verify: bool, keep_bundle: bool) -> Course:
     """What the stages take: rounding and verifying most, by the bytes of the dense model; processes have to start."""
-    shares = {"materialize": 4.0, "convert": 1.0, **({"verify": 4.0} if verify else {})}
+    written = {"materialize": 4.0, "convert": 1.0} if keep_bundle else {"convert": 5.0}
+    shares = {**written, **({"verify": 4.0} if verify else {})}
     seconds = (10 if verify else 2) + checkpoint.weight_bytes * _SECONDS_PER_BYTE * sum(shares.values())
     return Course(shares, seconds)
 
