@@ -30,7 +30,7 @@ from acip_export.cli.options import (
     default_place,
     names,
 )
-from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
+from acip_export.cli.plan_options import PlanFlags, plan_flags, takes_plan_flags
 from acip_export.cli.tables.plan import show_plan, show_plans
 from acip_export.cli.tables.report import show_export, show_reports
 from acip_export.errors import UsageError, VerificationError
@@ -112,26 +112,14 @@ def export(
     from acip_export import api as pipeline
     from acip_export.planning import unaccepted_loss
 
-    requests = flags.requests()
-    sizes = [default_place(each.format, each.budget_bytes) for each in requests]
-    several = len(requests) > 1
-    places = [(out or size.parent) / size.name if several else out or size for size in sizes]
-    jobs = [
-        Job(request, place, _companions(request.format, companions, place))
-        for request, place in zip(requests, places, strict=True)
-    ]
-    read = (*flags.inputs, text, cache, *names(tasks))
-    for job in () if dry_run else jobs:
-        claim_output(job.out, EXPORT_KIND, force, read, flags.model)
-        for companion, place in job.companions.items():
-            claim_output(place, companion.kind, force, read, flags.model)
-    if several and not dry_run:
-        claim_output(places[0].parent / COMPARISON_FILE, COMPARISON_KIND, True, read, flags.model)
+    jobs = _jobs(flags, companions, out, (text, cache, *names(tasks)), force, dry_run)
+    several = len(jobs) > 1
+    places = [job.out for job in jobs]
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
     known: pipeline.Known = {}
     with console.stage_progress() as progress:
-        plans = [pipeline.plan_export(checkpoint, opened, request, progress, known) for request in requests]
+        plans = [pipeline.plan_export(checkpoint, opened, job.request, progress, known) for job in jobs]
     for job, plan in zip(jobs, plans, strict=True):
         for companion in job.companions:
             companion.check(plan.files)
@@ -189,6 +177,18 @@ def export(
         raise VerificationError("\n".join(map(str, failed)))
 
 
+def prepare(parameters: dict[str, Any]) -> None:
+    """Refuse what a call of the main job would refuse before it opens a model; nothing is written.
+
+    Raises:
+        UsageError: flags contradict each other, or an output may not be written. DeviceFileError.
+    """
+    values = dict(parameters)
+    flags, companions = plan_flags(values)
+    read = (values["text"], values["cache"], *names(values["tasks"]))
+    _jobs(flags, companions, values["out"], read, values["force"], values["dry_run"])
+
+
 @dataclass(frozen=True)
 class Job:
     """An export to be made: what is asked, its directory, and those of its companions."""
@@ -196,6 +196,35 @@ class Job:
     request: PlanRequest
     out: Path
     companions: dict[Companion, Path]
+
+
+def _jobs(
+    flags: PlanFlags,
+    companions: tuple[str, ...],
+    out: Path | None,
+    also_read: tuple[str | Path | None, ...],
+    force: bool,
+    dry_run: bool,
+) -> list[Job]:
+    """Return the exports that are asked for; unless nothing is written, their places are claimed."""
+    requests = flags.requests()
+    sizes = [default_place(each.format, each.budget_bytes) for each in requests]
+    several = len(requests) > 1
+    places = [(out or size.parent) / size.name if several else out or size for size in sizes]
+    jobs = [
+        Job(request, place, _companions(request.format, companions, place))
+        for request, place in zip(requests, places, strict=True)
+    ]
+    if dry_run:
+        return jobs
+    read = (*flags.inputs, *also_read)
+    for job in jobs:
+        claim_output(job.out, EXPORT_KIND, force, read, flags.model)
+        for companion, place in job.companions.items():
+            claim_output(place, companion.kind, force, read, flags.model)
+    if several:
+        claim_output(places[0].parent / COMPARISON_FILE, COMPARISON_KIND, True, read, flags.model)
+    return jobs
 
 
 @dataclass(frozen=True)
