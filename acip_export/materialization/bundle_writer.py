@@ -27,7 +27,8 @@ from acip_export.io.frozen import thawed
 from acip_export.io.outputs import claim_output, sizes_below
 from acip_export.io.prefetch import one_ahead
 from acip_export.lowrank.cache import FactorCache
-from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.lowrank.components import whitened_components
+from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
 from acip_export.materialization.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
 from acip_export.materialization.feedback import (
