@@ -117,6 +117,7 @@ def show_export(plan: Plan, directory: Path) -> None:
     size = format_bytes(plan.planned_bytes)
     console.say(f"\n[bold]{size}[/] in {escape(str(directory))}, as planned. Run it with:", markup=True)
     written_as = export_format(plan.format)
+    upload = shlex.join(["hf", "upload", f"{Path(plan.model).name}-{directory.name}", str(directory)])
     commands = written_as.run_commands(plan, directory, written_as.chat_template(directory))
     if plan.task == "causal":
         console.show_command(shlex.join(["acip-export", "chat", str(directory)]), shell=True)
@@ -124,3 +125,5 @@ def show_export(plan: Plan, directory: Path) -> None:
         console.show_command(command.text, shell=command.language == "console")
         if command.note:
             console.say(f"({command.note})", indent=2, style="dim")
+    console.say("Publish it, with its model card:")
+    console.show_command(upload, shell=True)
