@@ -15,7 +15,7 @@ from acip_export.units import format_bytes
 
 if TYPE_CHECKING:
     from acip_export.artifacts.plan import Plan
-    from acip_export.artifacts.report import Report, RuntimeReport
+    from acip_export.artifacts.report import Report, RuntimeReport, Speed
 
 _SCOPES = {"file": "files", "memory": "memory", "process": "memory, the runtime included"}
 
@@ -61,7 +61,13 @@ def _process(runtime: RuntimeReport) -> Iterator[str]:
         yield f"loaded in {runtime.load_seconds:.1f} s"
     if runtime.speed is not None:
         # What an encoder does is read.
-        yield f"{runtime.speed.decode or runtime.speed.prefill:.0f} tokens/s"
+        yield f"{_speed(runtime.speed)} tokens/s"
+
+
+def _speed(speed: Speed) -> str:
+    """Tokens per second, never a zero that is none."""
+    rate = speed.decode or speed.prefill
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def _quality(runtime: RuntimeReport, report: Report) -> Iterator[str]:
@@ -102,7 +108,7 @@ def _show_table(reports: Sequence[Report]) -> None:
             f"{own.perplexity:.2f}" if own else "",
             f"{dense.perplexity:.2f}" if dense else "",
             f"{far.mean_kl:.4f}" if far else "",
-            f"{speed.decode or speed.prefill:.0f}" if speed else "",
+            _speed(speed) if speed else "",
         )
     console.out.print(table)
     for report in reports:
