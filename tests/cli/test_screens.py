@@ -63,6 +63,12 @@ def test_tables_fit(model: Path, run: Run) -> None:
     assert_fits(made.out)
     assert "perplexity" in made.out and "(dense " in made.out
     assert "from the dense model: KL" in made.out and "agreement with the bundle: KL" in made.out
+    assert "\nhf upload " in made.out
+    compared = json.loads(run("inspect", ".", "out", "--json").out)
+    changed = {change["name"]: change for change in compared["changes"]}
+    # One name for both, the model's.
+    assert changed["model.embed_tokens.weight"]["before"]["nbytes"]
+    assert changed["model.embed_tokens.weight"]["after"]["nbytes"]
     (model / "acip-check.toml").write_text(
         '[[check]]\nname = "a-model-with-a-long-name-of-its-own"\npath = "out"\nmax_growth = "1%"\n'
     )
@@ -78,6 +84,7 @@ def test_tables_fit(model: Path, run: Run) -> None:
         ("devices", "this"),
         ("devices", "pixel-9-12gb"),
         ("formats",),
+        ("formats", "ONNX"),
     ):
         done = run(*arguments)
         assert done.code == 0, (arguments, done.err)
