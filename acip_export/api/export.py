@@ -157,7 +157,7 @@ def export_model(
         plan_again: makes a plan for a budget of so many bytes. What a process takes beyond the plan's budget is taken
             off, twice at most, before verification fails.
         roundings: existing directory that keeps rounded matrices for other sizes.
-        keep_bundle: write the bundle too, see :func:`acip_export.artifacts.bundle.bundle_beside`, and everything from that.
+        keep_bundle: write the bundle too, beside the export, and everything from that.
 
     Returns:
         The report, also written as ``report.json``, ``report.html`` and ``README.md``; ``None`` without ``verify``.
