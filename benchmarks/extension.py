@@ -24,10 +24,11 @@ from typing import Any, cast
 
 import torch
 
-from acip_export.artifacts.bundle import Bundle, stored_tensors
+from acip_export.artifacts.materialized import MaterializedModel, stored_tensors
 from acip_export.artifacts.plan import Certificate, Plan, Serving, TensorDecision, decision_bytes, save_plan
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_info import TensorInfo
+from acip_export.rounding import InputMoments
 from converters.gguf import converter
 from converters.gguf.runtimes import c_api as llama_capi
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession
@@ -52,16 +53,16 @@ class RandomBundle:
         return self.checkpoint
 
     @property
-    def tensors(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         parts = (stored_tensors(d.name, d.shape, d.rank) for d in self.plan.tensors)
         return {name: shape for part in parts for name, shape in part.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        shape = self.tensors[name]
+        shape = self.shapes[name]
         return torch.randn(shape) / shape[-1] ** 0.5
 
-    def importance(self, _name: str) -> None:
-        return None
+    def inputs(self, _name: str) -> InputMoments:
+        return InputMoments()
 
 
 def checkpoint() -> Checkpoint:
@@ -134,7 +135,7 @@ def write(model: Checkpoint, form: str, ranks: tuple[int, int] | None, layout: s
     )
     out.mkdir()
     save_plan(plan, out / "plan.json")
-    converter.convert(cast("Bundle", RandomBundle(out, plan, model)), out, lambda _: None)
+    converter.convert(cast("MaterializedModel", RandomBundle(out, plan, model)), out, lambda _: None)
     return total
 
 

@@ -26,7 +26,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from acip_export.artifacts.scores import load_scores
-from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.lowrank.components import whitened_components
+from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.factors import Norm, Pair, inner_importance
 from acip_export.materialization.refit import refit
 from acip_export.model.checkpoint import Checkpoint

@@ -22,7 +22,8 @@ import torch
 
 from acip_export.artifacts.scores import load_scores
 from acip_export.formats.registry import export_format
-from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.lowrank.components import whitened_components
+from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization import residual
 from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit

@@ -1,1 +1,1 @@
-"""Bundle in, export out: one sub-package per format."""
+"""Materialized model in, export out: one sub-package per format."""

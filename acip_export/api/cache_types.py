@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 
 from acip_export.api.calibration import held_out_windows
 from acip_export.api.rank import rounding_scores
-from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.cache_losses import CacheLosses, load_cache_losses, save_cache_losses
 from acip_export.artifacts.plan import Serving
 from acip_export.artifacts.scores import ScoreFile
@@ -88,7 +87,7 @@ def measured_cache_losses(
 
 def _most_precise(checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace, serving: Serving, out: Path) -> None:
     """Write an export of the dense weights in half precision."""
-    from acip_export.materialization import materialize_bundle
+    from acip_export.materialization import PlannedModel
 
     format = space.format
     plain = next((layout for layout in format.layouts if layout.low_rank is None), None)
@@ -96,7 +95,5 @@ def _most_precise(checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace,
         raise UsageError(f"{format.name} has no layout of dense weights to measure its cache types with; name a type")
     precise = replace(space, layout=plain, types=(format.type("f16"),), rounding="nearest")
     plan = Problem.of(checkpoint, scores, precise).largest("file", serving)
-    bundle = out.with_name("bundle")
-    materialize_bundle(checkpoint, rounding_scores(checkpoint, scores), plan, bundle, round_trip=format.round_trip)
     out.mkdir()
-    format.convert(Bundle.open(bundle), out, silent)
+    format.convert(PlannedModel(checkpoint, rounding_scores(checkpoint, scores), plan, format.round_trip), out, silent)

@@ -5,25 +5,27 @@ from __future__ import annotations
 import logging
 import math
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from acip_export.api.plan import planned_sizes
 from acip_export.api.rank import rounding_scores
 from acip_export.api.report import write_report
-from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.bundle import BUNDLE_KIND, Bundle, bundle_beside
 from acip_export.artifacts.export_directory import EXPORT_KIND, is_unverified, mark_unverified, settle_mark
+from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.names import PLAN_FILE, SCORE_FILE_SUFFIX
-from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.plan import Plan, dumps_plan
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import AcipError, InfeasibleBudgetError, VerificationError
 from acip_export.formats.registry import export_format
 from acip_export.io.atomic import scratch_directory
 from acip_export.io.outputs import Output, claim_output
+from acip_export.io.scratch import Scratch
 from acip_export.kept_roundings import KeptRoundings
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
@@ -31,6 +33,9 @@ from acip_export.units import format_bytes
 from acip_export.verification import export as verification
 from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
+
+if TYPE_CHECKING:
+    from acip_export.materialization import PlannedModel
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +73,34 @@ def materialize_bundle(
     )
 
 
+def planned_model(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    plan: Plan,
+    scratch: Scratch | None,
+    cache: Path | None = None,
+    kept: KeptRoundings | None = None,
+) -> PlannedModel:
+    """Open what :func:`materialize_bundle` would write, to be made tensor by tensor; raises as that does.
+
+    Args:
+        scratch, cache, kept: as :class:`acip_export.materialization.PlannedModel`.
+    """
+    from acip_export.materialization import PlannedModel
+
+    written_as = export_format(plan.format)
+    return PlannedModel(
+        checkpoint,
+        rounding_scores(checkpoint.with_options(plan.options), scores),
+        plan,
+        written_as.round_trip,
+        cache,
+        written_as.feedback_types,
+        scratch,
+        kept,
+    )
+
+
 def convert_bundle(
     bundle: Path, out: Path, force: bool = False, progress: ProgressCallback = silent, check: bool = True
 ) -> Plan:
@@ -86,10 +119,11 @@ def convert_bundle(
     return opened.plan
 
 
-def _convert(bundle: Bundle, directory: Path, progress: ProgressCallback, check: bool) -> None:
-    export_format(bundle.plan.format).convert(bundle, directory, progress)
-    shutil.copyfile(bundle.path / PLAN_FILE, directory / PLAN_FILE)
-    failures = verification.check_bytes(directory, bundle.plan) if check else []
+def _convert(model: MaterializedModel, directory: Path, progress: ProgressCallback, check: bool) -> None:
+    plan = model.plan
+    export_format(plan.format).convert(model, directory, progress)
+    (directory / PLAN_FILE).write_text(dumps_plan(plan), encoding="utf-8")
+    failures = verification.check_bytes(directory, plan) if check else []
     if failures:
         raise VerificationError("the export is not as planned:\n" + "\n".join(f"  {line}" for line in failures))
 
@@ -110,12 +144,12 @@ def export_model(
     cache: Path | None = None,
     plan_again: Callable[[int], Plan] | None = None,
     roundings: Path | None = None,
+    keep_bundle: bool = False,
 ) -> Report | None:
-    """Materialize, convert and verify ``plan``.
+    """Convert and verify ``plan``, its tensors made from checkpoint and scores as they are needed.
 
     The directory ``out`` appears when the export is converted, whole, and is marked as unverified until it has passed.
     One that is there already is replaced only by one that has passed: until then, the new one is ``out-unverified``.
-    The bundle is kept beside the export only while it is needed.
 
     Args:
         text, tasks, timeout: see :func:`acip_export.verification.export.verify_export`.
@@ -123,6 +157,7 @@ def export_model(
         plan_again: makes a plan for a budget of so many bytes. What a process takes beyond the plan's budget is taken
             off, twice at most, before verification fails.
         roundings: existing directory that keeps rounded matrices for other sizes.
+        keep_bundle: write the bundle too, beside the export, and everything from that.
 
     Returns:
         The report, also written as ``report.json``, ``report.html`` and ``README.md``; ``None`` without ``verify``.
@@ -134,10 +169,18 @@ def export_model(
     """
     read = (scores.file, cache, *tasks, *plan.options.values())
     output = claim_output(out, EXPORT_KIND, force, read, checkpoint.path)
+    bundle = bundle_beside(out) if keep_bundle else None
+    if bundle is not None:
+        claim_output(bundle, BUNDLE_KIND, force, read, checkpoint.path)
+
+    def tensors(plan: Plan, scratch: Path, force: bool, kept: KeptRoundings | None = None) -> MaterializedModel:
+        if bundle is None:
+            return planned_model(checkpoint, scores, plan, Scratch(scratch, "a plan's factors"), cache, kept)
+        return Bundle.open(materialize_bundle(checkpoint, scores, plan, bundle, force, progress, cache), kept=kept)
+
     if not verify:
-        with scratch_directory(output.place, ".bundle") as scratch, output.new_directory() as directory:
-            materialize_bundle(checkpoint, scores, plan, scratch / "bundle", progress=progress, cache=cache)
-            _convert(Bundle.open(scratch / "bundle"), directory, progress, check=True)
+        with scratch_directory(output.place, ".work") as scratch, output.new_directory() as directory:
+            _convert(tensors(plan, scratch, force), directory, progress, check=True)
         return None
     waiting = output
     if output.place.is_dir() and any(output.place.iterdir()) and not is_unverified(output.place):
@@ -147,23 +190,22 @@ def export_model(
     while True:
         last = plan_again is None or len(budgets) > _PLANS_AGAIN
         try:
-            with scratch_directory(output.place, ".bundle") as scratch:
-                bundle, kept = scratch / "bundle", KeptRoundings(roundings or scratch / "rounded")
+            with scratch_directory(output.place, ".work") as scratch:
+                kept = KeptRoundings(roundings or scratch / "rounded")
                 kept.directory.mkdir(exist_ok=True)
-                materialize_bundle(checkpoint, scores, plan, bundle, progress=progress, cache=cache)
+                model = tensors(plan, scratch, force or len(budgets) > 1, kept)
                 with waiting.new_directory() as directory:
-                    _convert(Bundle.open(bundle, kept=kept), directory, progress, check=True)
+                    _convert(model, directory, progress, check=True)
                     mark_unverified(directory, f"Verify it with:  {command}")
                 with _staying(waiting.named, plan, command):
                     report = verification.verify_export(
                         waiting.place,
-                        bundle,
+                        model,
                         text=text,
                         dense=checkpoint.path,
                         tasks=tasks,
                         timeout=timeout,
                         progress=progress,
-                        kept=kept,
                         cache=cache,
                         stop_over_budget=not last,
                     )

@@ -136,9 +136,6 @@ def plan_export(
         return problem
 
     def made(space: SearchSpace) -> tuple[Problem, bool, tuple[str, ...]]:
-        if space.format.tensor_limit(space.options):  # one that is too small is refused before anything is measured
-            unmeasured = Problem.of(checkpoint, scores, space)
-            unmeasured.floor(budget.scope, rule.least.serving(budget, unmeasured.memory))
         errors, why_not = rounding_errors(checkpoint, scores, space, progress), tuple[str, ...]()
         uncalibrated = errors
         if question.calibrate:
@@ -158,6 +155,9 @@ def plan_export(
     refusals: list[UnacceptedLossError | UnsupportedError] = []
     for space in question.spaces:
         try:
+            if space.layout.name not in known:  # minutes of measuring change no bytes
+                problem = Problem.of(checkpoint, scores, space)
+                _refuse_what_nothing_fits(problem, budget, rule, question.caches)
             problem = problem_of(space)
             chosen = with_best_cache(problem, budget, rule, question.caches)
             plans.append((make_plan(problem, budget, chosen), problem))
@@ -183,6 +183,19 @@ def plan_export(
         best = replace(best, certificate=replace(best.certificate, alternatives=better))
     scaled = calibrated != [] and all(calibrated)
     return _loadable(replace(best, device=request.device, calibrated=scaled, notes=tuple(notes)), request)
+
+
+def _refuse_what_nothing_fits(
+    problem: Problem, budget: Budget, rule: ServingRule, caches: Sequence[tuple[str, str]]
+) -> None:
+    """Raise DoesNotFit with the least of the floors, if they are all above the budget."""
+    rules = [rule.least]
+    if len(caches) > 1:
+        rules = [replace(rule.least, cache_type_k=keys, cache_type_v=values) for keys, values in caches]
+    floors = [problem.floor(budget.scope, each.serving(budget, problem.memory)) for each in rules]
+    floor = min(floors, key=lambda each: each.nbytes)
+    if floor.nbytes > budget.nbytes:
+        raise DoesNotFit(floor)
 
 
 def _loadable(plan: Plan, request: PlanRequest) -> Plan:

@@ -180,6 +180,7 @@ def export(
     force: bool = False,
     timeout: float = _LONGEST_WAIT,
     cache: Location | None = None,
+    keep_bundle: bool = False,
     progress: ProgressCallback = silent,
 ) -> Report | None:
     """Write a plan's export into ``out`` and prove it in its runtimes.
@@ -193,7 +194,7 @@ def export(
             it is here. tasks: of lm-evaluation-harness.
         verify: open the export in its runtimes and compare. timeout: seconds that a runtime may take.
         force: replace an earlier export. cache: directory that keeps factors, and the dense
-            model's states on the text, for other sizes.
+            model's states on the text, for other sizes. keep_bundle: write the bundle too, as ``OUT-bundle``.
 
     Returns:
         The report, also in ``out`` (``report.json``, ``report.html``, ``README.md``); ``None`` without ``verify``.
@@ -224,6 +225,7 @@ def export(
         timeout,
         progress=progress,
         cache=None if cache is None else Path(cache),
+        keep_bundle=keep_bundle,
     )
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from acip_export.api.export import materialize_bundle
+from acip_export.api.export import planned_model
 from acip_export.api.opening import Location, open_model, open_scores
 from acip_export.api.text import evaluation_text, held_out_text
+from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.export_directory import claim_papers, settle_mark
+from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import CheckpointError, ScoreFileError
+from acip_export.io.scratch import Scratch
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
 from acip_export.verification import export as verification
@@ -34,31 +36,32 @@ def verify_directory(
 ) -> Report:
     """Verify an export made earlier, and write its ``report.json``.
 
-    Without a bundle it is materialized again, in a temporary directory. With one, the model may be absent: then nothing
-    is compared with the dense model.
+    Without a bundle its tensors are made again, as they are needed. With one, the model may be absent: then nothing is
+    compared with the dense model.
 
     Raises:
         UsageError: ``export`` has a report, page or card that is not ours. PlanFileError: it has no plan.
-        ScoreFileError, CheckpointError: the bundle cannot be made again.
+        BundleError: the bundle is damaged. ScoreFileError, CheckpointError: its tensors cannot be made again.
         Others as :func:`acip_export.verification.export.verify_export`.
     """
     scores_file = scores.file if isinstance(scores, ScoreFile) else scores
     claim_papers(export, (scores_file, bundle, text, *tasks))
     plan = load_plan(export / PLAN_FILE)
     checkpoint = _base_model(model, plan, required=bundle is None)
-    with tempfile.TemporaryDirectory() as scratch:
-        if bundle is None:
-            assert checkpoint is not None
-            bundle = materialize_bundle(checkpoint, open_scores(checkpoint, scores), plan, Path(scratch) / "bundle")
-        report = verification.verify_export(
-            export,
-            bundle,
-            text=_text(text, bundle, plan, checkpoint, scores),
-            dense=None if checkpoint is None else checkpoint.path,
-            tasks=tasks,
-            timeout=timeout,
-            progress=progress,
-        )
+    if bundle is not None:
+        made_of: MaterializedModel = Bundle.open(bundle, verify_hash=True)
+    else:
+        assert checkpoint is not None
+        made_of = planned_model(checkpoint, open_scores(checkpoint, scores), plan, Scratch(None, "a plan's factors"))
+    report = verification.verify_export(
+        export,
+        made_of,
+        text=_text(text, made_of.path, plan, checkpoint, scores),
+        dense=None if checkpoint is None else checkpoint.path,
+        tasks=tasks,
+        timeout=timeout,
+        progress=progress,
+    )
     save_report(report, export)
     settle_mark(export, report.failures)
     return report
@@ -66,14 +69,14 @@ def verify_directory(
 
 def _text(
     given: Path | None,
-    bundle: Path,
+    tokenizer: Path,
     plan: Plan,
     checkpoint: Checkpoint | None,
     scores: Location | ScoreFile | None,
 ) -> EvaluationText | None:
     """The user's text, else what the ranking held out, where model and score file are here."""
     if given is not None:
-        return evaluation_text(bundle, given, plan.serving.context)
+        return evaluation_text(tokenizer, given, plan.serving.context)
     if checkpoint is None:
         return None
     try:

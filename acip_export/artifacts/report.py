@@ -187,7 +187,6 @@ class Provenance:
     tool: str
     model_fingerprint: str
     scores_sha256: str
-    bundle_weights_sha256: str
 
 
 @dataclass(frozen=True)

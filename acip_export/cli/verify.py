@@ -19,7 +19,7 @@ def verify(
     export_dir: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export directory.")],
     model: Model = ".",
     scores: Scores = None,
-    bundle: Annotated[Path | None, typer.Option(help="Its bundle. Default: materialized again from the model.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Its bundle. Default: its tensors are made again.")] = None,
     text: Text = None,
     tasks: Tasks = "",
     timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,

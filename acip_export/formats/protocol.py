@@ -25,7 +25,7 @@ from acip_export.weight_types import WeightType
 if TYPE_CHECKING:
     import torch
 
-    from acip_export.artifacts.bundle import Bundle
+    from acip_export.artifacts.materialized import MaterializedModel
     from acip_export.rounding import InputMoments
 
 # The layout that stands for "the best predicted of all layouts that the runtime runs".
@@ -435,7 +435,7 @@ class ExportFormat(ABC):
         """
 
     @abstractmethod
-    def convert(self, bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
+    def convert(self, model: MaterializedModel, out: Path, progress: ProgressCallback) -> None:
         """Write the export into the existing, empty directory ``out``. Peak memory: a few of the largest tensor.
 
         Raises:
@@ -456,7 +456,7 @@ class ExportFormat(ABC):
     # What is done with it.
 
     @abstractmethod
-    def missing_tensors(self, export: Path, bundle: Bundle) -> tuple[int, Sequence[str]]:
+    def missing_tensors(self, export: Path, model: MaterializedModel) -> tuple[int, Sequence[str]]:
         """Return how many tensors the plan asks for, and one sentence for each that is not there as planned.
 
         Raises:

@@ -6,6 +6,8 @@ import os
 import tempfile
 import weakref
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,16 +16,21 @@ from acip_export.errors import OutputError
 
 
 class Scratch:
-    """Store arrays by name, and read them whole.
+    """Store arrays by name, and read them whole. Threads may share it.
 
     Plain reads and writes, no memory map: what the system keeps of the file is its cache and not this process's.
+
+    Args:
+        contents: what it is for, for messages.
 
     Raises:
         OutputError: there is no place or no room in the directory.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self, directory: Path | None = None, contents: str = "a ranking's scratch file") -> None:
+        self._contents, self._lock = contents, Lock()
         self._place = Path(tempfile.gettempdir()) if directory is None else directory
+        self._elsewhere = "TMPDIR=DIR" if directory is None else "--out"
         self._arrays: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
         self._end = 0
         try:
@@ -38,12 +45,13 @@ class Scratch:
 
     def write(self, name: str, array: npt.NDArray[np.generic]) -> None:
         """Store a contiguous array, in the place of one of that name and size that was there before."""
-        known = self._arrays.get(name)
-        position = self._end
-        if known is not None and known[1:] == (array.shape, array.dtype):
-            position = known[0]
-        else:
-            self._end += array.nbytes
+        with self._lock:
+            known = self._arrays.get(name)
+            position = self._end
+            if known is not None and known[1:] == (array.shape, array.dtype):
+                position = known[0]
+            else:
+                self._end += array.nbytes
         data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         try:
             while data:
@@ -53,7 +61,7 @@ class Scratch:
             raise self._no_room(reason) from reason
         self._arrays[name] = position - array.nbytes, array.shape, array.dtype
 
-    def read(self, name: str) -> npt.NDArray[np.generic]:
+    def read(self, name: str) -> npt.NDArray[Any]:
         """Return a fresh copy."""
         position, shape, dtype = self._arrays[name]
         array = np.empty(shape, dtype)
@@ -69,6 +77,6 @@ class Scratch:
 
     def _no_room(self, reason: OSError) -> OutputError:
         return OutputError(
-            f"{self._place} has no room for a ranking's scratch file: {reason.strerror}. Make room there, or choose "
-            "another place for the score file with  --out"
+            f"{self._place} has no room for {self._contents}: {reason.strerror}. Make room there, or choose another "
+            f"place with  {self._elsewhere}"
         )

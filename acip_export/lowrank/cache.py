@@ -14,9 +14,10 @@ from torch import Tensor
 
 from acip_export.errors import CheckpointError, UsageError
 from acip_export.io.atomic import new_file, read_safetensors_header
-from acip_export.lowrank.components import DAMPING, Components, Whitening, whitened_components
+from acip_export.lowrank.components import Components, whitened_components
+from acip_export.lowrank.whitening import DAMPING, Whitening
 
-_VERSION = "2"
+_VERSION = "3"
 
 
 class FactorCache:

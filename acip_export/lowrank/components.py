@@ -2,73 +2,22 @@
 
 With H = E[x x^T] (inputs) and G = E[g g^T] (output gradients), the components are those of
 svd(G^(1/2) W H^(1/2)), carried back: W = up @ down with up = G^(-1/2) U S^(1/2) and down = S^(1/2) V^T H^(-1/2).
-Any roots of G and H give the same components: see :class:`Whitening`.
+Any roots of G and H give the same components: see :mod:`acip_export.lowrank.whitening`.
 Without G this is SVD-LLM's input whitening, without either the plain SVD. In the two-sided basis half the squared
 singular value is the predicted loss of dropping the component (Kronecker-factored Fisher).
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# Added to the moments, as a share of their mean eigenvalue: directions that the calibration text never excited.
-DAMPING = 1e-4
+from acip_export.lowrank.whitening import Whitening
+
 # Largest ratio of singular values that is factorized through the Gram matrix: 1e-16 * 2e4^2 is float32's half unit.
 GRAM_RANGE = 2e4
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """Hold a second moment (n, n) float64, and the triangular root of it, damped, which is made when asked for.
-
-    Any root does, triangular or symmetric: they differ by a rotation, which the singular vectors take up, so that the
-    components are the same. A Cholesky factor costs a thirtieth of an eigendecomposition, and no inverse.
-
-    Attributes:
-        identity: what the moment was made from, where there is such a thing: sums of products differ with the threads.
-    """
-
-    moment: Tensor
-    identity: bytes = b""
-
-    @classmethod
-    def of(cls, moment: Tensor, identity: bytes = b"") -> Whitening:
-        return cls(moment, identity)
-
-    @cached_property
-    def lower(self) -> Tensor:
-        """Return L, lower triangular, with L L^T the damped moment."""
-        return triangular_root(self.moment)
-
-    def of_columns(self, matrix: Tensor) -> Tensor:
-        """Multiply ``matrix`` (n, k), whose columns the moment is about, by L^T."""
-        product: Tensor = self.lower.T @ matrix
-        return product
-
-    def of_rows(self, matrix: Tensor) -> Tensor:
-        """Multiply ``matrix`` (k, n), whose rows the moment is about, by L."""
-        product: Tensor = matrix @ self.lower
-        return product
-
-    def undone_columns(self, matrix: Tensor) -> Tensor:
-        """Undo :meth:`of_columns`."""
-        solution: Tensor = torch.linalg.solve_triangular(self.lower.T, matrix, upper=True)
-        return solution
-
-    def undone_rows(self, matrix: Tensor) -> Tensor:
-        """Undo :meth:`of_rows`."""
-        solution: Tensor = torch.linalg.solve_triangular(self.lower, matrix, upper=False, left=False)
-        return solution
-
-    @cached_property
-    def digest(self) -> bytes:
-        """Return a SHA-256 that names the moment."""
-        return hashlib.sha256(self.identity or self.moment.cpu().contiguous().numpy().data).digest()
 
 
 @dataclass(frozen=True)
@@ -83,24 +32,6 @@ class Components:
     up: Tensor
     down: Tensor
     singular: Tensor
-
-
-def triangular_root(moment: Tensor) -> Tensor:
-    """Return L, lower triangular, with L L^T the damped second moment, float64.
-
-    Rounding can leave a moment that is not positive definite even when damped: then its negative eigenvalues count as
-    (almost) none.
-    """
-    damped = moment.to(torch.float64, copy=True)
-    damped.diagonal().add_(DAMPING * moment.diagonal().double().mean())
-    lower: Tensor
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if not failed:
-        return lower
-    values, vectors = torch.linalg.eigh(damped)
-    # With X = V sqrt(values): X X^T is the moment, and X^T = Q R gives R^T R.
-    root: Tensor = torch.linalg.qr((vectors * values.clamp_min(1e-30).sqrt()).T).R.T
-    return root * root.diagonal().sign()
 
 
 def components(weight: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> Components:

@@ -29,14 +29,28 @@ def component_losses(
     ``rounding`` corrects that estimate by what was measured on the whole weight; ``diagonal`` is that of G where
     ``gradients`` has it only nearly.
     """
-    diagonal = gradients.diagonal() if diagonal is None else diagonal
     up, down = basis.up.double(), basis.down.double()
     up_energy = ((gradients @ up) * up).sum(0)
     down_energy = ((down @ inputs) * down).sum(1)
+    diagonals = inputs.diagonal(), gradients.diagonal() if diagonal is None else diagonal
+    return losses_of_energies(basis, (up_energy, down_energy), diagonals, rounding)
+
+
+def losses_of_energies(
+    basis: Components, energies: tuple[Tensor, Tensor], diagonals: tuple[Tensor, Tensor], rounding: float
+) -> ComponentLosses:
+    """Predict as :func:`component_losses`.
+
+    Args:
+        energies: up_k^T G up_k and down_k^T H down_k, (k,) each. diagonals: of H and G.
+    """
+    up_energy, down_energy = energies
+    inputs, gradients = diagonals
+    up, down = basis.up.double(), basis.down.double()
     return ComponentLosses(
         drop=0.5 * up_energy * down_energy,
-        up_sensitivity=0.5 * rounding * (diagonal @ up.square()) * down_energy,
-        down_sensitivity=0.5 * rounding * up_energy * (down.square() @ inputs.diagonal()),
+        up_sensitivity=0.5 * rounding * (gradients @ up.square()) * down_energy,
+        down_sensitivity=0.5 * rounding * up_energy * (down.square() @ inputs),
     )
 
 

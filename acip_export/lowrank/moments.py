@@ -35,6 +35,8 @@ _STEP = 1 / 16
 _MOST = 127
 # Added to a Gram matrix, as a share of each diagonal entry: dependent columns of a weight.
 _DEPENDENT = 1e-10
+# Outputs that never had a gradient count as if they had had this share of the mean: nothing is divided by zero.
+_LEAST = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +106,7 @@ class PackedMoment:
         """
         import torch
 
-        size = self.size
-        codes = np.zeros((size, size), np.int8)
-        codes[_above(size)] = self._entries(name)
-        upper = torch.from_numpy(codes).double().mul_(torch.from_numpy(self.steps)[:, None])
-        upper.diagonal().fill_(1.0)
-        root = inverse_of_upper(upper).div_(torch.from_numpy(self.pivots))
+        root, _ = self._unscaled(name)
         diagonal, order = torch.from_numpy(self.diagonal).double(), torch.from_numpy(self.order)
         root *= (diagonal[order].sqrt() / root.norm(dim=1))[:, None]
         root = root[torch.from_numpy(np.argsort(self.order))]
@@ -118,6 +115,39 @@ class PackedMoment:
         if not bool(torch.isfinite(moment).all()):
             raise ScoreFileError(f"{name} overflows; rank again")
         return moment
+
+    def root(self, least: float, name: str = "the second moment") -> tuple[Tensor, Tensor]:
+        """Return a root R of the moment R R^T and its inverse, (n, n) float64 each.
+
+        Args:
+            least: entries of the diagonal count as at least this share of their mean.
+
+        Raises:
+            ScoreFileError: it overflows; the message begins with ``name``.
+        """
+        import torch
+
+        root, upper = self._unscaled(name)
+        diagonal, order = torch.from_numpy(self.diagonal).double(), torch.from_numpy(self.order)
+        mean = float(diagonal.mean()) or 1.0
+        scale = diagonal[order].clamp_min(least * mean).sqrt() / root.norm(dim=1)
+        back = torch.from_numpy(np.argsort(self.order))
+        root = root.mul_(scale[:, None])[back]
+        inverse = upper.mul_(torch.from_numpy(self.pivots)[:, None]).div_(scale)[:, back]
+        if not bool(torch.isfinite(root).all() and torch.isfinite(inverse).all()):
+            raise ScoreFileError(f"{name} overflows; rank again")
+        return root, inverse
+
+    def _unscaled(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return U^-1, and U over its diagonal entries."""
+        import torch
+
+        size = self.size
+        codes = np.zeros((size, size), np.int8)
+        codes[_above(size)] = self._entries(name)
+        upper = torch.from_numpy(codes).double().mul_(torch.from_numpy(self.steps)[:, None])
+        upper.diagonal().fill_(1.0)
+        return inverse_of_upper(upper).div_(torch.from_numpy(self.pivots)), upper
 
     def _entries(self, name: str) -> npt.NDArray[np.int8]:
         expected = self.size * (self.size - 1) // 2
@@ -203,15 +233,18 @@ def projected(moment: Tensor, weight: Tensor) -> Tensor:
     """Return what a second moment G (out, out) of output gradients says about the columns of ``weight`` (out, in).
 
     With D the diagonal of G and P the orthonormal basis of the columns of D^1/2 W that Gram and Schmidt find, that is
-    P^T D^-1/2 G D^-1/2 P, (in, in) float64. Scaling rows or columns of W by positive numbers, and G with it, changes
-    nothing.
+    P^T D^-1/2 G D^-1/2 P, (in, in). Scaling rows or columns of W by positive numbers, and G with it, changes nothing.
+
+    Args:
+        moment: its upper triangle is looked at. Products are made in its dtype.
     """
-    upper = moment.detach().cpu().double().triu()
+    upper = moment.detach().cpu().triu()
     full = upper + upper.triu(1).T
-    scale = full.diagonal().clamp_min(0).sqrt()
-    basis = _column_basis(weight, scale)
-    inverse = (1 / scale).where(scale > 0, 0 * scale)
-    part: Tensor = basis.T @ ((full * inverse * inverse[:, None]) @ basis)
+    scale = output_scale(full.diagonal())
+    basis = column_basis(weight, scale).to(full.dtype)
+    full /= scale.to(full.dtype)
+    full /= scale.to(full.dtype)[:, None]
+    part: Tensor = basis.T @ (full @ basis)
     return part
 
 
@@ -223,8 +256,8 @@ def lifted(part: Tensor, diagonal: Floats, weight: Tensor) -> Tensor:
     """
     import torch
 
-    scale = torch.from_numpy(diagonal.astype(np.float64)).sqrt()
-    basis = _column_basis(weight, scale)
+    scale = output_scale(torch.from_numpy(diagonal))
+    basis = column_basis(weight, scale)
     change = part - torch.eye(len(part), dtype=torch.float64)
     moment: Tensor = basis @ change @ basis.T
     moment.diagonal().add_(1.0)
@@ -233,7 +266,14 @@ def lifted(part: Tensor, diagonal: Floats, weight: Tensor) -> Tensor:
     return moment
 
 
-def _column_basis(weight: Tensor, scale: Tensor) -> Tensor:
+def output_scale(diagonal: Tensor) -> Tensor:
+    """Return D^1/2, (out,) float64 and positive, for the diagonal D of a moment of output gradients."""
+    wide = diagonal.double().clamp_min(0)
+    scale: Tensor = wide.clamp_min(_LEAST * (float(wide.mean()) or 1.0)).sqrt()
+    return scale
+
+
+def column_basis(weight: Tensor, scale: Tensor) -> Tensor:
     """Orthonormalize the columns of the scaled weight, one after the other; dependent ones become next to nothing."""
     import torch
 

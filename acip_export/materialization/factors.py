@@ -11,8 +11,9 @@ from torch import Tensor
 
 from acip_export.artifacts.scores import FloatArray, ModuleScores, ScoreFile
 from acip_export.lowrank.cache import FactorCache
-from acip_export.lowrank.components import DAMPING, Whitening, fold
+from acip_export.lowrank.components import fold
 from acip_export.lowrank.moments import PackedMoment, is_projected, lifted
+from acip_export.lowrank.whitening import DAMPING, Whitening
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,23 @@ class Moments:
     def of(cls, module: ModuleScores, packed: Mapping[str, PackedMoment], weight: Tensor) -> Moments:
         """Unpack them; ``weight`` is the dense one, without adapters."""
         return cls(
-            unpacked(packed[module.input_key], module.input_key) if module.input_key else None,
+            whitening(packed[module.input_key], module.input_key) if module.input_key else None,
             _gradients(module, packed[module.gradient_key], weight) if module.gradient_key else None,
         )
 
 
-def unpacked(packed: PackedMoment, key: str) -> Whitening:
-    """Unpack a second moment; raises ScoreFileError where it overflows."""
-    return Whitening.of(packed.unpacked(f"the second moment {key!r}"), packed.digest)
+def whitening(packed: PackedMoment, key: str) -> Whitening:
+    """Take a second moment of the score file; raises ScoreFileError where it overflows."""
+    return Whitening.packed(packed, _named(key))
 
 
 def _gradients(module: ModuleScores, packed: PackedMoment, weight: Tensor) -> Whitening:
-    found = unpacked(packed, module.gradient_key)
-    if not is_projected(module.shape):
-        return found
-    moment = lifted(found.moment, module.gradient_moment, weight)
-    return Whitening.of(moment, found.identity + module.gradient_moment.tobytes())
+    part = whitening(packed, module.gradient_key)
+    return Whitening.lifted(part, module.gradient_moment, weight) if is_projected(module.shape) else part
+
+
+def _named(key: str) -> str:
+    return f"the second moment {key!r}"
 
 
 def basis_moments(scores: ScoreFile, module: ModuleScores, weight: Tensor) -> Moments:
@@ -108,7 +110,11 @@ class Norm:
     @classmethod
     def of(cls, module: ModuleScores, packed: Mapping[str, PackedMoment], weight: Tensor) -> Norm:
         """Unpack the moments; ``weight`` is the dense one, without adapters."""
-        gradients = _gradients(module, packed[module.gradient_key], weight) if module.gradient_key else None
+        gradients, key = None, module.gradient_key
+        if key:
+            gradients = packed[key].unpacked(_named(key))
+            if is_projected(module.shape):
+                gradients = lifted(gradients, module.gradient_moment, weight)
         return cls(input_norm(module, packed), _damped(gradients, module.gradient_moment))
 
     def loss(self, change: Tensor) -> float:
@@ -120,11 +126,11 @@ class Norm:
 def input_norm(module: ModuleScores, packed: Mapping[str, PackedMoment]) -> Tensor:
     """:attr:`Norm.inputs` alone."""
     key = module.input_key
-    return _damped(unpacked(packed[key], key) if key else None, module.input_moment)
+    return _damped(packed[key].unpacked(_named(key)) if key else None, module.input_moment)
 
 
-def _damped(known: Whitening | None, diagonal: FloatArray) -> Tensor:
-    full = torch.diag(torch.from_numpy(diagonal.astype(np.float64))) if known is None else known.moment
+def _damped(known: Tensor | None, diagonal: FloatArray) -> Tensor:
+    full = torch.diag(torch.from_numpy(diagonal.astype(np.float64))) if known is None else known
     return full + DAMPING * full.diagonal().mean() * torch.eye(len(full), dtype=torch.float64)
 
 

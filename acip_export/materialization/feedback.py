@@ -11,12 +11,14 @@ from typing import Self
 
 from torch import Tensor
 
-from acip_export.artifacts.bundle import FEEDBACK_PARTS, stored_formats, stored_of
+from acip_export.artifacts.bundle import FEEDBACK_PARTS
+from acip_export.artifacts.materialized import stored_formats, stored_of
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.error_feedback import FeedbackFactor, feedback_factor
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
+from acip_export.io.scratch import Scratch
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
 _KEPT = 4
@@ -28,10 +30,14 @@ def second_moment(scores: ScoreFile, key: str) -> Tensor:
 
 
 class FeedbackFactors:
-    """Makes the factor of an input when it is asked for, and keeps the last few. Threads may share it."""
+    """Makes the factor of an input when it is asked for, and keeps the last few. Threads may share it.
 
-    def __init__(self, scores: ScoreFile) -> None:
-        self._scores = scores
+    Args:
+        scratch: keeps all of them; making one of a wide input takes long.
+    """
+
+    def __init__(self, scores: ScoreFile, scratch: Scratch | None = None) -> None:
+        self._scores, self._scratch = scores, scratch
         self._kept: OrderedDict[str, FeedbackFactor] = OrderedDict()
         self._lock = Lock()
 
@@ -51,11 +57,30 @@ class FeedbackFactors:
         """
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = feedback_factor(second_moment(self._scores, key), repr(key))
+                self._kept[key] = self._factor(key)
             self._kept.move_to_end(key)
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
             return self._kept[key]
+
+    def fitting(self, key: str, name: str, columns: int) -> FeedbackFactor:
+        """Return the factor of a second moment for a matrix; raises ScoreFileError where it is of another size."""
+        factor = self.by_key(key)
+        if factor.size != columns:
+            raise ScoreFileError(
+                f"the second moment {key!r} is of {factor.size} columns, {name} has {columns}; rank again"
+            )
+        return factor
+
+    def _factor(self, key: str) -> FeedbackFactor:
+        names = [f"{key}/{part}" for part in FEEDBACK_PARTS]
+        if self._scratch is not None and names[-1] in self._scratch:
+            return FeedbackFactor(*map(self._scratch.read, names))
+        factor = feedback_factor(second_moment(self._scores, key), repr(key))
+        if self._scratch is not None:
+            for name, part in zip(names, FEEDBACK_PARTS, strict=True):
+                self._scratch.write(name, getattr(factor, part))
+        return factor
 
 
 def matrices_with_feedback(plan: Plan, scores: ScoreFile, feedback_types: Collection[str]) -> dict[str, str]:
@@ -121,12 +146,7 @@ class FeedbackWriter:
         if key is None or key not in self._pending:
             return
         assert self._writer is not None
-        factor = factors.by_key(key)
-        if factor.size != decision.shape[1]:
-            raise ScoreFileError(
-                f"the second moment {key!r} is of {factor.size} columns, {decision.name} has {decision.shape[1]}; "
-                "rank again"
-            )
+        factor = factors.fitting(key, decision.name, decision.shape[1])
         del self._pending[key]
         for part in FEEDBACK_PARTS:
             self._writer.write(f"{key}/{part}", getattr(factor, part).tobytes())

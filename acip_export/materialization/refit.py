@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acip_export.lowrank.components import Whitening, balance
+from acip_export.lowrank.components import balance
+from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.factors import Norm, Pair, inner_importance
 from acip_export.rounding import InputMoments, RoundTrip
 from acip_export.weight_types import WeightType

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.lowrank.components import whitened_components
+from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit
 from acip_export.rounding import InputMoments, RoundTrip

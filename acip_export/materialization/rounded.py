@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from acip_export.artifacts.bundle import stored_formats
+from acip_export.artifacts.materialized import stored_formats
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.lowrank.cache import FactorCache
-from acip_export.materialization.bundle_writer import stored_numbers
-from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
-from acip_export.materialization.feedback import FeedbackFactors, matrices_with_feedback
+from acip_export.materialization.channel_scales import scale_channels
+from acip_export.materialization.feedback import FeedbackFactors
+from acip_export.materialization.plan_numbers import PlanNumbers
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import InputMoments, RoundTrip
 from acip_export.weight_types import weight_type
@@ -60,10 +60,15 @@ class RoundedPlan:
 
     def __init__(self, shared: RoundedWeights, plan: Plan, inputs: bool = True) -> None:
         self._shared, self.plan, self._inputs = shared, plan, inputs
-        self._read, self._scores = shared.checkpoint, shared.scores
-        if plan.rounding == "feedback" and shared.feedback_types:
-            self._read, self._scores = scale_channels(shared.checkpoint, shared.scores, plan)
-        self._matrices = matrices_with_feedback(plan, self._scores, shared.feedback_types)
+        self._numbers = PlanNumbers(
+            shared.checkpoint,
+            shared.scores,
+            plan,
+            shared.round_trip,
+            shared.factors,
+            shared.feedback_types,
+            shared.feedback,
+        )
         self._decisions = {decision.name: decision for decision in plan.tensors}
 
     def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -72,7 +77,7 @@ class RoundedPlan:
         found = {}
         for name in names:
             decision = self._decisions.get(name)
-            scaled = self._scaled(name)
+            scaled = self._numbers.scaled_sides(name)
             if decision is None or (self._exact(decision) and not any(scaled)):
                 continue
             key = (decision, scaled, self.plan.adapters)
@@ -91,31 +96,18 @@ class RoundedPlan:
                 found[name] = block
         return found
 
-    def _scaled(self, name: str) -> tuple[bool, bool]:
-        return self._read.scaled_sides(name) if isinstance(self._read, ScaledCheckpoint) else (False, False)
-
     def _exact(self, decision: TensorDecision) -> bool:
         return decision.rank is None and weight_type(self.plan.format, decision.type or "").is_float
 
     def _tensor(self, decision: TensorDecision) -> Tensor:
         shared = self._shared
-        importance: dict[str, Tensor] = {}
-        numbers = stored_numbers(
-            self._read,
-            self._scores,
-            self.plan,
-            decision,
-            shared.round_trip,
-            importance,
-            shared.factors,
-            shared.feedback,
-            self._matrices,
-        )
+        stored = self._numbers.make(decision)
+        numbers = stored.numbers
         for name, form in stored_formats(decision).items():
             numbers[name] = numbers[name].float()
             if numbers[name].ndim == 2:
-                key = self._matrices.get(name)
-                inputs = InputMoments(importance.get(name), None if key is None else shared.feedback.by_key(key))
+                key = self._numbers.matrices.get(name)
+                inputs = InputMoments(stored.importance.get(name), None if key is None else shared.feedback.by_key(key))
                 numbers[name] = shared.round_trip(numbers[name], form, inputs)
         if decision.rank is None:
             return numbers[decision.name]

@@ -11,8 +11,9 @@ from torch import Tensor
 from acip_export.artifacts.rounding_errors import Ratios, RoundingErrors, pair_key, residual_key
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.error_feedback import feedback_factor
-from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.losses import component_losses
+from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.factors import Norm, Pair, input_norm
 from acip_export.materialization.feedback import FeedbackFactors, second_moment
 from acip_export.materialization.refit import refit

@@ -70,6 +70,7 @@ class Checkpoint:
         self.config: Mapping[str, Any] = frozen(config)
         self.tensors = tensors
         self.options = options
+        self._checked: set[str] = set()
 
     @classmethod
     def open(cls, model: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Checkpoint:
@@ -164,12 +165,21 @@ class Checkpoint:
             raise CheckpointError(
                 f"{file} cannot be read any more, it was changed or moved while it was read: {reason}"
             ) from reason
-        # Ten times as fast as isfinite, and NaN comes through.
-        if tensor.is_floating_point() and tensor.numel() and not all(map(isfinite, map(float, tensor.aminmax()))):
+        # Once: some tensors are read a few rows at a time.
+        if name not in self._checked and not is_finite(tensor):
             raise CheckpointError(
                 f"{file}: {name} holds NaN or infinity, so the model computes none; fetch or train it again"
             )
+        self._checked.add(name)
         return tensor.T.contiguous() if info.transposed else tensor
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # Both are extremes. torch.isfinite takes ten times as long, and makes copies 2.5 times as large.
+    return all(map(isfinite, map(float, tensor.aminmax())))
 
 
 def _by_todays_names(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

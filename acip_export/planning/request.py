@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 from acip_export.artifacts.plan import BudgetScope, cache_types
 from acip_export.errors import UnsupportedError, UsageError
@@ -122,8 +122,11 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
 
     Raises:
         UnsupportedError: no such format, backend, runtime, layout, type or option.
-        UsageError: the model cannot be served with these settings.
+        UsageError: no such scope, or the model cannot be served with these settings.
     """
+    scopes = get_args(BudgetScope)
+    if request.budget_scope not in scopes:
+        raise UsageError(f"a budget's scope is {request.budget_scope!r}, expected {', '.join(scopes)}")
     format = export_format(request.format, request.backend)
     format.check_options(request.options)
     backend = request.backend or DEFAULT_BACKEND

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +14,19 @@ from torch import Tensor, nn
 
 from acip_export.artifacts.scores import FloatArray
 from acip_export.io.heap import give_back
-from acip_export.lowrank.components import Components, Whitening, component_dtype
-from acip_export.lowrank.losses import ComponentLosses, component_losses, dense_sensitivity
+from acip_export.lowrank.components import Components, component_dtype
+from acip_export.lowrank.losses import ComponentLosses, dense_sensitivity, losses_of_energies
+from acip_export.lowrank.whitening import Whitening
 from acip_export.progress import Clock
 from acip_export.ranking.config import Basis
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.load import dense_weight
 from acip_export.ranking.masked_linear import NO_ADAPTER, AdapterShape, MaskedLinear, replace_linear
 from acip_export.ranking.sharding import by_block, shard_block, shard_rest
+from acip_export.ranking.side_by_side import side_by_side
 from acip_export.ranking.statistics import Statistics
 from acip_export.ranking.stored_tensors import StoredTensors
 
-_Result = TypeVar("_Result")
 Whitenings = tuple[Whitening | None, Whitening | None]
 
 
@@ -151,12 +149,16 @@ def factorize_model(
     def factorize(name: str) -> _Factors:
         weight = dense_weight(checkpoint, model, name)
         inputs, gradients = whitenings.moments(name)
-        components = context.factors.components(weight, *whitenings.wanted(inputs, gradients))
-        diagonal = torch.from_numpy(statistics.gradients.diagonal(statistics.gradient_keys[name])).double()
-        estimate = dense_sensitivity(weight, inputs.moment.diagonal(), diagonal)
+        right, left = whitenings.wanted(inputs, gradients)
+        components = context.factors.components(weight, right, left)
+        # In a whitened basis, both energies are the singular value.
+        up = components.singular if left else gradients.of_columns(components.up.double()).square().sum(0)
+        down = components.singular if right else inputs.of_rows(components.down.double()).square().sum(1)
+        diagonals = statistics.input_diagonal(name), statistics.gradient_diagonal(name)
+        estimate = dense_sensitivity(weight, *diagonals)
         exact = statistics.sensitivity.get(name)
         rounding = 1.0 if exact is None else exact / estimate
-        losses = component_losses(components, inputs.moment, gradients.moment, rounding, diagonal)
+        losses = losses_of_energies(components, (up.double(), down.double()), diagonals, rounding)
         return _Factors(components, losses, torch.tensor(estimate if exact is None else exact, dtype=torch.float64))
 
     owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
@@ -225,31 +227,3 @@ def owners_of(shapes: Mapping[str, tuple[int, int]], inputs: Mapping[str, str], 
         chosen[key] = loads.index(min(loads))
         loads[chosen[key]] += amount
     return {name: chosen[inputs[name]] for name in shapes}
-
-
-def side_by_side(
-    work: Callable[[str], _Result], names: Sequence[str], ahead: bool = False
-) -> Iterator[tuple[str, _Result]]:
-    """Yield ``work`` of every name, in order; no more results wait at any time than torch has threads.
-
-    Args:
-        ahead: use a thread beside this one even if torch has but one, so that work goes on while this one waits.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 and not ahead:
-        for name in names:
-            yield name, work(name)
-        return
-    waiting: deque[tuple[str, Future[_Result]]] = deque()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for name in names:
-                waiting.append((name, pool.submit(work, name)))
-                if len(waiting) > threads:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-    finally:
-        torch.set_num_threads(threads)  # what one thread sets, parts of torch take for all

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from acip_export.progress import Clock
 from acip_export.ranking.context import RankContext
-from acip_export.ranking.factorized_model import Factorized, side_by_side
+from acip_export.ranking.factorized_model import Factorized
 from acip_export.ranking.masked_linear import MaskedLinear, dense_behaviour
+from acip_export.ranking.side_by_side import side_by_side
 
 # Every stretch of so many tokens is one sample of the Fisher information; shorter ones give more samples of a text.
 _LONGEST_STRETCH = 32

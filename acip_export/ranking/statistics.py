@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from acip_export.artifacts.scores import FloatArray
 from acip_export.io.scratch import Scratch
-from acip_export.lowrank.components import Whitening
-from acip_export.lowrank.moments import PackedMoment, lifted, pack_gradients, pack_moment
+from acip_export.lowrank.moments import PackedMoment, pack_gradients, pack_moment
+from acip_export.lowrank.whitening import Whitening
 from acip_export.ranking.block_sweep import BlockSweep
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.load import embedding_names
 from acip_export.ranking.processes import Processes
 from acip_export.ranking.sharding import whole
+from acip_export.ranking.side_by_side import side_by_side
 from acip_export.ranking.stored_tensors import StoredTensors
 
 # Rows of a triangle, and of a head, that are worked on at a time.
@@ -74,6 +75,14 @@ class Statistics:
     def gradient_of(self, module: str) -> Tensor:
         return self.gradients[self.gradient_keys[module]]
 
+    def input_diagonal(self, module: str) -> Tensor:
+        """Return the diagonal of H, (in,) float64, exact."""
+        return torch.from_numpy(self.inputs.diagonal(self.input_keys[module])).double()
+
+    def gradient_diagonal(self, module: str) -> Tensor:
+        """Return the diagonal of G, (out,) float64, exact."""
+        return torch.from_numpy(self.gradients.diagonal(self.gradient_keys[module])).double()
+
 
 class StoredMoments(Mapping[str, Tensor]):
     """Hold second moments in a scratch file as the score file stores them, so that one of them is in memory at a time.
@@ -88,19 +97,23 @@ class StoredMoments(Mapping[str, Tensor]):
         self._scratch, self._weight_of = scratch, weight_of
         self._diagonals: dict[str, FloatArray] = {}
 
-    def store(self, key: str, moment: Tensor) -> None:
-        """Keep a symmetric matrix, of which the upper triangle is looked at.
+    def store(self, moments: Mapping[str, Tensor]) -> None:
+        """Keep symmetric matrices, of which the upper triangles are looked at.
 
         Raises:
             ScoreFileError: see :func:`pack_moment`.
         """
-        self._diagonals[key] = moment.diagonal().float().clamp_min(0).cpu().numpy()
-        name = f"the second moment {key!r}"
-        packed = (
-            pack_moment(moment, name) if self._weight_of is None else pack_gradients(moment, self._weight_of(key), name)
-        )
-        self._scratch.write(f"{key}/rows", packed.rows)
-        self._scratch.write(f"{key}/codes", packed.codes)
+
+        def pack(key: str) -> PackedMoment:
+            name = f"the second moment {key!r}"
+            if self._weight_of is None:
+                return pack_moment(moments[key], name)
+            return pack_gradients(moments[key], self._weight_of(key), name)
+
+        for key, packed in side_by_side(pack, list(moments)):
+            self._diagonals[key] = moments[key].diagonal().float().clamp_min(0).cpu().numpy()
+            self._scratch.write(f"{key}/rows", packed.rows)
+            self._scratch.write(f"{key}/codes", packed.codes)
 
     def packed(self, key: str) -> PackedMoment:
         """Read a moment as the score file has it."""
@@ -113,13 +126,12 @@ class StoredMoments(Mapping[str, Tensor]):
 
     def whitening(self, key: str) -> Whitening:
         """Read a moment."""
-        packed = self.packed(key)
-        moment, identity, diagonal = packed.unpacked(), packed.digest, self._diagonals[key]
+        packed, diagonal = self.packed(key), self._diagonals[key]
+        found = Whitening.packed(packed)
         if packed.size == len(diagonal):
-            return Whitening.of(moment, identity)
+            return found
         assert self._weight_of is not None
-        weight = self._weight_of(key)
-        return Whitening.of(lifted(moment, diagonal, weight), identity + diagonal.tobytes())
+        return Whitening.lifted(found, diagonal, self._weight_of(key))
 
     def __getitem__(self, key: str) -> Tensor:
         return self.whitening(key).moment
@@ -158,11 +170,12 @@ class _Moments:
         Args:
             shrink: share of what is off the diagonal that is taken away.
         """
+        means = {}
         for key in list(self.sums):
-            mean = self.mean(key, count, processes)
+            means[key] = mean = self.mean(key, count, processes)
             diagonal = mean.diagonal().clone()
             mean.mul_(1 - shrink).diagonal().copy_(diagonal)
-            moments.store(key, mean)
+        moments.store(means)
 
     def mean(self, key: str, count: int, processes: Processes) -> Tensor:
         """Return a mean over all processes, its upper triangle, and forget the sum."""
@@ -327,8 +340,7 @@ def collect_statistics(context: RankContext, samples: bool = False) -> Statistic
         moment, loss = head.mean(counted, processes)
         sensitivity[head_tensor] = sensitivity.get(head_tensor, 0.0) + loss
         weighing[head_tensor] = weighing[head_tensor] + moment if head_tensor in weighing else moment
-    for tensor, moment in weighing.items():
-        inputs.store(tensor, moment)
+    inputs.store(weighing)
     return Statistics(
         inputs=inputs,
         gradients=gradients,

@@ -140,7 +140,6 @@ def provenance(page: Page) -> dict[str, str]:
     }
     if report is not None:
         pairs |= {
-            "Bundle, SHA-256": report.provenance.bundle_weights_sha256,
             "Made with": report.provenance.tool,
             "Measured with": _pairs(report.versions),
             "Measured on": _pairs(report.machine),

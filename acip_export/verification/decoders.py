@@ -1,4 +1,4 @@
-"""Language models in their runtimes: logits against the bundle's, and what a text costs against the dense model.
+"""Language models in their runtimes: logits against the reference's, and what a text costs against the dense model.
 
 Every runtime runs in processes of its own. Between them the references have the machine for themselves, and pass all
 windows block by block; when logits are compared, a reference is no more than hidden states and its head.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.report import Agreement, Divergence, Perplexity
 from acip_export.errors import DataError
 from acip_export.formats.protocol import ExportFormat
@@ -71,7 +71,7 @@ class DecoderFigures:
 
 def verify_decoder(
     export: Path,
-    bundle: Bundle,
+    model: MaterializedModel,
     written_as: ExportFormat,
     text: Windows | None,
     dense: Path | None,
@@ -90,16 +90,16 @@ def verify_decoder(
     Raises:
         As :func:`acip_export.verification.process.measure_process`.
     """
-    from acip_export.verification.reference import open_bundle, pass_dense
+    from acip_export.verification.reference import open_reference, pass_dense
 
-    context = bundle.plan.serving.context
-    compared = _own_windows(bundle) if text is None else _first_windows(text)
+    context = model.plan.serving.context
+    compared = _own_windows(model) if text is None else _first_windows(text)
     prompt = [int(token) for token in compared[0][: max(1, min(_PROMPT_TOKENS, compared.shape[1] // 3))]]
     runtimes_read = [len(compared if text is None or number else text) for number in range(len(written_as.sessions))]
     compares_dense = text is not None and dense is not None
     steps = _Steps(
         progress,
-        bundle.as_checkpoint().shape.layers,
+        model.as_checkpoint().shape.layers,
         len(runtimes_read) * _PROCESS_WINDOWS
         + len(compared)
         + len(runtimes_read)
@@ -115,7 +115,7 @@ def verify_decoder(
     measured_all(figures)
     continued = [np.array([*prompt, *measured.greedy], np.int64) for measured in figures]
     steps.begin("bundle, block by block")
-    of_bundle = open_bundle(bundle, written_as.round_trip).passed(
+    of_bundle = open_reference(model, written_as.round_trip).passed(
         [*compared, *continued], steps.blocks(len(compared) + len(continued))
     )
     of_dense = None
@@ -215,14 +215,14 @@ def _watched(logits: Iterator[Logits], windows: Windows, note: Callable[[Logits,
         del found
 
 
-def _own_windows(bundle: Bundle) -> Windows:
+def _own_windows(model: MaterializedModel) -> Windows:
     """Sentences of our own, or without a tokenizer tokens from all over the vocabulary."""
-    context = bundle.plan.serving.context
+    context = model.plan.serving.context
     try:
-        tokens: list[int] = load_tokenizer(bundle.path)(" ".join(SENTENCES))["input_ids"]
+        tokens: list[int] = load_tokenizer(model.path)(" ".join(SENTENCES))["input_ids"]
     except DataError:
         count = _OWN_WINDOWS * _OWN_TOKENS
-        tokens = [index * bundle.as_checkpoint().shape.vocabulary // count for index in range(count)]
+        tokens = [index * model.as_checkpoint().shape.vocabulary // count for index in range(count)]
     length = min(_OWN_TOKENS, context, len(tokens))
     count = min(_OWN_WINDOWS, len(tokens) // length)
     return np.array(tokens[: count * length], np.int64).reshape(count, length)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from acip_export.artifacts.names import MANIFEST_FILE
+from acip_export.artifacts.materialized import MaterializedModel, load_materialized
 from acip_export.artifacts.plan import Plan, Serving
 from acip_export.artifacts.report import Agreement
 from acip_export.formats.protocol import ExportFormat, SessionClass
@@ -17,7 +17,6 @@ from acip_export.formats.session import EncoderSession, Vectors, Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.embedding_similarity import Similarity, compare_similarities
 from acip_export.model.encoder import Encoder
-from acip_export.rounding import RoundTrip
 from acip_export.text.packing import load_tokenizer
 from acip_export.verification.metrics import finite, log_softmax
 from acip_export.verification.sentences import SENTENCES
@@ -47,9 +46,8 @@ class EncoderFigures:
 
 def verify_encoder(
     export: Path,
-    plan: Plan,
+    model: MaterializedModel,
     encoder: Encoder,
-    bundle: Path,
     export_format: ExportFormat,
     session_class: SessionClass,
     dense: Path | None,
@@ -64,52 +62,44 @@ def verify_encoder(
     Raises:
         MissingExtraError: the runtime is not installed. VerificationError: it refuses the export.
     """
-    texts = _tokens(bundle, encoder, plan.serving, text)
+    plan = model.plan
+    texts = _tokens(model.path, encoder, plan.serving, text)
     session: EncoderSession
     with session_class.open(export, plan.serving) as session:
         found, runtime = session.outputs(texts), session.name
-    reference = TorchEncoder(bundle, encoder, export_format.round_trip).outputs(texts)
+    reference = _outputs(load_materialized(model, export_format.round_trip), encoder, texts)
     agreement = _agreement(encoder, reference, found)
     similarity = None
     if encoder.kind == "embedding" and dense is not None:
-        similarity = compare_similarities(found, TorchEncoder(dense, encoder, None).outputs(texts))
+        import torch
+
+        from acip_export.model.torch_model import load_dense
+
+        of_dense = _outputs(load_dense(Checkpoint.open(dense), torch.float32), encoder, texts)
+        similarity = compare_similarities(found, of_dense)
     return EncoderFigures(runtime, finite(agreement), similarity, _failures(export_format, plan, runtime, agreement))
 
 
-class TorchEncoder:
-    """A bundle with the numbers of its export, or a dense model, in PyTorch, float32."""
+def _outputs(model: Any, encoder: Encoder, texts: Sequence[list[int]]) -> Vectors:
+    """Compute in PyTorch what :meth:`EncoderSession.outputs` returns."""
+    import torch
 
-    def __init__(self, path: Path, encoder: Encoder, round_trip: RoundTrip | None) -> None:
-        import torch
+    from acip_export.model.torch_model import pooled
 
-        from acip_export.artifacts.bundle import load_bundle
-        from acip_export.model.torch_model import load_dense
-
-        bundle = (path / MANIFEST_FILE).is_file()
-        self.model = load_bundle(path, round_trip) if bundle else load_dense(Checkpoint.open(path), torch.float32)
-        self.encoder = encoder
-
-    def outputs(self, texts: Sequence[list[int]]) -> Vectors:
-        """As :meth:`EncoderSession.outputs`."""
-        import torch
-
-        from acip_export.model.torch_model import pooled
-
-        rows = []
-        with torch.no_grad():
-            for tokens in texts:
-                ids = torch.tensor([tokens])
-                output: Any = self.model(input_ids=ids)
-                if self.encoder.pooling is not None:
-                    real = torch.ones_like(ids, dtype=torch.bool)
-                    row = pooled(output.last_hidden_state, real, self.encoder.pooling)[0]
-                elif self.encoder.kind == "classification":
-                    row = output.logits[0]
-                else:
-                    row = output.logits[0].mean(0)
-                rows.append(row.float())
-            vectors: Vectors = torch.stack(rows).numpy()
-        return vectors
+    rows = []
+    with torch.no_grad():
+        for tokens in texts:
+            ids = torch.tensor([tokens])
+            output = model(input_ids=ids)
+            if encoder.pooling is not None:
+                row = pooled(output.last_hidden_state, torch.ones_like(ids, dtype=torch.bool), encoder.pooling)[0]
+            elif encoder.kind == "classification":
+                row = output.logits[0]
+            else:
+                row = output.logits[0].mean(0)
+            rows.append(row.float())
+        vectors: Vectors = torch.stack(rows).numpy()
+    return vectors
 
 
 def _tokens(model: Path, encoder: Encoder, serving: Serving, text: Windows | None) -> list[list[int]]:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
 
-from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.names import PAPERS, PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import (
@@ -30,7 +30,6 @@ from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
 from acip_export.formats.session import Windows
 from acip_export.io.atomic import read_json_object, sha256_of
-from acip_export.kept_roundings import KeptRoundings
 from acip_export.model.embedding_similarity import Similarity
 from acip_export.model.encoder import Encoder
 from acip_export.model.tokenizer_files import lost_normalizer
@@ -102,13 +101,12 @@ class OverBudget(Exception):  # noqa: N818 - an answer, which the caller acts on
 
 def verify_export(
     export: Path,
-    bundle: Path,
+    model: MaterializedModel,
     text: EvaluationText | None = None,
     dense: Path | None = None,
     tasks: Sequence[str] = (),
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     progress: ProgressCallback = silent,
-    kept: KeptRoundings | None = None,
     cache: Path | None = None,
     stop_over_budget: bool = False,
 ) -> Report:
@@ -119,35 +117,34 @@ def verify_export(
     and the logits of one window.
 
     Args:
+        model: the bundle, from its directory or made as it is needed.
         text: to measure quality on. dense: the base model's directory, for perplexity and divergence on that text, and
             for the similarities that an encoder keeps.
         tasks: of lm-evaluation-harness, run on the bundle.
         timeout: seconds for each answer of the fresh processes.
-        kept: what was rounded when the export was written. cache: directory that keeps the dense model's hidden
-            states on ``text``, for other exports.
+        cache: directory that keeps the dense model's hidden states on ``text``, for other exports.
         stop_over_budget: end as soon as it is known that memory is above the budget, with the most of all runtimes.
 
     Raises:
         OverBudget: see ``stop_over_budget``.
-        PlanFileError, BundleError: the export has no readable plan, or the bundle is damaged or of another plan.
+        PlanFileError, BundleError: the export has no readable plan, or one of another plan than ``model``'s.
         RuntimeCrashError, RuntimeHangError: a runtime died or did not answer; VerificationError: it refuses the export.
         MissingExtraError: a runtime, or lm-evaluation-harness for ``tasks``, is not installed.
     """
     if tasks:
         evaluation.require()
     plan = load_plan(export / PLAN_FILE)
-    made_of = Bundle.open(bundle, verify_hash=True, kept=kept)
-    _check_same_plan(export, plan, made_of)
+    _check_same_plan(export, plan, model)
     written_as = export_format(plan.format)
     failures = check_bytes(export, plan)
-    encoder = made_of.as_checkpoint().encoder
-    structure, differences = (None, []) if failures else check_structure(written_as, export, made_of)
+    encoder = model.as_checkpoint().encoder
+    structure, differences = (None, []) if failures else check_structure(written_as, export, model)
     failures += differences
     found = _Found()
     if not failures and encoder is not None:
-        found = _run_encoder(written_as, export, made_of, encoder, text, dense, timeout, progress, stop_over_budget)
+        found = _run_encoder(written_as, export, model, encoder, text, dense, timeout, progress, stop_over_budget)
     elif not failures:
-        found = _run(written_as, export, made_of, text, dense, timeout, progress, cache, stop_over_budget)
+        found = _run(written_as, export, model, text, dense, timeout, progress, cache, stop_over_budget)
     failures += found.failures
     similarity = found.similarity
     return Report(
@@ -174,7 +171,6 @@ def verify_export(
             f"acip-export {__version__}",
             plan.model_fingerprint,
             plan.scores_sha256,
-            made_of.manifest.weights_sha256,
         ),
         machine={"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
         versions=_versions(),
@@ -185,7 +181,7 @@ def verify_export(
         similarity=None if similarity is None else _finite(1 - similarity.mean_distance),
         similarity_spearman=None if similarity is None else _finite(similarity.spearman),
         similarity_error=None if similarity is None else _finite(similarity.mean_error),
-        tasks=evaluation.run_tasks(bundle, tasks, progress) if tasks and not failures else None,
+        tasks=evaluation.run_tasks(model, tasks, progress) if tasks and not failures else None,
     )
 
 
@@ -208,7 +204,7 @@ class _Found:
 def _run(
     written_as: ExportFormat,
     export: Path,
-    bundle: Bundle,
+    model: MaterializedModel,
     text: EvaluationText | None,
     dense: Path | None,
     timeout: float,
@@ -216,17 +212,17 @@ def _run(
     cache: Path | None,
     stop_over_budget: bool,
 ) -> _Found:
-    plan = bundle.plan
+    plan = model.plan
     windows = None if text is None else text.windows
 
     def measured(figures: Sequence[ProcessFigures]) -> None:
         if stop_over_budget:
-            _stop_over_budget(written_as, bundle, figures)
+            _stop_over_budget(written_as, model, figures)
 
-    found = verify_decoder(export, bundle, written_as, windows, dense, timeout, progress, cache, measured)
+    found = verify_decoder(export, model, written_as, windows, dense, timeout, progress, cache, measured)
     reports: list[RuntimeReport] = []
     for session, each in zip(written_as.sessions, found.runtimes, strict=True):
-        uncounted = uncounted_bytes(written_as, plan, bundle.as_checkpoint(), session.runtime)
+        uncounted = uncounted_bytes(written_as, plan, model.as_checkpoint(), session.runtime)
         quality = None if reports else found.quality
         reports.append(
             RuntimeReport(
@@ -237,13 +233,13 @@ def _run(
                 None if quality is None else finite(quality.divergence),
                 _memory_report(plan, each.process.memory, uncounted),
                 each.process.speed,
-                compare_tokens(each.process.tokens, bundle.path),
+                compare_tokens(each.process.tokens, model.path),
             )
         )
     failures = list[str]()
-    tokenizer = bundle.path / "tokenizer.json"
+    tokenizer = model.path / "tokenizer.json"
     # The plan says what a runtime leaves out on purpose.
-    normalized = tokenizer.is_file() and lost_normalizer(read_json_object(tokenizer, BundleError)) is not None
+    normalized = tokenizer.is_file() and lost_normalizer(read_json_object(tokenizer, model.ERROR)) is not None
     for report in reports:
         failures += _check_agreement(written_as, plan, report) + _check_memory(plan, report)
         failures += [] if normalized else plain_text_failures(report.runtime, report.tokens)
@@ -271,7 +267,7 @@ def _notes(memory: Memory | None, text: EvaluationText | None, dense: Path | Non
 def _run_encoder(
     written_as: ExportFormat,
     export: Path,
-    bundle: Bundle,
+    model: MaterializedModel,
     encoder: Encoder,
     text: EvaluationText | None,
     dense: Path | None,
@@ -279,7 +275,7 @@ def _run_encoder(
     progress: ProgressCallback,
     stop_over_budget: bool,
 ) -> _Found:
-    plan, session_class = bundle.plan, written_as.encoder_session
+    plan, session_class = model.plan, written_as.encoder_session
     if session_class is None:
         raise UnsupportedError(
             f"no runtime opens encoders in {written_as.name}; export without verifying:  --no-verify"
@@ -287,11 +283,11 @@ def _run_encoder(
     progress(Progress("verify", 0, item=f"{session_class.runtime}, in a process of its own"))
     measured = measure_process(session_class.module, session_class.name, export, timeout)
     if stop_over_budget:
-        _stop_over_budget(written_as, bundle, [measured])
+        _stop_over_budget(written_as, model, [measured])
     progress(Progress("verify", 0, item=session_class.runtime))
     windows = None if text is None else text.windows
-    figures = verify_encoder(export, plan, encoder, bundle.path, written_as, session_class, dense, windows)
-    uncounted = uncounted_bytes(written_as, plan, bundle.as_checkpoint(), session_class.runtime)
+    figures = verify_encoder(export, model, encoder, written_as, session_class, dense, windows)
+    uncounted = uncounted_bytes(written_as, plan, model.as_checkpoint(), session_class.runtime)
     memory = _memory_report(plan, measured.memory, uncounted)
     report = RuntimeReport(
         figures.runtime, measured.load_seconds, figures.agreement, None, None, memory, measured.speed
@@ -323,9 +319,9 @@ def _beyond(plan: Plan, memory: Memory, uncounted: int) -> int:
     return memory.peak_bytes - uncovered - plan.budget_bytes
 
 
-def _stop_over_budget(written_as: ExportFormat, bundle: Bundle, measured: Sequence[ProcessFigures]) -> None:
+def _stop_over_budget(written_as: ExportFormat, model: MaterializedModel, measured: Sequence[ProcessFigures]) -> None:
     """Raises OverBudget, of the runtime that took the most beyond it."""
-    plan, checkpoint = bundle.plan, bundle.as_checkpoint()
+    plan, checkpoint = model.plan, model.as_checkpoint()
     sessions = written_as.sessions if plan.task == "causal" else (written_as.encoder_session,)
     over = [
         (_beyond(plan, figures.memory, uncounted_bytes(written_as, plan, checkpoint, session.runtime)), figures.runtime)
@@ -337,9 +333,9 @@ def _stop_over_budget(written_as: ExportFormat, bundle: Bundle, measured: Sequen
         raise OverBudget(runtime, beyond)
 
 
-def _check_same_plan(export: Path, plan: Plan, bundle: Bundle) -> None:
-    if plan != bundle.plan:
-        raise BundleError(f"{bundle.path} is the bundle of another plan than {export / PLAN_FILE}")
+def _check_same_plan(export: Path, plan: Plan, model: MaterializedModel) -> None:
+    if plan != model.plan:
+        raise BundleError(f"{model.path} is the bundle of another plan than {export / PLAN_FILE}")
 
 
 def _files(export: Path, plan: Plan) -> tuple[FileReport, ...]:

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, through its own interface for Hugging Face models, on the bundle."""
+"""Tasks of lm-evaluation-harness, through its own interface for Hugging Face models, on the reference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.report import TaskMetric
 from acip_export.errors import MissingExtraError, UsageError
 from acip_export.progress import Progress, ProgressCallback, silent
@@ -24,9 +25,9 @@ def require() -> None:
 
 
 def run_tasks(
-    bundle: Path, tasks: Sequence[str], progress: ProgressCallback = silent
+    model: MaterializedModel, tasks: Sequence[str], progress: ProgressCallback = silent
 ) -> dict[str, dict[str, TaskMetric]]:
-    """Results of the bundle, rounded as its export is, by task, then by metric (``acc,none`` becomes ``acc``).
+    """Results of a model, rounded as its export is, by task, then by metric (``acc,none`` becomes ``acc``).
 
     Args:
         tasks: names that the harness knows, or paths of task files (``*.yaml``) of the user's own.
@@ -39,7 +40,7 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from acip_export.artifacts.bundle import Bundle, load_bundle
+    from acip_export.artifacts.materialized import load_materialized
     from acip_export.formats.registry import export_format
     from acip_export.text.packing import load_tokenizer
 
@@ -56,8 +57,8 @@ def run_tasks(
             "path of a task file, whose name is the task's"
         )
     progress(Progress("verify", 0, item=f"lm-evaluation-harness: {', '.join(wanted)}"))
-    model = load_bundle(bundle, export_format(Bundle.open(bundle).plan.format).round_trip)
-    harness = HFLM(pretrained=model, tokenizer=load_tokenizer(bundle), device="cpu", batch_size=1)
+    module = load_materialized(model, export_format(model.plan.format).round_trip)
+    harness = HFLM(pretrained=module, tokenizer=load_tokenizer(model.path), device="cpu", batch_size=1)
     found = simple_evaluate(model=harness, tasks=wanted, task_manager=manager, verbosity="ERROR")
     return {task: _metrics(results) for task, results in found["results"].items()}
 

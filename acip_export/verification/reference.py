@@ -1,8 +1,8 @@
-"""The references that exports are compared with, a bundle or a dense model in PyTorch, float32, block by block.
+"""The references that exports are compared with, materialized or dense, in PyTorch, float32, block by block.
 
 A float32 copy of a large model has no room beside anything. So all windows pass through one block before the next one
 is read, and what is kept between blocks is their hidden states; the head's matrix is read in slices. Every number is
-read from the file (and rounded) once, however many windows there are.
+read or made (and rounded) once, however many windows there are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from acip_export.artifacts.bundle import Bundle, check_names, rounded_tensor, stored_types, untrained_bundle
+from acip_export.artifacts.materialized import (
+    MaterializedModel,
+    check_names,
+    rounded_tensor,
+    stored_types,
+    untrained,
+)
 from acip_export.error_feedback import ROWS_AT_ONCE
 from acip_export.errors import CheckpointError, OutputError, UnsupportedError
 from acip_export.formats.session import Logits, Tokens
@@ -98,38 +104,38 @@ class StoredCheckpoint(StoredModel):
             )
 
 
-class StoredBundle(StoredModel):
-    """A bundle with the numbers of its export.
+class StoredReference(StoredModel):
+    """A materialized model with the numbers of its export.
 
     Args:
-        round_trip: as :func:`acip_export.artifacts.bundle.load_bundle`.
+        round_trip: as :func:`acip_export.artifacts.materialized.load_materialized`.
     """
 
-    def __init__(self, bundle: Bundle, round_trip: RoundTrip | None) -> None:
-        self.bundle, self.round_trip = bundle, round_trip
-        self.types = stored_types(bundle.plan)
+    def __init__(self, model: MaterializedModel, round_trip: RoundTrip | None) -> None:
+        self.model, self.round_trip = model, round_trip
+        self.types = stored_types(model.plan)
         self._rounded: dict[str, IO[bytes]] = {}
 
     def skeleton(self) -> nn.Module:
         """See :class:`StoredModel`."""
-        return untrained_bundle(self.bundle)
+        return untrained(self.model)
 
     def read(self, name: str, rows: Tensor | slice | None = None) -> Tensor:
         """See :class:`StoredModel`. Rows are rounded independently of each other."""
-        return rounded_tensor(self.bundle, name, self.types, self.round_trip, rows)
+        return rounded_tensor(self.model, name, self.types, self.round_trip, rows)
 
     @property
     def names(self) -> frozenset[str]:
         """See :class:`StoredModel`."""
-        return frozenset(self.bundle.tensors)
+        return frozenset(self.model.shapes)
 
     def check(self, missing: set[str], unexpected: set[str]) -> None:
-        """Raises BundleError."""
-        check_names(self.bundle, missing, unexpected)
+        """Raises BundleError or CheckpointError."""
+        check_names(self.model, missing, unexpected)
 
     def rows(self, name: str) -> Callable[[slice], Tensor]:
         """Round all rows now, into a file without a name: rounding takes longer than reading."""
-        count, width = self.bundle.tensors[name].shape
+        count, width = self.model.shapes[name]
         if name not in self._rounded:
             self._rounded[name] = self._written(self.read(name, part) for part in _slices(count, width))
         file = self._rounded[name]
@@ -161,9 +167,9 @@ def _nothing() -> None:
     pass
 
 
-def open_bundle(bundle: Bundle, round_trip: RoundTrip | None) -> Reference:
-    """The reference for a bundle's export."""
-    return Reference(StoredBundle(bundle, round_trip))
+def open_reference(model: MaterializedModel, round_trip: RoundTrip | None) -> Reference:
+    """The reference for a materialized model's export."""
+    return Reference(StoredReference(model, round_trip))
 
 
 def pass_dense(

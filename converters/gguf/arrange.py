@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.artifacts.bundle import stored_tensors
+from acip_export.artifacts.materialized import stored_tensors
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.inspection.gguf import PlacedTensor
@@ -54,10 +54,10 @@ class Item:
     """One tensor of a file.
 
     Attributes:
-        source: its name in the bundle; ``None`` for a constant.
-        constant: the numbers that no bundle holds.
+        source: its name in the materialized model; ``None`` for a constant.
+        constant: the numbers that no model holds.
         change: what happens to the source's numbers on their way.
-        zero_if_missing: an adapter's base: all zero when the bundle has no such tensor.
+        zero_if_missing: an adapter's base: all zero when the model has no such tensor.
         copied: a tensor of the base file that is taken as it is.
         resembles: what tells the change, where the architecture is known from a base file only.
     """

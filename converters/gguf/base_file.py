@@ -1,7 +1,7 @@
 """``--base-gguf``: metadata, tokenizer and whatever is not planned come from a file of llama.cpp's own converter.
 
 For architectures that have no file in ``architectures/``. How the converter changed a tensor on its way is not known
-here, so it is found out: of the ways that there are, the one after which the bundle's numbers look like the base's.
+here, so it is found out: of the ways that there are, the one after which the model's numbers look like the base's.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def planned_names(base: BaseFile, checkpoint: Checkpoint, tensors: Sequence[Tens
 
 
 def matching_change(base: BaseFile, tensor: PlacedTensor, weight: torch.Tensor) -> Change:
-    """How the converter of the base changed ``weight``, the whole matrix of the bundle (out, in).
+    """How the converter of the base changed ``weight``, the whole matrix of the model (out, in).
 
     Raises:
         ModelFileError: in none of the known ways: the base is of another model.

@@ -1,4 +1,4 @@
-"""Bundle to GGUF: ``model.gguf`` or its parts, and ``adapter.gguf`` in the layout that carries factor pairs as a LoRA.
+"""A plan's tensors to GGUF: ``model.gguf`` or its parts, and ``adapter.gguf`` where factor pairs become a LoRA.
 
 The layout of factor pairs inside ``model.gguf`` is written down in docs/format.md.
 """
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.names import PLAN_FILE
-from acip_export.artifacts.plan import Serving, TensorDecision
+from acip_export.artifacts.materialized import MaterializedModel
+from acip_export.artifacts.plan import Serving, TensorDecision, dumps_plan
 from acip_export.errors import UnsupportedError
 from acip_export.io.prefetch import one_ahead
 from acip_export.model.checkpoint import Checkpoint
@@ -74,30 +73,30 @@ def predict_files(
     return {name: contents.nbytes for name, contents in files.items()}
 
 
-def convert(bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
+def convert(model: MaterializedModel, out: Path, progress: ProgressCallback) -> None:
     """See :class:`acip_export.formats.protocol.ExportFormat`.
 
     Raises:
         VerificationError: a file, read back, is not what was written.
     """
-    plan, checkpoint = bundle.plan, bundle.as_checkpoint()
-    plan_hash = hashlib.sha256((bundle.path / PLAN_FILE).read_bytes()).hexdigest()
+    plan, checkpoint = model.plan, model.as_checkpoint()
+    plan_hash = hashlib.sha256(dumps_plan(plan).encode()).hexdigest()
     identity = _Identity(plan.model, plan_hash, plan.model_fingerprint)
     files = _files(checkpoint, plan.layout, plan.tensors, identity)
     every_item = [item for contents in files.values() for item in contents.items]
     for item in (item for item in every_item if item.copied is None):
         ggml.require(item.spec.type)
-        if weight_type("gguf", item.spec.type).needs_importance and not _has_importance(bundle, item):
+        if weight_type("gguf", item.spec.type).needs_importance and not _has_importance(model, item):
             raise UnsupportedError(
-                f"{item.spec.name}: {item.spec.type} needs importance weights, and the bundle has none for it; "
+                f"{item.spec.name}: {item.spec.type} needs importance weights, and there are none for it; "
                 "choose another type, or rank with statistics"
             )
     total = sum(item.spec.nbytes for item in every_item)
     done = 0
-    changes = _Changes(bundle, open_base(checkpoint))
+    changes = _Changes(model, open_base(checkpoint))
     for name, contents in files.items():
         with GgufWriter(out / name, contents.metadata, contents.specs) as writer:
-            for item, data in one_ahead(lambda item: _data(bundle, item, changes), contents.items):
+            for item, data in one_ahead(lambda item: _data(model, item, changes), contents.items):
                 progress(Progress("convert", done, total, item.spec.name))
                 writer.write(item.spec.name, data)
                 done += item.spec.nbytes
@@ -183,17 +182,17 @@ def _main_type(items: Sequence[Item]) -> str:
     return max(weights, key=lambda form: weights[form])
 
 
-def _has_importance(bundle: Bundle, item: Item) -> bool:
-    if item.zero_if_missing and item.source not in bundle.tensors:
+def _has_importance(model: MaterializedModel, item: Item) -> bool:
+    if item.zero_if_missing and item.source not in model.shapes:
         return True
-    return item.source is not None and bundle.importance(item.source) is not None
+    return item.source is not None and model.has_importance(item.source)
 
 
 class _Changes:
     """What happens to the numbers of each item; found out once for each tensor that is compared with the base file."""
 
-    def __init__(self, bundle: Bundle, base: BaseFile | None) -> None:
-        self.bundle, self.base = bundle, base
+    def __init__(self, model: MaterializedModel, base: BaseFile | None) -> None:
+        self.model, self.base = model, base
         self._found: dict[str, Change] = {}
 
     def of(self, item: Item) -> Change:
@@ -201,20 +200,20 @@ class _Changes:
         if like is None or self.base is None:
             return item.change
         if like.weight not in self._found:
-            self._found[like.weight] = matching_change(self.base, like.tensor, _whole(self.bundle, like.weight))
+            self._found[like.weight] = matching_change(self.base, like.tensor, _whole(self.model, like.weight))
         return self._found[like.weight]
 
 
-def _whole(bundle: Bundle, weight: str) -> torch.Tensor:
-    """The matrix that a bundle stands for, (out, in)."""
+def _whole(model: MaterializedModel, weight: str) -> torch.Tensor:
+    """The matrix that a weight or the parts in its place stand for, (out, in)."""
     module = weight.removesuffix(".weight")
-    parts = [bundle.read(weight)] if weight in bundle.tensors else []
-    if f"{module}.up.weight" in bundle.tensors:
-        parts.append(bundle.read(f"{module}.up.weight") @ bundle.read(f"{module}.down.weight"))
+    parts = [model.read(weight)] if weight in model.shapes else []
+    if f"{module}.up.weight" in model.shapes:
+        parts.append(model.read(f"{module}.up.weight") @ model.read(f"{module}.down.weight"))
     return sum(parts[1:], parts[0])
 
 
-def _data(bundle: Bundle, item: Item, changes: _Changes) -> Bytes:
+def _data(model: MaterializedModel, item: Item, changes: _Changes) -> Bytes:
     import torch
 
     if item.copied is not None:
@@ -223,8 +222,8 @@ def _data(bundle: Bundle, item: Item, changes: _Changes) -> Bytes:
     if item.constant is not None:
         return ggml.quantize(torch.from_numpy(item.constant), item.spec.type)
     assert item.source is not None
-    if item.zero_if_missing and item.source not in bundle.tensors:
+    if item.zero_if_missing and item.source not in model.shapes:
         # Every block format reads zero bytes as zeros: the scale is zero.
         return np.zeros(item.spec.nbytes, np.uint8)
-    weight = changes.of(item).apply(bundle.read(item.source))
-    return quantize(weight, item.spec.type, bundle.inputs(item.source))
+    weight = changes.of(item).apply(model.read(item.source))
+    return quantize(weight, item.spec.type, model.inputs(item.source))

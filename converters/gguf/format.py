@@ -20,7 +20,7 @@ from converters.gguf.types import FEEDBACK_TYPES, GGML
 if TYPE_CHECKING:
     import torch
 
-    from acip_export.artifacts.bundle import Bundle
+    from acip_export.artifacts.materialized import MaterializedModel
     from acip_export.rounding import InputMoments
 
 
@@ -66,10 +66,10 @@ class GgufFormat(ExportFormat):
 
         return converter.predict_files(checkpoint, layout, tensors, serving)
 
-    def convert(self, bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
+    def convert(self, model: MaterializedModel, out: Path, progress: ProgressCallback) -> None:
         from converters.gguf import converter
 
-        converter.convert(bundle, out, progress)
+        converter.convert(model, out, progress)
 
     def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         from converters.gguf import converter
@@ -81,10 +81,10 @@ class GgufFormat(ExportFormat):
 
         return converter.quantizer()
 
-    def missing_tensors(self, export: Path, bundle: Bundle) -> tuple[int, Sequence[str]]:
+    def missing_tensors(self, export: Path, model: MaterializedModel) -> tuple[int, Sequence[str]]:
         from converters.gguf.structure import missing_tensors
 
-        return missing_tensors(export, bundle)
+        return missing_tensors(export, model)
 
     def chat_template(self, export: Path) -> str | None:
         from acip_export.inspection.gguf import read_head

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.inspection import TensorPart, read_anatomy
 from acip_export.inspection.gguf_split import files_of
 from converters.gguf.arrange import arrange
 
 
-def missing_tensors(export: Path, bundle: Bundle) -> tuple[int, list[str]]:
+def missing_tensors(export: Path, model: MaterializedModel) -> tuple[int, list[str]]:
     """Compare names, types and shapes; see :class:`acip_export.formats.protocol.ExportFormat`."""
     expected, missing = 0, []
-    for file, items in arrange(bundle.as_checkpoint(), bundle.plan.layout, bundle.plan.tensors).items():
-        opened = next(iter(files_of(file, bundle.plan.files)), file)
+    for file, items in arrange(model.as_checkpoint(), model.plan.layout, model.plan.tensors).items():
+        opened = next(iter(files_of(file, model.plan.files)), file)
         found = {tensor.name: tensor for tensor in read_anatomy(export / opened).tensors}
         for spec in (item.spec for item in items):
             expected += 1

@@ -1,4 +1,4 @@
-"""Bundle to ONNX: a directory for onnxruntime, onnxruntime-genai, transformers.js and optimum.
+"""A plan's tensors to ONNX: a directory for onnxruntime, onnxruntime-genai, transformers.js and optimum.
 
 The prediction measures the graph that is written: both are a marked graph, made once for a configuration, with the
 plan's nodes in place of its marks (:mod:`converters.onnx.graph.substitute`).
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.formats.protocol import DEFAULT_BACKEND
@@ -51,7 +51,7 @@ class Options:
 
     Attributes:
         accuracy_level: of quantized products. 4 rounds activations to int8 block by block and is about twice as fast in
-            decoding; 0 computes in float32 and agrees with the bundle to rounding.
+            decoding; 0 computes in float32 and agrees with the reference to rounding.
     """
 
     accuracy_level: int = 4
@@ -112,15 +112,15 @@ def predict_files(
     return {**sizes, MODEL_FILE: len(packed.protobuf), DATA_FILE: packed.data_bytes}
 
 
-def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Options | None = None) -> None:
+def convert(model: MaterializedModel, out: Path, progress: ProgressCallback, options: Options | None = None) -> None:
     """Write the export; see :class:`acip_export.formats.protocol.ExportFormat`."""
-    plan = bundle.plan
+    plan = model.plan
     _check(plan.layout, plan.serving)
     _check_types(plan.tensors, plan.serving)
     packed, contents = _graph(
-        bundle.as_checkpoint(), plan.tensors, plan.serving, options or Options(), read_vector=bundle.read
+        model.as_checkpoint(), plan.tensors, plan.serving, options or Options(), read_vector=model.read
     )
-    files = small_files(bundle.as_checkpoint(), plan.serving)
+    files = small_files(model.as_checkpoint(), plan.serving)
 
     from converters.onnx.matrices import MatrixReader
     from converters.onnx.writer import write_data
@@ -133,7 +133,7 @@ def convert(bundle: Bundle, out: Path, progress: ProgressCallback, options: Opti
             shutil.copyfile(content, out / name)
     (out / MODEL_FILE).parent.mkdir()
     (out / MODEL_FILE).write_bytes(packed.protobuf)
-    write_data(out / DATA_FILE, packed.data_bytes, contents, MatrixReader(bundle), progress)
+    write_data(out / DATA_FILE, packed.data_bytes, contents, MatrixReader(model), progress)
     written = (out / DATA_FILE).stat().st_size
     if written != packed.data_bytes:
         raise VerificationError(f"{DATA_FILE} has {written} bytes, its graph describes {packed.data_bytes}")

@@ -25,7 +25,7 @@ from converters.onnx.types import NUMBERS
 if TYPE_CHECKING:
     import torch
 
-    from acip_export.artifacts.bundle import Bundle
+    from acip_export.artifacts.materialized import MaterializedModel
     from acip_export.rounding import InputMoments
 
 
@@ -52,10 +52,10 @@ class OnnxFormat(ExportFormat):
 
         return converter.predict_files(checkpoint, layout, tensors, serving)
 
-    def convert(self, bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
+    def convert(self, model: MaterializedModel, out: Path, progress: ProgressCallback) -> None:
         from converters.onnx import converter
 
-        converter.convert(bundle, out, progress)
+        converter.convert(model, out, progress)
 
     def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         from converters.onnx import converter
@@ -67,10 +67,10 @@ class OnnxFormat(ExportFormat):
 
         return converter.quantizer()
 
-    def missing_tensors(self, export: Path, bundle: Bundle) -> tuple[int, Sequence[str]]:
+    def missing_tensors(self, export: Path, model: MaterializedModel) -> tuple[int, Sequence[str]]:
         from converters.onnx.structure import missing_tensors
 
-        return missing_tensors(export, bundle)
+        return missing_tensors(export, model)
 
     def chat_template(self, export: Path) -> str | None:
         from acip_export.model.chat_template import find_chat_template

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from acip_export.artifacts.bundle import stored_tensors
+from acip_export.artifacts.materialized import stored_tensors
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.error_feedback import ROWS_AT_ONCE
 from acip_export.errors import UnsupportedError
@@ -24,7 +24,7 @@ from converters.onnx.quantize import Quantized, dequantize, joined, quantize, sc
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from acip_export.artifacts.bundle import Bundle
+    from acip_export.artifacts.materialized import MaterializedModel
     from acip_export.error_feedback import FeedbackFactor
     from acip_export.kept_roundings import Arrays
     from acip_export.rounding import InputMoments
@@ -40,10 +40,10 @@ BESIDE: dict[Form, str] = {"scales": "scales", "zeros": "qzeros"}
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight matrix of the bundle.
+    """One stored weight matrix.
 
     Attributes:
-        tensor: its name in the bundle. rows, columns: (out, in). format: how its numbers are stored.
+        tensor: its name. rows, columns: (out, in). format: how its numbers are stored.
     """
 
     tensor: str
@@ -108,7 +108,7 @@ class MatrixPart:
 
 @dataclass(frozen=True)
 class Vector:
-    """A float32 initializer that holds a tensor of the bundle as it is."""
+    """A float32 initializer that holds a stored tensor as it is."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -143,26 +143,26 @@ def _matrix(tensor: str, shape: tuple[int, ...], name: str | None) -> Matrix:
 
 
 class MatrixReader:
-    """Reads matrices of a bundle as the chunks of bytes that the data file is made of.
+    """Reads stored matrices as the chunks of bytes that the data file is made of.
 
     The scales and zero points of a quantized matrix are found with its codes and kept until they are asked for, which
     the order of the initializers makes the next questions.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
+    def __init__(self, model: MaterializedModel) -> None:
+        self._model = model
         self._kept: dict[MatrixPart, NDArray[np.generic]] = {}
 
     def chunks(self, part: MatrixPart | Vector) -> Iterator[NDArray[np.generic]]:
         """Contiguous arrays that together are the initializer's bytes."""
         if isinstance(part, Vector):
-            yield _floats(self._bundle.read(part.tensor))
+            yield _floats(self._model.read(part.tensor))
             return
         matrix = part.matrix
         if part.form in ("scales", "zeros"):
             yield self._kept.pop(part)
             return
-        weight = self._bundle.read(matrix.tensor)
+        weight = self._model.read(matrix.tensor)
         if part.form in ("codes", "flat_codes"):
             yield from self._codes(weight, matrix)
         elif part.form == "rows":
@@ -174,7 +174,7 @@ class MatrixReader:
 
     def _codes(self, weight: Tensor, matrix: Matrix) -> Iterator[NDArray[np.generic]]:
         beside: dict[Form, list[NDArray[np.generic]]] = {form: [] for form in matrix.beside}
-        for quantized in _quantized(weight, matrix.type, self._bundle.inputs(matrix.tensor)):
+        for quantized in _quantized(weight, matrix.type, self._model.inputs(matrix.tensor)):
             beside["scales"].append(quantized.scales)
             if quantized.zeros is not None:
                 beside["zeros"].append(quantized.zeros)

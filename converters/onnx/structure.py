@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.inspection import read_anatomy
 from acip_export.model.tensor_names import HEAD, layer_of
 from converters.onnx.matrices import Form, MatrixPart, matrices_of
 
 
-def missing_tensors(export: Path, bundle: Bundle) -> tuple[int, list[str]]:
+def missing_tensors(export: Path, model: MaterializedModel) -> tuple[int, list[str]]:
     """Initializers are named after graph nodes, so each is looked for among those of its layer, by type and shape.
 
     A tensor that two decisions could claim counts for one of them.
     """
-    (graph,) = (name for name in bundle.plan.files if name.endswith(".onnx"))
-    layers = bundle.as_checkpoint().shape.layers
+    (graph,) = (name for name in model.plan.files if name.endswith(".onnx"))
+    layers = model.as_checkpoint().shape.layers
     there = Counter((_layer(t.name, layers), t.type, t.shape) for t in read_anatomy(export / graph).tensors)
     expected, missing = 0, []
-    for decision in bundle.plan.tensors:
-        if bundle.as_checkpoint().shape.tied_embeddings and decision.name == HEAD:
+    for decision in model.plan.tensors:
+        if model.as_checkpoint().shape.tied_embeddings and decision.name == HEAD:
             continue
         for alternatives in _initializers(decision):
             expected += 1

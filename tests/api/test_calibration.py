@@ -75,6 +75,19 @@ def test_the_first_plan_measures_and_the_others_know(copied: Path) -> None:
     assert stages(model=copied) == (plan, {"calibrate"} | measured)
 
 
+@pytest.mark.parametrize("caches", [{}, {"cache_type": "auto"}])
+def test_a_budget_that_nothing_fits_is_refused_before_anything_is_measured(
+    copied: Path, caches: dict[str, str]
+) -> None:
+    for file in copied.glob("*.acip.*"):
+        file.unlink()
+    with pytest.raises(acip_export.InfeasibleBudgetError, match="The smallest feasible budget is"):
+        stages(model=copied, budget="20kB", scope="memory", **caches)
+    assert not list(copied.glob("*.acip.*"))
+    with pytest.raises(acip_export.UsageError, match="scope is 'runtime', expected "):
+        stages(model=copied, scope="runtime")
+
+
 def test_what_was_measured_is_what_the_class_loses(copied: Path) -> None:
     """All of a class in one type, and nothing else: the calibrated prediction is the measured divergence."""
     checkpoint, scores = Checkpoint.open(copied), acip_export.load_scores(copied / "m.acip")

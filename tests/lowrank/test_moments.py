@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from acip_export.errors import ScoreFileError
-from acip_export.lowrank.components import Whitening, whitened_components
+from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.moments import PackedMoment, lifted, pack_gradients, pack_moment
+from acip_export.lowrank.whitening import Whitening
 
 
 def moment_of(size: int, seed: int = 0, tokens: int = 2000) -> Tensor:
@@ -146,3 +147,36 @@ def test_hostile_codes(harm: str) -> None:
     with pytest.raises(ScoreFileError, match="x overflows"):
         huge.unpacked("x")
     assert isinstance(PackedMoment.of(packed.rows, packed.codes), PackedMoment)
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_every_kind_of_root_gives_the_same_components(dependent: bool) -> None:
+    """Roots that come with packed moments, of inputs and of many outputs, and those of the moments themselves."""
+    weight = torch.randn(96, 40, generator=torch.Generator().manual_seed(3)).double()
+    if dependent:
+        weight[:, 7], weight[:, 9] = weight[:, 5] + weight[:, 6], 0
+    inputs, gradients = pack_moment(moment_of(40)), pack_gradients(moment_of(96, seed=1), weight)
+    diagonal = moment_of(96, seed=1).diagonal().float().numpy()
+    right, left = Whitening.packed(inputs), Whitening.lifted(Whitening.packed(gradients), diagonal, weight)
+    found = whitened_components(weight, right, left)
+    roots = (torch.linalg.cholesky(moment) for moment in (left.moment, right.moment))
+    expected = torch.linalg.svdvals(next(roots).T @ weight @ next(roots))
+    torch.testing.assert_close(found.up @ found.down, weight, rtol=1e-7, atol=1e-7)
+    # A moment that is factorized whole is damped first.
+    torch.testing.assert_close(found.singular[:36], expected[:36], rtol=1e-2 if dependent else 1e-5, atol=0)
+    energy = left.of_columns(found.up).square().sum(0)
+    torch.testing.assert_close(energy[:36], found.singular[:36], rtol=1e-6, atol=0)
+    for matrix in (weight, found.up):
+        torch.testing.assert_close(left.undone_columns(left.of_columns(matrix)), matrix, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(
+            right.undone_rows(right.of_rows(matrix.T[:, :40])), matrix.T[:, :40], rtol=1e-7, atol=1e-7
+        )
+
+
+def test_outputs_without_gradients_have_a_root() -> None:
+    weight = torch.randn(96, 40, generator=torch.Generator().manual_seed(3)).double()
+    moment = moment_of(96, seed=1)
+    moment[4] = moment[:, 4] = 0
+    left = Whitening.lifted(Whitening.packed(pack_gradients(moment, weight)), moment.diagonal().float().numpy(), weight)
+    found = whitened_components(weight, None, left)
+    torch.testing.assert_close(found.up @ found.down, weight, rtol=1e-6, atol=1e-6)

@@ -26,7 +26,7 @@ from acip_export.materialization.feedback import second_moment
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
 from acip_export.rounding import InputMoments
-from acip_export.verification.reference import open_bundle
+from acip_export.verification.reference import open_reference
 from converters.gguf import ggml_library as ggml
 from tests.materialization.moments import scores_with_moments
 from tests.support import dense, everywhere, make_model, make_plan, make_scores
@@ -87,8 +87,8 @@ def test_the_reference_reads_what_the_export_was_rounded_to(model: Path, scores:
     assert before == len(scores.modules)
     windows = [np.arange(20)]
     again = Bundle.open(bundle.path, kept=kept)
-    (found,) = open_bundle(again, export_format("gguf").round_trip).passed(windows).logits()
-    (expected,) = open_bundle(bundle, export_format("gguf").round_trip).passed(windows).logits()
+    (found,) = open_reference(again, export_format("gguf").round_trip).passed(windows).logits()
+    (expected,) = open_reference(bundle, export_format("gguf").round_trip).passed(windows).logits()
     assert np.array_equal(found, expected)
     layers = sum(name.endswith("q_proj") for name in scores.modules)
     assert len(list(kept.directory.iterdir())) == before + 2 * layers

@@ -14,7 +14,8 @@ import onnx
 import pytest
 import torch
 
-from acip_export.artifacts.bundle import Bundle, load_bundle, stored_tensors
+from acip_export.artifacts.bundle import Bundle, load_bundle
+from acip_export.artifacts.materialized import stored_tensors
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
 from acip_export.formats.session import Logits, Windows

@@ -11,11 +11,13 @@ import torch
 from acip_export.errors import UsageError
 from acip_export.lowrank import components as factorize
 from acip_export.lowrank.cache import FactorCache
-from acip_export.lowrank.components import GRAM_RANGE, Whitening, thin_svd
+from acip_export.lowrank.components import GRAM_RANGE, thin_svd
+from acip_export.lowrank.moments import PackedMoment
+from acip_export.lowrank.whitening import DAMPING, Whitening, triangular_root
 from acip_export.materialization.factors import basis_moments, factor_pair
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking import rank_model
-from acip_export.ranking.factorized_model import side_by_side
+from acip_export.ranking.side_by_side import side_by_side
 from tests.ranking.support import CALIBRATION
 
 
@@ -59,16 +61,16 @@ def test_components_are_those_of_the_symmetric_roots() -> None:
 
 
 def _symmetric_roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    damping = factorize.DAMPING * moment.diagonal().mean()
+    damping = DAMPING * moment.diagonal().mean()
     values, vectors = torch.linalg.eigh(moment + damping * torch.eye(len(moment), dtype=torch.float64))
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
 
 
 def test_moment_that_rounding_left_indefinite_has_a_root() -> None:
     moment = torch.diag(torch.tensor([1.0, 1e-2, -1e-3, -1e-3], dtype=torch.float64))
-    lower = factorize.triangular_root(moment)
+    lower = triangular_root(moment)
     torch.testing.assert_close(lower, lower.tril())
-    damped = moment.diagonal() + factorize.DAMPING * moment.diagonal().mean()
+    damped = moment.diagonal() + DAMPING * moment.diagonal().mean()
     torch.testing.assert_close((lower @ lower.T).diagonal(), damped.clamp_min(0), rtol=0, atol=1e-12)
 
 
@@ -86,7 +88,7 @@ def test_second_ranking_and_every_size_come_from_the_cache(
         raise AssertionError("factorized although it was cached")
 
     monkeypatch.setattr(factorize, "thin_svd", forbidden)
-    monkeypatch.setattr(factorize, "triangular_root", forbidden)
+    monkeypatch.setattr(PackedMoment, "root", forbidden)
     cached = rank_model(model, text, algorithm="kfac", calibration=CALIBRATION, out=files[2], cache=cache)
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
     # Materializing knows the moments only from the score file; it finds the same entries.

@@ -195,17 +195,17 @@ def test_moments_of_one_block_at_most_are_in_memory(
     context = context_of(sharp_model(tmp_path / "model", num_hidden_layers=6), text, windows=8)
     alive: set[int] = set()
     most = 0
-    unpack = PackedMoment.unpacked
+    make = PackedMoment.root
 
-    def counted(packed: PackedMoment, name: str = "") -> Tensor:
+    def counted(packed: PackedMoment, damping: float, name: str = "") -> tuple[Tensor, Tensor]:
         nonlocal most
-        moment = unpack(packed, name)
-        alive.add(id(moment))
-        weakref.finalize(moment, alive.discard, id(moment))
+        made = make(packed, damping, name)
+        alive.add(id(made[0]))
+        weakref.finalize(made[0], alive.discard, id(made[0]))
         most = max(most, len(alive))
-        return moment
+        return made
 
-    monkeypatch.setattr(PackedMoment, "unpacked", counted)
+    monkeypatch.setattr(PackedMoment, "root", counted)
     factorize_model(context, collect_statistics(context), "kfac")
     # Four inputs and seven output gradients; two blocks where layers are factorized side by side.
     assert 0 < most <= 2 * 11 < 6 * 11
@@ -244,7 +244,7 @@ def test_gradients_of_few_tokens_are_drawn_towards_the_diagonal(
 ) -> None:
     context = context_of(model, text, windows=32)
     stored: dict[str, Tensor] = {}
-    monkeypatch.setattr(statistics.StoredMoments, "store", lambda _self, key, moment: stored.update({key: moment}))
+    monkeypatch.setattr(statistics.StoredMoments, "store", lambda _self, moments: stored.update(moments))
     collect_statistics(context)
     drawn = dict(stored)
     monkeypatch.setattr(statistics, "_UNCORRELATED", 0)

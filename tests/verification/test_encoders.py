@@ -59,7 +59,7 @@ def text_of(made: Made) -> EvaluationText:
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 def test_report(encoded: MakeExport, target: str) -> None:
     made = encoded(target)
-    report = verify_export(made.export, made.bundle, text_of(made), made.model)
+    report = verify_export(made.export, Bundle.open(made.bundle), text_of(made), made.model)
     assert report.passed and not report.notes and report.written_bytes == made.plan.planned_bytes
     assert report.structure is not None
     assert report.structure.found == report.structure.tensors >= len(made.plan.tensors)
@@ -90,7 +90,7 @@ def test_a_process_above_its_budget_fails(encoded: MakeExport, tmp_path: Path, t
     promised = replace(made.plan, breakdown=breakdown, budget_scope="process", budget_bytes=1_000_000)
     for file in (bundle / "plan.json", export / "plan.json"):
         save_plan(promised, file, force=True)
-    report = verify_export(export, bundle)
+    report = verify_export(export, Bundle.open(bundle))
     assert not report.passed and "does not hold" in report.failures[0]
 
 

@@ -60,7 +60,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @needs_harness
 def test_a_local_task_gives_what_the_bundle_says(exported: MakeExport, task: Path) -> None:
     made = exported("gguf")
-    found = evaluation.run_tasks(made.bundle, [str(task)])
+    found = evaluation.run_tasks(Bundle.open(made.bundle), [str(task)])
     assert set(found) == {"tiny_choice"}
     # The same choice by hand: the most likely continuation.
     model = load_bundle(made.bundle, export_format(Bundle.open(made.bundle).plan.format).round_trip)
@@ -85,12 +85,12 @@ def test_a_local_task_gives_what_the_bundle_says(exported: MakeExport, task: Pat
 @needs_harness
 def test_unknown_tasks_say_so(exported: MakeExport) -> None:
     with pytest.raises(UsageError, match=r"missing\.yaml"):
-        evaluation.run_tasks(exported("gguf").bundle, ["missing.yaml"])
+        evaluation.run_tasks(Bundle.open(exported("gguf").bundle), ["missing.yaml"])
 
 
 def test_without_the_harness_nothing_is_begun(exported: MakeExport, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "find_spec", lambda _: None)
     made = exported("gguf")
     with pytest.raises(MissingExtraError, match=r"acip-export\[eval\]") as caught:
-        verify_export(made.export / "not even looked at", made.bundle, tasks=["arc_easy"])
+        verify_export(made.export / "not even looked at", Bundle.open(made.bundle), tasks=["arc_easy"])
     assert caught.value.exit_code == 7

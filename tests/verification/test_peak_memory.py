@@ -22,6 +22,7 @@ _PROGRAM = """
 import sys, threading, time
 from pathlib import Path
 from acip_export.api import evaluation_text
+from acip_export.artifacts.bundle import Bundle
 from acip_export.verification.export import verify_export
 
 def allocated():
@@ -36,7 +37,7 @@ def peak(directory):
             found.append(allocated())
     before, watcher = allocated(), threading.Thread(target=watch)
     watcher.start()
-    report = verify_export(directory / "export", directory / "bundle", text, model)
+    report = verify_export(directory / "export", Bundle.open(directory / "bundle"), text, model)
     done.set()
     watcher.join()
     assert report.passed and report.runtimes[0].divergence is not None, report.failures

@@ -13,7 +13,7 @@ from acip_export.errors import BundleError, CheckpointError, UnsupportedError
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import load_causal_lm
-from acip_export.verification.reference import Reference, StoredCheckpoint, open_bundle, pass_dense
+from acip_export.verification.reference import Reference, StoredCheckpoint, open_reference, pass_dense
 from tests.support import make_bundle, make_model, make_plan
 
 generator = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def test_a_bundle_with_its_exports_numbers(
     monkeypatch.setattr("acip_export.verification.reference._SLICE", 10_000)
     monkeypatch.setattr("acip_export.verification.reference.ROWS_AT_ONCE", 100)
     expected = whole(load_bundle(bundle.path, round_trip))
-    for found, logits in zip(open_bundle(bundle, round_trip).passed(WINDOWS).logits(), expected, strict=True):
+    for found, logits in zip(open_reference(bundle, round_trip).passed(WINDOWS).logits(), expected, strict=True):
         np.testing.assert_allclose(found, logits, atol=1e-6)
     exact = whole(load_bundle(bundle.path))
     assert np.abs(exact[0] - expected[0]).max() > 1e-4
@@ -97,7 +97,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     bundle = make_bundle(model, make_plan(model, "gguf", "stock", lambda *_: DENSE), tmp_path / "b")
     narrow = Bundle(bundle.path, bundle.plan, bundle.manifest, dict(list(bundle.tensors.items())[1:]))
     with pytest.raises(BundleError, match="does not fit its architecture: missing"):
-        open_bundle(narrow, None)
+        open_reference(narrow, None)
 
 
 def test_a_dense_models_states_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.report import Tokens
 from acip_export.verification.export import verify_export
 from acip_export.verification.process import measure_process
@@ -78,7 +79,7 @@ def test_verification_fails_and_says_so(exported: MakeExport, other_tokenizer: P
     bundle = tmp_path / "bundle"
     shutil.copytree(made.bundle, bundle)
     shutil.copyfile(other_tokenizer / "tokenizer.json", bundle / "tokenizer.json")
-    report = verify_export(made.export, bundle)
+    report = verify_export(made.export, Bundle.open(bundle))
     assert not report.passed
     assert any("its tokens are not those of transformers" in failure for failure in report.failures)
     (runtime,) = report.runtimes

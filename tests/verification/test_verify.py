@@ -195,12 +195,12 @@ def test_a_bundle_that_changed_is_refused(exported: MakeExport, tmp_path: Path) 
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(BundleError, match="SHA-256 differs"):
-        verify_export(made.export, tmp_path / "b")
+        verify_export(made.export, Bundle.open(tmp_path / "b", verify_hash=True))
 
 
 def test_the_bundle_of_another_plan_is_refused(exported: MakeExport) -> None:
     with pytest.raises(BundleError, match="another plan"):
-        verify_export(exported("gguf").export, exported("onnx").bundle)
+        verify_export(exported("gguf").export, Bundle.open(exported("onnx").bundle))
 
 
 def test_a_process_above_its_budget_fails(exported: MakeExport, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_process_above_its_budget_fails(exported: MakeExport, tmp_path: Path) 
     for name in ("b", "e"):
         shutil.copytree(made.bundle if name == "b" else made.export, tmp_path / name)
         save_plan(lying, tmp_path / name / "plan.json", force=True)
-    report = verify_export(tmp_path / "e", tmp_path / "b")
+    report = verify_export(tmp_path / "e", Bundle.open(tmp_path / "b"))
     assert not report.passed
     assert report.runtimes[0].memory is not None
     assert report.runtimes[0].memory.within_budget is False

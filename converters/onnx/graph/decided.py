@@ -2,7 +2,7 @@
 
 Every matrix is a node of its own, a factor pair two of them. Nodes and values are messages of onnx.proto, and a value
 goes by its name: a plan measures graphs of thousands of nodes and has no time for objects around them. Initializers
-have no numbers here: those are written from the bundle, never from the graph.
+have no numbers here: those are written from the model, never from the graph.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.io.frozen import thawed
 from acip_export.model.checkpoint import Checkpoint
@@ -64,14 +64,14 @@ def predict(checkpoint: Checkpoint, tensors: tuple[TensorDecision, ...]) -> dict
     return {WEIGHTS: weights, "config.json": len(json.dumps(thawed(checkpoint.config)))}
 
 
-def write(bundle: Bundle, out: Path) -> None:
+def write(model: MaterializedModel, out: Path) -> None:
     """Write both files."""
     stored: Encoded = {}
-    for decision in bundle.plan.tensors:
-        for suffix, numbers in encode(bundle.read(decision.name), str(decision.type)).items():
+    for decision in model.plan.tensors:
+        for suffix, numbers in encode(model.read(decision.name), str(decision.type)).items():
             stored[decision.name + suffix] = numbers.contiguous()
-    save_file(stored, out / WEIGHTS, _metadata(bundle.as_checkpoint()))
-    (out / "config.json").write_text(json.dumps(thawed(bundle.as_checkpoint().config)), encoding="utf-8")
+    save_file(stored, out / WEIGHTS, _metadata(model.as_checkpoint()))
+    (out / "config.json").write_text(json.dumps(thawed(model.as_checkpoint().config)), encoding="utf-8")
 
 
 def read(export: Path) -> dict[str, torch.Tensor]:
@@ -81,8 +81,8 @@ def read(export: Path) -> dict[str, torch.Tensor]:
     return {n: decode({s: stored[n + s] for s in ("", ".scale") if n + s in stored}) for n in names}
 
 
-def missing(export: Path, bundle: Bundle) -> tuple[int, list[str]]:
+def missing(export: Path, model: MaterializedModel) -> tuple[int, list[str]]:
     """Count the tensors, and name those that are not there."""
     there = read(export)
-    wanted = bundle.plan.tensors
+    wanted = model.plan.tensors
     return len(wanted), [d.name for d in wanted if d.name not in there or tuple(there[d.name].shape) != d.shape]

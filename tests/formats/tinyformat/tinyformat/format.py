@@ -26,7 +26,7 @@ from acip_export.weight_types import WeightType
 if TYPE_CHECKING:
     import torch
 
-    from acip_export.artifacts.bundle import Bundle
+    from acip_export.artifacts.materialized import MaterializedModel
     from acip_export.rounding import InputMoments
 
 
@@ -74,10 +74,10 @@ class TinyFormat(ExportFormat):
 
         return files.predict(checkpoint, tensors)
 
-    def convert(self, bundle: Bundle, out: Path, progress: ProgressCallback) -> None:
+    def convert(self, model: MaterializedModel, out: Path, progress: ProgressCallback) -> None:
         from tinyformat import files
 
-        files.write(bundle, out)
+        files.write(model, out)
 
     def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         from tinyformat import files
@@ -87,10 +87,10 @@ class TinyFormat(ExportFormat):
     def quantizer(self) -> str:
         return "tinyformat 0.1.0"
 
-    def missing_tensors(self, export: Path, bundle: Bundle) -> tuple[int, Sequence[str]]:
+    def missing_tensors(self, export: Path, model: MaterializedModel) -> tuple[int, Sequence[str]]:
         from tinyformat import files
 
-        return files.missing(export, bundle)
+        return files.missing(export, model)
 
     def run_commands(self, plan: Plan, directory: Path, template: str | None = None) -> tuple[RunCommand, ...]:
         return (RunCommand("tiny", "console", f"tiny-run {directory}"),)

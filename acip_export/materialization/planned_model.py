@@ -1,0 +1,125 @@
+"""The tensors of a plan without a bundle: made from checkpoint and score file when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from acip_export.artifacts.materialized import MaterializedModel, check_context, stored_of
+from acip_export.artifacts.plan import Plan, TensorDecision
+from acip_export.artifacts.scores import ScoreFile
+from acip_export.error_feedback import FeedbackFactor
+from acip_export.errors import CheckpointError, PlanFileError
+from acip_export.io.scratch import Scratch
+from acip_export.kept_roundings import KeptRoundings
+from acip_export.lowrank.cache import FactorCache
+from acip_export.materialization.plan_numbers import PlanNumbers
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.rounding import RoundTrip
+
+_IMPORTANCE = "importance of "
+
+
+class PlannedModel(MaterializedModel):
+    """Has the very numbers that a bundle of the plan has, one tensor at a time.
+
+    A dense tensor is read from the checkpoint whenever it is asked for, and its channels are scaled then. Threads may
+    share it.
+
+    Args:
+        round_trip, feedback_types: as :class:`~acip_export.materialization.plan_numbers.PlanNumbers`.
+        cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
+        scratch: keeps what takes long to make, the parts of pairs and the factors of error feedback; ``None``: they are
+            made whenever they are asked for.
+
+    Attributes:
+        checkpoint, scores: as they came.
+        numbers: makes them.
+
+    Raises:
+        ScoreFileError, PlanFileError: they do not belong to this model.
+        CheckpointError: a weight is damaged or not finite.
+    """
+
+    ERROR = CheckpointError
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scores: ScoreFile,
+        plan: Plan,
+        round_trip: RoundTrip | None = None,
+        cache: Path | None = None,
+        feedback_types: Collection[str] = (),
+        scratch: Scratch | None = None,
+        kept: KeptRoundings | None = None,
+    ) -> None:
+        super().__init__(checkpoint.path, plan, checkpoint.config, kept)
+        scores.check_model(checkpoint)
+        check_plan(checkpoint, plan)
+        self.checkpoint, self.scores = checkpoint, scores
+        self._lock, self._scratch = Lock(), scratch
+        self.numbers = PlanNumbers(
+            checkpoint, scores, plan, round_trip, FactorCache(cache), feedback_types, scratch=scratch
+        )
+        stored = {decision: stored_of(decision) for decision in plan.tensors}
+        self._shapes = {name: shape for shapes in stored.values() for name, shape in shapes.items()}
+        self._decisions = {name: decision for decision, shapes in stored.items() for name in shapes}
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See :class:`MaterializedModel`."""
+        return self._shapes
+
+    def read(self, name: str) -> Tensor:
+        """See :class:`MaterializedModel`; raises as :meth:`PlanNumbers.make`."""
+        decision = self._decisions[name]
+        if decision.rank is None or self._scratch is None:
+            return self.numbers.make(decision).numbers[name].contiguous()
+        return self._kept_part(self._scratch, decision, name)
+
+    def has_importance(self, name: str) -> bool:
+        """See :class:`MaterializedModel`."""
+        decision = self._decisions[name]
+        return decision.rank is not None or self.numbers.dense_importance(decision) is not None
+
+    def importance(self, name: str) -> Tensor | None:
+        """See :class:`MaterializedModel`."""
+        decision = self._decisions[name]
+        if decision.rank is None:
+            return self.numbers.dense_importance(decision)
+        if self._scratch is None:
+            return self.numbers.make(decision).importance[name]
+        return self._kept_part(self._scratch, decision, _IMPORTANCE + name)
+
+    def feedback(self, name: str) -> FeedbackFactor | None:
+        """See :class:`MaterializedModel`; raises ScoreFileError for moments that have no factor."""
+        key = self.numbers.matrices.get(name)
+        return None if key is None else self.numbers.feedback.fitting(key, name, self._shapes[name][-1])
+
+    def _kept_part(self, scratch: Scratch, decision: TensorDecision, name: str) -> Tensor:
+        """Read a part of a pair, of which all are made for the first that is asked for."""
+        with self._lock:
+            if name not in scratch:
+                made = self.numbers.make(decision)
+                for part, tensor in made.numbers.items():
+                    scratch.write(part, tensor.numpy())
+                for part, tensor in made.importance.items():
+                    scratch.write(_IMPORTANCE + part, tensor.numpy())
+            return torch.from_numpy(scratch.read(name))
+
+
+def check_plan(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raises PlanFileError unless the plan decides every tensor of this model, in its shape."""
+    if plan.model_fingerprint != checkpoint.fingerprint:
+        raise PlanFileError(f"the plan was made for {plan.model!r}, not for {checkpoint.path}; plan again")
+    decided = {decision.name: decision.shape for decision in plan.tensors}
+    expected = {name: info.shape for name, info in checkpoint.tensors.items()}
+    if decided != expected:
+        different = sorted(n for n in decided.keys() | expected.keys() if decided.get(n) != expected.get(n))
+        raise PlanFileError(f"the plan does not fit {checkpoint.path}: {different[0]} differs; plan again")
+    check_context(plan, checkpoint)

@@ -1,0 +1,157 @@
+"""Exports made straight from checkpoint and plan: the bytes of those by way of a bundle, and no copy in between."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from acip_export import api as pipeline
+from acip_export.api.export import planned_model
+from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.scores import ScoreFile
+from acip_export.formats.registry import export_format
+from acip_export.io.scratch import Scratch
+from acip_export.model.checkpoint import Checkpoint
+from tests.encoders import make_encoder
+from tests.materialization.moments import scores_with_moments
+from tests.support import dense, everywhere, make_model, make_plan, make_scores
+
+PAIRS = {"representation": "factored", "rank": 64}
+Decide = Callable[[str, tuple[int, ...]], dict[str, Any]]
+
+
+def with_files(plan: Plan, model: Path, **changes: Any) -> Plan:
+    """The plan with the files that it is to have."""
+    plan = replace(plan, **changes)
+    checkpoint = Checkpoint.open(model).with_options(plan.options)
+    files = export_format(plan.format).predict_files(checkpoint, plan.layout, plan.tensors, plan.serving)
+    return replace(plan, files=files, planned_bytes=sum(files.values()), budget_scope="file")
+
+
+def mixed(types: tuple[str, str], **fields: Any) -> Decide:
+    """Pairs in the MLP, everything else dense."""
+
+    def decide(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
+        if "mlp" in name:
+            return {**PAIRS, "up_type": types[0], "down_type": types[1], **fields}
+        return {"representation": "dense", "type": types[1]}
+
+    return decide
+
+
+CASES: dict[str, tuple[str, str, Decide, dict[str, Any]]] = {
+    "gguf, scaled": ("gguf", "stock", dense(type="q4_0"), {"rounding": "feedback"}),
+    "gguf, pairs": ("gguf", "factored", mixed(("q4_0", "q8_0")), {"rounding": "feedback"}),
+    "gguf, LoRA": ("gguf", "lora", mixed(("f16", "f16"), representation="lora", type="q4_0"), {}),
+    "gguf, base and pair": ("gguf", "lora", mixed(("q8_0", "q8_0"), representation="residual", type="q4_0"), {}),
+    "onnx, scaled": ("onnx", "factored", dense(type="int4-b64"), {"rounding": "feedback"}),
+    "onnx, pairs": ("onnx", "factored", mixed(("int4-b64", "int8")), {}),
+    "onnx, floats": ("onnx", "factored", everywhere(**PAIRS, up_type="f32", down_type="f32"), {"adapters": True}),
+}
+
+
+def directly(model: Path, scores: ScoreFile, plan: Plan, out: Path) -> None:
+    pipeline.export_model(Checkpoint.open(model), scores, plan, out, verify=False)
+
+
+def through_a_bundle(model: Path, scores: ScoreFile, plan: Plan, place: Path) -> Path:
+    pipeline.materialize_bundle(Checkpoint.open(model), scores, plan, place / "bundle")
+    pipeline.convert_bundle(place / "bundle", place / "export")
+    return place / "export"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Path, ScoreFile]]:
+    """By whether embedding and head are one."""
+    found = {}
+    for tied in (True, False):
+        place = tmp_path_factory.mktemp("models")
+        model = make_model(place / "tiny", dtype=torch.bfloat16, tie_word_embeddings=tied)
+        found[tied] = model, scores_with_moments(model, place / "tiny.acip")
+    return found
+
+
+@pytest.mark.parametrize(("case", "tied"), [*((case, True) for case in CASES), ("onnx, pairs", False)])
+def test_the_bytes_are_those_by_way_of_a_bundle(
+    made: dict[bool, tuple[Path, ScoreFile]], case: str, tied: bool, tmp_path: Path
+) -> None:
+    model, scores = made[tied]
+    target, layout, decide, changes = CASES[case]
+    if changes.get("adapters"):
+        scores = make_scores(model, tmp_path / "adapted.acip", adapters=True)
+    plan = with_files(make_plan(model, target, layout, decide), model, **changes)
+    directly(model, scores, plan, tmp_path / "direct")
+    assert contents(tmp_path / "direct") == contents(through_a_bundle(model, scores, plan, tmp_path))
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_encoders(target: str, tmp_path: Path) -> None:
+    model = make_encoder(tmp_path / "bert")
+    layout, decide = {
+        "gguf": ("stock", dense(type="f32")),
+        "onnx": ("factored", everywhere(representation="factored", rank=16, up_type="f32", down_type="f32")),
+    }[target]
+    plan = with_files(make_plan(model, target, layout, decide, context=40), model)
+    scores = make_scores(model, tmp_path / "bert.acip")
+    directly(model, scores, plan, tmp_path / "direct")
+    assert contents(tmp_path / "direct") == contents(through_a_bundle(model, scores, plan, tmp_path))
+
+
+def test_every_tensor_and_what_is_known_of_its_inputs(made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path) -> None:
+    """With what is made kept, and made again each time."""
+    model, scores = made[True]
+    plan = replace(make_plan(model, "gguf", "factored", mixed(("q4_0", "q8_0"))), rounding="feedback")
+    checkpoint = Checkpoint.open(model)
+    bundle = Bundle.open(pipeline.materialize_bundle(checkpoint, scores, plan, tmp_path / "b"))
+    kept = planned_model(checkpoint, scores, plan, Scratch(tmp_path))
+    again = planned_model(checkpoint, scores, plan, None)
+    assert kept.shapes == again.shapes == dict(bundle.shapes)
+    for name in bundle.shapes:
+        expected, known = bundle.read(name), bundle.inputs(name)
+        for model_ in (kept, again):
+            found, inputs = model_.read(name), model_.inputs(name)
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+            assert model_.has_importance(name) == bundle.has_importance(name) == (inputs.importance is not None)
+            assert inputs.importance is None or torch.equal(inputs.importance, known.importance)
+            assert (inputs.feedback is None) == (known.feedback is None)
+            if inputs.feedback is not None:
+                for part in ("order", "codes", "steps"):
+                    assert (getattr(inputs.feedback, part) == getattr(known.feedback, part)).all()
+
+
+def test_only_pairs_are_kept_on_disk(made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path) -> None:
+    model, scores = made[True]
+    checkpoint = Checkpoint.open(model)
+    for decide, kept in ((dense(type="q8_0"), 0), (mixed(("q4_0", "q8_0")), 2 * 3 * 64 * (256 + 512))):
+        plan, scratch = make_plan(model, "gguf", "factored", decide), Scratch(tmp_path)
+        opened = planned_model(checkpoint, scores, plan, scratch)
+        for _ in range(2):
+            for name in opened.shapes:
+                opened.read(name)
+        importance = 2 * 3 * 64 + 2 * (2 * 256 + 512) if kept else 0
+        assert os.fstat(scratch._file.fileno()).st_size == 4 * (kept + importance)
+        scratch.close()
+
+
+def test_a_bundle_is_kept_when_asked(made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path) -> None:
+    model, scores = made[True]
+    plan = with_files(make_plan(model, "gguf", "stock", dense(type="q8_0")), model)
+    checkpoint = Checkpoint.open(model)
+    report = pipeline.export_model(checkpoint, scores, plan, tmp_path / "e", keep_bundle=True, sizes=())
+    assert report is not None and report.passed
+    assert Bundle.open(tmp_path / "e-bundle", verify_hash=True).plan == plan
+    directly(model, scores, plan, tmp_path / "direct")
+    assert (tmp_path / "e" / "model.gguf").read_bytes() == (tmp_path / "direct" / "model.gguf").read_bytes()
+    assert not list(tmp_path.glob("*direct-bundle"))
