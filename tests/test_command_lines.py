@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import importlib.metadata
 import importlib.util
 import re
@@ -31,11 +32,13 @@ NOT_CHECKED = {
     "apt": "the system's",
     "cd": "of the shell",
     "cmake": "builds what is not here",
+    "echo": "of the shell",
     "export": "of the shell",
     "git": "no Python package; the versions that it clones are checked",
     "node": "no Python package; samples/node is run by tests/gguf/test_samples.py",
     "npm": "no Python package",
     "ollama": "no Python package",
+    "pre-commit": "not among the packages of the tests",
     "python build.py": "of onnxruntime-genai's sources",
     "python convert_hf_to_gguf.py": "of llama.cpp's sources",
     "python run.py": "the reader's own file",
@@ -201,7 +204,7 @@ CHECKS: dict[str, Callable[[Line], None]] = {
 }
 
 
-def _problem(line: Line) -> str | None:
+def problem_of(line: Line) -> str | None:
     """Why a line would not work."""
     program = line.program
     if program in NOT_CHECKED:
@@ -221,14 +224,14 @@ def _problem(line: Line) -> str | None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(_commands(page))])
 def test_programs_take_their_command_lines(page: str) -> None:
-    wrong = [f"{shlex.join(line.words)}: {why}" for line in _commands(page) if (why := _problem(line)) is not None]
+    wrong = [f"{shlex.join(line.words)}: {why}" for line in _commands(page) if (why := problem_of(line)) is not None]
     assert wrong == []
 
 
 def test_what_is_right_passes_and_installs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for typed in ("acip-export --install-completion", "hf upload NAME export/gguf-4GB", "hf upload"):
-        problem = _problem(Line("README.md", tuple(typed.split())))
+        problem = problem_of(Line("README.md", tuple(typed.split())))
         assert (problem is None) == (typed != "hf upload"), problem
     assert list(tmp_path.iterdir()) == []
 
@@ -247,13 +250,24 @@ def test_mistakes_are_found() -> None:
         "make coffee",
         "coffee",
     ):
-        assert _problem(Line("README.md", tuple(typed.split()))), typed
+        assert problem_of(Line("README.md", tuple(typed.split()))), typed
 
 
 def test_what_is_not_checked_is_there() -> None:
     """The list has no reasons for programs that no page names."""
     named = {line.program for page in PAGES for line in _commands(page)}
     assert set(NOT_CHECKED) <= named
+
+
+def test_the_recorded_session_is_of_commands_that_there_are() -> None:
+    from tools.record_session import COMMANDS, SESSION
+
+    shown = html.unescape("".join(re.findall(r"<text[^>]*>(.*?)</text>", SESSION.read_text(encoding="utf-8"))))
+    shown = shown.replace("\xa0", " ")
+    for command in COMMANDS:
+        assert f"$ {command}" in shown
+        assert problem_of(Line("README.md", tuple(shlex.split(command)))) is None
+    assert "@font-face" not in SESSION.read_text(encoding="utf-8")
 
 
 def test_sources_are_cloned_at_the_version_that_tests_run() -> None:
