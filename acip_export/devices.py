@@ -152,9 +152,19 @@ def find_device(name: str, devices: dict[str, Device]) -> Device:
         return this_machine()
     folded = name.lower().replace(" ", "-").replace("_", "-")
     close = get_close_matches(folded, devices, n=3, cutoff=0.4)
-    close = [known for known in devices if folded in known][:3] or close
+    whole = folded.replace("-", "")
+    # Without the memory, which a short name like rpi5 does not mean.
+    titles = {known: known.rpartition("-")[0].replace("-", "") or known for known in devices}
+    short = [known for known, title in titles.items() if title[0] == whole[:1] and _in_order(whole, title)]
+    close = [known for known in devices if whole in known.replace("-", "")][:3] or short[:3] or close
     hint = f"Did you mean  {'  or  '.join(close)}?" if close else "None is like it."
     raise UsageError(f"unknown device {name!r}. {hint}\nacip-export devices  lists all {len(devices)}")
+
+
+def _in_order(letters: str, name: str) -> bool:
+    """Whether ``name`` holds all letters, in order, as rpi5 stands for raspberry-pi-5."""
+    rest = iter(name)
+    return all(letter in rest for letter in letters)
 
 
 def this_machine() -> Device:

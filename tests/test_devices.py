@@ -114,7 +114,13 @@ def test_missing_and_binary_files(camera: Path) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "close"),
-    [("raspberry-pi-5", "raspberry-pi-5-8gb"), ("iPhone 15", "iphone-15-pro-8gb"), ("browser-wasm32", "browser")],
+    [
+        ("raspberry-pi-5", "raspberry-pi-5-8gb"),
+        ("iPhone 15", "iphone-15-pro-8gb"),
+        ("browser-wasm32", "browser"),
+        ("rpi5", "raspberry-pi-5-4gb"),
+        ("pi5", "raspberry-pi-5-4gb"),
+    ],
 )
 def test_unknown_devices_name_the_closest(asked: str, close: str) -> None:
     with pytest.raises(UsageError, match=close):

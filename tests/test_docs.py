@@ -68,28 +68,6 @@ def test_every_page_is_in_the_index() -> None:
     assert missing == [], "link these pages in docs/README.md"
 
 
-def test_commands_in_the_documentation_exist() -> None:
-    """Every ``acip-export COMMAND --flag`` in a code block names a command and flags that there are."""
-    import typer
-
-    from acip_export.cli.main import app
-
-    group = typer.main.get_command(app)
-    commands = {"": group, **group.commands}  # type: ignore[attr-defined]
-    flags = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands.items()}
-    wrong = []
-    for name in DOCS:
-        for line in re.findall(r"^\s*\$ acip-export (.*)$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE):
-            words = line.partition("#")[0].split()
-            command = words[0] if words and not words[0].startswith("-") else ""
-            if command not in commands:
-                wrong.append(f"{name}: {line}")
-                continue
-            used = {word.partition("=")[0] for word in words if re.fullmatch(r"--?[a-z][a-z-]*(=.*)?", word)}
-            wrong += [f"{name}: {line}: {flag}" for flag in used - flags[command] - {"--help", "-h"}]
-    assert wrong == []
-
-
 def test_the_version_stands_in_one_place() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "version" not in project["project"]

@@ -1,6 +1,6 @@
 """The chain of stages. What the command line does, as plain functions."""
 
-from acip_export.api.export import bundle_beside, convert_bundle, export_model, materialize_bundle, shared_work
+from acip_export.api.export import convert_bundle, export_model, materialize_bundle, shared_work
 from acip_export.api.opening import open_model, open_scores
 from acip_export.api.plan import Known, plan_export, planned_sizes, planning_problem, sweep_document, sweep_sizes
 from acip_export.api.rank import ranking_summary, write_imatrix
@@ -12,7 +12,6 @@ from acip_export.report import write_comparison
 
 __all__ = [
     "Known",
-    "bundle_beside",
     "convert_bundle",
     "evaluation_text",
     "export_model",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from acip_export.api.plan import planned_sizes
 from acip_export.api.rank import rounding_scores
 from acip_export.api.report import write_report
-from acip_export.artifacts.bundle import BUNDLE_KIND, Bundle
+from acip_export.artifacts.bundle import BUNDLE_KIND, Bundle, bundle_beside
 from acip_export.artifacts.export_directory import EXPORT_KIND, is_unverified, mark_unverified, settle_mark
 from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.names import PLAN_FILE, SCORE_FILE_SUFFIX
@@ -157,7 +157,7 @@ def export_model(
         plan_again: makes a plan for a budget of so many bytes. What a process takes beyond the plan's budget is taken
             off, twice at most, before verification fails.
         roundings: existing directory that keeps rounded matrices for other sizes.
-        keep_bundle: write the bundle too, see :func:`bundle_beside`, and everything from that.
+        keep_bundle: write the bundle too, beside the export, and everything from that.
 
     Returns:
         The report, also written as ``report.json``, ``report.html`` and ``README.md``; ``None`` without ``verify``.
@@ -226,11 +226,6 @@ def export_model(
             )
             plan = _planned_again(plan, budgets[-1], over, plan_again, waiting.named, command)
             waiting = replace(waiting, force=True)
-
-
-def bundle_beside(export: Path) -> Path:
-    """Return the directory of the bundle that is kept with an export."""
-    return export.with_name(f"{export.name}-bundle")
 
 
 def _planned_again(

@@ -191,3 +191,8 @@ def load_bundle(path: Path | str, round_trip: RoundTrip | None = None) -> nn.Mod
         BundleError: see :meth:`Bundle.open`.
     """
     return load_materialized(Bundle.open(Path(path)), round_trip)
+
+
+def bundle_beside(export: Path) -> Path:
+    """Return the directory of the bundle that is kept with an export."""
+    return export.with_name(f"{export.name}-bundle")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -24,6 +25,7 @@ Missing = Literal["fail", "skip"]
 
 Text = Annotated[str, Meta(min_length=1, max_length=1000)]
 Number = Count | Finite
+PlaceOf = Callable[[str], str]
 _LIMITS = ("max_bytes", "max_growth", "min_recovery", "max_load_time_ratio")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _EXAMPLE = """[[check]]
@@ -40,6 +42,7 @@ class EntryTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     name: Text | None = None
     path: Text | None = None
     glob: Text | None = None
+    export: Text | None = None
     max_bytes: Number | Text | None = None
     max_growth: Number | Text | tuple[Text, ...] | None = None
     min_recovery: Number | Text | None = None
@@ -152,8 +155,15 @@ def find_config(directory: Path) -> Path:
     raise UsageError(f"nothing to check: there is no {own}. Write one, for example:\n\n{_EXAMPLE}")
 
 
-def load_config(file: Path) -> Config:
+def _no_exports(name: str) -> str:
+    raise UsageError(f"export {name!r} is of a project file, which is not read here; name its path")
+
+
+def load_config(file: Path, place_of: PlaceOf = _no_exports) -> Config:
     """Read and check a configuration.
+
+    Args:
+        place_of: where the export of a name is written, below the configuration's directory.
 
     Raises:
         UsageError: unreadable, unknown keys, wrong types, limits that contradict each other or are no limits.
@@ -165,7 +175,7 @@ def load_config(file: Path) -> Config:
         raise UsageError(f"{file} has no [[check]] entries. Write one, for example:\n\n{_EXAMPLE}")
     document["check"] = raw if isinstance(raw, list) else [raw]
     tables = convert(document, CheckFile, str(file), _expected).check
-    entries = tuple(_entry(table, f"{file}: $.check[{index}]") for index, table in enumerate(tables))
+    entries = tuple(_entry(table, f"{file}: $.check[{index}]", place_of) for index, table in enumerate(tables))
     for attribute in ("name", "path"):
         values = [getattr(entry, attribute) for entry in entries]
         twice = sorted({value for value in values if values.count(value) > 1})
@@ -184,10 +194,10 @@ def _expected(message: str) -> UsageError:
     return UsageError(f"{message}; an entry has the keys {', '.join(EntryTable.__struct_fields__)}, see docs/check.md")
 
 
-def _entry(table: EntryTable, where: str) -> Entry:
-    if (table.path is None) == (table.glob is None):
-        raise UsageError(f"{where} needs a path or a glob, and not both")
-    path = table.path or table.glob or ""
+def _entry(table: EntryTable, where: str, place_of: PlaceOf) -> Entry:
+    if sum(each is not None for each in (table.path, table.glob, table.export)) != 1:
+        raise UsageError(f"{where} needs one of path, glob and export")
+    path = table.path or table.glob or place_of(table.export or "")
     parts = Path(path).parts
     if not all(text.isprintable() for text in (path, table.name or "")):
         raise UsageError(f"{where}: path and name must be printable, they are {path!r} and {table.name!r}")
@@ -202,7 +212,7 @@ def _entry(table: EntryTable, where: str) -> Entry:
     if all(getattr(table, limit) is None for limit in _LIMITS):
         raise UsageError(f"{where} has no limit, so nothing could fail; give one of: {', '.join(_LIMITS)}")
     return Entry(
-        name=table.name or path,
+        name=table.name or table.export or path,
         path=path,
         is_glob=table.glob is not None,
         max_bytes=None if table.max_bytes is None else _bytes(table.max_bytes, f"{where}.max_bytes"),

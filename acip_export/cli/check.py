@@ -14,12 +14,14 @@ from acip_export.check.outputs import JUNIT_KIND, check_json, github_annotations
 from acip_export.check.run import files_read, run_check, update_lock
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json, Quiet
+from acip_export.cli.project import PROJECT_FILE, load_project
 from acip_export.cli.tables.check import show_check
 from acip_export.errors import UsageError, VerificationError
 from acip_export.io.outputs import Output, claim_output
 
 
 def check(
+    context_: typer.Context,
     config: Annotated[
         Path | None, typer.Option("--config", help="Default: ./acip-check.toml, or ./pyproject.toml.")
     ] = None,
@@ -47,7 +49,9 @@ def check(
         raise UsageError("--update writes the lock file from what is there; it cannot be used with --against")
     if json and markdown_to == "-":
         raise UsageError("--json and --markdown - would both write to stdout; give --markdown a file")
-    loaded = load_config(config or find_config(Path()))
+    file = config or find_config(Path())
+    group = context_.find_root().command
+    loaded = load_config(file, lambda name: load_project(file.parent / PROJECT_FILE, group).place_of(name))
     comment_to = Path(markdown_to) if markdown_to not in (None, "-") else None
     read = [*files_read(loaded), loaded.lock, against]
     # Reports are made anew by every run, so an older one is replaced.

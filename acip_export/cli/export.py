@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from acip_export.artifacts.bundle import BUNDLE_KIND
+from acip_export.artifacts.bundle import BUNDLE_KIND, bundle_beside
 from acip_export.artifacts.export_directory import COMPARISON_KIND, EXPORT_KIND
 from acip_export.artifacts.names import COMPARISON_FILE, PLAN_FILE
 from acip_export.artifacts.plan import FAR_OFF, Plan, load_plan
@@ -31,7 +31,7 @@ from acip_export.cli.options import (
     default_place,
     names,
 )
-from acip_export.cli.plan_options import PlanFlags, takes_plan_flags
+from acip_export.cli.plan_options import PlanFlags, plan_flags, takes_plan_flags
 from acip_export.cli.tables.plan import show_plan, show_plans
 from acip_export.cli.tables.report import show_export, show_reports
 from acip_export.errors import UsageError, VerificationError
@@ -117,28 +117,14 @@ def export(
     from acip_export import api as pipeline
     from acip_export.planning import unaccepted_loss
 
-    requests = flags.requests()
-    sizes = [default_place(each.format, each.budget_bytes) for each in requests]
-    several = len(requests) > 1
-    places = [(out or size.parent) / size.name if several else out or size for size in sizes]
-    jobs = [
-        Job(request, place, _companions(request.format, companions, place))
-        for request, place in zip(requests, places, strict=True)
-    ]
-    read = (*flags.inputs, text, cache, *names(tasks))
-    for job in () if dry_run else jobs:
-        claim_output(job.out, EXPORT_KIND, force, read, flags.model)
-        if keep_bundle:
-            claim_output(pipeline.bundle_beside(job.out), BUNDLE_KIND, force, read, flags.model)
-        for companion, place in job.companions.items():
-            claim_output(place, companion.kind, force, read, flags.model)
-    if several and not dry_run:
-        claim_output(places[0].parent / COMPARISON_FILE, COMPARISON_KIND, True, read, flags.model)
+    jobs = _jobs(flags, companions, out, (text, cache, *names(tasks)), force, dry_run, keep_bundle)
+    several = len(jobs) > 1
+    places = [job.out for job in jobs]
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
     known: pipeline.Known = {}
     with console.stage_progress() as progress:
-        plans = [pipeline.plan_export(checkpoint, opened, request, progress, known) for request in requests]
+        plans = [pipeline.plan_export(checkpoint, opened, job.request, progress, known) for job in jobs]
     for job, plan in zip(jobs, plans, strict=True):
         for companion in job.companions:
             companion.check(plan.files)
@@ -197,6 +183,18 @@ def export(
         raise VerificationError("\n".join(map(str, failed)))
 
 
+def prepare(parameters: dict[str, Any]) -> None:
+    """Refuse what a call of the main job would refuse before it opens a model; nothing is written.
+
+    Raises:
+        UsageError: flags contradict each other, or an output may not be written. DeviceFileError.
+    """
+    values = dict(parameters)
+    flags, companions = plan_flags(values)
+    read = (values["text"], values["cache"], *names(values["tasks"]))
+    _jobs(flags, companions, values["out"], read, values["force"], values["dry_run"], values["keep_bundle"])
+
+
 @dataclass(frozen=True)
 class Job:
     """An export to be made: what is asked, its directory, and those of its companions."""
@@ -204,6 +202,38 @@ class Job:
     request: PlanRequest
     out: Path
     companions: dict[Companion, Path]
+
+
+def _jobs(
+    flags: PlanFlags,
+    companions: tuple[str, ...],
+    out: Path | None,
+    also_read: tuple[str | Path | None, ...],
+    force: bool,
+    dry_run: bool,
+    keep_bundle: bool,
+) -> list[Job]:
+    """Return the exports that are asked for; unless nothing is written, their places are claimed."""
+    requests = flags.requests()
+    sizes = [default_place(each.format, each.budget_bytes) for each in requests]
+    several = len(requests) > 1
+    places = [(out or size.parent) / size.name if several else out or size for size in sizes]
+    jobs = [
+        Job(request, place, _companions(request.format, companions, place))
+        for request, place in zip(requests, places, strict=True)
+    ]
+    if dry_run:
+        return jobs
+    read = (*flags.inputs, *also_read)
+    for job in jobs:
+        claim_output(job.out, EXPORT_KIND, force, read, flags.model)
+        if keep_bundle:
+            claim_output(bundle_beside(job.out), BUNDLE_KIND, force, read, flags.model)
+        for companion, place in job.companions.items():
+            claim_output(place, companion.kind, force, read, flags.model)
+    if several:
+        claim_output(places[0].parent / COMPARISON_FILE, COMPARISON_KIND, True, read, flags.model)
+    return jobs
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json, Quiet
 from acip_export.cli.tables.formats import show_formats
-from acip_export.formats.registry import export_formats
+from acip_export.formats.registry import export_format, export_formats
 
 
-def formats(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """List the installed formats with their layouts, runtimes, backends, options and types."""
+def formats(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this one.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """List the installed formats with their layouts, runtimes, backends, options and types.
+
+    acip-export formats gguf
+    """
+    shown = tuple(export_formats()) if name is None else (export_format(name.lower()),)
     if not json:
-        show_formats()
+        show_formats(shown)
         return
     console.print_json(
         {
@@ -22,9 +35,15 @@ def formats(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> N
                 "cache_types": list(known.cache_types),
                 "options": {option.flag: " ".join(option.help.split()) for option in known.options},
                 "types": [
-                    {"name": t.name, "bits_per_weight": t.bits_per_weight, "block": t.block} for t in known.weight_types
+                    {
+                        "name": t.name,
+                        "bits_per_weight": t.bits_per_weight,
+                        "block": t.block,
+                        "refused": known.refused.get(t.name),
+                    }
+                    for t in known.weight_types
                 ],
             }
-            for known in export_formats()
+            for known in shown
         }
     )

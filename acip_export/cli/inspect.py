@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from acip_export.artifacts.names import ANATOMY_DIFF
+from acip_export.artifacts.names import ANATOMY_DIFF, PLAN_FILE
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json, Quiet
 from acip_export.cli.tables.inspect import change_json, show_anatomy, show_difference
 from acip_export.inspection import Anatomy, diff_tensors, read_anatomy
-from acip_export.inspection.diff import stored_tensors
+from acip_export.inspection.diff import Stored, stored_tensors
 
 
 def inspect(
@@ -32,6 +32,8 @@ def inspect(
     acip-export inspect export/gguf-4GB
 
     acip-export inspect old.gguf new.gguf
+
+    acip-export inspect . export/gguf-4GB
     """
     first = read_anatomy(path)
     if other is None:
@@ -41,7 +43,7 @@ def inspect(
             show_anatomy(first, top)
         return
     second = read_anatomy(other)
-    changes = diff_tensors(stored_tensors(first), stored_tensors(second))
+    changes = diff_tensors(*_alike_named(first, second))
     if json:
         console.print_json(
             {
@@ -55,6 +57,16 @@ def inspect(
         )
     else:
         show_difference(first, second, changes, top)
+
+
+def _alike_named(first: Anatomy, second: Anatomy) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    """The tensors of both; of an export beside a model those of its plan, which are named as the model's are."""
+    kinds = {first.kind, second.kind}
+    before, after = (
+        read_anatomy(Path(each.path) / PLAN_FILE) if each.kind == "export" and "model" in kinds else each
+        for each in (first, second)
+    )
+    return stored_tensors(before), stored_tensors(after)
 
 
 def _totals(anatomy: Anatomy) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from types import FrameType
 import typer
 
 from acip_export.cli import (
+    build,
     cache,
     chat,
     check,
@@ -50,6 +51,7 @@ app.callback(invoke_without_command=True)(export.export)
 for command in (
     rank.rank,
     plan.plan,
+    build.build,
     materialize.materialize,
     convert.convert,
     verify.verify,

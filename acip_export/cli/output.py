@@ -60,6 +60,7 @@ class _Documents:
 
     wanted: bool = False
     printed: bool = False
+    collected: list[Any] | None = None
 
 
 _documents = _Documents()
@@ -68,16 +69,29 @@ _documents = _Documents()
 def start(as_json: bool) -> None:
     """Begin a command: not quiet, nothing printed yet."""
     be_quiet(False)
-    _documents.wanted, _documents.printed = as_json, False
+    _documents.wanted, _documents.printed, _documents.collected = as_json, False, None
 
 
 def print_json(data: Any) -> None:
     """Machine-readable output: exactly one JSON document on stdout."""
+    if _documents.collected is not None:
+        _documents.collected.append(data)
+        return
     _documents.printed = True
     try:
         sys.stdout.write(json.dumps(data, indent=1) + "\n")
     except BrokenPipeError:
         raise ClosedPipeError from None
+
+
+@contextmanager
+def collected_json() -> Iterator[list[Any]]:
+    """Keep the documents of commands that are run by another, which makes one of them all."""
+    _documents.collected = collected = list[Any]()
+    try:
+        yield collected
+    finally:
+        _documents.collected = None
 
 
 def done(data: Any, as_json: bool, message: str) -> None:

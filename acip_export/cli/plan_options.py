@@ -314,6 +314,16 @@ class PlanFlags:
         return budgets
 
 
+def plan_flags(values: dict[str, Any]) -> tuple[PlanFlags, tuple[str, ...]]:
+    """Take out of a command's parameters those of :class:`PlanFlags`, and the names of the companions asked for."""
+    options = [option.name for known in export_formats() for option in known.options]
+    given = {name: text for name in options if (text := values.pop(name, None)) is not None}
+    shared = [each.name for each in fields(PlanFlags) if each.name != "options"]
+    flags = PlanFlags(**{name: values.pop(name) for name in shared}, options=given)
+    companions = dict.fromkeys(each.name for known in export_formats() for each in known.companions)
+    return flags, tuple(name for name in companions if values.pop(name, False))
+
+
 def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every flag of :class:`PlanFlags`, passed as its parameter ``flags``.
 
@@ -363,11 +373,9 @@ def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def wrapper(**values: Any) -> None:
-        typed = {name: values.pop(name) for name in options}
-        given = {name: text for name, text in typed.items() if text is not None}
-        flags = PlanFlags(**{parameter.name: values.pop(parameter.name) for parameter in shared}, options=given)
+        flags, asked = plan_flags(values)
         if takes_companions:
-            values["companions"] = tuple(name for name in companions if values.pop(name))
+            values["companions"] = asked
         command(flags=flags, **values)
 
     del wrapper.__wrapped__  # its annotations would hide the new ones

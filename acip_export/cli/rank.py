@@ -150,7 +150,7 @@ def rank(
 
     acip-export rank . --data chats.jsonl --field messages --algorithm kfac
 
-    accelerate launch --num_processes 2 -m acip_export rank . --data text.txt
+    torchrun --nproc-per-node 2 -m acip_export rank . --data text.txt
     """
     from acip_export import api as pipeline
     from acip_export.api import verbs
@@ -178,7 +178,7 @@ def rank(
     seconds = None if time is None else parse_seconds(time)
     bytes_ = None if memory is None else parse_bytes(memory, "memory")
     if estimate:
-        _estimate(model, algorithm, settings, context, out, seconds, bytes_, json)
+        _estimate(model, algorithm, settings, context, out, seconds, bytes_, json, measure_rounding)
         return
     assert data is not None
     checkpoint = Checkpoint.open(model)
@@ -262,6 +262,7 @@ def _estimate(
     seconds: float | None,
     memory: int | None,
     json: bool,
+    measured: bool,
 ) -> None:
     from acip_export.ranking import DataConfig, automatic_config
     from acip_export.ranking.estimate import open_sizes
@@ -292,3 +293,7 @@ def _estimate(
         console.out.print(f"  {stage:<12} {format_seconds(part)}", markup=False)
     for line in fitted.changes:
         console.out.print(line, markup=False)
+    if measured:
+        console.say(
+            "then what the formats' types cost is measured, a minute or two;  --no-measure-rounding  leaves it out"
+        )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from acip_export.artifacts.document import header_of
+from acip_export.artifacts.document import header_of, listed_files
 from acip_export.artifacts.names import CONFIG_FILE, MANIFEST_FILE, PAPERS, PLAN, PLAN_FILE, SCORES
 from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
 from acip_export.errors import ModelFileError, PlanFileError
@@ -98,7 +98,7 @@ def _plan_facts(plan: Plan) -> dict[str, str]:
 
 
 def _directory(root: Path) -> Anatomy:
-    is_export = _holds_plan(root) and not (root / MANIFEST_FILE).is_file()
+    is_export = _holds_planned_files(root) and not (root / MANIFEST_FILE).is_file()
     at_top = any(root.glob("*.safetensors"))
     found = root.glob("*") if at_top else root.rglob("*")
     files = {
@@ -129,12 +129,16 @@ def _later_part(file: Path) -> bool:
     return part is not None and part.number > 1 and file.with_name(str(replace(part, number=1))).is_file()
 
 
-def _holds_plan(root: Path) -> bool:
+def _holds_planned_files(root: Path) -> bool:
+    """Whether there is a plan whose largest file is there: beside a model, a plan may lie alone."""
     try:
         data = read_input(root / PLAN_FILE, PlanFileError)
-        return bool(header_of(data, PLAN_FILE, PlanFileError).artifact == PLAN.artifact)
+        if header_of(data, PLAN_FILE, PlanFileError).artifact != PLAN.artifact:
+            return False
     except PlanFileError:
         return False
+    planned = listed_files(root / PLAN_FILE, PLAN)
+    return not planned or (root / max(planned, key=lambda name: planned[name])).is_file()
 
 
 class _Config(msgspec.Struct, frozen=True):

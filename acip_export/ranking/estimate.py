@@ -25,8 +25,14 @@ from acip_export.ranking.data import window_length
 from acip_export.ranking.load import linear_weights
 from acip_export.ranking.sharding import by_block
 
-# What is measured (docs/LOG.md): Python, torch and transformers, in bytes and in seconds to import and load.
-_LIBRARIES, _START = 330_000_000, 9.0
+# What is measured (docs/LOG.md): Python, torch, transformers and a tokenizer with its text, in bytes and in seconds.
+_LIBRARIES, _START = 470_000_000, 9.0
+# Passes through blocks reach this share of the speed of their largest products.
+_REACHED = 0.75
+# Packing a moment of n columns, in products of n x n matrices in float64.
+_PACKING = 4.5
+# Arrays as large as the logits that are alive at once: probabilities, their squares, and what gradients take.
+_LOGITS = 9
 # Operations that passes over one logit, and over one element of a block's activations, take as long as.
 _BY_LOGIT, _BY_ELEMENT = 100, 25
 # An eigendecomposition of n columns in products of n x n matrices.
@@ -149,11 +155,12 @@ class RankModel:
         inputs, graded = _tokens(calibration)
         head, attention = self._head(), self._attention(context)
         elements = _BY_ELEMENT * (6 * self.shape.hidden + 4 * self.shape.ffn)
-        sweep = factors = fisher = 0.0
+        sweep = packing = factors = fisher = 0.0
         for block in self.blocks:
             once = 2 * block.weights + attention + elements
             of_inputs, of_gradients = block.squares
             sweep += inputs * (once + 1.2 * of_inputs) + graded * (2.5 * once + 1.2 * of_gradients)
+            packing += _PACKING * sum(n**3 for n in (*block.inputs, *(min(shape) for shape in block.shapes)))
             factors += sum(_decomposition(*shape) for shape in block.shapes) + sum(n**3 / 3 for n in block.inputs)
             fisher += graded * 2.4 * block.factors
         sweep += graded * (2 * head + _BY_LOGIT * self.shape.vocabulary)
@@ -163,9 +170,9 @@ class RankModel:
             curve += calibration.curve_tokens * (cut + head + _BY_LOGIT / 2 * self.shape.vocabulary)
         seconds = {
             "start": _START,
-            "statistics": sweep / machine.float32,
+            "statistics": sweep / (_REACHED * machine.float32) + packing / machine.float64,
             "components": factors / machine.float64,
-            "curve": curve * (1 if acip is None else 2.8) / machine.float32,
+            "curve": curve * (1 if acip is None else 2.8) / (_REACHED * machine.float32),
         }
         if algorithm.fisher:
             seconds["fisher"] = fisher / machine.float32
@@ -183,7 +190,7 @@ class RankModel:
         always = _LIBRARIES + embeddings * (4 + self.stored_bytes) + 4 * graded * shape.hidden
         always += self.weights * 4 if self.weight_bytes == 4 else 0
         block = max(self.blocks, key=lambda b: b.weights)
-        logits = 5 * 4 * min(_LOGITS_AT_ONCE, batch * shape.vocabulary)
+        logits = _LOGITS * 4 * min(_LOGITS_AT_ONCE, batch * shape.vocabulary)
         activations = 4 * batch * (3 * block.width + 6 * shape.hidden) + 4 * sum(block.squares)
         sides = max(block.shapes, key=lambda s: s[0] ** 2 + s[1] ** 2)
         linear_algebra = 8 * (2 * sum(n * n for n in sides) + 6 * sides[0] * sides[1]) * (machine.threads + 1)

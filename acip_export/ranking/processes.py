@@ -1,4 +1,4 @@
-"""Share a ranking among processes: one alone, or those that ``accelerate launch`` started.
+"""Share a ranking among processes: one alone, or those that ``torchrun`` or ``accelerate launch`` started.
 
 Data parallelism: every process holds the model and works on its share of the windows; sums over windows are reduced, so
 that every process takes the same steps. The communication is torch.distributed's, set up by accelerate.
@@ -128,6 +128,18 @@ def start_processes(device: str) -> Processes:
 
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true")
+
+
+def launch_note(processes: Processes) -> str:
+    """Return what a launcher started, in a sentence; empty where there was none."""
+    if processes.count > 1:
+        return f"ranking in {processes.count} processes, this one on {processes.device}"
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") is not None:  # its launcher always says it
+        return (
+            "the launcher started one process; for more of them without graphics cards, "
+            "torchrun --nproc-per-node N -m acip_export rank ..."
+        )
+    return ""
 
 
 def check_batch(batch: int, count: int) -> None:

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from acip_export.io.heap import give_back
+
 _Result = TypeVar("_Result")
 
 
@@ -38,3 +40,4 @@ def side_by_side(
                 yield first, future.result()
     finally:
         torch.set_num_threads(threads)  # what one thread sets, parts of torch take for all
+        give_back()

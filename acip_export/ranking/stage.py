@@ -44,7 +44,7 @@ from acip_export.ranking.fitting import Limits, fit_ranking
 from acip_export.ranking.load import enable_recomputation, linear_weights, load_model
 from acip_export.ranking.masked_linear import AdapterShape
 from acip_export.ranking.out_of_memory import out_of_memory_named
-from acip_export.ranking.processes import start_processes
+from acip_export.ranking.processes import launch_note, start_processes
 from acip_export.ranking.run_state import RUN_KIND, RunStates, run_file
 from acip_export.ranking.sharding import shard_dense
 from acip_export.ranking.statistics import Statistics, collect_statistics
@@ -123,6 +123,9 @@ def rank_model(
         raise UnsupportedError(f"{checkpoint.path} is an encoder, which fits on one device; launch with  --multi_gpu")
     calibration = (calibration or DataConfig()).for_weights(linear_weights(checkpoint))
     acip = (acip or automatic_config(checkpoint)) if chosen.learns else None
+    announced = launch_note(processes)
+    if announced:
+        announce(announced)
     if processes.count == 1 and processes.device.type == "cpu":
         limits = Limits.of(seconds, memory, None if out is None else out.absolute().parent)
         fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits)

@@ -159,6 +159,15 @@ def test_export_does_not_count_its_papers(tmp_path: Path) -> None:
     assert read_anatomy(export).total_bytes == size + 5
 
 
+def test_a_plan_beside_a_model_makes_no_export(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "tiny", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    plan = make_plan(model, "gguf", "stock", dense(type="f32"))
+    save_plan(replace(plan, files={"config.json": 1, "model.gguf": 1000}), model / "plan.json")
+    assert read_anatomy(model).kind == "model"
+    write_gguf(model / "model.gguf")
+    assert read_anatomy(model).kind == "export"
+
+
 def test_directory_with_two_models_tells_them_apart(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf")
     write_gguf(tmp_path / "sub" / "b.gguf", {"only.weight": (1, 256, "F32"), "output.weight": (1, 256, "F32")})

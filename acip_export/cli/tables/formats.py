@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from acip_export.cli import output as console
 from acip_export.cli.tables.common import plain_table
 from acip_export.formats.protocol import ExportFormat
-from acip_export.formats.registry import export_formats
 
 
 def _use(known: ExportFormat, name: str) -> str:
@@ -16,9 +17,9 @@ def _use(known: ExportFormat, name: str) -> str:
     return "refused" if name in known.refused else ""
 
 
-def show_formats() -> None:
+def show_formats(formats: Sequence[ExportFormat]) -> None:
     """Formats with their layouts and types."""
-    for known in export_formats():
+    for known in formats:
         console.say(f"{known.name}  {known.description}; KV cache: {', '.join(known.cache_types)}", style="bold")
         for layout in known.layouts:
             console.say(f"layout {layout.name}: {layout.description}", indent=2)
@@ -34,3 +35,6 @@ def show_formats() -> None:
                 f.name, f"{f.bits_per_weight:.3f}", str(f.block), f"{f.relative_mse**0.5:.4f}", _use(known, f.name)
             )
         console.out.print(table)
+        for reason in dict.fromkeys(known.refused.values()):
+            types = [name for name, why in known.refused.items() if why == reason]
+            console.say(f"refused: {', '.join(types)}: {reason}", indent=2)

@@ -15,7 +15,7 @@ from acip_export.units import format_bytes
 
 if TYPE_CHECKING:
     from acip_export.artifacts.plan import Plan
-    from acip_export.artifacts.report import Report, RuntimeReport
+    from acip_export.artifacts.report import Report, RuntimeReport, Speed
 
 _SCOPES = {"file": "files", "memory": "memory", "process": "memory, the runtime included"}
 
@@ -61,7 +61,13 @@ def _process(runtime: RuntimeReport) -> Iterator[str]:
         yield f"loaded in {runtime.load_seconds:.1f} s"
     if runtime.speed is not None:
         # What an encoder does is read.
-        yield f"{runtime.speed.decode or runtime.speed.prefill:.0f} tokens/s"
+        yield f"{_speed(runtime.speed)} tokens/s"
+
+
+def _speed(speed: Speed) -> str:
+    """Tokens per second, never a zero that is none."""
+    rate = speed.decode or speed.prefill
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def _quality(runtime: RuntimeReport, report: Report) -> Iterator[str]:
@@ -102,7 +108,7 @@ def _show_table(reports: Sequence[Report]) -> None:
             f"{own.perplexity:.2f}" if own else "",
             f"{dense.perplexity:.2f}" if dense else "",
             f"{far.mean_kl:.4f}" if far else "",
-            f"{speed.decode or speed.prefill:.0f}" if speed else "",
+            _speed(speed) if speed else "",
         )
     console.out.print(table)
     for report in reports:
@@ -117,6 +123,7 @@ def show_export(plan: Plan, directory: Path) -> None:
     size = format_bytes(plan.planned_bytes)
     console.say(f"\n[bold]{size}[/] in {escape(str(directory))}, as planned. Run it with:", markup=True)
     written_as = export_format(plan.format)
+    upload = shlex.join(["hf", "upload", f"{Path(plan.model).name}-{directory.name}", str(directory)])
     commands = written_as.run_commands(plan, directory, written_as.chat_template(directory))
     if plan.task == "causal":
         console.show_command(shlex.join(["acip-export", "chat", str(directory)]), shell=True)
@@ -124,3 +131,5 @@ def show_export(plan: Plan, directory: Path) -> None:
         console.show_command(command.text, shell=command.language == "console")
         if command.note:
             console.say(f"({command.note})", indent=2, style="dim")
+    console.say("Publish it, with its model card:")
+    console.show_command(upload, shell=True)
