@@ -181,6 +181,7 @@ def export_model(
     if not verify:
         with scratch_directory(output.place, ".work") as scratch, output.new_directory() as directory:
             _convert(tensors(plan, scratch, force), directory, progress, check=True)
+            checkpoint.check_unchanged()
         return None
     waiting = output
     if output.place.is_dir() and any(output.place.iterdir()) and not is_unverified(output.place):
@@ -196,6 +197,7 @@ def export_model(
                 model = tensors(plan, scratch, force or len(budgets) > 1, kept)
                 with waiting.new_directory() as directory:
                     _convert(model, directory, progress, check=True)
+                    checkpoint.check_unchanged()
                     mark_unverified(directory, f"Verify it with:  {command}")
                 with _staying(waiting.named, plan, command):
                     report = verification.verify_export(

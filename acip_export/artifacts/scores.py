@@ -118,10 +118,16 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class RankedModel:
-    """The model that was ranked."""
+    """The model that was ranked.
+
+    Attributes:
+        weights_sha256: of all of its numbers, see :func:`acip_export.model.weights_hash.weights_sha256`; ``None``: the
+            score file does not say.
+    """
 
     name: str
     fingerprint: str
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +268,21 @@ class ScoreFile:
         for name, shape in expected.items():
             if self.modules[name].shape != shape:
                 raise ScoreFileError(f"{name} has shape {shape}, the score file has {self.modules[name].shape}")
+
+
+def check_weights(scores: ScoreFile, checkpoint: Checkpoint) -> None:
+    """Refuse weights that changed where the fingerprint does not look: it takes a sample of each tensor.
+
+    Raises:
+        ScoreFileError: they are not those that were ranked. A score file that does not say is taken as it is.
+    """
+    ranked = scores.model.weights_sha256
+    if ranked is not None and ranked != (found := checkpoint.weights_sha256):
+        raise ScoreFileError(
+            f"{checkpoint.path} has other weights than those that were ranked: their SHA-256 is {found[:12]}…, the "
+            f"score file was made for {ranked[:12]}….\n"
+            f"Rank this model:  acip-export rank {checkpoint.path} --data TEXT"
+        )
 
 
 _MOMENT, _EMBEDDING = "second_moment/", "/embedding_sensitivity"

@@ -13,6 +13,7 @@ from acip_export.io.atomic import user_cache
 
 _PURPOSES = {
     "graphs": "ONNX graphs, by configuration: seconds to a minute each",
+    "weights": "hashes of models' weights: a reading of each",
     "llama-cpp": "llama.cpp with factor pairs, built: ten minutes",
     "real": "the real model of tests and benchmarks: a download",
     "consumers": "other programs that tests open exports with: a download",

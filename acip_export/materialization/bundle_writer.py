@@ -75,6 +75,7 @@ def materialize_bundle(
                 importance |= made.importance
                 feedback_writer.write(decision, numbers.feedback)
                 progress(Progress("materialize", index + 1, len(plan.tensors), decision.name))
+        checkpoint.check_unchanged()
         _save_importance(importance, directory / IMPORTANCE_FILE)
         (directory / CONFIG_FILE).write_text(json.dumps(thawed(checkpoint.config), indent=2), encoding="utf-8")
         for name in (*TOKENIZER_FILES, *sentence_files(checkpoint.path)):

@@ -71,7 +71,7 @@ class ScaledCheckpoint(Checkpoint):
     """
 
     def __init__(self, checkpoint: Checkpoint, scalings: Mapping[str, _Scaling]) -> None:
-        super().__init__(checkpoint.path, checkpoint.config, checkpoint.tensors, checkpoint.options)
+        super().__init__(checkpoint.path, checkpoint.config, checkpoint.tensors, checkpoint.options, checkpoint.stamps)
         self._scalings = scalings
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from acip_export.artifacts.materialized import MaterializedModel, check_context, stored_of
 from acip_export.artifacts.plan import Plan, TensorDecision
-from acip_export.artifacts.scores import ScoreFile
+from acip_export.artifacts.scores import ScoreFile, check_weights
 from acip_export.error_feedback import FeedbackFactor
 from acip_export.errors import CheckpointError, PlanFileError
 from acip_export.io.scratch import Scratch
@@ -61,6 +61,7 @@ class PlannedModel(MaterializedModel):
         super().__init__(checkpoint.path, plan, checkpoint.config, kept)
         scores.check_model(checkpoint)
         check_plan(checkpoint, plan)
+        check_weights(scores, checkpoint)
         self.checkpoint, self.scores = checkpoint, scores
         self._lock, self._scratch = Lock(), scratch
         self.numbers = PlanNumbers(

@@ -25,6 +25,7 @@ from acip_export.model.tensor_info import TensorInfo
 from acip_export.model.tensor_names import layer_of, natural_key
 from acip_export.model.tied_head import without_repeated_head
 from acip_export.model.tokenizer_size import TokenizerSize, tokenizer_size
+from acip_export.model.weights_hash import Stamp, weights_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ class Checkpoint:
         config: ``config.json`` as read; nothing can write into it.
         tensors: every tensor of every shard, by Hugging Face name.
         options: what the user told a format beyond what the directory says.
+        stamps: what the files of the tensors were like when they were opened, by name.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class Checkpoint:
         config: Mapping[str, Any],
         tensors: Mapping[str, TensorInfo],
         options: Mapping[str, str] = MappingProxyType({}),
+        stamps: Mapping[str, Stamp | None] | None = None,
     ) -> None:
         self.path = path
         self.config: Mapping[str, Any] = frozen(config)
         self.tensors = tensors
         self.options = options
+        self.stamps = stamps or {shard: Stamp.of(path / shard) for shard in {info.shard for info in tensors.values()}}
         self._checked: set[str] = set()
 
     @classmethod
@@ -93,7 +97,7 @@ class Checkpoint:
         return cls(path, config, without_repeated_head(path, tensors) if ties_head(config) else tensors)
 
     def with_options(self, options: Mapping[str, str]) -> Checkpoint:
-        return Checkpoint(self.path, self.config, self.tensors, options)
+        return Checkpoint(self.path, self.config, self.tensors, options, self.stamps)
 
     @property
     def name(self) -> str:
@@ -138,6 +142,23 @@ class Checkpoint:
                 digest.update(shard.read(min(info.nbytes, _FINGERPRINT_SAMPLE)))
         return digest.hexdigest()
 
+    @property
+    def weights_sha256(self) -> str:
+        """See :func:`acip_export.model.weights_hash.weights_sha256`."""
+        return weights_sha256(self.path, self.tensors)
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError where a file of the tensors is gone, or was written since it was opened."""
+        for shard in self.stamps:
+            self._check_stamp(shard)
+
+    def _check_stamp(self, shard: str) -> None:
+        file = self.path / shard
+        if Stamp.of(file) != self.stamps.get(shard):
+            raise CheckpointError(
+                f"{file} was changed or moved since it was opened; start again when it stays as it is"
+            )
+
     @cached_property
     def tokenizer_size(self) -> TokenizerSize:
         return tokenizer_size(self.path)
@@ -165,6 +186,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{file} cannot be read any more, it was changed or moved while it was read: {reason}"
             ) from reason
+        self._check_stamp(info.shard)
         # Once: some tensors are read a few rows at a time.
         if name not in self._checked and not is_finite(tensor):
             raise CheckpointError(

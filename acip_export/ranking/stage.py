@@ -209,8 +209,11 @@ def _score_file(
     curve: tuple[CurvePoint, ...],
 ) -> ScoreFile:
     checkpoint, data = context.checkpoint, context.data
+    # Of one process is enough: it alone writes.
+    weights = checkpoint.weights_sha256 if context.processes.is_main else None
+    checkpoint.check_unchanged()
     return ScoreFile(
-        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
+        model=RankedModel(checkpoint.name, checkpoint.fingerprint, weights),
         task=context.task.name,
         algorithm={
             "name": algorithm.name,
