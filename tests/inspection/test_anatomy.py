@@ -162,7 +162,7 @@ def test_export_does_not_count_its_papers(tmp_path: Path) -> None:
 def test_a_plan_beside_a_model_makes_no_export(tmp_path: Path) -> None:
     model = make_model(tmp_path / "tiny", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     plan = make_plan(model, "gguf", "stock", dense(type="f32"))
-    save_plan(replace(plan, files={"config.json": 1, "model.gguf": 1000}), model / "plan.json")
+    save_plan(replace(plan, files={"config.json": 1, "model.gguf": 1000}, planned_bytes=1001), model / "plan.json")
     assert read_anatomy(model).kind == "model"
     write_gguf(model / "model.gguf")
     assert read_anatomy(model).kind == "export"
