@@ -195,11 +195,11 @@ def export_model(
                 kept = KeptRoundings(roundings or scratch / "rounded")
                 kept.directory.mkdir(exist_ok=True)
                 model = tensors(plan, scratch, force or len(budgets) > 1, kept)
-                with waiting.new_directory() as directory:
-                    _convert(model, directory, progress, check=True)
-                    checkpoint.check_unchanged()
-                    mark_unverified(directory, f"Verify it with:  {command}")
-                with _staying(waiting.named, plan, command):
+                with _staying(waiting, plan, command):
+                    with waiting.new_directory() as directory:
+                        _convert(model, directory, progress, check=True)
+                        checkpoint.check_unchanged()
+                        mark_unverified(directory, f"Verify it with:  {command}")
                     report = verification.verify_export(
                         waiting.place,
                         model,
@@ -255,18 +255,29 @@ def _planned_again(
 
 
 @contextmanager
-def _staying(export: Path, plan: Plan, command: str) -> Iterator[None]:
+def _staying(output: Output, plan: Plan, command: str) -> Iterator[None]:
     """Say, where verification does not come to its end, that the export is still there, and what to type."""
+    before = _identity(output.place)
     try:
         yield
     except verification.OverBudget:
         raise
-    except AcipError as error:
-        error.args = (f"{error}\n{_stays(export, plan, command)}",)
+    except BaseException as error:
+        # The signal that ends this may come right behind the renaming that makes the export appear.
+        if _identity(output.place) == before:
+            raise
+        if isinstance(error, AcipError):
+            error.args = (f"{error}\n{_stays(output.named, plan, command)}",)
+        else:
+            logger.warning("%s", _stays(output.named, plan, command))
         raise
-    except BaseException:
-        logger.warning("%s", _stays(export, plan, command))
-        raise
+
+
+def _identity(directory: Path) -> int | None:
+    try:
+        return directory.stat().st_ino
+    except OSError:
+        return None
 
 
 def _stays(export: Path, plan: Plan, command: str) -> str:
