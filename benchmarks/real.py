@@ -39,8 +39,10 @@ from acip_export.text.packing import pack_text
 from acip_export.units import format_bytes, parse_bytes
 from acip_export.verification.export import EvaluationText
 from samples import real
+from samples.marked import with_marked
 
 OUT = Path(__file__).with_suffix(".json")
+PAGE = Path(__file__).parents[1] / "docs" / "rivals.md"
 FORMATS = {"gguf": "stock", "onnx": "factored"}
 # Files: of about the bytes of Q8_0, Q5_K_M, Q4_K_M, Q3_K_M, and below what presets of this model have.
 BUDGETS = ("145MB", "112MB", "105MB", "93MB", "80MB")
@@ -197,24 +199,31 @@ def types_of(tensors: Any) -> dict[str, int]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
     lines = [
-        "| export | budget (files) | planned = written bytes | KL to dense | same top token | perplexity | dense |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| export | budget (files) | planned = written bytes | predicted KL | KL to dense | same top | ppl | dense |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         head = f"| {row['format']}, {FORMATS[row['format']]} | {format_bytes(row['budget_bytes'])} "
         if "smallest_budget_bytes" in row:
-            lines.append(f"{head}| does not fit: {row['smallest_budget_bytes']:,} at least | | | | |")
+            lines.append(f"{head}| does not fit: {row['smallest_budget_bytes']:,} at least | | | | | |")
             continue
         if "failed" in row:
-            lines.append(f"{head}| **failed**, see the JSON file | | | | |")
+            lines.append(f"{head}| **failed**, see the JSON file | | | | | |")
             continue
         same = row["planned_bytes"] == row["written_bytes"]
         size = f"{row['written_bytes']:,}" if same else f"{row['planned_bytes']:,}, WRITTEN {row['written_bytes']:,}"
         lines.append(
-            f"{head}| {size} | {row['divergence']['mean_kl']:.4f} | {row['divergence']['same_top']:.1%} "
+            f"{head}| {size} | {row['predicted_loss']:.4f} "
+            f"| {row['divergence']['mean_kl']:.4f} | {row['divergence']['same_top']:.1%} "
             f"| {row['perplexity']:.2f} | {row['dense_perplexity']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def draw() -> None:
+    """Put the table of benchmarks/real.json into the page that shows it."""
+    rows = json.loads(OUT.read_text())["rows"]
+    PAGE.write_text(with_marked(PAGE.read_text(encoding="utf-8"), "real", table(rows)), encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
@@ -251,7 +260,11 @@ def main() -> None:
     parser.add_argument("--algorithm", default="fisher")
     parser.add_argument("--tokens", type=int, help="for the ranking's statistics; default: what rank takes")
     parser.add_argument("--out", type=Path, help="default: benchmarks/real.json, for everything at its defaults")
+    parser.add_argument("--draw", action="store_true", help="only put the table of benchmarks/real.json into its page")
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw()
+        return
     everything = tuple(arguments.format) == tuple(FORMATS) and tuple(arguments.budget) == BUDGETS
     target = arguments.out or (OUT if everything and arguments.tokens is None else None)
     made = real.make(real.cached().model.parent)
@@ -273,6 +286,8 @@ def main() -> None:
                 if target is not None:  # after every export: one takes minutes
                     target.write_text(json.dumps(document(made, ranking, text, rows), indent=1) + "\n")
     console.out.print(table(rows), markup=False, soft_wrap=True)
+    if target == OUT:
+        draw()
     if any("failed" in row for row in rows):
         raise SystemExit("an export is not what was planned")
 

@@ -184,6 +184,7 @@ def refused(run: Run, command: tuple[str, ...], error: type[errors.AcipError], s
     assert sorted(Path.cwd().rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_damage(case: str, place: Path, run: Run) -> None:
     name, _, damage = case.partition(": ")

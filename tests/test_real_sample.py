@@ -92,6 +92,7 @@ def test_rescaling_changes_every_layer_and_no_function(tmp_path: Path, groups: i
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_texts_are_prose_and_disjoint() -> None:
     calibration, evaluation = real.prose_of_python()
     paragraphs = [text.strip().split("\n\n") for text in (calibration, evaluation)]

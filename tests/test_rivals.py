@@ -86,6 +86,7 @@ def test_the_page_shows_the_figures_that_were_measured() -> None:
     assert pages.summary(document) in (ROOT / "README.md").read_text(encoding="utf-8"), "the same"
 
 
+@pytest.mark.slow
 @needs_factor_pairs
 def test_a_preset_is_written_and_measured(tmp_path: Path) -> None:
     """Of the sample model, in processes of their own; float weights are the dense model, two bits are not."""

@@ -63,6 +63,7 @@ def test_wheel_works_in_an_empty_environment(environment: Path, tmp_path: Path) 
     assert [file.name for file in Path(place).glob("*.py")] == ["register_acip.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 def test_missing_extra_says_what_to_install(target: str, environment: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "tiny", num_hidden_layers=1)

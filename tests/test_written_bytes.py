@@ -80,6 +80,7 @@ def tied_and_untied() -> Iterator[tuple[str, str, str | None, bool]]:
             yield target, layout, backend, tied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "layout", "backend", "tied"), list(tied_and_untied()))
 def test_every_candidate_kind(target: str, layout: str, backend: str | None, tied: bool, tmp_path: Path) -> None:
     # Rows of one block of 256.

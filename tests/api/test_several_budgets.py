@@ -44,6 +44,7 @@ def test_ladders() -> None:
         parse_budgets(["1GB..4GB:3", "2GB"], whole)
 
 
+@pytest.mark.slow
 def test_one_export_a_budget(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     read, known = reference._read_states, list[bool]()
 

@@ -61,6 +61,7 @@ def test_a_failed_one_stays_and_verify_lifts_the_mark(here: Path, run: Run, monk
     assert load_report(here / "out" / "report.json").passed
 
 
+@pytest.mark.slow
 def test_a_good_one_is_never_harmed(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("-m", "model", *PLAN, "--budget", "8MB", "-o", "out")
     assert run(*flags).code == 0

@@ -15,6 +15,7 @@ from tests.support import make_model, make_scores
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_readmes_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

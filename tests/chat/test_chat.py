@@ -235,6 +235,7 @@ def test_plain_onnxruntime_where_genai_is_missing(
         assert "".join(model.ask("import os", SHORT))
 
 
+@pytest.mark.slow
 def test_the_command_with_a_prompt(places: dict[str, Path], run: Run) -> None:
     asked = ("--prompt", "import os", "--max-tokens", 12, "--threads", 1)
     shown = run("chat", places["gguf"], *asked)
@@ -252,6 +253,7 @@ def test_the_command_with_a_prompt(places: dict[str, Path], run: Run) -> None:
     assert f"{places['gguf']}:" in both.out.replace("\n", "") and f"{places['onnx']}:" in both.out.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_a_piped_prompt(places: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("import os\n"))
     piped = run("chat", places["gguf"], "--max-tokens", 8, "--threads", 1)

@@ -64,6 +64,7 @@ def test_signals_leave_nothing(number: signal.Signals, model: Path, tmp_path: Pa
     assert "interrupted; nothing was left half-written" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [

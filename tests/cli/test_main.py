@@ -197,6 +197,7 @@ def test_bad_input(
     assert sorted(model.rglob("*")) == before, "something was left behind"
 
 
+@pytest.mark.slow
 def test_rank_then_export_with_defaults(model: Path, run: Run) -> None:
     """What the README shows: rank writes the one score file that the main job then finds."""
     _no_score_file(model)

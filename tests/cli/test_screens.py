@@ -55,6 +55,7 @@ def test_the_first_screen(run: Run) -> None:
     assert run().out.splitlines() == shown
 
 
+@pytest.mark.slow
 def test_tables_fit(model: Path, run: Run) -> None:
     text = model / "text.txt"
     text.write_text("def main(argv: list[str]) -> int:\n    return sum(int(a) for a in argv[1:]) or 12345\n\n" * 20)

@@ -56,11 +56,12 @@ def test_it_is_listed_with_its_options(cli: Cli) -> None:
     assert done.returncode == 0, done.stderr
     listed = json.loads(done.stdout)
     assert list(listed) == ["gguf", "onnx", "tiny"]
-    assert listed["tiny"]["types"][-1] == {"name": "row8", "bits_per_weight": 8.0, "block": 32}
+    assert listed["tiny"]["types"][-1] == {"name": "row8", "bits_per_weight": 8.0, "block": 32, "refused": None}
     assert "--tiny-comment" in listed["tiny"]["options"]
     assert "tiny: a line of text" in cli("--help").stdout
 
 
+@pytest.mark.slow
 def test_a_model_is_planned_converted_and_verified(cli: Cli, model: Path, tmp_path: Path) -> None:
     ask = ("--model", model, "--format", "tiny", "--budget", "1600kB", "--budget-scope", "file", "--context", 64)
     done = cli(*ask, "--tiny-comment", "  from a friend ", "-o", tmp_path / "export", "--json")

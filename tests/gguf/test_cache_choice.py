@@ -33,6 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model
 
 
+@pytest.mark.slow
 def test_the_best_pair_under_each_budget(model: Path) -> None:
     checkpoint = Checkpoint.open(model)
     scores = open_scores(checkpoint, None)

@@ -359,6 +359,7 @@ def flat(text: str) -> str:
     return "".join(text.split())
 
 
+@pytest.mark.slow
 def test_export_verify_report_inspect_and_check(ranked: Path, tmp_path: Path, run: Run, monkeypatch: Any) -> None:
     model = Path(shutil.copytree(ranked, tmp_path / "tiny"))
     monkeypatch.chdir(model)

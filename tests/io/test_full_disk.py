@@ -58,6 +58,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {file.relative_to(directory).as_posix(): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 @pytest.mark.parametrize("stage", ["convert", "materialize", "export"])
 def test_a_full_disk(stage: str, target: str, made: Callable[[str], Path], run: Run) -> None:

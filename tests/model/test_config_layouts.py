@@ -159,6 +159,7 @@ def test_every_family_has_its_layouts() -> None:
     assert set(LAYOUTS) == {kind for kind, row in ARCHITECTURES.items() if row.layer}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["gguf", "onnx"])
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 @pytest.mark.filterwarnings("ignore:.*rope.*")

@@ -76,6 +76,7 @@ def predicted_and_measured(directory: Path, fmt: str, layers: int) -> dict[str, 
     return sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["f32", "int4"])
 def test_layers_cost_more_than_their_weights(tmp_path: Path, fmt: str) -> None:
     """Nodes, names and the plan of running them: megabytes, in a model of 32 layers whose weights are nothing."""

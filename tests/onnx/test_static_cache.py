@@ -92,6 +92,7 @@ def test_a_cache_that_was_never_cleared_does_no_harm(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(0.0), logits(float("nan")))
 
 
+@pytest.mark.slow
 def test_planned_and_verified(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", **SIZES)
     checkpoint, scores = Checkpoint.open(model), make_scores(model)

@@ -47,6 +47,7 @@ def whole(export: Export, place: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["int8", "mixed"])
 def test_the_page_loads_an_export_and_generates(make_export: MakeExport, rule: str, tmp_path: Path) -> None:
     if not PACKAGES.is_dir():
@@ -73,6 +74,7 @@ def test_the_page_loads_an_export_and_generates(make_export: MakeExport, rule: s
         assert f"the context is {CONTEXT} tokens" in page.inner_text("#status")
 
 
+@pytest.mark.slow
 def test_the_page_holds_a_conversation(make_export: MakeExport, tmp_path: Path) -> None:
     """Where the tokenizer has a template; the beginning is forgotten when the context is full."""
     if not PACKAGES.is_dir():

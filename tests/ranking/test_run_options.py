@@ -44,6 +44,7 @@ def test_recomputed_activations_give_the_same_ranking(model: Path, text: Path) -
         np.testing.assert_array_equal(module.scores, recomputed.modules[name].scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [False, True], ids=["float32-products", "bfloat16-products"])
 def test_weights_and_factors_in_the_models_dtype(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool

@@ -314,6 +314,7 @@ _OUTSIDE = """() => [...document.querySelectorAll("body *")].filter(e => {
 }).map(e => e.outerHTML.slice(0, 120))"""
 
 
+@pytest.mark.slow
 def test_nothing_sticks_out(page: Path, hostile: Path) -> None:
     with open_page() as tab:
         for width in (360, 768, 1280):

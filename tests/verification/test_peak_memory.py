@@ -49,6 +49,7 @@ print(*map(peak, directories))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
