@@ -132,10 +132,12 @@ def decode_strictly(data: bytes, kind: type[_T], where: str, error: Failure, als
             raise error(f"{where}: an object has the key {next(k for k in keys if keys.count(k) > 1)!r} twice")
         return found
 
-    # What decoding has passed holds no number and no depth that could harm here.
-    refuse_unknown_keys(
-        json.loads(data.removeprefix(_BYTE_ORDER_MARK), object_pairs_hook=unique), value, where, error, also
-    )
+    # Decoding looks at no text, number or depth of what it has no place for.
+    try:
+        raw = json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{where} is no JSON: {_why_not(data) or reason}") from None
+    refuse_unknown_keys(raw, value, where, error, also)
     return value
 
 

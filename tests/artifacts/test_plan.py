@@ -138,3 +138,15 @@ def test_byte_order_marks_are_read_and_other_encodings_named() -> None:
     latin = json.dumps(dataclasses.replace(PLAN, model="é").to_json(), ensure_ascii=False).encode("latin-1")
     with pytest.raises(PlanFileError, match="UTF-8"):
         decode_plan(latin, "here")
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [b'"\xff": 1', b'"more": "\xff"', b'"more": ' + b"9" * 5000, b'"more": ' + b"[" * 100_000 + b"]" * 100_000],
+    ids=["key", "text", "number", "depth"],
+)
+def test_what_has_no_place_is_looked_at_too(unknown: bytes) -> None:
+    """The decoder skips fields that it does not know, whatever is in them."""
+    text = json.dumps(PLAN.to_json()).encode()
+    with pytest.raises(PlanFileError, match="here"):
+        decode_plan(text[:-1] + b", " + unknown + b"}", "here")

@@ -110,7 +110,7 @@ def test_the_check_knows_the_names(project: Path, run: Run) -> None:
     assert checked.code == 0, checked.err
     (result,) = json.loads(checked.out)["results"]
     assert (result["name"], result["path"]) == ("phone", "export/phone")
-    for name, says in {"sizes": 'by  glob = "dist/sizes/*-*"', "phnoe": "did you mean phone?"}.items():
+    for name, says in {"sizes": 'by glob = "dist/sizes/*-*"', "phnoe": "did you mean phone?"}.items():
         config.write_text(f'[[check]]\nexport = "{name}"\nmax_bytes = "5MB"\n')
         refused = run("check")
         assert refused.code == 2 and says in _unwrapped(refused.err), refused.err
