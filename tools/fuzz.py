@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import random
 import re
 import sys
@@ -98,8 +99,8 @@ def outcome(read: Reader, file: Path) -> str:
     return found if took < SLOW else f"BUG: took {took:.0f} s"
 
 
-def fuzz(seeds: Path, corpus: Path, seconds: float, seed: int) -> list[str]:
-    """Fuzz for a time; return the findings.
+def fuzz(seeds: Path, corpus: Path, seed: int, *, seconds: float = math.inf, files: float = math.inf) -> list[str]:
+    """Fuzz for a time, or so many files; return the findings.
 
     Args:
         seeds: a directory of whole files, named after :func:`readers`.
@@ -111,9 +112,10 @@ def fuzz(seeds: Path, corpus: Path, seconds: float, seed: int) -> list[str]:
         ending: [file.read_bytes() for place in (seeds, corpus) for file in sorted(place.glob(f"*{ending}"))]
         for ending in readers_
     }
-    deadline = time.monotonic() + seconds
+    deadline, count = time.monotonic() + seconds, 0
     with tempfile.TemporaryDirectory() as scratch:
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and count < files:
+            count += 1
             ending = chance.choice([ending for ending in readers_ if pool[ending]])
             data = mutated(chance.choice(pool[ending]), chance)
             file = Path(scratch) / f"x{ending}"
@@ -141,7 +143,7 @@ def main() -> None:
 
     write_seeds(asked.seeds)
     sys.stdout.write(f"seed {asked.seed}\n")
-    findings = fuzz(asked.seeds, asked.corpus, asked.seconds, asked.seed)
+    findings = fuzz(asked.seeds, asked.corpus, asked.seed, seconds=asked.seconds)
     sys.stdout.write("".join(f"{line}\n" for line in findings) or "no findings\n")
     sys.exit(bool(findings))
 
