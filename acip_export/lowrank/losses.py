@@ -18,31 +18,27 @@ class ComponentLosses:
     down_sensitivity: Tensor
 
 
-def component_losses(
-    basis: Components, inputs: Tensor, gradients: Tensor, rounding: float = 1.0, diagonal: Tensor | None = None
-) -> ComponentLosses:
+def component_losses(basis: Components, inputs: Tensor, gradients: Tensor) -> ComponentLosses:
     """Predict losses in any basis, (k,) float64 each, in nats per token.
 
     Dropping component k changes W by -up_k down_k^T: 1/2 (up_k^T G up_k)(down_k^T H down_k), which is half the squared
     singular value in the ``kfac`` basis. Rounding with a relative mean square error of one adds independent noise of
     variance up_ik^2 (or down_kj^2) to each entry, so that only the diagonal of G (or H) stays.
-    ``rounding`` corrects that estimate by what was measured on the whole weight; ``diagonal`` is that of G where
-    ``gradients`` has it only nearly.
     """
     up, down = basis.up.double(), basis.down.double()
     up_energy = ((gradients @ up) * up).sum(0)
     down_energy = ((down @ inputs) * down).sum(1)
-    diagonals = inputs.diagonal(), gradients.diagonal() if diagonal is None else diagonal
-    return losses_of_energies(basis, (up_energy, down_energy), diagonals, rounding)
+    return losses_of_energies(basis, (up_energy, down_energy), (inputs.diagonal(), gradients.diagonal()))
 
 
 def losses_of_energies(
-    basis: Components, energies: tuple[Tensor, Tensor], diagonals: tuple[Tensor, Tensor], rounding: float
+    basis: Components, energies: tuple[Tensor, Tensor], diagonals: tuple[Tensor, Tensor], rounding: float = 1.0
 ) -> ComponentLosses:
     """Predict as :func:`component_losses`.
 
     Args:
         energies: up_k^T G up_k and down_k^T H down_k, (k,) each. diagonals: of H and G.
+        rounding: corrects what rounding costs by what was measured on the whole weight.
     """
     up_energy, down_energy = energies
     inputs, gradients = diagonals

@@ -34,9 +34,9 @@ class Whitening(ABC):
     identity: bytes = b""
 
     @staticmethod
-    def of(moment: Tensor, identity: bytes = b"") -> Whitening:
+    def of(moment: Tensor) -> Whitening:
         """Take a moment as it is, float64."""
-        return _Triangular(moment, identity)
+        return _Triangular(moment)
 
     @staticmethod
     def packed(packed: PackedMoment, name: str = "the second moment") -> Whitening:
@@ -82,8 +82,8 @@ class Whitening(ABC):
 class _Triangular(Whitening):
     """Have a Cholesky factor as the root: a thirtieth of an eigendecomposition, and no inverse."""
 
-    def __init__(self, moment: Tensor, identity: bytes) -> None:
-        self._moment, self.identity = moment, identity
+    def __init__(self, moment: Tensor) -> None:
+        self._moment = moment
         self._lower: Tensor | None = None
 
     @property
