@@ -1,42 +1,51 @@
-"""How fast this machine is: models made for it are exported in every type, and run in the runtimes of each format."""
+"""How fast this machine is: models of random numbers in every type, run in the runtimes of each format."""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
-from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import Plan, Serving
+from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.artifacts.report import Speed
-from acip_export.artifacts.scores import CurvePoint, ModuleScores, RankedModel, RankedOn, ScoreFile
 from acip_export.artifacts.speeds import RuntimeSpeed, SpeedTable
 from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
-from acip_export.formats.registry import export_formats
+from acip_export.formats.registry import export_format, format_names
 from acip_export.machine import processors
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.encoder import task_of
-from acip_export.planning import Problem, SearchSpace
-from acip_export.planning.speed import Predictor
+from acip_export.model.tensor_names import is_embedding
+from acip_export.planning.speed import products
+from acip_export.planning.speed_fit import Timed, fit
 from acip_export.progress import Clock, ProgressCallback, silent
 
-# Models of zeros: no kernel is faster for them, and quantizing them is quick.
-_HIDDEN, _FFN, _LAYERS = 1024, 4096, 4
-_SMALL, _FEW_LAYERS, _MANY_LAYERS = 256, 4, 20
-_VOCABULARY, _LARGE_VOCABULARY = 512, 32_768
-_PROMPT, _LONG_PROMPT, _NEW, _BATCH = 128, 1024, 16, 128
-_REPETITIONS = 3
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a model."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    vocabulary: int = 512
+
+
+# Larger than caches in most types, so that memory is read; and what takes long beside matrices.
+_LARGE = _Sizes(1024, 2816, 2)
+_FEW, _MANY, _WIDE = _Sizes(256, 512, 2), _Sizes(256, 512, 14), _Sizes(256, 512, 2, vocabulary=16_384)
+_PROMPT, _LONG_PROMPT, _NEW, _BATCH = 32, 512, 2, 128
+# All runs together take about as long; each is repeated at least so often, in passes far from each other: what slows a
+# machine down for a second must not slow down one type alone.
+_SECONDS, _REPEATS, _PASSES = 36.0, 2, 2
+_NEVER = (math.inf, math.inf)
 _HEAD_SIZE = 64
-# Rates and overheads are each other's remainders: so often they are computed in turn.
-_ROUNDS = 20
-_NOTHING = RuntimeSpeed("", {}, {}, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0)
 # llama.cpp knows pre-tokenizers by what they do.
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -49,190 +58,193 @@ def measure_speeds(progress: ProgressCallback = silent, names: Sequence[str] = (
 
     Args:
         names: of formats; empty: all.
+
+    Raises:
+        MissingExtraError, UnsupportedError: of a format that was named.
     """
     runtimes: dict[str, RuntimeSpeed] = {}
-    for format in export_formats():
-        if names and format.name not in names:
-            continue
+    known = names or format_names()
+    for name in known:
         try:
-            runtimes |= _measure_format(format, progress)
-        except MissingExtraError:
-            continue
+            runtimes |= _measure_format(export_format(name), progress, _SECONDS / len(known))
+        except (MissingExtraError, UnsupportedError):
+            if names:
+                raise
     return SpeedTable(platform.node() or "this machine", processors(), runtimes)
 
 
 @dataclass(frozen=True)
 class _Made:
-    """An export of zeros, with what it was planned from."""
+    """An export of random numbers."""
 
-    plan: Plan
-    problem: Problem
-    export: Path
+    format: ExportFormat
+    checkpoint: Checkpoint
+    decisions: tuple[TensorDecision, ...]
+    serving: Serving
+    path: Path
 
 
-def _measure_format(format: ExportFormat, progress: ProgressCallback) -> dict[str, RuntimeSpeed]:
-    layout = replace(format.layouts[0], low_rank=None, residual_pairs=())  # of dense matrices alone
-    types = [t for t in format.choose_types(()) if not t.needs_importance]
-    clock = Clock(f"speed of {format.name}", (len(types) + 4) * len(format.sessions), progress)
-    from acip_export.materialization import materialize_bundle
-
+def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: float) -> dict[str, RuntimeSpeed]:
+    bases = [layout.base_type for layout in format.layouts if layout.base_type is not None]
+    types = tuple(dict.fromkeys((*format.types, *format.embedding_types, *format.narrow_types, *bases)))
     with TemporaryDirectory(prefix="acip-export-") as directory:
-        place = Path(directory)
+        maker = _Maker(Path(directory), format)
+        clock = Clock(f"exports of {format.name}", len(types) + 3, progress)
+        small, by_type = [], {}
+        for sizes in (_FEW, _MANY, _WIDE):
+            small.append(maker.made(sizes))
+            clock.advance()
+        for name in types:
+            with suppress(UnsupportedError):
+                by_type[name] = maker.made(_LARGE, name)
+            clock.advance()
+        few, many, wide = small
+        runs = [_Run(few), _Run(many), _Run(many, _LONG_PROMPT), _Run(wide), *map(_Run, by_type.values())]
+        return _measure_runs(format, runs, tuple(by_type), maker.base, progress, seconds)
 
-        def made(name: str, type_name: str, **sizes: int) -> _Made:
-            checkpoint = _checkpoint(place / name, **sizes)
-            space = SearchSpace(format, layout, (format.type(type_name),), DEFAULT_BACKEND, {}, "nearest")
-            serving = Serving(_LONG_PROMPT + _NEW, next(iter(format.cache_types)), _BATCH, DEFAULT_BACKEND)
-            scores = _nothing_known(checkpoint)
-            problem = Problem.of(checkpoint, scores, space)
-            plan = problem.largest("file", serving)
-            materialize_bundle(checkpoint, scores, plan, place / f"{name}-bundle", round_trip=format.round_trip)
-            export = place / f"{name}-export"
-            export.mkdir()
-            format.convert(Bundle.open(place / f"{name}-bundle"), export, silent)
-            return _Made(plan, problem, export)
 
-        base = next((t.name for t in types if t.name in ("q8_0", "int8")), types[0].name)
-        small = {"hidden": _SMALL, "ffn": _SMALL}
-        few = made("few", base, layers=_FEW_LAYERS, **small)
-        many = made("many", base, layers=_MANY_LAYERS, **small)
-        wide = made("wide", base, layers=_FEW_LAYERS, vocabulary=_LARGE_VOCABULARY, **small)
-        by_type: dict[str, _Made] = {}
-        for type_ in types:
-            try:
-                by_type[type_.name] = made(type_.name, type_.name)
-            except UnsupportedError:
-                continue  # no type of embeddings, or a quantizer that wants more than zeros
-        found = {}
-        for session in format.sessions:
-            try:
-                found[session.runtime] = _measure(session, few, many, wide, by_type, base, clock)
-            except MissingExtraError:
-                continue
+def _measure_runs(
+    format: ExportFormat,
+    runs: Sequence[_Run],
+    types: Sequence[str],
+    base: str,
+    progress: ProgressCallback,
+    seconds: float,
+) -> dict[str, RuntimeSpeed]:
+    """Run the small models, then one of each type, in every runtime of a format that is installed."""
+    every = len(runs) * len(format.sessions) * _PASSES
+    clock = Clock(f"speed of {format.name}", every, progress)
+    found: dict[str, RuntimeSpeed] = {}
+    missing: MissingExtraError | None = None
+    for session in format.sessions:
+        shortest = [_NEVER] * len(runs)
+        version = ""
+        try:
+            for _ in range(_PASSES):
+                for index, run in enumerate(runs):
+                    with session.open(run.made.path, run.made.serving) as opened:
+                        version = opened.name
+                        shortest[index] = run.shortest(opened, seconds / every, shortest[index])
+                    clock.advance()
+        except MissingExtraError as reason:
+            missing = reason
+            continue
+        few, many, long, wide, *large = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
+        found[session.runtime] = fit(few, many, long, wide, dict(zip(types, large, strict=True)), base, version)
+    if missing is not None and not found:
+        raise missing
     return found
 
 
-def _measure(
-    session: Any, few: _Made, many: _Made, wide: _Made, by_type: dict[str, _Made], base: str, clock: Clock
-) -> RuntimeSpeed:
-    """Run one runtime on all of them."""
-    version = ""
+class _Maker:
+    """Makes exports of random numbers of one format."""
 
-    def timed(made: _Made, prompt: int = _PROMPT) -> Timed:
-        nonlocal version
-        with session.open(made.export, made.plan.serving) as opened:
-            version = opened.name
-            tokens = [1 + index % 200 for index in range(prompt)]
-            speeds: list[Speed] = [opened.speed(tokens, _NEW) for _ in range(_REPETITIONS)]
-        clock.advance()
-        predictor = Predictor.of(made.problem, _NOTHING, made.plan.serving)
-        matrices = [(d, m) for d in made.plan.tensors for m in predictor.matrices(d)]
-        return Timed(
-            prompt=min(1 / each.prefill for each in speeds),
-            answer=min(1 / each.decode for each in speeds if each.decode),
-            tokens=prompt,
-            nbytes=sum(nbytes for _, (_, nbytes, _) in matrices),
-            weights=sum(weights for d, (_, _, weights) in matrices if not predictor.is_head(d)),
-            head=sum(weights for d, (_, _, weights) in matrices if predictor.is_head(d)),
-            layers=predictor.shape.layers,
-            hidden=predictor.shape.hidden,
-            cache=predictor.kv_cache / made.plan.serving.context,
+    def __init__(self, place: Path, format: ExportFormat) -> None:
+        self._place, self._format = place, format
+        # What every format has and every matrix fits, also the embedding's.
+        self.base = next(name for name in format.embedding_types if not format.type(name).is_float)
+        self._checkpoints: dict[_Sizes, Checkpoint] = {}
+        self._count = 0
+
+    def made(self, sizes: _Sizes, type_name: str | None = None) -> _Made:
+        """Write one whose layers have a type; ``None``: the one that the embedding has, too.
+
+        Raises:
+            UnsupportedError: matrices cannot be of this type.
+        """
+        format = self._format
+        if sizes not in self._checkpoints:
+            self._checkpoints[sizes] = _checkpoint(self._place / f"model-{len(self._checkpoints)}", sizes)
+        checkpoint = self._checkpoints[sizes]
+        serving = Serving(_LONG_PROMPT + _NEW, next(iter(format.cache_types)), _BATCH, DEFAULT_BACKEND)
+        decisions = tuple(
+            self._decision(name, shape, type_name or self.base) for name, shape in _tensors(sizes).items()
         )
+        format.prepare(checkpoint, DEFAULT_BACKEND, serving.context, silent)
+        self._count += 1
+        path = self._place / f"export-{self._count}"
+        path.mkdir()
+        format.imitate(checkpoint, format.layouts[0].name, decisions, serving, path)
+        return _Made(format, checkpoint, decisions, serving, path)
 
-    return fit(
-        timed(few),
-        timed(many),
-        timed(many, _LONG_PROMPT),
-        timed(wide),
-        {name: timed(made) for name, made in by_type.items()},
-        base,
-        version,
-    )
+    def _decision(self, name: str, shape: tuple[int, ...], type_name: str) -> TensorDecision:
+        chosen = self._format.vector_type if len(shape) == 1 else self.base if is_embedding(name) else type_name
+        nbytes = self._format.type(chosen).nbytes(shape[0] if len(shape) == 2 else 1, shape[-1])
+        return TensorDecision(name, shape, "dense", nbytes, chosen)
 
 
 @dataclass(frozen=True)
-class Timed:
-    """A run: seconds a token of a prompt of ``tokens`` and of the answer after it, and what was computed for one.
+class _Run:
+    """A prompt and the beginning of an answer."""
 
-    Attributes:
-        nbytes: of matrices. weights, head: of the layers' and of the head's. cache: bytes a token of context.
-    """
+    made: _Made
+    tokens: int = _PROMPT
 
-    prompt: float
-    answer: float
-    tokens: int
-    nbytes: int
-    weights: int
-    head: int
-    layers: int
-    hidden: int
-    cache: float
+    def shortest(self, opened: Any, seconds: float, before: tuple[float, float]) -> tuple[float, float]:
+        """Return the shortest times of a token of the prompt and of the answer: other programs only lengthen them."""
+        prompt, answer = before
+        _seconds(opened, self.tokens)  # what is read and allocated once
+        end = time.perf_counter() + seconds
+        repeated = 0
+        while repeated < _REPEATS or time.perf_counter() < end:
+            repeated += 1
+            found = _seconds(opened, self.tokens)
+            prompt, answer = min(prompt, found[0]), min(answer, found[1])
+        return prompt, answer
 
-
-def fit(
-    few: Timed, many: Timed, long: Timed, wide: Timed, by_type: Mapping[str, Timed], base: str, version: str
-) -> RuntimeSpeed:
-    """Tell apart what runs took: for every type's matrices, for a token, for a layer, for the cache.
-
-    Args:
-        few, many: small models of few and many layers of the type ``base``. long: the latter after a long prompt.
-        wide: the former with a large vocabulary. by_type: large models.
-    """
-    layers, context = many.layers - few.layers, long.tokens - many.tokens
-    cache_read = many.cache * context / _above_zero(long.answer - many.answer)
-    attention = 2 * many.hidden * context * many.layers / _above_zero(long.prompt - many.prompt)
-    read = {name: run.nbytes / run.answer for name, run in by_type.items()}
-    compute = {name: 2 * run.weights / run.prompt for name, run in by_type.items()}
-    token = layer = width = share = 0.0
-
-    def beside(run: Timed) -> float:
-        return run.answer - run.nbytes / read[base] - run.cache * run.tokens / cache_read
-
-    def beside_prompt(run: Timed) -> float:
-        overhead = (token + run.layers * layer) / min(_BATCH, run.tokens)
-        attended = 2 * run.hidden * run.tokens * run.layers / attention
-        return run.prompt - overhead - attended - 2 * (run.weights + share * run.head) / compute[base]
-
-    for _ in range(_ROUNDS):
-        layer = max(0.0, (beside(many) - beside(few)) / layers)
-        token = max(0.0, beside(few) - few.layers * layer)
-        for name, run in by_type.items():
-            rest = run.answer - token - run.layers * layer - run.cache * run.tokens / cache_read
-            read[name] = run.nbytes / max(rest, run.answer / 10)
-        head = 2 * (wide.head - few.head) / compute[base]
-        share = min(1.0, max(0.0, (wide.prompt - few.prompt) / head))
-        width = max(0.0, (beside_prompt(many) - beside_prompt(few)) / layers / many.hidden)
-        for name, run in by_type.items():
-            overhead = (token + run.layers * layer) / min(_BATCH, run.tokens)
-            attended = 2 * run.hidden * run.tokens * run.layers / attention
-            rest = run.prompt - overhead - attended - width * run.hidden * run.layers
-            compute[name] = 2 * (run.weights + share * run.head) / max(rest, run.prompt / 10)
-    return RuntimeSpeed(version, read, compute, token, layer, width, cache_read, attention, share)
+    def timed(self, prompt: float, answer: float) -> Timed:
+        """Return what was computed in these times."""
+        made = self.made
+        shape, serving = made.checkpoint.shape, made.serving
+        matrices = [each for d in made.decisions for each in products(d, made.format.name, shape)]
+        return Timed(
+            prompt=prompt,
+            answer=answer,
+            tokens=self.tokens,
+            batch=min(_BATCH, self.tokens),
+            nbytes=sum(matrix.nbytes for matrix in matrices),
+            weights=sum(matrix.weights for matrix in matrices if not matrix.head),
+            head=sum(matrix.weights for matrix in matrices if matrix.head),
+            layers=shape.layers,
+            hidden=shape.hidden,
+            cache=made.format.memory.serving(shape, serving).kv_cache / serving.context,
+        )
 
 
-def _above_zero(seconds: float) -> float:
-    """What is too short to be measured counts as a nanosecond."""
-    return max(seconds, 1e-9)
+def _seconds(opened: Any, prompt: int) -> tuple[float, float]:
+    """Return the seconds of a token of a prompt, and of the answer after it."""
+    speed: Speed = opened.speed([1 + index % 200 for index in range(prompt)], _NEW)
+    assert speed.decode is not None
+    return 1 / speed.prefill, 1 / speed.decode
 
 
-def _checkpoint(
-    place: Path, hidden: int = _HIDDEN, ffn: int = _FFN, layers: int = _LAYERS, vocabulary: int = _VOCABULARY
-) -> Checkpoint:
-    """Write a Llama of zeros, with a tokenizer of bytes."""
-    from safetensors.numpy import save_file
+def _tensors(sizes: _Sizes) -> Mapping[str, tuple[int, ...]]:
+    """Return names and shapes of a Llama."""
+    hidden, ffn = sizes.hidden, sizes.ffn
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes.vocabulary, hidden)}
+    for layer in range(sizes.layers):
+        name = f"model.layers.{layer}"
+        tensors |= {f"{name}.self_attn.{each}_proj.weight": (hidden, hidden) for each in "qkvo"}
+        tensors |= {f"{name}.mlp.{each}_proj.weight": (ffn, hidden) for each in ("gate", "up")}
+        tensors[f"{name}.mlp.down_proj.weight"] = (hidden, ffn)
+        tensors |= {f"{name}.{each}_layernorm.weight": (hidden,) for each in ("input", "post_attention")}
+    return {**tensors, "model.norm.weight": (hidden,)}
 
+
+def _checkpoint(place: Path, sizes: _Sizes) -> Checkpoint:
+    """Write configuration and tokenizer of a Llama that has no weights; its tokens are bytes."""
     place.mkdir()
-    heads = hidden // _HEAD_SIZE
+    heads = sizes.hidden // _HEAD_SIZE
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.ffn,
+        "num_hidden_layers": sizes.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": _HEAD_SIZE,
-        "vocab_size": vocabulary,
+        "vocab_size": sizes.vocabulary,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -243,16 +255,8 @@ def _checkpoint(
         "torch_dtype": "float16",
     }
     (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tensors = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    for layer in range(layers):
-        name = f"model.layers.{layer}"
-        tensors |= {f"{name}.self_attn.{each}_proj.weight": (hidden, hidden) for each in "qkvo"}
-        tensors |= {f"{name}.mlp.{each}_proj.weight": (ffn, hidden) for each in ("gate", "up")}
-        tensors[f"{name}.mlp.down_proj.weight"] = (hidden, ffn)
-        tensors |= {f"{name}.{each}_layernorm.weight": (hidden,) for each in ("input", "post_attention")}
-    save_file({name: np.zeros(shape, np.float16) for name, shape in tensors.items()}, place / "model.safetensors")
     _tokenizer(place)
-    return Checkpoint.open(place)
+    return Checkpoint(place, config, {})
 
 
 def _tokenizer(place: Path) -> None:
@@ -271,32 +275,3 @@ def _tokenizer(place: Path) -> None:
     PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
     ).save_pretrained(place)
-
-
-def _nothing_known(checkpoint: Checkpoint) -> ScoreFile:
-    """Return scores that know nothing but the model: enough for plans without low rank."""
-    zeros = {name: np.zeros(min(shape), np.float32) for name, shape in checkpoint.linear_modules.items()}
-    modules = {
-        name: ModuleScores(
-            shape,
-            zeros[name],
-            zeros[name],
-            zeros[name],
-            zeros[name],
-            0.0,
-            np.ones(shape[1], np.float32),
-            np.ones(shape[0], np.float32),
-        )
-        for name, shape in checkpoint.linear_modules.items()
-    }
-    return ScoreFile(
-        model=RankedModel(checkpoint.name, checkpoint.fingerprint),
-        task=task_of(checkpoint.config),
-        algorithm={"name": "none", "basis": "svd"},
-        data=RankedOn(source="none", sha256="0" * 64, tokens=0),
-        versions={},
-        curve=(CurvePoint(1.0, 0.0), CurvePoint(0.5, 1.0)),
-        modules=modules,
-        embedding_sensitivity={},
-        second_moments={},
-    )

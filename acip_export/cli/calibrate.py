@@ -46,8 +46,8 @@ def calibrate(
 
     acip-export calibrate --format gguf -o board.json
 
-    Models of zeros are exported in every type and run in the installed runtimes: a few minutes, on a machine that does
-    nothing else.
+    Small models of random numbers run in the installed runtimes, in every type that plans choose from: about a minute,
+    on a machine that does nothing else.
     """
     from acip_export.api.speed import measure_speeds
 

@@ -29,6 +29,16 @@ class Pace:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A matrix that tokens are multiplied with. ``head``: that of a prompt's last token alone, in some runtimes."""
+
+    type: str
+    nbytes: int
+    weights: int
+    head: bool
+
+
+@dataclass(frozen=True)
 class Predictor:
     """Predicts the speed of plans for one model in one runtime.
 
@@ -51,14 +61,14 @@ class Predictor:
     def speed(self, decisions: Sequence[TensorDecision]) -> PlannedSpeed | None:
         """Return tokens a second with a full context; ``None``: a type was not measured."""
         speeds, shape, serving = self.speeds, self.shape, self.serving
-        read, computed = 0.0, 0.0
-        for decision in decisions:
-            seconds = self.answer_seconds(decision)
-            if seconds is None:
-                return None
-            read += seconds
-            share = speeds.head_share if self.is_head(decision) else 1.0
-            computed += share * sum(2 * weights / speeds.compute[name] for name, _, weights in self.matrices(decision))
+        matrices = [matrix for decision in decisions for matrix in self.products(decision)]
+        if any(matrix.type not in speeds.read or matrix.type not in speeds.compute for matrix in matrices):
+            return None
+        read = sum(matrix.nbytes / speeds.read[matrix.type] for matrix in matrices)
+        computed = sum(
+            (speeds.head_share if matrix.head else 1.0) * 2 * matrix.weights / speeds.compute[matrix.type]
+            for matrix in matrices
+        )
         answer = speeds.token_seconds + shape.layers * speeds.layer_seconds + read + self.kv_cache / speeds.cache_read
         attention = 2 * shape.heads * shape.head_dim * serving.context * shape.layers / speeds.attention
         overhead = (speeds.token_seconds + shape.layers * speeds.layer_seconds) / serving.prompt_batch
@@ -67,30 +77,31 @@ class Predictor:
 
     def answer_seconds(self, decision: TensorDecision) -> float | None:
         """Return the time of reading a tensor for one token; ``None``: a type was not measured."""
-        total = 0.0
-        for name, nbytes, _ in self.matrices(decision):
-            if name not in self.speeds.read or name not in self.speeds.compute:
-                return None
-            total += nbytes / self.speeds.read[name]
-        return total
+        matrices = list(self.products(decision))
+        if any(matrix.type not in self.speeds.read or matrix.type not in self.speeds.compute for matrix in matrices):
+            return None
+        return sum(matrix.nbytes / self.speeds.read[matrix.type] for matrix in matrices)
 
-    def matrices(self, decision: TensorDecision) -> Iterator[tuple[str, int, int]]:
-        """Yield type, bytes and weights of every matrix of a tensor that a token is multiplied with."""
-        if len(decision.shape) != 2 or (is_embedding(decision.name) and not self.shape.tied_embeddings):
-            return
-        rows, columns = decision.shape
-        if decision.type is not None and decision.representation != "factored":
-            yield decision.type, weight_type(self.format, decision.type).nbytes(rows, columns), rows * columns
-        if decision.rank and decision.up_type and decision.down_type:
-            for name, height, width in (
-                (decision.down_type, decision.rank, columns),
-                (decision.up_type, rows, decision.rank),
-            ):
-                yield name, weight_type(self.format, name).nbytes(height, width), height * width
+    def products(self, decision: TensorDecision) -> Iterator[Product]:
+        """Yield every matrix of a tensor that a token is multiplied with."""
+        return products(decision, self.format, self.shape)
 
-    def is_head(self, decision: TensorDecision) -> bool:
-        """Tell whether a tensor that is multiplied with is the head's."""
-        return decision.name.endswith(HEAD) or is_embedding(decision.name)
+
+def products(decision: TensorDecision, format: str, shape: ModelShape) -> Iterator[Product]:
+    """Yield every matrix of a tensor that a token is multiplied with."""
+    head = is_embedding(decision.name)
+    if len(decision.shape) != 2 or (head and not shape.tied_embeddings):
+        return
+    rows, columns = decision.shape
+    head = head or decision.name.endswith(HEAD)
+    stored: list[tuple[str | None, int, int]] = []
+    if decision.representation != "factored":
+        stored.append((decision.type, rows, columns))
+    if decision.rank:
+        stored += [(decision.down_type, decision.rank, columns), (decision.up_type, rows, decision.rank)]
+    for name, height, width in stored:
+        if name is not None:
+            yield Product(name, weight_type(format, name).nbytes(height, width), height * width, head)
 
 
 def at_pace(problem: Problem, budget: Budget, plan: Plan, pace: Pace | None) -> Plan:

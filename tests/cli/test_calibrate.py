@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from acip_export.api import speed
-from acip_export.api.speed import Timed, fit
 from acip_export.artifacts.speeds import RuntimeSpeed, load_speeds
 from acip_export.devices import speeds_file
 from acip_export.formats.registry import export_format
+from acip_export.planning.speed_fit import Timed, fit
 from tests.support import Run
 
 ASKED = ("--budget", "3MB", "--types", "q8_0,q4_0", "--context", 64)
@@ -23,25 +23,33 @@ def quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models, two types, once each; and a configuration directory of one's own."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("APPDATA", str(tmp_path / "config"))
+    few, some = replace(speed._FEW, hidden=128, ffn=256, layers=1), replace(speed._FEW, layers=2)
     for name, value in {
-        "_HIDDEN": 256,
-        "_FFN": 512,
-        "_LAYERS": 2,
-        "_FEW_LAYERS": 1,
-        "_MANY_LAYERS": 3,
-        "_LARGE_VOCABULARY": 2048,
-        "_PROMPT": 32,
+        "_LARGE": some,
+        "_FEW": few,
+        "_MANY": replace(few, layers=3),
+        "_WIDE": replace(few, vocabulary=2048),
         "_LONG_PROMPT": 128,
-        "_NEW": 4,
-        "_REPETITIONS": 1,
+        "_SECONDS": 0.0,
+        "_PASSES": 1,
     }.items():
         monkeypatch.setattr(speed, name, value)
-    few = {"gguf": ("q8_0", "q4_0"), "onnx": ("int4-b64",)}
-    formats = tuple(replace(export_format(name), types=types) for name, types in few.items())
-    monkeypatch.setattr(speed, "export_formats", lambda: formats)
+    few_types = {"gguf": ("q8_0", "q4_0"), "onnx": ("int8", "int4-b64")}
+    formats = {
+        name: replace(
+            export_format(name),
+            types=types,
+            embedding_types=types,
+            narrow_types=(),
+            layouts=export_format(name).layouts[:1],
+        )
+        for name, types in few_types.items()
+    }
+    monkeypatch.setattr(speed, "export_format", formats.__getitem__)
 
 
-def test_calibrate_then_plan(model: Path, run: Run, quickly: None) -> None:
+@pytest.mark.usefixtures("quickly")
+def test_calibrate_then_plan(model: Path, run: Run) -> None:
     before = run("plan", *ASKED, "-f", "gguf", "--min-speed", 1)
     assert before.code == 2 and "acip-export calibrate" in before.err
     assert json.loads(run("plan", *ASKED, "-f", "gguf", "--json").out)["speed"] is None
@@ -51,7 +59,7 @@ def test_calibrate_then_plan(model: Path, run: Run, quickly: None) -> None:
     assert json.loads(done.out) == table.to_json()
     found = table.runtimes["llama.cpp"]
     assert set(table.runtimes) == {"llama.cpp"} and set(found.read) == set(found.compute) == {"q8_0", "q4_0"}
-    assert "llama.cpp" in found.version
+    assert "llama.cpp" in found.version and all(rate > 0 for rate in (*found.read.values(), *found.compute.values()))
     planned = run("plan", *ASKED, "-f", "gguf", "--json")
     assert planned.code == 0, planned.err
     predicted = json.loads(planned.out)["speed"]
@@ -66,9 +74,12 @@ def test_calibrate_then_plan(model: Path, run: Run, quickly: None) -> None:
     assert run("plan", *ASKED, "-f", "gguf").code == 3
 
 
-def test_a_device_with_a_table(model: Path, run: Run, quickly: None) -> None:
+@pytest.mark.usefixtures("quickly")
+def test_a_device_with_a_table(model: Path, run: Run) -> None:
     assert run("calibrate", "-f", "onnx", "-o", "board.json").code == 0
-    assert set(load_speeds(model / "board.json").runtimes) == {"onnxruntime", "onnxruntime-genai"}
+    measured = load_speeds(model / "board.json").runtimes
+    assert set(measured) == {"onnxruntime", "onnxruntime-genai"}
+    assert all(set(each.read) == set(each.compute) == {"int8", "int4-b64"} for each in measured.values())
     assert not speeds_file().exists()
     (model / "devices.toml").write_text(
         '[[device]]\nname = "board"\ntitle = "Board"\nclass = "board"\nmemory = "1GiB"\nusable = 0.5\n'
@@ -95,7 +106,7 @@ def test_what_is_measured_together_is_told_apart() -> None:
         answer = fixed + nbytes / true.read[name] + cache * tokens / true.cache_read
         prompt = 2 * (weights + true.head_share * head) / true.compute[name] + fixed / 128
         prompt += 2 * hidden * tokens * layers / true.attention + true.width_seconds * hidden * layers
-        return Timed(prompt, answer, tokens, nbytes, weights, head, layers, hidden, cache)
+        return Timed(prompt, answer, tokens, 128, nbytes, weights, head, layers, hidden, cache)
 
     found = fit(
         timed("a", 4, 256),

@@ -12,7 +12,7 @@ from acip_export.errors import UnreachableSpeedError, UsageError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, make_plan, resolve
 from acip_export.planning.problem import Problem
-from acip_export.planning.speed import Predictor
+from acip_export.planning.speed import Predictor, Product
 from tests.planning.problems import with_overhead
 from tests.support import make_model, make_scores
 
@@ -130,8 +130,8 @@ def test_pairs_are_two_matrices(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     pair = replace(
         dense, representation="factored", type=None, rank=64, up_type="q4_0", down_type="q8_0", kept=((0, 64),)
     )
-    assert list(predictor.matrices(pair)) == [
-        ("q8_0", 64 * 256 // 32 * 34, 64 * 256),
-        ("q4_0", 512 * 64 // 32 * 18, 512 * 64),
+    assert list(predictor.products(pair)) == [
+        Product("q8_0", 64 * 256 // 32 * 34, 64 * 256, head=False),
+        Product("q4_0", 512 * 64 // 32 * 18, 512 * 64, head=False),
     ]
     assert dense.shape == shape
