@@ -105,6 +105,7 @@ def plan(
     backend: str | None = None,
     context: int | Literal["max"] | None = None,
     max_loss: float | None = None,
+    min_speed: float | None = None,
     cache_type: str | None = None,
     cache_type_k: str | None = None,
     cache_type_v: str | None = None,
@@ -128,6 +129,8 @@ def plan(
             ``acip-export formats`` lists them.
         context: tokens of KV cache; ``None``: the model's, at most 4096; ``max``: the longest that fits with a
             predicted loss of at most ``max_loss``, or, without, of 0.01 nats more than the shortest.
+        min_speed: tokens a second that an answer with a full context must be predicted with, on this machine, which
+            ``acip-export calibrate`` has measured.
         cache_type: of the cache; cache_type_k, cache_type_v: of its keys or its values alone.
         prompt_batch: prompt tokens processed together; ``None``: suits the budget.
         rounding: ``feedback`` carries the error of each weight to those that are rounded after it, ``nearest`` does
@@ -138,10 +141,11 @@ def plan(
         options: settings that only this format knows, as its flags are called (``split_max_size``).
 
     Raises:
-        InfeasibleBudgetError: no plan fits; the message says what would.
+        InfeasibleBudgetError: no plan fits; the message says what would. UnreachableSpeedError: none is fast enough.
         ScoreFileError: not of this model. UsageError, UnsupportedError: what was asked contradicts itself or the model.
     """
     from acip_export.api.plan import plan_export
+    from acip_export.devices import speeds_of
     from acip_export.formats.registry import export_format
     from acip_export.planning import PlanRequest
 
@@ -164,6 +168,8 @@ def plan(
         rounding=rounding,
         calibrate=calibrate,
         candidates=candidates,
+        speeds=speeds_of(None),
+        min_speed=min_speed,
         options={name: parsers.get(name, str)(text) for name, text in options.items()},
     )
     return plan_export(checkpoint, open_scores(checkpoint, scores), request, progress)

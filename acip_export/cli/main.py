@@ -15,6 +15,7 @@ import typer
 from acip_export.cli import (
     build,
     cache,
+    calibrate,
     chat,
     check,
     convert,
@@ -62,6 +63,7 @@ for command in (
     inspect.inspect,
     check.check,
     devices.devices,
+    calibrate.calibrate,
     formats.formats,
     cache.cache,
 ):
