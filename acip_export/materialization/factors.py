@@ -110,12 +110,14 @@ class Norm:
     @classmethod
     def of(cls, module: ModuleScores, packed: Mapping[str, PackedMoment], weight: Tensor) -> Norm:
         """Unpack the moments; ``weight`` is the dense one, without adapters."""
-        gradients, key = None, module.gradient_key
-        if key:
-            gradients = packed[key].unpacked(_named(key))
+        inputs = gradients = None
+        if module.input_key:
+            inputs = packed[module.input_key].unpacked(_named(module.input_key))
+        if module.gradient_key:
+            gradients = packed[module.gradient_key].unpacked(_named(module.gradient_key))
             if is_projected(module.shape):
                 gradients = lifted(gradients, module.gradient_moment, weight)
-        return cls(input_norm(module, packed), _damped(gradients, module.gradient_moment))
+        return cls(damped(inputs, module.input_moment), damped(gradients, module.gradient_moment))
 
     def loss(self, change: Tensor) -> float:
         """Of a change (out, in)."""
@@ -123,13 +125,8 @@ class Norm:
         return 0.5 * float(((self.gradients @ wide) * (wide @ self.inputs)).sum())
 
 
-def input_norm(module: ModuleScores, packed: Mapping[str, PackedMoment]) -> Tensor:
-    """:attr:`Norm.inputs` alone."""
-    key = module.input_key
-    return _damped(packed[key].unpacked(_named(key)) if key else None, module.input_moment)
-
-
-def _damped(known: Tensor | None, diagonal: FloatArray) -> Tensor:
+def damped(known: Tensor | None, diagonal: FloatArray) -> Tensor:
+    """Return a second moment, (n, n) float64, damped; ``known``: ``None`` where there is only its diagonal."""
     full = torch.diag(torch.from_numpy(diagonal.astype(np.float64))) if known is None else known
     return full + DAMPING * full.diagonal().mean() * torch.eye(len(full), dtype=torch.float64)
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from acip_export.artifacts.rounding_errors import Ratios, RoundingErrors, pair_key, residual_key
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
-from acip_export.error_feedback import feedback_factor
+from acip_export.error_feedback import FeedbackFactor, feedback_factor
 from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.losses import component_losses
 from acip_export.lowrank.whitening import Whitening
-from acip_export.materialization.factors import Norm, Pair, input_norm
-from acip_export.materialization.feedback import FeedbackFactors, second_moment
+from acip_export.materialization.factors import Norm, Pair, damped
+from acip_export.materialization.feedback import second_moment
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
@@ -65,11 +65,12 @@ def measure_rounding(
     total = len(missing) + len(measured)
     done = 0
     found: dict[str, dict[str, float]] = {}
-    factors = FeedbackFactors(scores)
-    for name, types in missing.items():
-        progress(Progress(_STAGE, done, total, name))
-        found[name] = dict(_dense(checkpoint, scores, name, types, round_trip, factors, feedback_types))
-        done += 1
+    for key, names in _by_input(scores, missing):
+        inputs = _Inputs.of(scores, key, not set(feedback_types).isdisjoint(*(missing[name] for name in names)))
+        for name in names:
+            progress(Progress(_STAGE, done, total, name))
+            found[name] = dict(_dense(checkpoint, scores, name, missing[name], round_trip, inputs, feedback_types))
+            done += 1
     ratios: dict[str, dict[str, Ratios]] = {}
     for name in measured:
         progress(Progress(_STAGE, done, total, name))
@@ -116,13 +117,34 @@ def _rows(total: int, columns: int) -> Tensor:
     return (torch.arange(count, dtype=torch.float64) + 0.5).mul(total / count).long()
 
 
+def _by_input(scores: ScoreFile, tensors: Iterable[str]) -> list[tuple[str | None, list[str]]]:
+    """Group tensors by what they read: unpacking its second moment takes longer than rounding one of them."""
+    groups: dict[str | None, list[str]] = {}
+    for name in tensors:
+        groups.setdefault(scores.moment_key(name) or None, []).append(name)
+    return list(groups.items())
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The second moment that several tensors share, and its factor, where either is known and wanted."""
+
+    moment: Tensor | None
+    factor: FeedbackFactor | None
+
+    @classmethod
+    def of(cls, scores: ScoreFile, key: str | None, with_factor: bool) -> _Inputs:
+        moment = second_moment(scores, key) if key else None
+        return cls(moment, None if moment is None or not with_factor else feedback_factor(moment, repr(key)))
+
+
 def _dense(
     checkpoint: Checkpoint,
     scores: ScoreFile,
     tensor: str,
     types: Iterable[str],
     round_trip: RoundTrip,
-    factors: FeedbackFactors,
+    shared: _Inputs,
     feedback_types: Collection[str],
 ) -> Iterator[tuple[str, float]]:
     """Predicted loss of each type: the sampled rows' share of the exact sensitivity."""
@@ -130,7 +152,6 @@ def _dense(
     rows = _rows(*weight.shape)
     sample = weight[rows].float()
     module = scores.modules.get(tensor.removesuffix(".weight"))
-    key = scores.moment_key(tensor)
     if module is None:
         # The embedding, or an untied head: every row counts alike.
         sensitivity, plain, gradients = (
@@ -138,14 +159,12 @@ def _dense(
             None,
             torch.ones(len(rows)).double(),
         )
-        inputs = second_moment(scores, key) if key else torch.eye(weight.shape[1]).double()
+        inputs = torch.eye(weight.shape[1]).double() if shared.moment is None else shared.moment
     else:
         sensitivity, plain = module.sensitivity, InputMoments(torch.from_numpy(module.input_moment))
         gradients = torch.from_numpy(module.gradient_moment).double()[rows]
-        inputs = input_norm(module, scores.second_moments)
-    informed = plain
-    if key and not set(feedback_types).isdisjoint(types):
-        informed = InputMoments(inputs.diagonal().float(), factors.by_key(key))
+        inputs = damped(shared.moment, module.input_moment)
+    informed = plain if shared.factor is None else InputMoments(inputs.diagonal().float(), shared.factor)
     energy = float(gradients @ sample.double().square() @ inputs.diagonal())
     for name in types:
         change = (round_trip(sample, name, informed if name in feedback_types else plain) - sample).double()
