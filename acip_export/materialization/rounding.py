@@ -66,7 +66,8 @@ def measure_rounding(
     done = 0
     found: dict[str, dict[str, float]] = {}
     for key, names in _by_input(scores, missing):
-        inputs = _Inputs.of(scores, key, not set(feedback_types).isdisjoint(*(missing[name] for name in names)))
+        wanted_types = {form for name in names for form in missing[name]}
+        inputs = _Inputs.of(scores, key, not wanted_types.isdisjoint(feedback_types))
         for name in names:
             progress(Progress(_STAGE, done, total, name))
             found[name] = dict(_dense(checkpoint, scores, name, missing[name], round_trip, inputs, feedback_types))
