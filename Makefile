@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: fuzz licences release bench-rank-memory bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-rivals bench-memory bench-onnx help setup demo docs picture session test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
+.PHONY: fuzz licences release bench-rank-memory bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-rivals bench-memory bench-onnx help setup demo docs picture session site test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -26,6 +26,10 @@ demo: $(STAMP) ## Rank the sample model, export it at three budgets in both form
 docs: $(STAMP) ## Write docs/cli.md and docs/api.md again, from commands and docstrings
 	$(BIN)/python tools/generate_cli.py
 	$(BIN)/python tools/generate_api.py
+
+site: $(STAMP) ## Build the documentation into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "open site/index.html, or:  $(BIN)/python -m http.server -d site"
 
 session: $(STAMP) ## Record the terminal session of the README again, after  make demo
 	$(BIN)/python tools/record_session.py
@@ -145,4 +149,4 @@ consumers: ## Install transformers.js, node-llama-cpp and optimum-onnx for their
 	  cp tests/consumers/optimum.txt $(CACHE)/consumers/optimum.txt; }
 
 clean: ## Remove everything that the other targets made
-	rm -rf $(VENV) build dist *.egg-info .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
+	rm -rf $(VENV) build dist *.egg-info .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz site

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from acip_export.artifacts.plan import Tokens
+from acip_export.artifacts.plan import Plan, Tokens
 from acip_export.artifacts.speeds import RuntimeSpeed, load_speeds
 from acip_export.errors import AcipError, DeviceFileError, UsageError
 from acip_export.formats.registry import export_format, format_names
@@ -106,6 +106,24 @@ class Device:
     @property
     def default_format(self) -> str:
         return next(iter(self.runtimes))
+
+    def obstacle(self, plan: Plan) -> str | None:
+        """Say in a few words why an export cannot run here; ``None``: its process stays within the budget."""
+        if plan.format not in self.runtimes:
+            return f"no runtime for {plan.format}"
+        if plan.process_bytes > self.budget_bytes:
+            return "less memory"
+        if self.largest_file is not None and max(plan.files.values()) > self.largest_file:
+            return "no file as large"
+        if plan.format in self.whole_prompts and plan.serving.prompt_batch < plan.serving.context:
+            return "prompts in one piece, which it was not planned for"
+        return None
+
+    def slow_types(self, plan: Plan) -> tuple[str, ...]:
+        """Return types of the export's matrices that are not among the fast ones here."""
+        matrices = [tensor for tensor in plan.tensors if len(tensor.shape) == 2]
+        used = {name for each in matrices for name in (each.type, each.up_type, each.down_type) if name is not None}
+        return tuple(sorted(used - set(self.types.get(plan.format, used))))
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -199,7 +199,8 @@ def types_of(tensors: Any) -> dict[str, int]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
     lines = [
-        "| export | budget (files) | planned = written bytes | predicted KL | KL to dense | same top | ppl | dense |",
+        "| export | budget (files) | planned = written bytes | predicted KL | KL to dense | same top "
+        "| perplexity | dense |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:

@@ -16,6 +16,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.text.packing import pack_text
 from benchmarks import real as benchmark
 from samples import real
+from samples.marked import with_marked
 from tests.support import CORPUS, make_model, make_scores, needs_real_model
 
 # Asked before any test: others put the cache elsewhere for as long as they run.
@@ -102,6 +103,12 @@ def test_texts_are_prose_and_disjoint() -> None:
     for paragraph in paragraphs[0] + paragraphs[1]:
         assert ">>>" not in paragraph[:4]
         assert paragraph[-1] in ".!?:"
+
+
+def test_the_page_shows_the_figures_that_were_measured() -> None:
+    rows = json.loads(benchmark.OUT.read_text(encoding="utf-8"))["rows"]
+    shown = with_marked(page := benchmark.PAGE.read_text(encoding="utf-8"), "real", benchmark.table(rows))
+    assert page == shown, "the table is not that of benchmarks/real.json"
 
 
 def test_the_benchmark_tells_what_it_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

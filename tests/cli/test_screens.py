@@ -14,7 +14,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from acip_export.artifacts.plan import FAR_OFF
+from acip_export.artifacts.plan import FAR_OFF, load_plan
 from acip_export.artifacts.scores import load_scores, save_scores
 from acip_export.cli import output
 from acip_export.cli.main import app
@@ -266,3 +266,57 @@ def test_the_shell_completes(words: str, expected: set[str]) -> None:
         check=False,
     )
     assert set(done.stdout.split()) == expected, done.stderr
+
+
+DEVICE = """
+[[device]]
+name = "{name}"
+title = "A device"
+class = "board"
+memory = "{memory}"
+usable = 0.5
+runtimes = {{ gguf = "llama.cpp" }}
+types.gguf = ["f16"]
+{more}
+source = {{ memory = "data sheet", usable = "measured", types = "benchmark" }}
+"""
+
+
+@pytest.mark.usefixtures("model")
+def test_devices_that_hold_an_export(run: Run) -> None:
+    """The budget that just takes the process is held, one byte less of it is not."""
+    assert run("plan", *ASKED, "--types", "f16,q8_0", "-o", "plan.json").code == 0
+    plan = load_plan("plan.json")
+    exact, needed = 2 * plan.process_bytes, plan.process_bytes
+    Path("mine.toml").write_text(
+        DEVICE.format(name="a-board-whose-name-is-long-16gb", memory=f"{exact}B", more="")
+        + DEVICE.format(name="small", memory=f"{exact - 2}B", more="")
+        + DEVICE.format(name="floppy", memory="8GB", more='largest_file = "1kB"')
+    )
+    shown = run("devices", "--fits", "plan.json", "--devices", "mine.toml")
+    assert shown.code == 0, shown.err
+    assert_fits(shown.out)
+    assert f"{needed:,} bytes planned" in shown.out
+    assert "a-board-whose-name-is-long-16gb" in shown.out and "small" not in shown.out
+    listed = json.loads(run("devices", "--fits", "plan.json", "--devices", "mine.toml", "--json").out)
+    held = {each["name"]: each for each in listed["devices"]}
+    assert held["a-board-whose-name-is-long-16gb"]["budget_bytes"] == needed == listed["process_bytes"]
+    used = {tensor.type for tensor in plan.tensors if len(tensor.shape) == 2}
+    assert held["a-board-whose-name-is-long-16gb"]["slow_types"] == sorted(used - {"f16", None})
+    assert listed["others"]["small"] == "less memory"
+    assert listed["others"]["floppy"] == "no file as large"
+
+
+@pytest.mark.usefixtures("model")
+def test_a_name_beside_fits_is_a_contradiction(run: Run) -> None:
+    assert run("devices", "browser", "--fits", "plan.json").code == 2
+
+
+@pytest.mark.usefixtures("model")
+def test_devices_whose_runtime_cannot(run: Run) -> None:
+    asked = ("--budget", "3MB", "--format", "onnx", "--context", "64")
+    for batch, held in (("16", False), ("64", True)):
+        assert run("plan", *asked, "--prompt-batch", batch, "-o", "plan.json", "--force").code == 0
+        listed = json.loads(run("devices", "--fits", "plan.json", "--json").out)
+        assert (listed["others"].get("browser") is None) == held, listed["others"]
+        assert "pixel-9-12gb" in {each["name"] for each in listed["devices"]}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from rich.markup import escape
 
+from acip_export.artifacts.plan import Plan
 from acip_export.cli import output as console
 from acip_export.cli.tables.common import facts_table, plain_table
 from acip_export.devices import BUILT_IN, Device
@@ -21,6 +25,25 @@ def show_devices(known: list[Device]) -> None:
         table.add_row(name, escape(device.kind), memory, format_bytes(device.budget_bytes), ", ".join(device.runtimes))
     console.out.print(table)
     console.say("the rest of it, with sources:  acip-export devices NAME", style="dim")
+
+
+def show_holders(plan: Plan, holding: Sequence[Device], obstacles: Sequence[str]) -> None:
+    """What the export's process takes, the devices that have it, and why others cannot run it."""
+    console.out.print(
+        f"{plan.process_bytes:,} bytes planned for the process, {plan.serving.context:,} tokens of context"
+    )
+    table = plain_table("name", "budget", "left over", "slow types")
+    table.columns[0].no_wrap = True
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for device in holding:
+        spare = format_bytes(device.budget_bytes - plan.process_bytes)
+        slow = ", ".join(device.slow_types(plan))
+        table.add_row(escape(device.name), format_bytes(device.budget_bytes), spare, escape(slow))
+    if holding:
+        console.out.print(table)
+    reasons = [f"{count} {escape(why)}" for why, count in Counter(obstacles).most_common()]
+    if reasons:
+        console.say(f"not on {len(obstacles)} others: {'; '.join(reasons)}", style="dim")
 
 
 def show_device(device: Device) -> None:
