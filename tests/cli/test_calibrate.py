@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from acip_export.api import plan as planning
 from acip_export.api import speed
 from acip_export.artifacts.speeds import RuntimeSpeed, load_speeds
 from acip_export.devices import speeds_file
@@ -49,7 +50,7 @@ def quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quickly")
-def test_calibrate_then_plan(model: Path, run: Run) -> None:
+def test_calibrate_then_plan(model: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run("plan", *ASKED, "-f", "gguf", "--min-speed", 1)
     assert before.code == 2 and "acip-export calibrate" in before.err
     assert json.loads(run("plan", *ASKED, "-f", "gguf", "--json").out)["speed"] is None
@@ -65,8 +66,21 @@ def test_calibrate_then_plan(model: Path, run: Run) -> None:
     predicted = json.loads(planned.out)["speed"]
     assert predicted["answer"] > 0 and predicted["prompt"] > 0
     assert "predicted speed" in run("plan", *ASKED, "-f", "gguf").out
-    refused = run("plan", *ASKED, "-f", "gguf", "--min-speed", 1e9, "--json")
+    swept = run("plan", "--sweep", "-f", "gguf", "--layout", "stock", "--types", "q8_0,q4_0", "--context", 64, "--json")
+    points = json.loads(swept.out)["lines"][0]["points"]
+    assert points and all(point["speed"]["answer"] > 0 for point in points)
+    drawn = run("plan", "--sweep", "-f", "gguf", "--types", "q8_0,q4_0", "--context", 64, "-o", "sweep.svg")
+    assert drawn.code == 0 and "tokens/s" in drawn.out + drawn.err
+    assert run("plan", "--sweep", "-f", "gguf", "--min-speed", 1).code == 2
+    # Before anything is measured: that changes no speed.
+    with monkeypatch.context() as patched:
+        patched.setattr(planning, "rounding_errors", None)
+        refused = run("plan", *ASKED, "-f", "gguf", "--min-speed", 1e9, "--json")
     assert refused.code == 4 and json.loads(refused.out)["fastest"] > 0
+    # The main job takes the flag, too.
+    assert run(*ASKED, "-f", "gguf", "--min-speed", 1e9).code == 4
+    done = run(*ASKED, "-f", "gguf", "--min-speed", 0.001, "--dry-run", "--json")
+    assert done.code == 0 and json.loads(done.out)["speed"] == predicted
     # A second time in its own place, but never over a file of somebody else.
     (model / "mine.json").write_text("{}")
     assert run("calibrate", "-f", "gguf", "-o", "mine.json", "--force").code == 2
