@@ -22,9 +22,9 @@ from acip_export.planning.speed import Predictor
 from acip_export.progress import silent
 
 _CONTEXT, _NEW = 66, 2
-_TYPES = {"gguf": ("q8_0", "q5_0", "q4_0", "q6_k", "q4_k"), "onnx": ("int8", "int4", "int4-b64")}
+_TYPES = {"gguf": ("q8_0", "q4_0", "q6_k", "q4_k"), "onnx": ("int8", "int4-b64")}
 _LARGE, _LARGE_TYPES = Sizes(2048, 5632, 22, vocabulary=32_000), ("q4_k", "int4-b64")
-_SECONDS = 5.0
+_SECONDS = 2.5
 
 
 def _rows(
