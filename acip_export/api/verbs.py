@@ -43,7 +43,7 @@ def rank(
     data: Location,
     *,
     out: Location | None = None,
-    algorithm: str = "acip",
+    algorithm: str | None = None,
     field: str | None = None,
     context: int | None = None,
     seed: int = 0,
@@ -62,6 +62,7 @@ def rank(
             or ``self``: text sampled from the model.
         out: where the score file is written; ``None``: it is only returned.
         algorithm: ``acip`` learns the order; see ``acip-export rank --help`` for those that need no training.
+            ``None``: ``acip``, or ``fisher`` where learning would take hours.
         field: of records: the text, or a chat. context: tokens per window; ``None``: 512, or the model's limit.
         seed: of everything random. device: of torch; ``auto``: a GPU where there is one.
         settings: hyper-parameters of ``acip``, in place of those that suit the model.
