@@ -66,11 +66,12 @@ def test_calibrate_then_plan(model: Path, run: Run, monkeypatch: pytest.MonkeyPa
     predicted = json.loads(planned.out)["speed"]
     assert predicted["answer"] > 0 and predicted["prompt"] > 0
     assert "predicted speed" in run("plan", *ASKED, "-f", "gguf").out
-    swept = run("plan", "--sweep", "-f", "gguf", "--layout", "stock", "--types", "q8_0,q4_0", "--context", 64, "--json")
-    points = json.loads(swept.out)["lines"][0]["points"]
-    assert points and all(point["speed"]["answer"] > 0 for point in points)
-    drawn = run("plan", "--sweep", "-f", "gguf", "--types", "q8_0,q4_0", "--context", 64, "-o", "sweep.svg")
+    drawn = run(
+        "plan", "--sweep", "-f", "gguf", "--types", "q8_0,q4_0", "--layout", "stock", "--context", 64, "-o", "sweep.svg"
+    )
     assert drawn.code == 0 and "tokens/s" in drawn.out + drawn.err
+    points = json.loads((model / "sweep.json").read_text())["lines"][0]["points"]
+    assert points and all(point["speed"]["answer"] > 0 for point in points)
     assert run("plan", "--sweep", "-f", "gguf", "--min-speed", 1).code == 2
     # Before anything is measured: that changes no speed.
     with monkeypatch.context() as patched:
