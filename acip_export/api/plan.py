@@ -41,6 +41,7 @@ from acip_export.planning import (
     ServingRule,
     Suggestion,
     SweepLine,
+    check_pace,
     infeasible,
     make_plan,
     preset_points,
@@ -160,6 +161,8 @@ def plan_export(
             if space.layout.name not in known:  # minutes of measuring change no bytes
                 problem = Problem.of(checkpoint, scores, space)
                 _refuse_what_nothing_fits(problem, budget, rule, question.caches)
+                if len(question.caches) == 1:  # of several, which is read is not known
+                    check_pace(problem, budget, rule.least.serving(budget, problem.memory), question.pace)
             problem = problem_of(space)
             chosen = with_best_cache(problem, budget, rule, question.caches)
             plans.append((make_plan(problem, budget, chosen, question.pace), problem))
@@ -296,12 +299,14 @@ def sweep_sizes(
         try:
             question = resolve(settle_rounding(scores, request)[0], checkpoint)
             problem = planning_problem(checkpoint, scores, question, progress)
-            line = sweep(problem, question.rule, question.scope, label, progress=progress)
+            line = sweep(problem, question.rule, question.scope, label, progress=progress, pace=question.pace)
         except (UnsupportedError, MissingExtraError) as error:
             refusals.append(error)
             continue
         first = all(line.format != other.format for other in lines)
-        lines.append(replace(line, presets=preset_points(problem, question.rule, question.scope)) if first else line)
+        if first:
+            line = replace(line, presets=preset_points(problem, question.rule, question.scope, question.pace))
+        lines.append(line)
     if not lines:
         raise refusals[0]
     return lines

@@ -28,7 +28,7 @@ from acip_export.progress import Clock, ProgressCallback, silent
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Of a model."""
 
     hidden: int
@@ -38,8 +38,8 @@ class _Sizes:
 
 
 # Larger than caches in most types, so that memory is read; and what takes long beside matrices.
-_LARGE = _Sizes(1024, 2816, 2)
-_FEW, _MANY, _WIDE = _Sizes(256, 512, 2), _Sizes(256, 512, 14), _Sizes(256, 512, 2, vocabulary=16_384)
+_LARGE = Sizes(1024, 2816, 2)
+_FEW, _MANY, _WIDE = Sizes(256, 512, 2), Sizes(256, 512, 14), Sizes(256, 512, 2, vocabulary=16_384)
 _PROMPT, _LONG_PROMPT, _NEW, _BATCH = 32, 512, 2, 128
 # All runs together take about as long; each is repeated at least so often, in passes far from each other: what slows a
 # machine down for a second must not slow down one type alone.
@@ -114,7 +114,7 @@ def _measure_runs(
     """Run the small models, then one of each type, in every runtime of a format that is installed."""
     every = len(runs) * len(format.sessions) * _PASSES
     clock = Clock(f"speed of {format.name}", every, progress)
-    found: dict[str, RuntimeSpeed] = {}
+    measured: dict[str, RuntimeSpeed] = {}
     missing: MissingExtraError | None = None
     for session in format.sessions:
         shortest = [_NEVER] * len(runs)
@@ -124,16 +124,18 @@ def _measure_runs(
                 for index, run in enumerate(runs):
                     with session.open(run.made.path, run.made.serving) as opened:
                         version = opened.name
-                        shortest[index] = run.shortest(opened, seconds / every, shortest[index])
+                        found = shortest_times(opened, run.tokens, seconds / every)
+                    prompt, answer = shortest[index]
+                    shortest[index] = min(prompt, found[0]), min(answer, found[1])
                     clock.advance()
         except MissingExtraError as reason:
             missing = reason
             continue
         few, many, long, wide, *large = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
-        found[session.runtime] = fit(few, many, long, wide, dict(zip(types, large, strict=True)), base, version)
-    if missing is not None and not found:
+        measured[session.runtime] = fit(few, many, long, wide, dict(zip(types, large, strict=True)), base, version)
+    if missing is not None and not measured:
         raise missing
-    return found
+    return measured
 
 
 class _Maker:
@@ -141,12 +143,11 @@ class _Maker:
 
     def __init__(self, place: Path, format: ExportFormat) -> None:
         self._place, self._format = place, format
-        # What every format has and every matrix fits, also the embedding's.
-        self.base = next(name for name in format.embedding_types if not format.type(name).is_float)
-        self._checkpoints: dict[_Sizes, Checkpoint] = {}
+        self.base = embedded(format)
+        self._checkpoints: dict[Sizes, Checkpoint] = {}
         self._count = 0
 
-    def made(self, sizes: _Sizes, type_name: str | None = None) -> _Made:
+    def made(self, sizes: Sizes, type_name: str | None = None) -> _Made:
         """Write one whose layers have a type; ``None``: the one that the embedding has, too.
 
         Raises:
@@ -154,12 +155,10 @@ class _Maker:
         """
         format = self._format
         if sizes not in self._checkpoints:
-            self._checkpoints[sizes] = _checkpoint(self._place / f"model-{len(self._checkpoints)}", sizes)
+            self._checkpoints[sizes] = made_checkpoint(self._place / f"model-{len(self._checkpoints)}", sizes)
         checkpoint = self._checkpoints[sizes]
         serving = Serving(_LONG_PROMPT + _NEW, next(iter(format.cache_types)), _BATCH, DEFAULT_BACKEND)
-        decisions = tuple(
-            self._decision(name, shape, type_name or self.base) for name, shape in _tensors(sizes).items()
-        )
+        decisions = uniform(format, tensor_shapes(sizes), type_name or self.base)
         format.prepare(checkpoint, DEFAULT_BACKEND, serving.context, silent)
         self._count += 1
         path = self._place / f"export-{self._count}"
@@ -167,10 +166,36 @@ class _Maker:
         format.imitate(checkpoint, format.layouts[0].name, decisions, serving, path)
         return _Made(format, checkpoint, decisions, serving, path)
 
-    def _decision(self, name: str, shape: tuple[int, ...], type_name: str) -> TensorDecision:
-        chosen = self._format.vector_type if len(shape) == 1 else self.base if is_embedding(name) else type_name
-        nbytes = self._format.type(chosen).nbytes(shape[0] if len(shape) == 2 else 1, shape[-1])
+
+def uniform(format: ExportFormat, shapes: Mapping[str, tuple[int, ...]], type_name: str) -> tuple[TensorDecision, ...]:
+    """Return the decisions for a model whose matrices all have one type, or what embeddings have instead of it."""
+
+    def decision(name: str, shape: tuple[int, ...]) -> TensorDecision:
+        chosen = type_name
+        if len(shape) == 1:
+            chosen = format.vector_type
+        elif is_embedding(name) and type_name not in format.embedding_types:
+            chosen = embedded(format)
+        nbytes = format.type(chosen).nbytes(shape[0] if len(shape) == 2 else 1, shape[-1])
         return TensorDecision(name, shape, "dense", nbytes, chosen)
+
+    return tuple(decision(name, shape) for name, shape in shapes.items())
+
+
+def embedded(format: ExportFormat) -> str:
+    """Return the most precise quantized type of embeddings, which every matrix fits."""
+    return next(name for name in format.embedding_types if not format.type(name).is_float)
+
+
+def shortest_times(opened: Any, tokens: int, seconds: float) -> tuple[float, float]:
+    """Return the shortest times of a token of a prompt of ``tokens`` and of the answer: other programs only lengthen
+    them."""
+    _seconds(opened, tokens)  # what is read and allocated once
+    end = time.perf_counter() + seconds
+    times: list[tuple[float, float]] = []
+    while len(times) < _REPEATS or time.perf_counter() < end:
+        times.append(_seconds(opened, tokens))
+    return min(prompt for prompt, _ in times), min(answer for _, answer in times)
 
 
 @dataclass(frozen=True)
@@ -179,18 +204,6 @@ class _Run:
 
     made: _Made
     tokens: int = _PROMPT
-
-    def shortest(self, opened: Any, seconds: float, before: tuple[float, float]) -> tuple[float, float]:
-        """Return the shortest times of a token of the prompt and of the answer: other programs only lengthen them."""
-        prompt, answer = before
-        _seconds(opened, self.tokens)  # what is read and allocated once
-        end = time.perf_counter() + seconds
-        repeated = 0
-        while repeated < _REPEATS or time.perf_counter() < end:
-            repeated += 1
-            found = _seconds(opened, self.tokens)
-            prompt, answer = min(prompt, found[0]), min(answer, found[1])
-        return prompt, answer
 
     def timed(self, prompt: float, answer: float) -> Timed:
         """Return what was computed in these times."""
@@ -218,7 +231,7 @@ def _seconds(opened: Any, prompt: int) -> tuple[float, float]:
     return 1 / speed.prefill, 1 / speed.decode
 
 
-def _tensors(sizes: _Sizes) -> Mapping[str, tuple[int, ...]]:
+def tensor_shapes(sizes: Sizes) -> Mapping[str, tuple[int, ...]]:
     """Return names and shapes of a Llama."""
     hidden, ffn = sizes.hidden, sizes.ffn
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes.vocabulary, hidden)}
@@ -231,7 +244,7 @@ def _tensors(sizes: _Sizes) -> Mapping[str, tuple[int, ...]]:
     return {**tensors, "model.norm.weight": (hidden,)}
 
 
-def _checkpoint(place: Path, sizes: _Sizes) -> Checkpoint:
+def made_checkpoint(place: Path, sizes: Sizes) -> Checkpoint:
     """Write configuration and tokenizer of a Llama that has no weights; its tokens are bytes."""
     place.mkdir()
     heads = sizes.hidden // _HEAD_SIZE

@@ -174,8 +174,9 @@ class Certificate:
 
 @dataclass(frozen=True)
 class PlannedSpeed:
-    """Predicted tokens a second: of a prompt as long as the context, and of an answer at its end."""
+    """Predicted tokens a second in a runtime: of a prompt as long as the context, and of an answer at its end."""
 
+    runtime: Name
     prompt: PositiveFloat
     answer: PositiveFloat
 

@@ -230,6 +230,8 @@ class PlanFlags:
             raise UsageError("--sweep plans for one KV cache at every budget; name its type in place of auto")
         if self.context == "max":
             raise UsageError("--sweep plans for one context at every budget; name it with  --context 4096")
+        if self.min_speed is not None:
+            raise UsageError("--sweep shows the speed of every size; leave --min-speed out")
         device = self._device()
         formats = [self._format(device)] if self.format_ or device else format_names()
         requests = []

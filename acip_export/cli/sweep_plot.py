@@ -137,6 +137,12 @@ def summary(lines: Sequence[SweepLine]) -> list[str]:
     """One sentence a line."""
     return [
         f"{line.label}: {format_bytes(line.points[0].used_bytes)} to {format_bytes(line.points[-1].used_bytes)}, "
-        f"{len(line.points)} sizes"
+        f"{len(line.points)} sizes{_speeds(line)}"
         for line in lines
     ]
+
+
+def _speeds(line: SweepLine) -> str:
+    """What the smallest and the largest size are predicted to answer with."""
+    least, most = line.points[0].speed, line.points[-1].speed
+    return "" if least is None or most is None else f", {least.answer:.3g} to {most.answer:.3g} tokens/s"

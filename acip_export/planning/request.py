@@ -176,7 +176,7 @@ def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) ->
             f"--min-speed needs the speeds of {where} with {runtime}, which nobody has measured; measure them there "
             "with  acip-export calibrate"
         )
-    return None if speeds is None else Pace(speeds, least)
+    return None if speeds is None else Pace(runtime, speeds, least)
 
 
 def _rule(

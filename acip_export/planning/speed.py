@@ -22,8 +22,9 @@ _HALVINGS = 10
 
 @dataclass(frozen=True)
 class Pace:
-    """Speeds to predict with, and the fewest tokens a second that an answer may have; ``None``: any."""
+    """Speeds of a runtime to predict with, and the fewest tokens a second that an answer may have; ``None``: any."""
 
+    runtime: str
     speeds: RuntimeSpeed
     least: float | None = None
 
@@ -48,15 +49,16 @@ class Predictor:
 
     format: str
     shape: ModelShape
+    runtime: str
     speeds: RuntimeSpeed
     serving: Serving
     kv_cache: int
 
     @classmethod
-    def of(cls, problem: Problem, speeds: RuntimeSpeed, serving: Serving) -> Predictor:
+    def of(cls, problem: Problem, pace: Pace, serving: Serving) -> Predictor:
         """Return the predictor for a problem's plans with one serving."""
         format, shape = problem.space.format.name, problem.checkpoint.shape
-        return cls(format, shape, speeds, serving, problem.memory.serving(serving).kv_cache)
+        return cls(format, shape, pace.runtime, pace.speeds, serving, problem.memory.serving(serving).kv_cache)
 
     def speed(self, decisions: Sequence[TensorDecision]) -> PlannedSpeed | None:
         """Return tokens a second with a full context; ``None``: a type was not measured."""
@@ -73,7 +75,7 @@ class Predictor:
         attention = 2 * shape.heads * shape.head_dim * serving.context * shape.layers / speeds.attention
         overhead = (speeds.token_seconds + shape.layers * speeds.layer_seconds) / serving.prompt_batch
         width = shape.layers * shape.hidden * speeds.width_seconds
-        return PlannedSpeed(1 / (computed + attention + overhead + width), 1 / answer)
+        return PlannedSpeed(self.runtime, 1 / (computed + attention + overhead + width), 1 / answer)
 
     def answer_seconds(self, decision: TensorDecision) -> float | None:
         """Return the time of reading a tensor for one token; ``None``: a type was not measured."""
@@ -104,6 +106,13 @@ def products(decision: TensorDecision, format: str, shape: ModelShape) -> Iterat
             yield Product(name, weight_type(format, name).nbytes(height, width), height * width, head)
 
 
+def with_speed(problem: Problem, plan: Plan, pace: Pace | None) -> Plan:
+    """Return ``plan`` with its predicted speed, where that is known."""
+    if pace is None or not problem.checkpoint.shape.generates:
+        return plan
+    return replace(plan, speed=Predictor.of(problem, pace, plan.serving).speed(plan.tensors))
+
+
 def at_pace(problem: Problem, budget: Budget, plan: Plan, pace: Pace | None) -> Plan:
     """Return ``plan`` with its predicted speed, or, where that is less than asked for, the best found that is faster.
 
@@ -114,7 +123,7 @@ def at_pace(problem: Problem, budget: Budget, plan: Plan, pace: Pace | None) -> 
     """
     if pace is None or not problem.checkpoint.shape.generates:
         return plan
-    predictor = Predictor.of(problem, pace.speeds, plan.serving)
+    predictor = Predictor.of(problem, pace, plan.serving)
 
     def told(found: Plan) -> Plan:
         return replace(found, speed=predictor.speed(found.tensors))
@@ -125,10 +134,7 @@ def at_pace(problem: Problem, budget: Budget, plan: Plan, pace: Pace | None) -> 
 
     if pace.least is None or fast_enough(plan):
         return told(plan)
-    try:
-        fastest = _fastest(problem, predictor).plan(budget, plan.serving)
-    except DoesNotFit:  # a type with a fast kernel may take more bytes
-        fastest = problem.plan(Budget(problem.floor(budget.scope, plan.serving).nbytes, budget.scope), plan.serving)
+    fastest = _fastest_plan(problem, predictor, budget)
     if not fast_enough(fastest):
         raise _unreachable(predictor, fastest, pace.least)
     best, low, high = fastest, problem.floor(budget.scope, plan.serving).nbytes, plan.used_bytes
@@ -150,6 +156,26 @@ def at_pace(problem: Problem, budget: Budget, plan: Plan, pace: Pace | None) -> 
     left = budget.nbytes - best.used_bytes
     note = f"--min-speed {pace.least:g} leaves {left:,} bytes of the budget: what they would buy is slower"
     return told(replace(best, budget_bytes=budget.nbytes, certificate=certificate, notes=(*best.notes, note)))
+
+
+def check_pace(problem: Problem, budget: Budget, serving: Serving, pace: Pace | None) -> None:
+    """Refuse a speed that no plan has, before anything is measured that changes no speed; raises as :func:`at_pace`."""
+    if pace is None or pace.least is None or not problem.checkpoint.shape.generates:
+        return
+    predictor = Predictor.of(problem, pace, serving)
+    fastest = _fastest_plan(problem, predictor, budget)
+    speed = predictor.speed(fastest.tensors)
+    if speed is None or speed.answer < pace.least:
+        raise _unreachable(predictor, fastest, pace.least)
+
+
+def _fastest_plan(problem: Problem, predictor: Predictor, budget: Budget) -> Plan:
+    """Return the plan of every tensor's fastest candidates, or, where that is too large, the smallest plan."""
+    serving = predictor.serving
+    try:
+        return _fastest(problem, predictor).plan(budget, serving)
+    except DoesNotFit:  # a type with a fast kernel may take more bytes
+        return problem.plan(Budget(problem.floor(budget.scope, serving).nbytes, budget.scope), serving)
 
 
 def _fastest(problem: Problem, predictor: Predictor) -> Problem:

@@ -9,6 +9,8 @@ from acip_export.artifacts.speeds import RuntimeSpeed
 
 # Rates and overheads are each other's remainders: so often they are computed in turn.
 _ROUNDS = 20
+# Of a large model's time, its matrices take at least one part in so many, whatever a busy machine says of small ones.
+_LEAST_SHARE = 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def fit(
         token = max(0.0, beside(few) - few.layers * layer)
         for name, run in by_type.items():
             rest = run.answer - token - run.layers * layer - run.cache * run.tokens / cache_read
-            read[name] = run.nbytes / max(rest, run.answer / 10)
+            read[name] = run.nbytes / max(rest, run.answer / _LEAST_SHARE)
         head = 2 * (wide.head - few.head) / compute[base]
         share = min(1.0, max(0.0, (wide.prompt - few.prompt) / head))
         width = max(0.0, (beside_prompt(many) - beside_prompt(few)) / layers / many.hidden)
@@ -69,7 +71,7 @@ def fit(
             overhead = (token + run.layers * layer) / run.batch
             attended = 2 * run.hidden * run.tokens * run.layers / attention
             rest = run.prompt - overhead - attended - width * run.hidden * run.layers
-            compute[name] = 2 * (run.weights + share * run.head) / max(rest, run.prompt / 10)
+            compute[name] = 2 * (run.weights + share * run.head) / max(rest, run.prompt / _LEAST_SHARE)
     return RuntimeSpeed(version, read, compute, token, layer, width, cache_read, attention, share)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from acip_export.artifacts.plan import PlannedSpeed
 from acip_export.artifacts.report import Report, RuntimeReport
 from acip_export.inspection.anatomy import fact
 from acip_export.io.inputs import builtins
@@ -44,7 +45,7 @@ def runtime_rows(page: Page, report: Report, runtime: RuntimeReport) -> list[Row
         *_memory(runtime),
         *_quality(page, report, runtime),
         *_agreement(runtime),
-        *_speed(runtime),
+        *_speed(runtime, page.own.plan.speed),
     ]
 
 
@@ -104,12 +105,16 @@ def _agreement(runtime: RuntimeReport) -> Iterator[Row]:
         yield Row("Strings with the tokens of transformers", _NONE, same, "plain text, scripts, blanks and signs")
 
 
-def _speed(runtime: RuntimeReport) -> Iterator[Row]:
+def _speed(runtime: RuntimeReport, planned: PlannedSpeed | None) -> Iterator[Row]:
     speed = runtime.speed
+    # A runtime's name here is followed by its version, or by how it is called.
+    known = planned if planned is not None and runtime.runtime.split()[0] == planned.runtime else None
     if speed is not None:
-        yield Row("Prompt, tokens per second", _NONE, f"{speed.prefill:,.0f}")
+        prompt = _NONE if known is None else f"{known.prompt:,.0f}"
+        yield Row("Prompt, tokens per second", prompt, f"{speed.prefill:,.0f}")
     if speed is not None and speed.decode is not None:
-        yield Row("Generation, tokens per second", _NONE, f"{speed.decode:,.0f}")
+        answer = _NONE if known is None else f"{known.answer:,.0f}"
+        yield Row("Generation, tokens per second", answer, f"{speed.decode:,.0f}")
     if runtime.load_seconds is not None:
         yield Row("Load time", _NONE, f"{runtime.load_seconds:.2f} s")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from acip_export.api import plan as planning
 from acip_export.api import speed
 from acip_export.artifacts.speeds import RuntimeSpeed, load_speeds
 from acip_export.devices import speeds_file
@@ -49,7 +50,7 @@ def quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quickly")
-def test_calibrate_then_plan(model: Path, run: Run) -> None:
+def test_calibrate_then_plan(model: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run("plan", *ASKED, "-f", "gguf", "--min-speed", 1)
     assert before.code == 2 and "acip-export calibrate" in before.err
     assert json.loads(run("plan", *ASKED, "-f", "gguf", "--json").out)["speed"] is None
@@ -65,8 +66,22 @@ def test_calibrate_then_plan(model: Path, run: Run) -> None:
     predicted = json.loads(planned.out)["speed"]
     assert predicted["answer"] > 0 and predicted["prompt"] > 0
     assert "predicted speed" in run("plan", *ASKED, "-f", "gguf").out
-    refused = run("plan", *ASKED, "-f", "gguf", "--min-speed", 1e9, "--json")
+    drawn = run(
+        "plan", "--sweep", "-f", "gguf", "--types", "q8_0,q4_0", "--layout", "stock", "--context", 64, "-o", "sweep.svg"
+    )
+    assert drawn.code == 0 and "tokens/s" in drawn.out + drawn.err
+    points = json.loads((model / "sweep.json").read_text())["lines"][0]["points"]
+    assert points and all(point["speed"]["answer"] > 0 for point in points)
+    assert run("plan", "--sweep", "-f", "gguf", "--min-speed", 1).code == 2
+    # Before anything is measured: that changes no speed.
+    with monkeypatch.context() as patched:
+        patched.setattr(planning, "rounding_errors", None)
+        refused = run("plan", *ASKED, "-f", "gguf", "--min-speed", 1e9, "--json")
     assert refused.code == 4 and json.loads(refused.out)["fastest"] > 0
+    # The main job takes the flag, too.
+    assert run(*ASKED, "-f", "gguf", "--min-speed", 1e9).code == 4
+    done = run(*ASKED, "-f", "gguf", "--min-speed", 0.001, "--dry-run", "--json")
+    assert done.code == 0 and json.loads(done.out)["speed"] == predicted
     # A second time in its own place, but never over a file of somebody else.
     (model / "mine.json").write_text("{}")
     assert run("calibrate", "-f", "gguf", "-o", "mine.json", "--force").code == 2
@@ -121,3 +136,16 @@ def test_what_is_measured_together_is_told_apart() -> None:
     assert found.compute == pytest.approx(true.compute, rel=0.02)
     for name in ("token_seconds", "layer_seconds", "cache_read", "attention", "head_share"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.03), name
+
+
+def test_small_models_that_were_disturbed_make_no_type_fast() -> None:
+    """What looks like overhead is taken off the large models' time; half of that is their matrices'."""
+    weights = 10_000_000
+
+    def run(seconds: float, layers: int, tokens: int = 32) -> Timed:
+        return Timed(seconds, seconds, tokens, 32, weights, weights, 1000, layers, 256, 1000.0)
+
+    large = run(0.01, 2)
+    found = fit(run(0.01, 2), run(0.2, 14), run(0.2, 14, 512), replace(run(0.01, 2), head=9000), {"a": large}, "a", "1")
+    assert found.read["a"] <= 2.01 * weights / large.answer
+    assert found.compute["a"] <= 2.01 * 2 * (weights + 1000) / large.prompt

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from acip_export.api.speed import Sizes, made_checkpoint, tensor_shapes, uniform
 from acip_export.artifacts.bundle import load_bundle
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import VerificationError
 from acip_export.formats.protocol import RunCommand
+from acip_export.formats.registry import export_format
 from acip_export.model.chat_template import ChatTemplate
 from acip_export.verification.metrics import compare_logits
 from converters.onnx.run_commands import QUESTION, run_commands
@@ -56,6 +59,19 @@ def test_logits_and_greedy_tokens_are_the_bundles(
         )
     assert agreement.max_logit_difference <= 1e-5
     assert agreement.greedy_equal == agreement.greedy_tokens == count
+
+
+def test_no_token_of_an_answer_costs_nothing(tmp_path: Path) -> None:
+    """genai's own loop computes a token when the next one is asked for: its first one takes a hundredth."""
+    sizes = Sizes(1024, 2816, 2)
+    checkpoint, onnx = made_checkpoint(tmp_path / "model", sizes), export_format("onnx")
+    serving = Serving(64, "f32", 32)
+    (tmp_path / "export").mkdir()
+    decisions = uniform(onnx, tensor_shapes(sizes), "int8")
+    onnx.imitate(checkpoint, "factored", decisions, serving, tmp_path / "export")
+    with GenaiSession(tmp_path / "export", serving) as session:
+        one, four = (max(session.speed([1, 2, 3], count).decode or 0 for _ in range(10)) for count in (1, 4))
+    assert 0 < one < 20 * four
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -10,9 +10,9 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.speeds import RuntimeSpeed
 from acip_export.errors import UnreachableSpeedError, UsageError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import Budget, PlanRequest, make_plan, resolve
+from acip_export.planning import Budget, PlanRequest, check_pace, make_plan, resolve
 from acip_export.planning.problem import Problem
-from acip_export.planning.speed import Predictor, Product
+from acip_export.planning.speed import Pace, Predictor, Product
 from tests.planning.problems import with_overhead
 from tests.support import make_model, make_scores
 
@@ -52,6 +52,7 @@ def test_by_hand(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     read = sum(d.nbytes / TABLE.read[d.type] for d in matrices)
     cache = problem.memory.serving(plan.serving).kv_cache
     fixed = 0.001 + shape.layers * 0.0005
+    assert plan.speed.runtime == "llama.cpp"
     assert plan.speed.answer == pytest.approx(1 / (fixed + read + cache / 1e8))
     in_layers = [d for d in matrices if "layers" in d.name]
     seconds = sum(2 * d.shape[0] * d.shape[1] / 1e9 for d in in_layers)
@@ -86,6 +87,10 @@ def test_one_that_no_plan_reaches(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     assert fastest is not None and "--min-speed" in str(refused.value)
     _, _, plan = planned(ranked, replace(REQUEST, min_speed=fastest * 0.99))
     assert {d.type for d in plan.tensors if len(d.shape) == 2} == {"q4_0"}
+    problem, budget, _ = planned(ranked, REQUEST)
+    with pytest.raises(UnreachableSpeedError):
+        check_pace(problem, budget, plan.serving, Pace("llama.cpp", TABLE, 1e4))
+    check_pace(problem, budget, plan.serving, Pace("llama.cpp", TABLE, fastest * 0.99))
     slow_cache = replace(TABLE, cache_read=1e6)
     with pytest.raises(UnreachableSpeedError, match="shorter  --context"):
         planned(ranked, replace(REQUEST, min_speed=1e4, speeds={"llama.cpp": slow_cache}))
@@ -124,7 +129,7 @@ def test_what_is_refused_before_anything_is_planned(
 
 def test_pairs_are_two_matrices(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     problem, _, plan = planned(ranked, REQUEST)
-    predictor = Predictor.of(problem, TABLE, plan.serving)
+    predictor = Predictor.of(problem, Pace("llama.cpp", TABLE), plan.serving)
     name, shape = "model.layers.0.mlp.up_proj.weight", (512, 256)
     dense = next(d for d in plan.tensors if d.name == name)
     pair = replace(

@@ -15,10 +15,12 @@ from markdown_it.token import Token
 
 from acip_export.api import report as reporting
 from acip_export.artifacts.names import CARD_FILE, PAGE_FILE
+from acip_export.artifacts.plan import PlannedSpeed
 from acip_export.artifacts.report import TaskMetric
 from acip_export.artifacts.scores import RankedOn
 from acip_export.report import Exported, Page, Ranking, build_page, read_export, write_papers
 from acip_export.report.page import embedded
+from acip_export.report.rows import runtime_rows
 from tests.browser import open_page
 from tests.report.conftest import Exports
 
@@ -361,3 +363,16 @@ def test_without_javascript_all_measured_figures_are_there(page: Path) -> None:
 def test_papers_are_written_by_the_main_job(exports: Exports) -> None:
     for directory in exports.directories:
         assert embedded((directory / PAGE_FILE).read_text(encoding="utf-8")) is not None
+
+
+def test_planned_speed_beside_the_measured_one(exports: Exports) -> None:
+    """Of the runtime that it was predicted for, and no other."""
+    own = read_export(exports.directories[0])
+    plan = dataclasses.replace(own.plan, speed=PlannedSpeed("onnxruntime", 4321.0, 1234.0))
+    page = build_page(dataclasses.replace(own, plan=plan), (), exports.sizes, None, None)
+    assert own.report is not None
+    shown = [
+        {row.what: row.planned for row in runtime_rows(page, own.report, runtime)} for runtime in own.report.runtimes
+    ]
+    assert [rows["Generation, tokens per second"] for rows in shown] == ["1,234", "–"]
+    assert [rows["Prompt, tokens per second"] for rows in shown] == ["4,321", "–"]
