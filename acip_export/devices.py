@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from acip_export.artifacts.plan import Tokens
+from acip_export.artifacts.plan import BudgetScope, Tokens
 from acip_export.errors import AcipError, DeviceFileError, UsageError
 from acip_export.formats.registry import export_format, format_names
 from acip_export.io.inputs import convert, decode_toml, read_input
@@ -35,11 +35,12 @@ Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\S")]
 
 
 class Sources(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where three figures of a device come from, in words or as addresses."""
+    """Where three figures of a device come from, and what its system enforces, in words or as addresses."""
 
     memory: Text
     usable: Text
     types: Text
+    enforces: Text | None = None
 
 
 class DeviceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,6 +56,7 @@ class DeviceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     context: Tokens = 4096
     largest_file: Text | None = None
     whole_prompts: tuple[Text, ...] = ()
+    enforces: BudgetScope | None = None
     source: Sources
 
 
@@ -77,6 +79,7 @@ class Device:
         sources: where ``memory``, ``usable`` and ``types`` come from.
         largest_file: bytes of the largest file that can be loaded there; ``None``: any.
         whole_prompts: formats whose runtime there computes a prompt in one piece, however long it is.
+        enforces: the scope of what its system ends processes for; ``None``: not known.
         defined_in: the file, or ``built in``.
     """
 
@@ -91,6 +94,7 @@ class Device:
     sources: dict[str, str]
     largest_file: int | None = None
     whole_prompts: tuple[str, ...] = ()
+    enforces: BudgetScope | None = None
     defined_in: str = BUILT_IN
 
     @property
@@ -115,6 +119,7 @@ class Device:
             "context": self.context,
             "largest_file": self.largest_file,
             "whole_prompts": list(self.whole_prompts),
+            "enforces": self.enforces,
             "source": self.sources,
             "defined_in": self.defined_in,
         }
@@ -209,6 +214,8 @@ def _device(table: DeviceTable, place: str, where: str) -> Device:
         known = export_format(name).runtimes
         if runtime not in known:
             raise DeviceFileError(f"{place}: unknown runtime {runtime!r} of {name}; known: {', '.join(known)}")
+    if (table.enforces is None) != (table.source.enforces is None):
+        raise DeviceFileError(f"{place}: enforces and source.enforces are given together, or neither")
     for field, formats in (("whole_prompts", table.whole_prompts), ("types", table.types)):
         if not set(formats) <= set(runtimes):
             raise DeviceFileError(f"{place}.{field} must be for formats of runtimes ({', '.join(runtimes)})")
@@ -226,9 +233,10 @@ def _device(table: DeviceTable, place: str, where: str) -> Device:
         runtimes=dict(runtimes),
         types=dict(table.types),
         context=table.context,
-        sources=msgspec.structs.asdict(table.source),
+        sources={what: source for what, source in msgspec.structs.asdict(table.source).items() if source},
         largest_file=None if table.largest_file is None else _bytes(table.largest_file, f"{place}.largest_file"),
         whole_prompts=table.whole_prompts,
+        enforces=table.enforces,
         defined_in=where,
     )
 
