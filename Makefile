@@ -40,7 +40,7 @@ test-slow: $(STAMP) ## Run the slow ones: other environments, several processes,
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m slow
 
 test-exhaustive: $(STAMP) ## Hundreds of random plans and exports, every type that llama.cpp has, traced families, rankings killed at random (5 minutes)
-	ACIP_EXHAUSTIVE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests/planning/test_properties.py tests/test_written_bytes.py tests/ranking/test_run_state.py \
+	ACIP_EXHAUSTIVE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal -o faulthandler_timeout=3000 tests/planning/test_properties.py tests/test_written_bytes.py tests/ranking/test_run_state.py \
 	  tests/onnx/test_substitute.py
 
 llama-cpp: $(STAMP) ## Build llama.cpp with factor pairs (10 minutes, once) and install it beside the tests

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
@@ -19,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from acip_export.artifacts.plan import BudgetScope, Tokens
+from acip_export.artifacts.speeds import RuntimeSpeed, load_speeds
 from acip_export.errors import AcipError, DeviceFileError, UsageError
 from acip_export.formats.registry import export_format, format_names
 from acip_export.io.inputs import convert, decode_toml, read_input
@@ -57,6 +59,7 @@ class DeviceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     largest_file: Text | None = None
     whole_prompts: tuple[Text, ...] = ()
     enforces: BudgetScope | None = None
+    speeds: Text | None = None
     source: Sources
 
 
@@ -80,6 +83,7 @@ class Device:
         largest_file: bytes of the largest file that can be loaded there; ``None``: any.
         whole_prompts: formats whose runtime there computes a prompt in one piece, however long it is.
         enforces: the scope of what its system ends processes for; ``None``: not known.
+        speeds: the table that ``acip-export calibrate`` made there; ``None``: nobody has.
         defined_in: the file, or ``built in``.
     """
 
@@ -95,6 +99,7 @@ class Device:
     largest_file: int | None = None
     whole_prompts: tuple[str, ...] = ()
     enforces: BudgetScope | None = None
+    speeds: Path | None = None
     defined_in: str = BUILT_IN
 
     @property
@@ -120,6 +125,7 @@ class Device:
             "largest_file": self.largest_file,
             "whole_prompts": list(self.whole_prompts),
             "enforces": self.enforces,
+            "speeds": None if self.speeds is None else str(self.speeds),
             "source": self.sources,
             "defined_in": self.defined_in,
         }
@@ -132,6 +138,22 @@ def user_file() -> Path:
     else:
         home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return home / "acip-export" / "devices.toml"
+
+
+def speeds_file() -> Path:
+    """``speeds.json`` beside the user's devices: what ``acip-export calibrate`` measured here; it need not exist."""
+    return user_file().with_name("speeds.json")
+
+
+def speeds_of(device: Device | None) -> Mapping[str, RuntimeSpeed]:
+    """Return how fast runtimes are on a device; ``None``: on this machine. Empty: nobody has measured it.
+
+    Raises:
+        DeviceFileError: the file that has it is missing or malformed.
+    """
+    if device is not None and device.name != THIS_MACHINE:
+        return {} if device.speeds is None else load_speeds(device.speeds).runtimes
+    return load_speeds(speeds_file()).runtimes if speeds_file().is_file() else {}
 
 
 def load_devices(extra: Path | None = None) -> dict[str, Device]:
@@ -237,6 +259,7 @@ def _device(table: DeviceTable, place: str, where: str) -> Device:
         largest_file=None if table.largest_file is None else _bytes(table.largest_file, f"{place}.largest_file"),
         whole_prompts=table.whole_prompts,
         enforces=table.enforces,
+        speeds=None if table.speeds is None else Path(where).parent / table.speeds,
         defined_in=where,
     )
 

@@ -17,6 +17,7 @@
     │   └── BaselineError              acip-check.lock.json, or what --against names
     ├── InfeasibleBudgetError      4   no plan fits; the message names the smallest feasible budget
     ├── UnacceptedLossError        4   the plan that fits is far off the dense model; the message names what is not
+    ├── UnreachableSpeedError      4   no plan is as fast as was asked for; the message names the fastest
     ├── UnsupportedError           5   the format cannot express what was asked
     ├── VerificationError          6   the export is not what was promised
     │   ├── RuntimeCrashError          its runtime died: the message has the signal and the end of its output
@@ -142,6 +143,19 @@ class UnacceptedLossError(AcipError):
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "alternatives": [dict(each) for each in self.alternatives]}
+
+
+class UnreachableSpeedError(AcipError):
+    """No plan is as fast as was asked for. ``fastest``: tokens a second of the one that is; ``None``: not known."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, fastest: float | None) -> None:
+        super().__init__(message)
+        self.fastest = fastest
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "fastest": self.fastest}
 
 
 class UnsupportedError(AcipError):

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from acip_export.machine import processors
 from benchmarks.our_steps import FORMAT
 from benchmarks.random_model import SHAPES, write_random_model
 from benchmarks.ruled_plan import uniform_scores
-from converters.gguf.ggml_library import processors
 from converters.gguf.llama_cpp import build as build_llama_cpp
 
 ROOT = Path(__file__).resolve().parent.parent

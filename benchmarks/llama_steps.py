@@ -43,7 +43,7 @@ def preset(source: Path, out: Path, imatrix: Path, name: Path) -> None:
 def _quantize(source: Path, out: Path, imatrix: Path | None, **fields: int) -> None:
     import llama_cpp
 
-    from converters.gguf.ggml_library import processors
+    from acip_export.machine import processors
     from converters.gguf.imatrix import read_imatrix
 
     known = {} if imatrix is None else read_imatrix(imatrix)

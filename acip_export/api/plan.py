@@ -21,6 +21,7 @@ from acip_export.errors import (
     MissingExtraError,
     OutputError,
     UnacceptedLossError,
+    UnreachableSpeedError,
     UnsupportedError,
     UsageError,
 )
@@ -113,6 +114,7 @@ def plan_export(
 
     Raises:
         UnacceptedLossError: no context of ``max`` has a plan that loses as little as was asked for.
+        UnreachableSpeedError: no plan is as fast as was asked for.
         InfeasibleBudgetError: no layout has a plan that fits; names the smallest budget that does, what dominates it,
             and what would fit.
         ScoreFileError: the score file is of another model.
@@ -152,7 +154,7 @@ def plan_export(
     calibrated: list[bool] = []
     plans: list[tuple[Plan, Problem]] = []
     refused: list[tuple[Floor, Problem]] = []
-    refusals: list[UnacceptedLossError | UnsupportedError] = []
+    refusals: list[UnacceptedLossError | UnreachableSpeedError | UnsupportedError] = []
     for space in question.spaces:
         try:
             if space.layout.name not in known:  # minutes of measuring change no bytes
@@ -160,10 +162,10 @@ def plan_export(
                 _refuse_what_nothing_fits(problem, budget, rule, question.caches)
             problem = problem_of(space)
             chosen = with_best_cache(problem, budget, rule, question.caches)
-            plans.append((make_plan(problem, budget, chosen), problem))
+            plans.append((make_plan(problem, budget, chosen, question.pace), problem))
         except DoesNotFit as reason:
             refused.append((reason.floor, problem))
-        except (UnacceptedLossError, UnsupportedError) as reason:
+        except (UnacceptedLossError, UnreachableSpeedError, UnsupportedError) as reason:
             refusals.append(reason)
     if not plans:
         if not refused:
@@ -242,6 +244,7 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
                 backend=None,
                 options={},
                 rounding=None,
+                min_speed=None,
             )
             try:
                 floor = _floor(checkpoint.with_options({}), scores, changed)

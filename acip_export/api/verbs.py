@@ -43,7 +43,7 @@ def rank(
     data: Location,
     *,
     out: Location | None = None,
-    algorithm: str = "acip",
+    algorithm: str | None = None,
     field: str | None = None,
     context: int | None = None,
     seed: int = 0,
@@ -62,6 +62,7 @@ def rank(
             or ``self``: text sampled from the model.
         out: where the score file is written; ``None``: it is only returned.
         algorithm: ``acip`` learns the order; see ``acip-export rank --help`` for those that need no training.
+            ``None``: ``acip``, or ``fisher`` where learning would take hours.
         field: of records: the text, or a chat. context: tokens per window; ``None``: 512, or the model's limit.
         seed: of everything random. device: of torch; ``auto``: a GPU where there is one.
         settings: hyper-parameters of ``acip``, in place of those that suit the model.
@@ -104,6 +105,7 @@ def plan(
     backend: str | None = None,
     context: int | Literal["max"] | None = None,
     max_loss: float | None = None,
+    min_speed: float | None = None,
     cache_type: str | None = None,
     cache_type_k: str | None = None,
     cache_type_v: str | None = None,
@@ -128,6 +130,8 @@ def plan(
             ``acip-export formats`` lists them.
         context: tokens of KV cache; ``None``: the model's, at most 4096; ``max``: the longest that fits with a
             predicted loss of at most ``max_loss``, or, without, of 0.01 nats more than the shortest.
+        min_speed: tokens a second that an answer with a full context must be predicted with, on this machine, which
+            ``acip-export calibrate`` has measured.
         cache_type: of the cache; cache_type_k, cache_type_v: of its keys or its values alone.
         prompt_batch: prompt tokens processed together; ``None``: suits the budget.
         rounding: ``feedback`` carries the error of each weight to those that are rounded after it, ``nearest`` does
@@ -138,10 +142,11 @@ def plan(
         options: settings that only this format knows, as its flags are called (``split_max_size``).
 
     Raises:
-        InfeasibleBudgetError: no plan fits; the message says what would.
+        InfeasibleBudgetError: no plan fits; the message says what would. UnreachableSpeedError: none is fast enough.
         ScoreFileError: not of this model. UsageError, UnsupportedError: what was asked contradicts itself or the model.
     """
     from acip_export.api.plan import plan_export
+    from acip_export.devices import speeds_of
     from acip_export.formats.registry import export_format
     from acip_export.planning import PlanRequest
 
@@ -164,6 +169,8 @@ def plan(
         rounding=rounding,
         calibrate=calibrate,
         candidates=candidates,
+        speeds=speeds_of(None),
+        min_speed=min_speed,
         options={name: parsers.get(name, str)(text) for name, text in options.items()},
     )
     return plan_export(checkpoint, open_scores(checkpoint, scores), request, progress)

@@ -41,6 +41,7 @@ PAGE_DATA = ArtifactName("acip-report-data", 2, "a report page", "run  acip-expo
 ROUNDING_ERRORS = ArtifactName("acip-rounding-errors", 2, "a cache of rounding errors", "plan again")
 MEASURED_LOSSES = ArtifactName("acip-measured-losses", 1, "a cache of measured losses", "plan again")
 CACHE_LOSSES = ArtifactName("acip-kv-cache-losses", 1, "a cache of what KV cache types lose", "plan again")
+SPEEDS = ArtifactName("acip-speeds", 1, "a table of speeds", "run  acip-export calibrate  again")
 ANATOMY = ArtifactName("acip-anatomy", 2, "an anatomy", "run  acip-export inspect  again")
 ANATOMY_DIFF = ArtifactName("acip-anatomy-diff", 1, "a comparison", "run  acip-export inspect  again")
 SWEEP = ArtifactName("acip-sweep", 2, "a sweep", "plan again")

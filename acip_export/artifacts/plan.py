@@ -174,6 +174,14 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class PlannedSpeed:
+    """Predicted tokens a second: of a prompt as long as the context, and of an answer at its end."""
+
+    prompt: PositiveFloat
+    answer: PositiveFloat
+
+
+@dataclass(frozen=True)
 class MeasuredCandidate:
     """A plan for the same budget that was run on held-out text before one was chosen; losses in the plan's unit.
 
@@ -212,6 +220,7 @@ class Plan(Artifact):
         rounding: how the codes of its matrices are chosen, in the types that know more than the nearest.
         calibrated: whether the prediction was scaled to losses measured on the model.
         candidates: what was compared with it by measuring, itself included; empty: nothing.
+        speed: on the machine that was planned for; ``None``: it was not measured.
     """
 
     NAME: ClassVar[ArtifactName] = PLAN
@@ -242,6 +251,7 @@ class Plan(Artifact):
     rounding: Rounding = "nearest"
     calibrated: bool = False
     candidates: tuple[MeasuredCandidate, ...] = ()
+    speed: PlannedSpeed | None = None
 
     @property
     def loss_unit(self) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from acip_export.artifacts.plan import BudgetScope
 from acip_export.cli.options import BUDGET, CHECK, TARGET, DeviceFile, Model, Scores, type_names
-from acip_export.devices import THIS_MACHINE, Device, find_device, load_devices
+from acip_export.devices import THIS_MACHINE, Device, find_device, load_devices, speeds_of
 from acip_export.errors import UsageError
 from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats, format_names
@@ -125,6 +125,15 @@ class PlanFlags:
     max_loss: Annotated[
         float | None,
         typer.Option(metavar="NATS", help="Predicted, that --context max may have.", rich_help_panel=BUDGET),
+    ] = None
+    min_speed: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TOKENS/S",
+            help="Predicted, of an answer with a full context.\n\nOn the device or this machine, after "
+            " acip-export calibrate.",
+            rich_help_panel=BUDGET,
+        ),
     ] = None
     cache_type: Annotated[
         str | None,
@@ -268,6 +277,8 @@ class PlanFlags:
             rounding=self.rounding,
             calibrate=self.calibrate,
             candidates=self.candidates,
+            speeds=speeds_of(device),
+            min_speed=self.min_speed,
             options=self._options(format_name),
         )
 

@@ -22,8 +22,9 @@ from acip_export.units import format_seconds, parse_bytes, parse_seconds
 
 _LEARNED = learned_algorithms()
 _UNTRAINED = ", ".join(name for name, known in algorithms().items() if not known.learns)
-_ALGORITHM_HELP = f"{_LEARNED}: learned; without training: {_UNTRAINED}.\n\n" + " ".join(
-    f"{known.name}: {known.summary}" for known in algorithms().values()
+_ALGORITHM_HELP = (
+    f"{_LEARNED}: learned; without training: {_UNTRAINED}. Default: {_LEARNED}; fisher where that takes hours.\n\n"
+    + " ".join(f"{known.name}: {known.summary}" for known in algorithms().values())
 )
 if TYPE_CHECKING:
     _AlgorithmName = str
@@ -50,8 +51,8 @@ def rank(
         typer.Option("--out", "-o", metavar="FILE", help="Default: MODEL/NAME.acip.", rich_help_panel=OUTPUT),
     ] = None,
     algorithm: Annotated[
-        _AlgorithmName, typer.Option(metavar="NAME", help=_ALGORITHM_HELP, rich_help_panel=METHOD)
-    ] = "acip",
+        _AlgorithmName | None, typer.Option(metavar="NAME", help=_ALGORITHM_HELP, rich_help_panel=METHOD)
+    ] = None,
     basis: Annotated[
         Basis | None, typer.Option(help=f"Of the components, for {_LEARNED}.", rich_help_panel=METHOD)
     ] = None,
@@ -156,7 +157,7 @@ def rank(
     from acip_export.api import verbs
     from acip_export.artifacts.scores import SCORES_KIND
     from acip_export.io.outputs import claim_output
-    from acip_export.ranking import parse_settings
+    from acip_export.ranking import default_algorithm, parse_settings
     from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
     from acip_export.ranking.processes import launched_index
 
@@ -171,14 +172,16 @@ def rank(
         "batch": batch,
     }
     settings = {name: value for name, value in chosen.items() if value is not None} | parse_settings(set_ or [])
-    if settings and not find_algorithm(algorithm).learns:
+    if algorithm is not None and settings and not find_algorithm(algorithm).learns:
         name = next(iter(settings))
         flag = name.replace("_", "-") if name in chosen else f"set {name}"
         raise UsageError(f"--{flag} is a setting of {_LEARNED}; --algorithm {algorithm} has none")
     seconds = None if time is None else parse_seconds(time)
     bytes_ = None if memory is None else parse_bytes(memory, "memory")
+    if algorithm is None and (settings or resume or seconds is not None):
+        algorithm = _LEARNED
     if estimate:
-        _estimate(model, algorithm, settings, context, out, seconds, bytes_, json, measure_rounding)
+        _estimate(model, algorithm, torch_device, settings, context, out, seconds, bytes_, json, measure_rounding)
         return
     assert data is not None
     checkpoint = Checkpoint.open(model)
@@ -187,7 +190,8 @@ def rank(
         log_json = claim_output(log_json, LOG_KIND, True, (data, place, cache), checkpoint.path).place
     # Of several processes one draws and logs, as one writes.
     is_main = launched_index() == 0
-    course = _course(find_algorithm(algorithm).learns, data == "self", measure_rounding)
+    named = find_algorithm(algorithm or default_algorithm(checkpoint, torch_device))
+    course = _course(named.learns, data == "self", measure_rounding)
     try:
         with ExitStack() as stack:
             callbacks = []
@@ -255,7 +259,8 @@ def _silently(_line: str) -> None:
 
 def _estimate(
     model: str,
-    algorithm: str,
+    algorithm: str | None,
+    device: str,
     settings: Mapping[str, Any],
     context: int | None,
     out: Path | None,
@@ -264,11 +269,12 @@ def _estimate(
     json: bool,
     measured: bool,
 ) -> None:
-    from acip_export.ranking import DataConfig, automatic_config
+    from acip_export.ranking import DataConfig, automatic_config, default_algorithm
     from acip_export.ranking.estimate import open_sizes
     from acip_export.ranking.fitting import Limits, fit_ranking
 
-    checkpoint, chosen = open_sizes(model), find_algorithm(algorithm)
+    checkpoint = open_sizes(model)
+    chosen = find_algorithm(algorithm or default_algorithm(checkpoint, device))
     acip = replace(automatic_config(checkpoint), **settings) if chosen.learns else None
     limits = Limits(seconds, memory, asked=seconds is not None or memory is not None)
     fitted = fit_ranking(checkpoint, chosen, acip, DataConfig(context=context), limits)

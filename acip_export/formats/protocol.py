@@ -452,6 +452,21 @@ class ExportFormat(ABC):
             UnsupportedError, MissingExtraError: as :meth:`predict_files`.
         """
 
+    def imitate(
+        self,
+        checkpoint: Checkpoint,  # noqa: ARG002
+        layout: str,  # noqa: ARG002
+        tensors: tuple[TensorDecision, ...],  # noqa: ARG002
+        serving: Serving,  # noqa: ARG002
+        out: Path,  # noqa: ARG002
+    ) -> None:
+        """Write an export with any numbers, in no time, into the existing, empty directory ``out``: to measure speed.
+
+        Raises:
+            UnsupportedError, MissingExtraError: as :meth:`predict_files`; this format's speed cannot be measured.
+        """
+        raise UnsupportedError(f"the speed of {self.name} cannot be measured without a model")
+
     @abstractmethod
     def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         """Return the numbers that :meth:`convert` stores, as the runtime reads them.

@@ -12,6 +12,7 @@ from acip_export.planning.presets import preset
 from acip_export.planning.problem import DoesNotFit, Floor, Problem
 from acip_export.planning.request import DEFAULT_CONTEXT, PlanRequest, Question, resolve
 from acip_export.planning.space import SearchSpace
+from acip_export.planning.speed import Pace
 from acip_export.planning.sweep import SweepLine, preset_points, sweep
 from acip_export.planning.variations import variations
 
@@ -20,6 +21,7 @@ __all__ = [
     "Budget",
     "DoesNotFit",
     "Floor",
+    "Pace",
     "PlanRequest",
     "Problem",
     "Question",

@@ -10,18 +10,23 @@ from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.certificate import refused_types
 from acip_export.planning.context import doublings, settled
 from acip_export.planning.problem import Problem
+from acip_export.planning.speed import Pace, at_pace
 
 
-def make_plan(problem: Problem, budget: Budget, rule: ServingRule) -> Plan:
+def make_plan(problem: Problem, budget: Budget, rule: ServingRule, pace: Pace | None = None) -> Plan:
     """Return the plan of least predicted loss whose exact bytes are within the budget, and why it is not better.
 
+    Args:
+        pace: to predict its speed with, and how fast it must be; ``None``: its speed is not predicted.
+
     Raises:
+        UnreachableSpeedError: no plan is as fast as it must be.
         UnacceptedLossError: no context has a plan that loses as little as was asked for.
         DoesNotFit: no plan fits; :func:`acip_export.planning.advice.infeasible` explains it to the user.
         UnsupportedError: the format cannot express a decision.
     """
     rule = settled(problem, budget, rule)
-    plan = problem.plan(budget, rule.serving(budget, problem.memory))
+    plan = at_pace(problem, budget, problem.plan(budget, rule.serving(budget, problem.memory)), pace)
     better = alternatives(problem, budget, plan)
     if plan.far_off is not None:
         better += mended(problem, budget, rule, plan, settings=all(each.far_off for each in better))

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from math import inf
 from typing import Literal, get_args
 
 from acip_export.artifacts.plan import BudgetScope, cache_types
+from acip_export.artifacts.speeds import RuntimeSpeed
 from acip_export.errors import UnsupportedError, UsageError
 from acip_export.formats.protocol import AUTO, DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.space import SearchSpace
+from acip_export.planning.speed import Pace
 from acip_export.rounding import Rounding
 
 DEFAULT_CONTEXT = 4096
@@ -48,6 +51,7 @@ class PlanRequest:
         calibrate: predicted losses are scaled to what was measured, which is measured where it was not yet, see
             :func:`acip_export.api.calibration.calibrated_errors`.
         candidates: plans that are compared by measuring before one is chosen; 1: the prediction alone chooses.
+        speeds: of the machine that is planned for, by runtime. min_speed: tokens a second that an answer must have.
     """
 
     format: str
@@ -71,6 +75,8 @@ class PlanRequest:
     rounding: Rounding | None = None
     calibrate: bool = False
     candidates: int = 1
+    speeds: Mapping[str, RuntimeSpeed] = field(default_factory=dict)
+    min_speed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class Question:
         nbytes: the budget's; ``None``: the question is about all budgets.
         calibrate: as :attr:`PlanRequest.calibrate`.
         caches: the types of keys and values to choose from; ``rule`` has the first.
+        pace: how fast plans will be, and must be; ``None``: nothing is known of it.
     """
 
     spaces: tuple[SearchSpace, ...]
@@ -92,6 +99,7 @@ class Question:
     nbytes: int | None
     calibrate: bool
     caches: tuple[tuple[str, str], ...]
+    pace: Pace | None = None
 
     @property
     def space(self) -> SearchSpace:
@@ -144,7 +152,32 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
         request.budget_bytes,
         request.calibrate,
         caches,
+        _pace(request, format, checkpoint),
     )
+
+
+def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) -> Pace | None:
+    """Return what is known of the format's runtime.
+
+    Raises:
+        UsageError: a speed is asked for, and none can be predicted.
+    """
+    least = request.min_speed
+    if least is not None and not 0 < least < inf:
+        raise UsageError(f"--min-speed {least:g} must be more than 0 tokens a second")
+    if least is not None and not checkpoint.shape.generates:
+        raise UsageError("--min-speed is of answers, and this model writes none")
+    if least is not None and request.candidates > 1:
+        raise UsageError("--candidates compares plans of any speed; leave out  --candidates  or  --min-speed")
+    runtime = request.runtime or format.sessions[0].runtime
+    speeds = request.speeds.get(runtime) if request.backend in (None, DEFAULT_BACKEND) else None
+    if speeds is None and least is not None:
+        where = "this machine" if request.device is None else request.device
+        raise UsageError(
+            f"--min-speed needs the speeds of {where} with {runtime}, which nobody has measured; measure them there "
+            "with  acip-export calibrate"
+        )
+    return None if speeds is None else Pace(speeds, least)
 
 
 def _rule(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from acip_export.ranking.acip_defaults import automatic_config as automatic_config
+    from acip_export.ranking.acip_defaults import default_algorithm as default_algorithm
     from acip_export.ranking.config import AcipConfig as AcipConfig
     from acip_export.ranking.config import DataConfig as DataConfig
     from acip_export.ranking.config import parse_settings as parse_settings
@@ -19,6 +20,7 @@ _HOME = {
     "AcipConfig": "config",
     "DataConfig": "config",
     "automatic_config": "acip_defaults",
+    "default_algorithm": "acip_defaults",
     "parse_settings": "config",
     "rank_model": "stage",
 }

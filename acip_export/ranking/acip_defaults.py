@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking.config import AcipConfig
 from acip_export.ranking.load import linear_weights
@@ -9,6 +11,23 @@ from acip_export.ranking.load import linear_weights
 _PRUNED_SHARE = 0.7
 _SMALL_WEIGHTS = 100_000_000
 _SMALL_STEPS, _SMALL_TUNE = 100, 150
+# Linear weights up to which processors learn within about half an hour.
+_LEARNED_ON_PROCESSORS = 50_000_000
+# What a model is ranked with that nothing else was said about.
+_LEARNED, _TRAINING_FREE = "acip", "fisher"
+
+
+def default_algorithm(checkpoint: Checkpoint, device: str) -> str:
+    """Return the name of the algorithm that a model is ranked with: learned where that takes minutes.
+
+    It follows from the model and the kind of device alone, so that the same command gives the same bytes again.
+
+    Args:
+        device: of torch, or ``auto``.
+    """
+    small = linear_weights(checkpoint) <= _LEARNED_ON_PROCESSORS
+    on_processors = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return _TRAINING_FREE if on_processors and not small else _LEARNED
 
 
 def automatic_config(checkpoint: Checkpoint) -> AcipConfig:

@@ -32,7 +32,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.opening import check_checkpoint
 from acip_export.model.torch_model import transformers_config
 from acip_export.progress import ProgressCallback, silent
-from acip_export.ranking.acip_defaults import automatic_config
+from acip_export.ranking.acip_defaults import automatic_config, default_algorithm
 from acip_export.ranking.algorithm import Algorithm, Ranking
 from acip_export.ranking.algorithms import find_algorithm, learned_algorithms
 from acip_export.ranking.config import AcipConfig, DataConfig, Precision
@@ -60,7 +60,7 @@ def rank_model(
     model: str | Path,
     data: str | Path,
     *,
-    algorithm: str = "acip",
+    algorithm: str | None = None,
     acip: AcipConfig | None = None,
     calibration: DataConfig | None = None,
     evaluation: str | Path | None = None,
@@ -83,7 +83,9 @@ def rank_model(
     Args:
         model: directory or Hugging Face id. data: what :func:`acip_export.text.documents.read_documents` reads, or
             ``self``: text sampled from the model.
-        algorithm: the name of one of :mod:`acip_export.ranking.algorithms`.
+        algorithm: the name of one of :mod:`acip_export.ranking.algorithms`; ``None``: see
+            :func:`acip_export.ranking.acip_defaults.default_algorithm`, unless ``acip``, ``resume`` or ``seconds`` ask
+            for one that learns.
         acip: hyper-parameters of an algorithm that learns; ``None`` for those of :func:`automatic_config`.
         device: of torch; ``auto``: a GPU where there is one.
         precision: see :func:`acip_export.ranking.load.load_model`. recompute_activations: see
@@ -102,6 +104,11 @@ def rank_model(
         UsageError: unknown algorithm, or ``out`` may not be written. DataError, MissingExtraError: the text.
             CheckpointError, UnsupportedError: the model. RankingError: the run diverged.
     """
+    checkpoint = Checkpoint.open(model)
+    unsaid = algorithm is None
+    if algorithm is None:
+        learning = acip is not None or resume or seconds is not None
+        algorithm = "acip" if learning else default_algorithm(checkpoint, device)
     chosen = find_algorithm(algorithm)
     if acip is not None and not chosen.learns:
         raise UsageError(f"{algorithm} has no settings; leave them out, or rank with {learned_algorithms()}")
@@ -116,7 +123,6 @@ def rank_model(
     if store_every < 1:
         raise UsageError(f"a run state every {store_every} steps is impossible; give at least 1 with  --store-every")
     processes = start_processes(device)
-    checkpoint = Checkpoint.open(model)
     check_checkpoint(checkpoint)
     transformers_config(checkpoint.config)  # what transformers refuses, before a tokenizer is looked for
     if processes.mesh is not None and not checkpoint.shape.generates:
@@ -126,6 +132,11 @@ def rank_model(
     announced = launch_note(processes)
     if announced:
         announce(announced)
+    if unsaid and not chosen.learns:
+        announce(
+            f"{algorithm} trains nothing; learning takes hours for a model of this size on processors:  "
+            "--algorithm acip,  or as long as you say with  --time 2h"
+        )
     if processes.count == 1 and processes.device.type == "cpu":
         limits = Limits.of(seconds, memory, None if out is None else out.absolute().parent)
         fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits)

@@ -36,6 +36,7 @@ from converters.gguf.writer import (
     Bytes,
     GgufWriter,
     Metadata,
+    TensorSpec,
     float32,
     string,
     uint32,
@@ -44,10 +45,12 @@ from converters.gguf.writer import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_model", "convert", "predict_files", "quantizer", "round_trip"]
+__all__ = ["check_model", "convert", "imitate", "predict_files", "quantizer", "round_trip"]
 
 # A SHA-256 in hexadecimal: predictions need only its length.
 _HASH_PLACEHOLDER = "0" * 64
+# Of an imitation's matrix: so many are rounded, and stand for all of them.
+_IMITATED_ROWS = 8
 # ggml's GGML_QNT_VERSION: the generation of block layouts.
 _QUANTIZATION_VERSION = 2
 # Of the layout ``factored``, docs/format.md.
@@ -102,6 +105,28 @@ def convert(model: MaterializedModel, out: Path, progress: ProgressCallback) -> 
                 done += item.spec.nbytes
         check_structure(out / name, contents.metadata, contents.specs)
     progress(Progress("convert", total, total))
+
+
+def imitate(
+    checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving, out: Path
+) -> None:
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
+    del serving
+    identity = _Identity(checkpoint.name, _HASH_PLACEHOLDER, _HASH_PLACEHOLDER)
+    for name, contents in _files(checkpoint, layout, tensors, identity).items():
+        with GgufWriter(out / name, contents.metadata, contents.specs) as writer:
+            for spec in contents.specs:
+                writer.write(spec.name, _noise(spec))
+
+
+def _noise(spec: TensorSpec) -> Bytes:
+    """Return the bytes of a tensor of some random rows again and again; vectors are ones."""
+    import torch
+
+    columns = spec.shape[-1]
+    vector = len(spec.shape) == 1
+    numbers = torch.ones(1, columns) if vector else torch.randn(_IMITATED_ROWS, columns) * columns**-0.5
+    return np.resize(ggml.quantize(numbers, spec.type, torch.ones(columns)), spec.nbytes)
 
 
 def quantizer() -> str:

@@ -71,6 +71,13 @@ class GgufFormat(ExportFormat):
 
         converter.convert(model, out, progress)
 
+    def imitate(
+        self, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving, out: Path
+    ) -> None:
+        from converters.gguf import converter
+
+        converter.imitate(checkpoint, layout, tensors, serving, out)
+
     def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         from converters.gguf import converter
 

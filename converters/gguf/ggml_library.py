@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from acip_export import machine
 from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.units import ceil_div
 from acip_export.weight_types import types_of, weight_type
@@ -184,19 +184,11 @@ def quantize(
             elif _quantize_rows(library, name, chunk, target, weights) != target.nbytes:
                 raise AssertionError(f"ggml wrote another number of bytes than {name} takes")
 
-    count = min(threads or processors(), ceil_div(rows, step))
+    count = min(threads or machine.processors(), ceil_div(rows, step))
     with ThreadPoolExecutor(max(count, 1)) as pool:
         for done in [pool.submit(work) for _ in range(count)]:
             done.result()
     return out
-
-
-def processors() -> int:
-    """Processors that this process may use; ``OMP_NUM_THREADS`` limits them, as it does elsewhere."""
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    if limit.isdecimal() and int(limit):
-        return int(limit)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def dequantize(data: Bytes, shape: tuple[int, ...], name: str) -> Floats:

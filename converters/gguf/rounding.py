@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from acip_export import machine
 from acip_export.error_feedback import ROWS_AT_ONCE, round_with_feedback
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
@@ -50,7 +51,7 @@ def _with_feedback(
     data = ggml.quantize(weight, name, importance)
     blocks = blocks_of(data, name)
     matrix = np.ascontiguousarray(weight.float().numpy())
-    known.put(blocks, round_with_feedback(matrix, known.grid(blocks, len(matrix)), feedback, ggml.processors()))
+    known.put(blocks, round_with_feedback(matrix, known.grid(blocks, len(matrix)), feedback, machine.processors()))
     return (data,)
 
 

@@ -17,7 +17,7 @@ from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.formats.protocol import DEFAULT_BACKEND
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.progress import Progress, ProgressCallback
+from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.rounding import InputMoments
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from converters.onnx.genai_builder.module_tree import ReadVector
     from converters.onnx.graph.decided import Contents
+    from converters.onnx.matrices import ChunkReader
     from converters.onnx.writer import Packed
 
 LAYOUT = "factored"
@@ -117,15 +118,46 @@ def convert(model: MaterializedModel, out: Path, progress: ProgressCallback, opt
     plan = model.plan
     _check(plan.layout, plan.serving)
     _check_types(plan.tensors, plan.serving)
-    packed, contents = _graph(
-        model.as_checkpoint(), plan.tensors, plan.serving, options or Options(), read_vector=model.read
-    )
-    files = small_files(model.as_checkpoint(), plan.serving)
+    checkpoint = model.as_checkpoint()
+    graph = _graph(checkpoint, plan.tensors, plan.serving, options or Options(), read_vector=model.read)
 
     from converters.onnx.matrices import MatrixReader
+
+    _write(checkpoint, plan.serving, *graph, MatrixReader(model), out, progress)
+
+
+def imitate(
+    checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving, out: Path
+) -> None:
+    """See :class:`acip_export.formats.protocol.ExportFormat`."""
+    import torch
+
+    from converters.onnx.matrices import NoiseReader
+
+    _check(layout, serving)
+    _check_types(tensors, serving)
+    shapes = {decision.name: decision.shape for decision in tensors}
+    graph = _graph(checkpoint, tensors, serving, Options(), read_vector=lambda name: torch.ones(shapes[name]))
+    _write(checkpoint, serving, *graph, NoiseReader(), out, silent)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    serving: Serving,
+    packed: Packed,
+    contents: Contents,
+    reader: ChunkReader,
+    out: Path,
+    progress: ProgressCallback,
+) -> None:
+    """Write graph, numbers and small files.
+
+    Raises:
+        VerificationError: the numbers are not as many as the graph describes.
+    """
     from converters.onnx.writer import write_data
 
-    for name, content in files.items():
+    for name, content in small_files(checkpoint, serving).items():
         (out / name).parent.mkdir(exist_ok=True)
         if isinstance(content, bytes):
             (out / name).write_bytes(content)
@@ -133,7 +165,7 @@ def convert(model: MaterializedModel, out: Path, progress: ProgressCallback, opt
             shutil.copyfile(content, out / name)
     (out / MODEL_FILE).parent.mkdir()
     (out / MODEL_FILE).write_bytes(packed.protobuf)
-    write_data(out / DATA_FILE, packed.data_bytes, contents, MatrixReader(model), progress)
+    write_data(out / DATA_FILE, packed.data_bytes, contents, reader, progress)
     written = (out / DATA_FILE).stat().st_size
     if written != packed.data_bytes:
         raise VerificationError(f"{DATA_FILE} has {written} bytes, its graph describes {packed.data_bytes}")

@@ -57,6 +57,13 @@ class OnnxFormat(ExportFormat):
 
         converter.convert(model, out, progress)
 
+    def imitate(
+        self, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving, out: Path
+    ) -> None:
+        from converters.onnx import converter
+
+        converter.imitate(checkpoint, layout, tensors, serving, out)
+
     def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         from converters.onnx import converter
 

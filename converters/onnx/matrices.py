@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,6 +142,28 @@ def _matrix(tensor: str, shape: tuple[int, ...], name: str | None) -> Matrix:
     return Matrix(tensor, shape[0], shape[1], fmt)
 
 
+class ChunkReader(Protocol):
+    """Gives the numbers of initializers."""
+
+    def chunks(self, part: MatrixPart | Vector) -> Iterator[NDArray[np.generic]]:
+        """Yield contiguous arrays that together are the initializer's bytes."""
+        ...
+
+
+class NoiseReader:
+    """Gives random codes, and small numbers for everything else: what takes as long to compute as a model's own."""
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+
+    def chunks(self, part: MatrixPart | Vector) -> Iterator[NDArray[np.generic]]:
+        """See :class:`ChunkReader`."""
+        if part.dtype == np.uint8:
+            yield self._random.integers(0, 256, part.shape, np.uint8)
+        else:
+            yield np.full(part.shape, 1 if isinstance(part, Vector) else 1e-3, part.dtype)
+
+
 class MatrixReader:
     """Reads stored matrices as the chunks of bytes that the data file is made of.
 
@@ -154,7 +176,7 @@ class MatrixReader:
         self._kept: dict[MatrixPart, NDArray[np.generic]] = {}
 
     def chunks(self, part: MatrixPart | Vector) -> Iterator[NDArray[np.generic]]:
-        """Contiguous arrays that together are the initializer's bytes."""
+        """See :class:`ChunkReader`."""
         if isinstance(part, Vector):
             yield _floats(self._model.read(part.tensor))
             return

@@ -14,7 +14,7 @@ import onnx
 from acip_export.progress import Progress, ProgressCallback
 from acip_export.version import __version__
 from converters.onnx.graph.decided import Content
-from converters.onnx.matrices import MatrixPart, MatrixReader, Vector
+from converters.onnx.matrices import ChunkReader, MatrixPart, Vector
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _item_bytes(kind: int) -> int:
 
 
 def write_data(
-    file: Path, nbytes: int, contents: Mapping[str, Content], reader: MatrixReader, progress: ProgressCallback
+    file: Path, nbytes: int, contents: Mapping[str, Content], reader: ChunkReader, progress: ProgressCallback
 ) -> None:
     """Stream the initializers, ``nbytes`` together, into ``file``; progress is told after each one."""
     with file.open("wb") as stream:

@@ -33,6 +33,7 @@ def slim(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
     return load_scores(file)
 
 
+@pytest.mark.slow
 def test_ranking_leaves_the_moments_out(model: Path, tmp_path: Path) -> None:
     text = calibration_text(tmp_path / "text.txt")
     few = DataConfig(context=32, batch=8, statistics_tokens=1024)

@@ -487,7 +487,8 @@ def test_a_value_that_reads_debug_is_no_flag(run: Run) -> None:
     assert run("inspect", "--", "--debug").code == 3
 
 
-def test_a_budget_of_what_cannot_be_dropped(model: Path, run: Run) -> None:
+@pytest.mark.usefixtures("model")
+def test_a_budget_of_what_cannot_be_dropped(run: Run) -> None:
     """llama.cpp maps its weights, so that the best types fit whatever pays for runtime and cache."""
     ask = ("plan", "--budget-scope", "anonymous", "--format", "gguf", "--context", 64, "--json")
     done = run(*ask, "--budget", "8MB")

@@ -88,6 +88,7 @@ def test_pairs_have_the_types_of_their_rows_and_the_two_closest() -> None:
     assert {"iq4_nl", "q4_1"} == {up for down, up in pair_types(allowed(), [256]) if down == "q4_k"} - {"q4_k"}
 
 
+@pytest.mark.slow
 def test_a_default_plan_with_small_blocks_is_written_as_planned_and_runs(uneven: Checkpoint, tmp_path: Path) -> None:
     scores = make_scores(uneven.path)
     budget = int(0.36 * uneven.weight_bytes / 2) + 40_000

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from acip_export import machine
 from acip_export.error_feedback import FeedbackFactor, TableGrid, UniformGrid, feedback_factor
 from acip_export.errors import ScoreFileError, UnsupportedError
 from acip_export.rounding import InputMoments
@@ -115,9 +116,9 @@ def _nearest(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -
 
 def test_threads_and_rows_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, inputs = matrix(1100, 320), moments_of(moment(320, 32, 1))  # three parts of rows, three of columns
-    monkeypatch.setattr(ggml, "processors", lambda: 1)
+    monkeypatch.setattr(machine, "processors", lambda: 1)
     alone = quantize(weight, "q4_0", inputs)
-    monkeypatch.setattr(ggml, "processors", lambda: 3)
+    monkeypatch.setattr(machine, "processors", lambda: 3)
     assert np.array_equal(quantize(weight, "q4_0", inputs), alone)
     monkeypatch.setattr(rounding, "ROWS_AT_ONCE", 512)
     assert np.array_equal(quantize(weight, "q4_0", inputs), alone)

@@ -83,6 +83,7 @@ def test_fitted_pairs_lose_less_than_the_table_says(measured: dict[str, Rounding
     assert not measured["gguf"].pairs  # the layout has no pairs, so none were measured
 
 
+@pytest.mark.slow
 def test_corrections_are_measured_and_planned(model: Path) -> None:
     """The adapter layout's bases with a low-rank correction: only where it was measured what they gain."""
     checkpoint, scores = Checkpoint.open(model), load_scores(model / "tiny.acip")
@@ -211,6 +212,7 @@ def test_the_plan_follows_what_was_measured(model: Path) -> None:
     assert weight_type("gguf", "q8_0").nbytes(512, 256) == next(d.nbytes for d in plan.tensors if d.name == tensor)
 
 
+@pytest.mark.slow
 def test_a_plan_without_the_quantizer_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(model, tmp_path / "m")
     for cache in (tmp_path / "m").glob("*.rounding-*.json"):

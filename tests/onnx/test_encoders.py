@@ -156,6 +156,7 @@ def expected_dense(model: Path, inputs: dict[str, Any]) -> Any:
         return pooled(hidden, torch.from_numpy(inputs["attention_mask"]).bool(), encoder.pooling).numpy()
 
 
+@pytest.mark.slow
 def test_planning_needs_no_torch(tmp_path: Path) -> None:
     model = make_encoder(tmp_path / "bert")
     rank_model(
@@ -208,6 +209,7 @@ def test_bad_input(tmp_path: Path) -> None:
         converter.predict_files(checkpoint, "factored", decisions[1:], runtime)
 
 
+@pytest.mark.slow
 def test_verified(tmp_path: Path) -> None:
     """The main job's report; and an export whose numbers are wrong does not pass."""
     model = make_encoder(tmp_path / "bert")

@@ -57,6 +57,7 @@ def planned(ranked: tuple[Checkpoint, ScoreFile], budget: int, layout: str | Non
     return plan_export(*ranked, PlanRequest("gguf", budget, "file", runtime=runtime, layout=layout, types=types))
 
 
+@pytest.mark.slow
 def test_auto_is_the_best_predicted_of_the_runtimes_layouts(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     budget = 800_000
     apart = {name: planned(ranked, budget, name) for name in ("stock", "lora", "factored")}

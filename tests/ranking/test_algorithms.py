@@ -40,6 +40,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_one_file_is_enough(model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "by_place.py").write_text(ONE_FILE)
 

@@ -60,6 +60,7 @@ def short_run(model: Path) -> AcipConfig:
     return replace(config, learning_rate=100 / steps * config.learning_rate, post_tune=60, batch=8)
 
 
+@pytest.mark.slow
 def test_learned_ranking_is_no_worse_than_where_it_starts(encoder: Path, text: Path) -> None:
     fisher = rank_model(encoder, text, algorithm="fisher", calibration=CALIBRATION)
     learned = rank_model(encoder, text, acip=short_run(encoder), calibration=CALIBRATION)
@@ -74,6 +75,7 @@ def test_learned_ranking_is_no_worse_than_where_it_starts(encoder: Path, text: P
     assert by_ratio[0.4].loss_with_adapters < 0.95 * by_ratio[0.4].loss  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_to_the_same_bytes(encoder: Path, text: Path, tmp_path: Path) -> None:
     config = replace(short_run(encoder), post_tune=4, learning_rate=4e-3)
     whole, out = tmp_path / "whole.acip", tmp_path / "stopped.acip"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from acip_export.errors import InfeasibleBudgetError, OutputError, UsageError
-from acip_export.ranking import DataConfig, automatic_config, rank_model
-from acip_export.ranking.acip_defaults import mask_steps_of
+from acip_export.errors import InfeasibleBudgetError, OutputError, RankingError, UsageError
+from acip_export.ranking import DataConfig, acip_defaults, automatic_config, rank_model
+from acip_export.ranking.acip_defaults import default_algorithm, mask_steps_of
 from acip_export.ranking.algorithms import find_algorithm
 from acip_export.ranking.estimate import Machine, RankModel, open_sizes
 from acip_export.ranking.fitting import Limits, fit_ranking
@@ -110,6 +110,21 @@ def test_ranking_says_what_it_takes(model: Path, text: Path) -> None:
     said: list[str] = []
     rank_model(model, text, algorithm="kfac", calibration=CALIBRATION, announce=said.append)
     assert said[0].startswith("ranking with kfac takes about ") and said[0].endswith(" of disk")
+
+
+def test_learning_is_the_default_where_it_takes_minutes(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = open_sizes(llama(tmp_path / "8b"))
+    assert default_algorithm(open_sizes(model), "cpu") == "acip"
+    assert default_algorithm(large, "cpu") == "fisher" and default_algorithm(large, "cuda:1") == "acip"
+    monkeypatch.setattr(acip_defaults, "_LEARNED_ON_PROCESSORS", 0)
+    said: list[str] = []
+    scores = rank_model(model, text, calibration=CALIBRATION, announce=said.append, device="cpu")
+    assert scores.algorithm["name"] == "fisher"
+    assert "--algorithm acip,  or as long as you say with  --time 2h" in said[0]
+    with pytest.raises(RankingError, match="no run state"):  # only what learns has one
+        rank_model(model, text, calibration=CALIBRATION, out=tmp_path / "scores.acip", resume=True, device="cpu")
 
 
 def test_times_are_read_as_people_write_them() -> None:

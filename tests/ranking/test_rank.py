@@ -87,6 +87,7 @@ def test_adapters_scaled_by_what_is_dropped_leave_the_whole_model_alone(ranked: 
     assert cut.loss_with_adapters != cut.loss
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a.acip", "b.acip", "c.acip")]
     for file, seed in zip(files, (0, 0, 1), strict=True):

@@ -26,6 +26,7 @@ def _points(export: Path) -> int:
     return len(data.points)
 
 
+@pytest.mark.slow
 def test_rebuilt_from_the_score_file(exports: Exports, export: Path, run: Run) -> None:
     (export / PAGE_FILE).unlink()
     (export / CARD_FILE).unlink()

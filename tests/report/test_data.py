@@ -33,6 +33,7 @@ def _report(export: Exported) -> Report:
     return export.report
 
 
+@pytest.mark.slow
 def test_papers_do_not_count_as_bytes_of_the_export(exports: Exports) -> None:
     assert {PAGE_FILE, CARD_FILE} <= PAPERS
     for directory in exports.directories:

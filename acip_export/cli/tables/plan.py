@@ -48,6 +48,12 @@ def show_plan(plan: Plan, verbose: bool) -> None:
         if plan.task == "causal"
         else f"a text, {serving.prompt_batch} in a batch of texts",
     )
+    if plan.speed is not None:
+        table.add_row(
+            "predicted speed",
+            f"{plan.speed.answer:.3g} tokens/s",
+            f"of an answer with a full context; {plan.speed.prompt:.3g} of a prompt as long",
+        )
     console.out.print(table)
     console.out.print()
     if len(plan.certificate.contexts) > 1:

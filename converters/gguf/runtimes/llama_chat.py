@@ -10,8 +10,8 @@ from pathlib import Path
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import MissingExtraError
 from acip_export.formats.session import Logits
+from acip_export.machine import processors
 from converters.gguf.arrange import model_file
-from converters.gguf.ggml_library import processors
 from converters.gguf.runtimes import c_api as llama_capi
 from converters.gguf.runtimes.llama_cpp import BUILD_COMMAND, NativeSession, has_factor_pairs
 

@@ -16,8 +16,9 @@ from acip_export.artifacts.report import Speed
 from acip_export.errors import InputError, MissingExtraError, VerificationError
 from acip_export.formats.session import Logits, RuntimeSession, Windows
 from acip_export.inspection.gguf_split import read_parts
+from acip_export.machine import processors
 from converters.gguf.arrange import ADAPTER_FILE, FACTOR_SUFFIXES, model_file
-from converters.gguf.ggml_library import library_path, processors
+from converters.gguf.ggml_library import library_path
 from converters.gguf.runtimes import c_api as llama_capi
 from converters.gguf.runtimes.llama_native import BufferSizes, NativeModel
 from converters.gguf.types import TYPE_IDS

@@ -12,7 +12,7 @@ from acip_export.artifacts.plan import Serving
 from acip_export.artifacts.report import Speed
 from acip_export.errors import MissingExtraError, VerificationError
 from acip_export.formats.session import Vectors, encoding_speed
-from converters.gguf.ggml_library import processors
+from acip_export.machine import processors
 from converters.gguf.runtimes import c_api as llama_capi
 from converters.gguf.runtimes.llama_native import NativeModel
 

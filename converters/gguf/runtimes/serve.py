@@ -14,7 +14,7 @@ from pathlib import Path
 
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import load_plan
-from converters.gguf.ggml_library import processors
+from acip_export.machine import processors
 from converters.gguf.runtimes.llama_server import server_parameters
 
 

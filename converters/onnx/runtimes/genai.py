@@ -77,13 +77,13 @@ class GenaiSession:
 
     def speed(self, prompt: list[int], new_tokens: int) -> Speed:
         """See :class:`acip_export.formats.session.RuntimeSession`."""
-        # Below min_length the end-of-text token is never chosen, so the loop runs to its end.
-        generator = self._generator(min_length=len(prompt) + new_tokens)
+        generator = self._generator()
         start = time.perf_counter()
         generator.append_tokens(np.array(prompt, np.int32))
         middle = time.perf_counter()
-        for _ in range(new_tokens):
-            generator.generate_next_token()
+        # Not generate_next_token: what it computes is the token before, so that the first one would cost nothing.
+        for index in range(new_tokens):
+            generator.append_tokens(np.array([index % 7], np.int32))
         end = time.perf_counter()
         return Speed(len(prompt) / (middle - start), new_tokens / (end - middle), len(prompt), new_tokens)
 
@@ -95,7 +95,7 @@ class GenaiSession:
     ) -> None:
         self._tokenizer = self._model = None
 
-    def _generator(self, **search: Any) -> Any:
+    def _generator(self) -> Any:
         parameters = self._genai.GeneratorParams(self._model)
-        parameters.set_search_options(do_sample=False, **search)
+        parameters.set_search_options(do_sample=False)
         return self._genai.Generator(self._model, parameters)

@@ -1,0 +1,277 @@
+"""How fast this machine is: models of random numbers in every type, run in the runtimes of each format."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from acip_export.artifacts.plan import Serving, TensorDecision
+from acip_export.artifacts.report import Speed
+from acip_export.artifacts.speeds import RuntimeSpeed, SpeedTable
+from acip_export.errors import MissingExtraError, UnsupportedError
+from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
+from acip_export.formats.registry import export_format, format_names
+from acip_export.machine import processors
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.tensor_names import is_embedding
+from acip_export.planning.speed import products
+from acip_export.planning.speed_fit import Timed, fit
+from acip_export.progress import Clock, ProgressCallback, silent
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a model."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    vocabulary: int = 512
+
+
+# Larger than caches in most types, so that memory is read; and what takes long beside matrices.
+_LARGE = _Sizes(1024, 2816, 2)
+_FEW, _MANY, _WIDE = _Sizes(256, 512, 2), _Sizes(256, 512, 14), _Sizes(256, 512, 2, vocabulary=16_384)
+_PROMPT, _LONG_PROMPT, _NEW, _BATCH = 32, 512, 2, 128
+# All runs together take about as long; each is repeated at least so often, in passes far from each other: what slows a
+# machine down for a second must not slow down one type alone.
+_SECONDS, _REPEATS, _PASSES = 36.0, 2, 2
+_NEVER = (math.inf, math.inf)
+_HEAD_SIZE = 64
+# llama.cpp knows pre-tokenizers by what they do.
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def measure_speeds(progress: ProgressCallback = silent, names: Sequence[str] = ()) -> SpeedTable:
+    """Measure every runtime of language models that is installed.
+
+    Args:
+        names: of formats; empty: all.
+
+    Raises:
+        MissingExtraError, UnsupportedError: of a format that was named.
+    """
+    runtimes: dict[str, RuntimeSpeed] = {}
+    known = names or format_names()
+    for name in known:
+        try:
+            runtimes |= _measure_format(export_format(name), progress, _SECONDS / len(known))
+        except (MissingExtraError, UnsupportedError):
+            if names:
+                raise
+    return SpeedTable(platform.node() or "this machine", processors(), runtimes)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An export of random numbers."""
+
+    format: ExportFormat
+    checkpoint: Checkpoint
+    decisions: tuple[TensorDecision, ...]
+    serving: Serving
+    path: Path
+
+
+def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: float) -> dict[str, RuntimeSpeed]:
+    bases = [layout.base_type for layout in format.layouts if layout.base_type is not None]
+    types = tuple(dict.fromkeys((*format.types, *format.embedding_types, *format.narrow_types, *bases)))
+    with TemporaryDirectory(prefix="acip-export-") as directory:
+        maker = _Maker(Path(directory), format)
+        clock = Clock(f"exports of {format.name}", len(types) + 3, progress)
+        small, by_type = [], {}
+        for sizes in (_FEW, _MANY, _WIDE):
+            small.append(maker.made(sizes))
+            clock.advance()
+        for name in types:
+            with suppress(UnsupportedError):
+                by_type[name] = maker.made(_LARGE, name)
+            clock.advance()
+        few, many, wide = small
+        runs = [_Run(few), _Run(many), _Run(many, _LONG_PROMPT), _Run(wide), *map(_Run, by_type.values())]
+        return _measure_runs(format, runs, tuple(by_type), maker.base, progress, seconds)
+
+
+def _measure_runs(
+    format: ExportFormat,
+    runs: Sequence[_Run],
+    types: Sequence[str],
+    base: str,
+    progress: ProgressCallback,
+    seconds: float,
+) -> dict[str, RuntimeSpeed]:
+    """Run the small models, then one of each type, in every runtime of a format that is installed."""
+    every = len(runs) * len(format.sessions) * _PASSES
+    clock = Clock(f"speed of {format.name}", every, progress)
+    found: dict[str, RuntimeSpeed] = {}
+    missing: MissingExtraError | None = None
+    for session in format.sessions:
+        shortest = [_NEVER] * len(runs)
+        version = ""
+        try:
+            for _ in range(_PASSES):
+                for index, run in enumerate(runs):
+                    with session.open(run.made.path, run.made.serving) as opened:
+                        version = opened.name
+                        shortest[index] = run.shortest(opened, seconds / every, shortest[index])
+                    clock.advance()
+        except MissingExtraError as reason:
+            missing = reason
+            continue
+        few, many, long, wide, *large = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
+        found[session.runtime] = fit(few, many, long, wide, dict(zip(types, large, strict=True)), base, version)
+    if missing is not None and not found:
+        raise missing
+    return found
+
+
+class _Maker:
+    """Makes exports of random numbers of one format."""
+
+    def __init__(self, place: Path, format: ExportFormat) -> None:
+        self._place, self._format = place, format
+        # What every format has and every matrix fits, also the embedding's.
+        self.base = next(name for name in format.embedding_types if not format.type(name).is_float)
+        self._checkpoints: dict[_Sizes, Checkpoint] = {}
+        self._count = 0
+
+    def made(self, sizes: _Sizes, type_name: str | None = None) -> _Made:
+        """Write one whose layers have a type; ``None``: the one that the embedding has, too.
+
+        Raises:
+            UnsupportedError: matrices cannot be of this type.
+        """
+        format = self._format
+        if sizes not in self._checkpoints:
+            self._checkpoints[sizes] = _checkpoint(self._place / f"model-{len(self._checkpoints)}", sizes)
+        checkpoint = self._checkpoints[sizes]
+        serving = Serving(_LONG_PROMPT + _NEW, next(iter(format.cache_types)), _BATCH, DEFAULT_BACKEND)
+        decisions = tuple(
+            self._decision(name, shape, type_name or self.base) for name, shape in _tensors(sizes).items()
+        )
+        format.prepare(checkpoint, DEFAULT_BACKEND, serving.context, silent)
+        self._count += 1
+        path = self._place / f"export-{self._count}"
+        path.mkdir()
+        format.imitate(checkpoint, format.layouts[0].name, decisions, serving, path)
+        return _Made(format, checkpoint, decisions, serving, path)
+
+    def _decision(self, name: str, shape: tuple[int, ...], type_name: str) -> TensorDecision:
+        chosen = self._format.vector_type if len(shape) == 1 else self.base if is_embedding(name) else type_name
+        nbytes = self._format.type(chosen).nbytes(shape[0] if len(shape) == 2 else 1, shape[-1])
+        return TensorDecision(name, shape, "dense", nbytes, chosen)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A prompt and the beginning of an answer."""
+
+    made: _Made
+    tokens: int = _PROMPT
+
+    def shortest(self, opened: Any, seconds: float, before: tuple[float, float]) -> tuple[float, float]:
+        """Return the shortest times of a token of the prompt and of the answer: other programs only lengthen them."""
+        prompt, answer = before
+        _seconds(opened, self.tokens)  # what is read and allocated once
+        end = time.perf_counter() + seconds
+        repeated = 0
+        while repeated < _REPEATS or time.perf_counter() < end:
+            repeated += 1
+            found = _seconds(opened, self.tokens)
+            prompt, answer = min(prompt, found[0]), min(answer, found[1])
+        return prompt, answer
+
+    def timed(self, prompt: float, answer: float) -> Timed:
+        """Return what was computed in these times."""
+        made = self.made
+        shape, serving = made.checkpoint.shape, made.serving
+        matrices = [each for d in made.decisions for each in products(d, made.format.name, shape)]
+        return Timed(
+            prompt=prompt,
+            answer=answer,
+            tokens=self.tokens,
+            batch=min(_BATCH, self.tokens),
+            nbytes=sum(matrix.nbytes for matrix in matrices),
+            weights=sum(matrix.weights for matrix in matrices if not matrix.head),
+            head=sum(matrix.weights for matrix in matrices if matrix.head),
+            layers=shape.layers,
+            hidden=shape.hidden,
+            cache=made.format.memory.serving(shape, serving).kv_cache / serving.context,
+        )
+
+
+def _seconds(opened: Any, prompt: int) -> tuple[float, float]:
+    """Return the seconds of a token of a prompt, and of the answer after it."""
+    speed: Speed = opened.speed([1 + index % 200 for index in range(prompt)], _NEW)
+    assert speed.decode is not None
+    return 1 / speed.prefill, 1 / speed.decode
+
+
+def _tensors(sizes: _Sizes) -> Mapping[str, tuple[int, ...]]:
+    """Return names and shapes of a Llama."""
+    hidden, ffn = sizes.hidden, sizes.ffn
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes.vocabulary, hidden)}
+    for layer in range(sizes.layers):
+        name = f"model.layers.{layer}"
+        tensors |= {f"{name}.self_attn.{each}_proj.weight": (hidden, hidden) for each in "qkvo"}
+        tensors |= {f"{name}.mlp.{each}_proj.weight": (ffn, hidden) for each in ("gate", "up")}
+        tensors[f"{name}.mlp.down_proj.weight"] = (hidden, ffn)
+        tensors |= {f"{name}.{each}_layernorm.weight": (hidden,) for each in ("input", "post_attention")}
+    return {**tensors, "model.norm.weight": (hidden,)}
+
+
+def _checkpoint(place: Path, sizes: _Sizes) -> Checkpoint:
+    """Write configuration and tokenizer of a Llama that has no weights; its tokens are bytes."""
+    place.mkdir()
+    heads = sizes.hidden // _HEAD_SIZE
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.ffn,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": _HEAD_SIZE,
+        "vocab_size": sizes.vocabulary,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "torch_dtype": "float16",
+    }
+    (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    _tokenizer(place)
+    return Checkpoint(place, config, {})
+
+
+def _tokenizer(place: Path) -> None:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    ).save_pretrained(place)

@@ -1,0 +1,71 @@
+"""``acip-export calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from acip_export.artifacts.speeds import SPEEDS_KIND, save_speeds
+from acip_export.cli import output as console
+from acip_export.cli.options import OUTPUT, TARGET, Debug, Force, Json, Quiet
+from acip_export.cli.tables.common import plain_table
+from acip_export.devices import speeds_file
+from acip_export.errors import MissingExtraError
+from acip_export.formats.registry import export_format, format_names
+from acip_export.io.outputs import claim_output
+
+
+def calibrate(
+    format_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="NAME",
+            help="Of this format's runtimes alone; again for others.",
+            autocompletion=format_names,
+            rich_help_panel=TARGET,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Default: where plans for this machine look.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    json: Json = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how fast this machine is, so that plans predict tokens per second.
+
+    acip-export calibrate
+
+    acip-export calibrate --format gguf -o board.json
+
+    Small models of random numbers run in the installed runtimes, in every type that plans choose from: about a minute,
+    on a machine that does nothing else.
+    """
+    from acip_export.api.speed import measure_speeds
+
+    names = tuple(export_format(name.lower()).name for name in format_ or ())
+    file = out or speeds_file()
+    # What this command keeps in its own place is measured anew.
+    claim_output(file, SPEEDS_KIND, force or out is None, ())
+    with console.stage_progress() as progress:
+        table = measure_speeds(progress, names)
+    if not table.runtimes:
+        raise MissingExtraError("a runtime", "all", "measuring its speed")
+    save_speeds(table, file, force or out is None)
+    if json:
+        console.print_json(table.to_json())
+        return
+    shown = plain_table("runtime", "type", "read", "computed")
+    for runtime, speeds in table.runtimes.items():
+        for name, rate in speeds.read.items():
+            shown.add_row(runtime, name, f"{rate / 1e9:.3g} GB/s", f"{speeds.compute[name] / 1e9:.3g} GFLOP/s")
+    console.out.print(shown)
+    console.say(f"{table.machine}, {table.threads} threads; kept in {file}")

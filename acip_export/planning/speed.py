@@ -1,0 +1,180 @@
+"""How fast a plan will be: bytes read over bandwidth for an answer, operations over their rate for a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+from acip_export.artifacts.plan import Plan, PlannedSpeed, Serving, TensorDecision
+from acip_export.artifacts.speeds import RuntimeSpeed
+from acip_export.errors import UnreachableSpeedError
+from acip_export.model.shape import ModelShape
+from acip_export.model.tensor_names import HEAD, is_embedding
+from acip_export.planning.budget import Budget
+from acip_export.planning.candidates import Candidates
+from acip_export.planning.problem import DoesNotFit, Problem
+from acip_export.weight_types import weight_type
+
+# How often a budget is halved in the search for one whose plan is fast enough.
+_HALVINGS = 10
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Speeds to predict with, and the fewest tokens a second that an answer may have; ``None``: any."""
+
+    speeds: RuntimeSpeed
+    least: float | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix that tokens are multiplied with. ``head``: that of a prompt's last token alone, in some runtimes."""
+
+    type: str
+    nbytes: int
+    weights: int
+    head: bool
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts the speed of plans for one model in one runtime.
+
+    Attributes:
+        kv_cache: bytes of the cache of the whole context.
+    """
+
+    format: str
+    shape: ModelShape
+    speeds: RuntimeSpeed
+    serving: Serving
+    kv_cache: int
+
+    @classmethod
+    def of(cls, problem: Problem, speeds: RuntimeSpeed, serving: Serving) -> Predictor:
+        """Return the predictor for a problem's plans with one serving."""
+        format, shape = problem.space.format.name, problem.checkpoint.shape
+        return cls(format, shape, speeds, serving, problem.memory.serving(serving).kv_cache)
+
+    def speed(self, decisions: Sequence[TensorDecision]) -> PlannedSpeed | None:
+        """Return tokens a second with a full context; ``None``: a type was not measured."""
+        speeds, shape, serving = self.speeds, self.shape, self.serving
+        matrices = [matrix for decision in decisions for matrix in self.products(decision)]
+        if any(matrix.type not in speeds.read or matrix.type not in speeds.compute for matrix in matrices):
+            return None
+        read = sum(matrix.nbytes / speeds.read[matrix.type] for matrix in matrices)
+        computed = sum(
+            (speeds.head_share if matrix.head else 1.0) * 2 * matrix.weights / speeds.compute[matrix.type]
+            for matrix in matrices
+        )
+        answer = speeds.token_seconds + shape.layers * speeds.layer_seconds + read + self.kv_cache / speeds.cache_read
+        attention = 2 * shape.heads * shape.head_dim * serving.context * shape.layers / speeds.attention
+        overhead = (speeds.token_seconds + shape.layers * speeds.layer_seconds) / serving.prompt_batch
+        width = shape.layers * shape.hidden * speeds.width_seconds
+        return PlannedSpeed(1 / (computed + attention + overhead + width), 1 / answer)
+
+    def answer_seconds(self, decision: TensorDecision) -> float | None:
+        """Return the time of reading a tensor for one token; ``None``: a type was not measured."""
+        matrices = list(self.products(decision))
+        if any(matrix.type not in self.speeds.read or matrix.type not in self.speeds.compute for matrix in matrices):
+            return None
+        return sum(matrix.nbytes / self.speeds.read[matrix.type] for matrix in matrices)
+
+    def products(self, decision: TensorDecision) -> Iterator[Product]:
+        """Yield every matrix of a tensor that a token is multiplied with."""
+        return products(decision, self.format, self.shape)
+
+
+def products(decision: TensorDecision, format: str, shape: ModelShape) -> Iterator[Product]:
+    """Yield every matrix of a tensor that a token is multiplied with."""
+    head = is_embedding(decision.name)
+    if len(decision.shape) != 2 or (head and not shape.tied_embeddings):
+        return
+    rows, columns = decision.shape
+    head = head or decision.name.endswith(HEAD)
+    stored: list[tuple[str | None, int, int]] = []
+    if decision.representation != "factored":
+        stored.append((decision.type, rows, columns))
+    if decision.rank:
+        stored += [(decision.down_type, decision.rank, columns), (decision.up_type, rows, decision.rank)]
+    for name, height, width in stored:
+        if name is not None:
+            yield Product(name, weight_type(format, name).nbytes(height, width), height * width, head)
+
+
+def at_pace(problem: Problem, budget: Budget, plan: Plan, pace: Pace | None) -> Plan:
+    """Return ``plan`` with its predicted speed, or, where that is less than asked for, the best found that is faster.
+
+    What is tried are the plans of smaller budgets, and every tensor's fastest candidate.
+
+    Raises:
+        UnreachableSpeedError: not even that one is fast enough.
+    """
+    if pace is None or not problem.checkpoint.shape.generates:
+        return plan
+    predictor = Predictor.of(problem, pace.speeds, plan.serving)
+
+    def told(found: Plan) -> Plan:
+        return replace(found, speed=predictor.speed(found.tensors))
+
+    def fast_enough(found: Plan) -> bool:
+        speed = predictor.speed(found.tensors)
+        return speed is not None and pace.least is not None and speed.answer >= pace.least
+
+    if pace.least is None or fast_enough(plan):
+        return told(plan)
+    try:
+        fastest = _fastest(problem, predictor).plan(budget, plan.serving)
+    except DoesNotFit:  # a type with a fast kernel may take more bytes
+        fastest = problem.plan(Budget(problem.floor(budget.scope, plan.serving).nbytes, budget.scope), plan.serving)
+    if not fast_enough(fastest):
+        raise _unreachable(predictor, fastest, pace.least)
+    best, low, high = fastest, problem.floor(budget.scope, plan.serving).nbytes, plan.used_bytes
+    for _ in range(_HALVINGS):
+        middle = (low + high) // 2
+        found = problem.plan(Budget(middle, budget.scope), plan.serving, exact=False)
+        if fast_enough(found):
+            best, low = min(best, found, key=lambda each: each.predicted_loss), middle
+        else:
+            high = middle
+    certificate = replace(
+        best.certificate,
+        bytes_left=budget.nbytes - best.used_bytes,
+        lower_bound=min(plan.certificate.lower_bound, best.predicted_loss),
+        next_upgrade=None,
+        next_upgrade_bytes=None,
+        quantization_only_loss=None,
+    )
+    left = budget.nbytes - best.used_bytes
+    note = f"--min-speed {pace.least:g} leaves {left:,} bytes of the budget: what they would buy is slower"
+    return told(replace(best, budget_bytes=budget.nbytes, certificate=certificate, notes=(*best.notes, note)))
+
+
+def _fastest(problem: Problem, predictor: Predictor) -> Problem:
+    """Return the problem with the candidates of each tensor that are read fastest."""
+
+    def seconds(candidates: Candidates, option: TensorDecision) -> float:
+        known = predictor.answer_seconds(replace(option, name=candidates.name))
+        return inf if known is None else known
+
+    least = {each.name: min(seconds(each, option) for option in each.options) for each in problem.candidates}
+    return problem.only(lambda candidates, option: seconds(candidates, option) <= least[candidates.name])
+
+
+def _unreachable(predictor: Predictor, fastest: Plan, least: float) -> UnreachableSpeedError:
+    speed = predictor.speed(fastest.tensors)
+    if speed is None:
+        return UnreachableSpeedError(
+            "the speed of no plan is known: its types were not measured; measure them with  acip-export calibrate", None
+        )
+    cache = predictor.kv_cache / predictor.speeds.cache_read * speed.answer
+    advice = ["name faster types with  --types"]
+    if cache >= 0.05:
+        advice.insert(0, f"give a shorter  --context  (reading the KV cache takes {cache:.0%} of the time)")
+    return UnreachableSpeedError(
+        f"no plan answers {least:g} tokens a second here: the fastest is predicted with {speed.answer:.3g}.\n"
+        f"Ask for less with  --min-speed {speed.answer * 0.99:.3g},  or {', or '.join(advice)}",
+        speed.answer,
+    )

@@ -1,0 +1,97 @@
+"""The whole way of a model of 1.1 billion parameters on this machine: rank, plan, export, verify, in both formats.
+
+    python -m benchmarks.billion [--layers 22] [--scratch DIRECTORY]
+
+Random bfloat16 weights of TinyLlama's shape (22 layers, 2048 hidden, FFN 5632, 32 heads, 4 for keys and values, 32,000
+tokens) and Python source as text: what it takes is real, what it loses is not. Every step is the command that a user
+types, in a process of its own; seconds, peak of its anonymous and of its resident memory, and what was estimated go to
+benchmarks/billion.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gguf_export import watched
+from benchmarks.random_model import write_random_model
+
+RESULTS = Path(__file__).with_suffix(".json")
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+# About 4.5 bits a weight each, with a context of 2,048 tokens.
+BUDGETS = {"gguf": "760MB", "onnx": "1200MB"}
+PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "gguf", "xllamacpp", "numpy")
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "acip_export", *map(str, words)]
+
+
+def estimate(model: Path) -> dict[str, Any]:
+    """What the ranking says that it takes, before it begins."""
+    done = subprocess.run(command("rank", model, "--algorithm", "fisher", "--estimate", "--json"), check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measure(layers: int, scratch: Path) -> dict[str, Any]:
+    model, scores, text = scratch / "model", scratch / "scores.acip", scratch / "text.txt"
+    write_random_model(model, {**SHAPE, "num_hidden_layers": layers})
+    sources = sorted(Path(json.__file__).parents[1].glob("*.py"))
+    text.write_text("\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in sources)[:2_000_000])
+    steps: dict[str, Any] = {"estimate": estimate(model)}
+    print(steps["estimate"], flush=True)
+    flags = ("--data", text, "--algorithm", "fisher", "-o", scores, "--quiet")
+    steps["rank"] = watched(command("rank", model, *flags, "--no-measure-rounding"))
+    steps["rank"]["score_file_bytes"] = scores.stat().st_size
+    print(steps["rank"], flush=True)
+    for name, budget in BUDGETS.items():
+        out, plan = scratch / name, scratch / f"{name}.json"
+        asked = ("--model", model, "--scores", scores, "--budget", budget, "--format", name, "--context", 2048)
+        steps[f"{name} plan"] = watched(command("plan", *asked, "-o", plan, "--quiet"))
+        steps[f"{name} export"] = watched(command(*asked, "-o", out, "--quiet", "--accept-loss", "--force"))
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        kept = ("passed", "planned_bytes", "written_bytes")
+        steps[f"{name} export"] |= {key: report[key] for key in kept}
+        print({key: steps[key] for key in steps if key.startswith(name)}, flush=True)
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--scratch", type=Path, help="where 10 GB may lie for a while")
+    arguments = parser.parse_args()
+    begun = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        steps = measure(arguments.layers, Path(scratch))
+    result = {
+        "shape": {**SHAPE, "num_hidden_layers": arguments.layers},
+        "budgets": BUDGETS,
+        "steps": steps,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load_before": begun},
+        "versions": {name: version(name) for name in PACKAGES},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

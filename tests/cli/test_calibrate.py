@@ -1,0 +1,123 @@
+"""``acip-export calibrate``: the runtimes of this machine, timed; what plans then say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from acip_export.api import speed
+from acip_export.artifacts.speeds import RuntimeSpeed, load_speeds
+from acip_export.devices import speeds_file
+from acip_export.formats.registry import export_format
+from acip_export.planning.speed_fit import Timed, fit
+from tests.support import Run
+
+ASKED = ("--budget", "3MB", "--types", "q8_0,q4_0", "--context", 64)
+
+
+@pytest.fixture
+def quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models, two types, once each; and a configuration directory of one's own."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("APPDATA", str(tmp_path / "config"))
+    few, some = replace(speed._FEW, hidden=128, ffn=256, layers=1), replace(speed._FEW, layers=2)
+    for name, value in {
+        "_LARGE": some,
+        "_FEW": few,
+        "_MANY": replace(few, layers=3),
+        "_WIDE": replace(few, vocabulary=2048),
+        "_LONG_PROMPT": 128,
+        "_SECONDS": 0.0,
+        "_PASSES": 1,
+    }.items():
+        monkeypatch.setattr(speed, name, value)
+    few_types = {"gguf": ("q8_0", "q4_0"), "onnx": ("int8", "int4-b64")}
+    formats = {
+        name: replace(
+            export_format(name),
+            types=types,
+            embedding_types=types,
+            narrow_types=(),
+            layouts=export_format(name).layouts[:1],
+        )
+        for name, types in few_types.items()
+    }
+    monkeypatch.setattr(speed, "export_format", formats.__getitem__)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_calibrate_then_plan(model: Path, run: Run) -> None:
+    before = run("plan", *ASKED, "-f", "gguf", "--min-speed", 1)
+    assert before.code == 2 and "acip-export calibrate" in before.err
+    assert json.loads(run("plan", *ASKED, "-f", "gguf", "--json").out)["speed"] is None
+    done = run("calibrate", "-f", "gguf", "--json")
+    assert done.code == 0, done.err
+    table = load_speeds(speeds_file())
+    assert json.loads(done.out) == table.to_json()
+    found = table.runtimes["llama.cpp"]
+    assert set(table.runtimes) == {"llama.cpp"} and set(found.read) == set(found.compute) == {"q8_0", "q4_0"}
+    assert "llama.cpp" in found.version and all(rate > 0 for rate in (*found.read.values(), *found.compute.values()))
+    planned = run("plan", *ASKED, "-f", "gguf", "--json")
+    assert planned.code == 0, planned.err
+    predicted = json.loads(planned.out)["speed"]
+    assert predicted["answer"] > 0 and predicted["prompt"] > 0
+    assert "predicted speed" in run("plan", *ASKED, "-f", "gguf").out
+    refused = run("plan", *ASKED, "-f", "gguf", "--min-speed", 1e9, "--json")
+    assert refused.code == 4 and json.loads(refused.out)["fastest"] > 0
+    # A second time in its own place, but never over a file of somebody else.
+    (model / "mine.json").write_text("{}")
+    assert run("calibrate", "-f", "gguf", "-o", "mine.json", "--force").code == 2
+    speeds_file().write_text("{}")
+    assert run("plan", *ASKED, "-f", "gguf").code == 3
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_device_with_a_table(model: Path, run: Run) -> None:
+    assert run("calibrate", "-f", "onnx", "-o", "board.json").code == 0
+    measured = load_speeds(model / "board.json").runtimes
+    assert set(measured) == {"onnxruntime", "onnxruntime-genai"}
+    assert all(set(each.read) == set(each.compute) == {"int8", "int4-b64"} for each in measured.values())
+    assert not speeds_file().exists()
+    (model / "devices.toml").write_text(
+        '[[device]]\nname = "board"\ntitle = "Board"\nclass = "board"\nmemory = "1GiB"\nusable = 0.5\n'
+        'runtimes = { onnx = "onnxruntime" }\ntypes.onnx = ["int4-b64"]\nspeeds = "board.json"\n'
+        'source = { memory = "m", usable = "u", types = "t" }\n'
+    )
+    asked = ("plan", "--devices", "devices.toml", "--device", "board", "--context", 64)
+    planned = run(*asked, "--json")
+    assert planned.code == 0, planned.err
+    assert json.loads(planned.out)["speed"]["answer"] > 0
+    (model / "board.json").unlink()
+    missing = run(*asked)
+    assert missing.code == 3 and "acip-export calibrate" in missing.err
+
+
+def test_what_is_measured_together_is_told_apart() -> None:
+    """Runs that a table predicts give that table again."""
+    true = RuntimeSpeed("1", {"a": 5e9, "b": 8e9}, {"a": 4e10, "b": 2e10}, 2e-4, 3e-5, 2e-10, 2e9, 8e10, head_share=0.5)
+
+    def timed(name: str, layers: int, hidden: int, vocabulary: int = 512, tokens: int = 128) -> Timed:
+        weights, head, cache = layers * 12 * hidden**2, vocabulary * hidden, 4 * hidden * layers
+        fixed = true.token_seconds + layers * true.layer_seconds
+        nbytes = weights + head
+        answer = fixed + nbytes / true.read[name] + cache * tokens / true.cache_read
+        prompt = 2 * (weights + true.head_share * head) / true.compute[name] + fixed / 128
+        prompt += 2 * hidden * tokens * layers / true.attention + true.width_seconds * hidden * layers
+        return Timed(prompt, answer, tokens, 128, nbytes, weights, head, layers, hidden, cache)
+
+    found = fit(
+        timed("a", 4, 256),
+        timed("a", 20, 256),
+        timed("a", 20, 256, tokens=1024),
+        timed("a", 4, 256, vocabulary=32768),
+        {name: timed(name, 4, 1024) for name in "ab"},
+        "a",
+        "1",
+    )
+    assert found.read == pytest.approx(true.read, rel=0.01)
+    assert found.compute == pytest.approx(true.compute, rel=0.02)
+    for name in ("token_seconds", "layer_seconds", "cache_read", "attention", "head_share"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.03), name

@@ -1,0 +1,137 @@
+"""Tokens per second of plans, from a table of what a machine does in a second."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from acip_export.artifacts.scores import ScoreFile
+from acip_export.artifacts.speeds import RuntimeSpeed
+from acip_export.errors import UnreachableSpeedError, UsageError
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import Budget, PlanRequest, make_plan, resolve
+from acip_export.planning.problem import Problem
+from acip_export.planning.speed import Predictor, Product
+from tests.planning.problems import with_overhead
+from tests.support import make_model, make_scores
+
+TYPES = ("f16", "q8_0", "q6_k", "q4_k", "q4_0")
+# A slow memory, so that what is read decides.
+TABLE = RuntimeSpeed(
+    version="made up",
+    read=dict.fromkeys(TYPES, 1e7) | {"q4_0": 2e7},
+    compute=dict.fromkeys(TYPES, 1e9),
+    token_seconds=0.001,
+    layer_seconds=0.0005,
+    width_seconds=1e-9,
+    cache_read=1e8,
+    attention=1e10,
+    head_share=0.0,
+)
+REQUEST = PlanRequest("gguf", 3_000_000, types=TYPES, context=128, speeds={"llama.cpp": TABLE})
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, ScoreFile]:
+    model = make_model(tmp_path_factory.mktemp("models") / "tiny")
+    return Checkpoint.open(model), make_scores(model)
+
+
+def planned(ranked: tuple[Checkpoint, ScoreFile], request: PlanRequest) -> tuple[Problem, Budget, object]:
+    question = resolve(request, ranked[0])
+    problem = Problem.of(*ranked, with_overhead(question.space))
+    return problem, question.budget, make_plan(problem, question.budget, question.rule, question.pace)
+
+
+def test_by_hand(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    problem, _, plan = planned(ranked, REQUEST)
+    shape = ranked[0].shape
+    matrices = [d for d in plan.tensors if len(d.shape) == 2]  # the embedding is tied: the head reads it
+    assert shape.tied_embeddings and all(d.rank is None for d in matrices)
+    read = sum(d.nbytes / TABLE.read[d.type] for d in matrices)
+    cache = problem.memory.serving(plan.serving).kv_cache
+    fixed = 0.001 + shape.layers * 0.0005
+    assert plan.speed.answer == pytest.approx(1 / (fixed + read + cache / 1e8))
+    in_layers = [d for d in matrices if "layers" in d.name]
+    seconds = sum(2 * d.shape[0] * d.shape[1] / 1e9 for d in in_layers)
+    seconds += 2 * shape.heads * shape.head_dim * 128 * shape.layers / 1e10 + fixed / plan.serving.prompt_batch
+    seconds += shape.layers * shape.hidden * 1e-9
+    assert plan.speed.prompt == pytest.approx(1 / seconds)
+
+
+def test_a_speed_that_must_be_reached(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    _, _, free = planned(ranked, REQUEST)
+    speeds, losses = [], []
+    for least in (1.1, 1.5, 2.0):
+        least *= free.speed.answer
+        _, budget, plan = planned(ranked, replace(REQUEST, min_speed=least))
+        assert plan.speed.answer >= least
+        assert plan.used_bytes + plan.certificate.bytes_left == plan.budget_bytes == budget.nbytes
+        assert plan.certificate.lower_bound <= plan.predicted_loss
+        assert any("--min-speed" in note for note in plan.notes)
+        speeds.append(plan.speed.answer)
+        losses.append(plan.predicted_loss)
+    assert losses == sorted(losses) and losses[0] >= free.predicted_loss
+    # One that is reached anyway changes nothing.
+    _, _, same = planned(ranked, replace(REQUEST, min_speed=free.speed.answer * 0.99))
+    assert same == free
+
+
+def test_one_that_no_plan_reaches(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    with pytest.raises(UnreachableSpeedError, match="the fastest is predicted with") as refused:
+        planned(ranked, replace(REQUEST, min_speed=1e4))
+    assert refused.value.exit_code == 4
+    fastest = refused.value.fastest
+    assert fastest is not None and "--min-speed" in str(refused.value)
+    _, _, plan = planned(ranked, replace(REQUEST, min_speed=fastest * 0.99))
+    assert {d.type for d in plan.tensors if len(d.shape) == 2} == {"q4_0"}
+    slow_cache = replace(TABLE, cache_read=1e6)
+    with pytest.raises(UnreachableSpeedError, match="shorter  --context"):
+        planned(ranked, replace(REQUEST, min_speed=1e4, speeds={"llama.cpp": slow_cache}))
+
+
+def test_types_that_were_not_measured(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    partial = replace(TABLE, read={"q4_0": 1e7}, compute={"q4_0": 1e9})
+    speeds = {"llama.cpp": partial}
+    assert planned(ranked, replace(REQUEST, speeds=speeds))[2].speed is None
+    # Asked for a speed, a plan consists of what is known.
+    plan = planned(ranked, replace(REQUEST, speeds=speeds, min_speed=1))[2]
+    assert {d.type for d in plan.tensors if len(d.shape) == 2} == {"q4_0"}
+    nothing = replace(TABLE, read={}, compute={})
+    with pytest.raises(UnreachableSpeedError, match="not measured"):
+        planned(ranked, replace(REQUEST, speeds={"llama.cpp": nothing}, min_speed=1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"speeds": {}}, "acip-export calibrate"),
+        ({"speeds": {"onnxruntime": TABLE}}, "of this machine with llama.cpp"),
+        ({"speeds": {}, "device": "steam-deck-16gb"}, "of steam-deck-16gb"),
+        ({"min_speed": 0.0}, "more than 0"),
+        ({"min_speed": float("nan")}, "more than 0"),
+        ({"min_speed": float("inf")}, "more than 0"),
+        ({"candidates": 3}, "--candidates"),
+    ],
+)
+def test_what_is_refused_before_anything_is_planned(
+    ranked: tuple[Checkpoint, ScoreFile], changed: dict[str, object], says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        resolve(replace(REQUEST, **{"min_speed": 5.0, **changed}), ranked[0])
+
+
+def test_pairs_are_two_matrices(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    problem, _, plan = planned(ranked, REQUEST)
+    predictor = Predictor.of(problem, TABLE, plan.serving)
+    name, shape = "model.layers.0.mlp.up_proj.weight", (512, 256)
+    dense = next(d for d in plan.tensors if d.name == name)
+    pair = replace(
+        dense, representation="factored", type=None, rank=64, up_type="q4_0", down_type="q8_0", kept=((0, 64),)
+    )
+    assert list(predictor.products(pair)) == [
+        Product("q8_0", 64 * 256 // 32 * 34, 64 * 256, head=False),
+        Product("q4_0", 512 * 64 // 32 * 18, 512 * 64, head=False),
+    ]
+    assert dense.shape == shape
