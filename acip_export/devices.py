@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from acip_export.artifacts.plan import Plan, Tokens
+from acip_export.artifacts.plan import BudgetScope, Plan, Tokens
 from acip_export.artifacts.speeds import RuntimeSpeed, load_speeds
 from acip_export.errors import AcipError, DeviceFileError, UsageError
 from acip_export.formats.registry import export_format, format_names
@@ -37,11 +37,12 @@ Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\S")]
 
 
 class Sources(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where three figures of a device come from, in words or as addresses."""
+    """Where three figures of a device come from, and what its system enforces, in words or as addresses."""
 
     memory: Text
     usable: Text
     types: Text
+    enforces: Text | None = None
 
 
 class DeviceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -57,6 +58,7 @@ class DeviceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     context: Tokens = 4096
     largest_file: Text | None = None
     whole_prompts: tuple[Text, ...] = ()
+    enforces: BudgetScope | None = None
     speeds: Text | None = None
     source: Sources
 
@@ -80,6 +82,7 @@ class Device:
         sources: where ``memory``, ``usable`` and ``types`` come from.
         largest_file: bytes of the largest file that can be loaded there; ``None``: any.
         whole_prompts: formats whose runtime there computes a prompt in one piece, however long it is.
+        enforces: the scope of what its system ends processes for; ``None``: not known.
         speeds: the table that ``acip-export calibrate`` made there; ``None``: nobody has.
         defined_in: the file, or ``built in``.
     """
@@ -95,6 +98,7 @@ class Device:
     sources: dict[str, str]
     largest_file: int | None = None
     whole_prompts: tuple[str, ...] = ()
+    enforces: BudgetScope | None = None
     speeds: Path | None = None
     defined_in: str = BUILT_IN
 
@@ -138,6 +142,7 @@ class Device:
             "context": self.context,
             "largest_file": self.largest_file,
             "whole_prompts": list(self.whole_prompts),
+            "enforces": self.enforces,
             "speeds": None if self.speeds is None else str(self.speeds),
             "source": self.sources,
             "defined_in": self.defined_in,
@@ -249,6 +254,8 @@ def _device(table: DeviceTable, place: str, where: str) -> Device:
         known = export_format(name).runtimes
         if runtime not in known:
             raise DeviceFileError(f"{place}: unknown runtime {runtime!r} of {name}; known: {', '.join(known)}")
+    if (table.enforces is None) != (table.source.enforces is None):
+        raise DeviceFileError(f"{place}: enforces and source.enforces are given together, or neither")
     for field, formats in (("whole_prompts", table.whole_prompts), ("types", table.types)):
         if not set(formats) <= set(runtimes):
             raise DeviceFileError(f"{place}.{field} must be for formats of runtimes ({', '.join(runtimes)})")
@@ -266,9 +273,10 @@ def _device(table: DeviceTable, place: str, where: str) -> Device:
         runtimes=dict(runtimes),
         types=dict(table.types),
         context=table.context,
-        sources=msgspec.structs.asdict(table.source),
+        sources={what: source for what, source in msgspec.structs.asdict(table.source).items() if source},
         largest_file=None if table.largest_file is None else _bytes(table.largest_file, f"{place}.largest_file"),
         whole_prompts=table.whole_prompts,
+        enforces=table.enforces,
         speeds=None if table.speeds is None else Path(where).parent / table.speeds,
         defined_in=where,
     )

@@ -164,7 +164,13 @@ def with_memory(plan: Plan, checkpoint: Checkpoint, serving: Serving) -> Plan:
     memory = ModelMemory.of(export_format(plan.format), checkpoint)
     breakdown = memory.breakdown(plan.tensors, plan.planned_bytes, serving)
     own = sum(breakdown[part] for part in RUNTIME_PARTS)
-    return replace(plan, serving=serving, breakdown=breakdown, memory_bytes=sum(breakdown.values()) - own)
+    return replace(
+        plan,
+        serving=serving,
+        breakdown=breakdown,
+        anonymous=memory.anonymous(plan.tensors, serving),
+        memory_bytes=sum(breakdown.values()) - own,
+    )
 
 
 def measure(name: str, checkpoint: Checkpoint, scratch: Path) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ class RuntimeBase:
     Attributes:
         measured_with: packages and platform.
         library: bytes of code, sessions and allocators: everything that no model changes.
+        heap: of these, what no file backs, and ``layer_heap`` with every layer.
         layer: bytes that the graph of one layer takes: its nodes, their names, the plan of running them.
         token, merge: bytes that the tokenizer keeps for each token and each merge.
         building: share of that which building the tokenizer takes besides, and frees.
@@ -28,14 +29,17 @@ class RuntimeBase:
 
     measured_with: str
     library: int
+    heap: int
     token: int
     merge: int
     building: float = 0.0
     layer: int = 0
+    layer_heap: int = 0
 
     def of(self, checkpoint: Checkpoint) -> ProcessBase:
         """Return what the runtime holds for one model."""
         size = checkpoint.tokenizer_size
         tokenizer = self.token * max(size.tokens, checkpoint.shape.vocabulary) + self.merge * size.merges
         library = self.library + self.layer * checkpoint.shape.layers
-        return ProcessBase(library, tokenizer, tokenizer + math.ceil(self.building * tokenizer))
+        heap = min(library, self.heap + self.layer_heap * checkpoint.shape.layers)
+        return ProcessBase(library, tokenizer, tokenizer + math.ceil(self.building * tokenizer), heap)

@@ -26,7 +26,9 @@ RUNTIME = RuntimeReport(
     agreement=Agreement(96, 0.01, 1e-6, 1.0, 16, 16),
     perplexity=Perplexity(12.5, 2.5, 0.01, 1000),
     divergence=Divergence(0.1, 0.01, 1.5, 0.2, 0.01, 0.9, 1000),
-    memory=MemoryReport(2000, 1500, 700, 100, predicted_bytes=2100, within_budget=True),
+    memory=MemoryReport(
+        2000, 1500, 700, 100, 50, predicted_bytes=2100, predicted_anonymous_bytes=1500, within_budget=True
+    ),
     speed=Speed(1000.0, 50.0, 64, 32),
 )
 REPORT = Report(

@@ -51,6 +51,12 @@ def test_the_packages_table() -> None:
         assert "http" in device.sources["usable"] or device.sources["usable"].startswith(("estimate", "measured"))
 
 
+def test_phones_enforce_what_cannot_be_dropped() -> None:
+    for device in load_devices().values():
+        assert (device.enforces == "anonymous") == (device.kind == "phone")
+        assert ("enforces" in device.sources) == (device.enforces is not None)
+
+
 def test_later_files_win(camera: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "camera" not in load_devices()
     user_file().parent.mkdir(parents=True)
@@ -71,6 +77,12 @@ def test_later_files_win(camera: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
         ("[[device]]", "[[gadget]]", "gadget"),
         ('name = "camera"', "name = 3", "$.device[0].name: expected str, got int"),
         ('name = "camera"', "", "missing required field name"),
+        (
+            'name = "camera"',
+            'name = "camera"\nenforces = "anonymous"',
+            "enforces and source.enforces are given together",
+        ),
+        ('name = "camera"', 'name = "camera"\nenforces = "swap"', "$.device[0].enforces: invalid enum value 'swap'"),
         ('"1GiB"', '"1"', "has no unit"),
         ('"1GiB"', "1073741824", "$.device[0].memory: expected str, got int"),
         ("usable = 0.4", "usable = 1.4", "$.device[0].usable: expected float <= 1.0"),

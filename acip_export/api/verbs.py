@@ -124,7 +124,8 @@ def plan(
         model, revision, token: as in :func:`rank`.
         scores: what :func:`rank` returned or wrote; ``None``: the one beside the model.
         budget: ``"900MB"``, ``"2GiB"``, ``"50%"`` of the dense weights, or bytes. scope: what it covers: ``memory``:
-            files, cache and buffers; ``process``: the runtime too; ``file``: only the files.
+            files, cache and buffers; ``process``: the runtime too; ``anonymous``: what of that the system cannot
+            drop, so no mapped weights; ``file``: only the files.
         format: ``gguf``, ``onnx``, or an installed one. layout, types, runtime, backend: of the format;
             ``acip-export formats`` lists them.
         context: tokens of KV cache; ``None``: the model's, at most 4096; ``max``: the longest that fits with a

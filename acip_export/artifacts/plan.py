@@ -26,8 +26,9 @@ from acip_export.weight_types import WeightType, weight_type
 PLAN_KIND = json_kind(PLAN.noun, PLAN.artifact)
 
 Representation = Literal["dense", "factored", "lora", "residual"]
-# What a budget covers: the files; files, caches and buffers; or all of the process, the runtime's own parts included.
-BudgetScope = Literal["process", "memory", "file"]
+# What a budget covers: the files; files, caches and buffers; all of the process, the runtime's own parts included; or
+# what of that the system cannot drop, because no file backs it.
+BudgetScope = Literal["process", "anonymous", "memory", "file"]
 # Keys of the breakdown that no plan changes: they count in the scope "process" only.
 RUNTIME_PARTS = ("runtime_library", "runtime_tokenizer")
 
@@ -211,7 +212,7 @@ class Plan(Artifact):
         memory_bytes: bytes that the runtime holds for this model; equals the sum over ``breakdown`` without the
             runtime's own parts (:data:`RUNTIME_PARTS`).
         files: exact bytes by file name.
-        breakdown: memory by purpose.
+        breakdown: memory by purpose. anonymous: what of each part no file backs, so that the system cannot drop it.
         predicted_loss: above the dense model, in ``loss_unit``.
         adapters: whether the learned adapters are folded in.
         tensors: one decision per tensor of the checkpoint.
@@ -244,6 +245,7 @@ class Plan(Artifact):
     serving: Serving
     certificate: Certificate
     tensors: tuple[TensorDecision, ...]
+    anonymous: Mapping[Name, Count] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     device: Name | None = None
     options: Mapping[Name, str] = field(default_factory=dict)
@@ -279,17 +281,30 @@ class Plan(Artifact):
         return sum(self.breakdown.values())
 
     @property
+    def anonymous_bytes(self) -> int:
+        """What of ``process_bytes`` the system cannot drop."""
+        return sum(self.anonymous.values())
+
+    @property
     def used_bytes(self) -> int:
         """What counts against the budget."""
-        return {"file": self.planned_bytes, "memory": self.memory_bytes, "process": self.process_bytes}[
-            self.budget_scope
-        ]
+        return {
+            "file": self.planned_bytes,
+            "memory": self.memory_bytes,
+            "anonymous": self.anonymous_bytes,
+            "process": self.process_bytes,
+        }[self.budget_scope]
 
-    def counts(self, part: str) -> bool:
-        """Whether the budget's scope covers this key of the breakdown."""
-        if self.budget_scope == "file":
-            return part in ("weights", "tokenizer_and_metadata")
-        return self.budget_scope == "process" or part not in RUNTIME_PARTS
+    def counted(self, part: str) -> int:
+        """Return what the budget's scope covers of this key of the breakdown, in bytes."""
+        if self.budget_scope == "anonymous":
+            return self.anonymous.get(part, 0)
+        covered = {
+            "file": part in ("weights", "tokenizer_and_metadata"),
+            "memory": part not in RUNTIME_PARTS,
+            "process": True,
+        }[self.budget_scope]
+        return self.breakdown[part] if covered else 0
 
 
 def save_plan(plan: Plan, file: Path, force: bool = False) -> None:
@@ -372,6 +387,11 @@ def _problems(plan: Plan) -> Iterator[str]:
     ):
         if total != sum(parts.values()):
             yield f"$.{key}: the {what} add up to {sum(parts.values())} bytes, not {total}"
+    for part, nbytes in plan.anonymous.items():
+        if nbytes > plan.breakdown.get(part, 0):
+            yield f"$.anonymous.{part}: {nbytes} bytes of {plan.breakdown.get(part, 0)} in the breakdown"
+    if plan.budget_scope == "anonymous" and set(plan.anonymous) != set(plan.breakdown):
+        yield "$.anonymous: it must say of every part of the breakdown what counts in the budget"
     if plan.used_bytes > plan.budget_bytes:
         yield f"$.budget_bytes: it uses {plan.used_bytes} bytes of a budget of {plan.budget_bytes}"
 

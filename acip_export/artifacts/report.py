@@ -80,13 +80,20 @@ class Memory:
     Attributes:
         peak_bytes: above the interpreter's.
         anonymous_bytes, file_bytes: at the end, allocated and mapped from files; the interpreter's included.
-        interpreter_bytes: resident before the runtime's library was loaded.
+        interpreter_bytes, interpreter_anonymous_bytes: resident, and allocated, before the runtime's library was
+            loaded.
     """
 
     peak_bytes: Count
     anonymous_bytes: Count
     file_bytes: Count
     interpreter_bytes: Count
+    interpreter_anonymous_bytes: Count
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Anonymous memory beyond the interpreter's: what the system could not drop."""
+        return max(0, self.anonymous_bytes - self.interpreter_anonymous_bytes)
 
 
 @dataclass(frozen=True)
@@ -94,12 +101,15 @@ class MemoryReport(Memory):
     """A process against the plan.
 
     Attributes:
-        predicted_bytes: the plan's, this runtime itself included.
-        within_budget: the peak without what the budget does not cover; ``None`` for budgets of files, and for graphs
-            that are meant for another processor than the one that was measured.
+        predicted_bytes: the plan's, this runtime itself included. predicted_anonymous_bytes: of that, what the system
+            cannot drop.
+        within_budget: the peak without what the budget does not cover, or what could not be dropped at the end;
+            ``None`` for budgets of files, and for graphs that are meant for another processor than the one that was
+            measured.
     """
 
     predicted_bytes: Count
+    predicted_anonymous_bytes: Count
     within_budget: bool | None
 
 

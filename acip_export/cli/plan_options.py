@@ -105,9 +105,10 @@ class PlanFlags:
         typer.Option(
             "--budget-scope",
             metavar="SCOPE",
-            help="memory (default); process: the runtime too; file.\n\n"
+            help="memory (default); process; anonymous; file.\n\n"
             "memory: files, cache and buffers; process, the default of "
-            "--device: all that the runtime holds; file: only the files.",
+            "--device: all that the runtime holds; anonymous: what of that the system cannot drop, so no mapped "
+            "weights; file: only the files.",
             rich_help_panel=BUDGET,
         ),
     ] = None

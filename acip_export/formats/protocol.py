@@ -178,11 +178,13 @@ class ProcessBase:
     Attributes:
         library: code, sessions and allocators: everything that no model changes.
         tokenizer: its tables. building: what they take while they are built, themselves included.
+        heap: of ``library`` what the system cannot drop: all but code and constants, which it can read again.
     """
 
     library: int
     tokenizer: int
     building: int
+    heap: int
 
     @property
     def total(self) -> int:
@@ -201,6 +203,14 @@ class MemoryModel(Protocol):
 
         Args:
             embedding: rows of the tensor are looked up. tied_head: and the head reads it too.
+        """
+        ...
+
+    def anonymous(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:
+        """Return what is held of a tensor in memory that no file backs, so that the system cannot drop it.
+
+        Copies of its stored numbers count, numbers that are read where the file is mapped do not; never more than
+        the stored numbers and what is held beside them. Arguments as of :meth:`beside`.
         """
         ...
 

@@ -15,7 +15,8 @@ _PROMPT_BATCHES = (512, 256, 128, 64, 32, 16, 8)
 
 @dataclass(frozen=True)
 class Budget:
-    """A number of bytes, and what they have to hold: all of the process, what it holds for this model, or the files."""
+    """A number of bytes, and what they have to hold: all of the process, what of it the system cannot drop, what it
+    holds for this model, or the files."""
 
     nbytes: int
     scope: BudgetScope = "memory"
@@ -71,7 +72,8 @@ def _prompt_batch(budget: Budget, memory: ModelMemory, longest: Serving) -> int:
     batches = [min(batch, longest.context) for batch in _PROMPT_BATCHES]
     if budget.scope == "file":
         return batches[0]
-    room = budget.nbytes - (memory.base.total if budget.scope == "process" else 0)
+    own = {"process": memory.base.total, "anonymous": memory.base.heap + memory.base.tokenizer}
+    room = budget.nbytes - own.get(budget.scope, 0)
     for batch in batches:
         buffers = memory.serving(replace(longest, prompt_batch=batch))
         if buffers.compute + buffers.output <= room // 8:

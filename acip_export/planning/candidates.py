@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,9 @@ BoolArray = npt.NDArray[np.bool_]
 # More ranks than this per layer refine the plan less than the block sizes coarsen it.
 _MOST_RANKS = 48
 
+# Which bytes count: of files; of files and what the runtime holds of them; or only of memory that no file backs.
+Counted = Literal["files", "memory", "anonymous"]
+
 
 @dataclass(frozen=True)
 class CountedBytes:
@@ -48,7 +52,7 @@ class CandidateTable:
     """What could become of every tensor of one shape: decisions without name and kept components."""
 
     decisions: tuple[TensorDecision, ...]
-    _held: dict[tuple[str, bool, bool], CountedBytes] = field(default_factory=dict, init=False, repr=False)
+    _held: dict[tuple[str, Counted, bool, bool], CountedBytes] = field(default_factory=dict, init=False, repr=False)
     _subsets: dict[tuple[int, ...], CandidateTable] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -61,11 +65,12 @@ class CandidateTable:
         """(n,) whether a candidate has a pair of factors."""
         return np.array([decision.rank is not None for decision in self.decisions], np.bool_)
 
-    def held(self, format: ExportFormat, embedding: bool, tied_head: bool) -> CountedBytes:
-        """Return what a runtime of the format holds beside the stored bytes."""
-        key = (format.name, embedding, tied_head)
+    def held(self, format: ExportFormat, counted: Counted, embedding: bool, tied_head: bool) -> CountedBytes:
+        """Return what a runtime of the format holds beside the stored bytes, or in anonymous memory."""
+        key = (format.name, counted, embedding, tied_head)
         if key not in self._held:
-            held = [format.memory.beside(decision, embedding, tied_head) for decision in self.decisions]
+            of_tensor = format.memory.anonymous if counted == "anonymous" else format.memory.beside
+            held = [of_tensor(decision, embedding, tied_head) for decision in self.decisions]
             self._held[key] = CountedBytes(
                 nbytes=np.array([tensor.kept for tensor in held], np.int64),
                 once=np.array([tensor.once for tensor in held], np.int64),
@@ -103,13 +108,13 @@ class Candidates:
         """The decisions, without name and kept components, which :meth:`decision` fills in."""
         return self.table.decisions
 
-    def counted(self, format: ExportFormat, *, files_only: bool) -> CountedBytes:
-        """Return the stored bytes, and unless only files count what the runtime holds beside them."""
+    def counted(self, format: ExportFormat, counted: Counted) -> CountedBytes:
+        """Return the bytes that count."""
         stored = self.table.stored
-        if files_only:
+        if counted == "files":
             return CountedBytes(stored, np.zeros_like(stored), np.zeros_like(stored))
-        held = self.table.held(format, is_embedding(self.name), self.tied_head)
-        return replace(held, nbytes=stored + held.nbytes)
+        held = self.table.held(format, counted, is_embedding(self.name), self.tied_head)
+        return held if counted == "anonymous" else replace(held, nbytes=stored + held.nbytes)
 
     def only(self, allowed: Callable[[Candidates, TensorDecision], bool]) -> Candidates:
         """Return the candidates that ``allowed(self, option)`` lets through."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.formats.protocol import ExportFormat
-from acip_export.planning.candidates import BoolArray, Candidates, FloatArray, IntArray
+from acip_export.planning.candidates import BoolArray, Candidates, Counted, FloatArray, IntArray
 from acip_export.planning.export_sizes import ExportSizes
 from acip_export.planning.knapsack import LOSS_QUANTUM, Allocation, Choices, Knapsack
 from acip_export.units import ceil_div
@@ -81,14 +81,14 @@ class Table:
         candidates: one entry for each tensor.
         groups: the choices of each tensor; their bytes include what files have around a pair.
         once, loading: (n,) what each candidate holds once, one tensor after the other.
-        files_only: whether the scope counts nothing but files.
+        counted: which of their bytes count.
     """
 
     candidates: tuple[Candidates, ...]
     groups: tuple[Choices, ...]
     once: IntArray
     loading: IntArray
-    files_only: bool
+    counted: Counted
     _knapsacks: dict[Limit | None, Knapsack] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -97,7 +97,7 @@ class Table:
         candidates: tuple[Candidates, ...],
         format: ExportFormat,
         *,
-        files_only: bool,
+        counted: Counted,
         around_pair: int,
         building: int,
     ) -> Table:
@@ -107,18 +107,20 @@ class Table:
             around_pair: bytes that files have around a low-rank layer beyond those around a dense one.
             building: bytes that building the tokenizer takes while loading, whatever is chosen.
         """
-        counted = [candidate.counted(format, files_only=files_only) for candidate in candidates]
+        held = [candidate.counted(format, counted) for candidate in candidates]
+        if counted == "anonymous":
+            around_pair = 0  # no file counts
         groups = tuple(
             Choices(
                 each.nbytes + around_pair * candidate.table.low_rank,
                 np.round(candidate.loss / LOSS_QUANTUM) * LOSS_QUANTUM,
             )
-            for candidate, each in zip(candidates, counted, strict=True)
+            for candidate, each in zip(candidates, held, strict=True)
         )
-        loading = np.concatenate([each.loading for each in counted])
-        if not files_only:
+        loading = np.concatenate([each.loading for each in held])
+        if counted != "files":
             loading = np.maximum(loading, building)
-        return cls(candidates, groups, np.concatenate([each.once for each in counted]), loading, files_only)
+        return cls(candidates, groups, np.concatenate([each.once for each in held]), loading, counted)
 
     @cached_property
     def starts(self) -> IntArray:
@@ -262,8 +264,15 @@ class Search:
         """Return the allocation with its exact files."""
         decisions = self.table.decisions(allocation)
         files = self.sizes.files(decisions, self.serving)
-        repacked = self.sizes.memory.held(decisions, self.serving).total
-        used = sum(files.values()) + (0 if self.table.files_only else repacked)
+        memory, stored = self.sizes.memory, sum(files.values())
+        repacked = memory.held(decisions, self.serving).total
+        match self.table.counted:
+            case "files":
+                used = stored
+            case "memory":
+                used = stored + repacked
+            case "anonymous":
+                used = memory.held_anonymous(decisions, self.serving).total
         return Solution(allocation, decisions, files, repacked, used)
 
 

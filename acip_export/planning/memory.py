@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from acip_export.artifacts.plan import BudgetScope, Plan, Serving, TensorDecision
-from acip_export.formats.protocol import ExportFormat, ProcessBase, ServingMemory
+from acip_export.formats.protocol import ExportFormat, ProcessBase, ServingMemory, TensorMemory
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import is_embedding
 
@@ -58,15 +58,27 @@ class ModelMemory:
     def fixed(self, scope: BudgetScope, serving: Serving) -> int:
         """Return the bytes of a budget that no choice of tensors changes."""
         memory = self.serving(serving).total
-        return {"file": 0, "memory": memory, "process": memory + self.base.total}[scope]
+        anonymous = memory + self.base.heap + self.base.tokenizer
+        return {"file": 0, "memory": memory, "anonymous": anonymous, "process": memory + self.base.total}[scope]
 
     def held(self, tensors: Sequence[TensorDecision], serving: Serving) -> HeldBytes:
         """Add up what is held of the model's weights beside the files."""
+        return self._held(self.format.memory.beside, tensors, serving)
+
+    def held_anonymous(self, tensors: Sequence[TensorDecision], serving: Serving) -> HeldBytes:
+        """Add up what is held of the model's weights in memory that no file backs."""
+        return self._held(self.format.memory.anonymous, tensors, serving)
+
+    def _held(
+        self,
+        of_tensor: Callable[[TensorDecision, bool, bool], TensorMemory],
+        tensors: Sequence[TensorDecision],
+        serving: Serving,
+    ) -> HeldBytes:
         tied = self.checkpoint.shape.tied_embeddings
         looked_up = [is_embedding(decision.name) for decision in tensors]
         parts = [
-            self.format.memory.beside(decision, lookup, tied and lookup)
-            for decision, lookup in zip(tensors, looked_up, strict=True)
+            of_tensor(decision, lookup, tied and lookup) for decision, lookup in zip(tensors, looked_up, strict=True)
         ]
         kept = sum(part.kept for part in parts) + max(part.once for part in parts)
         loading = max(*(part.loading for part in parts), self.base.building)
@@ -88,6 +100,22 @@ class ModelMemory:
             "runtime_tokenizer": self.base.tokenizer,
         }
 
+    def anonymous(self, tensors: Sequence[TensorDecision], serving: Serving) -> dict[str, int]:
+        """Return, of each part of :meth:`breakdown`, what the system cannot drop."""
+        memory, held = self.serving(serving), self.held_anonymous(tensors, serving)
+        copied = min(held.kept, sum(decision.nbytes for decision in tensors))
+        return {
+            "weights": copied,
+            "repacked_weights": held.kept - copied,
+            "loading": held.loading,
+            "tokenizer_and_metadata": 0,
+            "kv_cache": memory.kv_cache,
+            "compute": memory.compute,
+            "output": memory.output,
+            "runtime_library": self.base.heap,
+            "runtime_tokenizer": self.base.tokenizer,
+        }
+
 
 def uncounted_bytes(format: ExportFormat, plan: Plan, checkpoint: Checkpoint, process: str) -> int:
     """Return what a process of the runtime ``process`` holds beside the ``memory_bytes`` of ``plan``.
@@ -98,3 +126,9 @@ def uncounted_bytes(format: ExportFormat, plan: Plan, checkpoint: Checkpoint, pr
     planned, actual = ModelMemory.of(format, checkpoint), ModelMemory.of(format, checkpoint, process)
     more = actual.held(plan.tensors, plan.serving).loading - planned.held(plan.tensors, plan.serving).loading
     return actual.base.total + more
+
+
+def anonymous_bytes(format: ExportFormat, plan: Plan, checkpoint: Checkpoint, process: str) -> int:
+    """Return what a process of the runtime ``process`` holds that the system cannot drop."""
+    memory = ModelMemory.of(format, checkpoint, process)
+    return sum(memory.anonymous(plan.tensors, plan.serving).values())

@@ -15,15 +15,24 @@ from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.budget import Budget
-from acip_export.planning.candidates import Candidates, build_candidates
+from acip_export.planning.candidates import Candidates, Counted, build_candidates
 from acip_export.planning.capacity_search import Search, Solution, Table
 from acip_export.planning.certificate import loss_of_quantization_alone, low_rank_note, next_upgrade
 from acip_export.planning.export_sizes import ExportSizes
 from acip_export.planning.losses import FloatArray, MeasuredCuts, component_losses, measured_cuts
-from acip_export.planning.memory import ModelMemory
+from acip_export.planning.memory import HeldBytes, ModelMemory
 from acip_export.planning.space import SearchSpace
 from acip_export.planning.tensor_limit import fitting
+from acip_export.units import format_bytes
 from acip_export.weight_types import WeightType
+
+# Which bytes of its candidates a scope counts: the process's own parts no candidate changes.
+_COUNTED: dict[BudgetScope, Counted] = {
+    "file": "files",
+    "memory": "memory",
+    "process": "memory",
+    "anonymous": "anonymous",
+}
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,10 @@ class Problem:
     def floor(self, scope: BudgetScope, serving: Serving) -> Floor:
         """Return the smallest budget that has a plan."""
         smallest = self._searches.search(scope, serving).smallest
+        nbytes = smallest.used + self.memory.fixed(scope, serving)
+        if scope == "anonymous":
+            anonymous = self.memory.anonymous(smallest.decisions, serving)
+            return Floor(nbytes, {name.replace("_", " "): size for name, size in anonymous.items()})
         parts = {"weights": smallest.stored, "tokenizer and metadata": smallest.file_bytes - smallest.stored}
         if scope != "file":
             memory = self.memory.serving(serving)
@@ -149,7 +162,7 @@ class Problem:
             }
         if scope == "process":
             parts["runtime and its tokenizer"] = self.memory.base.total
-        return Floor(smallest.used + self.memory.fixed(scope, serving), parts)
+        return Floor(nbytes, parts)
 
     @cached_property
     def _searches(self) -> _Searches:
@@ -180,7 +193,9 @@ class Problem:
     ) -> Plan:
         space, checkpoint, scores = self.space, self.checkpoint, self.scores
         loss = self._loss(solution.allocation.loss, serving)
-        note = None
+        note = dropped = None
+        if budget.scope == "anonymous":
+            dropped = _droppable_note(solution, self.memory.held_anonymous(solution.decisions, serving))
         if space.layout.low_rank is not None:
             note = low_rank_note(solution, certificate, loss, scores.loss_unit, compared=compared)
         return Plan(
@@ -195,6 +210,7 @@ class Problem:
             memory_bytes=solution.file_bytes + solution.repacked + self.memory.serving(serving).total,
             files=solution.files,
             breakdown=self.memory.breakdown(solution.decisions, solution.file_bytes, serving),
+            anonymous=self.memory.anonymous(solution.decisions, serving),
             predicted_loss=loss,
             predicted_perplexity=exp(min(self.cuts.dense_loss + loss, 700.0)) if scores.task == "causal" else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
@@ -204,7 +220,10 @@ class Problem:
             rounding=space.rounding,
             certificate=certificate,
             tensors=solution.decisions,
-            notes=(*filter(None, [note, space.layout.note]), *space.format.file_notes(solution.files, space.options)),
+            notes=(
+                *filter(None, [dropped, note, space.layout.note]),
+                *space.format.file_notes(solution.files, space.options),
+            ),
             task=scores.task,
         )
 
@@ -218,6 +237,17 @@ class Problem:
         return dropped > 0 and self.cuts.adapters(dropped)
 
 
+def _droppable_note(solution: Solution, held: HeldBytes) -> str | None:
+    """Say what a budget of anonymous memory leaves out."""
+    mapped = solution.file_bytes - held.kept
+    if mapped <= 0:
+        return None
+    return (
+        f"{format_bytes(mapped)} of the files stay mapped and are not in the budget: where memory is short, the system "
+        "drops them and reads them again for every token"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class _Searches:
     """The searches of one set of candidates, each made when it is first asked for."""
@@ -225,29 +255,29 @@ class _Searches:
     candidates: tuple[Candidates, ...]
     space: SearchSpace
     sizes: ExportSizes
-    _tables: dict[bool, Table] = field(default_factory=dict, init=False)
-    _made: dict[tuple[bool, Serving], Search] = field(default_factory=dict, init=False)
+    _tables: dict[Counted, Table] = field(default_factory=dict, init=False)
+    _made: dict[tuple[Counted, Serving], Search] = field(default_factory=dict, init=False)
 
     def search(self, scope: BudgetScope, serving: Serving) -> Search:
         """Return the search for one serving; what a process holds beside ``memory`` no candidate changes."""
         if serving.backend != self.space.backend:
             raise ValueError(f"the candidates are for {self.space.backend}, not {serving.backend}")
-        key = (scope == "file", serving)
+        key = (_COUNTED[scope], serving)
         if key not in self._made:
-            self._made[key] = Search(self._table(scope == "file"), self.sizes, serving)
+            self._made[key] = Search(self._table(_COUNTED[scope]), self.sizes, serving)
         return self._made[key]
 
-    def _table(self, files_only: bool) -> Table:
-        if files_only not in self._tables:
+    def _table(self, counted: Counted) -> Table:
+        if counted not in self._tables:
             building = self.sizes.memory.base.building
-            self._tables[files_only] = Table.of(
+            self._tables[counted] = Table.of(
                 self.candidates,
                 self.space.format,
-                files_only=files_only,
+                counted=counted,
                 around_pair=self._around_pair,
                 building=building,
             )
-        return self._tables[files_only]
+        return self._tables[counted]
 
     @cached_property
     def _around_pair(self) -> int:

@@ -29,7 +29,8 @@ class PlanRequest:
     Attributes:
         format: the name of a file format.
         budget_bytes: the most that the plan may take; ``None``: no single budget, as for a sweep of all of them.
-        budget_scope: what the budget covers: all of the process, what it holds for this model, or the files.
+        budget_scope: what the budget covers: all of the process, what of it the system cannot drop, what it holds for
+            this model, or the files.
         runtime: a runtime of the format; ``None``: its default.
         backend: what computes the export (``cpu``, ``webgpu``, ...); ``None``: the format's default.
         layout: a layout of the format; ``auto``: every one that the runtime runs; ``None``: the runtime's default.

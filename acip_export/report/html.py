@@ -29,7 +29,12 @@ def render(page: Page, commands: Iterable[RunCommand]) -> str:
     """The page; ``commands`` run the export."""
     plan, report = page.own.plan, page.own.report
     style, script = (_part(name) for name in ("report.css", "report.js"))
-    scope = {"file": "files", "memory": "memory", "process": "memory, the process included"}[plan.budget_scope]
+    scope = {
+        "file": "files",
+        "memory": "memory",
+        "process": "memory, the process included",
+        "anonymous": "memory that the system cannot drop",
+    }[plan.budget_scope]
     parts = {
         "policy": (
             f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "

@@ -302,14 +302,16 @@ def size_of(plan: Plan) -> Size:
     vectors = sum(d.nbytes for d in plan.tensors if len(d.shape) != 2)
     return Size(
         files=plan.planned_bytes,
-        memory=plan.process_bytes if plan.budget_scope == "process" else plan.memory_bytes,
+        memory=plan.memory_bytes if plan.budget_scope == "file" else plan.used_bytes,
         used=plan.used_bytes,
         budget=plan.budget_bytes,
         loss=plan.predicted_loss,
         perplexity=plan.predicted_perplexity,
         ratio=plan.size_ratio,
         note=" ".join(f"{note[0].upper()}{note[1:]}." for note in plan.notes if note),
-        breakdown=tuple((name.replace("_", " "), size, plan.counts(name)) for name, size in plan.breakdown.items()),
+        breakdown=tuple(
+            (name.replace("_", " "), size, plan.counted(name) > 0) for name, size in plan.breakdown.items()
+        ),
         vectors=vectors,
         overhead=plan.planned_bytes - vectors - sum(d.nbytes for d in matrices),
         cells=tuple(Cell(d.nbytes, _types(d), d.rank or 0) for d in matrices),

@@ -30,10 +30,11 @@ from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
 from acip_export.formats.session import Windows
 from acip_export.io.atomic import read_json_object, sha256_of
+from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.embedding_similarity import Similarity
 from acip_export.model.encoder import Encoder
 from acip_export.model.tokenizer_files import lost_normalizer
-from acip_export.planning.memory import uncounted_bytes
+from acip_export.planning.memory import anonymous_bytes, uncounted_bytes
 from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.units import format_bytes
 from acip_export.verification import harness as evaluation
@@ -222,7 +223,7 @@ def _run(
     found = verify_decoder(export, model, written_as, windows, dense, timeout, progress, cache, measured)
     reports: list[RuntimeReport] = []
     for session, each in zip(written_as.sessions, found.runtimes, strict=True):
-        uncounted = uncounted_bytes(written_as, plan, model.as_checkpoint(), session.runtime)
+        checkpoint = model.as_checkpoint()
         quality = None if reports else found.quality
         reports.append(
             RuntimeReport(
@@ -231,7 +232,7 @@ def _run(
                 finite(each.agreement),
                 None if quality is None else finite(quality.export),
                 None if quality is None else finite(quality.divergence),
-                _memory_report(plan, each.process.memory, uncounted),
+                _memory_report(written_as, plan, checkpoint, session.runtime, each.process.memory),
                 each.process.speed,
                 compare_tokens(each.process.tokens, model.path),
             )
@@ -287,8 +288,7 @@ def _run_encoder(
     progress(Progress("verify", 0, item=session_class.runtime))
     windows = None if text is None else text.windows
     figures = verify_encoder(export, model, encoder, written_as, session_class, dense, windows)
-    uncounted = uncounted_bytes(written_as, plan, model.as_checkpoint(), session_class.runtime)
-    memory = _memory_report(plan, measured.memory, uncounted)
+    memory = _memory_report(written_as, plan, model.as_checkpoint(), session_class.runtime, measured.memory)
     report = RuntimeReport(
         figures.runtime, measured.load_seconds, figures.agreement, None, None, memory, measured.speed
     )
@@ -296,15 +296,20 @@ def _run_encoder(
     return _Found(failures, _notes(report.memory, text, dense), (report,), similarity=figures.similarity)
 
 
-def _memory_report(plan: Plan, memory: Memory | None, uncounted: int) -> MemoryReport | None:
-    """``uncounted``: bytes beside the plan's ``memory_bytes``."""
+def _memory_report(
+    written_as: ExportFormat, plan: Plan, checkpoint: Checkpoint, runtime: str, memory: Memory | None
+) -> MemoryReport | None:
     if memory is None:
         return None
+    uncounted = uncounted_bytes(written_as, plan, checkpoint, runtime)
     within = None
     if _bounds_memory(plan):
         within = _beyond(plan, memory, uncounted) <= 0
     return MemoryReport(
-        **dataclasses.asdict(memory), predicted_bytes=plan.memory_bytes + uncounted, within_budget=within
+        **dataclasses.asdict(memory),
+        predicted_bytes=plan.memory_bytes + uncounted,
+        predicted_anonymous_bytes=anonymous_bytes(written_as, plan, checkpoint, runtime),
+        within_budget=within,
     )
 
 
@@ -314,7 +319,9 @@ def _bounds_memory(plan: Plan) -> bool:
 
 
 def _beyond(plan: Plan, memory: Memory, uncounted: int) -> int:
-    """Bytes that a process took above the budget."""
+    """Bytes that a process took above the budget, of those that its scope covers."""
+    if plan.budget_scope == "anonymous":
+        return memory.allocated_bytes - plan.budget_bytes
     uncovered = uncounted if plan.budget_scope == "memory" else 0
     return memory.peak_bytes - uncovered - plan.budget_bytes
 
@@ -388,8 +395,12 @@ def _check_memory(plan: Plan, report: RuntimeReport) -> list[str]:
     memory = report.memory
     if memory is None or memory.within_budget is not False:
         return []
+    took, planned, what = memory.peak_bytes, memory.predicted_bytes, "bytes"
+    if plan.budget_scope == "anonymous":
+        took, planned = memory.allocated_bytes, memory.predicted_anonymous_bytes
+        what = "bytes that the system cannot drop"
     return [
-        f"{report.runtime}: its process took {memory.peak_bytes:,} bytes, {memory.predicted_bytes:,} were planned; "
+        f"{report.runtime}: its process took {took:,} {what}, {planned:,} were planned; "
         f"the budget of {format_bytes(plan.budget_bytes)} ({plan.budget_scope}) does not hold"
     ]
 

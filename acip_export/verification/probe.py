@@ -73,7 +73,7 @@ def measure(
     prompt = spread_tokens(vocabulary, serving.context - new_tokens if generates else serving.prompt_batch)
     gc.collect()
     forget_peak()
-    before = resident("VmRSS")
+    before = resident("VmRSS", "RssAnon")
     start = time.perf_counter()
     with session_class(export, serving) as session:
         load_seconds = time.perf_counter() - start
@@ -92,6 +92,7 @@ def measure(
                 "anonymous_bytes": anonymous,
                 "file_bytes": mapped + shared,
                 "interpreter_bytes": before[0],
+                "interpreter_anonymous_bytes": before[1],
             }
         return {
             "runtime": session.name,

@@ -10,6 +10,7 @@ from acip_export.formats.protocol import ProcessBase, ServingMemory, TensorMemor
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
 from acip_export.units import ceil_div
+from acip_export.weight_types import weight_type
 from converters.gguf.types import GGML
 from converters.process_memory import RuntimeBase
 
@@ -27,7 +28,11 @@ CACHE_TYPES = {
 _SMALL_TENSORS = 192
 # With two threads; each further one adds 0.4 MB. Tokens and merges are strings in hash tables; what they take is beside
 # the tokenizer's bytes in the files, which plans count as well and which no runtime keeps in memory.
-RUNTIMES = {"llama.cpp": RuntimeBase("xllamacpp 2026.10.11549, Linux x86_64", 17_500_000, 280, 110)}
+RUNTIMES = {
+    "llama.cpp": RuntimeBase(
+        "xllamacpp 2026.10.11549, Linux x86_64", 17_500_000, 4_600_000, 280, 110, layer_heap=80_000
+    )
+}
 RECOMMENDED = "llama.cpp"
 
 
@@ -59,6 +64,15 @@ class LlamaMemory:
     def beside(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:  # noqa: ARG002
         """Return nothing: llama.cpp maps the stored numbers and, with repacking off, keeps nothing else."""
         return TensorMemory()
+
+    def anonymous(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:  # noqa: ARG002
+        """Return the pairs of an adapter, whose file is read into memory; all else is used where its file is mapped."""
+        if decision.representation not in ("lora", "residual"):
+            return TensorMemory()
+        assert decision.rank and decision.up_type and decision.down_type
+        rows, columns = decision.shape
+        up, down = (weight_type("gguf", name) for name in (decision.up_type, decision.down_type))
+        return TensorMemory(kept=up.nbytes(rows, decision.rank) + down.nbytes(decision.rank, columns))
 
     def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
         """Return what the runtime holds whatever the plan."""

@@ -12,6 +12,8 @@ formats, block sizes, tied and untied heads, contexts and prompt batches); a tes
   for it, :func:`plain_attention_bytes` is added.
 - The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
   batch are an output of the graph.
+- Anonymous, so that the system cannot drop it, are the packed copies, the reshaped codes, caches, buffers and the heap.
+  Original scales, and an embedding that is only looked up or is in floats, are read where the file is mapped.
 - While a matrix is packed, the file's pages of it are resident too. Packed in any order, so the largest one decides;
   it is over before caches, activations and logits exist, and what it took is used for them.
 
@@ -33,9 +35,18 @@ _PACKED_BLOCK_BYTES = 8
 _QUANTIZED_NODE_BYTES = 11_000
 RUNTIMES = {
     "onnxruntime-genai": RuntimeBase(
-        "0.18.0 with onnxruntime 1.31.1, Linux x86_64", 36_400_000, 135, 135, building=0.6, layer=150_000
+        "0.18.0 with onnxruntime 1.31.1, Linux x86_64",
+        36_400_000,
+        9_300_000,
+        135,
+        135,
+        building=0.6,
+        layer=150_000,
+        layer_heap=150_000,
     ),
-    "onnxruntime": RuntimeBase("onnxruntime 1.31.1, Linux x86_64", 31_200_000, 0, 0, layer=150_000),
+    "onnxruntime": RuntimeBase(
+        "onnxruntime 1.31.1, Linux x86_64", 31_200_000, 9_300_000, 0, 0, layer=150_000, layer_heap=150_000
+    ),
 }
 # What plans are made for: models that generate, and encoders.
 _GENERATOR, _ENCODER = "onnxruntime-genai", "onnxruntime"
@@ -58,15 +69,9 @@ class OnnxMemory:
 
     def beside(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:
         """Return what onnxruntime packs of a tensor, and what packing takes."""
-        if len(decision.shape) != 2:
+        products = _products(decision)
+        if not products:
             return TensorMemory()
-        rows, columns = decision.shape
-        parts = (
-            [(rows, columns, decision.type)]
-            if decision.rank is None
-            else [(decision.rank, columns, decision.down_type), (rows, decision.rank, decision.up_type)]
-        )
-        products = [(m, n, weight_type("onnx", name or "")) for m, n, name in parts]
         kept = sum(packed_bytes(*product) for product in products)
         if tied_head:
             kept += tied_bytes(*products[0])
@@ -74,9 +79,39 @@ class OnnxMemory:
         loading = max(loading_bytes(*product) for product in products) if packed else 0
         return TensorMemory(kept, max(leftover_bytes(*product) for product in products), loading)
 
+    def anonymous(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:
+        """Return what onnxruntime packs or copies of a tensor; what it reads where the file is mapped is free."""
+        products = _products(decision)
+        if not products:
+            return TensorMemory(kept=decision.nbytes)
+        if embedding and not tied_head:
+            return TensorMemory()
+        kept = sum(copied_bytes(*product) for product in products)
+        if tied_head and not products[0][2].is_float:
+            kept += tied_bytes(*products[0])
+        return TensorMemory(kept, max(leftover_bytes(*product) for product in products))
+
     def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
         """Return what the runtime holds whatever the plan."""
         return RUNTIMES[runtime or (_GENERATOR if checkpoint.shape.generates else _ENCODER)].of(checkpoint)
+
+
+def _products(decision: TensorDecision) -> list[tuple[int, int, WeightType]]:
+    """Return rows, columns and type of the matrices that a tensor becomes; of one with one dimension none."""
+    if len(decision.shape) != 2:
+        return []
+    rows, columns = decision.shape
+    parts = (
+        [(rows, columns, decision.type)]
+        if decision.rank is None
+        else [(decision.rank, columns, decision.down_type), (rows, decision.rank, decision.up_type)]
+    )
+    return [(m, n, weight_type("onnx", name or "")) for m, n, name in parts]
+
+
+def copied_bytes(rows: int, columns: int, form: WeightType) -> int:
+    """Bytes of the copy that a matrix product packs: all but the original scales, which stay mapped."""
+    return form.nbytes(rows, columns) - leftover_bytes(rows, columns, form) + packed_bytes(rows, columns, form)
 
 
 def packed_bytes(rows: int, columns: int, form: WeightType) -> int:

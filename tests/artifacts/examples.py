@@ -70,6 +70,7 @@ PLAN = Plan(
     memory_bytes=_WEIGHTS + 1100,
     files={"model.gguf": _WEIGHTS, "1_Pooling/config.json": 100},
     breakdown={"weights": _WEIGHTS + 100, "kv_cache": 1000, "runtime_library": 5000},
+    anonymous={"weights": 0, "kv_cache": 1000, "runtime_library": 2000},
     predicted_loss=0.25,
     predicted_perplexity=12.5,
     size_ratio=0.5,

@@ -485,3 +485,18 @@ def test_debug_shows_the_traceback(words: tuple[str, ...], run: Run, tmp_path: P
 
 def test_a_value_that_reads_debug_is_no_flag(run: Run) -> None:
     assert run("inspect", "--", "--debug").code == 3
+
+
+@pytest.mark.usefixtures("model")
+def test_a_budget_of_what_cannot_be_dropped(run: Run) -> None:
+    """llama.cpp maps its weights, so that the best types fit whatever pays for runtime and cache."""
+    ask = ("plan", "--budget-scope", "anonymous", "--format", "gguf", "--context", 64, "--json")
+    done = run(*ask, "--budget", "8MB")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    assert plan["anonymous"]["weights"] == 0 < plan["breakdown"]["weights"]
+    assert plan["budget_bytes"] - plan["certificate"]["bytes_left"] == sum(plan["anonymous"].values())
+    assert any("stay mapped and are not in the budget" in note for note in plan["notes"])
+    refused = run(*ask, "--budget", "4MB")
+    assert refused.code == 4
+    assert "most of it runtime library" in refused.err + refused.out

@@ -100,11 +100,13 @@ def check(problem: Problem, budget: Budget, plan: Plan) -> None:
     assert plan.planned_bytes == sum(plan.files.values())
     again = problem.memory.breakdown(plan.tensors, plan.planned_bytes, plan.serving)
     assert plan.breakdown == again
+    assert plan.anonymous == problem.memory.anonymous(plan.tensors, plan.serving)
+    assert all(0 <= size <= again[part] for part, size in plan.anonymous.items())
     assert min(again.values()) >= 0
     own = sum(again[part] for part in RUNTIME_PARTS)
     assert plan.process_bytes == plan.memory_bytes + own == sum(again.values())
     # The scope's total is the sum of the parts that it counts, and the budget holds it.
-    assert plan.used_bytes == sum(size for part, size in again.items() if plan.counts(part))
+    assert plan.used_bytes == sum(plan.counted(part) for part in again)
     assert plan.used_bytes + plan.certificate.bytes_left == plan.budget_bytes == budget.nbytes
     assert plan.certificate.bytes_left >= 0
     assert plan.certificate.lower_bound <= plan.predicted_loss * (1 + 1e-9) + 1e-12
@@ -178,6 +180,8 @@ def test_what_a_scope_leaves_out_is_spent(directory: Path, case: Case) -> None:
     for scope in ("file", "memory", "process"):
         losses.append(problem.plan(replace(budget, scope=scope), case.serving).predicted_loss)
     assert losses == sorted(losses)
+    # What the system can drop is part of the process too.
+    assert problem.plan(replace(budget, scope="anonymous"), case.serving).predicted_loss <= losses[-1]
 
 
 @settings(PROPERTY, max_examples=examples(8, 80))

@@ -87,7 +87,7 @@ def test_a_process_above_its_budget_fails(encoded: MakeExport, tmp_path: Path, t
     shutil.copytree(made.bundle, bundle)
     shutil.copytree(made.export, export)
     breakdown = {**made.plan.breakdown, "runtime_library": 0, "runtime_tokenizer": 0}
-    promised = replace(made.plan, breakdown=breakdown, budget_scope="process", budget_bytes=1_000_000)
+    promised = replace(made.plan, breakdown=breakdown, anonymous={}, budget_scope="process", budget_bytes=1_000_000)
     for file in (bundle / "plan.json", export / "plan.json"):
         save_plan(promised, file, force=True)
     report = verify_export(export, Bundle.open(bundle))

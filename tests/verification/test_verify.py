@@ -207,7 +207,7 @@ def test_a_process_above_its_budget_fails(exported: MakeExport, tmp_path: Path) 
     """A plan that claims that the runtime takes nothing, and sets its budget by that."""
     made = exported("gguf")
     breakdown = {**made.plan.breakdown, "runtime_library": 0, "runtime_tokenizer": 0}
-    lying: Plan = dataclasses.replace(made.plan, breakdown=breakdown, budget_scope="process")
+    lying: Plan = dataclasses.replace(made.plan, breakdown=breakdown, anonymous={}, budget_scope="process")
     for name in ("b", "e"):
         shutil.copytree(made.bundle if name == "b" else made.export, tmp_path / name)
         save_plan(lying, tmp_path / name / "plan.json", force=True)

@@ -52,6 +52,8 @@ def show_device(device: Device) -> None:
     table.add_row("memory", memory, escape(device.sources["memory"]))
     table.add_row("usable", f"{float(device.usable):.0%}", escape(device.sources["usable"]))
     table.add_row("budget", budget, f"{device.budget_bytes:,} bytes for the model and its runtime")
+    if device.enforces is not None:
+        table.add_row("enforces", device.enforces, escape(device.sources["enforces"]))
     for index, (fmt, runtime) in enumerate(device.runtimes.items()):
         types = ", ".join(device.types.get(fmt, ("any",)))
         table.add_row(f"{fmt}{' (default)' if index == 0 else ''}", escape(runtime), f"fast types: {escape(types)}")

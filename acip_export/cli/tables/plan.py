@@ -29,9 +29,7 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     for name, size in plan.breakdown.items():
         if size == 0:
             continue
-        table.add_row(
-            f"  {name.replace('_', ' ')}", format_bytes(size), "" if plan.counts(name) else "not in the budget"
-        )
+        table.add_row(f"  {name.replace('_', ' ')}", format_bytes(size), _in_budget(size, plan.counted(name)))
     used = plan.used_bytes
     table.add_row("used", format_bytes(used), f"{used / plan.budget_bytes:.2%} of the budget")
     table.add_row("left", format_bytes(plan.certificate.bytes_left), _upgrade(plan))
@@ -64,6 +62,13 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     console.out.print(_tensor_table(plan) if verbose else _folded_table(plan))
     for line in (*(note for note in plan.notes if note != plan.far_off), *_held_back(plan, verbose)):
         console.say(f"• {line}")
+
+
+def _in_budget(size: int, counted: int) -> str:
+    """Say how much of a part of the memory the budget covers, where it is not all."""
+    if counted == size:
+        return ""
+    return f"{format_bytes(counted)} of it in the budget" if counted else "not in the budget"
 
 
 def show_plans(plans: Sequence[Plan]) -> None:

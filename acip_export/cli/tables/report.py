@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from acip_export.artifacts.plan import Plan
     from acip_export.artifacts.report import Report, RuntimeReport, Speed
 
-_SCOPES = {"file": "files", "memory": "memory", "process": "memory, the runtime included"}
+_SCOPES = {
+    "file": "files",
+    "memory": "memory",
+    "process": "memory, the runtime included",
+    "anonymous": "memory that the system cannot drop",
+}
 
 
 def show_reports(reports: Sequence[Report]) -> None:
@@ -57,6 +62,8 @@ def _process(runtime: RuntimeReport) -> Iterator[str]:
     if runtime.memory is not None:
         memory = runtime.memory
         yield f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.predicted_bytes)} planned in memory"
+        anonymous, planned = memory.allocated_bytes, memory.predicted_anonymous_bytes
+        yield f"{format_bytes(anonymous)} of {format_bytes(planned)} planned that the system cannot drop"
     if runtime.load_seconds is not None:
         yield f"loaded in {runtime.load_seconds:.1f} s"
     if runtime.speed is not None:

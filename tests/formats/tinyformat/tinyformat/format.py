@@ -59,8 +59,11 @@ class TinyMemory:
             numbers *= extent
         return TensorMemory(kept=4 * numbers)
 
+    def anonymous(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:
+        return self.beside(decision, embedding, tied_head)
+
     def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
-        return ProcessBase(library=400_000_000, tokenizer=0, building=0)
+        return ProcessBase(library=400_000_000, tokenizer=0, building=0, heap=100_000_000)
 
 
 @dataclass(frozen=True)
