@@ -35,6 +35,7 @@ from acip_export.cli import output as console
 from acip_export.cli.help import Command, Group
 from acip_export.cli.options import ErrorBoundary
 from acip_export.errors import AcipError, OutputError, UsageError
+from acip_export.io.processes import let_threads_sleep
 
 EXIT_INTERRUPTED = 130
 # As a shell says of a program that wrote into a pipe that nobody read any more.
@@ -92,7 +93,7 @@ def main() -> None:
     # A terminal that is closed; nohup has it ignored.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, interruption)
-    _let_threads_sleep()
+    let_threads_sleep()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -128,16 +129,6 @@ def main() -> None:
         error = AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback")
     console.print_error(error)
     sys.exit(error.exit_code)
-
-
-def _let_threads_sleep() -> None:
-    """Have threads of PyTorch that wait for each other sleep instead of spinning; it is not loaded yet.
-
-    Beside a second busy process spinning threads take each other's turns: a ranking took four times its share.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's: microseconds of spinning cost nobody anything
 
 
 def _drop_output() -> None:

@@ -1,0 +1,34 @@
+"""The environment that processes of ours are started with."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from acip_export.io import processes
+from acip_export.io.processes import let_threads_sleep, module_environment
+
+SLEEPING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SLEEPING:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(processes, "_ours", set())
+
+
+def test_our_threads_sleep_and_those_of_runtimes_do_as_elsewhere() -> None:
+    let_threads_sleep()
+    assert [os.environ[name] for name in SLEEPING] == ["passive", "1000"]
+    assert module_environment().keys().isdisjoint(SLEEPING)
+
+
+@pytest.mark.parametrize("name", SLEEPING)
+def test_what_the_user_said_holds_for_both(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "7")
+    let_threads_sleep()
+    (other,) = set(SLEEPING) - {name}
+    assert os.environ[name] == module_environment()[name] == "7" and other not in os.environ
