@@ -15,6 +15,7 @@ from acip_export.devices import speeds_file
 from acip_export.errors import MissingExtraError
 from acip_export.formats.registry import export_format, format_names
 from acip_export.io.outputs import claim_output
+from acip_export.io.processes import let_threads_spin
 
 
 def calibrate(
@@ -55,6 +56,7 @@ def calibrate(
     file = out or speeds_file()
     # What this command keeps in its own place is measured anew.
     claim_output(file, SPEEDS_KIND, force or out is None, ())
+    let_threads_spin()  # as they do where exports run
     with console.stage_progress() as progress:
         table = measure_speeds(progress, names)
     if not table.runtimes:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from acip_export.io import processes
-from acip_export.io.processes import let_threads_sleep, module_environment
+from acip_export.io.processes import let_threads_sleep, let_threads_spin, module_environment
 
 SLEEPING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -24,11 +24,14 @@ def test_our_threads_sleep_and_those_of_runtimes_do_as_elsewhere() -> None:
     let_threads_sleep()
     assert [os.environ[name] for name in SLEEPING] == ["passive", "1000"]
     assert module_environment().keys().isdisjoint(SLEEPING)
+    let_threads_spin()
+    assert os.environ.keys().isdisjoint(SLEEPING)
 
 
 @pytest.mark.parametrize("name", SLEEPING)
-def test_what_the_user_said_holds_for_both(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_said_holds_for_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "7")
     let_threads_sleep()
     (other,) = set(SLEEPING) - {name}
+    let_threads_spin()
     assert os.environ[name] == module_environment()[name] == "7" and other not in os.environ
