@@ -56,8 +56,8 @@ fuzz: $(STAMP) ## Read files damaged at random for SECONDS (300); what is new is
 licences: $(STAMP) ## Write docs/licences.md again, from what is installed
 	$(BIN)/python tools/generate_licences.py
 
-release: $(STAMP) ## Build wheel and sdist into dist/, the same bytes whoever builds
-	$(BIN)/python tools/build_release.py dist
+release: $(STAMP) ## Build wheel, sdist and bill of materials into dist/, the same bytes whoever builds
+	$(BIN)/python -m tools.build_release dist
 
 lint: $(STAMP) ## Style, format, and the direction of imports
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tarfile
 import zipfile
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from acip_export.version import __version__
 from tools.build_release import build
 from tools.generate_licences import PAGE, page, pinned
+from tools.generate_sbom import canonical, write_bill
 
 
 @pytest.mark.slow
@@ -37,3 +41,27 @@ def test_licences_are_those_of_the_pinned_versions() -> None:
     # Other platforms have fewer packages.
     here = [row for row in page().splitlines() if "not installed" not in row]
     assert set(here) <= set(written.splitlines()), "make licences"
+
+
+def test_the_bill_names_what_is_brought_and_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "a.whl"
+    file.write_bytes(b"a")
+    written = write_bill([file], 1_700_000_000, tmp_path)
+    bill = json.loads(written.read_text(encoding="utf-8"))
+    assert (bill["bomFormat"], bill["metadata"]["timestamp"]) == ("CycloneDX", "2023-11-14T22:13:20+00:00")
+    (made,) = bill["metadata"]["component"]["components"]
+    assert made["hashes"] == [{"alg": "SHA-256", "content": hashlib.sha256(b"a").hexdigest()}]
+    versions = {canonical(name): version for name, version in pinned().items()}
+    found = {component["name"]: component["version"] for component in bill["components"] if "version" in component}
+    assert (
+        found.items() <= versions.items() and {"torch", "onnxruntime", "gguf", "typer", "safetensors"} <= found.keys()
+    )
+    assert "pytest" not in found and "acip-export" not in found  # a developer's, and itself
+    # Every reference is of something in the bill, and of itself only what is listed.
+    refs = {component["bom-ref"] for component in bill["components"]} | {f"pkg:pypi/acip-export@{__version__}"}
+    assert {entry["ref"] for entry in bill["dependencies"]} == refs
+    assert all(set(entry["dependsOn"]) <= refs for entry in bill["dependencies"])
+    again = write_bill([file], 1_700_000_000, tmp_path).read_bytes()
+    file.write_bytes(b"b")
+    changed = json.loads(write_bill([file], 1_700_000_000, tmp_path).read_text(encoding="utf-8"))
+    assert json.loads(again) == bill and changed["serialNumber"] != bill["serialNumber"]

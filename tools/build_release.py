@@ -1,6 +1,6 @@
-"""Build the wheel and the sdist, so that two builds of one commit have the same bytes.
+"""Build the wheel, the sdist and their bill of materials, so that two builds of one commit have the same bytes.
 
-    python tools/build_release.py dist
+    python -m tools.build_release dist
 
 Times are those of SOURCE_DATE_EPOCH (default: the last commit's, else 1980), owners and the umask of who builds are
 left out, members are sorted.
@@ -80,5 +80,9 @@ def _settle(archive: Path, target: Path, moment: int) -> None:
 
 
 if __name__ == "__main__":
-    for file in build(Path(sys.argv[1] if len(sys.argv) > 1 else "dist").absolute()):
+    from tools.generate_sbom import write_bill
+
+    place = Path(sys.argv[1] if len(sys.argv) > 1 else "dist").absolute()
+    files = build(place)
+    for file in (*files, write_bill(files, epoch(), place)):
         sys.stdout.write(f"{file}\n")
