@@ -87,4 +87,4 @@ def low_rank_note(solution: Solution, certificate: Certificate, loss: float, uni
     alone = certificate.quantization_only_loss
     if alone is None:
         return f"{factored} layers are low rank; quantization alone does not fit this budget"
-    return f"{factored} layers are low rank: predicted loss {loss:.4f} instead of {alone:.4f} {unit}"
+    return f"{factored} layers are low rank: predicted loss {loss:.3g} instead of {alone:.3g} {unit}"

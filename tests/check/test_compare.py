@@ -119,7 +119,14 @@ def test_recovery_that_is_not_known_fails(quality: Quality | None) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "rule"),
-    [(1.0, 1.5, ""), (1.0, 1.51, "loads in 1.51 s"), (None, 1.0, "lock has none"), (1.0, None, "its report has none")],
+    [
+        (2.0, 3.0, ""),
+        (2.0, 3.01, "loads in 3.01 s"),
+        (0.1, 0.6, ""),
+        (0.1, 0.61, "loads in 0.61 s"),
+        (None, 1.0, "lock has none"),
+        (1.0, None, "its report has none"),
+    ],
 )
 def test_load_time(before: float | None, after: float | None, rule: str) -> None:
     entry = Entry("m", "m", max_load_time_ratio=1.5)
