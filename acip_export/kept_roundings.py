@@ -3,13 +3,20 @@
 An export and the reference that it is compared with are rounded by the same code from the same numbers. Error feedback
 takes longer than everything else there, so what the one has rounded the other reads. Files are named by everything that
 the rounding depends on: a matrix that is written in another order than the bundle has it is rounded twice.
+
+Beside an export they outlive a process that is killed, so that the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+import secrets
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import OutputError
+from acip_export.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +33,24 @@ if TYPE_CHECKING:
 
 Arrays = Sequence[npt.NDArray[Any]]
 
+logger = logging.getLogger(__name__)
+
 # Rows whose float32 copy is hashed at once.
 _ROWS = 512
+# What took fewer seconds is done again rather than left behind by an interruption.
+_WORTH_KEEPING = 60.0
+_ORIGIN = "origin"
 
 
-@dataclass(frozen=True)
 class KeptRoundings:
-    """Read and fill an existing directory."""
+    """Reads and fills an existing directory. Threads may share it.
 
-    directory: Path
+    Attributes:
+        seconds: what making the new ones has taken, over all threads.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.seconds = directory, 0.0
 
     def arrays(
         self,
@@ -52,15 +69,79 @@ class KeptRoundings:
             OutputError: the disk is full.
         """
         file = self.directory / f"{_key(weight, type, importance, feedback)}.npz"
-        if not file.is_file():
-            arrays = compute()
-            try:
-                np.savez(file, *arrays)
-            except OSError as reason:
-                raise OutputError(f"{self.directory} has no room for rounded matrices: {reason.strerror}") from reason
-            return arrays
-        with np.load(file) as stored:
+        # A power cut may leave a file without its content; the archive's checksums tell.
+        with (
+            suppress(FileNotFoundError, EOFError, ValueError, zipfile.BadZipFile),
+            file.open("rb") as stream,
+            np.load(stream) as stored,
+        ):
             return [stored[name] for name in stored.files]
+        begin = time.perf_counter()
+        arrays = compute()
+        self.seconds += time.perf_counter() - begin
+        temporary = file.with_suffix(f".{secrets.token_hex(4)}.tmp")
+        try:
+            with temporary.open("wb") as new:
+                np.savez(new, *arrays)
+            temporary.replace(file)
+        except OSError as reason:
+            raise OutputError(f"{self.directory} has no room for rounded matrices: {reason.strerror}") from reason
+        return arrays
+
+
+@contextmanager
+def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:
+    """Yield what is rounded for the export ``target``, with what a killed or interrupted process left of it.
+
+    It is gone when the block ends, unless it is interrupted after more than a minute's work.
+
+    Args:
+        origin: all that the roundings follow from; what is of another is removed.
+
+    Raises:
+        OutputError: there is no place for it.
+    """
+    directory = target.parent / f".{target.name}.rounded"
+    try:
+        if not _is_of(directory, origin):
+            _remove(directory)
+            directory.mkdir(mode=0o700, parents=True)
+            (directory / _ORIGIN).write_text(origin, encoding="utf-8")
+    except OSError as reason:
+        raise OutputError(f"{directory} cannot be written: {reason.strerror}; choose another place with -o") from reason
+    earlier = len(list(directory.glob("*.npz")))
+    if earlier:
+        logger.warning("going on with what an earlier run has rounded: %d pieces, %s", earlier, _size(directory))
+    kept = KeptRoundings(directory)
+    try:
+        yield kept
+    except Exception:
+        _remove(directory)
+        raise
+    except BaseException:  # an interruption
+        if earlier or kept.seconds > _WORTH_KEEPING:
+            logger.warning("%s of rounded matrices stay in %s: the same command goes on", _size(directory), directory)
+        else:
+            _remove(directory)
+        raise
+    _remove(directory)
+
+
+def _is_of(directory: Path, origin: str) -> bool:
+    try:
+        return not directory.is_symlink() and (directory / _ORIGIN).read_text(encoding="utf-8") == origin
+    except (OSError, ValueError):
+        return False
+
+
+def _remove(directory: Path) -> None:
+    if directory.is_symlink():  # not ours
+        directory.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _size(directory: Path) -> str:
+    return format_bytes(sum(file.stat().st_size for file in directory.glob("*.npz")))
 
 
 def _key(weight: torch.Tensor, type: str, importance: torch.Tensor | None, feedback: FeedbackFactor) -> str:

@@ -1,17 +1,25 @@
-"""What an export was rounded to is not rounded again when it is verified."""
+"""What an export was rounded to is not rounded again: when it is verified, and after its process was killed."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from acip_export import error_feedback
 from acip_export.formats.registry import export_format
-from acip_export.kept_roundings import KeptRoundings
+from acip_export.io.processes import module_environment
+from acip_export.kept_roundings import KeptRoundings, roundings_beside
 from tests.gguf.test_feedback import matrix, moment, moments_of
+from tests.ranking.support import CALIBRATION
+from tests.support import CORPUS, Run, make_model
 
 TYPES = {"gguf": "q4_0", "onnx": "int4"}
 
@@ -42,3 +50,77 @@ def test_a_matrix_is_rounded_once(name: str, tmp_path: Path, monkeypatch: pytest
     assert torch.equal(round_trip(weight.flip(0), type, keeping), round_trip(weight.flip(0), type, inputs))
     assert len(list(tmp_path.iterdir())) == 5
     assert rounded
+
+
+def _fill(kept: KeptRoundings, value: int = 1) -> int:
+    """Ask for one matrix; returns how often it was computed."""
+    factor = moments_of(moment(256, 8, 0)).feedback
+    assert factor is not None
+    computed = []
+
+    def compute() -> list[np.ndarray]:
+        computed.append(1)
+        return [np.full(4, value)]
+
+    (found,) = kept.arrays(matrix(2), "q4_0", None, factor, compute)
+    assert found.tolist() == [value] * 4
+    return len(computed)
+
+
+def test_beside_an_export_they_outlive_a_kill_and_long_work_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "out"
+    with roundings_beside(target, "a") as kept:
+        assert _fill(kept) == 1 and _fill(kept) == 0
+    assert list(tmp_path.iterdir()) == []
+    for ending, seconds, stays in (
+        (ValueError, 100, False),
+        (KeyboardInterrupt, 1, False),
+        (KeyboardInterrupt, 100, True),
+    ):
+        with pytest.raises(ending), roundings_beside(target, "a") as kept:
+            assert _fill(kept) == 1
+            kept.seconds = seconds
+            raise ending
+        assert [file.name for file in tmp_path.iterdir()] == ([".out.rounded"] if stays else [])
+    assert "the same command goes on" in caplog.text
+    with pytest.raises(KeyboardInterrupt), roundings_beside(target, "a") as kept:
+        assert "going on with what an earlier run has rounded: 1 pieces" in caplog.text
+        assert _fill(kept) == 0
+        (file,) = kept.directory.glob("*.npz")
+        file.write_bytes(file.read_bytes()[:-30])  # a power cut
+        assert _fill(kept) == 1 and _fill(kept) == 0
+        raise KeyboardInterrupt
+    with roundings_beside(target, "another plan") as kept:
+        assert _fill(kept, 2) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_killed_export_goes_on_to_the_same_bytes(tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    from acip_export.ranking import rank_model
+
+    model = make_model(tmp_path / "tiny", num_hidden_layers=4)
+    (tmp_path / "text.txt").write_text("".join(CORPUS) * 6, encoding="utf-8")
+    rank_model(model, tmp_path / "text.txt", algorithm="kfac", calibration=CALIBRATION, out=model / "tiny.acip")
+    ask = ("--model", model, "--budget", "2MB", "--budget-scope", "file", "--format", "gguf", "--types", "q5_0,q4_0")
+    ask = (*ask, "--context", 64, "--no-calibrate", "--text", tmp_path / "text.txt")
+    whole = run(*ask, "-o", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    command = [sys.executable, "-m", "acip_export", *map(str, ask), "-o", str(tmp_path / "out")]
+    kept = tmp_path / ".out.rounded"
+    process = subprocess.Popen(command, env=module_environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(list(kept.glob("*.npz"))) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    if (tmp_path / "out").exists():
+        pytest.fail("it was done before it could be killed")
+    again = run(*ask, "-o", tmp_path / "out")
+    assert again.code == 0, again.err
+    assert "going on with what an earlier run has rounded" in caplog.text
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == (tmp_path / "whole" / "model.gguf").read_bytes()
+    assert not kept.exists()

@@ -285,7 +285,8 @@ def test_refused_and_nothing_touched(case: str, place: Path, run: Run) -> None:
     before = snapshot(place.parent)
     done = run(*CASES[case].arguments)
     assert done.code == 2, done.err + done.out
-    assert CASES[case].says in done.err
+    # A long path is broken where the line ends.
+    assert "".join(CASES[case].says.split()) in "".join(done.err.split())
     assert done.out == ""
     assert snapshot(place.parent) == before
 

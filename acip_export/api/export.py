@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,13 +28,15 @@ from acip_export.formats.registry import export_format
 from acip_export.io.atomic import scratch_directory
 from acip_export.io.outputs import Output, claim_output
 from acip_export.io.scratch import Scratch
-from acip_export.kept_roundings import KeptRoundings
+from acip_export.kept_roundings import KeptRoundings, roundings_beside
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
+from acip_export.rounding import FEEDBACK_VERSION
 from acip_export.units import format_bytes
 from acip_export.verification import export as verification
 from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
+from acip_export.version import __version__
 
 if TYPE_CHECKING:
     from acip_export.materialization import PlannedModel
@@ -191,9 +195,11 @@ def export_model(
     while True:
         last = plan_again is None or len(budgets) > _PLANS_AGAIN
         try:
-            with scratch_directory(output.place, ".work") as scratch:
-                kept = KeptRoundings(roundings or scratch / "rounded")
-                kept.directory.mkdir(exist_ok=True)
+            with (
+                output.held(),
+                scratch_directory(output.place, ".work") as scratch,
+                _roundings(roundings, output.place, plan, scores) as kept,
+            ):
                 model = tensors(plan, scratch, force or len(budgets) > 1, kept)
                 with _staying(waiting, plan, command):
                     with waiting.new_directory() as directory:
@@ -226,6 +232,18 @@ def export_model(
             )
             plan = _planned_again(plan, budgets[-1], over, plan_again, waiting.named, command)
             waiting = replace(waiting, force=True)
+
+
+def _roundings(
+    shared: Path | None, place: Path, plan: Plan, scores: ScoreFile
+) -> AbstractContextManager[KeptRoundings]:
+    """Return rounded matrices: those in ``shared``, or what an earlier run of the same export has left."""
+    if shared is not None:
+        return nullcontext(KeptRoundings(shared))
+    quantizer = export_format(plan.format, plan.serving.backend).quantizer()
+    made_by = f"acip-export {__version__}, {quantizer}, feedback {FEEDBACK_VERSION}"
+    plan_sha256 = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
+    return roundings_beside(place, f"{made_by}\nscores {scores.sha256}\nplan {plan_sha256}\n")
 
 
 def _planned_again(

@@ -104,18 +104,19 @@ def rank_model(
         UsageError: unknown algorithm, or ``out`` may not be written. DataError, MissingExtraError: the text.
             CheckpointError, UnsupportedError: the model. RankingError: the run diverged.
     """
-    checkpoint = Checkpoint.open(model)
     unsaid = algorithm is None
-    if algorithm is None:
-        learning = acip is not None or resume or seconds is not None
-        algorithm = "acip" if learning else default_algorithm(checkpoint, device)
-    chosen = find_algorithm(algorithm)
-    if acip is not None and not chosen.learns:
-        raise UsageError(f"{algorithm} has no settings; leave them out, or rank with {learned_algorithms()}")
+    if algorithm is not None:
+        find_algorithm(algorithm)
     if out is not None:
         read = (data, evaluation, cache)
         claim_output(out, SCORES_KIND, force, read, model)
         claim_output(run_file(out), RUN_KIND, True, read, model)
+    if algorithm is None:
+        learning = acip is not None or resume or seconds is not None
+        algorithm = "acip" if learning else default_algorithm(Checkpoint.open(model), device)
+    chosen = find_algorithm(algorithm)
+    if acip is not None and not chosen.learns:
+        raise UsageError(f"{algorithm} has no settings; leave them out, or rank with {learned_algorithms()}")
     if resume and (out is None or not chosen.learns):
         raise UsageError(f"only a run of {learned_algorithms()} that writes a score file can be resumed; give  --out")
     if resume and seconds is not None:
@@ -123,6 +124,7 @@ def rank_model(
     if store_every < 1:
         raise UsageError(f"a run state every {store_every} steps is impossible; give at least 1 with  --store-every")
     processes = start_processes(device)
+    checkpoint = Checkpoint.open(model)
     check_checkpoint(checkpoint)
     transformers_config(checkpoint.config)  # what transformers refuses, before a tokenizer is looked for
     if processes.mesh is not None and not checkpoint.shape.generates:
