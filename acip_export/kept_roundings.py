@@ -101,7 +101,7 @@ def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:
     Raises:
         OutputError: there is no place for it.
     """
-    directory = target.parent / f".{target.name}.rounded"
+    directory = _beside(target)
     try:
         if not _is_of(directory, origin):
             _remove(directory)
@@ -125,6 +125,15 @@ def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:
             _remove(directory)
         raise
     _remove(directory)
+
+
+def are_beside(target: Path) -> bool:
+    """Tell whether an earlier run has left any."""
+    return _beside(target).exists()
+
+
+def _beside(target: Path) -> Path:
+    return target.parent / f".{target.name}.rounded"
 
 
 def _is_of(directory: Path, origin: str) -> bool:

@@ -124,3 +124,9 @@ def test_a_killed_export_goes_on_to_the_same_bytes(tmp_path: Path, run: Run, cap
     assert "going on with what an earlier run has rounded" in caplog.text
     assert (tmp_path / "out" / "model.gguf").read_bytes() == (tmp_path / "whole" / "model.gguf").read_bytes()
     assert not kept.exists()
+    # An interrupted verification is gone on with by  verify.
+    kept.mkdir()
+    (kept / "origin").write_text("of another plan")
+    verified = run("verify", tmp_path / "out", "--model", model, "--text", tmp_path / "text.txt")
+    assert verified.code == 0, verified.err
+    assert not kept.exists()

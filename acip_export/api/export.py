@@ -28,7 +28,7 @@ from acip_export.formats.registry import export_format
 from acip_export.io.atomic import scratch_directory
 from acip_export.io.outputs import Output, claim_output
 from acip_export.io.scratch import Scratch
-from acip_export.kept_roundings import KeptRoundings, roundings_beside
+from acip_export.kept_roundings import KeptRoundings, are_beside, roundings_beside
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
 from acip_export.rounding import FEEDBACK_VERSION
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PLANS_AGAIN = 2
+# Where an export waits that is to replace a verified one.
+_UNVERIFIED = "-unverified"
 
 
 def materialize_bundle(
@@ -189,7 +191,7 @@ def export_model(
         return None
     waiting = output
     if output.place.is_dir() and any(output.place.iterdir()) and not is_unverified(output.place):
-        waiting = claim_output(out.with_name(f"{out.name}-unverified"), EXPORT_KIND, True, read, checkpoint.path)
+        waiting = claim_output(out.with_name(out.name + _UNVERIFIED), EXPORT_KIND, True, read, checkpoint.path)
     command = _verify_command(waiting.named, checkpoint, scores)
     budgets = [plan.budget_bytes]
     while True:
@@ -244,6 +246,12 @@ def _roundings(
     made_by = f"acip-export {__version__}, {quantizer}, feedback {FEEDBACK_VERSION}"
     plan_sha256 = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
     return roundings_beside(place, f"{made_by}\nscores {scores.sha256}\nplan {plan_sha256}\n")
+
+
+def roundings_left(export: Path, plan: Plan, scores: ScoreFile) -> AbstractContextManager[KeptRoundings | None]:
+    """Return what an interrupted run has left of an export that is there, gone when the block ends."""
+    place = export.with_name(export.name.removesuffix(_UNVERIFIED))
+    return _roundings(None, place, plan, scores) if are_beside(place) else nullcontext(None)
 
 
 def _planned_again(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from acip_export.api.export import planned_model
+from acip_export.api.export import planned_model, roundings_left
 from acip_export.api.opening import Location, open_model, open_scores
 from acip_export.api.text import evaluation_text, held_out_text
 from acip_export.artifacts.bundle import Bundle
@@ -48,20 +49,23 @@ def verify_directory(
     claim_papers(export, (scores_file, bundle, text, *tasks))
     plan = load_plan(export / PLAN_FILE)
     checkpoint = _base_model(model, plan, required=bundle is None)
-    if bundle is not None:
-        made_of: MaterializedModel = Bundle.open(bundle, verify_hash=True)
-    else:
-        assert checkpoint is not None
-        made_of = planned_model(checkpoint, open_scores(checkpoint, scores), plan, Scratch(None, "a plan's factors"))
-    report = verification.verify_export(
-        export,
-        made_of,
-        text=_text(text, made_of.path, plan, checkpoint, scores),
-        dense=None if checkpoint is None else checkpoint.path,
-        tasks=tasks,
-        timeout=timeout,
-        progress=progress,
-    )
+    with ExitStack() as stack:
+        if bundle is not None:
+            made_of: MaterializedModel = Bundle.open(bundle, verify_hash=True)
+        else:
+            assert checkpoint is not None
+            opened, scratch = open_scores(checkpoint, scores), Scratch(None, "a plan's factors")
+            kept = stack.enter_context(roundings_left(export, plan, opened))
+            made_of = planned_model(checkpoint, opened, plan, scratch, kept=kept)
+        report = verification.verify_export(
+            export,
+            made_of,
+            text=_text(text, made_of.path, plan, checkpoint, scores),
+            dense=None if checkpoint is None else checkpoint.path,
+            tasks=tasks,
+            timeout=timeout,
+            progress=progress,
+        )
     save_report(report, export)
     settle_mark(export, report.failures)
     return report
