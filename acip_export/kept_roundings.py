@@ -102,27 +102,28 @@ def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:
         OutputError: there is no place for it.
     """
     directory = _beside(target)
+    kept, earlier = KeptRoundings(directory), 0
     try:
-        if not _is_of(directory, origin):
-            _remove(directory)
-            directory.mkdir(mode=0o700, parents=True)
-            (directory / _ORIGIN).write_text(origin, encoding="utf-8")
-    except OSError as reason:
-        raise OutputError(f"{directory} cannot be written: {reason.strerror}; choose another place with -o") from reason
-    earlier = len(list(directory.glob("*.npz")))
-    if earlier:
-        logger.warning("going on with what an earlier run has rounded: %d pieces, %s", earlier, _size(directory))
-    kept = KeptRoundings(directory)
-    try:
+        try:
+            if not _is_of(directory, origin):
+                _remove(directory)
+                directory.mkdir(mode=0o700, parents=True)
+                (directory / _ORIGIN).write_text(origin, encoding="utf-8")
+            earlier = len(list(directory.glob("*.npz")))
+        except OSError as reason:
+            message = f"{directory} cannot be written: {reason.strerror}; choose another place with -o"
+            raise OutputError(message) from reason
+        if earlier:
+            logger.warning("going on with what an earlier run has rounded: %d pieces, %s", earlier, _size(directory))
         yield kept
     except Exception:
         _remove(directory)
         raise
     except BaseException:  # an interruption
-        if earlier or kept.seconds > _WORTH_KEEPING:
-            logger.warning("%s of rounded matrices stay in %s: the same command goes on", _size(directory), directory)
-        else:
+        if not earlier and kept.seconds < _WORTH_KEEPING:
             _remove(directory)
+            raise
+        logger.warning("%s of rounded matrices stay in %s: the same command goes on", _size(directory), directory)
         raise
     _remove(directory)
 
@@ -146,7 +147,11 @@ def _is_of(directory: Path, origin: str) -> bool:
 def _remove(directory: Path) -> None:
     if directory.is_symlink():  # not ours
         directory.unlink()
-    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    except BaseException:  # Ctrl-C in the middle: nothing of it is to stay
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def _size(directory: Path) -> str:
