@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import shlex
@@ -244,7 +243,7 @@ def _roundings(
         return nullcontext(KeptRoundings(shared))
     quantizer = export_format(plan.format, plan.serving.backend).quantizer()
     made_by = f"acip-export {__version__}, {quantizer}, feedback {FEEDBACK_VERSION}"
-    plan_sha256 = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
+    plan_sha256 = hashlib.sha256(dumps_plan(plan).encode()).hexdigest()
     return roundings_beside(place, f"{made_by}\nscores {scores.sha256}\nplan {plan_sha256}\n")
 
 

@@ -63,10 +63,11 @@ class Predictor:
     def speed(self, decisions: Sequence[TensorDecision]) -> PlannedSpeed | None:
         """Return tokens a second with a full context; ``None``: a type was not measured."""
         speeds, shape, serving = self.speeds, self.shape, self.serving
-        matrices = [matrix for decision in decisions for matrix in self.products(decision)]
-        if any(matrix.type not in speeds.read or matrix.type not in speeds.compute for matrix in matrices):
+        seconds = [self.answer_seconds(decision) for decision in decisions]
+        if None in seconds:
             return None
-        read = sum(matrix.nbytes / speeds.read[matrix.type] for matrix in matrices)
+        read = sum(filter(None, seconds))
+        matrices = [matrix for decision in decisions for matrix in self.products(decision)]
         computed = sum(
             (speeds.head_share if matrix.head else 1.0) * 2 * matrix.weights / speeds.compute[matrix.type]
             for matrix in matrices
