@@ -25,7 +25,7 @@ def calibrate(
             "--format",
             "-f",
             metavar="NAME",
-            help="Of this format's runtimes alone; again for others.",
+            help="Measure this format's runtimes only; repeatable.",
             autocompletion=format_names,
             rich_help_panel=TARGET,
         ),

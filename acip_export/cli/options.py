@@ -82,7 +82,7 @@ Text = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="To measure quality on. Default: what the ranking held out.",
+        help="Text to measure on. Default: what ranking held out.",
         rich_help_panel=CHECK,
     ),
 ]
@@ -100,7 +100,7 @@ Timeout = Annotated[
     typer.Option(
         "--timeout",
         metavar="SECONDS",
-        help="That a runtime may take for one context.",
+        help="Seconds a runtime may take for one context.",
         min=0.1,
         rich_help_panel=CHECK,
     ),

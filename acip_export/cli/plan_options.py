@@ -60,7 +60,7 @@ class PlanFlags:
     runtime: Annotated[
         str | None,
         typer.Option(
-            "--runtime", metavar="NAME", help="What runs it; see  acip-export formats.", rich_help_panel=TARGET
+            "--runtime", metavar="NAME", help="Program that runs it; see  acip-export formats.", rich_help_panel=TARGET
         ),
     ] = None
     layout: Annotated[
@@ -68,7 +68,7 @@ class PlanFlags:
         typer.Option(
             "--layout",
             metavar="NAME",
-            help="Of the format; auto: the best predicted that it runs.",
+            help="Layout of the format; auto: the best predicted.",
             rich_help_panel=TARGET,
         ),
     ] = None
@@ -77,7 +77,7 @@ class PlanFlags:
         typer.Option(
             "--types",
             metavar="NAMES",
-            help="To choose from. Default: the device's or the format's.",
+            help="Types to choose from. Default: device's or format's.",
             rich_help_panel=TARGET,
         ),
     ] = ""
@@ -124,13 +124,13 @@ class PlanFlags:
     ] = None
     max_loss: Annotated[
         float | None,
-        typer.Option(metavar="NATS", help="Predicted, that --context max may have.", rich_help_panel=BUDGET),
+        typer.Option(metavar="NATS", help="Predicted loss that --context max may have.", rich_help_panel=BUDGET),
     ] = None
     min_speed: Annotated[
         float | None,
         typer.Option(
             metavar="TOKENS/S",
-            help="Predicted, of an answer with a full context.\n\nOn the device or this machine, after "
+            help="Least predicted speed of an answer, context full.\n\nOn the device or this machine, after "
             " acip-export calibrate.",
             rich_help_panel=BUDGET,
         ),
@@ -139,20 +139,22 @@ class PlanFlags:
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="Of the KV cache; auto: loses least.\n\nacip-export formats  lists them. auto measures once what each "
-            "costs, in the runtime on held-out text: a few seconds a type and 100 million parameters.",
+            help="Type of the KV cache; auto: loses least.\n\nacip-export formats  lists them. auto measures once what "
+            "each costs, in the runtime on held-out text: a few seconds a type and 100 million parameters.",
             rich_help_panel=BUDGET,
         ),
     ] = None
     cache_type_k: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="Of its keys alone.", rich_help_panel=BUDGET)
+        str | None, typer.Option(metavar="TYPE", help="Type of the cached keys alone.", rich_help_panel=BUDGET)
     ] = None
     cache_type_v: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="Of its values alone.", rich_help_panel=BUDGET)
+        str | None, typer.Option(metavar="TYPE", help="Type of the cached values alone.", rich_help_panel=BUDGET)
     ] = None
     prompt_batch: Annotated[
         int | None,
-        typer.Option(metavar="TOKENS", help="Of a prompt at once. Default: suits the budget.", rich_help_panel=BUDGET),
+        typer.Option(
+            metavar="TOKENS", help="Prompt tokens at once. Default: suits the budget.", rich_help_panel=BUDGET
+        ),
     ] = None
     model: Model = "."
     scores: Scores = None

@@ -44,7 +44,7 @@ def rank(
         ),
     ] = None,
     field: Annotated[
-        str | None, typer.Option(help="Of JSONL, Parquet and data sets: text, or a chat.", rich_help_panel=TEXT)
+        str | None, typer.Option(help="Field of records that holds the text, or a chat.", rich_help_panel=TEXT)
     ] = None,
     out: Annotated[
         Path | None,
@@ -54,7 +54,7 @@ def rank(
         _AlgorithmName | None, typer.Option(metavar="NAME", help=_ALGORITHM_HELP, rich_help_panel=METHOD)
     ] = None,
     basis: Annotated[
-        Basis | None, typer.Option(help=f"Of the components, for {_LEARNED}.", rich_help_panel=METHOD)
+        Basis | None, typer.Option(help=f"Basis of the components, for {_LEARNED}.", rich_help_panel=METHOD)
     ] = None,
     objective: Annotated[
         Objective | None, typer.Option(help=f"Loss that {_LEARNED} trains on.", rich_help_panel=METHOD)
@@ -65,7 +65,9 @@ def rank(
     post_tune: Annotated[
         int | None, typer.Option(help="Steps of the adapters alone, after the masks.", rich_help_panel=METHOD)
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of masks and adapters.", rich_help_panel=METHOD)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of masks and adapters.", rich_help_panel=METHOD)
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(help="Windows per step, of all processes together.", rich_help_panel=METHOD)
     ] = None,
@@ -77,11 +79,13 @@ def rank(
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(metavar="TOKENS", help="Per window. Default: 512, or the model's limit.", rich_help_panel=TEXT),
+        typer.Option(
+            metavar="TOKENS", help="Tokens per window. Default: 512, or the model's limit.", rich_help_panel=TEXT
+        ),
     ] = None,
     seed: Annotated[
         int,
-        typer.Option(min=0, max=2**31 - 1, help="What everything random follows from.", rich_help_panel=METHOD),
+        typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.", rich_help_panel=METHOD),
     ] = 0,
     torch_device: Annotated[
         str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1.", rich_help_panel=MACHINE)
@@ -90,12 +94,12 @@ def rank(
         Precision,
         typer.Option(
             metavar="NAME",
-            help="Of frozen weights: auto, float32, model.\n\nauto: as stored, float32 for small models on CPUs.",
+            help="Dtype of frozen weights: auto, float32, model.\n\nauto: as stored, float32 for small models on CPUs.",
             rich_help_panel=MACHINE,
         ),
     ] = "auto",
     recompute_activations: Annotated[
-        bool | None, typer.Option(help="Instead of keeping them. Default: from 1e9 weights.", rich_help_panel=MACHINE)
+        bool | None, typer.Option(help="Recompute them. Default: from 1e9 weights.", rich_help_panel=MACHINE)
     ] = None,
     store_every: Annotated[
         int, typer.Option(help=f"Steps between run states of {_LEARNED}.", rich_help_panel=OUTPUT)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from acip_export.artifacts.scores import CurvePoint, FloatArray
 from acip_export.lowrank.components import fold
@@ -136,18 +136,6 @@ class _Curve:
             similarity = task.similarity(torch.cat(outputs), torch.cat(self.dense))
         self.clock.advance(ratio=self.ratios[place], loss=loss)
         return loss, similarity
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, windows: Tensor, batch: int, processes: Processes = ALONE) -> float:
-    """Measure the mean negative log-likelihood, nats per token."""
-    if len(windows) < processes.count:
-        processes = ALONE  # too few to share: all measure all of them
-    device = next(model.parameters()).device
-    total = 0.0
-    for _, part in processes.batches(windows, batch):
-        total += next_token_loss(model, part.to(device)).item() * len(part)
-    return float(processes.sum(torch.tensor(total, dtype=torch.float64))) / len(windows)
 
 
 def adapter_pair(layer: MaskedLinear) -> tuple[Tensor, Tensor]:

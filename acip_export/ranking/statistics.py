@@ -69,12 +69,6 @@ class Statistics:
     sensitivity: Mapping[str, float]
     samples: Samples | None = None
 
-    def input_of(self, module: str) -> Tensor:
-        return self.inputs[self.input_keys[module]]
-
-    def gradient_of(self, module: str) -> Tensor:
-        return self.gradients[self.gradient_keys[module]]
-
     def input_diagonal(self, module: str) -> Tensor:
         """Return the diagonal of H, (in,) float64, exact."""
         return torch.from_numpy(self.inputs.diagonal(self.input_keys[module])).double()

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking import DataConfig
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.data import read_data
 from acip_export.ranking.load import load_model
+from acip_export.ranking.losses import next_token_loss
 from tests.support import CORPUS, make_model
 
 CALIBRATION = DataConfig(context=32, statistics_tokens=4096, curve_tokens=1024, batch=8)
@@ -47,3 +49,10 @@ def context_of(
     data = read_data(checkpoint, text, calibration)
     data = replace(data, statistics=data.statistics[:windows])
     return RankContext(checkpoint, load_model(checkpoint, torch.device("cpu")), data, calibration)
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, windows: Tensor, batch: int) -> float:
+    """Measure the mean negative log-likelihood, nats per token."""
+    losses = [next_token_loss(model, part).item() * len(part) for part in windows.split(batch)]
+    return sum(losses) / len(windows)

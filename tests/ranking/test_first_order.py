@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from acip_export.ranking import rank_model
 from acip_export.ranking.algorithms.first_order import zero_sum_scores
-from acip_export.ranking.curve import held_out_loss
 from acip_export.ranking.factorized_model import factorize_model
 from acip_export.ranking.mask_gradients import first_order_changes
 from acip_export.ranking.statistics import collect_statistics
-from tests.ranking.support import CALIBRATION, context_of
+from tests.ranking.support import CALIBRATION, context_of, held_out_loss
 
 
 def test_estimates_are_the_derivative_of_the_measured_loss(model: Path, text: Path) -> None:

@@ -17,10 +17,9 @@ from acip_export.materialization.factors import basis_moments, dense_weight, fac
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress
 from acip_export.ranking import AcipConfig, DataConfig, rank_model
-from acip_export.ranking.curve import held_out_loss
 from acip_export.ranking.data import WindowStream, read_data
 from acip_export.ranking.load import load_model
-from tests.ranking.support import CALIBRATION, calibration_text, sharp_model
+from tests.ranking.support import CALIBRATION, calibration_text, held_out_loss, sharp_model
 
 QUICK = AcipConfig(
     basis="kfac",

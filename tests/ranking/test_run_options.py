@@ -20,13 +20,12 @@ from acip_export.io.atomic import read_safetensors_header
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress
 from acip_export.ranking import AcipConfig, parse_settings, rank_model
-from acip_export.ranking.curve import held_out_loss
 from acip_export.ranking.data import read_data
 from acip_export.ranking.load import load_model
 from acip_export.ranking.logs import json_log, tensorboard_log, to_all
 from acip_export.ranking.out_of_memory import out_of_memory_named
 from acip_export.ranking.processes import start_processes
-from tests.ranking.support import CALIBRATION, sharp_model
+from tests.ranking.support import CALIBRATION, held_out_loss, sharp_model
 
 CPU = torch.device("cpu")
 QUICK = AcipConfig(

@@ -28,6 +28,14 @@ from tests.ranking.support import CALIBRATION, context_of, sharp_model
 CPU = torch.device("cpu")
 
 
+def input_of(statistics: Statistics, name: str) -> Tensor:
+    return statistics.inputs[statistics.input_keys[name]]
+
+
+def gradient_of(statistics: Statistics, name: str) -> Tensor:
+    return statistics.gradients[statistics.gradient_keys[name]]
+
+
 class Ranked:
     """A loaded model with its statistics, and the measured KL divergence per token of anything done to it."""
 
@@ -71,7 +79,7 @@ def test_moments_are_token_averages(ranked: Ranked) -> None:
     exact = torch.from_numpy(ranked.statistics.inputs.diagonal(f"{name}.input")).double()
     torch.testing.assert_close(exact, expected.diagonal(), rtol=1e-4, atol=1e-5)
     # What the score file has of it.
-    assert float((ranked.statistics.input_of(name) - expected).norm() / expected.norm()) < 0.03
+    assert float((input_of(ranked.statistics, name) - expected).norm() / expected.norm()) < 0.03
 
 
 def test_modules_that_read_the_same_tensor_share_its_moment(ranked: Ranked) -> None:
@@ -98,7 +106,7 @@ def test_gradient_moment_is_that_of_each_tokens_own_loss(ranked: Ranked) -> None
     p = torch.softmax(head(norm(rows[::8])), -1).double()
     fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     expected = (jacobians.mT @ fisher @ jacobians).mean(0)
-    measured = ranked.statistics.gradient_of(name)
+    measured = gradient_of(ranked.statistics, name)
     # 4,096 sampled labels: the trace's standard error is a few per cent; gradients of the batch's mean loss instead of
     # each token's own would be off by orders of magnitude.
     assert float(measured.trace()) == pytest.approx(float(expected.trace()), rel=0.15)
@@ -108,7 +116,7 @@ def test_gradient_moment_is_that_of_each_tokens_own_loss(ranked: Ranked) -> None
 def test_predicted_loss_of_dropped_components_is_measured(ranked: Ranked, basis: str) -> None:
     predicted, measured = [], []
     for name in ranked.checkpoint.linear_modules:
-        h, g = ranked.statistics.input_of(name), ranked.statistics.gradient_of(name)
+        h, g = input_of(ranked.statistics, name), gradient_of(ranked.statistics, name)
         weight = ranked.model.get_parameter(f"{name}.weight").data
         parts = components(weight, None if basis == "svd" else h, g if basis == "kfac" else None)
         losses = component_losses(parts, h, g).drop
@@ -127,7 +135,7 @@ def test_predicted_loss_of_dropped_components_is_measured(ranked: Ranked, basis:
 
 def test_drop_loss_is_half_the_squared_singular_value_in_the_kfac_basis(ranked: Ranked) -> None:
     name = "model.layers.0.self_attn.q_proj"
-    h, g = ranked.statistics.input_of(name), ranked.statistics.gradient_of(name)
+    h, g = input_of(ranked.statistics, name), gradient_of(ranked.statistics, name)
     parts = components(ranked.model.get_parameter(f"{name}.weight").data, h, g)
     # The basis is damped by 1e-4 of the mean eigenvalue, which matters to the smallest components only.
     torch.testing.assert_close(
@@ -138,7 +146,7 @@ def test_drop_loss_is_half_the_squared_singular_value_in_the_kfac_basis(ranked: 
 def test_sensitivity_predicts_rounding_noise(ranked: Ranked) -> None:
     generator = torch.Generator().manual_seed(0)
     for name in ("model.layers.0.mlp.gate_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
-        h, g = ranked.statistics.input_of(name), ranked.statistics.gradient_of(name)
+        h, g = input_of(ranked.statistics, name), gradient_of(ranked.statistics, name)
         weight = ranked.model.get_parameter(f"{name}.weight").data
         parts = components(weight, h, g)
         losses = component_losses(parts, h, g)
@@ -262,7 +270,7 @@ def test_more_windows_for_inputs_than_for_gradients(model: Path, text: Path) -> 
     both, fewer = collect_statistics(context), collect_statistics(few)
     alone = collect_statistics(replace(context, data=replace(context.data, statistics=context.windows[:8])))
     name = "model.layers.1.mlp.down_proj"
-    assert torch.equal(fewer.input_of(name), both.input_of(name))
-    assert torch.equal(fewer.gradient_of(name), alone.gradient_of(name))
-    assert not torch.equal(fewer.input_of(name), alone.input_of(name))
-    assert not torch.equal(fewer.gradient_of(name), both.gradient_of(name))
+    assert torch.equal(input_of(fewer, name), input_of(both, name))
+    assert torch.equal(gradient_of(fewer, name), gradient_of(alone, name))
+    assert not torch.equal(input_of(fewer, name), input_of(alone, name))
+    assert not torch.equal(gradient_of(fewer, name), gradient_of(both, name))
