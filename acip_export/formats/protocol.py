@@ -265,6 +265,7 @@ class ExportFormat(ABC):
             number of threads as well; see :class:`acip_export.formats.session.ChatSession`.
         memory: what its runtimes hold.
         feedback_types: types that :meth:`round_trip` rounds with error feedback, where it is given a factor for it.
+        tunable_types: types whose blocks :meth:`round_trip` multiplies by gains, where it is given some.
         refused: types that what runs the format has no kernel for, and why that matters.
         library, tags: of model cards.
     """
@@ -287,6 +288,7 @@ class ExportFormat(ABC):
     narrow_types: tuple[str, ...] = ()
     backends: tuple[Backend, ...] = ()
     feedback_types: frozenset[str] = frozenset()
+    tunable_types: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
     options: tuple[Option, ...] = ()
     companions: tuple[Companion, ...] = ()

@@ -52,6 +52,7 @@ class PlanRequest:
             :func:`acip_export.api.calibration.calibrated_errors`.
         candidates: plans that are compared by measuring before one is chosen; 1: the prediction alone chooses.
         speeds: of the machine that is planned for, by runtime. min_speed: tokens a second that an answer must have.
+        tune_seconds: for how long scales and vectors are tuned before the export is written; ``None``: not at all.
     """
 
     format: str
@@ -77,6 +78,7 @@ class PlanRequest:
     candidates: int = 1
     speeds: Mapping[str, RuntimeSpeed] = field(default_factory=dict)
     min_speed: float | None = None
+    tune_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from acip_export.progress import ProgressCallback
 from converters.gguf import options
 from converters.gguf.layouts import LAYOUTS
 from converters.gguf.memory import CACHE_TYPES, LlamaMemory, cache_block
-from converters.gguf.types import FEEDBACK_TYPES, GGML
+from converters.gguf.types import FEEDBACK_TYPES, GGML, TUNABLE_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +136,7 @@ GGUF = GgufFormat(
     embedding_types=("f16", "q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl", "q3_k", "q2_k"),
     vector_type="f32",
     feedback_types=FEEDBACK_TYPES,
+    tunable_types=TUNABLE_TYPES,
     cache_types=CACHE_TYPES,
     layouts=LAYOUTS,
     runtimes={"llama.cpp": ("stock", "lora"), "acip-llama.cpp": ("factored", "stock", "lora")},

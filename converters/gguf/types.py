@@ -79,4 +79,6 @@ TYPE_IDS = {row.name: row.type_id for row in GGML}
 FEEDBACK_TYPES = frozenset(
     ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
 )
+# Those whose blocks have a float16 to be tuned, in converters.gguf.block_codes; a test compares.
+TUNABLE_TYPES = FEEDBACK_TYPES | {"iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_s"}
 FILE_TYPES = {row.name: row.file_type for row in GGML}

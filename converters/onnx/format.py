@@ -109,6 +109,7 @@ ONNX = OnnxFormat(
         SessionClass("onnxruntime-genai", "converters.onnx.runtimes.genai", "GenaiSession"),
     ),
     feedback_types=frozenset(form.name for form in NUMBERS if not form.is_float),
+    tunable_types=frozenset(form.name for form in NUMBERS if not form.is_float),
     encoder_session=SessionClass("onnxruntime", "converters.onnx.runtimes.onnx_encoder", "OnnxEncoderSession"),
     chats=(
         SessionClass("onnxruntime-genai", "converters.onnx.runtimes.chat", "GenaiChatSession"),
