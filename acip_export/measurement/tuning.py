@@ -271,7 +271,7 @@ class _Run:
             found = passes.leave(Changes(leaves), leaf, tokens).float().log_softmax(-1)
             loss = (expected.exp() * (expected - found)).sum() / self.step_tokens
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss)
+            total += float(loss.detach())
             assert leaf.grad is not None
             gradient[window : window + 1, rows] = leaf.grad
         return total, gradient
