@@ -39,6 +39,11 @@ class MaterializedModel(ABC):
         self.path, self.plan, self.config, self.kept = path, plan, config, kept
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user of its exports has to know, a sentence each."""
+        return ()
+
+    @property
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of all tensors that there are, by name."""

@@ -1,4 +1,4 @@
-"""``tuned.safetensors``: what tuning made of an export's scales and vectors. See docs/tuning.md.
+"""``tuned.safetensors``: what tuning made of an export's scales and vectors. See docs/tuned-numbers.md.
 
 The scales of a tensor's blocks are multiplied by gains, ``gains of NAME`` (rows, blocks) float16; a vector is replaced
 by ``NAME``, float32. It lies in the export that was written from it, because verifying that needs it; no device does.
@@ -34,8 +34,7 @@ class TuningResult:
 
     Attributes:
         steps: of gradient descent, on ``tokens`` of text in all. seconds: that they took.
-        before, after: divergence from the dense model on held-out text, nats per token. kept: whether ``after`` is
-            what the export has; tuning that does not help is left out.
+        before, after: divergence from the dense model on held-out text, nats per token.
     """
 
     steps: int
@@ -46,7 +45,14 @@ class TuningResult:
 
     @property
     def kept(self) -> bool:
+        """Whether the export has the tuned numbers: what does not help is left out."""
         return self.after < self.before
+
+    def __str__(self) -> str:
+        change = f"KL {self.before:.4f} to {self.after:.4f} on held-out text"
+        if self.kept:
+            return f"tuned in {self.steps} steps, {self.seconds:.0f} s: {change}"
+        return f"{self.steps} steps of tuning, {self.seconds:.0f} s, did not help and are left out: {change}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,7 @@ class PlannedModel(MaterializedModel):
         tuned: what tuning made of the plan's scales and vectors, where it asks for that.
 
     Attributes:
-        checkpoint, scores: as they came.
+        checkpoint, scores, tuned: as they came.
         numbers: makes them.
 
     Raises:
@@ -62,6 +62,7 @@ class PlannedModel(MaterializedModel):
         tuned: Tuned | None = None,
     ) -> None:
         super().__init__(checkpoint.path, plan, checkpoint.config, kept)
+        self.tuned = tuned
         self._gains = {} if tuned is None else tuned.gains
         self._vectors = {} if tuned is None else tuned.vectors
         scores.check_model(checkpoint)
@@ -75,6 +76,11 @@ class PlannedModel(MaterializedModel):
         stored = {decision: stored_of(decision) for decision in plan.tensors}
         self._shapes = {name: shape for shapes in stored.values() for name, shape in shapes.items()}
         self._decisions = {name: decision for decision, shapes in stored.items() for name in shapes}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See :class:`MaterializedModel`."""
+        return () if self.tuned is None else (str(self.tuned.result),)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

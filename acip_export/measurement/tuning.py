@@ -203,7 +203,7 @@ class _Run:
     def go_on(self, seconds: float, progress: ProgressCallback) -> None:
         """Make the steps that fit into so many seconds, unless their number is known from before."""
         saved = time.monotonic()
-        clock: Clock | None = None
+        clock = Clock(_STAGE, self.steps or None, progress, self.step_tokens, self.step)
         while not self.steps or self.step < self.steps:
             begin = time.monotonic()
             share = self.step / self.steps if self.steps else 0.0
@@ -213,9 +213,8 @@ class _Run:
             self.seconds += time.monotonic() - begin
             if not self.steps and self.step == _TIMED_STEPS:
                 self.steps = max(_LEAST_STEPS, int(seconds / (self.seconds / _TIMED_STEPS)))
-            if self.steps:
-                clock = clock or Clock(_STAGE, self.steps, progress, self.step_tokens, self.step - 1)
-                clock.advance(loss=loss)
+                clock.total = self.steps
+            clock.advance(loss=loss)
             if self._state is not None and time.monotonic() - saved > _SAVE_SECONDS:
                 self._save(self._state)
                 saved = time.monotonic()
