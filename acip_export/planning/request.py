@@ -225,7 +225,6 @@ def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpo
         )
     default = both or next(iter(format.cache_types))
     keys, values = (name or default for name in one_sided)
-    size = checkpoint.shape.head_dim
     if AUTO in (keys, values) and not checkpoint.shape.generates:
         raise UsageError("--cache-type auto is for models that generate; an encoder keeps no KV cache")
     every_key, every_value = (tuple(format.cache_types) if name == AUTO else (name,) for name in (keys, values))
@@ -234,7 +233,11 @@ def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpo
             known = ", ".join(format.cache_types)
             raise UsageError(f"{format.name} has no KV cache type {name!r}; it has: {known}")
     pairs = list(product(every_key, every_value))
-    possible = tuple(pair for pair in pairs if not checkpoint.shape.generates or not format.refused_cache(size, *pair))
+    possible = tuple(
+        pair for pair in pairs if not checkpoint.shape.generates or not format.refused_cache(checkpoint, *pair)
+    )
     if not possible:
-        raise UnsupportedError(f"no KV cache of {cache_types(*pairs[0])}: {format.refused_cache(size, *pairs[0])}")
+        raise UnsupportedError(
+            f"no KV cache of {cache_types(*pairs[0])}: {format.refused_cache(checkpoint, *pairs[0])}"
+        )
     return possible

@@ -28,8 +28,10 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
+from converters.onnx.backends import ROUNDED_CACHES, computed_in
 from converters.process_memory import RuntimeBase
 
+_CACHE_BITS = {"f32": 32, "f16": 16, **ROUNDED_CACHES}
 _PACKED_BLOCK_BYTES = 8
 # Measured between 2 and 32 layers, together with what a layer takes.
 _QUANTIZED_NODE_BYTES = 11_000
@@ -59,8 +61,8 @@ class OnnxMemory:
         """Return cache and buffers for one sequence of ``serving.context`` tokens."""
         if not shape.generates:
             return ServingMemory(0, encoder_bytes(shape, serving), 4 * serving.prompt_batch * shape.hidden)
-        # A graph computes in the precision of its cache.
-        kv_cache = 2 * shape.kv_heads * shape.head_dim * _item_bytes(serving) * shape.layers * serving.context
+        numbers = 2 * shape.kv_heads * shape.head_dim * shape.layers * serving.context
+        kv_cache = numbers * _CACHE_BITS[serving.cache_type_k] // 8
         compute = activation_bytes(shape, serving)
         if not shape.fused_attention:
             # A longer cache is made while the old one is there.
@@ -158,8 +160,8 @@ def logit_bytes(shape: ModelShape, serving: Serving) -> int:
 
 
 def _item_bytes(serving: Serving) -> int:
-    """Return the bytes of a number: a graph computes in the precision of its cache."""
-    return 2 if serving.cache_type_k == "f16" else 4
+    """Return the bytes of a number that the graph computes with."""
+    return 2 if computed_in(serving) == "f16" else 4
 
 
 def encoder_bytes(shape: ModelShape, serving: Serving) -> int:
