@@ -8,7 +8,7 @@ formats, block sizes, tied and untied heads, contexts and prompt batches); a tes
 - MatMulNBits (accuracy level 4) packs codes, scales and block sums, and keeps the original scales: 8 bytes a block more
   than the file has, and 11 kB a node. The largest one's scales are held once more.
 - The tied, quantized embedding reads a reshaped copy of the head's codes.
-- Attention works in place on the shared KV cache and keeps no matrix of probabilities. Where a traced graph has no node
+- Attention works in place on the shared KV cache, rounded or not, and keeps no matrix of probabilities. Where a traced graph has no node
   for it, :func:`plain_attention_bytes` is added.
 - The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
   batch are an output of the graph.
@@ -33,6 +33,8 @@ from converters.process_memory import RuntimeBase
 
 _CACHE_BITS = {"f32": 32, "f16": 16, **ROUNDED_CACHES}
 _PACKED_BLOCK_BYTES = 8
+# Measured up to contexts of 8,192 tokens.
+_TOKEN_BYTES = 720
 # Measured between 2 and 32 layers, together with what a layer takes.
 _QUANTIZED_NODE_BYTES = 11_000
 RUNTIMES = {
@@ -63,7 +65,7 @@ class OnnxMemory:
             return ServingMemory(0, encoder_bytes(shape, serving), 4 * serving.prompt_batch * shape.hidden)
         numbers = 2 * shape.kv_heads * shape.head_dim * shape.layers * serving.context
         kv_cache = numbers * _CACHE_BITS[serving.cache_type_k] // 8
-        compute = activation_bytes(shape, serving)
+        compute = activation_bytes(shape, serving) + context_bytes(serving)
         if not shape.fused_attention:
             # A longer cache is made while the old one is there.
             compute += plain_attention_bytes(shape, serving) + kv_cache
@@ -141,6 +143,12 @@ def activation_bytes(shape: ModelShape, serving: Serving) -> int:
     """Float32 activations of one prompt batch, without the logits."""
     batch = min(serving.prompt_batch, serving.context)
     return _item_bytes(serving) * batch * (4 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
+
+
+def context_bytes(serving: Serving) -> int:
+    """Masks and positions of a whole context, and the copies of them that are made again for every prompt batch."""
+    batch = min(serving.prompt_batch, serving.context)
+    return serving.context * (_TOKEN_BYTES + 5 * batch // 4)
 
 
 def plain_attention_bytes(shape: ModelShape, serving: Serving) -> int:

@@ -192,6 +192,7 @@ def test_scales_are_those_of_what_the_model_writes(model: Path, tmp_path: Path) 
     assert kl(exact, tmp_path / "int8", "int8") > MOST_KL["int8"]
 
 
+@pytest.mark.slow
 def test_an_export_with_a_rounded_cache(model: Path, tmp_path: Path) -> None:
     """Planned, written, verified, and told to whom it is of use."""
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
