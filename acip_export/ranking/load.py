@@ -26,6 +26,8 @@ class StoredLinear(nn.Linear):
     """A linear layer whose frozen weight keeps its stored dtype; it is widened to the input's for each product."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if self.weight.requires_grad:  # another's, in the place of the frozen one
+            return nn.functional.linear(input, self.weight, self.bias)
         return frozen_linear(input, self.weight, self.bias)
 
 
@@ -35,7 +37,11 @@ def linear_weights(checkpoint: Checkpoint) -> int:
 
 
 def load_model(
-    checkpoint: Checkpoint, device: torch.device, precision: Precision = "float32", home: torch.device | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: Precision = "float32",
+    home: torch.device | None = None,
+    in_float32: bool = False,
 ) -> nn.Module:
     """Load the dense model, with frozen weights.
 
@@ -45,6 +51,7 @@ def load_model(
             stored. ``auto``: as stored, except on CPUs, for models of up to 1e8 weights. Products are made in the
             stored dtype, but in float32 on CPUs that have no instructions for it, and for encoders on any CPU: a
             cosine distance is a small difference of large numbers.
+        in_float32: make products in float32 on every CPU: changed weights are.
 
     Raises:
         UnsupportedError: neither an encoder nor a causal language model, or linear layers that are not ``nn.Linear``.
@@ -69,7 +76,7 @@ def load_model(
             raise CheckpointError(f"{name}.weight is all zeros; the model was not saved, or not trained, completely")
     if precision == "model" and device.type == "cpu":
         first = model.get_parameter(f"{next(iter(checkpoint.linear_modules))}.weight")
-        if first.dtype != torch.bfloat16 or not checkpoint.shape.generates or not fast_bfloat16():
+        if in_float32 or first.dtype != torch.bfloat16 or not checkpoint.shape.generates or not fast_bfloat16():
             _compute_in_float32(model, checkpoint.linear_modules)
     return model
 
