@@ -169,7 +169,7 @@ def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) ->
         raise UsageError("--min-speed is of answers, and this model writes none")
     if least is not None and request.candidates > 1:
         raise UsageError("--candidates compares plans of any speed; leave out  --candidates  or  --min-speed")
-    runtime = request.runtime or format.sessions[0].runtime
+    runtime = _timed_runtime(request, format)
     speeds = request.speeds.get(runtime) if request.backend in (None, DEFAULT_BACKEND) else None
     if speeds is None and least is not None:
         where = "this machine" if request.device is None else request.device
@@ -178,6 +178,15 @@ def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) ->
             "with  acip-export calibrate"
         )
     return None if speeds is None else Pace(runtime, speeds, least)
+
+
+def _timed_runtime(request: PlanRequest, format: ExportFormat) -> str:
+    """Return the runtime whose speed a plan says: where the default one is meant, what people talk to, if measured."""
+    default = next(iter(format.runtimes))
+    if request.runtime not in (None, default):
+        return str(request.runtime)
+    names = [session.runtime for session in (*format.chats, *format.sessions)]
+    return next((name for name in names if name in request.speeds), names[0])
 
 
 def _rule(

@@ -8,8 +8,8 @@ formats, block sizes, tied and untied heads, contexts and prompt batches); a tes
 - MatMulNBits (accuracy level 4) packs codes, scales and block sums, and keeps the original scales: 8 bytes a block more
   than the file has, and 11 kB a node. The largest one's scales are held once more.
 - The tied, quantized embedding reads a reshaped copy of the head's codes.
-- Attention works in place on the shared KV cache, rounded or not, and keeps no matrix of probabilities. Where a traced graph has no node
-  for it, :func:`plain_attention_bytes` is added.
+- Attention works in place on the shared KV cache, rounded or not, and keeps no matrix of probabilities. Where a traced
+  graph has no node for it, :func:`plain_attention_bytes` is added.
 - The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
   batch are an output of the graph.
 - Anonymous, so that the system cannot drop it, are the packed copies, the reshaped codes, caches, buffers and the heap.
