@@ -44,16 +44,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "narrow": {**SHAPES["small"], "num_key_value_heads": 4},
     "wide": {**SHAPES["small"], "hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 8},
 }
-RUNS = ((2048, 256), (8192, 64))
+# Contexts and prompt batches.
+RUNS = {"narrow": ((2048, 256), (8192, 64)), "wide": ((4096, 128),)}
 LOSS, SAMPLES, WINDOWS, TOKENS = "loss", ("llama", "qwen3"), 4, 512
 
 
 def measured(name: str, scratch: Path) -> Iterator[dict[str, Any]]:
     """A model with every type, at every context and prompt batch."""
-    checkpoint = write_random_model(scratch / "model", MODELS[name], context=max(context for context, _ in RUNS))
+    checkpoint = write_random_model(scratch / "model", MODELS[name], context=max(context for context, _ in RUNS[name]))
     scores = made_up_scores(checkpoint, scratch / "scores.acip")
     export = scratch / "export"
-    for context, batch in RUNS:
+    for context, batch in RUNS[name]:
         for cache_type in ONNX.cache_types:
             serving = Serving(context, cache_type, batch)
             plan = make_plan(checkpoint, Case("onnx", "factored", "int8", "int8"), serving)

@@ -34,7 +34,7 @@ from converters.process_memory import RuntimeBase
 _CACHE_BITS = {"f32": 32, "f16": 16, **ROUNDED_CACHES}
 _PACKED_BLOCK_BYTES = 8
 # Measured up to contexts of 8,192 tokens.
-_TOKEN_BYTES = 720
+_TOKEN_BYTES = 100
 # Measured between 2 and 32 layers, together with what a layer takes.
 _QUANTIZED_NODE_BYTES = 11_000
 RUNTIMES = {
@@ -148,7 +148,7 @@ def activation_bytes(shape: ModelShape, serving: Serving) -> int:
 def context_bytes(serving: Serving) -> int:
     """Masks and positions of a whole context, and the copies of them that are made again for every prompt batch."""
     batch = min(serving.prompt_batch, serving.context)
-    return serving.context * (_TOKEN_BYTES + 5 * batch // 4)
+    return serving.context * (_TOKEN_BYTES + 7 * batch // 4)
 
 
 def plain_attention_bytes(shape: ModelShape, serving: Serving) -> int:
