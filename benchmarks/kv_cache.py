@@ -122,8 +122,8 @@ def losses(name: str, scratch: Path) -> Iterator[dict[str, Any]]:
 def table(document: dict[str, Any]) -> str:
     """The table of docs/memory.md."""
     lines = [
-        "| model, context, batch | type | cache | predicted | measured | past and present apart | prompt | answer |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model, context, batch | type | cache | predicted | measured | past and present apart |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     apart = {key(r): r["measured"] for r in document["rows"] if not r["shared"]}
     for r in document["rows"]:
@@ -131,8 +131,7 @@ def table(document: dict[str, Any]) -> str:
             other = format_bytes(apart[key(r)]) if key(r) in apart else ""
             lines.append(
                 f"| {r['model']}, {r['context']}, {r['prompt_batch']} | {r['cache_type']} | "
-                f"{format_bytes(r['kv_cache'])} | {format_bytes(r['predicted'])} | {format_bytes(r['measured'])} | "
-                f"{other} | {r['prompt']:.0f} | {r['answer']:.0f} |"
+                f"{format_bytes(r['kv_cache'])} | {format_bytes(r['predicted'])} | {format_bytes(r['measured'])} | {other} |"
             )
     return "\n".join(lines)
 
