@@ -131,7 +131,8 @@ def table(document: dict[str, Any]) -> str:
             other = format_bytes(apart[key(r)]) if key(r) in apart else ""
             lines.append(
                 f"| {r['model']}, {r['context']}, {r['prompt_batch']} | {r['cache_type']} | "
-                f"{format_bytes(r['kv_cache'])} | {format_bytes(r['predicted'])} | {format_bytes(r['measured'])} | {other} |"
+                f"{format_bytes(r['kv_cache'])} | {format_bytes(r['predicted'])} | "
+                f"{format_bytes(r['measured'])} | {other} |"
             )
     return "\n".join(lines)
 

@@ -96,8 +96,8 @@ REAL, REAL_CONTEXTS, REAL_BUDGETS = "smollm2", (512, 2048), (0.15, 0.5, 0.85)
 def warm_libraries() -> None:
     """Read the runtimes' code: how much of it becomes resident depends on what the page cache holds, and how.
 
-    Read ahead, it lies there in large pages, of which a process holds megabytes more. So it is let go of first, and read
-    page by page.
+    Read ahead, it lies there in large pages, of which a process holds megabytes more. So it is let go of first, then
+    read page by page.
     """
     for package in ("xllamacpp", "onnxruntime", "onnxruntime_genai"):
         spec = find_spec(package)
