@@ -180,10 +180,8 @@ def rank(
         raise UsageError(f"--{flag} is a setting of {_LEARNED}; --algorithm {algorithm} has none")
     seconds = None if time is None else parse_seconds(time)
     bytes_ = None if memory is None else parse_bytes(memory, "memory")
-    if algorithm is None and (settings or resume or seconds is not None):
-        algorithm = _LEARNED
     if estimate:
-        _estimate(model, algorithm, torch_device, settings, context, out, seconds, bytes_, json, measure_rounding)
+        _estimate(model, algorithm, torch_device, settings, context, resume, seconds, bytes_, json, measure_rounding)
         return
     assert data is not None
     checkpoint = Checkpoint.open(model)
@@ -192,7 +190,7 @@ def rank(
         log_json = claim_output(log_json, LOG_KIND, True, (data, place, cache), checkpoint.path).place
     # Of several processes one draws and logs, as one writes.
     is_main = launched_index() == 0
-    named = find_algorithm(algorithm or default_algorithm(checkpoint, torch_device))
+    named = find_algorithm(algorithm or default_algorithm(checkpoint, torch_device, settings, resume, seconds))
     course = _course(named.learns, data == "self", measure_rounding)
     try:
         with ExitStack() as stack:
@@ -266,7 +264,7 @@ def _estimate(
     device: str,
     settings: Mapping[str, Any],
     context: int | None,
-    out: Path | None,
+    resume: bool,
     seconds: float | None,
     memory: int | None,
     json: bool,
@@ -278,7 +276,7 @@ def _estimate(
     from acip_export.ranking.fitting import Limits, fit_ranking, nothing_beside
 
     checkpoint = open_sizes(model)
-    chosen = find_algorithm(algorithm or default_algorithm(checkpoint, device))
+    chosen = find_algorithm(algorithm or default_algorithm(checkpoint, device, settings, resume, seconds))
     acip = replace(automatic_config(checkpoint), **settings) if chosen.learns else None
     limits = Limits(seconds, memory, asked=seconds is not None or memory is not None)
     beside = partial(pipeline.rounding_estimate, checkpoint) if measured else nothing_beside

@@ -128,6 +128,10 @@ class SessionClass:
         return getattr(import_module(self.module), self.name)(export, serving)
 
 
+# What printed programs ask a chat model.
+EXAMPLE_QUESTION = "What is the capital of France?"
+
+
 @dataclass(frozen=True)
 class RunCommand:
     """How one program runs an export.

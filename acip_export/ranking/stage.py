@@ -85,8 +85,7 @@ def rank_model(
         model: directory or Hugging Face id. data: what :func:`acip_export.text.documents.read_documents` reads, or
             ``self``: text sampled from the model.
         algorithm: the name of one of :mod:`acip_export.ranking.algorithms`; ``None``: see
-            :func:`acip_export.ranking.acip_defaults.default_algorithm`, unless ``acip``, ``resume`` or ``seconds`` ask
-            for one that learns.
+            :func:`acip_export.ranking.acip_defaults.default_algorithm`.
         acip: hyper-parameters of an algorithm that learns; ``None`` for those of :func:`automatic_config`.
         device: of torch; ``auto``: a GPU where there is one.
         precision: see :func:`acip_export.ranking.load.load_model`. recompute_activations: see
@@ -114,8 +113,7 @@ def rank_model(
         claim_output(out, SCORES_KIND, force, read, model)
         claim_output(run_file(out), RUN_KIND, True, read, model)
     if algorithm is None:
-        learning = acip is not None or resume or seconds is not None
-        algorithm = "acip" if learning else default_algorithm(Checkpoint.open(model), device)
+        algorithm = default_algorithm(Checkpoint.open(model), device, acip, resume, seconds)
     chosen = find_algorithm(algorithm)
     if acip is not None and not chosen.learns:
         raise UsageError(f"{algorithm} has no settings; leave them out, or rank with {learned_algorithms()}")

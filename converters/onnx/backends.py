@@ -42,7 +42,7 @@ def _half(name: str, description: str, quantized: tuple[str, ...], *rules: Rule)
 CPU = Backend(
     DEFAULT_BACKEND,
     "processors",
-    # docs/onnx.md has what each type buys on the trained samples, and why 2 bits have to be named.
+    # docs/measurements/onnx.md has what each type gains on the trained samples, and why 2 bits have to be named.
     _EMBEDDING,
     _EMBEDDING,
     "f32",

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
-from acip_export.measurement.block_passes import BlockPasses, in_int8
+from acip_export.measurement.block_passes import BlockPasses, blocks_of, in_int8
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of
 from acip_export.model.torch_model import load_causal_lm
+from acip_export.ranking.load import load_model
 from tests.support import make_model
 
 WINDOWS = torch.randint(512, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -129,3 +130,15 @@ def test_blocks_that_are_no_chain_are_refused(tmp_path: Path) -> None:
     through.blocks = [through.model.get_submodule(f"model.layers.{n}.mlp") for n in (0, 1)]
     with pytest.raises(UnsupportedError, match="no chain"):
         through.divergences([])
+
+
+def test_models_in_bfloat16_are_measured_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones keep their weights as stored, and a CPU may have products for those: changed weights are float32."""
+    monkeypatch.setattr("acip_export.ranking.load._FLOAT32_WEIGHTS", 0)
+    monkeypatch.setattr("acip_export.ranking.load.fast_bfloat16", lambda: True)
+    checkpoint = Checkpoint.open(make_model(tmp_path / "m", dtype=torch.bfloat16))
+    model = load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True)
+    variants = [Changed(checkpoint, ("mlp.up_proj.weight",)), Changed(checkpoint, ("embed_tokens.weight",))]
+    found = BlockPasses(model, blocks_of(checkpoint), WINDOWS).divergences(variants)
+    wide = passes(checkpoint).divergences(variants)
+    assert [each.kl for each in found] == pytest.approx([each.kl for each in wide], rel=1e-3)

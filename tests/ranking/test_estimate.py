@@ -155,6 +155,9 @@ def test_learning_is_the_default_where_it_takes_minutes(
     large = open_sizes(llama(tmp_path / "8b"))
     assert default_algorithm(open_sizes(model), "cpu") == "acip"
     assert default_algorithm(large, "cpu") == "fisher" and default_algorithm(large, "cuda:1") == "acip"
+    for asked in ({"settings": {"batch": 2}}, {"resume": True}, {"seconds": 60.0}):
+        assert default_algorithm(large, "cpu", **asked) == "acip"  # type: ignore[arg-type]
+    assert default_algorithm(large, "cpu", settings={}) == "fisher"
     monkeypatch.setattr(acip_defaults, "_LEARNED_ON_PROCESSORS", 0)
     said: list[str] = []
     scores = rank_model(model, text, calibration=CALIBRATION, announce=said.append, device="cpu")
