@@ -36,25 +36,23 @@ def ranked(model: Path) -> ScoreFile:
     return acip_export.load_scores(model / "m.acip")
 
 
-@pytest.fixture(scope="module")
-def exports(model: Path, ranked: ScoreFile, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    assert ranked.file is not None
-    found = {}
-    for name, form in TYPES.items():
-        plan = acip_export.plan(
-            model, ranked, budget="1MB", format=name, scope="file", context=64, types=[form], calibrate=False, tune="2s"
-        )
-        found[name] = tmp_path_factory.mktemp("exports") / name
-        report = acip_export.export(plan, found[name], model=model, scores=ranked)
-        assert report is not None
-        assert report.passed
-        assert report.written_bytes == report.planned_bytes
-    return found
+def written(name: str, model: Path, ranked: ScoreFile, out: Path, tune: str | None) -> Path:
+    plan = acip_export.plan(
+        model, ranked, budget="1MB", format=name, scope="file", context=64, types=[TYPES[name]], calibrate=False,
+        tune=tune,
+    )  # fmt: skip
+    report = acip_export.export(plan, out, model=model, scores=ranked)
+    assert report is not None
+    assert report.passed
+    assert report.written_bytes == report.planned_bytes
+    return out
 
 
-@pytest.fixture(params=TYPES)
-def export(request: pytest.FixtureRequest, exports: dict[str, Path]) -> Path:
-    return exports[request.param]
+@pytest.fixture(scope="module", params=["gguf", pytest.param("onnx", marks=pytest.mark.slow)])
+def export(
+    request: pytest.FixtureRequest, model: Path, ranked: ScoreFile, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return written(request.param, model, ranked, tmp_path_factory.mktemp("exports") / "tuned", "2s")
 
 
 def test_it_is_nearer_than_without(export: Path, model: Path, ranked: ScoreFile, tmp_path: Path) -> None:
@@ -62,16 +60,11 @@ def test_it_is_nearer_than_without(export: Path, model: Path, ranked: ScoreFile,
     tuned = load_tuned(export, plan)
     assert tuned is not None
     assert tuned.result.after < tuned.result.before
-    plain = acip_export.plan(
-        model, ranked, budget="1MB", format=plan.format, scope="file", context=64,
-        types=[TYPES[plan.format]], calibrate=False,
-    )  # fmt: skip
-    assert plain.files == plan.files
-    without = acip_export.export(plain, tmp_path / "plain", model=model, scores=ranked)
-    assert without is not None
+    plain = written(plan.format, model, ranked, tmp_path / "plain", None)
+    assert load_plan(plain / "plan.json").files == plan.files
     kl = [
         json.loads((each / "report.json").read_text())["runtimes"][0]["divergence"]["mean_kl"]
-        for each in (tmp_path / "plain", export)
+        for each in (plain, export)
     ]
     assert kl[1] < kl[0], "as the runtime itself measures it"
 
@@ -103,9 +96,9 @@ def _not_finite(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_removed, _truncated, _of_another_plan, _not_finite])
 def test_damaged_numbers_are_an_error(
-    damage: Callable[[Path], None], exports: dict[str, Path], model: Path, ranked: ScoreFile, tmp_path: Path
+    damage: Callable[[Path], None], export: Path, model: Path, ranked: ScoreFile, tmp_path: Path
 ) -> None:
-    copy = shutil.copytree(exports["gguf"], tmp_path / "copy")
+    copy = shutil.copytree(export, tmp_path / "copy")
     damage(copy / TUNED_FILE)
     with pytest.raises(TunedFileError, match=r"export\s+again|damaged|truncated"):
         acip_export.verify(copy, model=model, scores=ranked)
