@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import OutputError
+from acip_export.io.atomic import remove_directory
 from acip_export.units import format_bytes
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:
     try:
         try:
             if not _is_of(directory, origin):
-                _remove(directory)
+                remove_directory(directory)
                 directory.mkdir(mode=0o700, parents=True)
                 (directory / _ORIGIN).write_text(origin, encoding="utf-8")
             earlier = len(list(directory.glob("*.npz")))
@@ -117,15 +117,15 @@ def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:
             logger.warning("going on with what an earlier run has rounded: %d pieces, %s", earlier, _size(directory))
         yield kept
     except Exception:
-        _remove(directory)
+        remove_directory(directory)
         raise
     except BaseException:  # an interruption
         if not earlier and kept.seconds < _WORTH_KEEPING:
-            _remove(directory)
+            remove_directory(directory)
             raise
         logger.warning("%s of rounded matrices stay in %s: the same command goes on", _size(directory), directory)
         raise
-    _remove(directory)
+    remove_directory(directory)
 
 
 def are_beside(target: Path) -> bool:
@@ -142,16 +142,6 @@ def _is_of(directory: Path, origin: str) -> bool:
         return not directory.is_symlink() and (directory / _ORIGIN).read_text(encoding="utf-8") == origin
     except (OSError, ValueError):
         return False
-
-
-def _remove(directory: Path) -> None:
-    if directory.is_symlink():  # not ours
-        directory.unlink()
-    try:
-        shutil.rmtree(directory, ignore_errors=True)
-    except BaseException:  # Ctrl-C in the middle: nothing of it is to stay
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
 
 
 def _size(directory: Path) -> str:

@@ -292,7 +292,7 @@ def budget_use(model: Path) -> dict[str, Any]:
 
 
 def table(document: dict[str, Any]) -> str:
-    """For docs/plan.md."""
+    """For docs/measurements/planning.md."""
     rows = ["| least use of a budget | " + " | ".join(LAYOUTS) + " |", "| --- |" + " ---: |" * len(LAYOUTS)]
     for name, use in document["budget_use"].items():
         cells = (f"{use[layout]['least']:.3%} of {len(use[layout]['by_share'])}" for layout in LAYOUTS)

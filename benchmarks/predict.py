@@ -4,7 +4,7 @@
 
 Every plan is materialized, and the loss of its bundle, rounded as the export has it, is measured on text that neither
 ranking nor planning saw. (The runtimes give the same perplexity as the rounded bundle to four digits: ``make demo``.)
-Nothing is fitted to these figures. Writes benchmarks/predict.json and docs/predict.svg; plans already measured stay.
+Nothing is fitted to these figures. Writes benchmarks/predict.json and docs/images/predict.svg; measured plans stay.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def main() -> None:
             )
     entry["summary"] = summary(entry["results"])
     args.out.write_text(json.dumps(document, indent=1) + "\n")
-    draw(document, HERE.parent / "docs" / "predict.svg")
+    draw(document, HERE.parent / "docs" / "images" / "predict.svg")
     print(json.dumps(entry["summary"], indent=1))
 
 

@@ -42,7 +42,7 @@ from samples import real
 from samples.marked import with_marked
 
 OUT = Path(__file__).with_suffix(".json")
-PAGE = Path(__file__).parents[1] / "docs" / "rivals.md"
+PAGE = Path(__file__).parents[1] / "docs" / "measurements" / "rivals.md"
 FORMATS = {"gguf": "stock", "onnx": "factored"}
 # Files: of about the bytes of Q8_0, Q5_K_M, Q4_K_M, Q3_K_M, and below what presets of this model have.
 BUDGETS = ("145MB", "112MB", "105MB", "93MB", "80MB")

@@ -22,7 +22,7 @@ from tests.gguf.llama_options import unknown_options
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     file.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "docs/guides/*.md", "samples/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "samples/**/*.md")
     for file in ROOT.glob(pattern)
     if "node_modules" not in file.parts and file.name not in ("LOG.md", "CHANGELOG.md")
 )

@@ -68,6 +68,21 @@ def test_every_page_is_in_the_index() -> None:
     assert missing == [], "link these pages in docs/README.md"
 
 
+def test_every_page_is_of_one_kind() -> None:
+    """Index and site sort the pages alike; figures that a benchmark wrote are linked from measurements only."""
+    index = re.split(r"^## (.*)$", (ROOT / "docs" / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    nav = re.split(r"^  - (.*):$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    sections = dict(zip(nav[::2], nav[1::2], strict=True))
+    kinds: dict[str, str] = {}
+    for kind, text in zip(index[::2], index[1::2], strict=True):
+        linked = {link for link in _links(text) if not link.startswith("../")}
+        assert linked == set(re.findall(r": (?!repository/)(\S+\.md)$", sections[kind], re.MULTILINE)), kind
+        assert linked.isdisjoint(kinds)
+        kinds |= dict.fromkeys(linked, kind)
+    with_figures = {page for page in kinds if "/benchmarks/" in (ROOT / "docs" / page).read_text(encoding="utf-8")}
+    assert {kinds[page] for page in with_figures - {"memory.md", "speed.md"}} == {"Measurements"}
+
+
 def test_the_version_stands_in_one_place() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "version" not in project["project"]

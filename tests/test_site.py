@@ -98,5 +98,5 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
 
 
 def test_links_out_of_docs_lead_to_copies(site: Path) -> None:
-    assert 'href="repository/benchmarks/rivals.json"' in (site / "rivals.html").read_text("utf-8")
+    assert 'href="../repository/benchmarks/rivals.json"' in (site / "measurements/rivals.html").read_text("utf-8")
     assert (site / "repository/benchmarks/rivals.json").read_bytes() == (ROOT / "benchmarks/rivals.json").read_bytes()

@@ -46,11 +46,6 @@ _PROMPT, _LONG_PROMPT, _NEW, _BATCH = 32, 512, 2, 128
 _SECONDS, _REPEATS, _PASSES = 36.0, 2, 2
 _NEVER = (math.inf, math.inf)
 _HEAD_SIZE = 64
-# llama.cpp knows pre-tokenizers by what they do.
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 
 
 def measure_speeds(progress: ProgressCallback = silent, names: Sequence[str] = ()) -> SpeedTable:
@@ -132,7 +127,15 @@ def _measure_runs(
             missing = reason
             continue
         few, many, long, wide, *large = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
-        measured[session.runtime] = fit(few, many, long, wide, dict(zip(types, large, strict=True)), base, version)
+        measured[session.runtime] = fit(
+            few_layers=few,
+            many_layers=many,
+            long_prompt=long,
+            large_vocabulary=wide,
+            by_type=dict(zip(types, large, strict=True)),
+            base=base,
+            version=version,
+        )
     if missing is not None and not measured:
         raise missing
     return measured
@@ -273,17 +276,12 @@ def made_checkpoint(place: Path, sizes: Sizes) -> Checkpoint:
 
 
 def _tokenizer(place: Path) -> None:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's, which every runtime knows
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"

@@ -1,4 +1,4 @@
-"""What is to be checked: ``acip-check.toml``, or ``[tool.acip-export.check]`` of pyproject.toml. See docs/check.md."""
+"""Read what is to be checked: ``acip-check.toml`` or ``[tool.acip-export.check]`` in pyproject.toml (docs/check.md)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ Missing = Literal["fail", "skip"]
 
 Text = Annotated[str, Meta(min_length=1, max_length=1000)]
 Number = Count | Finite
+# From the name of an export in a project file to where it is written, below the directory of that file.
 PlaceOf = Callable[[str], str]
 _LIMITS = ("max_bytes", "max_growth", "min_recovery", "max_load_time_ratio")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
@@ -37,7 +38,10 @@ min_recovery = 0.95"""
 
 
 class EntryTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A ``[[check]]`` as it is written down; see :class:`Entry`. Numbers of bytes are accepted to be explained."""
+    """A ``[[check]]`` as it is written down; see :class:`Entry`.
+
+    Bytes without a unit are read here, so that the message that refuses them can name one.
+    """
 
     name: Text | None = None
     path: Text | None = None
@@ -51,42 +55,43 @@ class EntryTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class CheckFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``acip-check.toml``."""
+    """The document ``acip-check.toml``."""
 
     check: tuple[EntryTable, ...]
 
 
 class OwnTool(msgspec.Struct, frozen=True):
-    """``[tool.acip-export]``."""
+    """The table ``[tool.acip-export]``."""
 
     check: Any = None
 
 
 class Tools(msgspec.Struct, frozen=True):
-    """``[tool]`` of a pyproject.toml; the others' tables are none of our business."""
+    """The table ``[tool]`` of a pyproject.toml; other tools' tables are ignored."""
 
     acip_export: OwnTool = msgspec.field(name="acip-export", default=OwnTool())
 
 
 class Project(msgspec.Struct, frozen=True):
-    """A pyproject.toml."""
+    """The document pyproject.toml."""
 
     tool: Tools = Tools()
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Growth that is allowed over the baseline; of the two limits the one that is hit first counts.
+    """How much a model may grow over its baseline; if there are two limits, the smaller one counts.
 
     Attributes:
-        relative: share of the baseline's bytes. absolute: bytes.
+        relative: share of the baseline's bytes.
+        absolute: bytes.
     """
 
     relative: Fraction | None
     absolute: int | None
 
     def allowed(self, baseline: int) -> int:
-        """Bytes, rounded down."""
+        """Return the bytes that may be added to ``baseline``, rounded down."""
         limits = []
         if self.relative is not None:
             limits.append(floor(self.relative * baseline))
@@ -105,11 +110,14 @@ class Entry:
     """One thing to check.
 
     Attributes:
-        path: below the configuration's directory; a pattern where ``is_glob``, and then every match is checked.
-        max_bytes: of all files together. max_growth: over the baseline.
-        min_recovery: quality kept of the dense model's, 1 is all of it.
-        max_load_time_ratio: load time over the baseline's.
-        missing: what it means when the path is not there, or the pattern matches nothing.
+        name: what results and baseline call it.
+        path: a path below the configuration's directory, or a pattern for such paths.
+        is_glob: whether ``path`` is a pattern; every match is checked.
+        max_bytes: limit for all files together.
+        max_growth: limit for what is added to the baseline.
+        min_recovery: share of the dense model's quality that must be left; 1 is all of it.
+        max_load_time_ratio: limit for the load time over the baseline's.
+        missing: what to do when the path is not there, or the pattern matches nothing.
     """
 
     name: str
@@ -124,7 +132,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Config:
-    """``file``: where it was read from; paths are relative to its directory, and the lock file lies there."""
+    """All entries, and the file that they were read from; paths are relative to its directory."""
 
     file: Path
     entries: tuple[Entry, ...]
@@ -139,7 +147,7 @@ class Config:
 
 
 def find_config(directory: Path) -> Path:
-    """The configuration of a directory.
+    """Return the file that configures the check in a directory.
 
     Raises:
         UsageError: there is none, or there are two.
@@ -155,15 +163,16 @@ def find_config(directory: Path) -> Path:
     raise UsageError(f"nothing to check: there is no {own}. Write one, for example:\n\n{_EXAMPLE}")
 
 
-def _no_exports(name: str) -> str:
+def _refuse_export(name: str) -> str:
     raise UsageError(f"export {name!r} is of a project file, which is not read here; name its path")
 
 
-def load_config(file: Path, place_of: PlaceOf = _no_exports) -> Config:
+def load_config(file: Path, place_of: PlaceOf = _refuse_export) -> Config:
     """Read and check a configuration.
 
     Args:
-        place_of: where the export of a name is written, below the configuration's directory.
+        file: the file to read.
+        place_of: says where an export of the project file is written; the default refuses entries that name one.
 
     Raises:
         UsageError: unreadable, unknown keys, wrong types, limits that contradict each other or are no limits.
@@ -185,7 +194,7 @@ def load_config(file: Path, place_of: PlaceOf = _no_exports) -> Config:
 
 
 def _section(project: Path) -> Any:
-    """``[tool.acip-export.check]`` of a pyproject.toml."""
+    """Return ``[tool.acip-export.check]`` of a pyproject.toml; ``None`` if it is not there."""
     document = convert(read_toml(project, UsageError), Project, str(project), UsageError)
     return document.tool.acip_export.check
 

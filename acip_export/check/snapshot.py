@@ -1,4 +1,4 @@
-"""One model as the check sees it, now or in the baseline: sizes, hashes, tensors, quality."""
+"""Describe one model as the check sees it, now or in the baseline: sizes, hashes, tensors, quality."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from acip_export.io.atomic import sha256_of
 
 @dataclass(frozen=True)
 class FileRecord:
-    """``sha256`` is empty where the contents were not read."""
+    """The size of a file, and its hash; ``sha256`` is empty where the contents were not read."""
 
     nbytes: int
     sha256: str = ""
@@ -23,12 +23,14 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model file or directory.
+    """What is known of a model file or directory.
 
     Attributes:
-        path: as in the configuration. kind: see :class:`acip_export.inspection.anatomy.Anatomy`.
-        architecture: as GGUF and Hugging Face configurations name it; empty where nothing does.
-        files: by path below the model. tensors: by name; empty where only sizes are known.
+        path: the path in the configuration.
+        kind: see :class:`acip_export.inspection.anatomy.Anatomy`.
+        architecture: the name in the GGUF file or the Hugging Face configuration; empty if there is none.
+        files: the files by their path below the model.
+        tensors: the tensors by name; empty where only sizes are known.
         quality: from the report, where there is one.
     """
 
@@ -49,7 +51,15 @@ class Snapshot:
 
 
 def take_snapshot(model: Path, path: str) -> Snapshot:
-    """Read the headers of ``model``; contents and report are left for later. Raises as :func:`read_anatomy`."""
+    """Read the headers of a model; :func:`with_hashes` reads its contents.
+
+    Args:
+        model: file or directory.
+        path: its path in the configuration.
+
+    Raises:
+        AcipError: what :func:`read_anatomy` raises.
+    """
     anatomy = read_anatomy(model)
     architecture = anatomy.facts.get("general.architecture") or anatomy.facts.get("architectures", "")
     files = {name: FileRecord(nbytes) for name, nbytes in anatomy.files.items()}
@@ -57,7 +67,11 @@ def take_snapshot(model: Path, path: str) -> Snapshot:
 
 
 def with_hashes(snapshot: Snapshot, model: Path) -> Snapshot:
-    """Read all contents; a plan's files need not exist, and stay without."""
+    """Return the snapshot with the hashes of all files; those of a plan need not exist and get none.
+
+    Raises:
+        ModelFileError: a file cannot be read.
+    """
     if snapshot.kind == "plan":
         return snapshot
     root = model if model.is_dir() else model.parent

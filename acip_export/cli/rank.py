@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -158,6 +159,7 @@ def rank(
     from acip_export.artifacts.scores import SCORES_KIND
     from acip_export.io.outputs import claim_output
     from acip_export.ranking import default_algorithm, parse_settings
+    from acip_export.ranking.fitting import nothing_beside
     from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
     from acip_export.ranking.processes import launched_index
 
@@ -178,10 +180,8 @@ def rank(
         raise UsageError(f"--{flag} is a setting of {_LEARNED}; --algorithm {algorithm} has none")
     seconds = None if time is None else parse_seconds(time)
     bytes_ = None if memory is None else parse_bytes(memory, "memory")
-    if algorithm is None and (settings or resume or seconds is not None):
-        algorithm = _LEARNED
     if estimate:
-        _estimate(model, algorithm, torch_device, settings, context, out, seconds, bytes_, json, measure_rounding)
+        _estimate(model, algorithm, torch_device, settings, context, resume, seconds, bytes_, json, measure_rounding)
         return
     assert data is not None
     checkpoint = Checkpoint.open(model)
@@ -190,7 +190,7 @@ def rank(
         log_json = claim_output(log_json, LOG_KIND, True, (data, place, cache), checkpoint.path).place
     # Of several processes one draws and logs, as one writes.
     is_main = launched_index() == 0
-    named = find_algorithm(algorithm or default_algorithm(checkpoint, torch_device))
+    named = find_algorithm(algorithm or default_algorithm(checkpoint, torch_device, settings, resume, seconds))
     course = _course(named.learns, data == "self", measure_rounding)
     try:
         with ExitStack() as stack:
@@ -222,6 +222,7 @@ def rank(
                 progress=to_all(callbacks),
                 seconds=seconds,
                 memory=bytes_,
+                beside=partial(pipeline.rounding_estimate, checkpoint) if measure_rounding else nothing_beside,
                 announce=console.note if is_main else _silently,
             )
             if is_main and measure_rounding:
@@ -263,21 +264,23 @@ def _estimate(
     device: str,
     settings: Mapping[str, Any],
     context: int | None,
-    out: Path | None,
+    resume: bool,
     seconds: float | None,
     memory: int | None,
     json: bool,
     measured: bool,
 ) -> None:
+    from acip_export import api as pipeline
     from acip_export.ranking import DataConfig, automatic_config, default_algorithm
     from acip_export.ranking.estimate import open_sizes
-    from acip_export.ranking.fitting import Limits, fit_ranking
+    from acip_export.ranking.fitting import Limits, fit_ranking, nothing_beside
 
     checkpoint = open_sizes(model)
-    chosen = find_algorithm(algorithm or default_algorithm(checkpoint, device))
+    chosen = find_algorithm(algorithm or default_algorithm(checkpoint, device, settings, resume, seconds))
     acip = replace(automatic_config(checkpoint), **settings) if chosen.learns else None
     limits = Limits(seconds, memory, asked=seconds is not None or memory is not None)
-    fitted = fit_ranking(checkpoint, chosen, acip, DataConfig(context=context), limits)
+    beside = partial(pipeline.rounding_estimate, checkpoint) if measured else nothing_beside
+    fitted = fit_ranking(checkpoint, chosen, acip, DataConfig(context=context), limits, beside=beside)
     taken, calibration = fitted.estimate, fitted.calibration
     if json:
         console.print_json(
@@ -295,11 +298,8 @@ def _estimate(
         )
         return
     console.out.print(fitted.summary(), markup=False)
+    width = max(map(len, taken.seconds))
     for stage, part in taken.seconds.items():
-        console.out.print(f"  {stage:<12} {format_seconds(part)}", markup=False)
+        console.out.print(f"  {stage:<{width}} {format_seconds(part)}", markup=False)
     for line in fitted.changes:
         console.out.print(line, markup=False)
-    if measured:
-        console.say(
-            "then what the formats' types cost is measured, a minute or two;  --no-measure-rounding  leaves it out"
-        )

@@ -251,7 +251,7 @@ def scratch_directory(target: Path, suffix: str) -> Iterator[Path]:
         with _room(target):
             yield directory
     finally:
-        _remove(directory)
+        remove_directory(directory)
 
 
 def _nothing() -> None:
@@ -296,15 +296,18 @@ def exchange(new: Path, target: Path) -> None:
     finally:
         if old.exists():
             if target.exists():
-                _remove(old)
+                remove_directory(old)
             else:
                 old.replace(target)
 
 
-def _remove(directory: Path) -> None:
+def remove_directory(directory: Path) -> None:
+    """Remove a directory with all that is in it, or a link to one, even when Ctrl-C is pressed in the middle."""
+    if directory.is_symlink():
+        directory.unlink()
     try:
         shutil.rmtree(directory, ignore_errors=True)
-    except BaseException:  # Ctrl-C in the middle: nothing of it is to stay
+    except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
 

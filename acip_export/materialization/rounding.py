@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,7 @@ from acip_export.weight_types import WeightType, weight_type
 _SAMPLED_WEIGHTS, _LEAST_ROWS = 1 << 15, 16
 # Pairs are measured on at most so many rows and columns of a layer: a singular value decomposition of all of a large
 # one takes minutes, and the ratio that is measured hardly depends on the size.
-_LARGEST_SIDE = 512
+LARGEST_SIDE = 512
 # Layers of each kind (q_proj, up_proj, ...) whose pairs are measured, spread over the depth; the others take the
 # nearest one's ratios.
 _LAYERS_OF_A_KIND = 2
@@ -67,7 +67,7 @@ def measure_rounding(
     }
     keys = {pair_key(*pair) for pair in pairs} | {residual_key(base) for base in bases}
     # The same ones, whatever is known of them.
-    sampled = _spread(list(scores.modules))
+    sampled = spread(list(scores.modules))
     lacking = [name for name in sampled if not keys <= wanted.pairs.get(name, {}).keys()]
     total, done = len(missing) + len(lacking), 0
     known = wanted
@@ -108,7 +108,7 @@ def _kind(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _spread(modules: list[str]) -> list[str]:
+def spread(modules: Sequence[str]) -> list[str]:
     """At most ``_LAYERS_OF_A_KIND`` modules of each kind, evenly over the depth."""
     kinds: dict[str, list[str]] = {}
     for name in modules:
@@ -129,8 +129,13 @@ def _nearest(module: str, measured: list[str]) -> str:
 
 def _rows(total: int, columns: int) -> Tensor:
     """Evenly spaced row numbers: enough for ``_SAMPLED_WEIGHTS``."""
-    count = min(total, max(_LEAST_ROWS, _SAMPLED_WEIGHTS // columns))
+    count = sampled_rows(total, columns)
     return (torch.arange(count, dtype=torch.float64) + 0.5).mul(total / count).long()
+
+
+def sampled_rows(total: int, columns: int) -> int:
+    """Return how many of a tensor's rows are rounded."""
+    return min(total, max(_LEAST_ROWS, _SAMPLED_WEIGHTS // columns))
 
 
 def _by_input(scores: ScoreFile, tensors: Iterable[str]) -> list[tuple[str | None, list[str]]]:
@@ -217,7 +222,7 @@ def _pairs(
     full = len(basis.singular)
     for down, up in formats:
         points = []
-        for rank in _measured_ranks(full, up) if down.fits(weight.shape[1]) else []:
+        for rank in measured_ranks(full, up) if down.fits(weight.shape[1]) else []:
             fitted = refit(Pair(basis.up[:, :rank], basis.down[:rank]), norm, sample.inputs, up, down, round_trip)
             expected = up.relative_mse * float(losses.up_sensitivity[:rank].sum())
             expected += down.relative_mse * float(losses.down_sensitivity[:rank].sum())
@@ -244,7 +249,8 @@ def _residual(
     return tuple(points)
 
 
-def _measured_ranks(full: int, up: WeightType) -> list[int]:
+def measured_ranks(full: int, up: WeightType) -> list[int]:
+    """Return the ranks whose pairs are measured, of a layer of rank ``full``."""
     multiple = max(32, 1 if up.pads_rows else up.block)
     ranks = {max(multiple, round(share * full / multiple) * multiple) for share in _RANK_SHARES}
     return sorted(rank for rank in ranks if rank <= full)
@@ -253,9 +259,9 @@ def _measured_ranks(full: int, up: WeightType) -> list[int]:
 def _cropped(weight: Tensor, module: ModuleScores, scores: ScoreFile) -> tuple[Tensor, Norm]:
     """Evenly spaced rows and columns of a large layer, with their moments."""
     norm = Norm.of(module, scores.second_moments, weight)
-    if max(weight.shape) <= 2 * _LARGEST_SIDE:
+    if max(weight.shape) <= 2 * LARGEST_SIDE:
         return weight, norm
-    rows, columns = ((torch.arange(min(n, _LARGEST_SIDE)) * n) // min(n, _LARGEST_SIDE) for n in weight.shape)
+    rows, columns = ((torch.arange(min(n, LARGEST_SIDE)) * n) // min(n, LARGEST_SIDE) for n in weight.shape)
     return weight[rows][:, columns], Norm(
         norm.inputs[columns][:, columns].contiguous(), norm.gradients[rows][:, rows].contiguous()
     )

@@ -34,7 +34,7 @@ def measure_classes(
         plan: any plan of the format: classes are rounded as it rounds. exact: a type of the format that rounds nothing.
         kept: read and filled.
     """
-    model = load_model(checkpoint, torch.device("cpu"), "auto")
+    model = load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True)
     blocks = blocks_of(checkpoint)
 
     def alone(measured: ClassPass) -> Plan:

@@ -26,7 +26,7 @@ def measure_plans(
 ) -> list[MeasuredDivergence | AcipError]:
     """Measure every plan on ``windows`` (n, tokens); for one that does not run, the reason stands in its place."""
     blocks = blocks_of(checkpoint)
-    passes = BlockPasses(load_model(checkpoint, torch.device("cpu"), "auto"), blocks, windows)
+    passes = BlockPasses(load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True), blocks, windows)
     clock = Clock("compare plans", len(blocks) * (1 + len(plans)), progress)
     try:
         return [_checked(found) for found in passes.divergences([weights.of(plan) for plan in plans], clock.advance)]

@@ -1,4 +1,4 @@
-"""From runs of models made for it to what a runtime does in a second, and what it takes beside that."""
+"""Compute a machine's speeds from timed runs: bytes and operations a second, and what a token costs beside them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from dataclasses import dataclass
 
 from acip_export.artifacts.speeds import RuntimeSpeed
 
-# Rates and overheads are each other's remainders: so often they are computed in turn.
+# Rates of matrices follow from the time that overheads leave, and overheads from the time that matrices leave. Each is
+# computed from the other so many times.
 _ROUNDS = 20
-# Of a large model's time, its matrices take at least one part in so many, whatever a busy machine says of small ones.
+# A disturbed run of a small model looks like overhead, which would be taken off the time of the large models and make
+# their types too fast. So at least one part in so many of a large model's time counts as that of its matrices.
 _LEAST_SHARE = 2
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A run: seconds a token of a prompt of ``tokens`` and of the answer after it, and what was computed for one.
+    """What one model took to read a prompt and to answer, and how much there was to compute for it.
 
     Attributes:
-        batch: tokens of the prompt that are computed together. nbytes: of matrices.
-        weights, head: of the layers' and of the head's. cache: bytes a token of context.
+        prompt: seconds per token of the prompt.
+        answer: seconds per token of the answer.
+        tokens: length of the prompt.
+        batch: tokens of the prompt that are computed together.
+        nbytes: bytes of all matrices.
+        weights: numbers in the matrices of the layers.
+        head: numbers in the matrix of the head.
+        layers: how many there are.
+        hidden: width of the model.
+        cache: bytes of the KV cache per token of context.
     """
 
     prompt: float
@@ -35,46 +45,64 @@ class Timed:
 
 
 def fit(
-    few: Timed, many: Timed, long: Timed, wide: Timed, by_type: Mapping[str, Timed], base: str, version: str
+    *,
+    few_layers: Timed,
+    many_layers: Timed,
+    long_prompt: Timed,
+    large_vocabulary: Timed,
+    by_type: Mapping[str, Timed],
+    base: str,
+    version: str,
 ) -> RuntimeSpeed:
-    """Tell apart what runs took: for every type's matrices, for a token, for a layer, for the cache.
+    """Tell apart how long the matrices of each type, a token, a layer and the cache take.
 
     Args:
-        few, many: small models of few and many layers of the type ``base``. long: the latter after a long prompt.
-        wide: the former with a large vocabulary. by_type: large models.
+        few_layers: a small model of the type ``base``.
+        many_layers: the same with more layers.
+        long_prompt: the model of many layers, after a long prompt.
+        large_vocabulary: the model of few layers, with a larger vocabulary.
+        by_type: large models, one for each type.
+        base: the type of the small models.
+        version: of the runtime.
     """
-    layers, context = many.layers - few.layers, long.tokens - many.tokens
-    cache_read = many.cache * context / _above_zero(long.answer - many.answer)
-    attention = 2 * many.hidden * context * many.layers / _above_zero(long.prompt - many.prompt)
+    few, many = few_layers, many_layers
+    more_layers, more_context = many.layers - few.layers, long_prompt.tokens - many.tokens
+    cache_read = many.cache * more_context / _above_zero(long_prompt.answer - many.answer)
+    more_attention = 2 * many.hidden * more_context * many.layers
+    attention = more_attention / _above_zero(long_prompt.prompt - many.prompt)
     read = {name: run.nbytes / run.answer for name, run in by_type.items()}
     compute = {name: 2 * run.weights / run.prompt for name, run in by_type.items()}
     token = layer = width = share = 0.0
-
-    def beside(run: Timed) -> float:
-        return run.answer - run.nbytes / read[base] - run.cache * run.tokens / cache_read
-
-    def beside_prompt(run: Timed) -> float:
-        overhead = (token + run.layers * layer) / run.batch
-        attended = 2 * run.hidden * run.tokens * run.layers / attention
-        return run.prompt - overhead - attended - 2 * (run.weights + share * run.head) / compute[base]
-
     for _ in range(_ROUNDS):
-        layer = max(0.0, (beside(many) - beside(few)) / layers)
-        token = max(0.0, beside(few) - few.layers * layer)
+        # What the small models take beside reading their matrices and the cache is overhead of an answer.
+        beside_few, beside_many = (
+            run.answer - run.nbytes / read[base] - run.cache * run.tokens / cache_read for run in (few, many)
+        )
+        layer = max(0.0, (beside_many - beside_few) / more_layers)
+        token = max(0.0, beside_few - few.layers * layer)
         for name, run in by_type.items():
             rest = run.answer - token - run.layers * layer - run.cache * run.tokens / cache_read
             read[name] = run.nbytes / max(rest, run.answer / _LEAST_SHARE)
-        head = 2 * (wide.head - few.head) / compute[base]
-        share = min(1.0, max(0.0, (wide.prompt - few.prompt) / head))
-        width = max(0.0, (beside_prompt(many) - beside_prompt(few)) / layers / many.hidden)
+        # The same of a prompt. How far the head is computed for all of its tokens, a larger vocabulary tells.
+        more_head = 2 * (large_vocabulary.head - few.head)
+        share = min(1.0, max(0.0, (large_vocabulary.prompt - few.prompt) * compute[base] / more_head))
+        beside_few, beside_many = (
+            _prompt_rest(run, token, layer, attention) - 2 * (run.weights + share * run.head) / compute[base]
+            for run in (few, many)
+        )
+        width = max(0.0, (beside_many - beside_few) / more_layers / many.hidden)
         for name, run in by_type.items():
-            overhead = (token + run.layers * layer) / run.batch
-            attended = 2 * run.hidden * run.tokens * run.layers / attention
-            rest = run.prompt - overhead - attended - width * run.hidden * run.layers
+            rest = _prompt_rest(run, token, layer, attention) - width * run.hidden * run.layers
             compute[name] = 2 * (run.weights + share * run.head) / max(rest, run.prompt / _LEAST_SHARE)
     return RuntimeSpeed(version, read, compute, token, layer, width, cache_read, attention, share)
 
 
+def _prompt_rest(run: Timed, token: float, layer: float, attention: float) -> float:
+    """Return the seconds per token of a prompt without attention and without what a batch takes whatever its length."""
+    attended = 2 * run.hidden * run.tokens * run.layers / attention
+    return run.prompt - (token + run.layers * layer) / run.batch - attended
+
+
 def _above_zero(seconds: float) -> float:
-    """What is too short to be measured counts as a nanosecond."""
+    """Count what is too short to be measured as a nanosecond."""
     return max(seconds, 1e-9)

@@ -1,4 +1,4 @@
-"""The whole curve of sizes against predicted quality."""
+"""Plan for every size: the curve of predicted quality against bytes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,23 @@ from acip_export.progress import Progress, ProgressCallback, silent
 
 # Beyond this many tensors the exact finish costs more time than it moves a point of the curve.
 _EXACT_TENSORS = 100
-# Prompts in batches of the same size at every budget: a curve must not bend because prompts become faster.
+# The same batch of prompts at every budget: a curve must not bend because prompts become faster. A small one takes
+# little from the smallest budgets.
 _PROMPT_BATCH = 32
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One plan of a curve; ``used_bytes`` in the sweep's scope, ``speed`` where the machine was measured."""
+    """One plan of a curve.
+
+    Attributes:
+        used_bytes: what the plan takes of a budget of the sweep's scope (docs/memory.md).
+        planned_bytes: bytes of the files.
+        predicted_loss: in the unit of the model's task, above the dense model.
+        predicted_perplexity: ``None`` for encoders.
+        low_rank_layers: how many matrices are stored as pairs.
+        speed: predicted tokens per second, where the machine was measured.
+    """
 
     used_bytes: int
     planned_bytes: int
@@ -36,9 +46,12 @@ class SweepLine:
     """The plans of one search space.
 
     Attributes:
+        label: the name of the line in a drawing.
+        format: the file format.
+        layout: the layout of the format.
         types: names of the weight types that plans chose from.
-        points: by growing bytes and falling loss.
-        presets: one type for everything, by name.
+        points: the plans, by growing bytes and falling loss.
+        presets: by name of a type, the plan that has everything in it.
     """
 
     label: str
@@ -58,12 +71,19 @@ def sweep(
     progress: ProgressCallback = silent,
     pace: Pace | None = None,
 ) -> SweepLine:
-    """Plan for the smallest feasible budget, for the last one that improves anything, and between: ``steps`` of them.
+    """Plan for ``steps`` budgets, from the smallest feasible one to the last that improves anything.
 
-    All share the candidates. Sizes grow by equal factors: most of what happens to quality happens at the small ones.
+    Budgets grow by equal factors, since quality changes most at small sizes. A plan that is predicted to be no better
+    than the one before is left out.
 
     Args:
-        label: names the line; progress is told under it. pace: to predict speeds with.
+        problem: the model, its scores and the search space.
+        rule: the serving settings.
+        scope: what budgets cover.
+        label: the name of the line, and of the stage in progress reports.
+        steps: how many budgets, the first and the last included.
+        progress: is called after each plan.
+        pace: the machine's speeds, if they were measured; plans then have a predicted speed.
 
     Raises:
         UnsupportedError: the format's converter cannot express a decision.

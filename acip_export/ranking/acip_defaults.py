@@ -13,18 +13,29 @@ _SMALL_WEIGHTS = 100_000_000
 _SMALL_STEPS, _SMALL_TUNE = 100, 150
 # Linear weights up to which processors learn within about half an hour.
 _LEARNED_ON_PROCESSORS = 50_000_000
-# What a model is ranked with that nothing else was said about.
 _LEARNED, _TRAINING_FREE = "acip", "fisher"
 
 
-def default_algorithm(checkpoint: Checkpoint, device: str) -> str:
-    """Return the name of the algorithm that a model is ranked with: learned where that takes minutes.
+def default_algorithm(
+    checkpoint: Checkpoint,
+    device: str,
+    settings: object = None,
+    resume: bool = False,
+    seconds: float | None = None,
+) -> str:
+    """Return the name of the algorithm for a model that none was named for: learned where that takes minutes.
 
-    It follows from the model and the kind of device alone, so that the same command gives the same bytes again.
+    It follows from the arguments alone, so that the same command gives the same bytes again.
 
     Args:
+        checkpoint: the model.
         device: of torch, or ``auto``.
+        settings: hyper-parameters of the learned algorithm. If any are given, it is the one that is meant.
+        resume: a run is to go on; only those of the learned algorithm can.
+        seconds: a time to fill; only the learned algorithm gets better in more of it.
     """
+    if settings or resume or seconds is not None:
+        return _LEARNED
     small = linear_weights(checkpoint) <= _LEARNED_ON_PROCESSORS
     on_processors = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     return _TRAINING_FREE if on_processors and not small else _LEARNED

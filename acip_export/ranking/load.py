@@ -16,9 +16,9 @@ from acip_export.model.torch_model import load_dense
 from acip_export.ranking.config import Precision
 from acip_export.ranking.masked_ops import frozen_linear
 
-# Up to here a float32 copy is no matter, and the measured curve starts exactly at the dense model.
+# Up to here float32 weights take at most 400 MB, and the measured curve starts exactly at the dense model.
 _FLOAT32_WEIGHTS = 100_000_000
-# From here on activations are recomputed rather than kept, unless told otherwise.
+# From here on activations are recomputed rather than kept, unless --no-recompute-activations says otherwise.
 _RECOMPUTED_WEIGHTS = 1_000_000_000
 
 
@@ -26,6 +26,8 @@ class StoredLinear(nn.Linear):
     """A linear layer whose frozen weight keeps its stored dtype; it is widened to the input's for each product."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if self.weight.requires_grad:  # another's, in the place of the frozen one
+            return nn.functional.linear(input, self.weight, self.bias)
         return frozen_linear(input, self.weight, self.bias)
 
 
@@ -35,23 +37,31 @@ def linear_weights(checkpoint: Checkpoint) -> int:
 
 
 def load_model(
-    checkpoint: Checkpoint, device: torch.device, precision: Precision = "float32", home: torch.device | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: Precision = "float32",
+    home: torch.device | None = None,
+    in_float32: bool = False,
 ) -> nn.Module:
     """Load the dense model, with frozen weights.
 
     Args:
-        device: where it computes. home: where it is put; ``None``: there.
-        precision: of the ranked layers' weights, and of the factors made from them: ``float32``, or ``model``: as
-            stored. ``auto``: as stored, except on CPUs, for models of up to 1e8 weights. Products are made in the
-            stored dtype, but in float32 on CPUs that have no instructions for it, and for encoders on any CPU: a
-            cosine distance is a small difference of large numbers.
+        checkpoint: the model.
+        device: the device that computes.
+        precision: the dtype of the ranked layers' weights and of the factors made from them: ``float32``, or ``model``
+            for the dtype of the file. ``auto`` is ``float32`` on CPUs for models of up to 1e8 weights, else ``model``.
+            Products are made in that dtype, but in float32 on CPUs that have no instructions for it, and for encoders
+            on any CPU: a cosine distance is a small difference of large numbers.
+        home: the device that holds the weights; ``None`` for ``device``.
+        in_float32: make products in float32 on every CPU, as those with changed weights are.
 
     Raises:
-        UnsupportedError: neither an encoder nor a causal language model, or linear layers that are not ``nn.Linear``.
-        CheckpointError: a linear weight that is zero, or any tensor that is not finite.
+        UnsupportedError: the model is neither an encoder nor a causal language model, or has linear layers that are
+            not ``nn.Linear``.
+        CheckpointError: a linear weight is all zeros, or a tensor is not finite.
     """
     for name in checkpoint.tensors.keys() - {f"{module}.weight" for module in checkpoint.linear_modules}:
-        checkpoint.read(name)
+        checkpoint.read(name)  # refuses what is not finite; linear weights are read below
     small = linear_weights(checkpoint) <= _FLOAT32_WEIGHTS
     if precision == "auto":
         precision = "float32" if device.type == "cpu" and small else "model"
@@ -62,24 +72,24 @@ def load_model(
         except AttributeError:
             module = None
         if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != shape:
-            found = "missing from the loaded model" if module is None else f"a {type(module).__name__}"
-            raise UnsupportedError(f"{name} is {found}, expected an nn.Linear of shape {shape}; it cannot be ranked")
+            state = "missing from the loaded model" if module is None else f"a {type(module).__name__}"
+            raise UnsupportedError(f"{name} is {state}, expected an nn.Linear of shape {shape}; it cannot be ranked")
         weight = checkpoint.read(f"{name}.weight")  # not the module's, whose file would stay in memory
         if not weight.any():
             raise CheckpointError(f"{name}.weight is all zeros; the model was not saved, or not trained, completely")
     if precision == "model" and device.type == "cpu":
         first = model.get_parameter(f"{next(iter(checkpoint.linear_modules))}.weight")
-        if first.dtype != torch.bfloat16 or not checkpoint.shape.generates or not fast_bfloat16():
+        if in_float32 or first.dtype != torch.bfloat16 or not checkpoint.shape.generates or not fast_bfloat16():
             _compute_in_float32(model, checkpoint.linear_modules)
     return model
 
 
 @contextmanager
 def weights_from_file(checkpoint: Checkpoint, model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Let linear layers compute inside with weights that are mapped from the checkpoint now, and unmapped afterwards.
+    """Let linear layers compute with weights that are mapped from the checkpoint for the length of the block.
 
-    A loaded model's weights are mapped, too, but what was touched of them stays in memory as long as the model. Those
-    that are not as stored, or elsewhere, are used as they are.
+    A loaded model's weights are mapped, too, but the pages that were read stay in memory as long as the model does.
+    Weights in another dtype than the file's, or on another device than the CPU, are used as they are.
     """
     before: dict[str, Tensor] = {}
     for name in names:
@@ -130,10 +140,12 @@ def enable_recomputation(model: nn.Module, checkpoint: Checkpoint, wanted: bool 
     """Let the blocks recompute their activations in training instead of keeping them (gradient checkpointing).
 
     Args:
-        wanted: ``None``: for models of 1e9 weights and more that can.
+        model: the loaded model.
+        checkpoint: the model's files.
+        wanted: whether to do it; ``None`` for models of 1e9 weights and more, if transformers can.
 
     Raises:
-        UnsupportedError: wanted, but transformers cannot do it for this model.
+        UnsupportedError: it is wanted, but transformers cannot do it for this model.
     """
     able = bool(getattr(model, "supports_gradient_checkpointing", False))
     if wanted and not able:

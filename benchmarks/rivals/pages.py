@@ -8,7 +8,7 @@ from typing import Any
 from samples.marked import with_marked
 
 OURS = "acip-export"
-PAGE, PLOTS = "docs/rivals.md", "docs/images/rivals-{}.svg"
+PAGE, PLOTS = "docs/measurements/rivals.md", "docs/images/rivals-{}.svg"
 RUNTIMES = {"gguf": "GGUF in llama.cpp", "onnx": "ONNX in onnxruntime-genai"}
 # Readable in grey and with the common colour blindnesses (Okabe and Ito).
 STYLES = (("#D55E00", "s"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "x"))

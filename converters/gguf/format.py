@@ -33,7 +33,8 @@ class GgufFormat(ExportFormat):
 
         return applies_window(shape.architecture)
 
-    def refused_cache(self, head_size: int, keys: str, values: str) -> str | None:
+    def refused_cache(self, checkpoint: Checkpoint, keys: str, values: str) -> str | None:
+        head_size = checkpoint.shape.head_dim
         refused = [name for name in dict.fromkeys((keys, values)) if head_size % cache_block(name)]
         if not refused:
             return None

@@ -21,7 +21,7 @@ LAYOUTS = (
         "factored",
         "one file with factor pairs as tensors of their own; a llama.cpp with our extension runs it",
         "factored",
-        note="only a llama.cpp with our extension runs this layout: make llama-cpp, or docs/upstream.md",
+        note="only a llama.cpp with our extension runs this layout: make llama-cpp, or docs/guides/factor-pairs.md",
     ),
 )
 

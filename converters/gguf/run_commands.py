@@ -1,4 +1,4 @@
-"""How each program runs a GGUF export within its plan's memory: one row per program, ready to copy."""
+"""Write down how each program runs a GGUF export within its plan's memory: one row per program, ready to copy."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acip_export.artifacts.plan import Plan, cache_types
-from acip_export.formats.protocol import RunCommand
+from acip_export.formats.protocol import EXAMPLE_QUESTION, RunCommand
 from converters.gguf.arrange import ADAPTER_FILE, MODEL_FILE, model_files
 from converters.gguf.ollama import ollama_template
 from converters.gguf.types import TYPE_IDS
 
 _STOCK = ("stock", "lora")
 _EXTENDED = (*_STOCK, "factored")
-QUESTION = "What is the capital of France?"
 
 
 @dataclass(frozen=True)
 class _Export:
-    """What the programs have to be told.
+    """What every program needs to know of an export.
 
     Attributes:
-        parts: the model's files, of which most programs are told the first. adapter: ``None`` if there is none.
-        template: of chats; ``None``: the model continues text.
+        parts: the model's files; most programs are given the first.
+        adapter: the adapter's file; ``None`` if there is none.
+        context: tokens of a conversation.
+        batch: tokens of a prompt that are computed together.
+        cache_type_k: type of the cached keys.
+        cache_type_v: type of the cached values.
+        template: the template of chats; ``None`` if the model only continues text.
     """
 
     parts: tuple[Path, ...]
@@ -43,9 +47,19 @@ class _Export:
 
 @dataclass(frozen=True)
 class _Program:
-    """``note``: one sentence on what the program needs; ``factored_note`` replaces it for factor pairs, ``split_note``
-    is added for a model in several files. ``cache_types``: what it keeps keys and values in, both in one; ``None``:
-    whatever llama.cpp does, in any pair."""
+    """A program that runs exports.
+
+    Attributes:
+        name: what people call it.
+        language: the language of the text, as Markdown's fences name it.
+        layouts: the layouts that it runs.
+        text: writes the command or the code.
+        note: a sentence on what else it needs.
+        factored_note: stands in place of ``note`` for the layout of factor pairs.
+        split_note: is added for a model in several files.
+        cache_types: the types that it can keep the cache in, the same for keys and values; ``None`` if it takes any
+            pair that llama.cpp has.
+    """
 
     name: str
     language: str
@@ -57,14 +71,20 @@ class _Program:
     cache_types: frozenset[str] | None = None
 
     def runs(self, plan: Plan) -> bool:
-        """Whether it takes the plan's layout and cache."""
+        """Tell whether it runs the plan's layout with the plan's cache."""
         types = {plan.serving.cache_type_k, plan.serving.cache_type_v}
         one_of_its = self.cache_types is None or (len(types) == 1 and types <= self.cache_types)
         return plan.layout in self.layouts and one_of_its
 
 
 def run_commands(plan: Plan, directory: Path, template: str | None = None) -> tuple[RunCommand, ...]:
-    """For every program that runs the plan's layout; the recommended one first."""
+    """Return how to run an export, for every program that can; the recommended one first.
+
+    Args:
+        plan: the export's plan.
+        directory: where the export is.
+        template: the template of chats, if the model has one.
+    """
     if plan.task != "causal":
         return (RunCommand("llama-server", "console", shlex.join(server(plan, directory)), "POST /v1/embeddings"),)
     export = _export(plan, directory, template)
@@ -76,7 +96,7 @@ def run_commands(plan: Plan, directory: Path, template: str | None = None) -> tu
 
 
 def server(plan: Plan, directory: Path, program: str = "llama-server") -> tuple[str, ...]:
-    """llama.cpp's server with the plan's settings, for all layouts."""
+    """Return the command that starts llama.cpp's server with the plan's settings; it takes all layouts."""
     export = _export(plan, directory)
     if plan.task == "causal":
         return (program, *_options(export), "-np", "1")
@@ -136,7 +156,7 @@ def _llama_cpp_python(export: _Export) -> str:
     if export.template is None:
         return opened + "print(model('Hello', max_tokens=32)['choices'][0]['text'])"
     return opened + (
-        f"messages = [{{'role': 'user', 'content': {QUESTION!r}}}]\n"
+        f"messages = [{{'role': 'user', 'content': {EXAMPLE_QUESTION!r}}}]\n"
         "for part in model.create_chat_completion(messages, max_tokens=256, stream=True):\n"
         "    print(part['choices'][0]['delta'].get('content', ''), end='', flush=True)"
     )
@@ -163,7 +183,7 @@ def _node_llama_cpp(export: _Export) -> str:
     return opened + (
         "const session = new LlamaChatSession({contextSequence: context.getSequence()});\n"
         "session.setChatHistory([]);  // no system prompt but the template's\n"
-        f"await session.prompt({_javascript(QUESTION)}, {{\n"
+        f"await session.prompt({_javascript(EXAMPLE_QUESTION)}, {{\n"
         "  maxTokens: 256, onTextChunk: (text) => process.stdout.write(text)\n"
         "});\n"
         "await llama.dispose();"
@@ -175,7 +195,7 @@ def _javascript(text: object) -> str:
 
 
 def _modelfile(path: Path) -> str:
-    """A path that Ollama cannot take for the name of a model."""
+    """Write a path so that Ollama cannot take it for the name of a model."""
     return str(path) if path.is_absolute() else f"./{path}"
 
 
@@ -191,7 +211,7 @@ def _ollama(export: _Export) -> str:
 
 
 _BUILD = "Needs a llama.cpp that was built after  python -m converters.gguf.llama_cpp.extension PATH"
-# What the other flags are for, for who wants to change them.
+# Which of the printed flags a reader may want to change, and when.
 _MORE = (
     "Earlier conversations in memory:  --cache-ram MIB  in place of 0, beside the budget. A graphics card: without  "
     "--gpu-layers 0"

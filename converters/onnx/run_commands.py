@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 from acip_export.artifacts.plan import Plan
-from acip_export.formats.protocol import RunCommand
-from converters.onnx.backends import STATIC_CACHE
+from acip_export.formats.protocol import EXAMPLE_QUESTION, RunCommand
+from converters.onnx.backends import ROUNDED_CACHES, STATIC_CACHE
 from converters.onnx.companion_files import MODEL_FILE
 
-QUESTION = "What is the capital of France?"
 _GROWS = "It computes a prompt in one piece and grows its cache, which the planned memory does not count"
 _GLIBC = (
     "A second generator in one process finds a heap with holes: with glibc, start it with  "
@@ -24,7 +23,8 @@ def run_commands(plan: Plan, directory: Path, template: str | None = None) -> tu
         return (RunCommand("onnxruntime", "python", _encoder(directory)),)
     chats = template is not None
     programs = [RunCommand("onnxruntime-genai", "python", _genai(directory, plan.serving.context, chats), _GLIBC)]
-    if plan.serving.backend != STATIC_CACHE:
+    # The others make their cache in the floats that the graph computes with.
+    if plan.serving.backend != STATIC_CACHE and plan.serving.cache_type_k not in ROUNDED_CACHES:
         programs += [
             RunCommand("transformers.js", "javascript", _transformers_js(directory, chats), _GROWS),
             RunCommand("optimum", "python", _optimum(directory, chats), f"{_GROWS}. Needs  pip install optimum-onnx"),
@@ -52,7 +52,8 @@ def _genai(directory: Path, context: int, chats: bool) -> str:
     if chats:
         asked = "tokenizer.apply_chat_template(json.dumps(messages))"
         special = "tokenizer.update_options(add_special_tokens='false')  # the template writes them"
-        lines = ["import json", "", *lines, special, f"messages = [{{'role': 'user', 'content': {QUESTION!r}}}]"]
+        messages = f"messages = [{{'role': 'user', 'content': {EXAMPLE_QUESTION!r}}}]"
+        lines = ["import json", "", *lines, special, messages]
     return "\n".join(
         (
             *lines,
@@ -72,7 +73,7 @@ def _transformers_js(directory: Path, chats: bool) -> str:
     above, name = (str(place.parent), place.name) if directory.name else ("..", "EXPORT")
     inputs = 'tokenizer("Hello")'
     if chats:
-        messages = f'[{{ role: "user", content: {json.dumps(QUESTION)} }}]'
+        messages = f'[{{ role: "user", content: {json.dumps(EXAMPLE_QUESTION)} }}]'
         inputs = f"tokenizer.apply_chat_template({messages}, {{ add_generation_prompt: true, return_dict: true }})"
     return "\n".join(
         (
@@ -94,7 +95,7 @@ def _optimum(directory: Path, chats: bool) -> str:
     if chats:
         inputs = (
             "tokenizer.apply_chat_template(\n"
-            f"    [{{'role': 'user', 'content': {QUESTION!r}}}],\n"
+            f"    [{{'role': 'user', 'content': {EXAMPLE_QUESTION!r}}}],\n"
             "    add_generation_prompt=True, return_dict=True, return_tensors='pt',\n"
             ")"
         )

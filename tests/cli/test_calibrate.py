@@ -124,13 +124,13 @@ def test_what_is_measured_together_is_told_apart() -> None:
         return Timed(prompt, answer, tokens, 128, nbytes, weights, head, layers, hidden, cache)
 
     found = fit(
-        timed("a", 4, 256),
-        timed("a", 20, 256),
-        timed("a", 20, 256, tokens=1024),
-        timed("a", 4, 256, vocabulary=32768),
-        {name: timed(name, 4, 1024) for name in "ab"},
-        "a",
-        "1",
+        few_layers=timed("a", 4, 256),
+        many_layers=timed("a", 20, 256),
+        long_prompt=timed("a", 20, 256, tokens=1024),
+        large_vocabulary=timed("a", 4, 256, vocabulary=32768),
+        by_type={name: timed(name, 4, 1024) for name in "ab"},
+        base="a",
+        version="1",
     )
     assert found.read == pytest.approx(true.read, rel=0.01)
     assert found.compute == pytest.approx(true.compute, rel=0.02)
@@ -146,6 +146,14 @@ def test_small_models_that_were_disturbed_make_no_type_fast() -> None:
         return Timed(seconds, seconds, tokens, 32, weights, weights, 1000, layers, 256, 1000.0)
 
     large = run(0.01, 2)
-    found = fit(run(0.01, 2), run(0.2, 14), run(0.2, 14, 512), replace(run(0.01, 2), head=9000), {"a": large}, "a", "1")
+    found = fit(
+        few_layers=run(0.01, 2),
+        many_layers=run(0.2, 14),
+        long_prompt=run(0.2, 14, 512),
+        large_vocabulary=replace(run(0.01, 2), head=9000),
+        by_type={"a": large},
+        base="a",
+        version="1",
+    )
     assert found.read["a"] <= 2.01 * weights / large.answer
     assert found.compute["a"] <= 2.01 * 2 * (weights + 1000) / large.prompt

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
 from acip_export.io import kept_states
-from acip_export.measurement.block_passes import BlockPasses, in_int8
+from acip_export.measurement.block_passes import BlockPasses, blocks_of, in_int8
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of
 from acip_export.model.torch_model import load_causal_lm
+from acip_export.ranking.load import load_model
 from tests.support import make_model
 
 WINDOWS = torch.randint(512, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -172,3 +173,15 @@ def test_a_place_without_room_keeps_nothing(
         kept.passed(1, {"0": torch.zeros(2)})
         kept.passed(2, {"0": torch.zeros(2)})
     assert caplog.text.count("is not kept") == 1
+
+
+def test_models_in_bfloat16_are_measured_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones keep their weights as stored, and a CPU may have products for those: changed weights are float32."""
+    monkeypatch.setattr("acip_export.ranking.load._FLOAT32_WEIGHTS", 0)
+    monkeypatch.setattr("acip_export.ranking.load.fast_bfloat16", lambda: True)
+    checkpoint = Checkpoint.open(make_model(tmp_path / "m", dtype=torch.bfloat16))
+    model = load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True)
+    variants = [Changed(checkpoint, ("mlp.up_proj.weight",)), Changed(checkpoint, ("embed_tokens.weight",))]
+    found = BlockPasses(model, blocks_of(checkpoint), WINDOWS).divergences(variants)
+    wide = passes(checkpoint).divergences(variants)
+    assert [each.kl for each in found] == pytest.approx([each.kl for each in wide], rel=1e-3)

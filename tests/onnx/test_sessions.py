@@ -16,11 +16,11 @@ from acip_export.api.speed import Sizes, made_checkpoint, tensor_shapes, uniform
 from acip_export.artifacts.bundle import load_bundle
 from acip_export.artifacts.plan import Serving
 from acip_export.errors import VerificationError
-from acip_export.formats.protocol import RunCommand
+from acip_export.formats.protocol import EXAMPLE_QUESTION, RunCommand
 from acip_export.formats.registry import export_format
 from acip_export.model.chat_template import ChatTemplate
 from acip_export.verification.metrics import compare_logits
-from converters.onnx.run_commands import QUESTION, run_commands
+from converters.onnx.run_commands import run_commands
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, PROMPT_BATCH, MakeExport
@@ -131,7 +131,7 @@ def test_the_printed_code_chats_where_there_is_a_template(make_export: MakeExpor
     chats = shutil.copytree(export.path, tmp_path / "export")
     (chats / "chat_template.jinja").write_text(CHATML)
     genai = run_commands(export.bundle.plan, chats, CHATML)[0]
-    question = ChatTemplate(CHATML).render([{"role": "user", "content": QUESTION}])
+    question = ChatTemplate(CHATML).render([{"role": "user", "content": EXAMPLE_QUESTION}])
     with GenaiSession(chats, export.bundle.plan.serving) as session:
         prompt = session.tokenize(question)
         wanted = session._tokenizer.decode(np.array(session.greedy(prompt, CONTEXT - len(prompt)), np.int32))

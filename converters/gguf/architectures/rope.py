@@ -1,4 +1,4 @@
-"""Rotary embeddings: config.json's scalings as llama.cpp's keys and tensors."""
+"""Write rotary embeddings: config.json's scalings as llama.cpp's keys and tensors."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ _YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 @dataclass(frozen=True)
 class Rope:
-    """One kind of layer's rotary embedding.
+    """The rotary embedding of one kind of layers.
 
     Attributes:
         kind: default, linear, llama3, yarn or longrope.
-        theta: base of the wavelengths. dimensions: how many of a head's are rotated.
+        theta: base of the wavelengths.
+        dimensions: how many dimensions of a head are rotated.
         fields: the scaling's own parameters, under transformers' names.
     """
 
@@ -37,21 +38,27 @@ class Rope:
     fields: Mapping[str, Any]
 
     def number(self, name: str) -> float:
-        """Raises UnsupportedError when the config lacks it."""
+        """Return a parameter of the scaling.
+
+        Raises:
+            UnsupportedError: config.json lacks it.
+        """
         if self.fields.get(name) is None:
             raise UnsupportedError(f"config.json's rotary embedding {self.kind!r} has no {name!r}")
         return float(self.fields[name])
 
 
 def read_rope(config: Mapping[str, Any], shape: ModelShape, kinds: tuple[str, ...], layer_type: str) -> Rope:
-    """What config.json asks for.
+    """Return the rotary embedding that config.json asks for.
 
     Args:
-        kinds: what llama.cpp computes for this architecture.
-        layer_type: whose parameters, where the config has several: ``full_attention`` or ``sliding_attention``.
+        config: the content of config.json.
+        shape: the model's shape.
+        kinds: the kinds that llama.cpp computes for this architecture.
+        layer_type: ``full_attention`` or ``sliding_attention``: which layers, if their parameters differ.
 
     Raises:
-        UnsupportedError: another kind.
+        UnsupportedError: config.json asks for another kind.
     """
     fields = rope_fields(config, layer_type)
     kind = fields["rope_type"]
@@ -64,7 +71,7 @@ def read_rope(config: Mapping[str, Any], shape: ModelShape, kinds: tuple[str, ..
 
 
 def rope_keys(rope: Rope, shape: ModelShape) -> dict[str, Value]:
-    """Keys below ``<architecture>.rope.``.
+    """Return the keys below ``<architecture>.rope.``.
 
     Raises:
         UnsupportedError: parameters that llama.cpp has no key for.
@@ -78,7 +85,7 @@ def rope_keys(rope: Rope, shape: ModelShape) -> dict[str, Value]:
         original = int(rope.number("original_max_position_embeddings"))
         factor = float(rope.fields.get("factor") or shape.max_context / original)
         attention = rope.fields.get("attention_factor")
-        if attention is None:
+        if attention is None:  # as transformers does (modeling_rope_utils.py)
             attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         keys |= {
             "scaling.type": string("longrope"),
@@ -115,7 +122,7 @@ def _yarn_attention(factor: float, scale: Any) -> float:
 
 
 def rope_tensors(rope: Rope) -> dict[str, Floats]:
-    """Divisors of the frequencies that the file carries, each (dimensions / 2,).
+    """Return the tensors of divisors that llama.cpp applies to the frequencies, each (dimensions / 2,).
 
     Raises:
         UnsupportedError: longrope factors of another length.
@@ -124,19 +131,19 @@ def rope_tensors(rope: Rope) -> dict[str, Floats]:
         return {"rope_freqs.weight": _llama3_factors(rope)}
     if rope.kind != "longrope":
         return {}
-    found = {}
+    tensors = {}
     for name in ("long", "short"):
         factors = np.asarray(rope.fields.get(f"{name}_factor") or (), np.float32)
         if factors.shape != (rope.dimensions // 2,):
             raise UnsupportedError(
                 f"config.json has {factors.size} values in {name}_factor, {rope.dimensions // 2} are needed"
             )
-        found[f"rope_factors_{name}.weight"] = factors
-    return found
+        tensors[f"rope_factors_{name}.weight"] = factors
+    return tensors
 
 
 def _llama3_factors(rope: Rope) -> Floats:
-    """1 for short wavelengths, ``factor`` for long ones (Llama 3.1)."""
+    """Return the divisors of Llama 3.1: 1 for short wavelengths, ``factor`` for long ones, between them in between."""
     exponents = np.arange(0, rope.dimensions, 2) / rope.dimensions
     wavelengths = 2 * math.pi * rope.theta**exponents
     factor, original = rope.number("factor"), rope.number("original_max_position_embeddings")

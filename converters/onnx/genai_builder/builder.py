@@ -1,4 +1,4 @@
-"""The one file that touches onnxruntime-genai's model builder.
+"""Build decoder graphs with onnxruntime-genai's model builder; no other file touches it.
 
 The builder is unversioned internal code: it walks a ``transformers`` module tree and emits one ONNX node after another.
 A mixin over its model classes replaces the few methods that read matrices with ones that leave a mark, so that the plan
@@ -23,7 +23,7 @@ import onnx_ir as ir
 from acip_export.errors import UnsupportedError
 from acip_export.model.tensor_names import DECODER_EMBEDDING
 from converters.onnx.genai_builder.families import FAMILIES
-from converters.onnx.genai_builder.release import SUPPORTED_VERSION, check_release
+from converters.onnx.genai_builder.release import SUPPORTED_RELEASE, check_release
 from converters.onnx.graph.decided import EMBEDDING, LINEAR, MARKS
 
 if TYPE_CHECKING:
@@ -79,10 +79,10 @@ _ATTRIBUTES = (
 
 
 class _Weightless:
-    """Mixin over a builder model class: the graph with marks in place of its matrices.
+    """Mixin over a builder's model class that puts marks into the graph in place of matrices.
 
     Attributes:
-        skeleton: the tree to walk.
+        skeleton: the tree of modules without weights that the builder walks.
     """
 
     skeleton: Skeleton
@@ -97,23 +97,26 @@ class _Weightless:
     weights: Any
 
     def load_weights(self, input_path: str) -> Any:  # noqa: ARG002 - the builder's signature
+        """Return the tree without weights, where the stock method loads the model."""
         return self.skeleton.model
 
     def has_lm_head(self, module: Any) -> bool:
-        """The stock rule takes any layer with as many outputs as the vocabulary has tokens, a factor included."""
+        """Tell whether this is the head. The stock rule takes every layer with as many outputs as the vocabulary."""
         return module is self.skeleton.model.lm_head
 
     def is_fused_rope_supported(self) -> bool:
-        """Rotary embedding as its own node gives the graph ``position_ids``, which optimum asks for."""
+        """Keep rotary embedding as a node of its own: the graph then has ``position_ids``, which optimum asks for."""
         return False
 
     def is_qkv_projection_packable(self, layer_id: int, attention: Any) -> bool:  # noqa: ARG002
+        """Keep q, k and v apart: the plan decides about each."""
         return False
 
     def make_rope_init(self, config: Any) -> None:
-        """Nothing to derive: the tables are those of ``transformers``, so every scaling that it knows is exact."""
+        """Derive nothing: the tables come from ``transformers``, so every scaling that it knows is exact."""
 
     def make_rotary_embedding_caches(self, **_kwargs: Any) -> tuple[str, str]:
+        """Store the tables that ``transformers`` computes; returns their names."""
         kind, tables = self.skeleton.rotary_tables(self.layer_id)
         names = f"cos_cache{kind}", f"sin_cache{kind}"
         for name, table in zip(names, tables, strict=True):
@@ -122,6 +125,7 @@ class _Weightless:
         return names
 
     def make_embedding_lookup(self, embedding: Any, basename: str, lm_head: Any) -> str:  # noqa: ARG002
+        """Mark the lookup; returns the name of its output."""
         output = f"{basename}/output_0"
         ids = self.input_names["input_ids"]
         self.make_node(EMBEDDING, [ids], [output], name=basename, domain=MARKS, tensor=DECODER_EMBEDDING)
@@ -137,11 +141,11 @@ class _Weightless:
 
 
 def build_marked(skeleton: Skeleton, backend: str) -> ir.Model:
-    """The decoder graph of a skeleton, with marks for its matrices.
+    """Return the decoder graph of a skeleton, with marks for its matrices.
 
     Args:
         skeleton: see :mod:`converters.onnx.genai_builder.module_tree`.
-        backend: what runs it, in the builder's names: ``cpu``, ``webgpu``, ``cuda``, ``dml``.
+        backend: the builder's name for what runs it: ``cpu``, ``webgpu``, ``cuda``, ``dml``.
 
     Raises:
         UnsupportedError: an architecture, position encoding or builder release that is not supported.
@@ -188,7 +192,7 @@ def _configure(model: Any, skeleton: Skeleton) -> None:
 
 @functools.cache
 def _builders() -> Any:
-    """The builder's package of model classes, checked."""
+    """Import the builder's package of model classes, and check it."""
     check_release()
     package = Path(importlib.import_module("onnxruntime_genai.models").__file__ or "").parent
     try:
@@ -205,26 +209,30 @@ def _builders() -> Any:
 
 
 def check_internals(base: type) -> None:
-    """Raises UnsupportedError when a method that the adapter overrides or calls is missing or has other parameters."""
+    """Check that the methods that the adapter overrides or calls are there, with the parameters that it knows.
+
+    Raises:
+        UnsupportedError: one is missing or has other parameters.
+    """
     for name, expected in _INTERNALS.items():
         method = getattr(base, name, None)
         if method is None:
             raise UnsupportedError(_incompatible(f"Model.{name}"))
-        found = tuple(inspect.signature(method).parameters)[1:]
-        if found != expected:
-            raise UnsupportedError(_incompatible(f"Model.{name}{expected}, found {found}"))
+        parameters = tuple(inspect.signature(method).parameters)[1:]
+        if parameters != expected:
+            raise UnsupportedError(_incompatible(f"Model.{name}{expected}, found {parameters}"))
 
 
 def _incompatible(what: str) -> str:
     return (
         f"the installed onnxruntime-genai's model builder lacks {what}.\n"
-        f"Install the release that this tool was tested with:  pip install 'onnxruntime-genai=={SUPPORTED_VERSION}*'"
+        f"Install the release that this tool was tested with:  pip install 'onnxruntime-genai=={SUPPORTED_RELEASE}.*'"
     )
 
 
 @contextlib.contextmanager
 def _prints_to_log() -> Iterator[None]:
-    """The builder reports with print; standard output belongs to results."""
+    """Send what the builder prints to the log: standard output belongs to results."""
     text = io.StringIO()
     try:
         with contextlib.redirect_stdout(text):

@@ -1,4 +1,4 @@
-"""The release of onnxruntime-genai whose model builder the adapter knows; light, so that plans can ask too."""
+"""Check the release of onnxruntime-genai: the adapter knows the model builder of one. Planning imports this, too."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from importlib.metadata import version
 
 from acip_export.errors import UnsupportedError
 
-SUPPORTED_VERSION = "0.18."
+SUPPORTED_RELEASE = "0.18"
 
 
 def check_release() -> None:
-    """Raises UnsupportedError unless the installed release is the one that the adapter was written against."""
-    found = version("onnxruntime-genai")
-    if not found.startswith(SUPPORTED_VERSION):
+    """Refuse any release of onnxruntime-genai but the one that the adapter was written for.
+
+    Raises:
+        UnsupportedError: another release is installed.
+    """
+    installed = version("onnxruntime-genai")
+    if not installed.startswith(f"{SUPPORTED_RELEASE}."):
         raise UnsupportedError(
-            f"onnxruntime-genai {found} is installed, the ONNX converter needs {SUPPORTED_VERSION}*: its model builder "
-            f"has no stable interface.\nInstall it with:  pip install 'onnxruntime-genai=={SUPPORTED_VERSION}*'"
+            f"onnxruntime-genai {installed} is installed, the ONNX converter needs {SUPPORTED_RELEASE}.*: its model "
+            "builder has no stable interface.\n"
+            f"Install it with:  pip install 'onnxruntime-genai=={SUPPORTED_RELEASE}.*'"
         )
