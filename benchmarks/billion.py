@@ -47,8 +47,8 @@ def command(*words: object) -> list[str]:
 
 def estimate(model: Path) -> dict[str, Any]:
     """What the ranking says that it takes, before it begins."""
-    done = subprocess.run(command("rank", model, "--algorithm", "fisher", "--estimate", "--json"), check=True,
-                          capture_output=True, text=True)  # fmt: skip
+    words = command("rank", model, "--algorithm", "fisher", "--estimate", "--json", "--no-measure-rounding")
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

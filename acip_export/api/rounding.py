@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from acip_export.artifacts.cache import kept_as_it_grows
 from acip_export.artifacts.rounding_errors import (
     RoundingErrors,
     cache_file,
@@ -93,28 +94,31 @@ def rounding_errors(
     from acip_export.materialization.channel_scales import scale_channels
     from acip_export.materialization.rounding import measure_rounding
 
+    def save(measured: RoundingErrors) -> bool:
+        if cache is not None:
+            return save_rounding_errors(measured, cache)
+        scores.rounding_errors[kept_as] = measured
+        return True
+
     read, read_with = scale_channels(checkpoint, scores) if feedback_types else (checkpoint, scores)
     try:
-        measured = measure_rounding(
-            read,
-            read_with,
-            known,
-            dense,
-            pairs,
-            bases,
-            layout.residual_pairs,
-            fmt.round_trip,
-            progress,
-            feedback_types,
-        )
+        with kept_as_it_grows(save) as grown:
+            return measure_rounding(
+                read,
+                read_with,
+                known,
+                dense,
+                pairs,
+                bases,
+                layout.residual_pairs,
+                fmt.round_trip,
+                progress,
+                feedback_types,
+                grown,
+            )
     except MissingExtraError as missing:
         logger.warning("rounding errors are those of Gaussian weights: %s", missing)
         return known
-    if cache is not None:
-        save_rounding_errors(measured, cache)
-    else:
-        scores.rounding_errors[kept_as] = measured
-    return measured
 
 
 def _feedback_types(space: SearchSpace) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +36,10 @@ _RANK_SHARES = (0.25, 0.75)
 _STAGE = "measure rounding"
 
 
+def _ignore(_measured: RoundingErrors) -> None:
+    pass
+
+
 def measure_rounding(
     checkpoint: Checkpoint,
     scores: ScoreFile,
@@ -47,12 +51,14 @@ def measure_rounding(
     round_trip: RoundTrip,
     progress: ProgressCallback = silent,
     feedback_types: Collection[str] = (),
+    grown: Callable[[RoundingErrors], None] = _ignore,
 ) -> RoundingErrors:
     """Measure and return everything that ``wanted`` lacks.
 
     Args:
         dense: types by tensor. pairs: types of (down, up). bases: types of bases with a low-rank correction, which
             ``corrections`` has the types and ranks of. feedback_types: those that are rounded with error feedback.
+        grown: told what is known so far, after each tensor.
     """
     missing = {
         name: types
@@ -60,33 +66,42 @@ def measure_rounding(
         if (types := tuple(t for t in allowed if t not in wanted.dense.get(name, {})))
     }
     keys = {pair_key(*pair) for pair in pairs} | {residual_key(base) for base in bases}
-    modules = [name for name in scores.modules if not keys <= wanted.pairs.get(name, {}).keys()]
-    measured = spread(modules)
-    total = len(missing) + len(measured)
-    done = 0
-    found: dict[str, dict[str, float]] = {}
+    # The same ones, whatever is known of them.
+    sampled = spread(list(scores.modules))
+    lacking = [name for name in sampled if not keys <= wanted.pairs.get(name, {}).keys()]
+    total, done = len(missing) + len(lacking), 0
+    known = wanted
+
+    def note(new: RoundingErrors) -> None:
+        nonlocal known, done
+        known, done = known.merged(new), done + 1
+        grown(known)
+
     for key, names in _by_input(scores, missing):
         wanted_types = {form for name in names for form in missing[name]}
         inputs = _Inputs.of(scores, key, not wanted_types.isdisjoint(feedback_types))
         for name in names:
             progress(Progress(_STAGE, done, total, name))
-            found[name] = dict(_dense(checkpoint, scores, name, missing[name], round_trip, inputs, feedback_types))
-            done += 1
-    ratios: dict[str, dict[str, Ratios]] = {}
-    for name in measured:
+            losses = dict(_dense(checkpoint, scores, name, missing[name], round_trip, inputs, feedback_types))
+            note(replace(wanted, dense={name: losses}, pairs={}))
+    for name in lacking:
         progress(Progress(_STAGE, done, total, name))
         new = [p for p in pairs if pair_key(*p) not in wanted.pairs.get(name, {})]
         new_bases = [base for base in bases if residual_key(base) not in wanted.pairs.get(name, {})]
         formats = [(weight_type(wanted.format, d), weight_type(wanted.format, u)) for d, u in new]
         problem = _Sample.of(checkpoint, scores, name, bool(feedback_types))
-        ratios[name] = dict(_pairs(problem, formats, round_trip))
+        ratios = dict(_pairs(problem, formats, round_trip))
         for base in new_bases:
             form = weight_type(wanted.format, base)
-            ratios[name][residual_key(base)] = _residual(problem, form, corrections, round_trip)
-        done += 1
+            ratios[residual_key(base)] = _residual(problem, form, corrections, round_trip)
+        note(replace(wanted, dense={}, pairs={name: ratios}))
     progress(Progress(_STAGE, total, total))
-    everywhere = {name: ratios[_nearest(name, measured)] for name in modules}
-    return wanted.merged(replace(wanted, dense=found, pairs=everywhere))
+    everywhere = {name: known.pairs[_nearest(name, sampled)] for name in scores.modules} if keys else known.pairs
+    # In the order of the model, whichever were measured first.
+    ordered = {name: known.dense[name] for name in (*dense, *known.dense) if name in known.dense}
+    whole = replace(known, dense=ordered, pairs=everywhere)
+    grown(whole)
+    return whole
 
 
 def _kind(module: str) -> str:

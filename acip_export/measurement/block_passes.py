@@ -20,11 +20,14 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from acip_export.errors import UnsupportedError
+from acip_export.io.kept_states import KeptStates
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of
 
 # Numbers of log-probabilities at a time.
 _AT_ONCE = 2**23
+# The dense model's hidden states, among kept ones.
+_DENSE = "dense"
 
 
 class Variant(Protocol):
@@ -104,17 +107,29 @@ class BlockPasses:
 
     @torch.no_grad()
     def divergences(
-        self, variants: Sequence[Variant], advance: Callable[[], None] = lambda: None
+        self,
+        variants: Sequence[Variant],
+        advance: Callable[[], None] = lambda: None,
+        kept: KeptStates | None = None,
     ) -> list[MeasuredDivergence]:
         """Measure every variant on all windows.
 
         Args:
             advance: called after each block of each variant, the dense model being one.
+            kept: of the same variants and windows, read and filled: blocks that are behind are left out.
         """
         outside = [Changes.of(variant, self.parameters[""]) for variant in variants]
         dense, arguments = self.enter({})
         hidden = [self.enter(changes.tensors)[0] if changes.tensors else dense for changes in outside]
+        behind = kept.blocks if kept is not None else 0
+        if kept is not None and behind:
+            states = kept.restored()
+            # Those that are not there are as the dense model's still.
+            dense = states[_DENSE]
+            hidden = [states.get(str(index), dense) for index in range(len(hidden))]
         for number, (name, block) in enumerate(zip(self.names, self.blocks, strict=True)):
+            if number < behind:
+                continue
             before = dense
             dense = through(block, {}, before, arguments[number])
             advance()
@@ -127,6 +142,9 @@ class BlockPasses:
                     with self._rounding(changes.input_blocks):
                         hidden[index] = through(block, own, hidden[index], arguments[number])
                 advance()
+            if kept is not None:
+                differing = {str(index): states for index, states in enumerate(hidden) if states is not dense}
+                kept.passed(number + 1, {_DENSE: dense, **differing})
         return self._compare(dense, hidden, outside)
 
     def enter(self, changed: Mapping[str, Tensor]) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
