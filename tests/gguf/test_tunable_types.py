@@ -20,7 +20,14 @@ def test_the_table_has_the_types_that_say_so() -> None:
     assert SCALE_PLACES.keys() == TUNABLE_TYPES
 
 
-@pytest.mark.parametrize("name", sorted(TUNABLE_TYPES))
+# ggml's tables for it take half a minute on a busy machine.
+SLOW = {"iq1_s"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in sorted(TUNABLE_TYPES)],
+)
 def test_ggml_reads_the_product(name: str) -> None:
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 512, generator=random)
