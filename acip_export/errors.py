@@ -8,6 +8,7 @@
     │   ├── ScoreFileError             *.acip
     │   ├── PlanFileError              plan.json
     │   ├── BundleError                the materialized model
+    │   ├── TunedFileError             tuned.safetensors of an export that was tuned
     │   ├── DataError                  calibration or evaluation text
     │   ├── RankingError               model and text together: the ranking run diverged, or cannot be resumed
     │   ├── DeviceFileError            a user's devices.toml
@@ -69,6 +70,10 @@ class PlanFileError(InputError):
 
 class BundleError(InputError):
     """The bundle is damaged, of an unknown version, or does not fit its plan."""
+
+
+class TunedFileError(InputError):
+    """The tuned numbers of an export are missing, damaged, of an unknown version, or of another plan."""
 
 
 class DataError(InputError):

@@ -88,6 +88,10 @@ class KeptRoundings:
             raise OutputError(f"{self.directory} has no room for rounded matrices: {reason.strerror}") from reason
         return arrays
 
+    def state(self, name: str, sha256: str) -> Path:
+        """Return the file in which a run that takes long keeps how far it is with a plan."""
+        return self.directory / f"{name}-{sha256}.safetensors"
+
 
 @contextmanager
 def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:

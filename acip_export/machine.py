@@ -1,14 +1,69 @@
-"""Say what this machine has."""
+"""Say what this machine has, and what it does in a second."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 # Where Linux says what a container may take, in its second and first version of control groups.
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Hold what a machine does in a second.
+
+    Attributes:
+        float32, float64: operations of products, with all threads.
+        calls: of numpy on short arrays, in one thread: what loops of Python around them are counted in.
+        threads: that compute.
+    """
+
+    float32: float
+    float64: float
+    calls: float
+    threads: int
+
+    @classmethod
+    def measured(cls, width: int, clock: Callable[[], float] = time.perf_counter) -> Machine:
+        """Measure this one, for half a second, on products of matrices about as wide as a model's.
+
+        Args:
+            clock: seconds; those of one process leave the others out, as long as it computes in one thread.
+        """
+        import numpy as np
+        import torch
+
+        width = max(256, min(width, 2048))
+
+        def spent(work: Callable[[], object], seconds: float) -> Iterator[float]:
+            until = time.perf_counter() + seconds
+            while True:
+                begin = clock()
+                work()
+                yield max(clock() - begin, 1e-9)
+                if time.perf_counter() >= until:
+                    return
+
+        def products(dtype: torch.dtype) -> float:
+            left, right = torch.ones(1024, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+            return 2 * left.numel() * width / min(spent(lambda: left @ right, 0.25))
+
+        short = np.ones(64, np.float32)
+
+        def calls() -> None:
+            for _ in range(1000):
+                np.multiply(short, short, out=short)
+
+        # Too short to be interrupted, so that the best of them would say nothing about the load.
+        taken = list(spent(calls, 0.1))
+        speeds = products(torch.float32), products(torch.float64), 1000 * len(taken) / sum(taken)
+        return cls(*speeds, torch.get_num_threads())
 
 
 def memory_bytes(limits: tuple[str, ...] = _CONTAINER_LIMITS) -> int:

@@ -6,7 +6,7 @@ reference that exports are compared with), and it is the very code that writes t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -29,11 +29,17 @@ class InputMoments:
         importance: (columns,) second moments: weights of the squared rounding error; ``None``: all columns count alike.
         feedback: how errors are carried from column to column; ``None``: every weight goes to its nearest code.
         kept: where matrices that were rounded with error feedback are kept.
+        gains: (rows, blocks) what tuning multiplies the scale of each block with once its codes are chosen.
     """
 
     importance: torch.Tensor | None = None
     feedback: FeedbackFactor | None = None
     kept: KeptRoundings | None = None
+    gains: torch.Tensor | None = None
+
+    def of_rows(self, rows: torch.Tensor | slice) -> InputMoments:
+        """Return the same for some rows of the matrix, in their order."""
+        return self if self.gains is None else replace(self, gains=self.gains[rows])
 
 
 class RoundTrip(Protocol):

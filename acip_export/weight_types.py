@@ -34,6 +34,8 @@ class WeightType:
         zero_point_bits: of every block's zero point, packed row by row behind the scales (ONNX); 0: symmetric.
         input_block: columns of what the matrix is multiplied with that the runtime rounds to int8 under one scale, on
             processors; 0: it multiplies in floating point.
+        effort: of rounding a thousand weights, in :attr:`acip_export.machine.Machine.calls`. tables: of rounding the
+            first of a process, beside that.
     """
 
     name: str
@@ -46,6 +48,8 @@ class WeightType:
     item_bytes: int = 4
     zero_point_bits: int = 0
     input_block: int = 0
+    effort: float = 140.0
+    tables: float = 0.0
 
     @property
     def bits_per_weight(self) -> float:

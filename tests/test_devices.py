@@ -51,6 +51,18 @@ def test_the_packages_table() -> None:
         assert "http" in device.sources["usable"] or device.sources["usable"].startswith(("estimate", "measured"))
 
 
+@pytest.mark.parametrize("name", ["cpu-16gb", "cuda-8gb", "iphone-17-pro-12gb", "pixel-10-12gb", "dgx-spark-128gb"])
+def test_devices_of_today_and_of_any_make_are_known(name: str) -> None:
+    assert find_device(name, load_devices()).default_format == "gguf"
+
+
+def test_types_for_rows_that_256_does_not_divide_are_not_called_slow() -> None:
+    # Kernels of their own on x86, Arm, CUDA and Metal; WebAssembly has none of q4_1.
+    for device in load_devices().values():
+        narrow = {"q5_1", "q5_0", "q4_1"} - set(device.types["gguf"])
+        assert narrow == ({"q4_1"} if device.kind == "browser" else set()), device.name
+
+
 def test_phones_enforce_what_cannot_be_dropped() -> None:
     for device in load_devices().values():
         assert (device.enforces == "anonymous") == (device.kind == "phone")

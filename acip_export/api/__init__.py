@@ -5,7 +5,7 @@ from acip_export.api.opening import open_model, open_scores
 from acip_export.api.plan import Known, plan_export, planned_sizes, planning_problem, sweep_document, sweep_sizes
 from acip_export.api.rank import ranking_summary, write_imatrix
 from acip_export.api.report import ranked_model_of, write_report
-from acip_export.api.rounding import measure_rounding_errors, rounding_errors
+from acip_export.api.rounding import measure_rounding_errors, rounding_errors, rounding_estimate
 from acip_export.api.text import evaluation_text, text_to_measure
 from acip_export.api.verify import verify_directory
 from acip_export.report import write_comparison
@@ -25,6 +25,7 @@ __all__ = [
     "ranked_model_of",
     "ranking_summary",
     "rounding_errors",
+    "rounding_estimate",
     "shared_work",
     "sweep_document",
     "sweep_sizes",

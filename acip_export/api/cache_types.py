@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,13 +12,14 @@ from acip_export.api.rank import rounding_scores
 from acip_export.artifacts.cache_losses import CacheLosses, load_cache_losses, save_cache_losses
 from acip_export.artifacts.plan import Serving
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import MissingExtraError, UnsupportedError, UsageError
+from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Problem, SearchSpace
 from acip_export.progress import Clock, ProgressCallback, silent
 from acip_export.verification.metrics import compare_logits
 
 _PROMPT_BATCH = 128
+_MOST_BITS = 16
 
 
 def known_cache_losses(scores: ScoreFile, space: SearchSpace) -> CacheLosses:
@@ -46,54 +48,68 @@ def measured_cache_losses(
     """
     known = known_cache_losses(scores, space)
     own = next(iter(space.format.cache_types))
-    sides = [
-        (side, name)
-        for side, measured in (("keys", known.keys), ("values", known.values))
-        for name in types
-        if name not in measured and name != own
-    ]
-    if not sides:
+    changes = tuple(_changes(checkpoint, space, own, [name for name in types if name not in known.keys]))
+    if not changes:
         return known
     try:
-        windows, text_sha256 = held_out_windows(checkpoint, scores, 2 * len(sides))
+        windows, text_sha256 = held_out_windows(checkpoint, scores, len(changes))
     except UnsupportedError as reason:
         raise UnsupportedError(f"--cache-type auto measures what each type costs: {reason}; name a type") from None
-    found: dict[str, dict[str, float]] = {
-        "keys": {own: 0.0, **known.keys},
-        "values": {own: 0.0, **known.values},
-    }
     count, length = windows.shape
     serving = Serving(length, own, min(_PROMPT_BATCH, length), space.backend)
-    clock = Clock("KV cache types", count * len(sides), progress)
+    clock = Clock("KV cache types", count * len(changes), progress)
+    sums = [0.0] * len(changes)
     with TemporaryDirectory(prefix="acip-export-") as directory:
-        export = Path(directory) / "export"
-        _most_precise(checkpoint, scores, space, serving, export)
+
+        def export_of(changed: Serving) -> Path:
+            name = changed.cache_type_k if space.format.cache_in_file else own
+            export = Path(directory) / name
+            if not export.exists():
+                _most_precise(checkpoint, scores, space, changed, export)
+            return export
+
         session = space.format.sessions[0]
         for window in windows.numpy():
-            with session.open(export, serving) as opened:
+            with session.open(export_of(serving), serving) as opened:
                 reference = list(opened.logits(window[None]))
-            for side, name in sides:
-                keys, values = (name, own) if side == "keys" else (own, name)
+            for index, (keys, values) in enumerate(changes):
                 changed = replace(serving, cache_type_k=keys, cache_type_v=values)
-                with session.open(export, changed) as opened:
+                with session.open(export_of(changed), changed) as opened:
                     kl = compare_logits(reference, opened.logits(window[None]), ([], [])).mean_kl
-                found[side][name] = found[side].get(name, 0.0) + max(0.0, kl) / count
+                sums[index] += max(0.0, kl) / count
                 clock.advance()
+    found = {"keys": {own: 0.0, **known.keys}, "values": {own: 0.0, **known.values}}
+    for (keys, values), loss in zip(changes, sums, strict=True):
+        sides = [side for side, name in (("keys", keys), ("values", values)) if name != own]
+        for side in sides:
+            found[side][keys if side == "keys" else values] = loss / len(sides)
     losses = replace(known, text_sha256=text_sha256, tokens=windows.numel(), keys=found["keys"], values=found["values"])
     if scores.file is not None:
         save_cache_losses(losses, scores.file)
     return losses
 
 
+def _changes(checkpoint: Checkpoint, space: SearchSpace, own: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield types of keys and values that tell what each of ``names`` costs: on one side, or where both are of one
+    type on both, whose loss then counts half for each."""
+    for name in names:
+        if name == own:
+            continue
+        if space.format.refused_cache(checkpoint, name, own):
+            yield name, name
+        else:
+            yield from ((name, own), (own, name))
+
+
 def _most_precise(checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace, serving: Serving, out: Path) -> None:
-    """Write an export of the dense weights in half precision."""
+    """Write an export of the dense weights in the most precise type of at most 16 bits."""
     from acip_export.materialization import PlannedModel
 
     format = space.format
-    plain = next((layout for layout in format.layouts if layout.low_rank is None), None)
-    if plain is None:
-        raise UsageError(f"{format.name} has no layout of dense weights to measure its cache types with; name a type")
-    precise = replace(space, layout=plain, types=(format.type("f16"),), rounding="nearest")
-    plan = Problem.of(checkpoint, scores, precise).largest("file", serving)
+    plain = next((layout for layout in format.layouts if layout.low_rank is None), format.layouts[0])
+    types = (next(form for form in map(format.type, format.types) if form.bits_per_weight <= _MOST_BITS),)
+    precise = replace(space, layout=plain, types=types, rounding="nearest")
+    problem = Problem.of(checkpoint, scores, precise).only(lambda _, decision: decision.rank is None)
+    plan = problem.largest("file", serving)
     out.mkdir()
     format.convert(PlannedModel(checkpoint, rounding_scores(checkpoint, scores), plan, format.round_trip), out, silent)

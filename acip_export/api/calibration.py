@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acip_export.api.text import held_out_text
@@ -13,13 +16,16 @@ from acip_export.artifacts.measured_losses import (
     load_measured_losses,
     save_measured_losses,
 )
+from acip_export.artifacts.plan import dumps_plan
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import MissingExtraError, UnsupportedError
+from acip_export.io.kept_states import kept_states
 from acip_export.measurement.passes import passes_for
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Problem, SearchSpace, ServingRule
 from acip_export.progress import ProgressCallback, silent
+from acip_export.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,16 +58,13 @@ def calibrated_errors(
     nothing = MeasuredLosses(errors.format, errors.quantizer, errors.scores_sha256)
     known = load_measured_losses(cache, nothing) if cache else scores.measured_losses.get(kept_as, nothing)
     try:
-        measured = _measured(checkpoint, scores, space, errors, rule, known, progress)
+        measured = _measured(checkpoint, scores, space, errors, rule, known, cache, progress)
     except (MissingExtraError, UnsupportedError) as reason:
         if not known.classes:
             return errors, (f"predicted losses are not calibrated on this model: {reason}",)
         measured = known
-    if measured is not known:
-        if cache is not None:
-            save_measured_losses(measured, cache)
-        else:
-            scores.measured_losses[kept_as] = measured
+    if cache is None:
+        scores.measured_losses[kept_as] = measured
     return measured.calibrated(errors), ()
 
 
@@ -72,9 +75,10 @@ def _measured(
     errors: RoundingErrors,
     rule: ServingRule,
     known: MeasuredLosses,
+    cache: Path | None,
     progress: ProgressCallback,
 ) -> MeasuredLosses:
-    """Return ``known`` with what it lacks.
+    """Return ``known`` with what it lacks, also written into ``cache``, beside which unfinished passes are kept.
 
     Raises:
         MissingExtraError, UnsupportedError: it cannot be measured here.
@@ -88,10 +92,17 @@ def _measured(
 
     weights = rounded_weights(checkpoint, scores, space)
     plan = Problem.of(checkpoint, scores, space, errors).largest("file", rule.at_every_budget(1))
-    losses = measure_classes(checkpoint, weights, plan, space.format.vector_type, passes, windows, progress)
-    measured = replace(known, text_sha256=text_sha256, tokens=windows.numel())
-    for each, loss in zip(passes, losses, strict=True):
-        measured = measured.with_loss(each.name, each.type, each.inputs, loss)
+    listed = "\n".join(f"{each.name} {each.type} {each.inputs} {sorted(each.tensors)}" for each in passes)
+    made_by = f"acip-export {__version__}, torch {version('torch')}, {known.quantizer}"
+    text = f"text {text_sha256}, windows {tuple(windows.shape)}"
+    origin = f"{made_by}\nscores {known.scores_sha256}\n{text}\n{dumps_plan(plan)}\n{listed}"
+    with nullcontext() if cache is None else kept_states(cache.with_name(f"{cache.name}.run"), origin) as kept:
+        losses = measure_classes(checkpoint, weights, plan, space.format.vector_type, passes, windows, progress, kept)
+        measured = replace(known, text_sha256=text_sha256, tokens=windows.numel())
+        for each, loss in zip(passes, losses, strict=True):
+            measured = measured.with_loss(each.name, each.type, each.inputs, loss)
+        if cache is not None:
+            save_measured_losses(measured, cache)
     return measured
 
 

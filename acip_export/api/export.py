@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import shlex
@@ -15,14 +14,16 @@ from typing import TYPE_CHECKING
 from acip_export.api.plan import planned_sizes
 from acip_export.api.rank import rounding_scores
 from acip_export.api.report import write_report
+from acip_export.api.tuning import check_tuning, tuned_numbers
 from acip_export.artifacts.bundle import BUNDLE_KIND, Bundle, bundle_beside
 from acip_export.artifacts.export_directory import EXPORT_KIND, is_unverified, mark_unverified, settle_mark
 from acip_export.artifacts.materialized import MaterializedModel
-from acip_export.artifacts.names import PLAN_FILE, SCORE_FILE_SUFFIX
-from acip_export.artifacts.plan import Plan, dumps_plan
+from acip_export.artifacts.names import PLAN_FILE, SCORE_FILE_SUFFIX, TUNED_FILE
+from acip_export.artifacts.plan import Plan, dumps_plan, plan_sha256
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.errors import AcipError, InfeasibleBudgetError, VerificationError
+from acip_export.artifacts.tuned import Tuned, save_tuned
+from acip_export.errors import AcipError, InfeasibleBudgetError, UsageError, VerificationError
 from acip_export.formats.registry import export_format
 from acip_export.io.atomic import scratch_directory
 from acip_export.io.outputs import Output, claim_output
@@ -59,10 +60,17 @@ def materialize_bundle(
     """Write the bundle of ``plan``, its factors fitted to what the format's quantizer makes of them.
 
     Raises as :func:`acip_export.materialization.materialize_bundle`, and
+        UsageError: the plan is tuned.
         MissingExtraError: the format's quantizer is not installed.
         ImatrixError: see :func:`converters.gguf.imatrix.importance_of`.
     """
     from acip_export import materialization as materialize
+
+    if plan.tune_seconds is not None:
+        raise UsageError(
+            "a bundle has the numbers before they are rounded, and tuning changes those after it; export without "
+            "a bundle, or plan without  --tune"
+        )
 
     written_as = export_format(plan.format)
     return materialize.materialize_bundle(
@@ -85,11 +93,12 @@ def planned_model(
     scratch: Scratch | None,
     cache: Path | None = None,
     kept: KeptRoundings | None = None,
+    tuned: Tuned | None = None,
 ) -> PlannedModel:
     """Open what :func:`materialize_bundle` would write, to be made tensor by tensor; raises as that does.
 
     Args:
-        scratch, cache, kept: as :class:`acip_export.materialization.PlannedModel`.
+        scratch, cache, kept, tuned: as :class:`acip_export.materialization.PlannedModel`.
     """
     from acip_export.materialization import PlannedModel
 
@@ -103,6 +112,7 @@ def planned_model(
         written_as.feedback_types,
         scratch,
         kept,
+        tuned,
     )
 
 
@@ -178,15 +188,28 @@ def export_model(
     if bundle is not None:
         claim_output(bundle, BUNDLE_KIND, force, read, checkpoint.path)
 
-    def tensors(plan: Plan, scratch: Path, force: bool, kept: KeptRoundings | None = None) -> MaterializedModel:
+    if bundle is None:
+        check_tuning(checkpoint, scores, plan)
+
+    def converted(
+        plan: Plan, scratch: Path, directory: Path, force: bool, kept: KeptRoundings | None = None
+    ) -> MaterializedModel:
         if bundle is None:
-            return planned_model(checkpoint, scores, plan, Scratch(scratch, "a plan's factors"), cache, kept)
-        return Bundle.open(materialize_bundle(checkpoint, scores, plan, bundle, force, progress, cache), kept=kept)
+            tuned = tuned_numbers(checkpoint, scores, plan, cache, kept, progress)
+            factors = Scratch(scratch, "a plan's factors")
+            model: MaterializedModel = planned_model(checkpoint, scores, plan, factors, cache, kept, tuned)
+            if tuned is not None:
+                save_tuned(tuned, plan, directory / TUNED_FILE)
+        else:
+            made = materialize_bundle(checkpoint, scores, plan, bundle, force, progress, cache)
+            model = Bundle.open(made, kept=kept)
+        _convert(model, directory, progress, check=True)
+        checkpoint.check_unchanged()
+        return model
 
     if not verify:
         with scratch_directory(output.place, ".work") as scratch, output.new_directory() as directory:
-            _convert(tensors(plan, scratch, force), directory, progress, check=True)
-            checkpoint.check_unchanged()
+            converted(plan, scratch, directory, force)
         return None
     waiting = output
     if output.place.is_dir() and any(output.place.iterdir()) and not is_unverified(output.place):
@@ -200,26 +223,24 @@ def export_model(
                 output.held(),
                 scratch_directory(output.place, ".work") as scratch,
                 _roundings(roundings, output.place, plan, scores) as kept,
+                _staying(waiting, plan, command),
             ):
-                model = tensors(plan, scratch, force or len(budgets) > 1, kept)
-                with _staying(waiting, plan, command):
-                    with waiting.new_directory() as directory:
-                        _convert(model, directory, progress, check=True)
-                        checkpoint.check_unchanged()
-                        mark_unverified(directory, f"Verify it with:  {command}")
-                    report = verification.verify_export(
-                        waiting.place,
-                        model,
-                        text=text,
-                        dense=checkpoint.path,
-                        tasks=tasks,
-                        timeout=timeout,
-                        progress=progress,
-                        cache=cache,
-                        stop_over_budget=not last,
-                    )
-                    planned = planned_sizes(checkpoint, scores, plan, types) if sizes is None else sizes
-                    return _settled(report, waiting, output, checkpoint, scores, planned)
+                with waiting.new_directory() as directory:
+                    model = converted(plan, scratch, directory, force or len(budgets) > 1, kept)
+                    mark_unverified(directory, f"Verify it with:  {command}")
+                report = verification.verify_export(
+                    waiting.place,
+                    model,
+                    text=text,
+                    dense=checkpoint.path,
+                    tasks=tasks,
+                    timeout=timeout,
+                    progress=progress,
+                    cache=cache,
+                    stop_over_budget=not last,
+                )
+                planned = planned_sizes(checkpoint, scores, plan, types) if sizes is None else sizes
+                return _settled(report, waiting, output, checkpoint, scores, planned)
         except verification.OverBudget as over:
             assert plan_again is not None
             # Two processes with the same export differ by as much as a two hundredth.
@@ -243,8 +264,7 @@ def _roundings(
         return nullcontext(KeptRoundings(shared))
     quantizer = export_format(plan.format, plan.serving.backend).quantizer()
     made_by = f"acip-export {__version__}, {quantizer}, feedback {FEEDBACK_VERSION}"
-    plan_sha256 = hashlib.sha256(dumps_plan(plan).encode()).hexdigest()
-    return roundings_beside(place, f"{made_by}\nscores {scores.sha256}\nplan {plan_sha256}\n")
+    return roundings_beside(place, f"{made_by}\nscores {scores.sha256}\nplan {plan_sha256(plan)}\n")
 
 
 def roundings_left(export: Path, plan: Plan, scores: ScoreFile) -> AbstractContextManager[KeptRoundings | None]:

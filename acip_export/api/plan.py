@@ -187,7 +187,10 @@ def plan_export(
         better = tuple(each for each in best.certificate.alternatives if not each.change.startswith("--budget"))
         best = replace(best, certificate=replace(best.certificate, alternatives=better))
     scaled = calibrated != [] and all(calibrated)
-    return _loadable(replace(best, device=request.device, calibrated=scaled, notes=tuple(notes)), request)
+    return _loadable(
+        replace(best, device=request.device, calibrated=scaled, notes=tuple(notes), tune_seconds=request.tune_seconds),
+        request,
+    )
 
 
 def _refuse_what_nothing_fits(

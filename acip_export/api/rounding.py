@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from acip_export.artifacts.cache import kept_as_it_grows
 from acip_export.artifacts.rounding_errors import (
     RoundingErrors,
     cache_file,
@@ -16,11 +20,17 @@ from acip_export.artifacts.rounding_errors import (
 )
 from acip_export.artifacts.scores import ScoreFile, load_scores
 from acip_export.errors import MissingExtraError, UnsupportedError, UsageError
-from acip_export.formats.registry import export_format
+from acip_export.formats.registry import export_format, format_names
+from acip_export.machine import Machine
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.tensor_names import HEAD, is_embedding
 from acip_export.planning import PlanRequest, SearchSpace, resolve
 from acip_export.progress import ProgressCallback, silent
 from acip_export.rounding import FEEDBACK_VERSION
+from acip_export.weight_types import WeightType, weight_type
+
+if TYPE_CHECKING:
+    from acip_export.materialization.rounding_estimate import Rounded
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +72,9 @@ def rounding_errors(
     Read from the cache beside the score file; what it lacks is measured once and added to it. Scores that are in no
     file keep what was measured themselves. Without the quantizer the answer is what is known.
     """
-    from acip_export.planning.candidates import pair_types, residual_bases
-
     scores.check_model(checkpoint)
-    fmt, types, layout = space.format, space.allowed, space.layout
-    feedback_types = fmt.feedback_types if space.rounding == "feedback" else frozenset()
+    fmt, layout = space.format, space.layout
+    feedback_types = _feedback_types(space)
     quantizer = fmt.quantizer() + (f", error feedback and channel scales {FEEDBACK_VERSION}" if feedback_types else "")
     kept_as = f"{fmt.name} {space.rounding}"
     cache = None if scores.file is None else cache_file(scores.file, fmt.name, space.rounding)
@@ -74,19 +82,11 @@ def rounding_errors(
         known = load_rounding_errors(cache, fmt.name, quantizer, scores.sha256)
     else:
         known = scores.rounding_errors.get(kept_as) or RoundingErrors(fmt.name, quantizer, scores.sha256)
-    embedding_types = space.allowed_in_embedding
     dense = {
-        name: tuple(
-            f.name
-            for f in (embedding_types if name in scores.embedding_sensitivity else types).of_row(info.shape[1])
-            if not (f.needs_importance and name in scores.embedding_sensitivity)
-        )
-        for name, info in checkpoint.tensors.items()
-        if name in scores.embedding_sensitivity or name.removesuffix(".weight") in scores.modules
+        name: tuple(form.name for form in types)
+        for name, types in _dense_types(checkpoint, space, scores.embedding_sensitivity, scores.modules).items()
     }
-    columns = sorted({module.shape[1] for module in scores.modules.values()})
-    pairs = () if layout.low_rank is None else pair_types(types, columns)
-    bases = residual_bases(layout, types, columns)
+    pairs, bases = _pairs(space, (module.shape for module in scores.modules.values()))
     keys = [*(pair_key(*pair) for pair in pairs), *map(residual_key, bases)]
     if known.covers(dense, keys, scores.modules):
         return known
@@ -94,28 +94,99 @@ def rounding_errors(
     from acip_export.materialization.channel_scales import scale_channels
     from acip_export.materialization.rounding import measure_rounding
 
+    def save(measured: RoundingErrors) -> bool:
+        if cache is not None:
+            return save_rounding_errors(measured, cache)
+        scores.rounding_errors[kept_as] = measured
+        return True
+
     read, read_with = scale_channels(checkpoint, scores) if feedback_types else (checkpoint, scores)
     try:
-        measured = measure_rounding(
-            read,
-            read_with,
-            known,
-            dense,
-            pairs,
-            bases,
-            layout.residual_pairs,
-            fmt.round_trip,
-            progress,
-            feedback_types,
-        )
+        with kept_as_it_grows(save) as grown:
+            return measure_rounding(
+                read,
+                read_with,
+                known,
+                dense,
+                pairs,
+                bases,
+                layout.residual_pairs,
+                fmt.round_trip,
+                progress,
+                feedback_types,
+                grown,
+            )
     except MissingExtraError as missing:
         logger.warning("rounding errors are those of Gaussian weights: %s", missing)
         return known
-    if cache is not None:
-        save_rounding_errors(measured, cache)
-    else:
-        scores.rounding_errors[kept_as] = measured
-    return measured
+
+
+def _feedback_types(space: SearchSpace) -> frozenset[str]:
+    return space.format.feedback_types if space.rounding == "feedback" else frozenset()
+
+
+def _dense_types(
+    checkpoint: Checkpoint, space: SearchSpace, embeddings: Collection[str], modules: Collection[str]
+) -> dict[str, tuple[WeightType, ...]]:
+    """Return the types that each matrix may take: embeddings, an untied head, and linear layers."""
+    found = {}
+    for name, info in checkpoint.tensors.items():
+        if name in embeddings:
+            fitting = space.allowed_in_embedding.of_row(info.shape[1])
+            found[name] = tuple(form for form in fitting if not form.needs_importance)
+        elif name.removesuffix(".weight") in modules:
+            found[name] = space.allowed.of_row(info.shape[1])
+    return found
+
+
+def _pairs(
+    space: SearchSpace, shapes: Iterable[tuple[int, int]]
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Return the types of pairs, and of bases with a correction, that layers of these shapes may become."""
+    from acip_export.planning.candidates import pair_types, residual_bases
+
+    columns, layout = sorted({inputs for _, inputs in shapes}), space.layout
+    pairs = () if layout.low_rank is None else pair_types(space.allowed, columns)
+    return pairs, residual_bases(layout, space.allowed, columns)
+
+
+def rounding_estimate(checkpoint: Checkpoint, machine: Machine) -> dict[str, float]:
+    """Return about how long :func:`measure_rounding_errors` takes, by format; of what the model does not have, nothing.
+
+    No weight is read.
+    """
+    found = {}
+    for name in format_names():
+        with suppress(MissingExtraError, UnsupportedError):
+            found[f"types of {name}"] = rounding_work(checkpoint, name).seconds(machine)
+    return found
+
+
+def rounding_work(checkpoint: Checkpoint, format: str) -> Rounded:
+    """Return the sizes that measuring the default types of a format depends on.
+
+    Raises:
+        UnsupportedError: the model has none.
+    """
+    from acip_export.materialization.rounding_estimate import Rounded
+    from acip_export.ranking.estimate import RankModel
+
+    fmt = export_format(format)
+    request = PlanRequest(format, rounding="feedback" if fmt.feedback_types else "nearest")
+    space, modules = resolve(request, checkpoint).space, checkpoint.linear_modules
+    embeddings = [name for name in checkpoint.tensors if is_embedding(name) or name == HEAD]
+    types = _dense_types(checkpoint, space, embeddings, modules)
+    shapes = {name: (checkpoint.tensors[name].shape[0], checkpoint.tensors[name].shape[1]) for name in types}
+    # A correction of a base, which no default layout has, is left out.
+    pairs, _ = _pairs(space, modules.values())
+    return Rounded(
+        shapes,
+        types,
+        [*RankModel(checkpoint).moment_columns, *(shapes[name][1] for name in embeddings)],
+        list(modules),
+        [(weight_type(format, down), weight_type(format, up)) for down, up in pairs],
+        _feedback_types(space),
+    )
 
 
 def measure_rounding_errors(checkpoint: Checkpoint, scores: Path, progress: ProgressCallback = silent) -> None:
@@ -123,8 +194,6 @@ def measure_rounding_errors(checkpoint: Checkpoint, scores: Path, progress: Prog
 
     Plans measure what is missing themselves; having it from the start makes the first one take seconds.
     """
-    from acip_export.formats.registry import format_names
-
     opened = load_scores(scores)
     for name in format_names():
         try:

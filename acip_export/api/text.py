@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import DataError, MissingExtraError, UnsupportedError
 from acip_export.formats.session import Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification.export import EvaluationText
+
+if TYPE_CHECKING:
+    from acip_export.text.packing import PackedText
 
 _LONGEST_WINDOW = 1024
 _MOST_HELD_OUT, _OPERATIONS = 2048, 2 * 10**12
@@ -55,30 +59,49 @@ def held_out_text(checkpoint: Checkpoint, scores: ScoreFile, context: int) -> Ev
 
     So many tokens that verifying on them takes a minute or two on two cores, windows as of :func:`evaluation_text`.
     """
+    data = scores.data
+    other = data.evaluation is not None
+    text = _ranked_text(checkpoint, scores, data.evaluation)
+    if text is None or not data.held_out:
+        return None
+    kept = text.windows[: data.held_out] if other else text.windows[-data.held_out :]
+    window = min(context, _LONGEST_WINDOW, kept.numel())
+    parameters = checkpoint.weight_bytes // 2
+    count = max(1, min(_MOST_HELD_OUT, _OPERATIONS // (2 * parameters), kept.numel()) // window)
+    windows: Windows = kept.flatten()[: count * window].view(count, window).numpy()
+    name = f"{Path(data.evaluation or data.source).name}, {'' if other else 'its end, '}held out from the ranking"
+    return EvaluationText(windows, name, text.sha256)
+
+
+def calibration_windows(checkpoint: Checkpoint, scores: ScoreFile, length: int) -> Windows | None:
+    """Return windows (n, ``length``) of the text that the ranking was calibrated on; ``None`` where it is not here."""
+    text, held_out = _ranked_text(checkpoint, scores, None), scores.data.held_out
+    if text is None or not held_out:
+        return None
+    tokens = (text.windows if scores.data.evaluation is not None else text.windows[:-held_out]).flatten()
+    length = min(length, len(tokens))
+    windows: Windows = tokens[: len(tokens) // length * length].view(-1, length).numpy()
+    return windows
+
+
+def _ranked_text(checkpoint: Checkpoint, scores: ScoreFile, evaluation: str | None) -> PackedText | None:
+    """Return the text of a ranking in its windows, or that other one which it was evaluated on."""
     from acip_export.text.packing import MOST_TOKENS, pack_text
 
     data, ranked_by = scores.data, scores.ranked_by
-    other = data.evaluation is not None
-    file = _found(data.evaluation or data.source, scores)
-    if file is None or not data.held_out or not ranked_by.context or not checkpoint.shape.generates:
+    file = _found(evaluation or data.source, scores)
+    if file is None or not ranked_by.context or not checkpoint.shape.generates:
         return None
     try:
-        if other:
+        if evaluation is not None:
             text = pack_text(checkpoint.path, file, ranked_by.context)
         else:
             most = ranked_by.most_tokens or MOST_TOKENS
             text = pack_text(checkpoint.path, file, ranked_by.context, 1, ranked_by.field, most)
     except (DataError, MissingExtraError, UnsupportedError):
         return None  # nor can it be read here
-    if text.sha256 != (data.evaluation_sha256 if other else data.sha256):
-        return None  # another text of the same name
-    kept = text.windows[: data.held_out] if other else text.windows[-data.held_out :]
-    window = min(context, _LONGEST_WINDOW, kept.numel())
-    parameters = checkpoint.weight_bytes // 2
-    count = max(1, min(_MOST_HELD_OUT, _OPERATIONS // (2 * parameters), kept.numel()) // window)
-    windows: Windows = kept.flatten()[: count * window].view(count, window).numpy()
-    name = f"{file.name}, {'' if other else 'its end, '}held out from the ranking"
-    return EvaluationText(windows, name, text.sha256)
+    # Else another text of the same name.
+    return text if text.sha256 == (data.sha256 if evaluation is None else data.evaluation_sha256) else None
 
 
 def _found(source: str, scores: ScoreFile) -> Path | None:

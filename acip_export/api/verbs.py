@@ -27,7 +27,7 @@ from acip_export.errors import CheckpointError, MissingExtraError, UnsupportedEr
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
 from acip_export.rounding import Rounding
-from acip_export.units import parse_bytes
+from acip_export.units import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
     from acip_export.artifacts.report import Report
@@ -113,6 +113,7 @@ def plan(
     rounding: Rounding | None = None,
     calibrate: bool = True,
     candidates: int = 1,
+    tune: str | float | None = None,
     options: Mapping[str, str] = _NONE,
     progress: ProgressCallback = silent,
     revision: str | None = None,
@@ -139,6 +140,8 @@ def plan(
         calibrate: scale predictions to what rounding each class of layers was measured to cost; the first plan of a
             format measures it, which takes minutes.
         candidates: plans that are run on held-out text before the best is taken; 1: the prediction alone chooses.
+        tune: ``"10min"``, or seconds: for so long scales and norms are tuned towards the dense model before the export
+            is written; it needs the ranking's text.
         options: settings that only this format knows, as its flags are called (``split_max_size``).
 
     Raises:
@@ -171,6 +174,7 @@ def plan(
         candidates=candidates,
         speeds=speeds_of(None),
         min_speed=min_speed,
+        tune_seconds=parse_seconds(tune, "tune") if isinstance(tune, str) else tune,
         options={name: parsers.get(name, str)(text) for name, text in options.items()},
     )
     return plan_export(checkpoint, open_scores(checkpoint, scores), request, progress)

@@ -16,6 +16,7 @@ from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
+from acip_export.artifacts.tuned import load_tuned
 from acip_export.errors import CheckpointError, ScoreFileError
 from acip_export.io.scratch import Scratch
 from acip_export.model.checkpoint import Checkpoint
@@ -56,7 +57,7 @@ def verify_directory(
             assert checkpoint is not None
             opened, scratch = open_scores(checkpoint, scores), Scratch(None, "a plan's factors")
             kept = stack.enter_context(roundings_left(export, plan, opened))
-            made_of = planned_model(checkpoint, opened, plan, scratch, kept=kept)
+            made_of = planned_model(checkpoint, opened, plan, scratch, kept=kept, tuned=load_tuned(export, plan))
         report = verification.verify_export(
             export,
             made_of,

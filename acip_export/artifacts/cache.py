@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +15,9 @@ from acip_export.errors import InputError
 from acip_export.io.inputs import read_input
 
 logger = logging.getLogger(__name__)
+
+# Seconds of measuring that a process which is killed may lose.
+_AT_MOST_LOST = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,32 @@ def load_cache(file: Path, nothing: _C, problem: Callable[[_C], str | None] = la
         return nothing
     same = (known.format, known.quantizer, known.scores_sha256)
     return known if same == (nothing.format, nothing.quantizer, nothing.scores_sha256) else nothing
+
+
+@contextmanager
+def kept_as_it_grows(save: Callable[[_C], bool]) -> Iterator[Callable[[_C], None]]:
+    """Yield what is told of a cache each time that it knows more: it is saved now and then, and when the block ends.
+
+    So what measures goes on where it was killed, or interrupted.
+
+    Args:
+        save: tells whether it could.
+    """
+    last, able, unsaved = time.monotonic(), True, list[_C]()
+
+    def grown(cache: _C) -> None:
+        nonlocal last, able
+        unsaved[:] = [cache]
+        if able and time.monotonic() - last >= _AT_MOST_LOST:
+            able = save(cache)
+            last = time.monotonic()
+            unsaved.clear()
+
+    try:
+        yield grown
+    finally:
+        for cache in unsaved:
+            save(cache)
 
 
 class _OtherVersionError(InputError):

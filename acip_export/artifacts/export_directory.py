@@ -8,9 +8,19 @@ from os import PathLike
 from pathlib import Path
 
 from acip_export.artifacts.document import listed_files
-from acip_export.artifacts.names import CARD_FILE, MARK_FILE, PAGE_FILE, PLAN, PLAN_FILE, REPORT, REPORT_FILE
+from acip_export.artifacts.names import (
+    CARD_FILE,
+    MARK_FILE,
+    PAGE_FILE,
+    PLAN,
+    PLAN_FILE,
+    REPORT,
+    REPORT_FILE,
+    TUNED,
+    TUNED_FILE,
+)
 from acip_export.artifacts.plan import PLAN_KIND
-from acip_export.io.outputs import DirectoryKind, FileKind, Output, claim_output, json_kind
+from acip_export.io.outputs import DirectoryKind, FileKind, Output, claim_output, json_kind, safetensors_kind
 
 REPORT_KIND = json_kind(REPORT.noun, REPORT.artifact)
 # The title of the page, and the front matter of the card.
@@ -21,12 +31,13 @@ COMPARISON_KIND = FileKind(
 CARD_KIND = FileKind("a model card", re.compile(rb'(?s)---\n.*^quantized_by: "acip-export"$', re.MULTILINE))
 _UNVERIFIED = "acip-export: this export is not verified."
 MARK_KIND = FileKind("a mark of acip-export", re.compile(re.escape(_UNVERIFIED.encode())))
+TUNED_KIND = safetensors_kind(TUNED.noun, TUNED.artifact)
 _PAPERS = {REPORT_FILE: REPORT_KIND, PAGE_FILE: PAGE_KIND, CARD_FILE: CARD_KIND, MARK_FILE: MARK_KIND}
 
 
 def _contents(directory: Path) -> Mapping[str, int | FileKind]:
     files = listed_files(directory / PLAN_FILE, PLAN)
-    return {**files, PLAN_FILE: PLAN_KIND, **_PAPERS} if files else {}
+    return {**files, PLAN_FILE: PLAN_KIND, TUNED_FILE: TUNED_KIND, **_PAPERS} if files else {}
 
 
 EXPORT_KIND = DirectoryKind("an export", _contents)

@@ -39,6 +39,11 @@ class MaterializedModel(ABC):
         self.path, self.plan, self.config, self.kept = path, plan, config, kept
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user of its exports has to know, a sentence each."""
+        return ()
+
+    @property
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of all tensors that there are, by name."""
@@ -59,9 +64,13 @@ class MaterializedModel(ABC):
     def feedback(self, name: str) -> FeedbackFactor | None:
         """Return how errors are carried in a matrix; ``None``: it is rounded to the nearest codes."""
 
+    def gains(self, name: str) -> torch.Tensor | None:  # noqa: ARG002 - for those that are tuned
+        """Return what tuning multiplies the scales of a matrix with, (rows, blocks); ``None``: they stay."""
+        return None
+
     def inputs(self, name: str) -> InputMoments:
         """Return what rounding may know about the inputs of a stored matrix; raises as :meth:`feedback`."""
-        return InputMoments(self.importance(name), self.feedback(name), self.kept)
+        return InputMoments(self.importance(name), self.feedback(name), self.kept, self.gains(name))
 
     def as_checkpoint(self) -> Checkpoint:
         """Return config and tokenizer, through the interface that predictions use."""
@@ -161,7 +170,8 @@ def rounded_tensor(
     tensor = (tensor if rows is None else tensor[rows]).float()
     if round_trip is None or tensor.ndim != 2 or name not in types:
         return tensor
-    return round_trip(tensor, types[name], model.inputs(name))
+    inputs = model.inputs(name)
+    return round_trip(tensor, types[name], inputs if rows is None else inputs.of_rows(rows))
 
 
 def check_names(model: MaterializedModel, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -14,10 +14,11 @@ MANIFEST_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 IMPORTANCE_FILE = "importance.safetensors"
 FEEDBACK_FILE = "feedback.safetensors"
+TUNED_FILE = "tuned.safetensors"
 CONFIG_FILE = "config.json"
 SCORE_FILE_SUFFIX = ".acip"
 # What an export's directory holds for people and tools, and no device needs.
-PAPERS = frozenset({PLAN_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE, MARK_FILE})
+PAPERS = frozenset({PLAN_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE, MARK_FILE, TUNED_FILE})
 
 
 class ArtifactName(NamedTuple):
@@ -36,6 +37,7 @@ class ArtifactName(NamedTuple):
 SCORES = ArtifactName("acip-scores", 2, "a score file", "rank again")
 PLAN = ArtifactName("acip-plan", 2, "a plan", "plan again")
 BUNDLE = ArtifactName("acip-bundle", 2, "a bundle", "materialize again")
+TUNED = ArtifactName("acip-tuned", 1, "tuned numbers", "export again")
 REPORT = ArtifactName("acip-report", 2, "a report", "run  acip-export verify  again")
 PAGE_DATA = ArtifactName("acip-report-data", 2, "a report page", "run  acip-export report  again")
 ROUNDING_ERRORS = ArtifactName("acip-rounding-errors", 2, "a cache of rounding errors", "plan again")

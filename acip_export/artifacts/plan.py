@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -222,6 +223,7 @@ class Plan(Artifact):
         calibrated: whether the prediction was scaled to losses measured on the model.
         candidates: what was compared with it by measuring, itself included; empty: nothing.
         speed: on the machine that was planned for; ``None``: it was not measured.
+        tune_seconds: for how long its scales and vectors are tuned before it is written; ``None``: not at all.
     """
 
     NAME: ClassVar[ArtifactName] = PLAN
@@ -253,6 +255,7 @@ class Plan(Artifact):
     calibrated: bool = False
     candidates: tuple[MeasuredCandidate, ...] = ()
     speed: PlannedSpeed | None = None
+    tune_seconds: PositiveFloat | None = None
 
     @property
     def loss_unit(self) -> str:
@@ -320,6 +323,11 @@ def dumps_plan(plan: Plan) -> str:
     lines = [json.dumps({k: v for k, v in t.items() if v is not None}) for t in tensors]
     head = json.dumps(data, indent=1)
     return head[:-2] + ',\n "tensors": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+
+
+def plan_sha256(plan: Plan) -> str:
+    """Return what tells plans apart."""
+    return hashlib.sha256(dumps_plan(plan).encode()).hexdigest()
 
 
 def load_plan(file: str | os.PathLike[str]) -> Plan:

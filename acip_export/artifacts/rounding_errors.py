@@ -130,6 +130,6 @@ def _problem(known: RoundingErrors) -> str | None:
     return None if grow else "$.pairs: the ranks of measured points do not grow"
 
 
-def save_rounding_errors(errors: RoundingErrors, file: Path) -> None:
-    """Write atomically, replacing what is there; a directory that cannot be written to is no error."""
-    keep(file, (json.dumps(errors.to_json(), indent=1) + "\n").encode(), "rounding errors are measured")
+def save_rounding_errors(errors: RoundingErrors, file: Path) -> bool:
+    """Write atomically, replacing what is there; a directory that cannot be written to is no error, but the answer."""
+    return keep(file, (json.dumps(errors.to_json(), indent=1) + "\n").encode(), "rounding errors are measured")

@@ -578,7 +578,7 @@ def find_scores(model: Path) -> Path:
     found = sorted(model.glob(f"*{SCORE_FILE_SUFFIX}"))
     if not found:
         raise ScoreFileError(
-            f"no score file (*{SCORE_FILE_SUFFIX}) in {model}.\nMake one with  acip-export rank {model} --data TEXT"
+            f"no score file (*{SCORE_FILE_SUFFIX}) in {model}\nMake one with  acip-export rank {model} --data TEXT"
         )
     if len(found) > 1:
         names = "\n".join(f"  {file}" for file in found)

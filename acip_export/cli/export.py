@@ -150,7 +150,7 @@ def export(
                 return pipeline.plan_export(checkpoint, opened, replace(asked, budget_bytes=nbytes), known=known)
 
             try:
-                with console.stage_progress(_course(checkpoint, verify, keep_bundle)) as progress:
+                with console.stage_progress(_course(checkpoint, plan.tune_seconds, verify, keep_bundle)) as progress:
                     report = pipeline.export_model(
                         checkpoint,
                         opened,
@@ -275,12 +275,13 @@ def _show(results: list[Result], page: Path | None, json: bool) -> None:
         console.say(f"\n{len(results)} exports in {page.parent}, compared in {page}")
 
 
-def _course(checkpoint: Checkpoint, verify: bool, keep_bundle: bool) -> Course:
+def _course(checkpoint: Checkpoint, tune_seconds: float | None, verify: bool, keep_bundle: bool) -> Course:
     """What the stages take: rounding and verifying most, by the bytes of the dense model; processes have to start."""
+    share = checkpoint.weight_bytes * _SECONDS_PER_BYTE
+    tuned = {} if tune_seconds is None else {"tune": tune_seconds / share}
     written = {"materialize": 4.0, "convert": 1.0} if keep_bundle else {"convert": 5.0}
-    shares = {**written, **({"verify": 4.0} if verify else {})}
-    seconds = (10 if verify else 2) + checkpoint.weight_bytes * _SECONDS_PER_BYTE * sum(shares.values())
-    return Course(shares, seconds)
+    shares = {**tuned, **written, **({"verify": 4.0} if verify else {})}
+    return Course(shares, (10 if verify else 2) + share * sum(shares.values()))
 
 
 def _companions(format_name: str, names: tuple[str, ...], directory: Path) -> dict[Companion, Path]:

@@ -86,6 +86,7 @@ def main() -> None:
     """Entry point with the one error boundary."""
     boundary = ErrorBoundary()
     console.start(as_json="--json" in sys.argv[1:])
+    console.print_warnings()
     interruption = _Interruption()
     # Unwinding removes half-written output; the default action of SIGTERM would leave it.
     signal.signal(signal.SIGTERM, interruption)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -164,6 +165,23 @@ def interrupted(code: int) -> None:
 def note(message: str) -> None:
     """A diagnostic, on stderr."""
     err.print(message, markup=False, style="dim", soft_wrap=not _wraps(err))
+
+
+class _Warnings(logging.Handler):
+    """Prints warnings as sentences, on a line of their own beside the bar; they are no notes, so that none is quiet."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See :class:`logging.Handler`."""
+        message = self.format(record)
+        if err.quiet:
+            annotate(message)
+        else:
+            err.print(message, markup=False, style="yellow", soft_wrap=not _wraps(err))
+
+
+def print_warnings() -> None:
+    """Print what loggers warn of, before a library that is imported later gives them its own form."""
+    logging.basicConfig(format="%(message)s", handlers=[_Warnings()])
 
 
 def be_quiet(quiet: bool) -> None:

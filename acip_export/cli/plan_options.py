@@ -19,7 +19,7 @@ from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats, format_names
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import Rounding
-from acip_export.units import format_bytes, parse_budgets, parse_context
+from acip_export.units import format_bytes, parse_budgets, parse_context, parse_seconds
 
 if TYPE_CHECKING:
     from acip_export.planning import PlanRequest
@@ -186,6 +186,15 @@ class PlanFlags:
             rich_help_panel=CHECK,
         ),
     ] = 1
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Tune scales and norms for so long: 10min.\n\nGradient descent towards the dense model, on the "
+            "ranking's text, before the export is written; its bytes stay. Left out where it does not help.",
+            rich_help_panel=TARGET,
+        ),
+    ] = None
     # What only one format understands, as typed: a flag for every option of an installed format.
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -283,6 +292,7 @@ class PlanFlags:
             candidates=self.candidates,
             speeds=speeds_of(device),
             min_speed=self.min_speed,
+            tune_seconds=None if self.tune is None else parse_seconds(self.tune, "--tune"),
             options=self._options(format_name),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -162,6 +163,7 @@ def rank(
     from acip_export.artifacts.scores import SCORES_KIND
     from acip_export.io.outputs import claim_output
     from acip_export.ranking import default_algorithm, parse_settings
+    from acip_export.ranking.fitting import nothing_beside
     from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
     from acip_export.ranking.processes import launched_index
 
@@ -224,6 +226,7 @@ def rank(
                 progress=to_all(callbacks),
                 seconds=seconds,
                 memory=bytes_,
+                beside=partial(pipeline.rounding_estimate, checkpoint) if measure_rounding else nothing_beside,
                 announce=console.note if is_main else _silently,
             )
             if is_main and measure_rounding:
@@ -271,15 +274,17 @@ def _estimate(
     json: bool,
     measured: bool,
 ) -> None:
+    from acip_export import api as pipeline
     from acip_export.ranking import DataConfig, automatic_config, default_algorithm
     from acip_export.ranking.estimate import open_sizes
-    from acip_export.ranking.fitting import Limits, fit_ranking
+    from acip_export.ranking.fitting import Limits, fit_ranking, nothing_beside
 
     checkpoint = open_sizes(model)
     chosen = find_algorithm(algorithm or default_algorithm(checkpoint, device, settings, resume, seconds))
     acip = replace(automatic_config(checkpoint), **settings) if chosen.learns else None
     limits = Limits(seconds, memory, asked=seconds is not None or memory is not None)
-    fitted = fit_ranking(checkpoint, chosen, acip, DataConfig(context=context), limits)
+    beside = partial(pipeline.rounding_estimate, checkpoint) if measured else nothing_beside
+    fitted = fit_ranking(checkpoint, chosen, acip, DataConfig(context=context), limits, beside=beside)
     taken, calibration = fitted.estimate, fitted.calibration
     if json:
         console.print_json(
@@ -297,11 +302,8 @@ def _estimate(
         )
         return
     console.out.print(fitted.summary(), markup=False)
+    width = max(map(len, taken.seconds))
     for stage, part in taken.seconds.items():
-        console.out.print(f"  {stage:<12} {format_seconds(part)}", markup=False)
+        console.out.print(f"  {stage:<{width}} {format_seconds(part)}", markup=False)
     for line in fitted.changes:
         console.out.print(line, markup=False)
-    if measured:
-        console.say(
-            "then what the formats' types cost is measured, a minute or two;  --no-measure-rounding  leaves it out"
-        )

@@ -58,15 +58,23 @@ def draw(lines: Sequence[SweepLine], title: str, scope: str, unit: str, file: Pa
     largest = max(point.used_bytes for line in lines for point in (*line.points, *line.presets.values()))
     scale, name = next((s, n) for s, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if largest >= s)
     with plt.rc_context({"font.size": 10, "svg.hashsalt": "acip-export", "axes.edgecolor": "#495057"}):
-        figure, axis = plt.subplots(figsize=(8.4, 5.0), layout="constrained", facecolor="white")
+        timed = any(point.speed is not None for line in lines for point in line.points)
+        figure, panels = plt.subplots(
+            1 + timed,
+            squeeze=False,
+            sharex=True,
+            height_ratios=(3, 1)[: 1 + timed],
+            figsize=(8.4, 5.0 + 1.6 * timed),
+            layout="constrained",
+            facecolor="white",
+        )
+        axis, lowest = panels[0, 0], panels[-1, 0]
         axis.set_xscale("log")
         if perplexities:
             axis.set_yscale("log")
         for number, line in enumerate(lines):
             x, y = [p.used_bytes / scale for p in line.points], [height(p) for p in line.points]
-            # Layouts often agree over a stretch; dashes let the line below show.
-            style = "-" if number == 0 else (0, (5, 1 + number))
-            axis.plot(x, y, color=_COLOURS[number % len(_COLOURS)], linewidth=2, linestyle=style, label=line.label)
+            axis.plot(x, y, label=line.label, **_look(number))
         heights = [height(point) for line in lines for point in line.points]
         best = min(heights)
         if perplexities:
@@ -74,19 +82,22 @@ def draw(lines: Sequence[SweepLine], title: str, scope: str, unit: str, file: Pa
         taken: list[Box] = []
         for number, line in enumerate(lines):
             _draw_presets(axis, line, scale, height, _COLOURS[number % len(_COLOURS)], taken)
+        if timed:
+            _draw_speeds(lowest, lines, scale)
         for ticks, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
             if ticks.get_scale() == "log":
                 ticks.set_major_locator(mpl.ticker.FixedLocator(_round_numbers(low, high)))
                 ticks.set_minor_locator(mpl.ticker.NullLocator())
                 ticks.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.tick_params(labelsize=9)
-        axis.set_xlabel(f"{'file size' if scope == 'file' else scope}, {name}")
+        lowest.set_xlabel(f"{'file size' if scope == 'file' else scope}, {name}")
         axis.set_ylabel("predicted perplexity" if perplexities else f"predicted loss, {unit}")
         axis.set_title(title, loc="left", fontsize=12, color="#212529")
-        axis.grid(color="#e9ecef", linewidth=0.8)
-        axis.set_axisbelow(True)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        for panel in panels[:, 0]:
+            panel.tick_params(labelsize=9)
+            panel.grid(color="#e9ecef", linewidth=0.8)
+            panel.set_axisbelow(True)
+            for side in ("top", "right"):
+                panel.spines[side].set_visible(False)
         axis.plot(
             [], [], "o", markersize=4.5, color="white", markeredgecolor="#495057", label="one type for everything"
         )
@@ -96,6 +107,21 @@ def draw(lines: Sequence[SweepLine], title: str, scope: str, unit: str, file: Pa
             metadata = {"Creator": _WRITER, "Date": None} if kind == "svg" else {"Software": _WRITER}
             figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
         plt.close(figure)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """How a line is drawn. Layouts often agree over a stretch; dashes let the line below show."""
+    style = "-" if number == 0 else (0, (5, 1 + number))
+    return {"color": _COLOURS[number % len(_COLOURS)], "linewidth": 2, "linestyle": style}
+
+
+def _draw_speeds(axis: Any, lines: Sequence[SweepLine], scale: float) -> None:
+    """Tokens a second of an answer with a full context, of the sizes whose types were measured."""
+    for number, line in enumerate(lines):
+        known = [(point.used_bytes / scale, point.speed.answer) for point in line.points if point.speed is not None]
+        axis.plot([x for x, _ in known], [y for _, y in known], **_look(number))
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("answer, tokens/s")
 
 
 def _draw_presets(

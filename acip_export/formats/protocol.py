@@ -260,6 +260,7 @@ class ExportFormat(ABC):
         narrow_types: types with smaller blocks, which join the default ones for rows that not all of those fit.
         vector_type: type of norms and biases.
         cache_types: bytes of the numbers of a KV cache as ``(numerator, denominator)``; the first is the default.
+        cache_in_file: what is written has one type of KV cache; otherwise it is opened with any.
         layouts: the first is the default.
         runtimes: the layouts that each runtime runs, its default first; the first runtime is the default.
         float_tolerance: how far logits of an export with float weights may be from the bundle's.
@@ -269,6 +270,7 @@ class ExportFormat(ABC):
             number of threads as well; see :class:`acip_export.formats.session.ChatSession`.
         memory: what its runtimes hold.
         feedback_types: types that :meth:`round_trip` rounds with error feedback, where it is given a factor for it.
+        tunable_types: types whose blocks :meth:`round_trip` multiplies by gains, where it is given some.
         refused: types that what runs the format has no kernel for, and why that matters.
         library, tags: of model cards.
     """
@@ -288,9 +290,11 @@ class ExportFormat(ABC):
     encoder_session: SessionClass | None = None
     chats: tuple[SessionClass, ...] = ()
     float_kl: float | None = None
+    cache_in_file: bool = False
     narrow_types: tuple[str, ...] = ()
     backends: tuple[Backend, ...] = ()
     feedback_types: frozenset[str] = frozenset()
+    tunable_types: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
     options: tuple[Option, ...] = ()
     companions: tuple[Companion, ...] = ()
@@ -390,9 +394,13 @@ class ExportFormat(ABC):
         """Return the tokens up to which the runtime computes what the model does."""
         return longest_context(shape, self.applies_window(shape))
 
-    def refused_cache(self, head_size: int, keys: str, values: str) -> str | None:  # noqa: ARG002
-        """Return why the runtime has no KV cache of these types for heads of so many numbers, and what is possible."""
+    def refused_cache(self, checkpoint: Checkpoint, keys: str, values: str) -> str | None:  # noqa: ARG002
+        """Return why the runtime has no KV cache of these types for a model, and what is possible."""
         return None if keys == values else f"{self.name} keeps keys and values in one type"
+
+    def serving_notes(self, serving: Serving) -> tuple[str, ...]:  # noqa: ARG002
+        """Return what a user has to know of what an export is opened with, a sentence each."""
+        return ()
 
     def tensor_limit(self, options: Mapping[str, str]) -> TensorLimit | None:  # noqa: ARG002 - for formats that split
         """Return the limit that the user's options put on a tensor; ``None``: none."""

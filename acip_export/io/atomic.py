@@ -341,15 +341,20 @@ def new_file(target: Path, allow: Callable[[], None] = _nothing) -> Iterator[Pat
         raise
 
 
-def keep(file: Path, data: bytes, otherwise: str) -> None:
+def keep(file: Path, data: bytes, otherwise: str) -> bool:
     """Write an entry of a cache, whole or not at all. A place that cannot be written to is no error; ``otherwise`` says
     what is done again then.
+
+    Returns:
+        Whether it was written.
     """
     try:
         with new_file(file) as temporary:
             temporary.write_bytes(data)
     except (OSError, OutputError) as reason:
         logger.warning("%s is not kept (%s); %s again next time", file, reason, otherwise)
+        return False
+    return True
 
 
 def user_cache() -> Path:

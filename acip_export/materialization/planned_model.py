@@ -12,6 +12,7 @@ from torch import Tensor
 from acip_export.artifacts.materialized import MaterializedModel, check_context, stored_of
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ScoreFile, check_weights
+from acip_export.artifacts.tuned import Tuned
 from acip_export.error_feedback import FeedbackFactor
 from acip_export.errors import CheckpointError, PlanFileError
 from acip_export.io.scratch import Scratch
@@ -35,9 +36,10 @@ class PlannedModel(MaterializedModel):
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
         scratch: keeps what takes long to make, the parts of pairs and the factors of error feedback; ``None``: they are
             made whenever they are asked for.
+        tuned: what tuning made of the plan's scales and vectors, where it asks for that.
 
     Attributes:
-        checkpoint, scores: as they came.
+        checkpoint, scores, tuned: as they came.
         numbers: makes them.
 
     Raises:
@@ -57,8 +59,12 @@ class PlannedModel(MaterializedModel):
         feedback_types: Collection[str] = (),
         scratch: Scratch | None = None,
         kept: KeptRoundings | None = None,
+        tuned: Tuned | None = None,
     ) -> None:
         super().__init__(checkpoint.path, plan, checkpoint.config, kept)
+        self.tuned = tuned
+        self._gains = {} if tuned is None else tuned.gains
+        self._vectors = {} if tuned is None else tuned.vectors
         scores.check_model(checkpoint)
         check_plan(checkpoint, plan)
         check_weights(scores, checkpoint)
@@ -72,12 +78,19 @@ class PlannedModel(MaterializedModel):
         self._decisions = {name: decision for decision, shapes in stored.items() for name in shapes}
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """See :class:`MaterializedModel`."""
+        return () if self.tuned is None else (str(self.tuned.result),)
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See :class:`MaterializedModel`."""
         return self._shapes
 
     def read(self, name: str) -> Tensor:
         """See :class:`MaterializedModel`; raises as :meth:`PlanNumbers.make`."""
+        if name in self._vectors:
+            return self._vectors[name]
         decision = self._decisions[name]
         if decision.rank is None or self._scratch is None:
             return self.numbers.make(decision).numbers[name].contiguous()
@@ -101,6 +114,10 @@ class PlannedModel(MaterializedModel):
         """See :class:`MaterializedModel`; raises ScoreFileError for moments that have no factor."""
         key = self.numbers.matrices.get(name)
         return None if key is None else self.numbers.feedback.fitting(key, name, self._shapes[name][-1])
+
+    def gains(self, name: str) -> Tensor | None:
+        """See :class:`MaterializedModel`."""
+        return self._gains.get(name)
 
     def _kept_part(self, scratch: Scratch, decision: TensorDecision, name: str) -> Tensor:
         """Read a part of a pair, of which all are made for the first that is asked for."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from acip_export.artifacts.materialized import stored_formats
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ScoreFile
+from acip_export.kept_roundings import KeptRoundings
 from acip_export.lowrank.cache import FactorCache
 from acip_export.materialization.channel_scales import scale_channels
 from acip_export.materialization.feedback import FeedbackFactors
@@ -19,7 +20,11 @@ from acip_export.weight_types import weight_type
 
 
 class RoundedWeights:
-    """What plans of one model and format have in common: what rounding knows about inputs, and tensors made twice."""
+    """What plans of one model and format have in common: what rounding knows about inputs, and tensors made twice.
+
+    Args:
+        kept: matrices that an export of the same plan has rounded, or will read.
+    """
 
     def __init__(
         self,
@@ -28,9 +33,10 @@ class RoundedWeights:
         round_trip: RoundTrip,
         feedback_types: Collection[str] = (),
         cache: FactorCache | None = None,
+        kept: KeptRoundings | None = None,
     ) -> None:
         self.checkpoint, self.scores, self.round_trip = checkpoint, scores, round_trip
-        self.feedback_types = feedback_types
+        self.feedback_types, self.rounded_before = feedback_types, kept
         self.factors = cache or FactorCache(None)
         # Of all inputs, scaled or not: keys tell them apart.
         self.feedback = FeedbackFactors(scale_channels(checkpoint, scores)[1] if feedback_types else scores)
@@ -107,7 +113,11 @@ class RoundedPlan:
             numbers[name] = numbers[name].float()
             if numbers[name].ndim == 2:
                 key = self._numbers.matrices.get(name)
-                inputs = InputMoments(stored.importance.get(name), None if key is None else shared.feedback.by_key(key))
+                inputs = InputMoments(
+                    stored.importance.get(name),
+                    None if key is None else shared.feedback.by_key(key),
+                    shared.rounded_before,
+                )
                 numbers[name] = shared.round_trip(numbers[name], form, inputs)
         if decision.rank is None:
             return numbers[decision.name]

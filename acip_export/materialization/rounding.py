@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,12 +28,16 @@ from acip_export.weight_types import WeightType, weight_type
 _SAMPLED_WEIGHTS, _LEAST_ROWS = 1 << 15, 16
 # Pairs are measured on at most so many rows and columns of a layer: a singular value decomposition of all of a large
 # one takes minutes, and the ratio that is measured hardly depends on the size.
-_LARGEST_SIDE = 512
+LARGEST_SIDE = 512
 # Layers of each kind (q_proj, up_proj, ...) whose pairs are measured, spread over the depth; the others take the
 # nearest one's ratios.
 _LAYERS_OF_A_KIND = 2
 _RANK_SHARES = (0.25, 0.75)
 _STAGE = "measure rounding"
+
+
+def _ignore(_measured: RoundingErrors) -> None:
+    pass
 
 
 def measure_rounding(
@@ -47,12 +51,14 @@ def measure_rounding(
     round_trip: RoundTrip,
     progress: ProgressCallback = silent,
     feedback_types: Collection[str] = (),
+    grown: Callable[[RoundingErrors], None] = _ignore,
 ) -> RoundingErrors:
     """Measure and return everything that ``wanted`` lacks.
 
     Args:
         dense: types by tensor. pairs: types of (down, up). bases: types of bases with a low-rank correction, which
             ``corrections`` has the types and ranks of. feedback_types: those that are rounded with error feedback.
+        grown: told what is known so far, after each tensor.
     """
     missing = {
         name: types
@@ -60,40 +66,49 @@ def measure_rounding(
         if (types := tuple(t for t in allowed if t not in wanted.dense.get(name, {})))
     }
     keys = {pair_key(*pair) for pair in pairs} | {residual_key(base) for base in bases}
-    modules = [name for name in scores.modules if not keys <= wanted.pairs.get(name, {}).keys()]
-    measured = _spread(modules)
-    total = len(missing) + len(measured)
-    done = 0
-    found: dict[str, dict[str, float]] = {}
+    # The same ones, whatever is known of them.
+    sampled = spread(list(scores.modules))
+    lacking = [name for name in sampled if not keys <= wanted.pairs.get(name, {}).keys()]
+    total, done = len(missing) + len(lacking), 0
+    known = wanted
+
+    def note(new: RoundingErrors) -> None:
+        nonlocal known, done
+        known, done = known.merged(new), done + 1
+        grown(known)
+
     for key, names in _by_input(scores, missing):
         wanted_types = {form for name in names for form in missing[name]}
         inputs = _Inputs.of(scores, key, not wanted_types.isdisjoint(feedback_types))
         for name in names:
             progress(Progress(_STAGE, done, total, name))
-            found[name] = dict(_dense(checkpoint, scores, name, missing[name], round_trip, inputs, feedback_types))
-            done += 1
-    ratios: dict[str, dict[str, Ratios]] = {}
-    for name in measured:
+            losses = dict(_dense(checkpoint, scores, name, missing[name], round_trip, inputs, feedback_types))
+            note(replace(wanted, dense={name: losses}, pairs={}))
+    for name in lacking:
         progress(Progress(_STAGE, done, total, name))
         new = [p for p in pairs if pair_key(*p) not in wanted.pairs.get(name, {})]
         new_bases = [base for base in bases if residual_key(base) not in wanted.pairs.get(name, {})]
         formats = [(weight_type(wanted.format, d), weight_type(wanted.format, u)) for d, u in new]
         problem = _Sample.of(checkpoint, scores, name, bool(feedback_types))
-        ratios[name] = dict(_pairs(problem, formats, round_trip))
+        ratios = dict(_pairs(problem, formats, round_trip))
         for base in new_bases:
             form = weight_type(wanted.format, base)
-            ratios[name][residual_key(base)] = _residual(problem, form, corrections, round_trip)
-        done += 1
+            ratios[residual_key(base)] = _residual(problem, form, corrections, round_trip)
+        note(replace(wanted, dense={}, pairs={name: ratios}))
     progress(Progress(_STAGE, total, total))
-    everywhere = {name: ratios[_nearest(name, measured)] for name in modules}
-    return wanted.merged(replace(wanted, dense=found, pairs=everywhere))
+    everywhere = {name: known.pairs[_nearest(name, sampled)] for name in scores.modules} if keys else known.pairs
+    # In the order of the model, whichever were measured first.
+    ordered = {name: known.dense[name] for name in (*dense, *known.dense) if name in known.dense}
+    whole = replace(known, dense=ordered, pairs=everywhere)
+    grown(whole)
+    return whole
 
 
 def _kind(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _spread(modules: list[str]) -> list[str]:
+def spread(modules: Sequence[str]) -> list[str]:
     """At most ``_LAYERS_OF_A_KIND`` modules of each kind, evenly over the depth."""
     kinds: dict[str, list[str]] = {}
     for name in modules:
@@ -114,8 +129,13 @@ def _nearest(module: str, measured: list[str]) -> str:
 
 def _rows(total: int, columns: int) -> Tensor:
     """Evenly spaced row numbers: enough for ``_SAMPLED_WEIGHTS``."""
-    count = min(total, max(_LEAST_ROWS, _SAMPLED_WEIGHTS // columns))
+    count = sampled_rows(total, columns)
     return (torch.arange(count, dtype=torch.float64) + 0.5).mul(total / count).long()
+
+
+def sampled_rows(total: int, columns: int) -> int:
+    """Return how many of a tensor's rows are rounded."""
+    return min(total, max(_LEAST_ROWS, _SAMPLED_WEIGHTS // columns))
 
 
 def _by_input(scores: ScoreFile, tensors: Iterable[str]) -> list[tuple[str | None, list[str]]]:
@@ -202,7 +222,7 @@ def _pairs(
     full = len(basis.singular)
     for down, up in formats:
         points = []
-        for rank in _measured_ranks(full, up) if down.fits(weight.shape[1]) else []:
+        for rank in measured_ranks(full, up) if down.fits(weight.shape[1]) else []:
             fitted = refit(Pair(basis.up[:, :rank], basis.down[:rank]), norm, sample.inputs, up, down, round_trip)
             expected = up.relative_mse * float(losses.up_sensitivity[:rank].sum())
             expected += down.relative_mse * float(losses.down_sensitivity[:rank].sum())
@@ -229,7 +249,8 @@ def _residual(
     return tuple(points)
 
 
-def _measured_ranks(full: int, up: WeightType) -> list[int]:
+def measured_ranks(full: int, up: WeightType) -> list[int]:
+    """Return the ranks whose pairs are measured, of a layer of rank ``full``."""
     multiple = max(32, 1 if up.pads_rows else up.block)
     ranks = {max(multiple, round(share * full / multiple) * multiple) for share in _RANK_SHARES}
     return sorted(rank for rank in ranks if rank <= full)
@@ -238,9 +259,9 @@ def _measured_ranks(full: int, up: WeightType) -> list[int]:
 def _cropped(weight: Tensor, module: ModuleScores, scores: ScoreFile) -> tuple[Tensor, Norm]:
     """Evenly spaced rows and columns of a large layer, with their moments."""
     norm = Norm.of(module, scores.second_moments, weight)
-    if max(weight.shape) <= 2 * _LARGEST_SIDE:
+    if max(weight.shape) <= 2 * LARGEST_SIDE:
         return weight, norm
-    rows, columns = ((torch.arange(min(n, _LARGEST_SIDE)) * n) // min(n, _LARGEST_SIDE) for n in weight.shape)
+    rows, columns = ((torch.arange(min(n, LARGEST_SIDE)) * n) // min(n, LARGEST_SIDE) for n in weight.shape)
     return weight[rows][:, columns], Norm(
         norm.inputs[columns][:, columns].contiguous(), norm.gradients[rows][:, rows].contiguous()
     )

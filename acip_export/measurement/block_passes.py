@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, Protocol
 
@@ -20,11 +20,14 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from acip_export.errors import UnsupportedError
+from acip_export.io.kept_states import KeptStates
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of
 
 # Numbers of log-probabilities at a time.
 _AT_ONCE = 2**23
+# The dense model's hidden states, among kept ones.
+_DENSE = "dense"
 
 
 class Variant(Protocol):
@@ -55,14 +58,14 @@ class MeasuredDivergence:
 
 
 @dataclass(frozen=True)
-class _Changes:
+class Changes:
     """What a variant says of some tensors."""
 
     tensors: Mapping[str, Tensor]
-    input_blocks: Mapping[str, int]
+    input_blocks: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, variant: Variant, names: Sequence[str]) -> _Changes:
+    def of(cls, variant: Variant, names: Sequence[str]) -> Changes:
         """Ask a variant."""
         return cls(variant.tensors(names), variant.input_blocks(names))
 
@@ -80,6 +83,10 @@ class BlockPasses:
     Args:
         model: frozen, in evaluation mode. blocks: names of its blocks, in the order in which they compute.
         windows: (n, tokens) int64.
+
+    Attributes:
+        windows: may be replaced by others.
+        parameters: names of the parameters of each block, and of what is outside of all of them under ``""``.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], windows: Tensor) -> None:
@@ -87,10 +94,10 @@ class BlockPasses:
         self.blocks = [model.get_submodule(name) for name in blocks]
         self._returns_tuple: bool | None = None
         inside = tuple(f"{name}." for name in blocks)
-        self._parameters: dict[str, list[str]] = {name: [] for name in (*blocks, "")}
+        self.parameters: dict[str, list[str]] = {name: [] for name in (*blocks, "")}
         for name, _ in model.named_parameters():
             block = next((prefix[:-1] for prefix in inside if name.startswith(prefix)), "")
-            self._parameters[block].append(name)
+            self.parameters[block].append(name)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         # A head that shares the embedding's weight goes by the embedding's name.
         self._products: dict[str, list[nn.Module]] = {}
@@ -100,32 +107,47 @@ class BlockPasses:
 
     @torch.no_grad()
     def divergences(
-        self, variants: Sequence[Variant], advance: Callable[[], None] = lambda: None
+        self,
+        variants: Sequence[Variant],
+        advance: Callable[[], None] = lambda: None,
+        kept: KeptStates | None = None,
     ) -> list[MeasuredDivergence]:
         """Measure every variant on all windows.
 
         Args:
             advance: called after each block of each variant, the dense model being one.
+            kept: of the same variants and windows, read and filled: blocks that are behind are left out.
         """
-        outside = [_Changes.of(variant, self._parameters[""]) for variant in variants]
-        dense, arguments = self._enter({})
-        hidden = [self._enter(changes.tensors)[0] if changes.tensors else dense for changes in outside]
+        outside = [Changes.of(variant, self.parameters[""]) for variant in variants]
+        dense, arguments = self.enter({})
+        hidden = [self.enter(changes.tensors)[0] if changes.tensors else dense for changes in outside]
+        behind = kept.blocks if kept is not None else 0
+        if kept is not None and behind:
+            states = kept.restored()
+            # Those that are not there are as the dense model's still.
+            dense = states[_DENSE]
+            hidden = [states.get(str(index), dense) for index in range(len(hidden))]
         for number, (name, block) in enumerate(zip(self.names, self.blocks, strict=True)):
+            if number < behind:
+                continue
             before = dense
-            dense = _through(block, {}, before, arguments[number])
+            dense = through(block, {}, before, arguments[number])
             advance()
             for index, variant in enumerate(variants):
-                changes = _Changes.of(variant, self._parameters[name])
+                changes = Changes.of(variant, self.parameters[name])
                 if not changes and hidden[index] is before:
                     hidden[index] = dense
                 else:
                     own = {key.removeprefix(f"{name}."): value for key, value in changes.tensors.items()}
                     with self._rounding(changes.input_blocks):
-                        hidden[index] = _through(block, own, hidden[index], arguments[number])
+                        hidden[index] = through(block, own, hidden[index], arguments[number])
                 advance()
+            if kept is not None:
+                differing = {str(index): states for index, states in enumerate(hidden) if states is not dense}
+                kept.passed(number + 1, {_DENSE: dense, **differing})
         return self._compare(dense, hidden, outside)
 
-    def _enter(self, changed: Mapping[str, Tensor]) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    def enter(self, changed: Mapping[str, Tensor]) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """Return what the first block reads, and the other arguments of every block."""
         entered: list[Tensor] = []
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -147,7 +169,7 @@ class BlockPasses:
             self._call(changed, self.windows)
         return entered[0], arguments
 
-    def _leave(self, changes: _Changes, hidden: Tensor, window: Tensor) -> Tensor:
+    def leave(self, changes: Changes, hidden: Tensor, window: Tensor) -> Tensor:
         """Return the logits (tokens, vocabulary) of one window that leaves the last block as ``hidden``."""
         handed_on = [lambda *_args, **_kwargs: self._returned(hidden)] * len(self.blocks)
         with self._instead(handed_on), self._rounding(changes.input_blocks):
@@ -185,19 +207,17 @@ class BlockPasses:
             for handle in handles:
                 handle.remove()
 
-    def _compare(
-        self, dense: Tensor, hidden: Sequence[Tensor], outside: Sequence[_Changes]
-    ) -> list[MeasuredDivergence]:
+    def _compare(self, dense: Tensor, hidden: Sequence[Tensor], outside: Sequence[Changes]) -> list[MeasuredDivergence]:
         found: list[list[Tensor]] = [[] for _ in hidden]
         same = [0] * len(hidden)
         for number, window in enumerate(self.windows):
-            expected = self._leave(_Changes({}, {}), dense[number : number + 1], window)
+            expected = self.leave(Changes({}), dense[number : number + 1], window)
             for index, (states, changes) in enumerate(zip(hidden, outside, strict=True)):
                 if states is dense and not changes:
                     found[index].append(torch.zeros(len(expected)))
                     same[index] += len(expected)
                     continue
-                logits = self._leave(changes, states[number : number + 1], window)
+                logits = self.leave(changes, states[number : number + 1], window)
                 found[index].append(_divergence(expected, logits))
                 same[index] += int((expected.argmax(-1) == logits.argmax(-1)).sum())
         return [_measured(torch.cat(each).double().numpy(), top) for each, top in zip(found, same, strict=True)]
@@ -218,10 +238,11 @@ def blocks_of(checkpoint: Checkpoint) -> list[str]:
     return list(dict.fromkeys(block for name in checkpoint.linear_modules if (block := block_of(name)) is not None))
 
 
-def _through(
-    block: nn.Module, changed: dict[str, Tensor], hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]
+def through(
+    block: nn.Module, changed: Mapping[str, Tensor], hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> Tensor:
-    output = functional_call(block, changed, (hidden, *arguments[0]), arguments[1])
+    """Return what a block makes of ``hidden``, with some tensors changed, named as in the block."""
+    output = functional_call(block, dict(changed), (hidden, *arguments[0]), arguments[1])
     left: Tensor = output if isinstance(output, Tensor) else output[0]
     return left
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from acip_export.artifacts.measured_losses import MeasuredLoss
 from acip_export.artifacts.plan import Plan, TensorDecision
+from acip_export.io.kept_states import KeptStates
 from acip_export.materialization.rounded import RoundedWeights
 from acip_export.measurement.block_passes import BlockPasses, blocks_of
 from acip_export.measurement.passes import ClassPass
@@ -25,11 +26,13 @@ def measure_classes(
     passes: tuple[ClassPass, ...],
     windows: Tensor,
     progress: ProgressCallback = silent,
+    kept: KeptStates | None = None,
 ) -> list[MeasuredLoss]:
     """Measure each of ``passes`` on ``windows`` (n, tokens).
 
     Args:
         plan: any plan of the format: classes are rounded as it rounds. exact: a type of the format that rounds nothing.
+        kept: read and filled.
     """
     model = load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True)
     blocks = blocks_of(checkpoint)
@@ -41,9 +44,10 @@ def measure_classes(
         )
         return replace(plan, tensors=tuple(decisions), adapters=False)
 
-    clock = Clock("calibrate", len(blocks) * (1 + len(passes)), progress)
+    behind = kept.blocks if kept is not None else 0
+    clock = Clock("calibrate", len(blocks) * (1 + len(passes)), progress, done=behind * (1 + len(passes)))
     variants = [weights.of(alone(each), each.inputs) for each in passes]
-    divergences = BlockPasses(model, blocks, windows).divergences(variants, clock.advance)
+    divergences = BlockPasses(model, blocks, windows).divergences(variants, clock.advance, kept)
     return [
         MeasuredLoss(each.predicted, max(0.0, found.kl), found.error)
         for each, found in zip(passes, divergences, strict=True)

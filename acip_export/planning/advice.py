@@ -220,10 +220,12 @@ def _smaller_cache(problem: Problem, keys: str, values: str) -> str | None:
 
 def _smaller_caches(problem: Problem, keys: str, values: str) -> list[str]:
     """Return types that make a smaller cache: the smallest that loses next to nothing, and the smallest of all."""
-    format, size = problem.space.format, problem.checkpoint.shape.head_dim
+    format, checkpoint = problem.space.format, problem.checkpoint
     present = _cache_bytes(problem, keys) + _cache_bytes(problem, values)
     sizes = {
-        name: _cache_bytes(problem, name) for name in format.cache_types if not format.refused_cache(size, name, name)
+        name: _cache_bytes(problem, name)
+        for name in format.cache_types
+        if not format.refused_cache(checkpoint, name, name)
     }
     smaller = {name: size for name, size in sizes.items() if 2 * size < present}
     harmless = {name: size for name, size in smaller.items() if size >= _HARMLESS_CACHE}

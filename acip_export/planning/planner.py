@@ -36,9 +36,13 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule, pace: Pace | 
         refused_types=refused_types(problem.space, problem.candidates),
         contexts=doublings(problem, budget, rule, plan),
     )
-    return replace(
-        plan, certificate=certificate, notes=(*plan.notes, *gaussian_note(problem, plan), *cache_note(problem, plan))
+    notes = (
+        *plan.notes,
+        *gaussian_note(problem, plan),
+        *cache_note(problem, plan),
+        *problem.space.format.serving_notes(plan.serving),
     )
+    return replace(plan, certificate=certificate, notes=notes)
 
 
 def cache_note(problem: Problem, plan: Plan) -> tuple[str, ...]:

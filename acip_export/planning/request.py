@@ -52,6 +52,7 @@ class PlanRequest:
             :func:`acip_export.api.calibration.calibrated_errors`.
         candidates: plans that are compared by measuring before one is chosen; 1: the prediction alone chooses.
         speeds: of the machine that is planned for, by runtime. min_speed: tokens a second that an answer must have.
+        tune_seconds: for how long scales and vectors are tuned before the export is written; ``None``: not at all.
     """
 
     format: str
@@ -77,6 +78,7 @@ class PlanRequest:
     candidates: int = 1
     speeds: Mapping[str, RuntimeSpeed] = field(default_factory=dict)
     min_speed: float | None = None
+    tune_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) ->
         raise UsageError("--min-speed is of answers, and this model writes none")
     if least is not None and request.candidates > 1:
         raise UsageError("--candidates compares plans of any speed; leave out  --candidates  or  --min-speed")
-    runtime = request.runtime or format.sessions[0].runtime
+    runtime = _timed_runtime(request, format)
     speeds = request.speeds.get(runtime) if request.backend in (None, DEFAULT_BACKEND) else None
     if speeds is None and least is not None:
         where = "this machine" if request.device is None else request.device
@@ -178,6 +180,15 @@ def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) ->
             "with  acip-export calibrate"
         )
     return None if speeds is None else Pace(runtime, speeds, least)
+
+
+def _timed_runtime(request: PlanRequest, format: ExportFormat) -> str:
+    """Return the runtime whose speed a plan says: where the default one is meant, what people talk to, if measured."""
+    default = next(iter(format.runtimes))
+    if request.runtime not in (None, default):
+        return str(request.runtime)
+    names = [session.runtime for session in (*format.chats, *format.sessions)]
+    return next((name for name in names if name in request.speeds), names[0])
 
 
 def _rule(
@@ -225,7 +236,6 @@ def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpo
         )
     default = both or next(iter(format.cache_types))
     keys, values = (name or default for name in one_sided)
-    size = checkpoint.shape.head_dim
     if AUTO in (keys, values) and not checkpoint.shape.generates:
         raise UsageError("--cache-type auto is for models that generate; an encoder keeps no KV cache")
     every_key, every_value = (tuple(format.cache_types) if name == AUTO else (name,) for name in (keys, values))
@@ -234,7 +244,11 @@ def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpo
             known = ", ".join(format.cache_types)
             raise UsageError(f"{format.name} has no KV cache type {name!r}; it has: {known}")
     pairs = list(product(every_key, every_value))
-    possible = tuple(pair for pair in pairs if not checkpoint.shape.generates or not format.refused_cache(size, *pair))
+    possible = tuple(
+        pair for pair in pairs if not checkpoint.shape.generates or not format.refused_cache(checkpoint, *pair)
+    )
     if not possible:
-        raise UnsupportedError(f"no KV cache of {cache_types(*pairs[0])}: {format.refused_cache(size, *pairs[0])}")
+        raise UnsupportedError(
+            f"no KV cache of {cache_types(*pairs[0])}: {format.refused_cache(checkpoint, *pairs[0])}"
+        )
     return possible

@@ -6,15 +6,14 @@ Time is counted in floating point operations and divided by what this machine wa
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from types import MappingProxyType
 
 from acip_export.errors import CheckpointError
 from acip_export.io.atomic import read_json_object
+from acip_export.machine import Machine
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_info import TensorInfo
 from acip_export.model.torch_model import expected_parameters
@@ -42,31 +41,6 @@ _LOGITS_AT_ONCE = 2**24
 _PACKED = 0.75
 # Of modules that write into the residual stream: what they read nobody else does.
 _WRITES = re.compile(r"(^|[._])(o_proj|out_proj|down_proj|c_proj|dense|fc2|out_lin|lin2)$")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Hold what a machine does in a second with all threads: operations of products in float32 and float64."""
-
-    float32: float
-    float64: float
-    threads: int
-
-    @classmethod
-    def measured(cls, width: int) -> Machine:
-        """Measure this one, for half a second, on products of matrices about as wide as a model's."""
-        width = max(256, min(width, 2048))
-
-        def speed(dtype: torch.dtype) -> float:
-            left, right = torch.ones(1024, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-            best, until = 0.0, time.perf_counter() + 0.25
-            while time.perf_counter() < until or not best:
-                begin = time.perf_counter()
-                left @ right
-                best = max(best, 2 * left.numel() * width / (time.perf_counter() - begin))
-            return best
-
-        return cls(speed(torch.float32), speed(torch.float64), torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -118,9 +92,14 @@ class _Block:
 
 
 class RankModel:
-    """Know the sizes that a ranking's time, memory and disk follow from."""
+    """Know the sizes that a ranking's time, memory and disk follow from.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    Args:
+        beside: seconds of what follows a ranking, by stage.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, beside: Mapping[str, float] = MappingProxyType({})) -> None:
+        self.beside = beside
         self.shape = checkpoint.shape
         modules = checkpoint.linear_modules
         self.blocks = [_block({name: modules[name] for name in names}) for _, names in by_block(modules)]
@@ -131,13 +110,18 @@ class RankModel:
         self.stored_bytes = stored
         self.weight_bytes = 4 if self.weights <= 100_000_000 else stored
 
+    @property
+    def moment_columns(self) -> list[int]:
+        """Columns of the second moments of what all linear layers read."""
+        return [columns for block in self.blocks for columns in block.inputs]
+
     def estimate(
         self, calibration: DataConfig, algorithm: Algorithm, acip: AcipConfig | None, machine: Machine
     ) -> RankEstimate:
         """Return what a ranking with these settings takes, in one process, on processors."""
         calibration = calibration.for_weights(self.weights)
         return RankEstimate(
-            self._seconds(calibration, algorithm, acip, machine),
+            {**self._seconds(calibration, algorithm, acip, machine), **self.beside},
             self._memory(calibration, acip, machine),
             self._disk(calibration, algorithm),
         )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acip_export.errors import InfeasibleBudgetError, OutputError
+from acip_export.machine import Machine
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking.acip_defaults import mask_steps_of
 from acip_export.ranking.algorithm import Algorithm
 from acip_export.ranking.algorithms import find_algorithm
 from acip_export.ranking.config import AcipConfig, DataConfig
-from acip_export.ranking.estimate import Machine, RankEstimate, RankModel
+from acip_export.ranking.estimate import RankEstimate, RankModel
 from acip_export.units import format_bytes, format_seconds
 
 # What is ranked without training where there is no time for it.
@@ -23,6 +24,14 @@ _TRAINING_FREE = "fisher"
 _LEAST_STEPS = 100
 _SHARES = (1.0, 0.75, 0.5, 0.25)
 _LEAST_TOKENS = 1024
+
+# Tells the seconds of what follows a ranking, by stage.
+Beside = Callable[[Machine], Mapping[str, float]]
+
+
+def nothing_beside(_machine: Machine) -> Mapping[str, float]:
+    """Nothing follows."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -75,17 +84,21 @@ def fit_ranking(
     calibration: DataConfig,
     limits: Limits,
     machine: Machine | None = None,
+    beside: Beside = nothing_beside,
 ) -> Fitted:
     """Choose tokens, windows at a time, and steps so that a ranking stays within ``limits``.
 
     As little is changed as will do: steps of an algorithm that learns first. A time that is too short for the smallest
     ranking is exceeded by as little as possible; a memory or a disk never.
 
+    Args:
+        beside: what follows the ranking, whose time counts.
+
     Raises:
         InfeasibleBudgetError: too little memory for the smallest ranking. OutputError: too little disk for it.
     """
-    model = RankModel(checkpoint)
     machine = machine or Machine.measured(checkpoint.shape.hidden)
+    model = RankModel(checkpoint, beside(machine))
     calibration = calibration.for_weights(model.weights)
     changes: list[str] = []
     if acip is not None and limits.seconds is not None:

@@ -40,7 +40,7 @@ from acip_export.ranking.context import RankContext
 from acip_export.ranking.curve import adapter_pair, measure_curve
 from acip_export.ranking.data import is_self, read_data, sample_data
 from acip_export.ranking.factorized_model import Factorized, factorize_model
-from acip_export.ranking.fitting import Limits, fit_ranking
+from acip_export.ranking.fitting import Beside, Limits, fit_ranking, nothing_beside
 from acip_export.ranking.load import enable_recomputation, linear_weights, load_model
 from acip_export.ranking.masked_linear import AdapterShape
 from acip_export.ranking.out_of_memory import out_of_memory_named
@@ -76,6 +76,7 @@ def rank_model(
     slim: bool = False,
     seconds: float | None = None,
     memory: int | None = None,
+    beside: Beside = nothing_beside,
     announce: Callable[[str], None] = logger.info,
 ) -> ScoreFile:
     """Rank the singular components of every linear layer of a causal language model or an encoder.
@@ -96,6 +97,7 @@ def rank_model(
         slim: leave second moments out: see :meth:`ScoreFile.without_moments`.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
         seconds, memory: what the ranking may take; it uses fewer tokens, windows and steps to stay within them.
+        beside: what follows the ranking; its time counts as well.
         announce: is told what the ranking takes before it starts, and what was changed to fit.
 
     Raises:
@@ -139,7 +141,7 @@ def rank_model(
         )
     if processes.count == 1 and processes.device.type == "cpu":
         limits = Limits.of(seconds, memory, None if out is None else out.absolute().parent)
-        fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits)
+        fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits, beside=beside)
         chosen, acip, calibration = fitted.algorithm, fitted.acip, fitted.calibration
         for line in (fitted.summary(), *fitted.changes):
             announce(line)

@@ -165,7 +165,7 @@ def verify_export(
         predicted_perplexity=plan.predicted_perplexity,
         passed=not failures,
         failures=tuple(failures),
-        notes=found.notes,
+        notes=(*model.notes, *found.notes),
         files=_files(export, plan),
         structure=structure,
         provenance=Provenance(

@@ -55,6 +55,37 @@ class BlockCodes:
         self.pack(blocks, shifted.reshape(len(blocks), -1))
 
 
+# Where the float16 that all of a block is multiplied with stand: its scale, and that of its minima.
+SCALE_PLACES: dict[str, tuple[int, ...]] = {
+    "q8_0": (0,),
+    "q6_k": (208,),
+    "q5_k": (0, 2),
+    "q5_1": (0, 2),
+    "q5_0": (0,),
+    "q4_k": (0, 2),
+    "q4_1": (0, 2),
+    "q4_0": (0,),
+    "iq4_nl": (0,),
+    "iq4_xs": (0,),
+    "q3_k": (108,),
+    "q2_k": (80, 82),
+    "iq3_s": (0,),
+    "iq3_xxs": (0,),
+    "iq2_s": (0,),
+    "iq2_xs": (0,),
+    "iq2_xxs": (0,),
+    "iq1_s": (0,),
+}
+
+
+def multiply_scales(data: Bytes, name: str, gains: Floats) -> None:
+    """Multiply the blocks of a matrix by ``gains``, as many as there are blocks; what comes out is float16."""
+    blocks = blocks_of(data, name)
+    for place in SCALE_PLACES[name]:
+        scaled = _half(blocks, place) * gains.reshape(-1, 1)
+        blocks[:, place : place + 2] = scaled.astype(np.float16).view(np.uint8)
+
+
 def blocks_of(data: Bytes, name: str) -> Bytes:
     """Return the bytes of a matrix as its blocks, (n, bytes of a block)."""
     return data.reshape(-1, weight_type("gguf", name).block_bytes)

@@ -5,7 +5,6 @@ The layout of factor pairs inside ``model.gguf`` is written down in docs/format.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from acip_export.artifacts.materialized import MaterializedModel
-from acip_export.artifacts.plan import Serving, TensorDecision, dumps_plan
+from acip_export.artifacts.plan import Serving, TensorDecision, plan_sha256
 from acip_export.errors import UnsupportedError
 from acip_export.io.prefetch import one_ahead
 from acip_export.model.checkpoint import Checkpoint
@@ -83,8 +82,7 @@ def convert(model: MaterializedModel, out: Path, progress: ProgressCallback) -> 
         VerificationError: a file, read back, is not what was written.
     """
     plan, checkpoint = model.plan, model.as_checkpoint()
-    plan_hash = hashlib.sha256(dumps_plan(plan).encode()).hexdigest()
-    identity = _Identity(plan.model, plan_hash, plan.model_fingerprint)
+    identity = _Identity(plan.model, plan_sha256(plan), plan.model_fingerprint)
     files = _files(checkpoint, plan.layout, plan.tensors, identity)
     every_item = [item for contents in files.values() for item in contents.items]
     for item in (item for item in every_item if item.copied is None):
@@ -250,5 +248,7 @@ def _data(model: MaterializedModel, item: Item, changes: _Changes) -> Bytes:
     if item.zero_if_missing and item.source not in model.shapes:
         # Every block format reads zero bytes as zeros: the scale is zero.
         return np.zeros(item.spec.nbytes, np.uint8)
-    weight = changes.of(item).apply(model.read(item.source))
-    return quantize(weight, item.spec.type, model.inputs(item.source))
+    change, inputs = changes.of(item), model.inputs(item.source)
+    if change.rows is not None:
+        inputs = inputs.of_rows(torch.from_numpy(change.rows))
+    return quantize(change.apply(model.read(item.source)), item.spec.type, inputs)

@@ -15,7 +15,7 @@ from acip_export.progress import ProgressCallback
 from converters.gguf import options
 from converters.gguf.layouts import LAYOUTS
 from converters.gguf.memory import CACHE_TYPES, LlamaMemory, cache_block
-from converters.gguf.types import FEEDBACK_TYPES, GGML
+from converters.gguf.types import FEEDBACK_TYPES, GGML, TUNABLE_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,8 @@ class GgufFormat(ExportFormat):
 
         return applies_window(shape.architecture)
 
-    def refused_cache(self, head_size: int, keys: str, values: str) -> str | None:
+    def refused_cache(self, checkpoint: Checkpoint, keys: str, values: str) -> str | None:
+        head_size = checkpoint.shape.head_dim
         refused = [name for name in dict.fromkeys((keys, values)) if head_size % cache_block(name)]
         if not refused:
             return None
@@ -136,6 +137,7 @@ GGUF = GgufFormat(
     embedding_types=("f16", "q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl", "q3_k", "q2_k"),
     vector_type="f32",
     feedback_types=FEEDBACK_TYPES,
+    tunable_types=TUNABLE_TYPES,
     cache_types=CACHE_TYPES,
     layouts=LAYOUTS,
     runtimes={"llama.cpp": ("stock", "lora"), "acip-llama.cpp": ("factored", "stock", "lora")},

@@ -11,7 +11,7 @@ from acip_export import machine
 from acip_export.error_feedback import ROWS_AT_ONCE, round_with_feedback
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
-from converters.gguf.block_codes import BLOCK_CODES, BlockCodes, blocks_of
+from converters.gguf.block_codes import BLOCK_CODES, BlockCodes, blocks_of, multiply_scales
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +24,19 @@ def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None
     """Return the bytes of ``weight`` (rows, columns) in the type ``name``.
 
     Scales are ggml's, searched with the importance of the inputs; with a factor, and in a type whose codes are known
-    here, the codes are chosen again with error feedback.
+    here, the codes are chosen again with error feedback. What tuning found multiplies the scales at last.
 
     Raises:
         UnsupportedError: as :func:`acip_export.error_feedback.round_with_feedback`.
         UnsupportedError, MissingExtraError: as :func:`converters.gguf.ggml_library.quantize`.
     """
+    data = _rounded(weight, name, inputs)
+    if inputs is not None and inputs.gains is not None:
+        multiply_scales(data, name, inputs.gains.float().numpy())
+    return data
+
+
+def _rounded(weight: torch.Tensor, name: str, inputs: InputMoments | None) -> ggml.Bytes:
     known = BLOCK_CODES.get(name)
     importance = None if inputs is None else inputs.importance
     if inputs is None or inputs.feedback is None or known is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
 from acip_export.formats.protocol import DEFAULT_BACKEND, Backend
 from acip_export.weight_types import WeightType
@@ -13,6 +14,9 @@ from converters.onnx.types import NUMBERS
 STATIC_CACHE = "qnn-friendly"
 # onnxruntime-genai's names of what computes; the processor is its default.
 PROVIDERS = {"webgpu": "WebGPU", "cuda": "cuda", "dml": "dml"}
+
+# KV caches whose attention computes with rounded numbers: bits of each.
+ROUNDED_CACHES = {"int8": 8, "int4": 4}
 
 _EMBEDDING = ("f32", "int8", "int8-b128", "int4", "int4-b64", "int4-b128", "int4-b256")
 _MOBILE = ("f32", "int8", "int8-b128", "int4", "int4-b64", "int4-b128")
@@ -46,7 +50,7 @@ CPU = Backend(
     _EMBEDDING,
     _EMBEDDING,
     "f32",
-    {"f32": (4, 1)},
+    {"f32": (4, 1), **{name: (bits, 8) for name, bits in ROUNDED_CACHES.items()}},
     _refused(_NO_KERNEL),
 )
 OTHERS = (
@@ -98,6 +102,11 @@ OTHERS = (
         ),
     ),
 )
+
+
+def computed_in(serving: Serving) -> str:
+    """Return the type in which a graph computes: its cache's, unless that is rounded."""
+    return "f32" if serving.cache_type_k in ROUNDED_CACHES else serving.cache_type_k
 
 
 def backend_of(name: str) -> Backend:

@@ -20,7 +20,7 @@ from acip_export.model.chat_template import find_chat_template
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
 from acip_export.model.tokenizer_files import lost_normalizer, resolved_normalizer
-from converters.onnx.backends import PROVIDERS
+from converters.onnx.backends import PROVIDERS, ROUNDED_CACHES
 from converters.onnx.genai_builder.families import genai_type
 
 MODEL_FILE = "onnx/model.onnx"
@@ -97,16 +97,12 @@ def _encoder_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Pa
 
 
 def _config(config: Mapping[str, Any], serving: Serving) -> dict[str, Any]:
-    return {
-        **config,
-        # The rotary tables end here.
-        "max_position_embeddings": serving.context,
-        # The cache has the graph's own precision.
-        "transformers.js_config": {
-            **_TRANSFORMERS_JS,
-            **({"kv_cache_dtype": "float16"} if serving.cache_type_k == "f16" else {}),
-        },
-    }
+    # The rotary tables end there.
+    shortened = {**config, "max_position_embeddings": serving.context}
+    if serving.cache_type_k in ROUNDED_CACHES:  # which transformers.js cannot make
+        return shortened
+    half = {"kv_cache_dtype": "float16"} if serving.cache_type_k == "f16" else {}
+    return {**shortened, "transformers.js_config": {**_TRANSFORMERS_JS, **half}}
 
 
 def _tokenizer_config(config: Mapping[str, Any], serving: Serving) -> dict[str, Any]:

@@ -7,7 +7,7 @@ plan's nodes in place of its marks (:mod:`converters.onnx.graph.substitute`).
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.rounding import InputMoments
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
-from converters.onnx.backends import backend_of
+from converters.onnx.backends import ROUNDED_CACHES, backend_of, computed_in
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE, normalizer_notes, small_files
 from converters.onnx.genai_builder.families import FAMILIES
 from converters.onnx.genai_builder.release import check_release
@@ -119,11 +119,19 @@ def convert(model: MaterializedModel, out: Path, progress: ProgressCallback, opt
     _check(plan.layout, plan.serving)
     _check_types(plan.tensors, plan.serving)
     checkpoint = model.as_checkpoint()
-    graph = _graph(checkpoint, plan.tensors, plan.serving, options or Options(), read_vector=model.read)
+    options = options or Options()
+    graph = _graph(checkpoint, plan.tensors, plan.serving, options, read_vector=model.read)
 
     from converters.onnx.matrices import MatrixReader
 
     _write(checkpoint, plan.serving, *graph, MatrixReader(model), out, progress)
+    cache_type = plan.serving.cache_type_k
+    if cache_type in ROUNDED_CACHES:
+        from converters.onnx.cache_scales import calibrate_cache
+
+        exact = replace(plan.serving, cache_type_k="f32", cache_type_v="f32")
+        packed, _ = _graph(checkpoint, plan.tensors, exact, options, read_vector=None)
+        calibrate_cache(out, packed.protobuf, cache_type, progress)
 
 
 def imitate(
@@ -203,7 +211,8 @@ def _check_execution(checkpoint: Checkpoint, backend: str) -> None:
 def _check_types(tensors: tuple[TensorDecision, ...], serving: Serving) -> None:
     """Raises UnsupportedError for a number that what runs the graph does not compute with."""
     known = {form.name: form.item_bytes for form in NUMBERS}
-    wanted, refused = known[serving.cache_type_k], backend_of(serving.backend).refused
+    computed = computed_in(serving)
+    wanted, refused = known[computed], backend_of(serving.backend).refused
     for decision in tensors:
         for name in filter(None, (decision.type, decision.up_type, decision.down_type)):
             again = f"plan again with  --backend {serving.backend}"
@@ -212,7 +221,7 @@ def _check_types(tensors: tuple[TensorDecision, ...], serving: Serving) -> None:
             if name in known and known[name] != wanted:
                 raise UnsupportedError(
                     f"{decision.name} is planned as {name}, but a graph for {serving.backend} computes in "
-                    f"{serving.cache_type_k}; {again}"
+                    f"{computed}; {again}"
                 )
 
 
@@ -240,6 +249,10 @@ def _graph(
         from converters.onnx.tracing.decoder import build_traced
 
         model, contents = build_traced(config, shape, tensors, serving.context, level)
+    if serving.cache_type_k in ROUNDED_CACHES:
+        from converters.onnx.graph.rounded_cache import round_cache
+
+        round_cache(model, contents, serving.cache_type_k, shape)
     return pack(model, Path(DATA_FILE).name), contents
 
 

@@ -17,7 +17,7 @@ from acip_export.formats.protocol import (
 )
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback
-from converters.onnx.backends import CPU, OTHERS
+from converters.onnx.backends import CPU, OTHERS, ROUNDED_CACHES
 from converters.onnx.memory import OnnxMemory
 from converters.onnx.ort_format import ORT_KIND, check_size, write_ort
 from converters.onnx.types import NUMBERS
@@ -32,6 +32,31 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class OnnxFormat(ExportFormat):
     """What onnxruntime runs. Conversion is in :mod:`converters.onnx.converter`."""
+
+    def refused_cache(self, checkpoint: Checkpoint, keys: str, values: str) -> str | None:
+        from converters.onnx import converter
+
+        if {keys, values} & ROUNDED_CACHES.keys():
+            if not converter.has_builder(checkpoint):
+                architecture, own = checkpoint.shape.architecture, next(iter(self.cache_types))
+                return (
+                    f"the graph of a {architecture} is traced, as onnxruntime-genai's model builder does not know it, "
+                    f"and keeps its cache in {own}"
+                )
+            if checkpoint.shape.head_dim % 2:
+                return f"its heads have {checkpoint.shape.head_dim} numbers, and two of int4 share a byte"
+        return super().refused_cache(checkpoint, keys, values)
+
+    def is_exact(self, plan: Plan) -> bool:
+        return super().is_exact(plan) and plan.serving.cache_type_k not in ROUNDED_CACHES
+
+    def serving_notes(self, serving: Serving) -> tuple[str, ...]:
+        if serving.cache_type_k not in ROUNDED_CACHES:
+            return ()
+        return (
+            f"onnxruntime-genai and plain onnxruntime run a KV cache of {serving.cache_type_k}; transformers.js and "
+            "optimum make theirs in floats and refuse the file: for them  --cache-type f32",
+        )
 
     def check_model(self, checkpoint: Checkpoint) -> None:
         from converters.onnx import converter
@@ -100,6 +125,7 @@ ONNX = OnnxFormat(
     embedding_types=CPU.embedding_types,
     vector_type=CPU.vector_type,
     cache_types=CPU.cache_types,
+    cache_in_file=True,
     layouts=(Layout("factored", "factor pairs as two MatMul or MatMulNBits nodes, dense weights as one", "factored"),),
     runtimes={"onnxruntime": ("factored",)},
     # float32 in another order.
@@ -109,6 +135,7 @@ ONNX = OnnxFormat(
         SessionClass("onnxruntime-genai", "converters.onnx.runtimes.genai", "GenaiSession"),
     ),
     feedback_types=frozenset(form.name for form in NUMBERS if not form.is_float),
+    tunable_types=frozenset(form.name for form in NUMBERS if not form.is_float),
     encoder_session=SessionClass("onnxruntime", "converters.onnx.runtimes.onnx_encoder", "OnnxEncoderSession"),
     chats=(
         SessionClass("onnxruntime-genai", "converters.onnx.runtimes.chat", "GenaiChatSession"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -217,6 +217,17 @@ def rounded(weight: Tensor, form: WeightType, inputs: InputMoments) -> Tensor:
 
 def _quantized(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
     """Yield rows of the quantized matrix, some at a time."""
+    end = 0
+    for quantized in _untuned(weight, form, inputs):
+        start, end = end, end + len(quantized.scales)
+        if inputs.gains is None:
+            yield quantized
+        else:
+            scales = quantized.scales.astype(np.float32) * inputs.gains[start:end].float().numpy()
+            yield replace(quantized, scales=scales.astype(quantized.scales.dtype))
+
+
+def _untuned(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
     feedback, kept = inputs.feedback, inputs.kept
     for some in weight.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
         if feedback is None:

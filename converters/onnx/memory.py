@@ -8,8 +8,8 @@ formats, block sizes, tied and untied heads, contexts and prompt batches); a tes
 - MatMulNBits (accuracy level 4) packs codes, scales and block sums, and keeps the original scales: 8 bytes a block more
   than the file has, and 11 kB a node. The largest one's scales are held once more.
 - The tied, quantized embedding reads a reshaped copy of the head's codes.
-- Attention works in place on the shared KV cache and keeps no matrix of probabilities. Where a traced graph has no node
-  for it, :func:`plain_attention_bytes` is added.
+- Attention works in place on the shared KV cache, rounded or not, and keeps no matrix of probabilities. Where a traced
+  graph has no node for it, :func:`plain_attention_bytes` is added.
 - The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
   batch are an output of the graph.
 - Anonymous, so that the system cannot drop it, are the packed copies, the reshaped codes, caches, buffers and the heap.
@@ -28,9 +28,13 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
+from converters.onnx.backends import ROUNDED_CACHES, computed_in
 from converters.process_memory import RuntimeBase
 
+_CACHE_BITS = {"f32": 32, "f16": 16, **ROUNDED_CACHES}
 _PACKED_BLOCK_BYTES = 8
+# Measured up to contexts of 8,192 tokens.
+_TOKEN_BYTES = 100
 # Measured between 2 and 32 layers, together with what a layer takes.
 _QUANTIZED_NODE_BYTES = 11_000
 RUNTIMES = {
@@ -59,9 +63,9 @@ class OnnxMemory:
         """Return cache and buffers for one sequence of ``serving.context`` tokens."""
         if not shape.generates:
             return ServingMemory(0, encoder_bytes(shape, serving), 4 * serving.prompt_batch * shape.hidden)
-        # A graph computes in the precision of its cache.
-        kv_cache = 2 * shape.kv_heads * shape.head_dim * _item_bytes(serving) * shape.layers * serving.context
-        compute = activation_bytes(shape, serving)
+        numbers = 2 * shape.kv_heads * shape.head_dim * shape.layers * serving.context
+        kv_cache = numbers * _CACHE_BITS[serving.cache_type_k] // 8
+        compute = activation_bytes(shape, serving) + context_bytes(serving)
         if not shape.fused_attention:
             # A longer cache is made while the old one is there.
             compute += plain_attention_bytes(shape, serving) + kv_cache
@@ -141,6 +145,12 @@ def activation_bytes(shape: ModelShape, serving: Serving) -> int:
     return _item_bytes(serving) * batch * (4 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
 
 
+def context_bytes(serving: Serving) -> int:
+    """Masks and positions of a whole context, and the copies of them that are made again for every prompt batch."""
+    batch = min(serving.prompt_batch, serving.context)
+    return serving.context * (_TOKEN_BYTES + 7 * batch // 4)
+
+
 def plain_attention_bytes(shape: ModelShape, serving: Serving) -> int:
     """What attention that is no node of its own costs beside :func:`activation_bytes`.
 
@@ -158,8 +168,8 @@ def logit_bytes(shape: ModelShape, serving: Serving) -> int:
 
 
 def _item_bytes(serving: Serving) -> int:
-    """Return the bytes of a number: a graph computes in the precision of its cache."""
-    return 2 if serving.cache_type_k == "f16" else 4
+    """Return the bytes of a number that the graph computes with."""
+    return 2 if computed_in(serving) == "f16" else 4
 
 
 def encoder_bytes(shape: ModelShape, serving: Serving) -> int:

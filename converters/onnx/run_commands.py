@@ -7,7 +7,7 @@ from pathlib import Path
 
 from acip_export.artifacts.plan import Plan
 from acip_export.formats.protocol import EXAMPLE_QUESTION, RunCommand
-from converters.onnx.backends import STATIC_CACHE
+from converters.onnx.backends import ROUNDED_CACHES, STATIC_CACHE
 from converters.onnx.companion_files import MODEL_FILE
 
 _GROWS = "It computes a prompt in one piece and grows its cache, which the planned memory does not count"
@@ -23,7 +23,8 @@ def run_commands(plan: Plan, directory: Path, template: str | None = None) -> tu
         return (RunCommand("onnxruntime", "python", _encoder(directory)),)
     chats = template is not None
     programs = [RunCommand("onnxruntime-genai", "python", _genai(directory, plan.serving.context, chats), _GLIBC)]
-    if plan.serving.backend != STATIC_CACHE:
+    # The others make their cache in the floats that the graph computes with.
+    if plan.serving.backend != STATIC_CACHE and plan.serving.cache_type_k not in ROUNDED_CACHES:
         programs += [
             RunCommand("transformers.js", "javascript", _transformers_js(directory, chats), _GROWS),
             RunCommand("optimum", "python", _optimum(directory, chats), f"{_GROWS}. Needs  pip install optimum-onnx"),

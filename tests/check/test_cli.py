@@ -94,7 +94,7 @@ def test_the_life_of_a_baseline(place: Path, run: Run) -> None:
     (result,) = json.loads(larger.out)["results"]
     assert [p["rule"] for p in result["problems"]] == ["max_growth"]
     assert result["changes"][0]["name"] == "blk.1.attn_q.weight"
-    assert "blk.1.attn_q.weight" in run("check").out
+    assert "blk.1.attn_q " in run("check").out
     assert (place / "acip-check.lock.json").read_bytes() == lock
 
     accepted = run("check", "--update")

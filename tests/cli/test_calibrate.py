@@ -70,6 +70,7 @@ def test_calibrate_then_plan(model: Path, run: Run, monkeypatch: pytest.MonkeyPa
         "plan", "--sweep", "-f", "gguf", "--types", "q8_0,q4_0", "--layout", "stock", "--context", 64, "-o", "sweep.svg"
     )
     assert drawn.code == 0 and "tokens/s" in drawn.out + drawn.err
+    assert "answer, tokens/s" in (model / "sweep.svg").read_text(encoding="utf-8")
     points = json.loads((model / "sweep.json").read_text())["lines"][0]["points"]
     assert points and all(point["speed"]["answer"] > 0 for point in points)
     assert run("plan", "--sweep", "-f", "gguf", "--min-speed", 1).code == 2

@@ -320,3 +320,17 @@ def test_devices_whose_runtime_cannot(run: Run) -> None:
         listed = json.loads(run("devices", "--fits", "plan.json", "--json").out)
         assert (listed["others"].get("browser") is None) == held, listed["others"]
         assert "pixel-9-12gb" in {each["name"] for each in listed["devices"]}
+
+
+def test_warnings_are_sentences_whatever_libraries_configure() -> None:
+    program = (
+        "import logging\n"
+        "from acip_export.cli import output\n"
+        "output.print_warnings()\n"
+        "logging.basicConfig(format='%(asctime)s %(name)s [%(levelname)s] - %(message)s')\n"
+        "for quiet in (False, True):\n"
+        "    output.be_quiet(quiet)\n"
+        "    logging.getLogger('acip_export.api').warning('planned again, for %s', '[316 MB]')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == 2 * "planned again, for [316 MB]\n"

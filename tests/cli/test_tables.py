@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from acip_export.cli.tables.common import show_changes
 from acip_export.cli.tables.plan import show_plan
+from acip_export.inspection import TensorChange
+from acip_export.inspection.diff import Stored
 from tests.support import dense, make_model, make_plan
 
 
@@ -22,3 +25,21 @@ def test_layers_share_a_row_whatever_they_are_called(
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "512x256" in line]
     assert ["mlp.up_proj", "2"] in rows
     assert not any(".0." in name for name, *_ in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "deltas"),
+    [("model.layers.11.mlp.down_proj", True), ("language_model.layers.11.self_attn.q_proj", False)],
+)
+def test_names_of_changed_tensors_stay_in_one_line_of_80_columns(
+    name: str, deltas: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    change = TensorChange(
+        name + ".weight", Stored("BF16", (576, 1536), 1_769_472), Stored("iq4_xs", (576, 1536), 470_016)
+    )
+    show_changes([change], 4)
+    heads, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert row[0] == name
+    assert row[-3:] == ["BF16", "→", "iq4_xs"]
+    assert ("change" in heads, "-1.30" in row) == (deltas, deltas)

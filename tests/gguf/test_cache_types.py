@@ -10,7 +10,6 @@ import pytest
 from acip_export.api import export_model, plan_export
 from acip_export.artifacts.plan import load_plan
 from acip_export.errors import UnsupportedError
-from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from converters.gguf.run_commands import server
@@ -57,7 +56,3 @@ def test_heads_that_are_no_whole_blocks_are_refused_before_anything_is_computed(
         match=r"no KV cache of f16 \(K\), q4_0 \(V\): its heads have 16 .* possible are f16, bf16, f32",
     ):
         plan_export(Checkpoint.open(model), make_scores(model), request)
-
-
-def test_onnx_keeps_keys_and_values_in_one_type() -> None:
-    assert "keys and values in one type" in str(export_format("onnx").refused_cache(64, "f16", "f32"))

@@ -51,9 +51,10 @@ def test_formulas_bound_the_log(arch: str, settings: dict[str, object], tmp_path
     model = make_model(tmp_path / "m", arch, max_position_embeddings=4096, **settings)
     bundle = make_bundle(model, make_plan(model, "gguf", "stock", dense(type="f16")), tmp_path / "b")
     convert_bundle(bundle.path, tmp_path / "e", check=False)
-    shape = Checkpoint.open(model).shape
+    checkpoint = Checkpoint.open(model)
+    shape = checkpoint.shape
     for keys, values in (("f16", "f16"), ("q8_0", "q8_0"), ("f32", "f32"), ("q4_0", "f32"), ("bf16", "iq4_nl")):
-        if GGUF.refused_cache(shape.head_dim, keys, values):
+        if GGUF.refused_cache(checkpoint, keys, values):
             continue
         for context, batch in ((200, 200), (512, 16), (1024, 512), (4096, 128)):
             runtime = Serving(context, keys, batch, cache_type_v=values)
@@ -78,12 +79,13 @@ def test_every_pair_of_cache_types_takes_what_is_planned_or_is_refused(
     model = make_model(tmp_path / "m", arch, hidden_size=4 * head_dim, head_dim=head_dim, num_attention_heads=4)
     bundle = make_bundle(model, make_plan(model, "gguf", "stock", dense(type="f16")), tmp_path / "b")
     convert_bundle(bundle.path, tmp_path / "e", check=False)
-    shape = Checkpoint.open(model).shape
+    checkpoint = Checkpoint.open(model)
+    shape = checkpoint.shape
     refused = 0
     for keys in CACHE_TYPES:
         for values in CACHE_TYPES:
             serving = Serving(256, keys, 32, cache_type_v=values)
-            if GGUF.refused_cache(shape.head_dim, keys, values):
+            if GGUF.refused_cache(checkpoint, keys, values):
                 refused += 1
                 with pytest.raises(VerificationError, match="no context of 256 tokens"):
                     LlamaCppSession(tmp_path / "e", serving, every_logit=False)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from acip_export import api as pipeline
+from acip_export.artifacts import cache
 from acip_export.artifacts.plan import decision_bytes
 from acip_export.artifacts.rounding_errors import (
     RoundingErrors,
@@ -26,6 +27,7 @@ from acip_export.formats.registry import export_format
 from acip_export.materialization.factors import Norm
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
+from acip_export.progress import Progress
 from acip_export.rounding import InputMoments
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library
@@ -112,6 +114,48 @@ def test_measured_once(model: Path, measured: dict[str, RoundingErrors]) -> None
     more = measure(checkpoint, scores, replace(REQUESTS["onnx"], types=("int8", "int2")))
     assert {"int8", "int4", "int2"} <= more.dense["model.layers.0.mlp.up_proj.weight"].keys()
     assert load_rounding_errors(file, "onnx", more.quantizer, more.scores_sha256) == more
+
+
+def test_measuring_goes_on_where_it_was_interrupted(
+    model: Path, measured: dict[str, RoundingErrors], tmp_path: Path
+) -> None:
+    """To the same file, whether it was among matrices or pairs."""
+    copy = tmp_path / "m"
+    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("*.rounding-*"))
+    checkpoint, scores = Checkpoint.open(copy), load_scores(copy / "tiny.acip")
+    space, steps = resolve(REQUESTS["onnx"], checkpoint).space, list[Progress]()
+    stops = [1, 8, 5]
+
+    def stop(progress: Progress) -> None:
+        steps.append(progress)
+        if stops and progress.done == stops[0]:
+            del stops[0]
+            raise KeyboardInterrupt
+
+    for total in (15, 14, 6):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.rounding_errors(checkpoint, scores, space, stop)
+        assert steps[-1].total == total
+    assert pipeline.rounding_errors(checkpoint, scores, space, stop) == measured["onnx"]
+    assert steps[-1].total == 1
+    file = cache_file(copy / "tiny.acip", "onnx")
+    written = file.read_bytes()
+    save_rounding_errors(measured["onnx"], file)
+    assert file.read_bytes() == written
+
+
+def test_a_process_that_is_killed_loses_seconds_of_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    for lost, able, expected in ((0.0, True, 2), (1000.0, True, 1), (0.0, False, 2)):
+        monkeypatch.setattr(cache, "_AT_MOST_LOST", lost)
+        saved: list[RoundingErrors] = []
+        with (
+            pytest.raises(KeyboardInterrupt),
+            cache.kept_as_it_grows(lambda errors, to=saved, able=able: to.append(errors) or able) as grown,
+        ):
+            grown(NOTHING)
+            grown(EXAMPLE)
+            raise KeyboardInterrupt
+        assert len(saved) == expected and saved[-1] == EXAMPLE
 
 
 def test_scores_in_no_file_are_measured_once_each(model: Path, measured: dict[str, RoundingErrors]) -> None:
@@ -215,8 +259,8 @@ def test_the_plan_follows_what_was_measured(model: Path) -> None:
 @pytest.mark.slow
 def test_a_plan_without_the_quantizer_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(model, tmp_path / "m")
-    for cache in (tmp_path / "m").glob("*.rounding-*.json"):
-        cache.unlink()
+    for known in (tmp_path / "m").glob("*.rounding-*.json"):
+        known.unlink()
     checkpoint, scores = Checkpoint.open(tmp_path / "m"), load_scores(tmp_path / "m" / "tiny.acip")
     request = PlanRequest("gguf", 600_000, "file", types=("q8_0", "q4_0", "f16"))
     with monkeypatch.context() as patch:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
+from acip_export.io import kept_states
 from acip_export.measurement.block_passes import BlockPasses, blocks_of, in_int8
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of
@@ -130,6 +131,48 @@ def test_blocks_that_are_no_chain_are_refused(tmp_path: Path) -> None:
     through.blocks = [through.model.get_submodule(f"model.layers.{n}.mlp") for n in (0, 1)]
     with pytest.raises(UnsupportedError, match="no chain"):
         through.divergences([])
+
+
+def test_passes_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same figures, from the same variants alone, and not from a damaged file."""
+    monkeypatch.setattr(kept_states, "_AT_MOST_LOST", 0.0)
+    monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
+    checkpoint = Checkpoint.open(make_model(tmp_path / "m", num_hidden_layers=3))
+    through = passes(checkpoint)
+    variants = [Changed(checkpoint, each) for each in ((), ("layers.1.mlp.up_proj.weight",), ("embed_tokens.weight",))]
+    file = tmp_path / "states.run"
+    whole, steps = through.divergences(variants), list[int]()
+
+    def stop() -> None:
+        steps.append(1)
+        if len(steps) == 10:  # the third block
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), kept_states.kept_states(file, "a") as kept:
+        through.divergences(variants, stop, kept)
+    for origin, damage, behind in (("a", None, 2), ("b", None, 0), ("a", -1, 0), ("a", -100_000, 0)):
+        left = file.read_bytes()
+        if damage is not None:
+            changed = bytearray(left)
+            changed[damage] ^= 1
+            file.write_bytes(changed)
+        steps.clear()
+        with kept_states.kept_states(file, origin) as kept:
+            assert kept.blocks == behind
+            assert through.divergences(variants, lambda: steps.append(1), kept) == whole
+        assert len(steps) == (3 - behind) * 4 and not list(tmp_path.glob("*.run*"))
+        file.write_bytes(left)
+
+
+def test_a_place_without_room_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kept_states, "_AT_MOST_LOST", 0.0)
+    (tmp_path / "a file").touch()
+    with kept_states.kept_states(tmp_path / "a file" / "b.run", "a") as kept:
+        kept.passed(1, {"0": torch.zeros(2)})
+        kept.passed(2, {"0": torch.zeros(2)})
+    assert caplog.text.count("is not kept") == 1
 
 
 def test_models_in_bfloat16_are_measured_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from acip_export.artifacts.plan import RUNTIME_PARTS, BudgetScope, Plan, Serving
 from acip_export.cli.plan_options import PlanFlags
 from acip_export.formats.protocol import DEFAULT_BACKEND
 from acip_export.formats.registry import export_format, export_formats
+from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, DoesNotFit, PlanRequest, Problem, make_plan, resolve
 from tests.planning.problems import MAX_CONTEXT, Shape, examples, made_up_scores, shapes, weightless
 
@@ -59,10 +60,10 @@ def cases(draw: st.DrawFn) -> Case:
     # Floats fit rows of any length, so that no shape is refused.
     fitting = tuple(form for form in target.types if form in ("f32", "f16"))[:1]
     shape = draw(shapes())
+    config = {"model_type": shape.arch, "architectures": [shape.arch], **shape.settings}
+    described = Checkpoint(Path(), config, {})
     caches = [
-        pair
-        for pair in product(target.cache_types, target.cache_types)
-        if not target.refused_cache(shape.head_dim, *pair)
+        pair for pair in product(target.cache_types, target.cache_types) if not target.refused_cache(described, *pair)
     ]
     keys, values = draw(st.sampled_from(caches))
     request = PlanRequest(

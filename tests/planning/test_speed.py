@@ -140,3 +140,20 @@ def test_pairs_are_two_matrices(ranked: tuple[Checkpoint, ScoreFile]) -> None:
         Product("q4_0", 512 * 64 // 32 * 18, 512 * 64, head=False),
     ]
     assert dense.shape == shape
+
+
+@pytest.mark.parametrize("runtime", [None, "onnxruntime"])
+def test_the_speed_of_an_onnx_plan_is_that_of_what_people_talk_to(
+    ranked: tuple[Checkpoint, ScoreFile], runtime: str | None
+) -> None:
+    """onnxruntime-genai, where it was measured; a device that names onnxruntime means both."""
+    slower = replace(TABLE, token_seconds=2 * TABLE.token_seconds)
+    speeds = {"onnxruntime": TABLE, "onnxruntime-genai": slower}
+    pace = resolve(PlanRequest("onnx", 3_000_000, runtime=runtime, speeds=speeds), ranked[0]).pace
+    assert pace == Pace("onnxruntime-genai", slower)
+    del speeds["onnxruntime-genai"]
+    pace = resolve(PlanRequest("onnx", 3_000_000, runtime=runtime, speeds=speeds), ranked[0]).pace
+    assert pace == Pace("onnxruntime", TABLE)
+    unknown = PlanRequest("onnx", 3_000_000, runtime=runtime, min_speed=1.0)
+    with pytest.raises(UsageError, match="of this machine with onnxruntime-genai"):
+        resolve(unknown, ranked[0])

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from acip_export.api import rounding_estimate
 from acip_export.errors import InfeasibleBudgetError, OutputError, RankingError, UsageError
+from acip_export.machine import Machine
 from acip_export.ranking import DataConfig, acip_defaults, automatic_config, rank_model
 from acip_export.ranking.acip_defaults import default_algorithm, mask_steps_of
 from acip_export.ranking.algorithms import find_algorithm
-from acip_export.ranking.estimate import Machine, RankModel, open_sizes
-from acip_export.ranking.fitting import Limits, fit_ranking
+from acip_export.ranking.estimate import RankModel, open_sizes
+from acip_export.ranking.fitting import Fitted, Limits, fit_ranking
 from acip_export.units import parse_seconds
 from tests.ranking.support import CALIBRATION
+from tests.support import Run
 
-TWO_CORES = Machine(1e11, 5e10, 2)
+TWO_CORES = Machine(1e11, 5e10, 1e6, 2)
 FISHER, ACIP = find_algorithm("fisher"), find_algorithm("acip")
 
 
@@ -52,7 +55,7 @@ def test_memory_does_not_grow_with_layers_and_needs_no_weights(tmp_path: Path) -
 def test_learned_ranking_takes_the_steps_that_there_is_time_for(model: Path) -> None:
     checkpoint = open_sizes(model)
     acip = automatic_config(checkpoint)
-    slow = Machine(1e9, 1e9, 2)
+    slow = Machine(1e9, 1e9, 1e5, 2)
     whole = RankModel(checkpoint).estimate(DataConfig(), ACIP, acip, slow)
     seconds = whole.total_seconds - 0.3 * whole.seconds["learning"]
     fitted = fit_ranking(checkpoint, ACIP, acip, DataConfig(), Limits(seconds=seconds), slow)
@@ -73,7 +76,9 @@ def test_nothing_is_changed_unless_it_is_asked_for(model: Path) -> None:
 def test_time_too_short_to_learn_anything(model: Path) -> None:
     checkpoint = open_sizes(model)
     limits = Limits(seconds=20)
-    fitted = fit_ranking(checkpoint, ACIP, automatic_config(checkpoint), DataConfig(), limits, Machine(1e8, 1e8, 2))
+    fitted = fit_ranking(
+        checkpoint, ACIP, automatic_config(checkpoint), DataConfig(), limits, Machine(1e8, 1e8, 1e5, 2)
+    )
     assert fitted.algorithm is FISHER and fitted.acip is None
     assert "too short for acip to learn anything; ranking with fisher" in fitted.changes[0]
 
@@ -85,6 +90,38 @@ def test_less_memory_and_time_take_fewer_windows_and_tokens(tmp_path: Path) -> N
     fitted = fit_ranking(checkpoint, FISHER, None, DataConfig(), limits, TWO_CORES)
     assert fitted.estimate.total_seconds <= 0.95 * whole.estimate.total_seconds
     assert (fitted.calibration.statistics_tokens or 0) < (whole.calibration.statistics_tokens or 0)
+
+
+def test_measuring_types_is_estimated_by_format_from_the_configuration_alone(tmp_path: Path) -> None:
+    few, many = (rounding_estimate(open_sizes(llama(tmp_path / str(layers), layers)), TWO_CORES) for layers in (16, 32))
+    assert set(few) == {"types of gguf", "types of onnx"}
+    for stage, seconds in few.items():
+        assert seconds < many[stage] < 2 * seconds  # tables, and pairs of a few layers, are measured once
+    faster = rounding_estimate(open_sizes(tmp_path / "16"), Machine(1e12, 5e11, 1e7, 2))
+    assert all(faster[stage] == pytest.approx(seconds / 10) for stage, seconds in few.items())
+
+
+def test_what_follows_a_ranking_is_in_its_time(tmp_path: Path) -> None:
+    checkpoint = open_sizes(llama(tmp_path / "model"))
+
+    def fitted(limits: Limits, more: float) -> Fitted:
+        return fit_ranking(checkpoint, FISHER, None, DataConfig(), limits, TWO_CORES, lambda _: {"types": more})
+
+    alone = fitted(Limits(asked=False), 0).estimate.total_seconds
+    assert fitted(Limits(asked=False), 50).estimate.total_seconds == pytest.approx(alone + 50)
+    assert not fitted(Limits(seconds=alone + 40), 0).changes
+    shorter = fitted(Limits(seconds=alone + 40), 50)
+    assert "statistics of" in shorter.changes[0] and shorter.estimate.total_seconds <= alone + 40
+
+
+def test_estimate_shows_each_formats_types(model: Path, run: Run) -> None:
+    shown = run("rank", model, "--estimate", "--algorithm", "kfac").out
+    assert "types of gguf" in shown and "types of onnx" in shown
+    made = json.loads(run("rank", model, "--estimate", "--algorithm", "kfac", "--json").out)["seconds"]
+    total = made.pop("total")
+    assert made["types of gguf"] > 0 and total == pytest.approx(sum(made.values()))
+    without = run("rank", model, "--estimate", "--algorithm", "kfac", "--no-measure-rounding")
+    assert "types of" not in without.out
 
 
 def test_too_little_memory_or_disk_is_said_with_what_would_fit(tmp_path: Path) -> None:

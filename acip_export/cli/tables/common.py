@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from acip_export.check.compare import signed
@@ -42,17 +43,27 @@ def size_text(count: int | None) -> str:
 
 
 def show_changes(changes: Sequence[TensorChange], shown: int) -> None:
-    table = plain_table("tensor", "was", "is", "change", "")
-    for column in table.columns[1:4]:
-        column.justify = "right"
-    for change in changes[:shown]:
-        table.add_row(
-            escape(change.name),
-            size_text(None if change.before is None else change.before.nbytes),
-            size_text(None if change.after is None else change.after.nbytes),
-            signed(change.delta),
-            escape(change.what),
-        )
+    """The ``shown`` largest changes; where names would be folded, without the differences that was and is say too."""
+    table = _changes_table(changes[:shown], with_delta=True)
+    if Measurement.get(console.out, console.out.options, table).maximum >= console.out.width:
+        table = _changes_table(changes[:shown], with_delta=False)
     console.out.print(table)
     if len(changes) > shown:
         console.say(f"  and {len(changes) - shown} more", style="dim")
+
+
+def _changes_table(changes: Sequence[TensorChange], *, with_delta: bool) -> Table:
+    table = plain_table("tensor", "was", "is", *(["change"] if with_delta else []), "")
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+        column.no_wrap = True
+    for change in changes:
+        table.add_row(
+            # Nearly all are weights; a bias says so.
+            escape(change.name.removesuffix(".weight")),
+            size_text(None if change.before is None else change.before.nbytes),
+            size_text(None if change.after is None else change.after.nbytes),
+            *([signed(change.delta)] if with_delta else []),
+            escape(change.what),
+        )
+    return table

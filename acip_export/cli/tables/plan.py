@@ -52,7 +52,7 @@ def show_plan(plan: Plan, verbose: bool) -> None:
         table.add_row(
             "predicted speed",
             f"{plan.speed.answer:.3g} tokens/s",
-            f"of an answer with a full context; {plan.speed.prompt:.3g} of a prompt as long",
+            f"in {plan.speed.runtime}, of an answer with a full context; {plan.speed.prompt:.3g} of a prompt as long",
         )
     console.out.print(table)
     console.out.print()

@@ -75,7 +75,7 @@ class DecidedGraph:
         if domain:
             node.domain = domain
         for key, value in attributes.items():
-            _set_attribute(node.attribute.add(), key, value)
+            set_attribute(node.attribute.add(), key, value)
         self.nodes.append(node)
         return output
 
@@ -303,7 +303,8 @@ def _described(tensor: TensorProto) -> ValueInfoProto:
     return shaped(tensor.name, tensor.data_type, tuple(tensor.dims))
 
 
-def _set_attribute(attribute: AttributeProto, name: str, value: Any) -> None:
+def set_attribute(attribute: AttributeProto, name: str, value: Any) -> None:
+    """Give an attribute of a node its name and value."""
     attribute.name = name
     if isinstance(value, int):
         attribute.i, attribute.type = value, AttributeProto.INT

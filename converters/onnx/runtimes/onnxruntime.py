@@ -20,6 +20,13 @@ from converters.onnx.companion_files import GENAI_CONFIG, MODEL_FILE
 
 Cache = dict[str, Any]
 
+_NUMBERS = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,  # two of 4 bits
+}
+
 
 class _Search(msgspec.Struct, frozen=True):
     past_present_share_buffer: bool
@@ -84,7 +91,7 @@ class OnnxRuntimeSession:
         self._caches: Cache = {
             node.name: OrtValue.ortvalue_from_shape_and_type(
                 [1, node.shape[1], serving.context if self._in_place else 0, node.shape[3]],
-                np.float16 if node.type == "tensor(float16)" else np.float32,
+                _NUMBERS[node.type],
             )
             for node in inputs
             if node.name.startswith("past_key_values.")

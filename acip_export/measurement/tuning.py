@@ -1,0 +1,318 @@
+"""Tune what an export stores beside its codes, by gradient descent on the divergence from the dense model.
+
+Codes are chosen and stay. A block's scale is multiplied by a gain, and the numbers of norms and biases are moved, so
+that on the calibration text the export predicts what the dense model predicts: the objective of a learned ranking. The
+files keep their bytes.
+
+A step goes forward block by block and keeps what each block reads, then backward block by block, each computed again
+with its gradients. Beside the dense model, memory holds one block's weights and their gradients, those of embedding and
+head, and the hidden states of one step's text.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from acip_export.artifacts.plan import Plan, plan_sha256
+from acip_export.artifacts.tuned import Tuned, TuningResult
+from acip_export.errors import CheckpointError
+from acip_export.io.atomic import new_file, read_safetensors_header
+from acip_export.io.scratch import Scratch
+from acip_export.materialization.rounded import RoundedPlan, RoundedWeights
+from acip_export.measurement.block_passes import BlockPasses, Changes, blocks_of, through
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import Clock, ProgressCallback, silent
+from acip_export.ranking.load import load_model
+from acip_export.weight_types import weight_type
+
+# Of Adam, of moves relative to what is moved; it falls to nothing with the last step.
+LEARNING_RATE = 5e-4
+# Of a step: gradients of fewer tokens are noise, of more they take longer than they gain.
+STEP_TOKENS = 512
+# Numbers of logits at a time.
+_AT_ONCE = 2**23
+# Steps that tell how long one takes, and the fewest that are worth their while.
+_TIMED_STEPS, _LEAST_STEPS = 2, 4
+_SAVE_SECONDS = 60.0
+_STAGE = "tune"
+
+
+def tune(
+    checkpoint: Checkpoint,
+    weights: RoundedWeights,
+    plan: Plan,
+    tunable: Collection[str],
+    text: Tensor,
+    held_out: Tensor,
+    seconds: float,
+    state: Path | None = None,
+    progress: ProgressCallback = silent,
+) -> Tuned:
+    """Tune the export of ``plan`` for about so many seconds.
+
+    Args:
+        weights: of the plan's format. tunable: its types whose scales can be multiplied.
+        text, held_out: windows (n, tokens) to tune on, and to compare before and after on.
+        state: file that is kept up to date with the run; if it is there, the run in it goes on, to the same result.
+
+    Returns:
+        The tuned numbers; none where they don't come nearer to the dense model on ``held_out``.
+
+    Raises:
+        UnsupportedError: the blocks of the model are no chain.
+    """
+    begun = time.monotonic()
+    passes = BlockPasses(
+        load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True), blocks_of(checkpoint), held_out
+    )
+    with_scratch = Scratch(None, "the weights that are tuned")
+    student = _Student(passes, weights.of(plan, inputs=False), tunable, with_scratch)
+    run = _Run(passes, student, text, checkpoint.shape.vocabulary, plan_sha256(plan), state)
+    run.go_on(seconds - (time.monotonic() - begun), progress)
+    passes.windows = held_out
+    before, after = passes.divergences([weights.of(plan), _Moved(student, weights.of(plan))])
+    result = TuningResult(run.step, run.step * run.step_tokens, round(run.seconds, 1), before.kl, after.kl)
+    if not result.kept:
+        return Tuned(result, {}, {})
+    return Tuned(result, student.gains(), student.vectors())
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A rounded matrix: ``block`` columns share a gain; 0: it has none."""
+
+    block: int
+
+
+class _Student:
+    """The rounded model, and how far everything that is tuned has been moved from where it was.
+
+    Attributes:
+        moves: by name: of a matrix (rows, blocks) less one of its gains; of a vector (n,) in units of its size.
+    """
+
+    def __init__(self, passes: BlockPasses, rounded: RoundedPlan, tunable: Collection[str], scratch: Scratch) -> None:
+        self._scratch, self._passes = scratch, passes
+        self._matrices: dict[str, _Matrix] = {}
+        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.moves: dict[str, Tensor] = {}
+        decisions = {decision.name: decision for decision in rounded.plan.tensors}
+        for names in passes.parameters.values():
+            changed = rounded.tensors(names)
+            for name in names:
+                decision = decisions.get(name)
+                if name in changed and changed[name].ndim == 2:
+                    scratch.write(name, changed[name].half().numpy())
+                    block = 0
+                    if decision is not None and decision.rank is None and decision.type in tunable:
+                        block = weight_type(rounded.plan.format, decision.type or "").block
+                        rows, columns = changed[name].shape
+                        self.moves[name] = torch.zeros(rows, -(-columns // block))
+                    self._matrices[name] = _Matrix(block)
+                elif decision is not None and len(decision.shape) == 1:
+                    value = changed[name] if name in changed else passes.model.get_parameter(name).detach().float()
+                    sizes = value.abs()
+                    self._vectors[name] = value, sizes.clamp_min(float(sizes.mean()))
+                    self.moves[name] = torch.zeros_like(value)
+        for move in self.moves.values():
+            move.requires_grad_()
+
+    def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the named tensors that differ from the dense model's, as functions of the moves."""
+        found = {}
+        for name in names:
+            if name in self._matrices:
+                found[name] = self._matrix(name, self._matrices[name].block)
+            elif name in self._vectors:
+                value, sizes = self._vectors[name]
+                found[name] = value + self.moves[name] * sizes
+        return found
+
+    def _matrix(self, name: str, block: int) -> Tensor:
+        weight = torch.from_numpy(self._scratch.read(name)).float()
+        return multiplied(weight, 1 + self.moves[name], block) if block else weight
+
+    def gains(self) -> dict[str, Tensor]:
+        """Return what scales are multiplied with, float16."""
+        return {name: (1 + self.moves[name].detach()).half() for name, each in self._matrices.items() if each.block}
+
+    @torch.no_grad()
+    def vectors(self) -> dict[str, Tensor]:
+        """Return norms and biases."""
+        return {name: each.detach().clone() for name, each in self.tensors([*self._vectors]).items()}
+
+
+def multiplied(weight: Tensor, gains: Tensor, block: int) -> Tensor:
+    """Multiply ``block`` columns at a time by a gain of their own, (rows, blocks)."""
+    rows, columns = weight.shape
+    padded = pad(weight, (0, -columns % block)).view(rows, -1, block)
+    return (padded * gains[..., None]).view(rows, -1)[:, :columns]
+
+
+class _Moved:
+    """The tuned model as a variant that is measured; its inputs are rounded as the runtime does it."""
+
+    def __init__(self, student: _Student, rounded: RoundedPlan) -> None:
+        self._student, self._rounded = student, rounded
+
+    def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """See :class:`acip_export.measurement.block_passes.Variant`."""
+        return self._student.tensors(names)
+
+    def input_blocks(self, names: Sequence[str]) -> Mapping[str, int]:
+        """See :class:`acip_export.measurement.block_passes.Variant`."""
+        return self._rounded.input_blocks(names)
+
+
+class _Run:
+    """Gradient descent that can be stopped between two steps.
+
+    Attributes:
+        step: how many are done. steps: how many there will be, once that is known. seconds: that they took.
+        step_tokens: of the text of one.
+    """
+
+    def __init__(
+        self,
+        passes: BlockPasses,
+        student: _Student,
+        text: Tensor,
+        vocabulary: int,
+        identity: str,
+        state: Path | None,
+    ) -> None:
+        self._passes, self._student, self._state = passes, student, state
+        self._vocabulary, self._identity = vocabulary, identity
+        count = max(1, STEP_TOKENS // text.shape[1])
+        self._text, self._windows = text, min(count, len(text))
+        self.step_tokens = self._windows * text.shape[1]
+        self._optimizer = torch.optim.Adam(student.moves.values(), lr=LEARNING_RATE)
+        self.step, self.steps, self.seconds = 0, 0, 0.0
+        if state is not None:
+            self._load(state)
+
+    def go_on(self, seconds: float, progress: ProgressCallback) -> None:
+        """Make the steps that fit into so many seconds, unless their number is known from before."""
+        saved = time.monotonic()
+        clock = Clock(_STAGE, self.steps or None, progress, self.step_tokens, self.step)
+        while not self.steps or self.step < self.steps:
+            begin = time.monotonic()
+            share = self.step / self.steps if self.steps else 0.0
+            self._optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - share)
+            loss = self._descend()
+            self.step += 1
+            self.seconds += time.monotonic() - begin
+            if not self.steps and self.step == _TIMED_STEPS:
+                self.steps = max(_LEAST_STEPS, int(seconds / (self.seconds / _TIMED_STEPS)))
+                clock.total = self.steps
+            clock.advance(loss=loss)
+            if self._state is not None and time.monotonic() - saved > _SAVE_SECONDS:
+                self._save(self._state)
+                saved = time.monotonic()
+        if self._state is not None:
+            self._save(self._state)
+
+    def _descend(self) -> float:
+        """Make one step, and return the divergence before it."""
+        first = self.step * self._windows
+        chosen = torch.arange(first, first + self._windows) % len(self._text)
+        passes = self._passes
+        passes.windows = self._text[chosen]
+        for move in self._student.moves.values():
+            move.grad = None
+        outside = self._student.tensors(passes.parameters[""])
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in outside.items()}
+        with torch.no_grad():
+            dense, arguments = passes.enter({})
+            entered, _ = passes.enter(leaves)
+            read = [entered]
+            for number, (name, block) in enumerate(zip(passes.names, passes.blocks, strict=True)):
+                dense = through(block, {}, dense, arguments[number])
+                read.append(through(block, self._of_block(name), read[-1], arguments[number]))
+        loss, gradient = self._head(leaves, dense, read.pop())
+        for number in reversed(range(len(passes.blocks))):
+            inputs = read.pop().requires_grad_()
+            left = through(passes.blocks[number], self._of_block(passes.names[number]), inputs, arguments[number])
+            left.backward(gradient)  # type: ignore[no-untyped-call]
+            assert inputs.grad is not None
+            gradient = inputs.grad
+        entered, _ = passes.enter(leaves)
+        if entered.requires_grad:
+            entered.backward(gradient)  # type: ignore[no-untyped-call]
+        moved = [(outside[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
+        tuned = [(tensor, grad) for tensor, grad in moved if tensor.requires_grad]
+        torch.autograd.backward([tensor for tensor, _ in tuned], [grad for _, grad in tuned])
+        self._optimizer.step()
+        return loss
+
+    def _of_block(self, name: str) -> dict[str, Tensor]:
+        tensors = self._student.tensors(self._passes.parameters[name])
+        return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
+
+    def _head(self, leaves: Mapping[str, Tensor], dense: Tensor, hidden: Tensor) -> tuple[float, Tensor]:
+        """Return the mean divergence, and its gradient at what the last block leaves; ``leaves`` get theirs."""
+        passes = self._passes
+        total, gradient = 0.0, torch.zeros_like(hidden)
+        for window, rows in self._slices():
+            tokens = passes.windows[window, rows]
+            with torch.no_grad():
+                expected = passes.leave(Changes({}), dense[window : window + 1, rows], tokens).float().log_softmax(-1)
+            leaf = hidden[window : window + 1, rows].detach().requires_grad_()
+            found = passes.leave(Changes(leaves), leaf, tokens).float().log_softmax(-1)
+            loss = (expected.exp() * (expected - found)).sum() / self.step_tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            assert leaf.grad is not None
+            gradient[window : window + 1, rows] = leaf.grad
+        return total, gradient
+
+    def _slices(self) -> Iterator[tuple[int, slice]]:
+        """Yield tokens of one window whose logits fit into memory."""
+        count, length = self._passes.windows.shape
+        at_once = max(1, _AT_ONCE // self._vocabulary)
+        for window in range(count):
+            for start in range(0, length, at_once):
+                yield window, slice(start, min(start + at_once, length))
+
+    def _save(self, file: Path) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, move in self._student.moves.items():
+            tensors[f"move {name}"] = move.detach()
+            for key, value in self._optimizer.state[move].items():
+                tensors[f"{key} {name}"] = value
+        counters = {"identity": self._identity, "step": self.step, "steps": self.steps, "seconds": self.seconds}
+        with new_file(file) as temporary:
+            save_file(tensors, temporary, {"counters": json.dumps(counters)})
+
+    def _load(self, file: Path) -> None:
+        """Put this run where the stored one was; one that is damaged, or of another plan, is left alone."""
+        from safetensors.torch import load_file
+
+        with suppress(CheckpointError, KeyError, ValueError):
+            if not file.is_file():
+                return
+            _, metadata = read_safetensors_header(file, CheckpointError)
+            counters = json.loads(metadata["counters"])
+            if counters["identity"] != self._identity:
+                return
+            stored = load_file(file)
+            state = {
+                name: {key: stored[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                for name in self._student.moves
+            }
+            with torch.no_grad():
+                for name, move in self._student.moves.items():
+                    move.copy_(stored[f"move {name}"])
+                    self._optimizer.state[move] = state[name]
+            self.step, self.steps, self.seconds = counters["step"], counters["steps"], counters["seconds"]

@@ -1,0 +1,142 @@
+"""Tuning descends the divergence of the export from the dense model, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.scores import ScoreFile
+from acip_export.artifacts.tuned import Tuned
+from acip_export.formats.registry import export_format
+from acip_export.io.scratch import Scratch
+from acip_export.materialization.rounded import RoundedWeights
+from acip_export.measurement import tuning
+from acip_export.measurement.block_passes import BlockPasses, blocks_of
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import Progress, silent
+from acip_export.ranking.load import load_model
+from tests.materialization.moments import scores_with_moments
+from tests.support import dense, make_model, make_plan
+
+TEXT = torch.randint(512, (12, 64), generator=torch.Generator().manual_seed(1))
+TYPES = {"gguf": "q4_0", "onnx": "uint4"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
+    return scores_with_moments(model, tmp_path_factory.mktemp("scores") / "tiny.acip")
+
+
+@pytest.fixture(params=TYPES)
+def plan(request: pytest.FixtureRequest, model: Path) -> Plan:
+    layout = export_format(request.param).layouts[0].name
+    return make_plan(model, request.param, layout, dense(type=TYPES[request.param]))
+
+
+@pytest.fixture
+def tuned(model: Path, scores: ScoreFile, plan: Plan) -> Callable[..., Tuned]:
+    checkpoint, written_as = Checkpoint.open(model), export_format(plan.format)
+
+    def tune(seconds: float, state: Path | None = None, progress: Callable[[Progress], None] = silent) -> Tuned:
+        weights = RoundedWeights(checkpoint, scores, written_as.round_trip, written_as.feedback_types)
+        return tuning.tune(
+            checkpoint, weights, plan, written_as.tunable_types, TEXT, TEXT[:4], seconds, state, progress
+        )
+
+    return tune
+
+
+def test_gradients_are_those_of_the_whole_model(model: Path, scores: ScoreFile, plan: Plan) -> None:
+    checkpoint, written_as = Checkpoint.open(model), export_format(plan.format)
+    weights = RoundedWeights(checkpoint, scores, written_as.round_trip, written_as.feedback_types)
+    whole = load_model(checkpoint, torch.device("cpu"))
+    passes = BlockPasses(whole, blocks_of(checkpoint), TEXT)
+    student = tuning._Student(passes, weights.of(plan, inputs=False), written_as.tunable_types, Scratch())
+    run = tuning._Run(passes, student, TEXT[:4], checkpoint.shape.vocabulary, "", None)
+    with torch.no_grad():
+        for move in student.moves.values():
+            move.add_(0.05 * torch.randn(move.shape, generator=torch.Generator().manual_seed(0)))
+    before = {name: move.detach().clone() for name, move in student.moves.items()}
+    loss = run._descend()
+    found = {name: move.grad for name, move in student.moves.items()}
+
+    moves = {name: move.requires_grad_() for name, move in before.items()}
+    student.moves = moves
+    names = [name for group in passes.parameters.values() for name in group]
+    tensors: dict[str, Tensor] = student.tensors(names)
+    expected = whole(TEXT[:4]).logits.log_softmax(-1)
+    logits = functional_call(whole, tensors, (TEXT[:4],)).logits.log_softmax(-1)
+    divergence = (expected.exp() * (expected - logits)).sum() / TEXT[:4].numel()
+    gradients = torch.autograd.grad(divergence, list(moves.values()))
+
+    assert loss == pytest.approx(float(divergence.detach()), rel=1e-4)
+    assert any("norm" in name for name in moves), "norms are tuned"
+    assert any("embed" in name for name in moves), "and the embedding"
+    for name, gradient in zip(moves, gradients, strict=True):
+        got = found[name]
+        assert got is not None
+        torch.testing.assert_close(got, gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+
+
+def test_the_export_comes_nearer_to_the_dense_model(tuned: Callable[..., Tuned], plan: Plan) -> None:
+    found = tuned(2.0)
+    assert found.result.steps >= tuning._LEAST_STEPS
+    assert found.result.after < found.result.before
+    assert found.result.kept
+    matrices = {decision.name for decision in plan.tensors if len(decision.shape) == 2}
+    assert found.gains.keys() == matrices
+    assert found.vectors.keys() == {decision.name for decision in plan.tensors} - matrices
+    assert all(0.8 < float(gains.min()) <= float(gains.max()) < 1.25 for gains in found.gains.values())
+
+
+def test_what_does_not_help_is_left_out(tuned: Callable[..., Tuned], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 1.0)
+    found = tuned(0.5)
+    assert found.result.after > found.result.before
+    assert not found.gains
+    assert not found.vectors
+
+
+class Stopped(Exception):  # noqa: N818 - as a signal would
+    pass
+
+
+def test_a_run_that_was_stopped_goes_on(
+    tuned: Callable[..., Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_SAVE_SECONDS", -1.0)  # after every step
+    monkeypatch.setattr(tuning, "_LEAST_STEPS", 8)  # and a second that is too short for more
+    state = tmp_path / "tuning.safetensors"
+    whole = tuned(1e-3)
+
+    def stop(progress: Progress) -> None:
+        if progress.done == 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        tuned(1e-3, state, stop)
+    steps: list[int] = []
+    rest = tuned(1e-3, state, lambda progress: steps.append(progress.done))
+    assert steps[0] == 5, "the step that was not saved is made again, none of those before it"
+    assert rest.result.steps == whole.result.steps == 8
+    for name, gains in whole.gains.items():
+        assert torch.equal(gains, rest.gains[name])
+    for name, vector in whole.vectors.items():
+        assert torch.equal(vector, rest.vectors[name])
+
+
+def test_a_damaged_state_is_no_obstacle(tuned: Callable[..., Tuned], tmp_path: Path) -> None:
+    state = tmp_path / "tuning.safetensors"
+    state.write_bytes(b"\x00" * 100)
+    assert tuned(0.1, state).result.steps >= tuning._LEAST_STEPS
