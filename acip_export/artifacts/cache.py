@@ -1,4 +1,4 @@
-"""Read caches beside a score file: they are made again, not mourned, when they are damaged or of something else."""
+"""Read caches beside a score file: one that is damaged, or of something else, is made again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An export in a process of its own: what it takes there; and a runtime that crashes or hangs takes nobody along."""
+"""Run an export in a process of its own: memory and time are measured there, and a crash or a hang ends only it."""
 
 from __future__ import annotations
 
