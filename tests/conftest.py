@@ -13,9 +13,14 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from acip_export.cli import main as cli  # noqa: E402
 from tests.support import Outcome, Run  # noqa: E402
+
+# How fast a busy machine draws examples is no property of what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture
