@@ -13,7 +13,6 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import UnsupportedError, UsageError
 from acip_export.formats.registry import export_format
 from acip_export.kept_roundings import KeptRoundings
-from acip_export.lowrank.cache import FactorCache
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
 
@@ -65,6 +64,7 @@ def tuned_numbers(
     assert text is not None
     import torch
 
+    from acip_export.lowrank.cache import FactorCache
     from acip_export.materialization.rounded import RoundedWeights
     from acip_export.measurement.tuning import tune
 
