@@ -49,17 +49,13 @@ def tuned_numbers(
     kept: KeptRoundings | None = None,
     progress: ProgressCallback = silent,
 ) -> Tuned | None:
-    """Tune what ``plan`` asks to be tuned; ``None``: it asks for nothing.
+    """Tune what ``plan`` asks to be tuned, and :func:`check_tuning` has let through; ``None``: it asks for nothing.
 
     Args:
         cache, kept: as :class:`acip_export.materialization.PlannedModel`; with ``kept`` a stopped run goes on.
-
-    Raises:
-        UsageError: see :func:`check_tuning`.
     """
     if plan.tune_seconds is None:
         return None
-    check_tuning(checkpoint, scores, plan)
     text = calibration_windows(checkpoint, scores, _WINDOW)
     assert text is not None
     import torch

@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from acip_export.measurement.block_passes import BlockPasses, Changes, blocks_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Clock, ProgressCallback, silent
 from acip_export.ranking.load import load_model
+from acip_export.units import ceil_div
 from acip_export.weight_types import weight_type
 
 # Of Adam, of moves relative to what is moved; it falls to nothing with the last step.
@@ -74,8 +74,8 @@ def tune(
     passes = BlockPasses(
         load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True), blocks_of(checkpoint), held_out
     )
-    with_scratch = Scratch(None, "the weights that are tuned")
-    student = _Student(passes, weights.of(plan, inputs=False), tunable, with_scratch)
+    scratch = Scratch(None, "the weights that are tuned")
+    student = _Student(passes, weights.of(plan, inputs=False), tunable, scratch)
     run = _Run(passes, student, text, checkpoint.shape.vocabulary, plan_sha256(plan), state)
     run.go_on(seconds - (time.monotonic() - begun), progress)
     passes.windows = held_out
@@ -86,13 +86,6 @@ def tune(
     return Tuned(result, student.gains(), student.vectors())
 
 
-@dataclass(frozen=True)
-class _Matrix:
-    """A rounded matrix: ``block`` columns share a gain; 0: it has none."""
-
-    block: int
-
-
 class _Student:
     """The rounded model, and how far everything that is tuned has been moved from where it was.
 
@@ -101,8 +94,9 @@ class _Student:
     """
 
     def __init__(self, passes: BlockPasses, rounded: RoundedPlan, tunable: Collection[str], scratch: Scratch) -> None:
-        self._scratch, self._passes = scratch, passes
-        self._matrices: dict[str, _Matrix] = {}
+        self._scratch = scratch
+        # Of rounded matrices, how many columns share a gain; 0: it has none.
+        self._blocks: dict[str, int] = {}
         self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         self.moves: dict[str, Tensor] = {}
         decisions = {decision.name: decision for decision in rounded.plan.tensors}
@@ -116,8 +110,8 @@ class _Student:
                     if decision is not None and decision.rank is None and decision.type in tunable:
                         block = weight_type(rounded.plan.format, decision.type or "").block
                         rows, columns = changed[name].shape
-                        self.moves[name] = torch.zeros(rows, -(-columns // block))
-                    self._matrices[name] = _Matrix(block)
+                        self.moves[name] = torch.zeros(rows, ceil_div(columns, block))
+                    self._blocks[name] = block
                 elif decision is not None and len(decision.shape) == 1:
                     value = changed[name] if name in changed else passes.model.get_parameter(name).detach().float()
                     sizes = value.abs()
@@ -130,8 +124,8 @@ class _Student:
         """Return the named tensors that differ from the dense model's, as functions of the moves."""
         found = {}
         for name in names:
-            if name in self._matrices:
-                found[name] = self._matrix(name, self._matrices[name].block)
+            if name in self._blocks:
+                found[name] = self._matrix(name, self._blocks[name])
             elif name in self._vectors:
                 value, sizes = self._vectors[name]
                 found[name] = value + self.moves[name] * sizes
@@ -143,7 +137,7 @@ class _Student:
 
     def gains(self) -> dict[str, Tensor]:
         """Return what scales are multiplied with, float16."""
-        return {name: (1 + self.moves[name].detach()).half() for name, each in self._matrices.items() if each.block}
+        return {name: (1 + self.moves[name].detach()).half() for name, block in self._blocks.items() if block}
 
     @torch.no_grad()
     def vectors(self) -> dict[str, Tensor]:
