@@ -25,7 +25,8 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.tuned import Tuned, save_tuned
 from acip_export.errors import AcipError, InfeasibleBudgetError, UsageError, VerificationError
 from acip_export.formats.registry import export_format
-from acip_export.io.atomic import scratch_directory
+from acip_export.io.atomic import remove_leftovers, scratch_directory
+from acip_export.io.locks import held
 from acip_export.io.outputs import Output, claim_output
 from acip_export.io.scratch import Scratch
 from acip_export.kept_roundings import KeptRoundings, are_beside, roundings_beside
@@ -208,7 +209,11 @@ def export_model(
         return model
 
     if not verify:
-        with scratch_directory(output.place, ".work") as scratch, output.new_directory() as directory:
+        with (
+            output.held(),
+            scratch_directory(output.place, ".work") as scratch,
+            output.new_directory() as directory,
+        ):
             converted(plan, scratch, directory, force)
         return None
     waiting = output
@@ -354,10 +359,14 @@ def shared_work(place: Path | None, cache: Path | None) -> Iterator[tuple[Path |
     if place is None:
         yield cache, None
         return
-    with scratch_directory(place / "shared", ".tmp") as scratch:
-        roundings, own = scratch / "rounded", scratch / "cache"
-        roundings.mkdir()
-        yield cache or own, roundings
+    shared = place / "shared"
+    with held(shared) as first:
+        if first:
+            remove_leftovers(shared)
+        with scratch_directory(shared, ".tmp") as scratch:
+            roundings, own = scratch / "rounded", scratch / "cache"
+            roundings.mkdir()
+            yield cache or own, roundings
 
 
 def _settled(

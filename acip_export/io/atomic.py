@@ -281,7 +281,7 @@ def new_directory(target: Path, allow: Callable[[], None] = _nothing) -> Iterato
 def exchange(new: Path, target: Path) -> None:
     """Put ``new`` where ``target`` is, by renames: what was there is back if they fail, and removed when they have not.
 
-    A crash between the two leaves the old directory, whole, beside the place.
+    A crash between the two leaves the old directory, whole, beside the place; see :func:`remove_leftovers`.
 
     Raises:
         OutputError: it cannot be replaced.
@@ -362,9 +362,26 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acip-export"
 
 
-def remove_leftovers(target: Path) -> None:
-    """Remove what processes that were killed while they wrote ``target`` left of it; no other may be writing it."""
+def remove_leftovers(target: Path) -> bool:
+    """Remove what processes that were killed while they wrote ``target`` left of it; no other may be writing it.
+
+    Returns:
+        Whether one was killed between the two renames of :func:`exchange`: what was there before is back.
+    """
     digit = "[0-9a-f]"
-    for temporary in target.parent.glob(f".{glob.escape(target.name)}.{8 * digit}.tmp"):
-        if temporary.is_file():
-            temporary.unlink(missing_ok=True)
+    left = [
+        leftover
+        for suffix in (".tmp", ".work", ".old")
+        for leftover in sorted(target.parent.glob(f".{glob.escape(target.name)}.{8 * digit}{suffix}"))
+    ]
+    back = False
+    for leftover in left:
+        with suppress(OSError):  # not ours to remove
+            if leftover.suffix == ".old" and not target.exists():
+                leftover.replace(target)
+                back = True
+            elif leftover.is_dir():
+                remove_directory(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+    return back

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from acip_export.errors import OutputError, UsageError
+from acip_export.io.interruptions import interrupted_afterwards
 
 _LONGEST_NAME = 200
 _ours: dict[Path, int] = {}
@@ -23,26 +24,33 @@ _one_at_a_time = threading.Lock()
 
 
 @contextmanager
-def held(place: Path) -> Iterator[None]:
+def held(place: Path) -> Iterator[bool]:
     """Hold the lock of an output inside; a process that has it already has it again.
+
+    Yields:
+        Whether the lock is new: whatever lies around the place is then of processes that are gone.
 
     Raises:
         UsageError: another process has it. OutputError: there is no place for it.
     """
-    with _one_at_a_time:
-        stream = None if _ours.get(place) or _follows() else _locked(place, leave=True)
-        _ours[place] = _ours.get(place, 0) + 1
+    stream, counted = None, False
     try:
-        yield
+        # Between the file and what is known of it here, nobody would remove it.
+        with interrupted_afterwards(), _one_at_a_time:
+            stream = None if _ours.get(place) or _follows() else _locked(place, leave=True)
+            _ours[place] = _ours.get(place, 0) + 1
+            counted = True
+        yield stream is not None
     finally:
-        with _one_at_a_time:
-            _ours[place] -= 1
-            if not _ours[place]:
-                del _ours[place]
-        if stream is not None:
-            with suppress(OSError):
-                _file(place).unlink()
-            stream.close()
+        if counted:
+            with interrupted_afterwards(), _one_at_a_time:
+                _ours[place] -= 1
+                if not _ours[place]:
+                    del _ours[place]
+                if stream is not None:
+                    with suppress(OSError):
+                        _file(place).unlink()
+                    stream.close()
 
 
 def refuse_held(place: Path) -> None:

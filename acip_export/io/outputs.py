@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +103,17 @@ class Output:
         with self.held(), atomic.new_directory(self.place, self.check) as temporary:
             yield temporary
 
-    def held(self) -> AbstractContextManager[None]:
-        """Keep other processes from writing here; see :func:`acip_export.io.locks.held`."""
-        return held(self.place)
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from writing here; what one that was killed has left is removed.
+
+        Raises:
+            UsageError, OutputError: see :func:`acip_export.io.locks.held` and :meth:`check`.
+        """
+        with held(self.place) as first:
+            if first and atomic.remove_leftovers(self.place):
+                self.check()
+            yield
 
     def take(self, directory: Path) -> None:
         """Put ``directory``, which lies beside it, into its place; see :func:`acip_export.io.atomic.exchange`."""

@@ -12,13 +12,14 @@ import numpy.typing as npt
 import torch
 
 from acip_export.errors import RankingError
+from acip_export.io.interruptions import noted_interruptions
 from acip_export.ranking.acip_run import AcipRun, advance
 from acip_export.ranking.algorithm import Ranking
 from acip_export.ranking.config import AcipConfig
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.factorized_model import Factorized
 from acip_export.ranking.mask_gradients import component_fisher
-from acip_export.ranking.run_state import RunStates, interrupts_between_steps
+from acip_export.ranking.run_state import RunStates
 
 
 def learn(context: RankContext, factorized: Factorized) -> Ranking:
@@ -54,7 +55,8 @@ def _store_on_the_way(run: AcipRun, context: RankContext, states: RunStates) -> 
     if states.resume:
         states.load(run, identity)
     stored = states.resume
-    with interrupts_between_steps() as run.interrupted:
+    # A step that is cut in two cannot be stored.
+    with noted_interruptions() as run.interrupted:
         try:
             for _ in advance(run, context.data.training.shape[1], context.progress):
                 if run.should_stop() or (run.mask_steps + run.tune_steps) % states.every == 0:

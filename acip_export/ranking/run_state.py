@@ -8,13 +8,9 @@ number, and statistics and factors, which come out the same again.
 from __future__ import annotations
 
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -93,30 +89,3 @@ class RunStates:
                 "or start anew without  --resume"
             )
         run.restore(json.loads(metadata["counters"]), load_file(self.file))
-
-
-@contextmanager
-def interrupts_between_steps() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM only set a flag inside, which the yielded function tells; a second one acts at once.
-
-    A step that is cut in two cannot be stored. Outside the main thread, where handlers cannot be set, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    raised: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if raised:
-            raise KeyboardInterrupt
-        raised.append(number)
-
-    for number in signals:
-        signal.signal(number, note)
-    try:
-        yield lambda: bool(raised)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from acip_export.artifacts.export_directory import EXPORT_KIND
 from acip_export.artifacts.scores import SCORES_KIND
 from acip_export.errors import OutputError, UsageError
 from acip_export.io.locks import held
@@ -93,3 +96,58 @@ def test_commands(tmp_path: Path, run: Run) -> None:
             assert done.code == 2
             assert "is being written by another acip-export (process" in " ".join(done.err.split())
     assert run(*export).code == 0
+
+
+def test_an_interruption_while_it_is_taken_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the moment in which the file is there, and nothing else knows of it."""
+    place, opened = tmp_path / "x.acip", os.open
+
+    def pressed(*arguments: Any) -> int:
+        descriptor = opened(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return descriptor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", pressed)
+        with pytest.raises(KeyboardInterrupt), held(place):
+            pytest.fail("it went on")
+    assert list(tmp_path.iterdir()) == []
+    with held(place) as first:
+        assert first
+        with held(place) as second:
+            assert not second
+
+
+def leave(place: Path) -> list[Path]:
+    """What processes that were killed leave beside a place."""
+    left = [place.parent / f".{place.name}.{digit * 8}{suffix}" for digit, suffix in zip("0aff", _LEFT, strict=True)]
+    for directory in left[:3]:
+        directory.mkdir()
+        (directory / "part").write_text("made")
+    left[3].write_text("half a file")
+    return left
+
+
+_LEFT = (".tmp", ".work", ".old", ".tmp")
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    place = tmp_path / "export"
+    place.mkdir()
+    leave(place)
+    others = [tmp_path / name for name in (".export.notes.tmp", ".export2.00000000.tmp", "export.00000000.work")]
+    for other in others:
+        other.mkdir()
+    with claim_output(place, EXPORT_KIND).new_directory() as directory:
+        (directory / "new").write_text("made")
+    assert sorted(tmp_path.iterdir()) == sorted([place, *others])
+
+
+def test_what_a_process_killed_between_two_renames_has_moved_is_back(tmp_path: Path) -> None:
+    place = tmp_path / "export"
+    moved = leave(place)[2]
+    output = claim_output(place, EXPORT_KIND)
+    with pytest.raises(UsageError, match=r"holds .*/export/part"), output.held():
+        pytest.fail("it is replaced")
+    assert not moved.exists()
+    assert (place / "part").read_text() == "made"

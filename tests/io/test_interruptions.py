@@ -1,0 +1,65 @@
+"""Interruptions wait for what must not be cut in two."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from acip_export.io.interruptions import interrupted_afterwards, noted_interruptions
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_is_noted_and_the_second_acts(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), noted_interruptions() as interrupted:
+            assert not interrupted()
+            signal.raise_signal(number)
+            assert interrupted()
+            signal.raise_signal(number)
+            pytest.fail("it went on")
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_block_is_done_before_it_is_interrupted() -> None:
+    done = False
+    with pytest.raises(KeyboardInterrupt), interrupted_afterwards():
+        signal.raise_signal(signal.SIGINT)
+        done = True
+    assert done
+
+
+def test_errors_are_not_hidden_by_an_interruption() -> None:
+    with pytest.raises(OSError, match="full"), interrupted_afterwards():
+        signal.raise_signal(signal.SIGINT)
+        raise OSError("full")
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """As with nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with noted_interruptions() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupted()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_change_nothing() -> None:
+    handlers = []
+
+    def work() -> None:
+        with noted_interruptions() as interrupted:
+            handlers.append((signal.getsignal(signal.SIGINT), interrupted()))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert handlers == [(before, False)]
