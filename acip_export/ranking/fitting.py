@@ -20,8 +20,9 @@ from acip_export.units import format_bytes, format_seconds
 
 # What is ranked without training where there is no time for it.
 _TRAINING_FREE = "fisher"
-# Fewer steps than these learn nothing that is worth their time (docs/LOG.md: 100 and 150 do).
-_LEAST_STEPS = 100
+# Fewer steps than these learn nothing that is worth their time (docs/LOG.md: 100 and 150 do). Before there are fewer
+# than enough, they read fewer windows.
+_LEAST_STEPS, _ENOUGH_STEPS = 100, 300
 _SHARES = (1.0, 0.75, 0.5, 0.25)
 _LEAST_TOKENS = 1024
 
@@ -102,17 +103,19 @@ def fit_ranking(
     calibration = calibration.for_weights(model.weights)
     changes: list[str] = []
     if acip is not None and limits.seconds is not None:
-        steps = _affordable_steps(model, acip, calibration, algorithm, limits.seconds, machine)
-        wanted = mask_steps_of(acip) + acip.post_tune
-        if steps < min(_LEAST_STEPS, wanted):
+        learned = _learned_within(model, acip, calibration, algorithm, limits.seconds, machine)
+        if learned is None:
             changes.append(
                 f"{format_seconds(limits.seconds)} are too short for {algorithm.name} to learn anything; ranking with "
                 f"{_TRAINING_FREE} instead, which trains nothing"
             )
             algorithm, acip = find_algorithm(_TRAINING_FREE), None
-        elif steps < wanted:
-            changes.append(f"{steps:,} steps instead of {wanted:,}, to stay within {format_seconds(limits.seconds)}")
-            acip = _with_steps(acip, steps)
+        elif learned != acip:
+            changes.append(
+                f"{_steps_of(learned):,} steps of {learned.batch} windows instead of {_steps_of(acip):,} of "
+                f"{acip.batch}, to stay within {format_seconds(limits.seconds)}"
+            )
+            acip = learned
     ways = [(way, chosen, model.estimate(way, algorithm, chosen, machine)) for way, chosen in _ways(calibration, acip)]
     _refuse_if_too_large(checkpoint, algorithm, ways[-1][2], limits)
     if not limits.asked:
@@ -181,17 +184,36 @@ def _said(before: DataConfig, after: DataConfig, acip: AcipConfig | None, chosen
         yield f"{chosen.batch} windows a step instead of {acip.batch}, to stay within what there is"
 
 
-def _affordable_steps(
+def _learned_within(
     model: RankModel,
     acip: AcipConfig,
     calibration: DataConfig,
     algorithm: Algorithm,
     seconds: float,
     machine: Machine,
-) -> int:
-    whole = model.estimate(calibration, algorithm, acip, machine)
-    step = whole.seconds["learning"] / (mask_steps_of(acip) + acip.post_tune)
-    return int((seconds - whole.total_seconds + whole.seconds["learning"]) / step)
+) -> AcipConfig | None:
+    """Return settings whose ranking takes ``seconds``: of fewer steps, or of fewer windows where steps are too few.
+
+    Returns:
+        ``None``: there is no time for steps that learn anything.
+    """
+    wanted = _steps_of(acip)
+    batch, steps = acip.batch, 0
+    while True:
+        smaller = replace(acip, batch=batch)
+        whole = model.estimate(calibration, algorithm, smaller, machine)
+        learning = whole.seconds["learning"]
+        steps = int((seconds - whole.total_seconds + learning) / (learning / wanted))
+        if steps >= wanted:
+            return smaller
+        if steps >= min(_ENOUGH_STEPS, wanted) or batch == 1:
+            break
+        batch //= 2
+    return _with_steps(smaller, steps) if steps >= min(_LEAST_STEPS, wanted) else None
+
+
+def _steps_of(acip: AcipConfig) -> int:
+    return mask_steps_of(acip) + acip.post_tune
 
 
 def _with_steps(acip: AcipConfig, steps: int) -> AcipConfig:

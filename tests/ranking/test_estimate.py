@@ -54,7 +54,7 @@ def test_memory_does_not_grow_with_layers_and_needs_no_weights(tmp_path: Path) -
 
 def test_learned_ranking_takes_the_steps_that_there_is_time_for(model: Path) -> None:
     checkpoint = open_sizes(model)
-    acip = automatic_config(checkpoint)
+    acip = replace(automatic_config(checkpoint), batch=1)
     slow = Machine(1e9, 1e9, 1e5, 2)
     whole = RankModel(checkpoint).estimate(DataConfig(), ACIP, acip, slow)
     seconds = whole.total_seconds - 0.3 * whole.seconds["learning"]
@@ -63,7 +63,25 @@ def test_learned_ranking_takes_the_steps_that_there_is_time_for(model: Path) -> 
     steps = mask_steps_of(fitted.acip) + fitted.acip.post_tune
     assert steps == pytest.approx(0.7 * (mask_steps_of(acip) + acip.post_tune), rel=0.05)
     assert fitted.estimate.total_seconds == pytest.approx(seconds, rel=0.05)
-    assert "steps instead of" in fitted.changes[0]
+    assert "steps of 1 windows instead of" in fitted.changes[0]
+
+
+def test_windows_are_fewer_before_steps_are_too_few(model: Path) -> None:
+    checkpoint = open_sizes(model)
+    acip, slow = replace(automatic_config(checkpoint), batch=8, post_tune=900), Machine(1e9, 1e9, 1e5, 2)
+    whole = RankModel(checkpoint).estimate(DataConfig(), ACIP, acip, slow)
+    start = whole.total_seconds - whole.seconds["learning"]
+
+    def chosen(share: float) -> tuple[int, int]:
+        limits = Limits(seconds=start + share * whole.seconds["learning"])
+        fitted = fit_ranking(checkpoint, ACIP, acip, DataConfig(), limits, slow)
+        assert fitted.acip is not None
+        return fitted.acip.batch, mask_steps_of(fitted.acip) + fitted.acip.post_tune
+
+    assert chosen(0.6055) == (8, pytest.approx(605, abs=5))
+    assert chosen(0.2055) == (4, pytest.approx(410, abs=5))
+    assert chosen(0.05055) == (1, pytest.approx(404, abs=5))
+    assert chosen(0.02025) == (1, pytest.approx(161, abs=5))
 
 
 def test_nothing_is_changed_unless_it_is_asked_for(model: Path) -> None:
