@@ -47,6 +47,7 @@ from acip_export.planning import (
     preset_points,
     resolve,
     sweep,
+    undominated_caches,
     with_best_cache,
 )
 from acip_export.progress import ProgressCallback, silent
@@ -59,7 +60,7 @@ Known = dict[str, tuple[Problem, bool, tuple[str, ...]]]
 def planning_problem(
     checkpoint: Checkpoint, scores: ScoreFile, question: Question, progress: ProgressCallback = silent
 ) -> Problem:
-    """Make what all budgets of a question's first search space share: measured rounding errors, exact file sizes.
+    """Make what all budgets of a question's first search space share: measured losses, exact file sizes.
 
     Raises:
         ScoreFileError: the score file is of another model.
@@ -72,7 +73,17 @@ def planning_problem(
     errors = rounding_errors(checkpoint, scores, space, progress)
     if question.calibrate:
         errors, _ = calibrated_errors(checkpoint, scores, space, errors, question.rule, progress)
-    return Problem.of(checkpoint, scores, space, errors, known_cache_losses(scores, space))
+    return Problem.of(checkpoint, scores, space, errors, _cache_losses(checkpoint, scores, space, question, progress))
+
+
+def _cache_losses(
+    checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace, question: Question, progress: ProgressCallback
+) -> CacheLosses:
+    """Return what types of KV cache cost; where there is a choice, what is not known yet is measured."""
+    if len(question.caches) == 1:
+        return known_cache_losses(scores, space)
+    types = tuple(dict.fromkeys(name for pair in question.caches for name in pair))
+    return measured_cache_losses(checkpoint, scores, space, types, progress)
 
 
 def possible_with(scores: ScoreFile, question: Question) -> tuple[Question, tuple[str, ...]]:
@@ -143,14 +154,10 @@ def plan_export(
         uncalibrated = errors
         if question.calibrate:
             errors, why_not = calibrated_errors(checkpoint, scores, space, errors, rule, progress)
-        problem = Problem.of(checkpoint, scores, space, errors, cache_losses(space))
+        problem = Problem.of(
+            checkpoint, scores, space, errors, _cache_losses(checkpoint, scores, space, question, progress)
+        )
         return problem, errors is not uncalibrated, why_not
-
-    def cache_losses(space: SearchSpace) -> CacheLosses:
-        if len(question.caches) == 1:
-            return known_cache_losses(scores, space)
-        types = tuple(dict.fromkeys(name for pair in question.caches for name in pair))
-        return measured_cache_losses(checkpoint, scores, space, types, progress)
 
     calibrated: list[bool] = []
     plans: list[tuple[Plan, Problem]] = []
@@ -296,19 +303,26 @@ def sweep_sizes(
     Raises:
         UnsupportedError, MissingExtraError: of the first request, when no line could be made.
     """
+    questions: list[tuple[str, Question]] = []
     lines: list[SweepLine] = []
     refusals: list[AcipError] = []
-    for label, request in requests:
+    for label, request in requests:  # all of them before minutes of measuring
         try:
-            question = resolve(settle_rounding(scores, request)[0], checkpoint)
+            questions.append((label, resolve(settle_rounding(scores, request)[0], checkpoint)))
+        except (UnsupportedError, MissingExtraError) as error:
+            refusals.append(error)
+    for label, question in questions:
+        try:
             problem = planning_problem(checkpoint, scores, question, progress)
-            line = sweep(problem, question.rule, question.scope, label, progress=progress, pace=question.pace)
+            rules = undominated_caches(problem, question.rule, question.caches)
+            line = sweep(problem, rules, question.scope, label, progress=progress, pace=question.pace)
         except (UnsupportedError, MissingExtraError) as error:
             refusals.append(error)
             continue
         first = all(line.format != other.format for other in lines)
         if first:
-            line = replace(line, presets=preset_points(problem, question.rule, question.scope, question.pace))
+            # The most precise cache: presets are compared by their weights.
+            line = replace(line, presets=preset_points(problem, rules[-1], question.scope, question.pace))
         lines.append(line)
     if not lines:
         raise refusals[0]

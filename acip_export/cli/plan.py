@@ -45,6 +45,8 @@ def plan(
     acip-export plan --sweep --format gguf -o sweep.svg
 
     acip-export plan --sweep --format onnx --types 'int8;int4' -o types.png
+
+    acip-export plan --sweep --format gguf --context '2k;8k;32k' --cache-type auto
     """
     from acip_export import api as pipeline
 

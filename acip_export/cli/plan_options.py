@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -118,7 +119,7 @@ class PlanFlags:
             metavar="TOKENS",
             help="8192, 8k or max. Default: the model's, up to 4096.\n\n"
             "max: the longest that fits, in steps of 256, with a predicted loss of at most --max-loss, or 0.01 nats "
-            "more than with 256 tokens.",
+            "more than with 256 tokens. Several, '2k;8k', are lines of a --sweep.",
             rich_help_panel=BUDGET,
         ),
     ] = None
@@ -227,32 +228,44 @@ class PlanFlags:
         """
         device = self._device()
         format_name = self._format(device)
-        (types,) = self._type_sets(1)
-        return tuple(self._request(device, format_name, budget, self.layout, types) for budget in self._budgets(device))
+        (types,), (context,) = self._type_sets(1), self._contexts(1)
+        return tuple(
+            self._request(device, format_name, budget, self.layout, types, context) for budget in self._budgets(device)
+        )
 
     def sweep_requests(self) -> list[tuple[str, PlanRequest]]:
-        """One request for every line of a sweep, labelled: formats, layouts and sets of types, all that were not named.
+        """One request for every line of a sweep, labelled: formats, layouts, sets of types and contexts.
+
+        What was not named is every format and layout, the format's types, and one context.
 
         Raises:
             UsageError: as :meth:`request`, or a budget. UnsupportedError: no such layout or runtime.
         """
         if self.budget:
             raise UsageError("--sweep plans for every budget; leave --budget out")
-        if "auto" in (self.cache_type, self.cache_type_k, self.cache_type_v):
-            raise UsageError("--sweep plans for one KV cache at every budget; name its type in place of auto")
-        if self.context == "max":
-            raise UsageError("--sweep plans for one context at every budget; name it with  --context 4096")
         if self.min_speed is not None:
             raise UsageError("--sweep shows the speed of every size; leave --min-speed out")
+        contexts = self._contexts(None)
+        if "max" in contexts:
+            raise UsageError("--sweep plans for one context at every budget; name it, or several:  --context '2k;8k'")
         device = self._device()
         formats = [self._format(device)] if self.format_ or device else format_names()
         requests = []
         for name in formats:
             for layout in export_format(name).layouts_for(self.layout or AUTO, self.runtime):
-                for types in self._type_sets(None):
+                for types, context in product(self._type_sets(None), contexts):
                     label = f"{name}, {layout.name}" + (f": {', '.join(types)}" if types else "")
-                    requests.append((label, self._request(device, name, None, layout.name, types)))
+                    label += f", {context:,} tokens" if len(contexts) > 1 else ""
+                    requests.append((label, self._request(device, name, None, layout.name, types, context)))
         return requests
+
+    def _contexts(self, most: int | None) -> list[int | Literal["max"] | None]:
+        if self.context is None:
+            return [None]
+        contexts = [parse_context(listed) for listed in self.context.split(";")]
+        if most is not None and len(contexts) > most:
+            raise UsageError(f"--context {self.context!r} has several; they are the lines of a  --sweep")
+        return list(contexts)
 
     def _type_sets(self, most: int | None) -> list[tuple[str, ...]]:
         sets = [type_names(listed) for listed in self.types.split(";")]
@@ -261,7 +274,13 @@ class PlanFlags:
         return sets
 
     def _request(
-        self, device: Device | None, format_name: str, budget: int | None, layout: str | None, types: tuple[str, ...]
+        self,
+        device: Device | None,
+        format_name: str,
+        budget: int | None,
+        layout: str | None,
+        types: tuple[str, ...],
+        context: int | Literal["max"] | None,
     ) -> PlanRequest:
         from acip_export.planning import DEFAULT_CONTEXT, PlanRequest
 
@@ -277,7 +296,7 @@ class PlanFlags:
             backend=self.backend and self.backend.lower(),
             layout=layout and layout.lower(),
             types=types,
-            context=None if self.context is None else parse_context(self.context),
+            context=context,
             max_loss=self.max_loss,
             cache_type=self.cache_type and self.cache_type.lower(),
             cache_type_k=self.cache_type_k and self.cache_type_k.lower(),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from acip_export.artifacts.plan import cache_types
 from acip_export.errors import MissingExtraError, UsageError
 from acip_export.io.outputs import FileKind, claim_output
 from acip_export.planning.sweep import SweepLine, SweepPoint
@@ -81,6 +82,8 @@ def draw(lines: Sequence[SweepLine], title: str, scope: str, unit: str, file: Pa
             axis.set_ylim(best * 0.97, min(max(heights), best * _PERPLEXITY_SPAN) * 1.03)
         taken: list[Box] = []
         for number, line in enumerate(lines):
+            _draw_caches(axis, line, scale, height, _COLOURS[number % len(_COLOURS)], taken)
+        for number, line in enumerate(lines):
             _draw_presets(axis, line, scale, height, _COLOURS[number % len(_COLOURS)], taken)
         if timed:
             _draw_speeds(lowest, lines, scale)
@@ -101,6 +104,8 @@ def draw(lines: Sequence[SweepLine], title: str, scope: str, unit: str, file: Pa
         axis.plot(
             [], [], "o", markersize=4.5, color="white", markeredgecolor="#495057", label="one type for everything"
         )
+        if any(_caches(line) for line in lines):
+            axis.plot([], [], "|", markersize=9, color="#495057", label="other types of KV cache")
         axis.legend(frameon=False, loc="upper right")
         with claim_output(file, DRAWING_KIND, force).new_file() as temporary:
             kind = file.suffix.lower().removeprefix(".")
@@ -139,14 +144,40 @@ def _draw_presets(
         if not low <= place[1] <= high:
             continue
         axis.plot(*place, marker="o", markersize=4.5, color="white", markeredgecolor=colour, zorder=4)
-        x, y = axis.transData.transform(place) * 72 / axis.figure.dpi
-        width, tall = 4.4 * len(name), 8.0
-        for dx, dy in ((5, 4), (5, -11), (-5 - width, 4), (-5 - width, -11), (5, 14), (5, -21)):
-            box = (x + dx, y + dy, x + dx + width, y + dy + tall)
-            if all(box[0] > b[2] or box[2] < b[0] or box[1] > b[3] or box[3] < b[1] for b in taken):
-                taken.append(box)
-                axis.annotate(name, place, xytext=(dx, dy), textcoords="offset points", fontsize=7.5, color=colour)
-                break
+        _annotate(axis, name, place, colour, taken)
+
+
+def _draw_caches(
+    axis: Any,
+    line: SweepLine,
+    scale: float,
+    height: Callable[[SweepPoint], float],
+    colour: str,
+    taken: list[Box],
+) -> None:
+    """Where plans choose the types of the KV cache: each from its smallest size on, named keys before values."""
+    caches = [(point.cache_type_k, point.cache_type_v) for point in line.points]
+    if len(set(caches)) == 1:
+        return
+    for before, (keys, values), point in zip([None, *caches], caches, line.points, strict=False):
+        if (keys, values) != before:
+            place = (point.used_bytes / scale, height(point))
+            axis.plot(*place, marker="|", markersize=9, color=colour, zorder=4)
+            _annotate(axis, keys if keys == values else f"{keys}/{values}", place, colour, taken)
+
+
+def _annotate(axis: Any, name: str, place: tuple[float, float], colour: str, taken: list[Box]) -> None:
+    """Write a name beside a place where no other one is; it is left out where there is no room."""
+    x, y = axis.transData.transform(place) * 72 / axis.figure.dpi
+    left, bottom, right, top = axis.get_window_extent().extents * 72 / axis.figure.dpi
+    width, tall = 4.4 * len(name), 8.0
+    for dx, dy in ((5, 4), (5, -11), (-5 - width, 4), (-5 - width, -11), (5, 14), (5, -21)):
+        box = (x + dx, y + dy, x + dx + width, y + dy + tall)
+        inside = left <= box[0] and box[2] <= right and bottom <= box[1] and box[3] <= top
+        if inside and all(box[0] > b[2] or box[2] < b[0] or box[1] > b[3] or box[3] < b[1] for b in taken):
+            taken.append(box)
+            axis.annotate(name, place, xytext=(dx, dy), textcoords="offset points", fontsize=7.5, color=colour)
+            return
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
@@ -163,9 +194,15 @@ def summary(lines: Sequence[SweepLine]) -> list[str]:
     """One sentence a line."""
     return [
         f"{line.label}: {format_bytes(line.points[0].used_bytes)} to {format_bytes(line.points[-1].used_bytes)}, "
-        f"{len(line.points)} sizes{_speeds(line)}"
+        f"{len(line.points)} sizes{_caches(line)}{_speeds(line)}"
         for line in lines
     ]
+
+
+def _caches(line: SweepLine) -> str:
+    """What types of KV cache the smallest and the largest size have, if they were chosen."""
+    least, most = (cache_types(p.cache_type_k, p.cache_type_v) for p in (line.points[0], line.points[-1]))
+    return "" if least == most else f", KV cache of {least} to {most}"
 
 
 def _speeds(line: SweepLine) -> str:

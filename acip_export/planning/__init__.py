@@ -6,7 +6,7 @@
 
 from acip_export.planning.advice import Suggestion, infeasible, unaccepted_loss
 from acip_export.planning.budget import Budget, ServingRule
-from acip_export.planning.cache_choice import with_best_cache
+from acip_export.planning.cache_choice import undominated_caches, with_best_cache
 from acip_export.planning.planner import make_plan
 from acip_export.planning.presets import preset
 from acip_export.planning.problem import DoesNotFit, Floor, Problem
@@ -36,6 +36,7 @@ __all__ = [
     "resolve",
     "sweep",
     "unaccepted_loss",
+    "undominated_caches",
     "variations",
     "with_best_cache",
 ]

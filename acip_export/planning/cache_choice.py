@@ -24,9 +24,9 @@ def with_best_cache(
         return rule
     best: tuple[tuple[int, float], ServingRule] | None = None
     refused: DoesNotFit | None = None
-    for keys, values in _undominated(problem, rule, pairs):
+    for with_cache in undominated_caches(problem, rule, pairs):
         try:
-            changed = settled(problem, budget, replace(rule, cache_type_k=keys, cache_type_v=values))
+            changed = settled(problem, budget, with_cache)
             plan = problem.plan(budget, changed.serving(budget, problem.memory), exact=False)
         except DoesNotFit as reason:
             if refused is None or reason.floor.nbytes < refused.floor.nbytes:
@@ -41,17 +41,23 @@ def with_best_cache(
     return best[1]
 
 
-def _undominated(problem: Problem, rule: ServingRule, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def undominated_caches(
+    problem: Problem, rule: ServingRule, pairs: Sequence[tuple[str, str]]
+) -> tuple[ServingRule, ...]:
+    """Return ``rule`` with each of ``pairs`` that was measured and loses less than all that take as little."""
+    if len(pairs) == 1:
+        return (rule,)
     costs = []
-    for keys, values in pairs:
-        serving = replace(rule, cache_type_k=keys, cache_type_v=values).at_every_budget(1)
+    for number, (keys, values) in enumerate(pairs):
+        changed = replace(rule, cache_type_k=keys, cache_type_v=values)
+        serving = changed.at_every_budget(1)
         loss = problem.cache_losses.loss(serving)
         if loss is not None:
-            costs.append((problem.memory.serving(serving).total, loss, (keys, values)))
-    found: list[tuple[str, str]] = []
+            costs.append((problem.memory.serving(serving).total, loss, number, changed))
+    found: list[ServingRule] = []
     least = float("inf")
-    for _, loss, pair in sorted(costs):
+    for _, loss, _, changed in sorted(costs, key=lambda each: each[:3]):
         if loss < least:
-            found.append(pair)
+            found.append(changed)
             least = loss
-    return found
+    return tuple(found)

@@ -1,8 +1,8 @@
-"""Plan for every size: the curve of predicted quality against bytes."""
+"""Plan for every size: the curve of predicted quality against bytes, weights and KV cache together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from acip_export.artifacts.plan import BudgetScope, Plan, PlannedSpeed
@@ -31,6 +31,7 @@ class SweepPoint:
         predicted_perplexity: ``None`` for encoders.
         low_rank_layers: how many matrices are stored as pairs.
         speed: predicted tokens per second, where the machine was measured.
+        cache_type_k: type of the KV cache's keys. cache_type_v: of its values.
     """
 
     used_bytes: int
@@ -38,6 +39,8 @@ class SweepPoint:
     predicted_loss: float
     predicted_perplexity: float | None
     low_rank_layers: int
+    cache_type_k: str
+    cache_type_v: str
     speed: PlannedSpeed | None = None
 
 
@@ -50,6 +53,7 @@ class SweepLine:
         format: the file format.
         layout: the layout of the format.
         types: names of the weight types that plans chose from.
+        context: tokens of the context that plans are for.
         points: the plans, by growing bytes and falling loss.
         presets: by name of a type, the plan that has everything in it.
     """
@@ -58,13 +62,14 @@ class SweepLine:
     format: str
     layout: str
     types: tuple[str, ...]
+    context: int
     points: tuple[SweepPoint, ...]
     presets: dict[str, SweepPoint]
 
 
 def sweep(
     problem: Problem,
-    rule: ServingRule,
+    rules: Sequence[ServingRule],
     scope: BudgetScope,
     label: str,
     steps: int = 40,
@@ -78,7 +83,7 @@ def sweep(
 
     Args:
         problem: the model, its scores and the search space.
-        rule: the serving settings.
+        rules: the serving settings that each plan chooses from: of one context, with several types of KV cache.
         scope: what budgets cover.
         label: the name of the line, and of the stage in progress reports.
         steps: how many budgets, the first and the last included.
@@ -88,18 +93,22 @@ def sweep(
     Raises:
         UnsupportedError: the format's converter cannot express a decision.
     """
-    serving = rule.at_every_budget(_PROMPT_BATCH)
+    servings = [rule.at_every_budget(_PROMPT_BATCH) for rule in rules]
     exact = len(problem.candidates) <= _EXACT_TENSORS
-    smallest, largest = problem.floor(scope, serving).nbytes, problem.largest(scope, serving).used_bytes
+    floors = [problem.floor(scope, serving).nbytes for serving in servings]
+    smallest, largest = min(floors), max(problem.largest(scope, serving).used_bytes for serving in servings)
     points: list[SweepPoint] = []
     for step, nbytes in enumerate(_sizes(smallest, largest, steps)):
-        point = _point(with_speed(problem, problem.plan(Budget(nbytes, scope), serving, exact=exact), pace))
+        feasible = [serving for serving, floor in zip(servings, floors, strict=True) if floor <= nbytes]
+        plans = [problem.plan(Budget(nbytes, scope), serving, exact=exact) for serving in feasible]
+        best = min(plans, key=lambda plan: plan.predicted_loss)
+        point = _point(with_speed(problem, best, pace))
         if not points or point.predicted_loss < points[-1].predicted_loss:
             points.append(point)
         progress(Progress(label, step + 1, steps))
     space = problem.space
     types = tuple(type_.name for type_ in space.types)
-    return SweepLine(label, space.format.name, space.layout.name, types, tuple(points), {})
+    return SweepLine(label, space.format.name, space.layout.name, types, servings[0].context, tuple(points), {})
 
 
 def preset_points(
@@ -126,5 +135,13 @@ def _sizes(smallest: int, largest: int, steps: int) -> Iterator[int]:
 
 def _point(plan: Plan) -> SweepPoint:
     low_rank = sum(decision.rank is not None for decision in plan.tensors)
-    predicted = plan.predicted_loss, plan.predicted_perplexity
-    return SweepPoint(plan.used_bytes, plan.planned_bytes, *predicted, low_rank, plan.speed)
+    return SweepPoint(
+        plan.used_bytes,
+        plan.planned_bytes,
+        plan.predicted_loss,
+        plan.predicted_perplexity,
+        low_rank,
+        plan.serving.cache_type_k,
+        plan.serving.cache_type_v,
+        plan.speed,
+    )

@@ -396,6 +396,9 @@ def test_sweep(model: Path, run: Run) -> None:
         (("--format", "gguf", "--layout", "spiral"), 5, "no layout"),
         (("--format", "gguf", "--types", "q4_5"), 5, "no type"),
         (("--format", "gguf", "--context", "0"), 2, "--context 0"),
+        (("--format", "gguf", "--context", "16;0"), 2, "--context 0"),
+        (("--format", "gguf", "--context", "16;max"), 2, "name it, or several"),
+        (("--format", "gguf", "--context", "16;many"), 2, "'many' is no number of tokens"),
     ],
 )
 def test_bad_sweeps(arguments: tuple[str, ...], code: int, says: str, model: Path, run: Run) -> None:
@@ -404,6 +407,13 @@ def test_bad_sweeps(arguments: tuple[str, ...], code: int, says: str, model: Pat
     assert outcome.code == code, outcome.err
     assert says in outcome.err
     assert sorted(model.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("model")
+def test_several_contexts_are_for_sweeps(run: Run) -> None:
+    outcome = run("plan", "--format", "gguf", "--budget", "3MB", "--context", "16;32")
+    assert outcome.code == 2
+    assert "'16;32' has several; they are the lines of a  --sweep" in " ".join(outcome.err.split(" "))
 
 
 def test_a_sweep_without_matplotlib_says_what_to_install(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from acip_export.planning import DoesNotFit, PlanRequest, Problem, resolve
 from acip_export.progress import Progress
 from converters.gguf.memory import CACHE_TYPES
 from tests.ranking.support import calibration_text
-from tests.support import make_model, make_scores
+from tests.support import Run, make_model, make_scores
 
 TYPES = ("q8_0", "q4_0")
 SAMPLE = Path(__file__).parents[2] / "samples" / "llama"
@@ -78,6 +80,29 @@ def test_the_best_pair_under_each_budget(model: Path) -> None:
     fixed = plan_export(checkpoint, scores, replace(asked, cache_type="q4_0"))
     assert fixed.predicted_loss >= losses.keys["q4_0"] + losses.values["q4_0"]
     assert not any("leaves out" in note for note in fixed.notes)
+
+
+@pytest.mark.slow
+def test_a_sweep_has_the_best_of_weights_and_cache_at_every_context(model: Path, run: Run) -> None:
+    asked = ("plan", "--sweep", "--json", "--format", "gguf", "--layout", "stock", "--types", ",".join(TYPES))
+    asked = (*asked, "-m", model, "--scores", model / "m.acip")
+    contexts = ("64", "256", "512")
+    done = run(*asked, "--context", ";".join(contexts), "--cache-type", "auto")
+    assert done.code == 0, done.err
+    lines = json.loads(done.out)["lines"]
+    assert [line["context"] for line in lines] == [64, 256, 512]
+    assert [line["label"].rpartition(", ")[2] for line in lines] == ["64 tokens", "256 tokens", "512 tokens"]
+    for line in lines:
+        assert line["points"][-1]["cache_type_k"].startswith(("f", "bf"))  # where there is room for everything
+    for keys in ("f16", "q4_0"):
+        fixed = json.loads(run(*asked, "--context", ";".join(contexts), "--cache-type", keys).out)["lines"]
+        for best, other in zip(lines, fixed, strict=True):
+            # None of one cache alone, at the bytes of a plan or less, is predicted to lose less.
+            for point in best["points"]:
+                within = [p["predicted_loss"] for p in other["points"] if p["used_bytes"] <= point["used_bytes"]]
+                assert point["predicted_loss"] <= min(within, default=inf) + 1e-3
+    smallest, largest = lines[2]["points"][0], lines[2]["points"][-1]
+    assert smallest["cache_type_k"] != largest["cache_type_k"]
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:

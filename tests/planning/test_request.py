@@ -82,7 +82,7 @@ def test_a_sweep_makes_room_for_whole_prompts(checkpoint: Checkpoint) -> None:
     for whole in (False, True):
         question = resolve(PlanRequest("onnx", whole_prompts=whole, context=200), checkpoint)
         problem = Problem.of(checkpoint, scores, with_overhead(question.space))
-        line = sweep(problem, question.rule, "memory", "onnx", steps=2)
+        line = sweep(problem, [question.rule], "memory", "onnx", steps=2)
         floors[whole] = line.points[0].used_bytes
     serving = Serving(200, "f32", 32)
     assert floors[False] == problem.floor("memory", serving).nbytes
