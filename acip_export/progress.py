@@ -110,6 +110,10 @@ class Journey:
         """The last report."""
         return self._at
 
+    def expect(self, course: Course) -> None:
+        """Replace what stages to come are expected to take by what an estimate says, before the first report."""
+        self._shares, self._seconds = dict(course.shares), course.seconds
+
     def __call__(self, progress: Progress) -> None:
         """Note a report."""
         now = self._clock()

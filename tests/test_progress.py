@@ -51,6 +51,17 @@ class Watch:
 COURSE = Course({"materialize": 3, "convert": 1, "verify": 4})
 
 
+def test_an_estimate_replaces_what_was_expected() -> None:
+    watch = Watch()
+    journey = Journey(Course({"statistics": 1, "curve": 1}), watch)
+    journey.expect(Course({"statistics": 90, "curve": 10}, 100))
+    assert journey.seconds_left == pytest.approx(100)
+    watch.now = 90.0
+    journey(Progress("statistics", 5, 5))
+    assert journey.share == pytest.approx(0.9)
+    assert journey.seconds_left == pytest.approx(10)
+
+
 def test_a_journey_adds_stages_up() -> None:
     watch = Watch()
     journey = Journey(COURSE, watch)
