@@ -71,7 +71,7 @@ def rank_model(
     out: Path | None = None,
     force: bool = False,
     resume: bool = False,
-    store_every: int = 50,
+    store_seconds: float = 120.0,
     cache: Path | None = None,
     slim: bool = False,
     seconds: float | None = None,
@@ -92,8 +92,8 @@ def rank_model(
             :func:`acip_export.ranking.load.enable_recomputation`.
         evaluation: text for the curve; ``None``: the end of ``data``, which nothing else then sees.
         out: where the score file is written, whole or not at all. While an algorithm learns, its state is stored
-            beside it (``NAME.acip.run``) every ``store_every`` steps and when it is interrupted; ``resume`` goes on
-            from there to the ranking that the whole run would have given.
+            beside it (``NAME.acip.run``), so that no more than ``store_seconds`` of it are lost however it ends;
+            ``resume`` goes on from there to the ranking that the whole run would have given.
         slim: leave second moments out: see :meth:`ScoreFile.without_moments`.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
         seconds, memory: what the ranking may take; it uses fewer tokens, windows and steps to stay within them.
@@ -121,8 +121,8 @@ def rank_model(
         raise UsageError(f"only a run of {learned_algorithms()} that writes a score file can be resumed; give  --out")
     if resume and seconds is not None:
         raise UsageError("a run goes on with the settings that it had; leave out the time, or  --resume")
-    if store_every < 1:
-        raise UsageError(f"a run state every {store_every} steps is impossible; give at least 1 with  --store-every")
+    if store_seconds < 0:
+        raise UsageError(f"a run state every {store_seconds} seconds is impossible; give 0 for one after every step")
     processes = start_processes(device)
     checkpoint = Checkpoint.open(model)
     check_checkpoint(checkpoint)
@@ -166,7 +166,7 @@ def rank_model(
             progress=progress,
             factors=FactorCache(cache),
             acip=acip,
-            run_states=None if out is None else RunStates(run_file(out), store_every, resume),
+            run_states=None if out is None else RunStates(run_file(out), store_seconds, resume),
             scratch=None if out is None else out.absolute().parent,
         )
         del dense  # the context has it alone
