@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from acip_export.ranking.curve import adapter_pair, measure_curve
 from acip_export.ranking.data import is_self, read_data, sample_data
 from acip_export.ranking.factorized_model import Factorized, factorize_model
 from acip_export.ranking.fitting import Beside, Limits, fit_ranking, nothing_beside
+from acip_export.ranking.kept_ranking import origin_of, ranking_work
 from acip_export.ranking.load import enable_recomputation, linear_weights, load_model
 from acip_export.ranking.masked_linear import AdapterShape
 from acip_export.ranking.out_of_memory import out_of_memory_named
@@ -93,7 +95,8 @@ def rank_model(
         evaluation: text for the curve; ``None``: the end of ``data``, which nothing else then sees.
         out: where the score file is written, whole or not at all. While an algorithm learns, its state is stored
             beside it (``NAME.acip.run``), so that no more than ``store_seconds`` of it are lost however it ends;
-            ``resume`` goes on from there to the ranking that the whole run would have given.
+            ``resume`` goes on from there to the ranking that the whole run would have given. Whatever else takes long
+            is kept beside it, too (``.NAME.acip.rank-state``): the same call goes on with that by itself.
         slim: leave second moments out: see :meth:`ScoreFile.without_moments`.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
         seconds, memory: what the ranking may take; it uses fewer tokens, windows and steps to stay within them.
@@ -108,9 +111,10 @@ def rank_model(
     unsaid = algorithm is None
     if algorithm is not None:
         find_algorithm(algorithm)
+    output = None
     if out is not None:
         read = (data, evaluation, cache)
-        claim_output(out, SCORES_KIND, force, read, model)
+        output = claim_output(out, SCORES_KIND, force, read, model)
         claim_output(run_file(out), RUN_KIND, True, read, model)
     if algorithm is None:
         algorithm = default_algorithm(Checkpoint.open(model), device, acip, resume, seconds)
@@ -140,7 +144,7 @@ def rank_model(
             "--algorithm acip,  or as long as you say with  --time 2h"
         )
     if processes.count == 1 and processes.device.type == "cpu":
-        limits = Limits.of(seconds, memory, None if out is None else out.absolute().parent)
+        limits = Limits.of(seconds, memory, out)
         fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits, beside=beside)
         chosen, acip, calibration = fitted.algorithm, fitted.acip, fitted.calibration
         for line in (fitted.summary(), *fitted.changes):
@@ -148,49 +152,55 @@ def rank_model(
     elif seconds is not None or memory is not None:
         raise UnsupportedError("a ranking fits itself to time and memory in one process on processors; leave them out")
     load = partial(load_model, checkpoint, processes.device, precision, processes.home)
-    with out_of_memory_named(_what_to_lower(acip, calibration, precision)):
-        text = None if is_self(data) else read_data(checkpoint, data, calibration, evaluation)
-        if text is not None and not text.task.labelled:
-            if acip is not None and acip.objective == "ce":
-                raise UsageError("an encoder predicts no next token; its objective is  --objective distill")
-            calibration = replace(calibration, batch=calibration.batch * _TEXTS_PER_WINDOW)
-        dense = load()
-        if processes.mesh is not None:
-            shard_dense(dense, checkpoint.linear_modules, processes.mesh)
-        context = RankContext(
-            checkpoint=checkpoint,
-            model=dense,
-            data=text or sample_data(checkpoint, dense, calibration, evaluation, progress),
-            calibration=calibration,
-            processes=processes,
-            progress=progress,
-            factors=FactorCache(cache),
-            acip=acip,
-            run_states=None if out is None else RunStates(run_file(out), store_seconds, resume),
-            scratch=None if out is None else out.absolute().parent,
-        )
-        del dense  # the context has it alone
-        with torch.random.fork_rng():
-            torch.manual_seed(context.seed)
-            wanted = chosen.fisher and (acip is None or acip.predictor == "fisher")
-            statistics = collect_statistics(context, samples=wanted)
+    wanted = chosen.fisher and (acip is None or acip.predictor == "fisher")
+    with ExitStack() as stack:
+        if output is not None and processes.is_main:
+            stack.enter_context(output.held())
+        with out_of_memory_named(_what_to_lower(acip, calibration, precision)):
+            text = None if is_self(data) else read_data(checkpoint, data, calibration, evaluation)
+            if text is not None and not text.task.labelled:
+                if acip is not None and acip.objective == "ce":
+                    raise UsageError("an encoder predicts no next token; its objective is  --objective distill")
+                calibration = replace(calibration, batch=calibration.batch * _TEXTS_PER_WINDOW)
+            dense = load()
+            basis = chosen.basis if acip is None else acip.basis
+            origin = origin_of(checkpoint, dense, text, calibration, basis, wanted, processes.device, precision)
+            work = stack.enter_context(ranking_work(out, processes, origin))
             if processes.mesh is not None:
-                # What is sharded cannot get other layers; it is gone before the model is loaded again.
-                context = replace(context, model=nn.Module())
-                context = replace(context, model=load())
-            if chosen.learns:
-                enable_recomputation(context.model, checkpoint, recompute_activations)
-            factorized = _factorize(context, statistics, chosen)
-            ranking = chosen.score(context, factorized)
-            curve = measure_curve(context, factorized, ranking.scores)
-        ranked = _score_file(context, statistics, factorized, chosen, ranking, curve)
-        if slim:
-            ranked = ranked.without_moments()
-    if processes.is_main and out is not None:
-        save_scores(ranked, out, force)
-        run_file(out).unlink(missing_ok=True)
-        remove_leftovers(run_file(out))
-        remove_leftovers(out)
+                shard_dense(dense, checkpoint.linear_modules, processes.mesh)
+            context = RankContext(
+                checkpoint=checkpoint,
+                model=dense,
+                data=text or sample_data(checkpoint, dense, calibration, evaluation, progress, work),
+                calibration=calibration,
+                processes=processes,
+                progress=progress,
+                factors=FactorCache(cache),
+                acip=acip,
+                run_states=None if out is None else RunStates(run_file(out), store_seconds, resume),
+                work=work,
+            )
+            del dense  # the context has it alone
+            with torch.random.fork_rng():
+                torch.manual_seed(context.seed)
+                statistics = collect_statistics(context, samples=wanted)
+                if processes.mesh is not None:
+                    # What is sharded cannot get other layers; it is gone before the model is loaded again.
+                    context = replace(context, model=nn.Module())
+                    context = replace(context, model=load())
+                if chosen.learns:
+                    enable_recomputation(context.model, checkpoint, recompute_activations)
+                factorized = _factorize(context, statistics, chosen)
+                ranking = chosen.score(context, factorized)
+                curve = measure_curve(context, factorized, ranking.scores)
+            ranked = _score_file(context, statistics, factorized, chosen, ranking, curve)
+            if slim:
+                ranked = ranked.without_moments()
+        if processes.is_main and out is not None:
+            save_scores(ranked, out, force)
+            run_file(out).unlink(missing_ok=True)
+            remove_leftovers(run_file(out))
+            remove_leftovers(out)
     processes.wait()
     return ranked
 
