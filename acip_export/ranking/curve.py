@@ -78,7 +78,7 @@ class _Curve:
         self.entries = [self.blocks.enter(part) for part in self.batches]
         self.states = StoredTensors(context.work.scratch("curve"))
         self.dense: list[Tensor] = []
-        # Of other scores, as learning may end with, it is another curve.
+        # Of other scores and adapters, as learning may end with, it is another curve.
         self._name = f"curve {self._digest()}"
         self.passed = sum(self._step(number) in context.work for number in range(len(self.blocks)))
         steps = len(self.variants) * (len(self.blocks) + 1)
@@ -122,6 +122,9 @@ class _Curve:
         digest = hashlib.sha256(self.windows.numpy())
         for name, layer_scores in self.scores.items():
             digest.update(name.encode() + np.ascontiguousarray(layer_scores).tobytes())
+            if self.adapted:
+                for factor in adapter_pair(self.factorized.layers[name]):
+                    digest.update(factor.cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
     def measure(self, place: int, adapted: bool) -> tuple[float, Similarity | None]:

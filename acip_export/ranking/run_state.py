@@ -2,7 +2,8 @@
 
 A run state is a safetensors file (never pickle) beside the score file, written whole or not at all: masks, adapters,
 their optimizer's state, score maps and arrangements. Not in it: what is random in a step, which follows from the step's
-number, and statistics and factors, which come out the same again.
+number, and statistics and factors, which are kept as those of any ranking (:mod:`acip_export.io.kept_work`), or come
+out the same again.
 """
 
 from __future__ import annotations

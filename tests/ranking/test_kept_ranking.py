@@ -155,6 +155,17 @@ def test_what_is_of_another_text_or_damaged_is_not_used(
     assert "is damaged" in caplog.text and out.read_bytes() == whole[0]
 
 
+@pytest.mark.usefixtures("_kept_at_once")
+def test_curve_of_other_adapters_is_measured_again(model: Path, text: Path, tmp_path: Path) -> None:
+    """They are learned after the scores, which are the same."""
+    out, whole, longer = tmp_path / "scores.acip", tmp_path / "whole.acip", replace(QUICK, post_tune=7)
+    with pytest.raises(KeyboardInterrupt):
+        rank_model(model, text, acip=QUICK, calibration=SHORT, out=out, progress=Interrupted(20, "curve"))
+    rank_model(model, text, acip=longer, calibration=SHORT, out=whole)
+    rank_model(model, text, acip=longer, calibration=SHORT, out=out)
+    assert out.read_bytes() == whole.read_bytes()
+
+
 def test_moments_work_leaves_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.acip"
     with pytest.raises(KeyboardInterrupt):
