@@ -91,13 +91,14 @@ class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the journal says of a step; the first says of what the work is."""
+    """What the journal says of a step; the first says of what the work is, and with which settings."""
 
     step: str = ""
     facts: Any = None
     arrays: dict[_Name, dict[str, _Stored]] = {}
     dropped: _Name = ""
     origin: str = ""
+    settings: str = ""
 
 
 class KeptWork(Work):
@@ -107,7 +108,7 @@ class KeptWork(Work):
         OutputError: there is no place for it.
     """
 
-    def __init__(self, directory: Path, origin: str) -> None:
+    def __init__(self, directory: Path, origin: str, settings: str = "") -> None:
         super().__init__()
         self.directory, self._origin = directory, f"{_VERSION} {origin}"
         self._facts: dict[str, Any] = {}
@@ -124,7 +125,7 @@ class KeptWork(Work):
         weakref.finalize(self, os.close, self._journal)
         self.earlier = len(self._facts)
         if not self.earlier:
-            self._append(_Line(origin=self._origin))
+            self._append(_Line(origin=self._origin, settings=settings))
 
     def scratch(self, name: str) -> Scratch:
         if name not in self._scratches:
@@ -242,20 +243,20 @@ class _KeptScratch(Scratch):
 
 
 @contextmanager
-def work_beside(target: Path, origin: str) -> Iterator[KeptWork]:
+def work_beside(target: Path, origin: str, settings: str = "") -> Iterator[KeptWork]:
     """Yield the work for ``target``, with what a killed or interrupted process has done of it.
 
     It is gone when the block ends, unless it is interrupted after more than a minute's work, or ends with a
     :class:`RankingError`: other settings for what came later do not change what was done before.
 
     Args:
-        origin: all that the work follows from; what is of another is removed.
+        origin: all that the work follows from; what is of another is removed. settings: see :func:`kept_settings`.
 
     Raises:
         OutputError: there is no place for it.
     """
     begin = time.monotonic()
-    work = KeptWork(_beside(target), origin)
+    work = KeptWork(_beside(target), origin, settings)
     if work.earlier:
         logger.warning("going on with the %s that an earlier run has kept", _size(target))
 
@@ -286,6 +287,12 @@ def kept_bytes(target: Path) -> int:
         for file in _beside(target).iterdir():
             total += file.stat().st_size
     return total
+
+
+def kept_settings(target: Path) -> str:
+    """Return the settings that an earlier run has kept its work for ``target`` with; empty where there are none."""
+    lines, _ = _lines(_beside(target) / _JOURNAL)
+    return lines[0].settings if lines else ""
 
 
 def _beside(target: Path) -> Path:

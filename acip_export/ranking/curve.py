@@ -119,12 +119,12 @@ class _Curve:
         return f"{self._name} {self.blocks.names[number]}"
 
     def _digest(self) -> str:
-        digest = hashlib.sha256(self.windows.numpy())
+        digest = hashlib.sha256(self.windows.numpy().data)
         for name, layer_scores in self.scores.items():
             digest.update(name.encode() + np.ascontiguousarray(layer_scores).tobytes())
             if self.adapted:
                 for factor in adapter_pair(self.factorized.layers[name]):
-                    digest.update(factor.cpu().contiguous().view(torch.uint8).numpy())
+                    digest.update(factor.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
     def measure(self, place: int, adapted: bool) -> tuple[float, Similarity | None]:

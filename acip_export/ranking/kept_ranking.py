@@ -19,14 +19,16 @@ from acip_export.ranking.processes import Processes
 from acip_export.version import __version__
 
 
-def ranking_work(out: Path | None, processes: Processes, origin: str) -> AbstractContextManager[Work]:
+def ranking_work(
+    out: Path | None, processes: Processes, origin: str, settings: str = ""
+) -> AbstractContextManager[Work]:
     """Return the work of a ranking; it is kept where one process alone writes a score file.
 
     Several processes would have to agree on how far all of them were: they begin again.
     """
     if out is None or processes.count > 1:
         return nullcontext(Work(None if out is None else out.absolute().parent))
-    return work_beside(out.absolute(), origin)
+    return work_beside(out.absolute(), origin, settings)
 
 
 def origin_of(
@@ -66,5 +68,5 @@ def _digest(text: CalibrationData) -> str:
     digest = hashlib.sha256(text.text.sha256.encode())
     for windows in (text.training, text.statistics):
         digest.update(str(tuple(windows.shape)).encode())
-        digest.update(windows.contiguous().numpy())
+        digest.update(windows.contiguous().numpy().data)
     return digest.hexdigest()

@@ -46,11 +46,11 @@ class RunStates:
 
     Attributes:
         file: replaced by every state. seconds: of learning that may be lost; 0: every step is stored.
-        resume: whether to go on from the one that is there.
+        resume: whether to go on from the one that is there. settings: stored with it, see :mod:`.fitted_before`.
     """
 
-    def __init__(self, file: Path, seconds: float, resume: bool) -> None:
-        self.file, self.seconds, self.resume = file, seconds, resume
+    def __init__(self, file: Path, seconds: float, resume: bool, settings: str = "") -> None:
+        self.file, self.seconds, self.resume, self.settings = file, seconds, resume, settings
         self.begin()
 
     def begin(self) -> None:
@@ -76,6 +76,7 @@ class RunStates:
         from safetensors.torch import save_file
 
         metadata = {"artifact": _ARTIFACT, "identity": identity, "counters": json.dumps(run.counters())}
+        metadata["settings"] = self.settings
         with new_file(self.file) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in run.tensors().items()}, temporary, metadata)
         self._stepped = time.monotonic()

@@ -41,6 +41,7 @@ from acip_export.ranking.context import RankContext
 from acip_export.ranking.curve import adapter_pair, measure_curve
 from acip_export.ranking.data import is_self, read_data, sample_data
 from acip_export.ranking.factorized_model import Factorized, factorize_model
+from acip_export.ranking.fitted_before import FittedSettings, asked_for, fitted_before
 from acip_export.ranking.fitting import Beside, Limits, fit_ranking, nothing_beside
 from acip_export.ranking.kept_ranking import origin_of, ranking_work
 from acip_export.ranking.load import enable_recomputation, linear_weights, load_model
@@ -123,8 +124,6 @@ def rank_model(
         raise UsageError(f"{algorithm} has no settings; leave them out, or rank with {learned_algorithms()}")
     if resume and (out is None or not chosen.learns):
         raise UsageError(f"only a run of {learned_algorithms()} that writes a score file can be resumed; give  --out")
-    if resume and seconds is not None:
-        raise UsageError("a run goes on with the settings that it had; leave out the time, or  --resume")
     if store_seconds < 0:
         raise UsageError(f"a run state every {store_seconds} seconds is impossible; give 0 for one after every step")
     processes = start_processes(device)
@@ -143,12 +142,27 @@ def rank_model(
             f"{algorithm} trains nothing; learning takes hours for a model of this size on processors:  "
             "--algorithm acip,  or as long as you say with  --time 2h"
         )
-    if processes.count == 1 and processes.device.type == "cpu":
+    settings, asked, before = "", "", None
+    if seconds is not None or memory is not None:
+        asked = asked_for(chosen.name, acip, calibration, seconds, memory)
+        before = None if out is None else fitted_before(out.absolute(), run_file(out), asked)
+        if resume and seconds is not None and before is None:
+            raise UsageError(
+                "a run goes on with the settings that it had, and none that was fitted to this time is kept; leave out "
+                "the time, or  --resume"
+            )
+    if before is not None:
+        chosen, acip, calibration = find_algorithm(before.algorithm), before.acip, before.calibration
+        settings = before.text()
+        announce(f"ranking with {chosen.name}, with the settings that an earlier run has fitted to what there is")
+    elif processes.count == 1 and processes.device.type == "cpu":
         limits = Limits.of(seconds, memory, out)
         fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits, beside=beside)
         chosen, acip, calibration = fitted.algorithm, fitted.acip, fitted.calibration
         for line in (fitted.summary(), *fitted.changes):
             announce(line)
+        if limits.asked:
+            settings = FittedSettings(asked, chosen.name, acip, calibration).text()
     elif seconds is not None or memory is not None:
         raise UnsupportedError("a ranking fits itself to time and memory in one process on processors; leave them out")
     load = partial(load_model, checkpoint, processes.device, precision, processes.home)
@@ -165,7 +179,7 @@ def rank_model(
             dense = load()
             basis = chosen.basis if acip is None else acip.basis
             origin = origin_of(checkpoint, dense, text, calibration, basis, wanted, processes.device, precision)
-            work = stack.enter_context(ranking_work(out, processes, origin))
+            work = stack.enter_context(ranking_work(out, processes, origin, settings))
             if processes.mesh is not None:
                 shard_dense(dense, checkpoint.linear_modules, processes.mesh)
             context = RankContext(
@@ -177,7 +191,7 @@ def rank_model(
                 progress=progress,
                 factors=FactorCache(cache),
                 acip=acip,
-                run_states=None if out is None else RunStates(run_file(out), store_seconds, resume),
+                run_states=None if out is None else RunStates(run_file(out), store_seconds, resume, settings),
                 work=work,
             )
             del dense  # the context has it alone

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from acip_export.artifacts.scores import load_scores
+from acip_export.errors import UsageError
 from acip_export.io import kept_work
 from acip_export.io.kept_work import kept_bytes
 from acip_export.machine import Machine
@@ -164,6 +165,32 @@ def test_curve_of_other_adapters_is_measured_again(model: Path, text: Path, tmp_
     rank_model(model, text, acip=longer, calibration=SHORT, out=whole)
     rank_model(model, text, acip=longer, calibration=SHORT, out=out)
     assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.usefixtures("_kept_at_once")
+@pytest.mark.parametrize(
+    ("algorithm", "stage", "count"),
+    [("fisher", "components", 9), pytest.param("acip", "masks", 3, marks=pytest.mark.slow)],
+)
+def test_what_was_fitted_to_a_time_goes_on_as_it_was(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, stage: str, count: int
+) -> None:
+    """The machine seems to be faster, or slower, when the command is given again."""
+    slow = Machine(1e7, 1e7, 1e3, 2)
+    monkeypatch.setattr(Machine, "measured", lambda _width: slow)
+    acip = replace(QUICK, post_tune=150) if algorithm == "acip" else None
+    whole = RankModel(Checkpoint.open(model)).estimate(SHORT, find_algorithm(algorithm), acip, slow)
+    options = {"algorithm": algorithm, "acip": acip, "calibration": SHORT, "seconds": 0.8 * whole.total_seconds}
+    rank_model(model, text, out=tmp_path / "whole.acip", **options)  # type: ignore[arg-type]
+    out, said = tmp_path / "scores.acip", list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        rank_model(model, text, out=out, progress=Interrupted(count, stage), **options)  # type: ignore[arg-type]
+    monkeypatch.setattr(Machine, "measured", lambda _width: Machine(3e7, 3e7, 1e3, 2))
+    rank_model(model, text, out=out, resume=algorithm == "acip", announce=said.append, **options)  # type: ignore[arg-type]
+    assert any("that an earlier run has fitted" in line for line in said)
+    assert out.read_bytes() == (tmp_path / "whole.acip").read_bytes()
+    with pytest.raises(UsageError, match="none that was fitted to this time is kept"):
+        rank_model(model, text, acip=QUICK, out=tmp_path / "new.acip", resume=True, seconds=1e6)
 
 
 def test_moments_work_leaves_nothing(model: Path, text: Path, tmp_path: Path) -> None:
