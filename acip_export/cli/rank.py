@@ -102,9 +102,6 @@ def rank(
     recompute_activations: Annotated[
         bool | None, typer.Option(help="Recompute them. Default: from 1e9 weights.", rich_help_panel=MACHINE)
     ] = None,
-    store_every: Annotated[
-        int, typer.Option(help=f"Steps between run states of {_LEARNED}.", rich_help_panel=OUTPUT)
-    ] = 50,
     resume: Annotated[
         bool, typer.Option("--resume", help=f"Go on with an interrupted run of {_LEARNED}.", rich_help_panel=OUTPUT)
     ] = False,
@@ -218,7 +215,6 @@ def rank(
                 device=torch_device,
                 precision=precision,
                 recompute_activations=recompute_activations,
-                store_every=store_every,
                 cache=cache,
                 slim=slim,
                 force=force,

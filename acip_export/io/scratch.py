@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -35,7 +36,7 @@ class Scratch:
         self._end = 0
         try:
             self._place.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=self._place)  # noqa: SIM115 - it lives as long as this object
+            self._file = self._open()
         except OSError as reason:
             raise self._no_room(reason) from reason
         self._finalize = weakref.finalize(self, self._file.close)
@@ -43,15 +44,14 @@ class Scratch:
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
 
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names, in the order in which they were first written."""
+        return iter(self._arrays)
+
     def write(self, name: str, array: npt.NDArray[np.generic]) -> None:
         """Store a contiguous array, in the place of one of that name and size that was there before."""
         with self._lock:
-            known = self._arrays.get(name)
-            position = self._end
-            if known is not None and known[1:] == (array.shape, array.dtype):
-                position = known[0]
-            else:
-                self._end += array.nbytes
+            position = self._position(name, array)
         data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         try:
             while data:
@@ -74,6 +74,17 @@ class Scratch:
     def close(self) -> None:
         """Give the room back."""
         self._finalize()
+
+    def _open(self) -> Any:
+        return tempfile.TemporaryFile(dir=self._place)
+
+    def _position(self, name: str, array: npt.NDArray[np.generic]) -> int:
+        """Find room for an array."""
+        before = self._arrays.get(name)
+        if before is not None and before[1:] == (array.shape, array.dtype):
+            return before[0]
+        self._end += array.nbytes
+        return self._end - array.nbytes
 
     def _no_room(self, reason: OSError) -> OutputError:
         return OutputError(

@@ -26,6 +26,7 @@ from acip_export.ranking.stored_tensors import StoredTensors
 
 # Work of a window in one block, backward, as a multiple of what it is forward: for the time left.
 _BACKWARD = 3
+_STATES = "states"
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Steps = Iterator[tuple[Tensor, Callable[[], None]]]
@@ -122,12 +123,26 @@ class Blocks:
                 block.__dict__.pop("forward")
 
 
+def forward_step(block: str) -> str:
+    """Name the step of taking all batches forward through a block."""
+    return f"forward {block}"
+
+
+def backward_step(block: str) -> str:
+    """Name the step of taking the graded batches back through a block."""
+    return f"backward {block}"
+
+
 class BlockSweep:
     """Take batches forward through all blocks, and some of them backward; the parameters want no gradients.
 
     Args:
         batches: of this process, with the index of each one's first window; of these, ``graded`` go backward.
         windows, graded_windows: of all processes together, for the progress.
+
+    Attributes:
+        states: what enters each block, and what came back so far; whoever measures may keep sums there until the sweep
+            is closed.
     """
 
     def __init__(
@@ -142,30 +157,39 @@ class BlockSweep:
         self.blocks, self.batches, self.graded, self.count = Blocks(context), batches, graded, context.processes.count
         depth, length = len(self.blocks), batches[0][1].shape[1]
         total = depth * (windows + _BACKWARD * graded_windows)
-        self.clock = Clock(stage, total, context.progress, tokens=length * windows / total)
-        self._states = StoredTensors(context.scratch)
+        self.work = context.work
+        forth, back = (
+            sum(step(name) in self.work for name in self.blocks.names) for step in (forward_step, backward_step)
+        )
+        done = windows * forth + _BACKWARD * graded_windows * back
+        self.clock = Clock(stage, total, context.progress, tokens=length * windows / total, done=done)
+        self.states = StoredTensors(self.work.scratch(_STATES))
         self._entries: list[Entry] = []
 
     def close(self) -> None:
         """Give the scratch file's room back."""
-        self._states.close()
+        self.work.drop(_STATES)
 
     def forward(self) -> Iterator[tuple[str, Steps]]:
         """Yield the blocks from the first to the last, each with its batches and what takes them through.
 
-        All of a block's batches have to be taken, in order, before the next block is asked for.
+        All of a block's batches have to be taken, in order, and :func:`forward_step` of it be finished, before the next
+        block is asked for. Blocks of which that is so before are left out.
         """
-        for index, (_, part) in enumerate(self.batches):
+        begun = any(forward_step(name) in self.work for name in self.blocks.names)
+        through = all(forward_step(name) in self.work for name in self.blocks.names)
+        for index, (_, part) in enumerate(self.batches[: self.graded] if through else self.batches):
             with torch.set_grad_enabled(index < self.graded):
                 entry = self.blocks.enter(part)
-            self._states[self._place(0, index)] = entry.hidden
+            if not begun:
+                self.states[self._place(0, index)] = entry.hidden
             # Only what goes backward needs its way back into the embedding.
             self._entries.append(entry if index < self.graded else Entry(entry.hidden[:0], entry.arguments))
 
         @torch.no_grad()
         def step(number: int, index: int) -> None:
             hidden = self._state(self._place(number, index), index)
-            self._states[self._place(number + 1, index)] = self.blocks.run(number, hidden, self._entries[index])
+            self.states[self._place(number + 1, index)] = self.blocks.run(number, hidden, self._entries[index])
 
         def steps(number: int) -> Steps:
             with self.blocks.weights(number):
@@ -173,7 +197,9 @@ class BlockSweep:
                     yield part, partial(step, number, index)
                     self.clock.advance(len(part) * self.count)
 
-        yield from ((name, steps(number)) for number, name in enumerate(self.blocks.names))
+        for number, name in enumerate(self.blocks.names):
+            if forward_step(name) not in self.work:
+                yield name, steps(number)
 
     def turn(self, tail: Callable[[int, Tensor], float]) -> None:
         """Run ``tail`` for every graded batch, by the index of its first window: it goes through the model and back."""
@@ -182,11 +208,14 @@ class BlockSweep:
             with self.blocks.left(leaf):
                 loss = tail(first, part)
             assert leaf.grad is not None
-            self._states[f"gradient/{index}"] = leaf.grad
+            self.states[f"gradient/{index}"] = leaf.grad
             self.clock.advance(0, loss=loss)
 
     def backward(self) -> Iterator[tuple[str, Steps]]:
-        """Yield the blocks from the last to the first, each with its graded batches and what takes them backward."""
+        """Yield the blocks from the last to the first, each with its graded batches and what takes them backward.
+
+        As in :meth:`forward`, blocks of which :func:`backward_step` is finished are left out.
+        """
 
         def steps(number: int) -> Steps:
             with self.blocks.weights(number):
@@ -194,7 +223,9 @@ class BlockSweep:
                     yield part, partial(self._backward, number, index)
                     self.clock.advance(len(part) * self.count * _BACKWARD)
 
-        yield from ((self.blocks.names[n], steps(n)) for n in reversed(range(len(self.blocks))))
+        for number, name in reversed(list(enumerate(self.blocks.names))):
+            if backward_step(name) not in self.work:
+                yield name, steps(number)
 
     def _backward(self, number: int, index: int) -> None:
         entry = self._entries[index]
@@ -203,7 +234,7 @@ class BlockSweep:
         output.backward(self._state(f"gradient/{index}", index))  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
         if number:
-            self._states[f"gradient/{index}"] = hidden.grad
+            self.states[f"gradient/{index}"] = hidden.grad
         elif entry.hidden.requires_grad:
             entry.hidden.backward(hidden.grad)  # type: ignore[no-untyped-call]
 
@@ -212,7 +243,7 @@ class BlockSweep:
         return f"{number}/{index}" if index < self.graded else f"now/{index}"
 
     def _state(self, place: str, index: int) -> Tensor:
-        return self._states[place].to(self.batches[index][1].device)
+        return self.states[place].to(self.batches[index][1].device)
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:

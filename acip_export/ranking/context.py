@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor, nn
 
+from acip_export.io.kept_work import Work
 from acip_export.lowrank.cache import FactorCache
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
@@ -28,7 +28,7 @@ class RankContext:
         factors: the cache of factorized weights.
         acip: hyper-parameters of an algorithm that learns; ``None`` for the others.
         run_states: where the state of an algorithm that learns is stored, if it is.
-        scratch: directory for what is too large for memory; ``None``: the system's for temporary files.
+        work: what is done of the ranking, with what is too large for memory.
     """
 
     checkpoint: Checkpoint
@@ -40,7 +40,7 @@ class RankContext:
     factors: FactorCache = field(default_factory=lambda: FactorCache(None))
     acip: AcipConfig | None = None
     run_states: RunStates | None = None
-    scratch: Path | None = None
+    work: Work = field(default_factory=Work)
 
     @property
     def task(self) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -39,21 +40,18 @@ def measure_curve(
     ratios = context.calibration.curve_ratios
     context.model.eval()
     curve = _Curve(context, factorized, scores)
-    try:
-        for number in range(len(curve.blocks)):
-            curve.pass_block(number)
-        points = []
-        for place, ratio in enumerate(ratios):
-            loss, similarity = curve.measure(place, False)
-            with_adapters = None
-            if curve.adapted:
-                with_adapters, adapted_similarity = curve.measure(place, True)
-                if with_adapters < loss:
-                    similarity = adapted_similarity
-            kept = (None, None) if similarity is None else (similarity.spearman, similarity.mean_error)
-            points.append(CurvePoint(ratio, loss, with_adapters, *kept))
-    finally:
-        curve.states.close()
+    for number in range(curve.passed, len(curve.blocks)):
+        curve.pass_block(number)
+    points = []
+    for place, ratio in enumerate(ratios):
+        loss, similarity = curve.measure(place, False)
+        with_adapters = None
+        if curve.adapted:
+            with_adapters, adapted_similarity = curve.measure(place, True)
+            if with_adapters < loss:
+                similarity = adapted_similarity
+        kept = (None, None) if similarity is None else (similarity.spearman, similarity.mean_error)
+        points.append(CurvePoint(ratio, loss, with_adapters, *kept))
     return tuple(points)
 
 
@@ -78,11 +76,15 @@ class _Curve:
         ]
         self.blocks = Blocks(context)
         self.entries = [self.blocks.enter(part) for part in self.batches]
-        self.states = StoredTensors(context.scratch)
+        self.states = StoredTensors(context.work.scratch("curve"))
         self.dense: list[Tensor] = []
+        # Of other scores and adapters, as learning may end with, it is another curve.
+        self._name = f"curve {self._digest()}"
+        self.passed = sum(self._step(number) in context.work for number in range(len(self.blocks)))
         steps = len(self.variants) * (len(self.blocks) + 1)
         tokens = self.windows.numel() / (len(self.blocks) + 1)
-        self.clock = Clock("curve", steps, context.progress, tokens=tokens)
+        done = self.passed * len(self.variants)
+        self.clock = Clock("curve", steps, context.progress, tokens=tokens, done=done)
 
     def pass_block(self, number: int) -> None:
         """Compute a block of every cut."""
@@ -111,6 +113,19 @@ class _Curve:
                     for layer in layers.values():
                         layer.release()
                 self.clock.advance()
+        self.context.work.finish(self._step(number))
+
+    def _step(self, number: int) -> str:
+        return f"{self._name} {self.blocks.names[number]}"
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(self.windows.numpy().data)
+        for name, layer_scores in self.scores.items():
+            digest.update(name.encode() + np.ascontiguousarray(layer_scores).tobytes())
+            if self.adapted:
+                for factor in adapter_pair(self.factorized.layers[name]):
+                    digest.update(factor.cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     def measure(self, place: int, adapted: bool) -> tuple[float, Similarity | None]:
         """Return the loss of a cut that has passed all blocks, and how well an encoder keeps similarities.

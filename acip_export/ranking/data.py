@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.errors import DataError, UnsupportedError
+from acip_export.io.kept_work import Work
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import Encoder
 from acip_export.progress import ProgressCallback, silent
@@ -71,8 +72,9 @@ def sample_data(
     config: DataConfig,
     evaluation: str | Path | None = None,
     progress: ProgressCallback = silent,
+    work: Work | None = None,
 ) -> CalibrationData:
-    """Do as :func:`read_data` with text that the model itself samples (``--data self``).
+    """Do as :func:`read_data` with text that the model itself samples (``--data self``), and that ``work`` keeps.
 
     Raises:
         DataError: ``config.self_tokens`` are less than eight windows. UnsupportedError: an encoder, which samples none.
@@ -89,7 +91,7 @@ def sample_data(
     first = checkpoint.config.get("bos_token_id")
     first = first[0] if isinstance(first, tuple) else first
     vocabulary = checkpoint.shape.vocabulary
-    text = sample_text(model, first, vocabulary, context, config.self_tokens, config.seed, progress)
+    text = sample_text(model, first, vocabulary, context, config.self_tokens, config.seed, progress, work)
     return _split(checkpoint, text, config, evaluation)
 
 

@@ -39,6 +39,8 @@ _EIGEN = 9.0
 _LOGITS_AT_ONCE = 2**24
 # Bytes of an entry of a moment: six bits (docs/score-file.md).
 _PACKED = 0.75
+# Bytes of each row of a moment beside its entries, and of a component beside its factors: a singular value and losses.
+_BY_ROW, _BY_COMPONENT = 16, 36
 # Of modules that write into the residual stream: what they read nobody else does.
 _WRITES = re.compile(r"(^|[._])(o_proj|out_proj|down_proj|c_proj|dense|fc2|out_lin|lin2)$")
 
@@ -189,11 +191,13 @@ class RankModel:
     def _disk(self, calibration: DataConfig, algorithm: Algorithm) -> int:
         inputs, graded = _tokens(calibration)
         hidden = 4 * self.shape.hidden
-        states = hidden * (graded * (len(self.blocks) + 1) + inputs - graded)
+        # What is replaced stays until the block is done, so that a killed process goes on from there.
+        states = hidden * (graded * (len(self.blocks) + 3) + 2 * (inputs - graded))
         samples = sum(2 * graded * b.width for b in self.blocks) if algorithm.fisher else 0
-        moments = sum(_PACKED * b.triangles for b in self.blocks)
-        factors = sum(b.factors for b in self.blocks) * self.weight_bytes
-        curve = hidden * calibration.curve_tokens * len(calibration.curve_ratios)
+        moments = sum(_PACKED * b.triangles + _BY_ROW * sum((*b.inputs, *map(min, b.shapes))) for b in self.blocks)
+        components = sum(min(shape) for b in self.blocks for shape in b.shapes)
+        factors = sum(b.factors for b in self.blocks) * self.weight_bytes + _BY_COMPONENT * components
+        curve = 2 * hidden * calibration.curve_tokens * len(calibration.curve_ratios)
         # Moments once more in the score file; hidden states are gone when the curve is measured.
         return int(samples + 2 * moments + max(states, factors + curve))
 

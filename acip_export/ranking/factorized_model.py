@@ -29,6 +29,9 @@ from acip_export.ranking.stored_tensors import StoredTensors
 
 Whitenings = tuple[Whitening | None, Whitening | None]
 
+# What is kept of a module beside its pair of factors, as :meth:`_Factors.tensors` has it.
+_VECTORS = ("singular", "drop", "up_sensitivity", "down_sensitivity", "sensitivity")
+
 
 @dataclass(frozen=True)
 class Factorized:
@@ -142,9 +145,12 @@ def factorize_model(
     """
     checkpoint, model, processes = context.checkpoint, context.model, context.processes
     losses, singular, sensitivity = {}, {}, {}
-    stored = StoredTensors(context.scratch)
+    work = context.work
+    stored = StoredTensors(work.scratch("factors"))
     whitenings = _Whitenings(statistics, basis)
-    clock = Clock("components", len(checkpoint.linear_modules), context.progress)
+    blocks = by_block(checkpoint.linear_modules)
+    done = {name for block, names in blocks if _step(block) in work for name in names}
+    clock = Clock("components", len(checkpoint.linear_modules), context.progress, done=len(done))
 
     def factorize(name: str) -> _Factors:
         weight = dense_weight(checkpoint, model, name)
@@ -162,10 +168,13 @@ def factorize_model(
         return _Factors(components, losses, torch.tensor(estimate if exact is None else exact, dtype=torch.float64))
 
     owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
-    own = [name for name in checkpoint.linear_modules if owners[name] == processes.index]
+    own = [name for name in checkpoint.linear_modules if owners[name] == processes.index and name not in done]
     factorized = side_by_side(factorize, own, ahead=processes.count > 1)
-    for _, names in by_block(checkpoint.linear_modules):
+    for block, names in blocks:
         for name in names:
+            if name in done:
+                losses[name], singular[name], sensitivity[name] = _known(name, stored)
+                continue
             dense = model.get_parameter(f"{name}.weight")
             mine = next(factorized)[1] if owners[name] == processes.index else _Factors.empty(dense)
             factors = _Factors.of([processes.from_owner(tensor, owners[name]) for tensor in mine.tensors()])
@@ -173,12 +182,26 @@ def factorize_model(
             singular[name] = factors.components.singular.numpy()
             stored[f"{name}.up"] = factors.components.up.to(dense.dtype)
             stored[f"{name}.down"] = factors.components.down.to(dense.dtype)
+            for kind, tensor in zip(_VECTORS, factors.tensors()[2:], strict=True):
+                stored[f"{name}.{kind}"] = tensor
             clock.advance()
+        if _step(block) not in work:
+            work.finish(_step(block))
         whitenings.forget(names)
         give_back()
     return Factorized(
         context, statistics, losses, singular, sensitivity, whitenings, owners, mask_scale, adapter, stored
     )
+
+
+def _step(block: str) -> str:
+    return f"factors {block}"
+
+
+def _known(name: str, stored: StoredTensors) -> tuple[ComponentLosses, FloatArray, float]:
+    """Read losses, singular values and sensitivity of a module that was factorized before."""
+    singular, *losses, sensitivity = (stored[f"{name}.{kind}"] for kind in _VECTORS)
+    return ComponentLosses(*losses), singular.numpy(), float(sensitivity)
 
 
 class _Whitenings:

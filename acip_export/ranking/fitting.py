@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acip_export.errors import InfeasibleBudgetError, OutputError
+from acip_export.io.kept_work import kept_bytes
 from acip_export.machine import Machine
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking.acip_defaults import mask_steps_of
@@ -50,12 +51,12 @@ class Limits:
     asked: bool = True
 
     @classmethod
-    def of(cls, seconds: float | None, memory: int | None, place: Path | None) -> Limits:
-        """Add what this machine has to what the user said; ``place`` is the directory of the scratch files."""
-        directory = Path(tempfile.gettempdir()) if place is None else place
+    def of(cls, seconds: float | None, memory: int | None, out: Path | None) -> Limits:
+        """Add what this machine has to what the user said, for the score file ``out``."""
+        directory = Path(tempfile.gettempdir()) if out is None else out.absolute().parent
         while not directory.exists():
             directory = directory.parent
-        free = shutil.disk_usage(directory).free
+        free = shutil.disk_usage(directory).free + (0 if out is None else kept_bytes(out.absolute()))
         return cls(seconds, memory or _available_memory(), free, seconds is not None or memory is not None)
 
 

@@ -50,22 +50,29 @@ def _predicted(
 
 
 def _store_on_the_way(run: AcipRun, context: RankContext, states: RunStates) -> None:
-    """Go to the end, and store the run every few steps and when it is interrupted."""
+    """Go to the end, and store the run now and then, when it is interrupted, and at its end, for what follows it."""
     identity = _identity(context, next(iter(run.layers.values())).up.dtype)
     if states.resume:
         states.load(run, identity)
-    stored = states.resume
+    kept, saved = states.resume, True
+    states.begin()
     # A step that is cut in two cannot be stored.
     with noted_interruptions() as run.interrupted:
         try:
             for _ in advance(run, context.data.training.shape[1], context.progress):
-                if run.should_stop() or (run.mask_steps + run.tune_steps) % states.every == 0:
+                stop = run.should_stop()
+                saved = run.processes.as_main(states.due()) or stop
+                if saved:
                     states.save(run, identity)
-                    stored = True
-                if run.should_stop():
+                    kept = True
+                if stop:
                     raise KeyboardInterrupt
+            if not saved:
+                states.save(run, identity)
+            if run.should_stop():
+                raise KeyboardInterrupt
         except RankingError as error:
-            where = f"\nThe last good state is in {states.file}" if stored else ""
+            where = f"\nThe last good state is in {states.file}" if kept else ""
             raise RankingError(f"{error}{where}") from error
 
 

@@ -14,7 +14,9 @@ from acip_export.progress import Clock
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.factorized_model import Factorized
 from acip_export.ranking.masked_linear import MaskedLinear, dense_behaviour
+from acip_export.ranking.sharding import by_block
 from acip_export.ranking.side_by_side import side_by_side
+from acip_export.ranking.stored_tensors import StoredTensors
 
 # Every stretch of so many tokens is one sample of the Fisher information; shorter ones give more samples of a text.
 _LONGEST_STRETCH = 32
@@ -33,7 +35,10 @@ def component_fisher(context: RankContext, factorized: Factorized) -> dict[str, 
     assert samples is not None
     stretch = _LONGEST_STRETCH if task.padding is None else context.graded.shape[1]
     counted, device = task.counted(context.graded), context.processes.device
-    clock = Clock("fisher", len(factorized.singular), context.progress)
+    work, blocks = context.work, by_block(factorized.singular)
+    stored = StoredTensors(work.scratch("fisher"))
+    done = {name for block, names in blocks if f"fisher {block}" in work for name in names}
+    clock = Clock("fisher", len(factorized.singular), context.progress, done=len(done))
 
     def measure(name: str) -> Tensor:
         up, down = (factor.to(device, torch.float32) for factor in factorized.pair(name))
@@ -46,9 +51,15 @@ def component_fisher(context: RankContext, factorized: Factorized) -> dict[str, 
         return total
 
     losses = {}
-    for name, total in side_by_side(measure, list(factorized.singular)):
-        losses[name] = (0.5 * processes.sum(total) / counted).numpy()
-        clock.advance()
+    measured = side_by_side(measure, [name for name in factorized.singular if name not in done])
+    for block, names in blocks:
+        for name in names:
+            if name not in done:
+                stored[name] = 0.5 * processes.sum(next(measured)[1]) / counted
+                clock.advance()
+            losses[name] = stored[name].numpy()
+        if f"fisher {block}" not in work:
+            work.finish(f"fisher {block}")
     return losses
 
 
@@ -59,10 +70,16 @@ def first_order_changes(context: RankContext, layers: Mapping[str, MaskedLinear]
     dense model has no first order there.
     """
     task, windows, processes = context.task, context.windows, context.processes
-    clock = Clock("first-order", len(windows), context.progress, tokens=windows.shape[1])
-    sums = _zeros(layers)
+    sums, work = _zeros(layers), context.work
+    stored, batches = StoredTensors(work.scratch("first-order")), processes.batches(windows, context.batch)
+    behind = sum(len(part) for first, part in batches if f"first-order {first}" in work)
+    if behind:
+        sums = {name: stored[name] for name in sums}
+    clock = Clock("first-order", len(windows), context.progress, tokens=windows.shape[1], done=behind)
     with _probed(layers) as device:
-        for first, part in processes.batches(windows, context.batch):
+        for first, part in batches:
+            if f"first-order {first}" in work:
+                continue
             # What is random in a batch follows from its place in the text, whichever process has it.
             torch.manual_seed((context.seed << 32) + first)
             for layer in layers.values():
@@ -71,6 +88,9 @@ def first_order_changes(context: RankContext, layers: Mapping[str, MaskedLinear]
             loss.backward()  # type: ignore[no-untyped-call]
             for name, layer in layers.items():
                 sums[name][layer.arrangement.cpu()] -= _gradient(layer).flatten().cpu() * task.counted(part)
+            for name, total in sums.items():
+                stored[name] = total
+            work.finish(f"first-order {first}")
             clock.advance(len(part) * processes.count, loss=loss.item())
     return {name: (processes.sum(total) / task.counted(windows)).numpy() for name, total in sums.items()}
 

@@ -74,6 +74,10 @@ class Processes:
         torch.distributed.broadcast(moved, owner)
         return moved.to(tensor.device)
 
+    def as_main(self, answer: bool) -> bool:
+        """Return what the main process answers: what only one can know, as the time that has passed, all do alike."""
+        return bool(self.from_owner(torch.tensor(float(answer)), 0))
+
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.count > 1:

@@ -2,14 +2,15 @@
 
 A run state is a safetensors file (never pickle) beside the score file, written whole or not at all: masks, adapters,
 their optimizer's state, score maps and arrangements. Not in it: what is random in a step, which follows from the step's
-number, and statistics and factors, which come out the same again.
+number, and statistics and factors, which are kept as those of any ranking (:mod:`acip_export.io.kept_work`), or come
+out the same again.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,17 +41,27 @@ def run_file(out: Path) -> Path:
     return out.with_name(out.name + ".run")
 
 
-@dataclass(frozen=True)
 class RunStates:
-    """Where and how often the state of a run is stored.
+    """Store the state of a run by time: a process that is killed loses no more, however long a step takes.
 
     Attributes:
-        file: replaced by every state. every: steps between them. resume: whether to go on from the one that is there.
+        file: replaced by every state. seconds: of learning that may be lost; 0: every step is stored.
+        resume: whether to go on from the one that is there. settings: stored with it, see :mod:`.fitted_before`.
     """
 
-    file: Path
-    every: int
-    resume: bool
+    def __init__(self, file: Path, seconds: float, resume: bool, settings: str = "") -> None:
+        self.file, self.seconds, self.resume, self.settings = file, seconds, resume, settings
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self._stored = self._stepped = time.monotonic()
+
+    def due(self) -> bool:
+        """Tell, after every step, whether another one that is as long would end too late to be stored then."""
+        now = time.monotonic()
+        step, self._stepped = now - self._stepped, now
+        return now - self._stored + step >= self.seconds
 
     def save(self, run: Run, identity: str) -> None:
         """Replace the stored state; only one process does it, after all have checked it.
@@ -58,14 +69,17 @@ class RunStates:
         Raises:
             RankingError: the run has diverged; the state stored before stays.
         """
+        self._stored = time.monotonic()
         run.check()
         if not run.processes.is_main:
             return
         from safetensors.torch import save_file
 
         metadata = {"artifact": _ARTIFACT, "identity": identity, "counters": json.dumps(run.counters())}
+        metadata["settings"] = self.settings
         with new_file(self.file) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in run.tensors().items()}, temporary, metadata)
+        self._stepped = time.monotonic()
 
     def load(self, run: Run, identity: str) -> None:
         """Put ``run``, freshly started, where the stored one was.

@@ -12,7 +12,9 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from acip_export.io.kept_work import Work
 from acip_export.progress import Clock, ProgressCallback, silent
+from acip_export.ranking.stored_tensors import StoredTensors
 from acip_export.text.packing import PackedText
 
 SELF = "self"
@@ -29,20 +31,30 @@ def sample_text(
     tokens: int,
     seed: int,
     progress: ProgressCallback = silent,
+    work: Work | None = None,
 ) -> PackedText:
     """Sample at least ``tokens`` tokens in windows of ``context``, on the CPU's generator.
 
     Args:
         first_token: what a window starts from, not part of it; ``None``: a random token, as for models without a
             beginning of text.
+        work: that the text is sampled for; what it has of the text is not sampled again.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     count = -(-tokens // context)
     windows = torch.empty(count, context, dtype=torch.int64)
-    clock = Clock("self", count, progress, tokens=context)
-    for begin in range(0, count, _SIDE_BY_SIDE):
+    work = work or Work()
+    stored = StoredTensors(work.scratch("self"))
+    begins = range(0, count, _SIDE_BY_SIDE)
+    behind = min(count, _SIDE_BY_SIDE * sum(f"self {begin}" in work for begin in begins))
+    clock = Clock("self", count, progress, tokens=context, done=behind)
+    for begin in begins:
         rows = min(_SIDE_BY_SIDE, count - begin)
+        if f"self {begin}" in work:
+            windows[begin : begin + rows] = stored[str(begin)]
+            generator.set_state(stored["generator"])
+            continue
         if first_token is None:
             last = torch.randint(vocabulary, (rows, 1), generator=generator)
         else:
@@ -53,6 +65,8 @@ def sample_text(
             cache = output.past_key_values
             last = torch.multinomial(output.logits[:, -1].float().softmax(-1).cpu(), 1, generator=generator)
             windows[begin : begin + rows, place] = last[:, 0]
+        stored[str(begin)], stored["generator"] = windows[begin : begin + rows], generator.get_state()
+        work.finish(f"self {begin}")
         clock.advance(rows)
     return PackedText(windows, SELF, _identity(windows), count)
 

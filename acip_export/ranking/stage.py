@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,9 @@ from acip_export.ranking.context import RankContext
 from acip_export.ranking.curve import adapter_pair, measure_curve
 from acip_export.ranking.data import is_self, read_data, sample_data
 from acip_export.ranking.factorized_model import Factorized, factorize_model
+from acip_export.ranking.fitted_before import FittedSettings, asked_for, fitted_before
 from acip_export.ranking.fitting import Beside, Limits, fit_ranking, nothing_beside
+from acip_export.ranking.kept_ranking import origin_of, ranking_work
 from acip_export.ranking.load import enable_recomputation, linear_weights, load_model
 from acip_export.ranking.masked_linear import AdapterShape
 from acip_export.ranking.out_of_memory import out_of_memory_named
@@ -71,7 +74,7 @@ def rank_model(
     out: Path | None = None,
     force: bool = False,
     resume: bool = False,
-    store_every: int = 50,
+    store_seconds: float = 120.0,
     cache: Path | None = None,
     slim: bool = False,
     seconds: float | None = None,
@@ -92,8 +95,9 @@ def rank_model(
             :func:`acip_export.ranking.load.enable_recomputation`.
         evaluation: text for the curve; ``None``: the end of ``data``, which nothing else then sees.
         out: where the score file is written, whole or not at all. While an algorithm learns, its state is stored
-            beside it (``NAME.acip.run``) every ``store_every`` steps and when it is interrupted; ``resume`` goes on
-            from there to the ranking that the whole run would have given.
+            beside it (``NAME.acip.run``), so that no more than ``store_seconds`` of it are lost however it ends;
+            ``resume`` goes on from there to the ranking that the whole run would have given. Whatever else takes long
+            is kept beside it, too (``.NAME.acip.rank-state``): the same call goes on with that by itself.
         slim: leave second moments out: see :meth:`ScoreFile.without_moments`.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
         seconds, memory: what the ranking may take; it uses fewer tokens, windows and steps to stay within them.
@@ -108,9 +112,10 @@ def rank_model(
     unsaid = algorithm is None
     if algorithm is not None:
         find_algorithm(algorithm)
+    output = None
     if out is not None:
         read = (data, evaluation, cache)
-        claim_output(out, SCORES_KIND, force, read, model)
+        output = claim_output(out, SCORES_KIND, force, read, model)
         claim_output(run_file(out), RUN_KIND, True, read, model)
     if algorithm is None:
         algorithm = default_algorithm(Checkpoint.open(model), device, acip, resume, seconds)
@@ -119,10 +124,8 @@ def rank_model(
         raise UsageError(f"{algorithm} has no settings; leave them out, or rank with {learned_algorithms()}")
     if resume and (out is None or not chosen.learns):
         raise UsageError(f"only a run of {learned_algorithms()} that writes a score file can be resumed; give  --out")
-    if resume and seconds is not None:
-        raise UsageError("a run goes on with the settings that it had; leave out the time, or  --resume")
-    if store_every < 1:
-        raise UsageError(f"a run state every {store_every} steps is impossible; give at least 1 with  --store-every")
+    if store_seconds < 0:
+        raise UsageError(f"a run state every {store_seconds} seconds is impossible; give 0 for one after every step")
     processes = start_processes(device)
     checkpoint = Checkpoint.open(model)
     check_checkpoint(checkpoint)
@@ -139,58 +142,79 @@ def rank_model(
             f"{algorithm} trains nothing; learning takes hours for a model of this size on processors:  "
             "--algorithm acip,  or as long as you say with  --time 2h"
         )
-    if processes.count == 1 and processes.device.type == "cpu":
-        limits = Limits.of(seconds, memory, None if out is None else out.absolute().parent)
+    settings, asked, before = "", "", None
+    if seconds is not None or memory is not None:
+        asked = asked_for(chosen.name, acip, calibration, seconds, memory)
+        before = None if out is None else fitted_before(out.absolute(), run_file(out), asked)
+        if resume and seconds is not None and before is None:
+            raise UsageError(
+                "a run goes on with the settings that it had, and none that was fitted to this time is kept; leave out "
+                "the time, or  --resume"
+            )
+    if before is not None:
+        chosen, acip, calibration = find_algorithm(before.algorithm), before.acip, before.calibration
+        settings = before.text()
+        announce(f"ranking with {chosen.name}, with the settings that an earlier run has fitted to what there is")
+    elif processes.count == 1 and processes.device.type == "cpu":
+        limits = Limits.of(seconds, memory, out)
         fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits, beside=beside)
         chosen, acip, calibration = fitted.algorithm, fitted.acip, fitted.calibration
         for line in (fitted.summary(), *fitted.changes):
             announce(line)
+        if limits.asked:
+            settings = FittedSettings(asked, chosen.name, acip, calibration).text()
     elif seconds is not None or memory is not None:
         raise UnsupportedError("a ranking fits itself to time and memory in one process on processors; leave them out")
     load = partial(load_model, checkpoint, processes.device, precision, processes.home)
-    with out_of_memory_named(_what_to_lower(acip, calibration, precision)):
-        text = None if is_self(data) else read_data(checkpoint, data, calibration, evaluation)
-        if text is not None and not text.task.labelled:
-            if acip is not None and acip.objective == "ce":
-                raise UsageError("an encoder predicts no next token; its objective is  --objective distill")
-            calibration = replace(calibration, batch=calibration.batch * _TEXTS_PER_WINDOW)
-        dense = load()
-        if processes.mesh is not None:
-            shard_dense(dense, checkpoint.linear_modules, processes.mesh)
-        context = RankContext(
-            checkpoint=checkpoint,
-            model=dense,
-            data=text or sample_data(checkpoint, dense, calibration, evaluation, progress),
-            calibration=calibration,
-            processes=processes,
-            progress=progress,
-            factors=FactorCache(cache),
-            acip=acip,
-            run_states=None if out is None else RunStates(run_file(out), store_every, resume),
-            scratch=None if out is None else out.absolute().parent,
-        )
-        del dense  # the context has it alone
-        with torch.random.fork_rng():
-            torch.manual_seed(context.seed)
-            wanted = chosen.fisher and (acip is None or acip.predictor == "fisher")
-            statistics = collect_statistics(context, samples=wanted)
+    wanted = chosen.fisher and (acip is None or acip.predictor == "fisher")
+    with ExitStack() as stack:
+        if output is not None and processes.is_main:
+            stack.enter_context(output.held())
+        with out_of_memory_named(_what_to_lower(acip, calibration, precision)):
+            text = None if is_self(data) else read_data(checkpoint, data, calibration, evaluation)
+            if text is not None and not text.task.labelled:
+                if acip is not None and acip.objective == "ce":
+                    raise UsageError("an encoder predicts no next token; its objective is  --objective distill")
+                calibration = replace(calibration, batch=calibration.batch * _TEXTS_PER_WINDOW)
+            dense = load()
+            basis = chosen.basis if acip is None else acip.basis
+            origin = origin_of(checkpoint, dense, text, calibration, basis, wanted, processes.device, precision)
+            work = stack.enter_context(ranking_work(out, processes, origin, settings))
             if processes.mesh is not None:
-                # What is sharded cannot get other layers; it is gone before the model is loaded again.
-                context = replace(context, model=nn.Module())
-                context = replace(context, model=load())
-            if chosen.learns:
-                enable_recomputation(context.model, checkpoint, recompute_activations)
-            factorized = _factorize(context, statistics, chosen)
-            ranking = chosen.score(context, factorized)
-            curve = measure_curve(context, factorized, ranking.scores)
-        ranked = _score_file(context, statistics, factorized, chosen, ranking, curve)
-        if slim:
-            ranked = ranked.without_moments()
-    if processes.is_main and out is not None:
-        save_scores(ranked, out, force)
-        run_file(out).unlink(missing_ok=True)
-        remove_leftovers(run_file(out))
-        remove_leftovers(out)
+                shard_dense(dense, checkpoint.linear_modules, processes.mesh)
+            context = RankContext(
+                checkpoint=checkpoint,
+                model=dense,
+                data=text or sample_data(checkpoint, dense, calibration, evaluation, progress, work),
+                calibration=calibration,
+                processes=processes,
+                progress=progress,
+                factors=FactorCache(cache),
+                acip=acip,
+                run_states=None if out is None else RunStates(run_file(out), store_seconds, resume, settings),
+                work=work,
+            )
+            del dense  # the context has it alone
+            with torch.random.fork_rng():
+                torch.manual_seed(context.seed)
+                statistics = collect_statistics(context, samples=wanted)
+                if processes.mesh is not None:
+                    # What is sharded cannot get other layers; it is gone before the model is loaded again.
+                    context = replace(context, model=nn.Module())
+                    context = replace(context, model=load())
+                if chosen.learns:
+                    enable_recomputation(context.model, checkpoint, recompute_activations)
+                factorized = _factorize(context, statistics, chosen)
+                ranking = chosen.score(context, factorized)
+                curve = measure_curve(context, factorized, ranking.scores)
+            ranked = _score_file(context, statistics, factorized, chosen, ranking, curve)
+            if slim:
+                ranked = ranked.without_moments()
+        if processes.is_main and out is not None:
+            save_scores(ranked, out, force)
+            run_file(out).unlink(missing_ok=True)
+            remove_leftovers(run_file(out))
+            remove_leftovers(out)
     processes.wait()
     return ranked
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,23 +11,24 @@ from acip_export.io.scratch import Scratch
 
 
 class StoredTensors:
-    """Store tensors as bytes, as numpy has no bfloat16, and read fresh copies on the CPU."""
+    """Store tensors, and read fresh copies on the CPU.
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self._scratch = Scratch(directory)
-        self._kinds: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    numpy has no bfloat16: it is stored as integers of two bytes, of which there are no others here.
+    """
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self._kinds[name] = tensor.dtype, tensor.shape
-        self._scratch.write(name, tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        tensor = tensor.detach().cpu().contiguous()
+        self._scratch.write(name, (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy())
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape = self._kinds[name]
-        return torch.from_numpy(self._scratch.read(name)).view(dtype).view(shape)
+        tensor = torch.from_numpy(self._scratch.read(name))
+        return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
     def __contains__(self, name: str) -> bool:
-        return name in self._kinds
+        return name in self._scratch
 
-    def close(self) -> None:
-        """Give the room back."""
-        self._scratch.close()
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scratch)

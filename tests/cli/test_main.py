@@ -308,13 +308,13 @@ def test_interrupted_ranking_is_resumed(model: Path, run: Run) -> None:
     calibration_text(model / "text.txt")
     ask = ("rank", ".", "--data", "text.txt", "--context", "32")
     process = subprocess.Popen(
-        [sys.executable, "-m", "acip_export", *ask, "--learning-rate", "1e-5"],
+        [sys.executable, "-m", "acip_export", *ask, "--learning-rate", "1e-5", "--log-json", "log.jsonl"],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 200
-    while not (model / "tiny.acip.run").exists():  # stored every so many steps
+    while not ((model / "log.jsonl").exists() and '"masks"' in (model / "log.jsonl").read_text()):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)

@@ -15,6 +15,7 @@ import torch
 
 from acip_export.artifacts.scores import load_scores
 from acip_export.errors import DataError, UnsupportedError, UsageError
+from acip_export.io import kept_work
 from acip_export.materialization.factors import basis_moments, factor_pair
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import Pooling
@@ -51,6 +52,31 @@ def test_training_free(encoder: Path, text: Path, tmp_path: Path, algorithm: str
     assert all(p.similarity_error is not None and -1 <= p.similarity_error <= 2 for p in scores.curve)
     assert list(scores.embedding_sensitivity) == ["embeddings.word_embeddings.weight"]
     assert "pooler.dense" not in scores.modules
+
+
+def test_interrupted_ranking_goes_on(
+    encoder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured text by text is kept, too."""
+    monkeypatch.setattr(kept_work, "_WORTH_KEEPING", 0.0)
+    total = 0
+
+    def count(progress: Progress) -> None:
+        nonlocal total
+        total = max(total, progress.done if progress.stage == "statistics" else 0)
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "statistics" and progress.done >= 0.9 * total:  # on the way back through the first block
+            raise KeyboardInterrupt
+
+    seen: list[Progress] = []
+    whole, out = tmp_path / "whole.acip", tmp_path / "s.acip"
+    rank_model(encoder, text, algorithm="fisher", calibration=CALIBRATION, out=whole, progress=count)
+    with pytest.raises(KeyboardInterrupt):
+        rank_model(encoder, text, algorithm="fisher", calibration=CALIBRATION, out=out, progress=stop)
+    rank_model(encoder, text, algorithm="fisher", calibration=CALIBRATION, out=out, progress=seen.append)
+    assert seen[0].stage == "statistics" and seen[0].done > 0.5 * total
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def short_run(model: Path) -> AcipConfig:

@@ -143,7 +143,7 @@ def test_out_of_memory_keeps_the_last_state(model: Path, text: Path, tmp_path: P
         "        used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "        resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, used + 2**22))\n"
         "rank_model(sys.argv[1], sys.argv[2], acip=replace(QUICK, batch=256), calibration=CALIBRATION,\n"
-        "           progress=limit, out=Path(sys.argv[3]), store_every=1)\n"
+        "           progress=limit, out=Path(sys.argv[3]), store_seconds=0)\n"
     )
     if not sys.platform.startswith("linux"):
         pytest.skip("limits on address space are Linux's")

@@ -13,13 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from acip_export.artifacts.scores import load_scores
 from acip_export.errors import RankingError, UsageError
 from acip_export.io.atomic import read_safetensors_header
 from acip_export.progress import Progress
-from acip_export.ranking import AcipConfig, rank_model
+from acip_export.ranking import AcipConfig, rank_model, run_state
 from acip_export.ranking.acip_run import AcipRun
+from acip_export.ranking.processes import ALONE
+from acip_export.ranking.run_state import RunStates
 from tests.planning.problems import examples
 from tests.ranking.support import CALIBRATION
 
@@ -86,7 +89,7 @@ def save_or_die(tensors, file, metadata):
         os.kill(os.getpid(), signal.SIGKILL)
 safetensors.torch.save_file = save_or_die
 rank_model(
-    model, text, acip=QUICK, calibration=CALIBRATION, out=out, store_every=1, resume="resume" in options
+    model, text, acip=QUICK, calibration=CALIBRATION, out=out, store_seconds=0, resume="resume" in options
 )
 """
 
@@ -102,7 +105,7 @@ def test_killed_while_it_stores_its_state(model: Path, text: Path, tmp_path: Pat
     """SIGKILL, which nothing can catch, when half of the third state is on the disk: the second one is whole."""
     out = tmp_path / "scores.acip"
     assert start(model, text, out, killed_in_save=3).wait(timeout=1000) == -signal.SIGKILL
-    left = {file.name for file in tmp_path.iterdir()}
+    left = {file.name for file in tmp_path.iterdir()} - {".scores.acip.lock", ".scores.acip.rank-state"}
     assert "scores.acip.run" in left and len(left) == 2  # and half a state under another name
     _, metadata = read_safetensors_header(tmp_path / "scores.acip.run", RankingError)
     assert json.loads(metadata["counters"])["mask_steps"] == 2
@@ -138,6 +141,48 @@ def test_killed_at_any_moment_it_resumes_to_the_same_ranking(
         assert [file.name for file in tmp_path.iterdir()] == ["scores.acip"]
 
 
+def test_states_are_stored_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 50 seconds, by a clock that stands still otherwise: a third one would end after two minutes."""
+    now = 0.0
+    monkeypatch.setattr(run_state.time, "monotonic", lambda: now)
+    run = _Stored()
+    states, rare, always = (RunStates(tmp_path / str(s), s, False) for s in (120.0, 1e9, 0.0))
+    stored = []
+    for step in range(1, 7):
+        now += 50
+        assert always.due() and not rare.due()
+        if states.due():
+            states.save(run, "identity")
+            now += 7  # to write takes time that is no step
+            stored.append(step)
+    assert stored == [2, 4, 6]
+
+
+class _Stored:
+    """Something to store."""
+
+    processes = ALONE
+
+    def check(self) -> None: ...
+    def counters(self) -> dict[str, object]:
+        return {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"mask": torch.zeros(1)}
+
+    def restore(self, counters: object, tensors: object) -> None: ...
+
+
+def test_run_is_stored_when_it_is_learned(model: Path, text: Path, tmp_path: Path, whole: Path) -> None:
+    """Killed while its curve is measured, it need not learn again."""
+    out = tmp_path / "scores.acip"
+    with pytest.raises(KeyboardInterrupt):
+        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, progress=stop_at("curve", 1))
+    seen: list[Progress] = []
+    rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=out, resume=True, progress=seen.append)
+    assert {"masks", "post-tune"}.isdisjoint(p.stage for p in seen) and out.read_bytes() == whole.read_bytes()
+
+
 def test_only_the_same_run_is_resumed(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.acip"
     with pytest.raises(RankingError, match="no run state"):
@@ -168,7 +213,7 @@ def test_diverged_run_names_its_last_good_state(
 
     monkeypatch.setattr(AcipRun, "mask_step", reckless)
     with pytest.raises(RankingError, match=r"(?s)loss is .*learning rate.*last good state is in .*scores\.acip\.run"):
-        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=tmp_path / "scores.acip", store_every=1)
+        rank_model(model, text, acip=QUICK, calibration=CALIBRATION, out=tmp_path / "scores.acip", store_seconds=0)
     # The state after the reckless step was still finite; it is not the one that was kept.
     _, metadata = read_safetensors_header(tmp_path / "scores.acip.run", RankingError)
     assert json.loads(metadata["counters"])["mask_steps"] == 4
@@ -178,7 +223,7 @@ def test_diverged_run_names_its_last_good_state(
 def test_run_that_diverges_at_once_has_no_good_state(model: Path, text: Path, tmp_path: Path) -> None:
     absurd = replace(QUICK, learning_rate=1e30, start="ones")
     with pytest.raises(RankingError, match=r"loss is nan at step 2.*\n.*learning rate \(now 1e\+30\)$"):
-        rank_model(model, text, acip=absurd, calibration=CALIBRATION, out=tmp_path / "a.acip", store_every=1)
+        rank_model(model, text, acip=absurd, calibration=CALIBRATION, out=tmp_path / "a.acip", store_seconds=0)
     assert list(tmp_path.iterdir()) == []
 
 
