@@ -2,7 +2,7 @@
 
     python -m benchmarks.large_vocabulary [--scratch DIRECTORY]
 
-Random bfloat16 weights of 18 layers of 640 (FFN 2,048, head tied to the embedding), and Python source as text. Logits of
+Random bfloat16 weights of 18 layers of 640 (FFN 2,048, tied head), and Python source as text. The logits of
 a window of 512 tokens are 537 MB in float32, more than all of the weights: what is held of them decides. Writes
 benchmarks/large_vocabulary.json.
 """

@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from acip_export.errors import AcipError
-from acip_export.progress import Course, Journey, Progress, ProgressCallback
+from acip_export.progress import Course, Journey, Progress
 from acip_export.units import format_seconds
 
 _SECONDS_BETWEEN_LINES = 30
@@ -195,7 +195,7 @@ def annotate(line: str) -> None:
 
 
 @contextmanager
-def stage_progress(course: Course = _UNKNOWN) -> Iterator[ProgressCallback]:
+def stage_progress(course: Course = _UNKNOWN) -> Iterator[Journey]:
     """Show how far a command has come, on stderr: one bar, or on no terminal a line every half a minute."""
     journey = Journey(course)
     with _bar(journey) if err.is_terminal and not err.quiet else _lines(journey):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -28,6 +28,8 @@ _ALGORITHM_HELP = (
     + " ".join(f"{known.name}: {known.summary}" for known in algorithms().values())
 )
 if TYPE_CHECKING:
+    from acip_export.ranking.fitting import Fitted
+
     _AlgorithmName = str
 else:
     _AlgorithmName = Literal[tuple(algorithms())]
@@ -192,13 +194,19 @@ def rank(
     # Of several processes one draws and logs, as one writes.
     is_main = launched_index() == 0
     named = find_algorithm(algorithm or default_algorithm(checkpoint, torch_device, settings, resume, seconds))
-    course = _course(named.learns, data == "self", measure_rounding)
+    expect: Callable[[Fitted], None] = _silently
     try:
         with ExitStack() as stack:
             callbacks = []
             if is_main:
                 stack.enter_context(claim_output(place, SCORES_KIND, force, (data,), checkpoint.path).held())
-                callbacks.append(stack.enter_context(console.stage_progress(course)))
+                course = _course(named.learns, data == "self", measure_rounding)
+                journey = stack.enter_context(console.stage_progress(course))
+                callbacks.append(journey)
+
+                def expect(fitted: Fitted) -> None:
+                    journey.expect(expected_course(fitted, data == "self"))
+
                 if log_json is not None:
                     callbacks.append(stack.enter_context(json_log(log_json)))
                 if tensorboard is not None:
@@ -224,6 +232,7 @@ def rank(
                 memory=bytes_,
                 beside=partial(pipeline.rounding_estimate, checkpoint) if measure_rounding else nothing_beside,
                 announce=console.note if is_main else _silently,
+                estimated=expect,
             )
             if is_main and measure_rounding:
                 pipeline.measure_rounding_errors(checkpoint, place, to_all(callbacks))
@@ -242,7 +251,7 @@ def rank(
 
 
 def _course(learns: bool, sampled: bool, measured: bool) -> Course:
-    """The stages of a ranking, and roughly what each takes."""
+    """The stages of a ranking, and roughly what each takes where no estimate says it."""
     return Course(
         {
             **({"self": 4.0} if sampled else {}),
@@ -254,7 +263,26 @@ def _course(learns: bool, sampled: bool, measured: bool) -> Course:
     )
 
 
-def _silently(_line: str) -> None:
+def expected_course(fitted: Fitted, sampled: bool) -> Course:
+    """The stages of a ranking with the seconds of its estimate, by the names that its progress reports have."""
+    from acip_export.ranking.acip_defaults import mask_steps_of
+
+    seconds, acip = fitted.estimate.seconds, fitted.acip
+    # Nothing is estimated of text that the model samples; it takes about as long as the statistics.
+    shares = {"self": seconds["statistics"]} if sampled else {}
+    shares |= {"statistics": seconds["start"] + seconds["statistics"], "components": seconds["components"]}
+    if "fisher" in seconds:
+        shares["fisher"] = seconds["fisher"]
+    if acip is not None:
+        by_step = seconds["learning"] / (mask_steps_of(acip) + acip.post_tune)
+        shares |= {"masks": by_step * mask_steps_of(acip), "post-tune": by_step * acip.post_tune}
+    shares["curve"] = seconds["curve"]
+    types = sum(taken for stage, taken in seconds.items() if stage.startswith("types of "))
+    shares |= {"measure rounding": types} if types else {}
+    return Course(shares, sum(shares.values()))
+
+
+def _silently(_line: object) -> None:
     """Say nothing."""
 
 

@@ -42,7 +42,7 @@ from acip_export.ranking.curve import adapter_pair, measure_curve
 from acip_export.ranking.data import is_self, read_data, sample_data
 from acip_export.ranking.factorized_model import Factorized, factorize_model
 from acip_export.ranking.fitted_before import FittedSettings, asked_for, fitted_before
-from acip_export.ranking.fitting import Beside, Limits, fit_ranking, nothing_beside
+from acip_export.ranking.fitting import Beside, Fitted, Limits, fit_ranking, nothing_beside
 from acip_export.ranking.kept_ranking import origin_of, ranking_work
 from acip_export.ranking.load import enable_recomputation, linear_weights, load_model
 from acip_export.ranking.masked_linear import AdapterShape
@@ -81,6 +81,7 @@ def rank_model(
     memory: int | None = None,
     beside: Beside = nothing_beside,
     announce: Callable[[str], None] = logger.info,
+    estimated: Callable[[Fitted], None] = lambda _fitted: None,
 ) -> ScoreFile:
     """Rank the singular components of every linear layer of a causal language model or an encoder.
 
@@ -102,7 +103,8 @@ def rank_model(
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
         seconds, memory: what the ranking may take; it uses fewer tokens, windows and steps to stay within them.
         beside: what follows the ranking; its time counts as well.
-        announce: is told what the ranking takes before it starts, and what was changed to fit.
+        announce: is told what the ranking takes before it starts, and what was changed to fit. estimated: is told the
+            figures, where there are any: of one process on processors.
 
     Raises:
         InfeasibleBudgetError: more memory than there is. OutputError: more disk.
@@ -159,6 +161,7 @@ def rank_model(
         limits = Limits.of(seconds, memory, out)
         fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits, beside=beside)
         chosen, acip, calibration = fitted.algorithm, fitted.acip, fitted.calibration
+        estimated(fitted)
         for line in (fitted.summary(), *fitted.changes):
             announce(line)
         if limits.asked:

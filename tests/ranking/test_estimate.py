@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from acip_export.api import rounding_estimate
+from acip_export.cli.rank import expected_course
 from acip_export.errors import InfeasibleBudgetError, OutputError, RankingError, UsageError
 from acip_export.machine import Machine
 from acip_export.ranking import DataConfig, acip_defaults, automatic_config, rank_model
@@ -190,3 +191,25 @@ def test_times_are_read_as_people_write_them() -> None:
     for text in ("20", "0s", "soon", "-3min"):
         with pytest.raises(UsageError, match="write for example 20min"):
             parse_seconds(text)
+
+
+def test_the_bar_of_a_ranking_follows_its_estimate(model: Path, text: Path, tmp_path: Path) -> None:
+    """All stages that report are among those that were expected, in the order in which they come."""
+    acip = replace(automatic_config(open_sizes(model)), post_tune=2, max_steps=2)
+    fitted: list[Fitted] = []
+    for algorithm, settings in (("fisher", None), ("acip", acip)):
+        stages: dict[str, None] = {}
+        rank_model(
+            model,
+            text,
+            algorithm=algorithm,
+            acip=settings,
+            calibration=CALIBRATION,
+            out=tmp_path / f"{algorithm}.acip",
+            progress=lambda report, stages=stages: stages.update({report.stage: None}),  # type: ignore[misc]
+            estimated=fitted.append,
+        )
+        assert list(stages) == list(expected_course(fitted[-1], sampled=False).shares)
+    assert expected_course(fitted[-1], sampled=True).seconds == pytest.approx(
+        fitted[-1].estimate.total_seconds + fitted[-1].estimate.seconds["statistics"]
+    )
