@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
@@ -26,6 +26,7 @@ from acip_export.io.inputs import Count, Finite, NotNegative, PositiveFloat, Rea
 from acip_export.model.tensor_names import layer_of, within_layer, without_numbers
 from acip_export.weight_types import weight_type
 
+_PATHS = ("source", "evaluation")
 # Ratios of the ranked layers' parameters -> for each, the share of components that the ranking keeps, by module.
 ScoreMap = Callable[[Sequence[float]], Sequence[Mapping[str, float]]]
 
@@ -279,8 +280,14 @@ def build_page(
         bits,
         tuple(measured[index] for index in sorted(measured)),
         dense,
-        ranking,
+        None if ranking is None else replace(ranking, data=_by_name(ranking.data)),
     )
+
+
+def _by_name(ranked_on: RankedOn) -> RankedOn:
+    """A page is for others: of the paths of texts they get the names."""
+    names = {key: path and PurePath(path).name for key, path in vars(ranked_on).items() if key in _PATHS}
+    return replace(ranked_on, **names)
 
 
 def _with_ranking(
