@@ -64,7 +64,7 @@ class Hub(ThreadingHTTPServer):
         """A client that was interrupted is no error of this server."""
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, status: int, message: str, code: str = "", more: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status, self.code = status, code
@@ -78,13 +78,13 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Tests read ``asked``."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer()
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self._answer()
 
-    def do_PUT(self) -> None:  # noqa: N802
+    def do_PUT(self) -> None:
         self._answer()
 
     def _answer(self) -> None:
@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             status, answer, code = 200, self._do(self.path.partition("?")[0], body), ""
-        except _Refused as refused:
+        except _RefusedError as refused:
             status, answer, code = refused.status, refused.answer, refused.code
         data = json.dumps(answer).encode()
         self.send_response(status)
@@ -121,10 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._store(path.removeprefix("/storage/"), body)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token not in (WRITER, READER):
-            raise _Refused(401, "Invalid username or password.")
+            raise _RefusedError(401, "Invalid username or password.")
         if path == "/api/validate-yaml":
             if self.server.card_problem:
-                raise _Refused(400, self.server.card_problem)
+                raise _RefusedError(400, self.server.card_problem)
             return {"warnings": [], "errors": []}
         if path == "/api/repos/create":
             return self._create(json.loads(body), token)
@@ -132,11 +132,11 @@ class _Handler(BaseHTTPRequestHandler):
             made = self._repository(found[1])
             return {"id": found[1], "private": made.private, "sha": "0" * 40, "siblings": []}
         if token != WRITER:
-            raise _Refused(403, "your token has no write permission for this repository")
+            raise _RefusedError(403, "your token has no write permission for this repository")
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/(.+)", path):
             branches = self._repository(found[1]).branches
             if found[2] in branches:
-                raise _Refused(409, "Reference already exists")
+                raise _RefusedError(409, "Reference already exists")
             branches[found[2]] = dict(branches["main"])
             return {}
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
@@ -147,20 +147,20 @@ class _Handler(BaseHTTPRequestHandler):
             return {"casUrl": f"local://{self.server.cas}", "exp": 4_000_000_000, "accessToken": "x"}
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/(.+)", path):
             return self._commit(found[1], found[2], [json.loads(line) for line in body.splitlines()])
-        raise _Refused(404, f"{self.command} {path} is nothing that this hub knows")
+        raise _RefusedError(404, f"{self.command} {path} is nothing that this hub knows")
 
     def _repository(self, name: str) -> Repository:
         if name not in self.server.repositories:
-            raise _Refused(404, "Repository not found", "RepoNotFound")
+            raise _RefusedError(404, "Repository not found", "RepoNotFound")
         return self.server.repositories[name]
 
     def _create(self, asked: dict[str, Any], token: str) -> dict[str, Any]:
         owner = asked.get("organization") or OWNER
         name = f"{owner}/{asked['name']}"
         if token != WRITER or owner != OWNER:
-            raise _Refused(403, f"You don't have the rights to create a model under the namespace {owner}")
+            raise _RefusedError(403, f"You don't have the rights to create a model under the namespace {owner}")
         if name in self.server.repositories:
-            raise _Refused(409, "You already created this model repo", more={"url": f"{self.server.url}/{name}"})
+            raise _RefusedError(409, "You already created this model repo", more={"url": f"{self.server.url}/{name}"})
         self.server.repositories[name] = Repository(asked.get("visibility") == "private")
         return {"url": f"{self.server.url}/{name}", "id": name}
 
@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _branch(self, repository: Repository, branch: str) -> dict[str, bytes]:
         if branch not in repository.branches:
-            raise _Refused(404, f"Invalid rev id: {branch}", "RevisionNotFound")
+            raise _RefusedError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
         return repository.branches[branch]
 
     def _batch(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _store(self, oid: str, body: bytes) -> dict[str, Any]:
         if hashlib.sha256(body).hexdigest() != oid:
-            raise _Refused(400, "this is another file")
+            raise _RefusedError(400, "this is another file")
         self.server.stored[oid] = body
         return {}
 
@@ -208,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
                 elif self.server.cas.is_dir() and any(self.server.cas.rglob("*")):
                     files[value["path"]] = value["oid"].encode()  # its chunks are there
                 else:
-                    raise _Refused(400, f"{value['path']} was not uploaded")
+                    raise _RefusedError(400, f"{value['path']} was not uploaded")
             else:
                 repository.commits.append(value)
         proposed = "create_pr=1" in self.path
@@ -217,4 +217,3 @@ class _Handler(BaseHTTPRequestHandler):
         page = f"{self.server.url}/{name}"
         answer = {"success": True, "commitOid": oid, "commitUrl": f"{page}/commit/{oid}", "hookOutput": ""}
         return {**answer, **({"pullRequestUrl": f"{page}/discussions/1"} if proposed else {})}
-

@@ -132,12 +132,13 @@ def test_through_chunk_storage(export: Path, hub: Hub, tmp_path: Path) -> None:
 
 def test_what_was_not_verified_is_refused(export: Path, run: Run, hub: Hub) -> None:
     common = (NAME, "--base-model", "none")
-    (export / MARK_FILE).write_text("acip-export: this export is not verified.\n\nVerify it with:  acip-export verify X\n")
+    first = "acip-export: this export is not verified.\n\n"
+    (export / MARK_FILE).write_text(f"{first}Verify it with:  acip-export verify X\n")
     refused = run("push", export, *common)
     assert refused.code == 6
     assert "marked as unverified\nVerify it with:  acip-export verify X\n" in refused.err
     assert "--unverified" in refused.err
-    (export / MARK_FILE).write_text("acip-export: this export is not verified.\n\nKL from the bundle is 3\n")
+    (export / MARK_FILE).write_text(f"{first}KL from the bundle is 3\n")
     refused = run("push", export, *common)
     assert refused.code == 6 and "KL from the bundle is 3" in refused.err
     assert f"acip-export verify {export}" in refused.err
@@ -246,5 +247,3 @@ def test_the_command_hides_no_bars_of_the_users(monkeypatch: pytest.MonkeyPatch)
     hub.show_bars()
     assert name not in os.environ
     assert cli.hide_bars is hub.hide_bars
-
-
