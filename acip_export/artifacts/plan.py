@@ -223,6 +223,7 @@ class Plan(Artifact):
         calibrated: whether the prediction was scaled to losses measured on the model.
         candidates: what was compared with it by measuring, itself included; empty: nothing.
         speed: on the machine that was planned for; ``None``: it was not measured.
+        types: those that it chose from, if not the format's own.
         tune_seconds: for how long its scales and vectors are tuned before it is written; ``None``: not at all.
     """
 
@@ -256,6 +257,7 @@ class Plan(Artifact):
     candidates: tuple[MeasuredCandidate, ...] = ()
     speed: PlannedSpeed | None = None
     tune_seconds: PositiveFloat | None = None
+    types: tuple[Name, ...] = ()
 
     @property
     def loss_unit(self) -> str:
