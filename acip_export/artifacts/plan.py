@@ -384,6 +384,11 @@ def _problems(plan: Plan) -> Iterator[str]:
     for index, decision in enumerate(plan.tensors):
         for problem in _decision_problems(decision, plan.format):
             yield f"$.tensors[{index}] ({decision.name}): {problem}"
+    for name in plan.types:
+        try:
+            _type(plan.format, name)
+        except ValueError as reason:
+            yield f"$.types: {reason}"
     names = [decision.name for decision in plan.tensors]
     if len(set(names)) < len(names):
         yield f"$.tensors: {next(name for name in names if names.count(name) > 1)} is decided about twice"
