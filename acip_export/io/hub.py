@@ -54,7 +54,7 @@ class Commit:
 def check_repository_id(repository: str) -> None:
     """Raise UsageError for what no repository of a hub can be called."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is documented
 
     try:
         validate_repo_id(repository)

@@ -26,7 +26,6 @@ from acip_export.io.inputs import Count, Finite, NotNegative, PositiveFloat, Rea
 from acip_export.model.tensor_names import layer_of, within_layer, without_numbers
 from acip_export.weight_types import weight_type
 
-_PATHS = ("source", "evaluation")
 # Ratios of the ranked layers' parameters -> for each, the share of components that the ranking keeps, by module.
 ScoreMap = Callable[[Sequence[float]], Sequence[Mapping[str, float]]]
 
@@ -286,8 +285,8 @@ def build_page(
 
 def _by_name(ranked_on: RankedOn) -> RankedOn:
     """A page is for others: of the paths of texts they get the names."""
-    names = {key: path and PurePath(path).name for key, path in vars(ranked_on).items() if key in _PATHS}
-    return replace(ranked_on, **names)
+    evaluation = ranked_on.evaluation and PurePath(ranked_on.evaluation).name
+    return replace(ranked_on, source=PurePath(ranked_on.source).name, evaluation=evaluation)
 
 
 def _with_ranking(
