@@ -3,6 +3,7 @@
     AcipError                      exit code
     ├── UsageError                 2   flags that contradict each other, a bare-number budget, existing output
     │   └── OutputError                what was asked for cannot be written where it was asked for: a full disk
+    │       └── HubError                   on a Hugging Face hub: no token, no permission, no network
     ├── InputError                 3   a file that is missing, damaged, hostile or of another model
     │   ├── CheckpointError            the model directory
     │   ├── ScoreFileError             *.acip
@@ -50,6 +51,10 @@ class UsageError(AcipError):
 
 class OutputError(UsageError):
     """The place for the output cannot be written to, or has no room. Nothing is left there."""
+
+
+class HubError(OutputError):
+    """A hub refuses what is to be uploaded, or cannot be reached. Nothing was committed."""
 
 
 class InputError(AcipError):

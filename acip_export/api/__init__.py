@@ -3,6 +3,7 @@
 from acip_export.api.export import convert_bundle, export_model, materialize_bundle, shared_work
 from acip_export.api.opening import open_model, open_scores
 from acip_export.api.plan import Known, plan_export, planned_sizes, planning_problem, sweep_document, sweep_sizes
+from acip_export.api.push import Publication, publication, push_export
 from acip_export.api.rank import ranking_summary, write_imatrix
 from acip_export.api.report import ranked_model_of, write_report
 from acip_export.api.rounding import measure_rounding_errors, rounding_errors, rounding_estimate
@@ -12,6 +13,7 @@ from acip_export.report import write_comparison
 
 __all__ = [
     "Known",
+    "Publication",
     "convert_bundle",
     "evaluation_text",
     "export_model",
@@ -22,6 +24,8 @@ __all__ = [
     "plan_export",
     "planned_sizes",
     "planning_problem",
+    "publication",
+    "push_export",
     "ranked_model_of",
     "ranking_summary",
     "rounding_errors",

@@ -155,7 +155,6 @@ def export_model(
     tasks: Sequence[str] = (),
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     sizes: Sequence[Plan] | None = None,
-    types: tuple[str, ...] = (),
     progress: ProgressCallback = silent,
     cache: Path | None = None,
     plan_again: Callable[[int], Plan] | None = None,
@@ -169,7 +168,7 @@ def export_model(
 
     Args:
         text, tasks, timeout: see :func:`acip_export.verification.export.verify_export`.
-        sizes: for the slider of ``report.html``, see :func:`planned_sizes`; made from ``types`` if not given.
+        sizes: for the slider of ``report.html``, see :func:`planned_sizes`; made if not given.
         plan_again: makes a plan for a budget of so many bytes. What a process takes beyond the plan's budget is taken
             off, twice at most, before verification fails.
         roundings: existing directory that keeps rounded matrices for other sizes.
@@ -244,7 +243,7 @@ def export_model(
                     cache=cache,
                     stop_over_budget=not last,
                 )
-                planned = planned_sizes(checkpoint, scores, plan, types) if sizes is None else sizes
+                planned = planned_sizes(checkpoint, scores, plan) if sizes is None else sizes
                 return _settled(report, waiting, output, checkpoint, scores, planned)
         except verification.OverBudget as over:
             assert plan_again is not None

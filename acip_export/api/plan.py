@@ -356,14 +356,14 @@ def planned_sizes(
     """Plan for ``count`` budgets, from the smallest feasible one to the largest that is of use, at the same serving.
 
     Args:
-        types: those that ``plan`` chose from, if not the format's own.
+        types: in place of those that ``plan`` chose from.
     """
     serving, scope = plan.serving, plan.budget_scope
     request = PlanRequest(
         format=plan.format,
         budget_scope=scope,
         layout=plan.layout,
-        types=types,
+        types=types or plan.types,
         context=serving.context,
         cache_type_k=serving.cache_type_k,
         cache_type_v=serving.cache_type_v,

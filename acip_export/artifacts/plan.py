@@ -223,6 +223,7 @@ class Plan(Artifact):
         calibrated: whether the prediction was scaled to losses measured on the model.
         candidates: what was compared with it by measuring, itself included; empty: nothing.
         speed: on the machine that was planned for; ``None``: it was not measured.
+        types: those that it chose from, if not the format's own.
         tune_seconds: for how long its scales and vectors are tuned before it is written; ``None``: not at all.
     """
 
@@ -256,6 +257,7 @@ class Plan(Artifact):
     candidates: tuple[MeasuredCandidate, ...] = ()
     speed: PlannedSpeed | None = None
     tune_seconds: PositiveFloat | None = None
+    types: tuple[Name, ...] = ()
 
     @property
     def loss_unit(self) -> str:
@@ -382,6 +384,11 @@ def _problems(plan: Plan) -> Iterator[str]:
     for index, decision in enumerate(plan.tensors):
         for problem in _decision_problems(decision, plan.format):
             yield f"$.tensors[{index}] ({decision.name}): {problem}"
+    for name in plan.types:
+        try:
+            _type(plan.format, name)
+        except ValueError as reason:
+            yield f"$.types: {reason}"
     names = [decision.name for decision in plan.tensors]
     if len(set(names)) < len(names):
         yield f"$.tensors: {next(name for name in names if names.count(name) > 1)} is decided about twice"

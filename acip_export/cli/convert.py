@@ -9,6 +9,7 @@ import typer
 
 from acip_export.cli import output as console
 from acip_export.cli.options import OUTPUT, Debug, Force, Json, Quiet, default_place
+from acip_export.units import format_bytes
 
 
 def convert(
@@ -35,4 +36,5 @@ def convert(
     with console.stage_progress() as progress:
         made = pipeline.convert_bundle(bundle, out, force, progress)
     data = {"out": str(out), "files": dict(made.files)}
-    console.done(data, json, f"{made.planned_bytes:,} bytes, as planned, written to {out}")
+    size = f"{format_bytes(made.planned_bytes)} ({made.planned_bytes:,} bytes)"
+    console.done(data, json, f"{size}, as planned, written to {out}")

@@ -161,7 +161,6 @@ def export(
                         measured_on,
                         names(tasks),
                         timeout,
-                        types=job.request.types,
                         progress=progress,
                         cache=cache,
                         plan_again=plan_again,

@@ -22,7 +22,7 @@ def inspect(
     other: Annotated[
         Path | None, typer.Argument(metavar="[PATH]", help="A second one: what differs, tensor by tensor.")
     ] = None,
-    top: Annotated[int, typer.Option(help="Largest tensors, or changes, to list.", min=0)] = 10,
+    top: Annotated[int, typer.Option(help="Tensors, groups of layers, or changes to list: the largest.", min=0)] = 10,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

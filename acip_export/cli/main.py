@@ -26,6 +26,7 @@ from acip_export.cli import (
     inspect,
     materialize,
     plan,
+    push,
     rank,
     report,
     serve,
@@ -35,6 +36,7 @@ from acip_export.cli import output as console
 from acip_export.cli.help import Command, Group
 from acip_export.cli.options import ErrorBoundary
 from acip_export.errors import AcipError, OutputError, UsageError
+from acip_export.io.hub import hide_bars
 from acip_export.io.processes import let_threads_sleep
 
 EXIT_INTERRUPTED = 130
@@ -61,6 +63,7 @@ for command in (
     serve.serve,
     imatrix.imatrix,
     report.report,
+    push.push,
     inspect.inspect,
     check.check,
     devices.devices,
@@ -97,7 +100,7 @@ def main() -> None:
     let_threads_sleep()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hide_bars()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             # A console without UTF-8 shows question marks; it is no reason to fail.

@@ -21,7 +21,7 @@ def report(
     scores: Scores = None,
     sizes: Annotated[int, typer.Option(help="Sizes to plan for the slider, from the score file.", min=2)] = 16,
     types: Annotated[
-        str, typer.Option("--types", help="Types that these sizes may take, by comma. Default: the format's.")
+        str, typer.Option("--types", help="Types that these sizes may take, by comma. Default: the plan's.")
     ] = "",
     json: Json = False,
     quiet: Quiet = False,

@@ -107,7 +107,7 @@ def _directory(root: Path) -> Anatomy:
         if file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(root).parts)
         and not ((name := file.relative_to(root).as_posix()) in PAPERS and is_export)
-        and not (at_top and file.suffix == ".acip")
+        and not (at_top and _is_ours_beside_a_model(file))
     }
     models = {name: file for name, file in files.items() if file.suffix in _SUFFIXES and not _later_part(file)}
     if not models:
@@ -121,6 +121,11 @@ def _directory(root: Path) -> Anatomy:
         facts |= file_facts if len(models) == 1 else {f"{name}: {key}": value for key, value in file_facts.items()}
     sizes = {name: file.stat().st_size for name, file in files.items()}
     return Anatomy(str(root), kind, sizes, _unique(tensors), facts)
+
+
+def _is_ours_beside_a_model(file: Path) -> bool:
+    """Whether it is a score file, a cache beside one, or a plan: no part of the model."""
+    return ".acip" in file.suffixes or (file.name == PLAN_FILE and bool(listed_files(file, PLAN)))
 
 
 def _later_part(file: Path) -> bool:

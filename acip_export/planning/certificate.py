@@ -10,6 +10,9 @@ from acip_export.planning.capacity_search import Solution, Table
 from acip_export.planning.knapsack import Knapsack, pareto
 from acip_export.planning.space import SearchSpace
 
+# Of the loss, what low rank has to save to be worth a word.
+_LEAST_GAIN = 0.01
+
 
 @dataclass(frozen=True)
 class Upgrade:
@@ -72,8 +75,10 @@ def refused_types(space: SearchSpace, candidates: tuple[Candidates, ...]) -> tup
     return tuple(Refusal(name, len(tensors), tensors[0], why) for (name, why), tensors in refused.items())
 
 
-def low_rank_note(solution: Solution, certificate: Certificate, loss: float, unit: str, *, compared: bool) -> str:
-    """Say in a sentence what low rank does for a plan of a layout that has it.
+def low_rank_note(
+    solution: Solution, certificate: Certificate, loss: float, unit: str, *, compared: bool
+) -> str | None:
+    """Say in a sentence what low rank does for a plan of a layout that has it; ``None`` where it gains next to nothing.
 
     Args:
         loss: the plan's predicted loss, in ``unit``.
@@ -87,4 +92,6 @@ def low_rank_note(solution: Solution, certificate: Certificate, loss: float, uni
     alone = certificate.quantization_only_loss
     if alone is None:
         return f"{factored} layers are low rank; quantization alone does not fit this budget"
+    if alone - loss < _LEAST_GAIN * alone:
+        return None
     return f"{factored} layers are low rank: predicted loss {loss:.3g} instead of {alone:.3g} {unit}"

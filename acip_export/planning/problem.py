@@ -218,6 +218,7 @@ class Problem:
             serving=serving,
             options=dict(space.options),
             rounding=space.rounding,
+            types=() if space.types == space.default_types else tuple(type_.name for type_ in space.types),
             certificate=certificate,
             tensors=solution.decisions,
             notes=(

@@ -56,6 +56,8 @@ def render(page: Page, commands: Iterable[RunCommand], chats: bool = False) -> s
     ]
     if report is None:
         lines += ["- These files were not verified in a runtime."]
+    elif not report.passed:
+        lines += ["- These files failed their verification:", *(f"  - {plain(each)}" for each in report.failures)]
     lines += ["", "## Provenance", ""]
     lines += [f"- {key}: {plain(value)}" for key, value in provenance(page).items()]
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
@@ -279,8 +279,14 @@ def build_page(
         bits,
         tuple(measured[index] for index in sorted(measured)),
         dense,
-        ranking,
+        None if ranking is None else replace(ranking, data=_by_name(ranking.data)),
     )
+
+
+def _by_name(ranked_on: RankedOn) -> RankedOn:
+    """A page is for others: of the paths of texts they get the names."""
+    evaluation = ranked_on.evaluation and PurePath(ranked_on.evaluation).name
+    return replace(ranked_on, source=PurePath(ranked_on.source).name, evaluation=evaluation)
 
 
 def _with_ranking(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from acip_export.artifacts.plan import PlannedSpeed
@@ -155,9 +154,7 @@ def provenance(page: Page) -> dict[str, str]:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    """A report is for others: of the path of a text they get its name."""
-    shown = {key: PurePath(str(value)).name if key == "source" else value for key, value in values.items()}
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items() if value is not None)
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items() if value is not None)
 
 
 def _fact(value: object) -> str:

@@ -11,7 +11,8 @@ formats, block sizes, tied and untied heads, contexts and prompt batches); a tes
 - Attention works in place on the shared KV cache, rounded or not, and keeps no matrix of probabilities. Where a traced
   graph has no node for it, :func:`plain_attention_bytes` is added.
 - The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
-  batch are an output of the graph.
+  batch are an output of the graph. The last batch of a prompt is shorter: its logits are made while those before are
+  held. Whether the memory of those goes back to the system then is glibc's to decide, see :func:`shorter_batch_bytes`.
 - Anonymous, so that the system cannot drop it, are the packed copies, the reshaped codes, caches, buffers and the heap.
   Original scales, and an embedding that is only looked up or is in floats, are read where the file is mapped.
 - While a matrix is packed, the file's pages of it are resident too. Packed in any order, so the largest one decides;
@@ -35,6 +36,8 @@ _CACHE_BITS = {"f32": 32, "f16": 16, **ROUNDED_CACHES}
 _PACKED_BLOCK_BYTES = 8
 # Measured up to contexts of 8,192 tokens.
 _TOKEN_BYTES = 100
+# Of glibc: blocks up to the largest that was given back so far come from the heap, but none that is larger than this.
+_LARGEST_ON_HEAP = 32 * 2**20
 # Measured between 2 and 32 layers, together with what a layer takes.
 _QUANTIZED_NODE_BYTES = 11_000
 RUNTIMES = {
@@ -69,7 +72,7 @@ class OnnxMemory:
         if not shape.fused_attention:
             # A longer cache is made while the old one is there.
             compute += plain_attention_bytes(shape, serving) + kv_cache
-        return ServingMemory(kv_cache, compute, logit_bytes(shape, serving))
+        return ServingMemory(kv_cache, compute, logit_bytes(shape, serving) + shorter_batch_bytes(shape, serving))
 
     def beside(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:
         """Return what onnxruntime packs of a tensor, and what packing takes."""
@@ -165,6 +168,24 @@ def plain_attention_bytes(shape: ModelShape, serving: Serving) -> int:
 def logit_bytes(shape: ModelShape, serving: Serving) -> int:
     """Logits of one prompt batch."""
     return _item_bytes(serving) * min(serving.prompt_batch, serving.context) * shape.vocabulary
+
+
+def shorter_batch_bytes(shape: ModelShape, serving: Serving) -> int:
+    """Logits of the longest last batch of a prompt, where those of the batch before leave a hole in the heap.
+
+    onnxruntime-genai lets go of the ones before when it has made the others. A block of its own is gone then, and the
+    others have not been written to yet. One on the heap lies below them and stays. glibc takes blocks from the heap
+    that are no larger than one that was given back before: onnxruntime gives back the codes of every matrix that it
+    packs, of half a byte or one a number. An upper bound: which types a plan takes is not asked.
+    """
+    batch = min(serving.prompt_batch, serving.context)
+    rest, largest = min(batch - 1, serving.context - batch), logit_bytes(shape, serving)
+    inputs = shape.hidden
+    outputs = (shape.vocabulary, shape.ffn, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim)
+    given_back = [rows * inputs // share for rows in outputs for share in (1, 2)]
+    if not any(largest <= nbytes <= _LARGEST_ON_HEAP for nbytes in given_back):
+        return 0
+    return _item_bytes(serving) * rest * shape.vocabulary
 
 
 def _item_bytes(serving: Serving) -> int:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -67,7 +68,9 @@ def test_stage_by_stage_equals_the_main_job(model: Path, run: Run) -> None:
     asked = ("--budget", "2500kB", "--format", "onnx", "--context", 64)
     assert run("plan", *asked, "-o", "plan.json").code == 0
     assert run("materialize", "plan.json", "-o", "bundle").code == 0
-    assert run("convert", "bundle", "-o", "by-hand").code == 0
+    converted = run("convert", "bundle", "-o", "by-hand")
+    assert converted.code == 0
+    assert re.search(r"^\d[\d.]+ MB \(\d,\d{3},\d{3} bytes\), as planned", converted.out)
     assert run(*asked, "-o", "at-once", "--no-verify", "--cache", "factors").code == 0
     by_hand, at_once = (
         {f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()}

@@ -49,7 +49,7 @@ def test_help_fits(command: str, run: Run) -> None:
 def test_the_first_screen(run: Run) -> None:
     """Commands first, then flags under headings, on a screen and a half."""
     shown = run("-h").out.splitlines()
-    assert len(shown) <= 75
+    assert len(shown) <= 76
     headings = [line.split(" ─")[0] for line in shown if "───" in line]
     assert headings == ["Commands", "Target", "Budget", "Model", "Output", "Check", "GGUF", "ONNX", "More"]
     assert run().out.splitlines() == shown
@@ -64,7 +64,7 @@ def test_tables_fit(model: Path, run: Run) -> None:
     assert_fits(made.out)
     assert "perplexity" in made.out and "(dense " in made.out
     assert "from the dense model: KL" in made.out and "agreement with the bundle: KL" in made.out
-    assert "\nhf upload " in made.out
+    assert "\nacip-export push " in made.out
     compared = json.loads(run("inspect", ".", "out", "--json").out)
     changed = {change["name"]: change for change in compared["changes"]}
     # One name for both, the model's.

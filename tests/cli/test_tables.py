@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from acip_export.cli.tables.common import show_changes
+from acip_export.cli.tables.inspect import show_anatomy
 from acip_export.cli.tables.plan import show_plan
-from acip_export.inspection import TensorChange
+from acip_export.inspection import TensorChange, read_anatomy
 from acip_export.inspection.diff import Stored
 from tests.support import dense, make_model, make_plan
 
@@ -43,3 +44,23 @@ def test_names_of_changed_tensors_stay_in_one_line_of_80_columns(
     assert row[0] == name
     assert row[-3:] == ["BF16", "→", "iq4_xs"]
     assert ("change" in heads, "-1.30" in row) == (deltas, deltas)
+
+
+def test_top_is_of_layers_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is beyond is one row, so that the table still adds up."""
+    found = read_anatomy(make_model(tmp_path / "m"))
+    show_anatomy(found, 2)
+    shown = capsys.readouterr().out
+    groups = found.by_group()
+    rest = shown.partition("\n layers")[2].partition("largest tensors")[0].strip().splitlines()
+    assert [line.split()[0] for line in rest[1:3]] == [group.name for group in groups[:2]]
+    assert rest[3].split()[:3] == [str(len(groups) - 2), "more", str(sum(g.tensors for g in groups[2:]))]
+    assert len(rest) == 4
+    assert [line.split()[0] for line in shown.partition("largest tensors")[2].splitlines()[1:3]] == [
+        tensor.name for tensor in found.largest(2)
+    ]
+    show_anatomy(found, len(groups))
+    assert " more " not in capsys.readouterr().out
+    show_anatomy(found, 0)
+    shown = capsys.readouterr().out
+    assert "largest tensors" not in shown and "\n layers" not in shown

@@ -126,11 +126,15 @@ def test_safetensors_scores_plan_bundle_and_directories(tmp_path: Path) -> None:
     plan = make_plan(model, "onnx", "factored", dense(type="f32"))
     bundle = make_bundle(model, plan, tmp_path / "bundle", scores)
     save_plan(plan, tmp_path / "plan.json")
+    counted = sum(f.stat().st_size for f in model.iterdir() if f.suffix != ".acip")
+    # What planning leaves beside a model is none of it.
+    save_plan(replace(plan, files={"model.onnx": 1}), model / "plan.json")
+    (model / "tiny.acip.rounding-onnx.json").write_text("{}")
 
     kinds = {path: read_anatomy(path) for path in (model, bundle.path, tmp_path / "plan.json", model / "tiny.acip")}
     assert [a.kind for a in kinds.values()] == ["model", "bundle", "plan", "scores"]
-    assert "tiny.acip" not in kinds[model].files
-    assert kinds[model].total_bytes == sum(f.stat().st_size for f in model.iterdir() if f.suffix != ".acip")
+    assert not {"tiny.acip", "tiny.acip.rounding-onnx.json", "plan.json"} & set(kinds[model].files)
+    assert kinds[model].total_bytes == counted
     assert kinds[bundle.path].total_bytes == sum(f.stat().st_size for f in bundle.path.iterdir())
     planned = kinds[tmp_path / "plan.json"]
     assert [t.nbytes for t in planned.tensors] == [d.nbytes for d in plan.tensors]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -12,6 +14,8 @@ from acip_export.errors import UnsupportedError, UsageError
 from acip_export.formats.protocol import AUTO
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, Problem, ServingRule, resolve, sweep
+from acip_export.planning.capacity_search import Solution
+from acip_export.planning.certificate import low_rank_note
 from acip_export.planning.memory import ModelMemory
 from tests.encoders import make_encoder
 from tests.planning.problems import with_overhead
@@ -103,3 +107,23 @@ def test_a_rougher_plan_claims_nothing_about_quantization_alone(checkpoint: Chec
     exact, rough = (problem.plan(Budget(900_000, "file"), serving, exact=exact) for exact in (True, False))
     assert "low rank; quantization alone does not fit" in exact.notes[0]
     assert rough.notes[0].endswith("layers are low rank")
+
+
+def test_low_rank_that_gains_next_to_nothing_is_not_worth_a_word(checkpoint: Checkpoint) -> None:
+    space = resolve(PlanRequest("onnx", types=("int8",)), checkpoint).space
+    problem = Problem.of(checkpoint, make_scores(checkpoint.path), with_overhead(space))
+    plan = problem.plan(Budget(900_000, "file"), Serving(64, "f32", 8))
+    solution = cast("Solution", SimpleNamespace(decisions=plan.tensors))
+    notes = [
+        low_rank_note(solution, replace(plan.certificate, quantization_only_loss=alone), 1.0, "nats", compared=True)
+        for alone in (1.0, 1.009, 1.2)
+    ]
+    assert notes[:2] == [None, None]
+    assert (notes[2] or "").endswith("predicted loss 1 instead of 1.2 nats")
+
+
+def test_a_plan_says_what_it_chose_from(checkpoint: Checkpoint) -> None:
+    for types in ((), ("int8", "int4")):
+        space = resolve(PlanRequest("onnx", types=types), checkpoint).space
+        problem = Problem.of(checkpoint, make_scores(checkpoint.path), with_overhead(space))
+        assert set(problem.plan(Budget(1_500_000, "file"), Serving(64, "f32", 8)).types) == set(types)

@@ -41,6 +41,6 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     sizes: tuple[Plan, ...] = ()
     for budget in BUDGETS:
         plan = pipeline.plan_export(checkpoint, scores, PlanRequest("onnx", budget, context=CONTEXT, types=TYPES))
-        sizes = sizes or pipeline.planned_sizes(checkpoint, scores, plan, TYPES, 6)
+        sizes = sizes or pipeline.planned_sizes(checkpoint, scores, plan, count=6)
         pipeline.export_model(checkpoint, scores, plan, place / str(budget), text=windows, sizes=sizes)
     return Exports(checkpoint, scores, (place / str(BUDGETS[0]), place / str(BUDGETS[1])), sizes)

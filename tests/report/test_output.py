@@ -114,6 +114,20 @@ def test_measured_table_without_javascript(exports: Exports, page: Path) -> None
     assert export.plan.scores_sha256 in text
 
 
+def test_texts_are_known_by_their_names(exports: Exports, tmp_path: Path) -> None:
+    """Where they lie on this machine is nobody's business, today's figures or those of an earlier page."""
+    whole = reporting.ranking_facts(exports.scores, exports.checkpoint)
+    ranked_on = RankedOn("/home/somebody/private/text.txt", "0", tokens=1, evaluation="/home/somebody/other.txt")
+    ranking = dataclasses.replace(whole, data=ranked_on)
+    own = read_export(exports.directories[0])
+    before = dataclasses.replace(build_page(own, ranking=whole).data(), ranking=ranking)
+    for made in (build_page(own, ranking=ranking), build_page(own, before=before)):
+        for file in write_papers(made, tmp_path):
+            text = file.read_text(encoding="utf-8")
+            assert "somebody" not in text
+            assert "text.txt" in text and "other.txt" in text
+
+
 def _front_matter(text: str) -> tuple[dict[str, Any], str]:
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body

@@ -18,7 +18,7 @@ from acip_export.units import format_bytes
 
 
 def show_anatomy(anatomy: Anatomy, top: int) -> None:
-    """Totals, then bytes by file, type and layer group, then the largest tensors."""
+    """Totals, then bytes by file and type, then the ``top`` largest layer groups and tensors."""
     table = plain_table(title=f"{escape(anatomy.path)} ({anatomy.kind})", show_header=False)
     table.add_column(style="dim", overflow="fold")
     table.add_column(justify="right")
@@ -32,11 +32,15 @@ def show_anatomy(anatomy: Anatomy, top: int) -> None:
             table.add_row(f"  {escape(name)}", format_bytes(size), _share(size, total))
     console.out.print(table)
     _shares("type", anatomy.by_type(), anatomy.tensor_bytes)
-    _shares("layers", anatomy.by_group(), anatomy.tensor_bytes)
+    if top:
+        _shares("layers", anatomy.by_group(), anatomy.tensor_bytes, top)
     if top and anatomy.tensors:
         largest = plain_table("largest tensors", "shape", "type", "bytes")
+        largest.columns[-1].justify = "right"
         for tensor in anatomy.largest(top):
-            largest.add_row(escape(tensor.name), extents(tensor.shape), escape(tensor.type), f"{tensor.nbytes:,}")
+            largest.add_row(
+                escape(tensor.name), extents(tensor.shape), escape(tensor.type), format_bytes(tensor.nbytes)
+            )
         console.out.print()
         console.out.print(largest)
     if anatomy.facts:
@@ -71,12 +75,17 @@ def change_json(change: TensorChange) -> dict[str, Any]:
     return {**dataclasses.asdict(change), "delta": change.delta}
 
 
-def _shares(label: str, shares: Sequence[Share], total: int) -> None:
+def _shares(label: str, shares: Sequence[Share], total: int, most: int | None = None) -> None:
+    """One row each, the largest first; of all beyond ``most`` the sum."""
     table = plain_table(label, "tensors", "bytes", "")
     for column in table.columns[1:]:
         column.justify = "right"
-    for share in shares:
+    for share in shares[:most]:
         table.add_row(escape(share.name), str(share.tensors), format_bytes(share.nbytes), _share(share.nbytes, total))
+    rest = [] if most is None else shares[most:]
+    if rest:
+        tensors, nbytes = sum(share.tensors for share in rest), sum(share.nbytes for share in rest)
+        table.add_row(f"{len(rest)} more", str(tensors), format_bytes(nbytes), _share(nbytes, total), style="dim")
     console.out.print()
     console.out.print(table)
 

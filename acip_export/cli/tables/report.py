@@ -130,7 +130,7 @@ def show_export(plan: Plan, directory: Path) -> None:
     size = format_bytes(plan.planned_bytes)
     console.say(f"\n[bold]{size}[/] in {escape(str(directory))}, as planned. Run it with:", markup=True)
     written_as = export_format(plan.format)
-    upload = shlex.join(["hf", "upload", f"{Path(plan.model).name}-{directory.name}", str(directory)])
+    push = shlex.join(["acip-export", "push", str(directory), f"{Path(plan.model).name}-{directory.name}"])
     commands = written_as.run_commands(plan, directory, written_as.chat_template(directory))
     if plan.task == "causal":
         console.show_command(shlex.join(["acip-export", "chat", str(directory)]), shell=True)
@@ -139,4 +139,4 @@ def show_export(plan: Plan, directory: Path) -> None:
         if command.note:
             console.say(f"({command.note})", indent=2, style="dim")
     console.say("Publish it, with its model card:")
-    console.show_command(upload, shell=True)
+    console.show_command(push, shell=True)
