@@ -193,7 +193,7 @@ def pass_dense(
     origin = f"{stored.checkpoint.fingerprint} {digest_of(windows)}"
 
     def passed() -> Passed:
-        kept = unfinished and unfinished.states("dense model", origin, "block")
+        kept = None if unfinished is None else unfinished.states("dense model", origin, "block")
         return reference.passed(windows, passed_block, kept)
 
     if cache is None:

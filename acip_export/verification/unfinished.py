@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ def unfinished(export: Path, made_by: str) -> Iterator[Unfinished]:
     remove_directory(directory)
 
 
-def digest_of(windows: Sequence[Tokens]) -> str:
+def digest_of(windows: Iterable[Tokens]) -> str:
     """Return what tells windows of tokens apart."""
     digest = hashlib.sha256()
     for window in windows:
