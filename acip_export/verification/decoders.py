@@ -123,7 +123,7 @@ def verify_decoder(
         steps.begin(f"{session.runtime}, in a process of its own")
         count = min(_GREEDY_TOKENS, context - len(prompt))
         measure = partial(measure_process, session.module, session.name, export, timeout, prompt, count, STRINGS)
-        figures.append(unfinished.process(f"process {number}", f"{stamp} {prompt} {count}", measure))
+        figures.append(unfinished.process(f"process {number + 1}", f"{stamp} {prompt} {count}", measure))
         steps.windows(_PROCESS_WINDOWS)
     measured_all(figures)
     continued = [np.array([*prompt, *measured.greedy], np.int64) for measured in figures]
@@ -148,7 +148,7 @@ def verify_decoder(
         windows = compared if of_text is None else of_text
         against = of_dense if of_text is not None else None
         origin = f"{sorted(hashes().items())} {measured.runtime} {digest_of(windows)} {against is not None}"
-        found = _Windows(unfinished.states(f"logits of {measured.runtime}", origin, "window"), of_text is not None)
+        found = _Windows(unfinished.states(f"logits {number + 1}", origin, "window"), of_text is not None)
         steps.windows(found.count)
         if found.count < len(windows):
             rest = windows[found.count :]
