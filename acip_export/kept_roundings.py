@@ -40,6 +40,8 @@ _ROWS = 512
 # What took fewer seconds is done again rather than left behind by an interruption.
 _WORTH_KEEPING = 60.0
 _ORIGIN = "origin"
+# What np.savez calls the first array.
+_FIRST = "arr_0"
 
 
 class KeptRoundings:
@@ -69,28 +71,82 @@ class KeptRoundings:
             OutputError: the disk is full.
         """
         file = self.directory / f"{_key(weight, type, importance, feedback)}.npz"
-        # A power cut may leave a file without its content; the archive's checksums tell.
-        with (
-            suppress(FileNotFoundError, EOFError, ValueError, zipfile.BadZipFile),
-            file.open("rb") as stream,
-            np.load(stream) as stored,
-        ):
-            return [stored[name] for name in stored.files]
-        begin = time.perf_counter()
-        arrays = compute()
-        self.seconds += time.perf_counter() - begin
-        temporary = file.with_suffix(f".{secrets.token_hex(4)}.tmp")
-        try:
-            with temporary.open("wb") as new:
-                np.savez(new, *arrays)
-            temporary.replace(file)
-        except OSError as reason:
-            raise OutputError(f"{self.directory} has no room for rounded matrices: {reason.strerror}") from reason
+        kept = _read(file)
+        if kept is not None:
+            return list(kept.values())
+        with self.timed():
+            arrays = compute()
+        _write(file, *arrays)
         return arrays
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count what is done inside: so much time would be lost."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begin
 
     def state(self, name: str, sha256: str) -> Path:
         """Return the file in which a run that takes long keeps how far it is with a plan."""
         return self.directory / f"{name}-{sha256}.safetensors"
+
+    def parts(self, sha256: str) -> KeptParts:
+        """Return what is kept of a plan beside its roundings."""
+        return KeptParts(self.directory / f"parts-{sha256}")
+
+
+class KeptParts:
+    """Arrays of one plan by name, as :class:`acip_export.io.scratch.Scratch` has them, in files that outlive a kill."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __contains__(self, name: str) -> bool:
+        return _read(self._file(name)) is not None
+
+    def write(self, name: str, array: npt.NDArray[np.generic]) -> None:
+        """Store an array. Raises OutputError where there is no room."""
+        self._directory.mkdir(exist_ok=True)
+        _write(self._file(name), array)
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """Return a fresh copy."""
+        kept = _read(self._file(name))
+        if kept is None:
+            raise OutputError(f"{self._directory} is damaged, or somebody has removed something from it; try again")
+        return kept[_FIRST]
+
+    def close(self) -> None:
+        """Remove all of them."""
+        remove_directory(self._directory)
+
+    def _file(self, name: str) -> Path:
+        return self._directory / f"{hashlib.blake2b(name.encode(), digest_size=20).hexdigest()}.npz"
+
+
+def _read(file: Path) -> dict[str, npt.NDArray[Any]] | None:
+    """Return the arrays of a file; ``None`` where it is not there or not whole."""
+    # A power cut may leave a file without its content; the archive's checksums tell.
+    with (
+        suppress(FileNotFoundError, EOFError, ValueError, zipfile.BadZipFile),
+        file.open("rb") as stream,
+        np.load(stream) as stored,
+    ):
+        return {name: stored[name] for name in stored.files}
+    return None
+
+
+def _write(file: Path, *arrays: npt.NDArray[Any]) -> None:
+    """Raises OutputError where there is no room."""
+    temporary = file.with_suffix(f".{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as new:
+            np.savez(new, *arrays)
+        temporary.replace(file)
+    except OSError as reason:
+        raise OutputError(f"{file.parent} has no room for rounded matrices: {reason.strerror}") from reason
 
 
 @contextmanager
@@ -113,7 +169,7 @@ def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:
                 remove_directory(directory)
                 directory.mkdir(mode=0o700, parents=True)
                 (directory / _ORIGIN).write_text(origin, encoding="utf-8")
-            earlier = len(list(directory.glob("*.npz")))
+            earlier = len(list(directory.rglob("*.npz")))
         except OSError as reason:
             message = f"{directory} cannot be written: {reason.strerror}; choose another place with -o"
             raise OutputError(message) from reason
@@ -149,7 +205,7 @@ def _is_of(directory: Path, origin: str) -> bool:
 
 
 def _size(directory: Path) -> str:
-    return format_bytes(sum(file.stat().st_size for file in directory.glob("*.npz")))
+    return format_bytes(sum(file.stat().st_size for file in directory.rglob("*.npz")))
 
 
 def _key(weight: torch.Tensor, type: str, importance: torch.Tensor | None, feedback: FeedbackFactor) -> str:

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from acip_export import error_feedback
+from acip_export.api import shared_work
 from acip_export.formats.registry import export_format
 from acip_export.io.processes import module_environment
 from acip_export.kept_roundings import KeptRoundings, roundings_beside
 from tests.gguf.test_feedback import matrix, moment, moments_of
 from tests.ranking.support import CALIBRATION
-from tests.support import CORPUS, Run, make_model
+from tests.support import CORPUS, Run, make_model, make_scores
 
 TYPES = {"gguf": "q4_0", "onnx": "int4"}
 
@@ -95,6 +96,42 @@ def test_beside_an_export_they_outlive_a_kill_and_long_work_only(
     with roundings_beside(target, "another plan") as kept:
         assert _fill(kept, 2) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_of_plans_outlive_a_kill(tmp_path: Path) -> None:
+    parts, other = (KeptRoundings(tmp_path).parts(name) for name in ("a", "b"))
+    assert "up weight" not in parts
+    parts.write("up weight", np.arange(6).reshape(2, 3))
+    again = KeptRoundings(tmp_path).parts("a")
+    assert "up weight" in again and "down weight" not in again and "up weight" not in other
+    assert again.read("up weight").tolist() == [[0, 1, 2], [3, 4, 5]]
+    (file,) = tmp_path.rglob("*.npz")
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-20], whole.replace(b"\x05\0\0\0\0\0\0\0", b"\x04\0\0\0\0\0\0\0")):
+        assert damaged != whole
+        file.write_bytes(damaged)
+        assert "up weight" not in again
+    parts.write("up weight", np.ones(2))
+    assert again.read("up weight").tolist() == [1, 1]
+    other.close()
+    parts.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_sizes_share_what_outlives_a_kill(tmp_path: Path) -> None:
+    scores = make_scores(make_model(tmp_path / "tiny"))
+    sizes = tmp_path / "sizes"
+    with pytest.raises(KeyboardInterrupt), shared_work(sizes, ["gguf", "gguf"], scores, None) as (cache, kept):
+        assert cache is not None and kept is not None
+        assert _fill(kept) == 1
+        kept.seconds = 100
+        raise KeyboardInterrupt
+    with shared_work(sizes, ["gguf"], scores, None) as (cache, kept):
+        assert kept is not None and _fill(kept) == 0
+        assert cache is not None and kept.directory in cache.parents
+    assert list(sizes.iterdir()) == []
+    with shared_work(None, ["gguf"], scores, tmp_path) as shared:
+        assert shared == (tmp_path, None)
 
 
 @pytest.mark.slow

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from acip_export.api.calibration import held_out_windows
 from acip_export.api.rank import rounding_scores
-from acip_export.artifacts.cache_losses import CacheLosses, load_cache_losses, save_cache_losses
+from acip_export.artifacts.cache_losses import CacheLosses, cache_file, load_cache_losses, save_cache_losses
 from acip_export.artifacts.plan import Serving
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import MissingExtraError, UnsupportedError
+from acip_export.io.kept_states import KeptStates, kept_states
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Problem, SearchSpace
 from acip_export.progress import Clock, ProgressCallback, silent
 from acip_export.verification.metrics import compare_logits
+from acip_export.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PROMPT_BATCH = 128
 _MOST_BITS = 16
@@ -41,7 +48,8 @@ def measured_cache_losses(
     """Return the loss of every one of ``types``, measured where it is not known yet.
 
     An export with the format's most precise weights is run with each type, of keys and of values alone, and compared
-    with itself with the default type. Progress says how long the rest takes.
+    with itself with the default type. Progress says how long the rest takes. Beside a score file is kept what is
+    measured so far.
 
     Raises:
         UnsupportedError: the text that the ranking held out is not here. MissingExtraError: the runtime is not.
@@ -55,37 +63,69 @@ def measured_cache_losses(
         windows, text_sha256 = held_out_windows(checkpoint, scores, len(changes))
     except UnsupportedError as reason:
         raise UnsupportedError(f"--cache-type auto measures what each type costs: {reason}; name a type") from None
-    count, length = windows.shape
+    length = windows.shape[1]
     serving = Serving(length, own, min(_PROMPT_BATCH, length), space.backend)
-    clock = Clock("KV cache types", count * len(changes), progress)
-    sums = [0.0] * len(changes)
+    cache = None if scores.file is None else cache_file(scores.file, space.format.name)
+    made_by = f"acip-export {__version__}, {known.quantizer}, {space.backend}"
+    origin = f"{made_by}\nscores {scores.sha256}\ntext {text_sha256}, windows {tuple(windows.shape)}\n{changes}"
+    with nullcontext() if cache is None else kept_states(cache.with_name(f"{cache.name}.run"), origin, "type") as kept:
+        losses = _measured(checkpoint, scores, space, serving, changes, windows, kept, progress)
+        found = {"keys": {own: 0.0, **known.keys}, "values": {own: 0.0, **known.values}}
+        for (keys, values), loss in zip(changes, losses, strict=True):
+            sides = [side for side, name in (("keys", keys), ("values", values)) if name != own]
+            for side in sides:
+                found[side][keys if side == "keys" else values] = loss / len(sides)
+        measured = replace(
+            known, text_sha256=text_sha256, tokens=windows.numel(), keys=found["keys"], values=found["values"]
+        )
+        if scores.file is not None:
+            save_cache_losses(measured, scores.file)
+    return measured
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    space: SearchSpace,
+    serving: Serving,
+    changes: Sequence[tuple[str, str]],
+    windows: Tensor,
+    kept: KeptStates | None,
+    progress: ProgressCallback,
+) -> list[float]:
+    """Return the divergence that each of ``changes`` causes; ``kept``, read and filled, has that of each window."""
+    import torch
+
+    found = torch.zeros(len(windows), len(changes), dtype=torch.float64)
+    behind = kept.blocks if kept is not None else 0
+    if kept is not None and behind:
+        found = kept.restored()["divergences"].clone()
+    clock = Clock("KV cache types", found.numel(), progress, done=behind)
+    session = space.format.sessions[0]
     with TemporaryDirectory(prefix="acip-export-") as directory:
 
         def export_of(changed: Serving) -> Path:
-            name = changed.cache_type_k if space.format.cache_in_file else own
+            name = changed.cache_type_k if space.format.cache_in_file else serving.cache_type_k
             export = Path(directory) / name
             if not export.exists():
                 _most_precise(checkpoint, scores, space, changed, export)
             return export
 
-        session = space.format.sessions[0]
-        for window in windows.numpy():
+        for number, window in enumerate(windows.numpy()):
+            first = max(0, behind - number * len(changes))
+            if first >= len(changes):
+                continue
             with session.open(export_of(serving), serving) as opened:
                 reference = list(opened.logits(window[None]))
-            for index, (keys, values) in enumerate(changes):
+            for index, (keys, values) in enumerate(changes[first:], first):
                 changed = replace(serving, cache_type_k=keys, cache_type_v=values)
                 with session.open(export_of(changed), changed) as opened:
                     kl = compare_logits(reference, opened.logits(window[None]), ([], [])).mean_kl
-                sums[index] += max(0.0, kl) / count
+                found[number, index] = max(0.0, kl)
+                if kept is not None:
+                    kept.passed(number * len(changes) + index + 1, {"divergences": found})
                 clock.advance()
-    found = {"keys": {own: 0.0, **known.keys}, "values": {own: 0.0, **known.values}}
-    for (keys, values), loss in zip(changes, sums, strict=True):
-        sides = [side for side, name in (("keys", keys), ("values", values)) if name != own]
-        for side in sides:
-            found[side][keys if side == "keys" else values] = loss / len(sides)
-    losses = replace(known, text_sha256=text_sha256, tokens=windows.numel(), keys=found["keys"], values=found["values"])
-    if scores.file is not None:
-        save_cache_losses(losses, scores.file)
+    losses: list[float] = found.mean(0).tolist()
     return losses
 
 

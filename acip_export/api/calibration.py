@@ -119,7 +119,7 @@ def held_out_windows(checkpoint: Checkpoint, scores: ScoreFile, passes: int) -> 
         raise UnsupportedError("that takes a model that generates text")
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise UnsupportedError("PyTorch and transformers are not installed")
-    text = held_out_text(checkpoint, scores, _WINDOW)
+    text = held_out_text(checkpoint, scores, min(_WINDOW, checkpoint.shape.max_context))
     if text is None:
         raise UnsupportedError("the text that the ranking held out is not here")
     import torch

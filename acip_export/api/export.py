@@ -25,7 +25,6 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.tuned import Tuned, save_tuned
 from acip_export.errors import AcipError, InfeasibleBudgetError, UsageError, VerificationError
 from acip_export.formats.registry import export_format
-from acip_export.io.atomic import remove_leftovers, scratch_directory
 from acip_export.io.locks import held
 from acip_export.io.outputs import Output, claim_output
 from acip_export.io.scratch import Scratch
@@ -158,7 +157,7 @@ def export_model(
     progress: ProgressCallback = silent,
     cache: Path | None = None,
     plan_again: Callable[[int], Plan] | None = None,
-    roundings: Path | None = None,
+    roundings: KeptRoundings | None = None,
     keep_bundle: bool = False,
 ) -> Report | None:
     """Convert and verify ``plan``, its tensors made from checkpoint and scores as they are needed.
@@ -171,7 +170,7 @@ def export_model(
         sizes: for the slider of ``report.html``, see :func:`planned_sizes`; made if not given.
         plan_again: makes a plan for a budget of so many bytes. What a process takes beyond the plan's budget is taken
             off, twice at most, before verification fails.
-        roundings: existing directory that keeps rounded matrices for other sizes.
+        roundings: keeps rounded matrices for other sizes.
         keep_bundle: write the bundle too, beside the export, and everything from that.
 
     Returns:
@@ -191,13 +190,10 @@ def export_model(
     if bundle is None:
         check_tuning(checkpoint, scores, plan)
 
-    def converted(
-        plan: Plan, scratch: Path, directory: Path, force: bool, kept: KeptRoundings | None = None
-    ) -> MaterializedModel:
+    def converted(plan: Plan, directory: Path, force: bool, kept: KeptRoundings) -> MaterializedModel:
         if bundle is None:
             tuned = tuned_numbers(checkpoint, scores, plan, cache, kept, progress)
-            factors = Scratch(scratch, "a plan's factors")
-            model: MaterializedModel = planned_model(checkpoint, scores, plan, factors, cache, kept, tuned)
+            model: MaterializedModel = planned_model(checkpoint, scores, plan, None, cache, kept, tuned)
             if tuned is not None:
                 save_tuned(tuned, plan, directory / TUNED_FILE)
         else:
@@ -210,10 +206,10 @@ def export_model(
     if not verify:
         with (
             output.held(),
-            scratch_directory(output.place, ".work") as scratch,
+            _roundings(roundings, output.place, plan, scores) as kept,
             output.new_directory() as directory,
         ):
-            converted(plan, scratch, directory, force)
+            converted(plan, directory, force, kept)
         return None
     waiting = output
     if output.place.is_dir() and any(output.place.iterdir()) and not is_unverified(output.place):
@@ -225,12 +221,11 @@ def export_model(
         try:
             with (
                 output.held(),
-                scratch_directory(output.place, ".work") as scratch,
                 _roundings(roundings, output.place, plan, scores) as kept,
                 _staying(waiting, plan, command),
             ):
                 with waiting.new_directory() as directory:
-                    model = converted(plan, scratch, directory, force or len(budgets) > 1, kept)
+                    model = converted(plan, directory, force or len(budgets) > 1, kept)
                     mark_unverified(directory, f"Verify it with:  {command}")
                 report = verification.verify_export(
                     waiting.place,
@@ -260,15 +255,21 @@ def export_model(
             waiting = replace(waiting, force=True)
 
 
-def _roundings(
-    shared: Path | None, place: Path, plan: Plan, scores: ScoreFile
-) -> AbstractContextManager[KeptRoundings]:
-    """Return rounded matrices: those in ``shared``, or what an earlier run of the same export has left."""
-    if shared is not None:
-        return nullcontext(KeptRoundings(shared))
-    quantizer = export_format(plan.format, plan.serving.backend).quantizer()
-    made_by = f"acip-export {__version__}, {quantizer}, feedback {FEEDBACK_VERSION}"
-    return roundings_beside(place, f"{made_by}\nscores {scores.sha256}\nplan {plan_sha256(plan)}\n")
+@contextmanager
+def _roundings(shared: KeptRoundings | None, place: Path, plan: Plan, scores: ScoreFile) -> Iterator[KeptRoundings]:
+    """Yield rounded matrices: the ``shared`` ones, or what an earlier run of the same export has left."""
+    if shared is None:
+        quantizer = export_format(plan.format, plan.serving.backend).quantizer()
+        with roundings_beside(place, f"{_made_by([quantizer], scores)}plan {plan_sha256(plan)}\n") as kept:
+            yield kept
+        return
+    yield shared
+    shared.parts(plan_sha256(plan)).close()
+
+
+def _made_by(quantizers: Sequence[str], scores: ScoreFile) -> str:
+    made_by = f"acip-export {__version__}, {', '.join(quantizers)}, feedback {FEEDBACK_VERSION}"
+    return f"{made_by}\nscores {scores.sha256}\n"
 
 
 def roundings_left(export: Path, plan: Plan, scores: ScoreFile) -> AbstractContextManager[KeptRoundings | None]:
@@ -348,24 +349,24 @@ def _verify_command(export: Path, checkpoint: Checkpoint, scores: ScoreFile) -> 
 
 
 @contextmanager
-def shared_work(place: Path | None, cache: Path | None) -> Iterator[tuple[Path | None, Path | None]]:
-    """Yield the cache and the directory of rounded matrices that exports of several sizes share.
+def shared_work(
+    place: Path | None, formats: Sequence[str], scores: ScoreFile, cache: Path | None
+) -> Iterator[tuple[Path | None, KeptRoundings | None]]:
+    """Yield the cache and the rounded matrices that exports of several sizes share; those of a killed run are gone on
+    with.
 
     Args:
         place: directory that the exports are written into; ``None``: there is one export, and nothing to share.
+        formats: of the exports.
         cache: the user's, if there is one, which stays.
     """
     if place is None:
         yield cache, None
         return
     shared = place / "shared"
-    with held(shared) as first:
-        if first:
-            remove_leftovers(shared)
-        with scratch_directory(shared, ".tmp") as scratch:
-            roundings, own = scratch / "rounded", scratch / "cache"
-            roundings.mkdir()
-            yield cache or own, roundings
+    quantizers = [export_format(name).quantizer() for name in sorted(set(formats))]
+    with held(shared), roundings_beside(shared, _made_by(quantizers, scores)) as kept:
+        yield cache or kept.directory / "cache", kept
 
 
 def _settled(

@@ -130,6 +130,12 @@ class Bundle(MaterializedModel):
                     raise BundleError(f"{self.path}: {name} is {found}, the plan expects {shape}")
 
     @property
+    def made_of(self) -> str:
+        """See :class:`MaterializedModel`."""
+        manifest = self.manifest
+        return f"{manifest.weights_sha256} {manifest.importance_sha256} {manifest.feedback_sha256}"
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See :class:`MaterializedModel`."""
         return {name: entry.shape for name, entry in self.tensors.items()}

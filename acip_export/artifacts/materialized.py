@@ -44,6 +44,11 @@ class MaterializedModel(ABC):
         return ()
 
     @property
+    def made_of(self) -> str:
+        """What tells its numbers apart from others of the same plan."""
+        return ""
+
+    @property
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of all tensors that there are, by name."""

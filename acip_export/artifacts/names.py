@@ -42,6 +42,7 @@ REPORT = ArtifactName("acip-report", 2, "a report", "run  acip-export verify  ag
 PAGE_DATA = ArtifactName("acip-report-data", 2, "a report page", "run  acip-export report  again")
 ROUNDING_ERRORS = ArtifactName("acip-rounding-errors", 2, "a cache of rounding errors", "plan again")
 MEASURED_LOSSES = ArtifactName("acip-measured-losses", 1, "a cache of measured losses", "plan again")
+PLAN_LOSSES = ArtifactName("acip-plan-losses", 1, "a cache of what plans lose", "plan again")
 CACHE_LOSSES = ArtifactName("acip-kv-cache-losses", 1, "a cache of what KV cache types lose", "plan again")
 SPEEDS = ArtifactName("acip-speeds", 1, "a table of speeds", "run  acip-export calibrate  again")
 ANATOMY = ArtifactName("acip-anatomy", 2, "an anatomy", "run  acip-export inspect  again")

@@ -143,7 +143,8 @@ def export(
         return
     results: list[Result] = []
     failed: list[VerificationError] = []
-    with pipeline.shared_work(places[0].parent if several else None, cache) as (cache, roundings):
+    place, formats = places[0].parent if several else None, [job.request.format for job in jobs]
+    with pipeline.shared_work(place, formats, opened, cache) as (cache, roundings):
         for job, plan in zip(jobs, plans, strict=True):
 
             def plan_again(nbytes: int, asked: PlanRequest = job.request) -> Plan:

@@ -371,7 +371,7 @@ def remove_leftovers(target: Path) -> bool:
     digit = "[0-9a-f]"
     left = [
         leftover
-        for suffix in (".tmp", ".work", ".old")
+        for suffix in (".tmp", ".old")
         for leftover in sorted(target.parent.glob(f".{glob.escape(target.name)}.{8 * digit}{suffix}"))
     ]
     back = False

@@ -18,6 +18,8 @@ _PURPOSES = {
     "real": "the real model of tests and benchmarks: a download",
     "consumers": "other programs that tests open exports with: a download",
 }
+# Of classes of layers, of plans, and of types of KV cache; what is unfinished ends on another suffix.
+_LOSSES = ("losses", "candidates", "kv-cache")
 _FACTORS = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
@@ -53,7 +55,7 @@ class Kept:
 
 
 def find_caches(model: Path | None = None, factors: Path | None = None) -> list[Kept]:
-    """Return the user's caches, the rounding errors beside the score files of ``model``, and a directory of factors."""
+    """Return the user's caches, what was measured beside the score files of ``model``, and a directory of factors."""
     home = user_cache()
     found = [
         Kept(place.name, _PURPOSES.get(place.name, "not of this version"), (place,))
@@ -63,6 +65,8 @@ def find_caches(model: Path | None = None, factors: Path | None = None) -> list[
     if model is not None:
         rounding = tuple(sorted(model.glob("*.acip.rounding-*.json")))
         found.append(Kept("rounding", f"rounding errors measured on {model.resolve().name}: minutes", rounding))
+        losses = tuple(sorted(file for kind in _LOSSES for file in model.glob(f"*.acip.{kind}-*.json*")))
+        found.append(Kept("losses", f"losses measured on {model.resolve().name}: minutes", losses))
     if factors is not None:
         kept = tuple(sorted(file for file in factors.glob("*.safetensors") if _FACTORS.fullmatch(file.name)))
         found.append(Kept("factors", f"singular components in {factors}: minutes to hours", kept))

@@ -1,4 +1,7 @@
-"""Keep hidden states in a file between two blocks of a model, so that a pass goes on where its process was killed."""
+"""Keep hidden states in a file between two blocks of a model, so that a pass goes on where its process was killed.
+
+Whatever else is measured step by step, and has few numbers to go on from, is kept in the same way.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class KeptStates:
         file: safetensors. origin: all that the states follow from; what is of another is not read.
 
     Attributes:
-        blocks: that are behind, 0 without a file.
+        blocks: that are behind, or steps of another kind; 0 without a file.
     """
 
     def __init__(self, file: Path, origin: str) -> None:
@@ -80,11 +83,15 @@ class KeptStates:
 
 
 @contextmanager
-def kept_states(file: Path, origin: str) -> Iterator[KeptStates]:
-    """Yield what a pass keeps in ``file``, which is gone when the block ends, unless it is interrupted."""
+def kept_states(file: Path, origin: str, step: str = "block") -> Iterator[KeptStates]:
+    """Yield what a pass keeps in ``file``, which is gone when the block ends, unless it is interrupted.
+
+    Args:
+        step: what ``blocks`` counts.
+    """
     kept = KeptStates(file, origin)
     if kept.blocks:
-        logger.warning("going on behind block %d, from what an earlier run has kept", kept.blocks)
+        logger.warning("going on behind %s %d, from what an earlier run has kept", step, kept.blocks)
     try:
         yield kept
     except Exception:

@@ -8,12 +8,26 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import OutputError
+
+
+class ArrayStore(Protocol):
+    """Keeps arrays by name."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def write(self, name: str, array: npt.NDArray[np.generic]) -> None:
+        """Store a contiguous array."""
+        ...
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """Return a fresh copy."""
+        ...
 
 
 class Scratch:

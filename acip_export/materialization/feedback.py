@@ -18,7 +18,7 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.error_feedback import FeedbackFactor, feedback_factor
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
-from acip_export.io.scratch import Scratch
+from acip_export.io.scratch import ArrayStore
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
 _KEPT = 4
@@ -33,11 +33,11 @@ class FeedbackFactors:
     """Makes the factor of an input when it is asked for, and keeps the last few. Threads may share it.
 
     Args:
-        scratch: keeps all of them; making one of a wide input takes long.
+        store: keeps all of them; making one of a wide input takes long.
     """
 
-    def __init__(self, scores: ScoreFile, scratch: Scratch | None = None) -> None:
-        self._scores, self._scratch = scores, scratch
+    def __init__(self, scores: ScoreFile, store: ArrayStore | None = None) -> None:
+        self._scores, self._store = scores, store
         self._kept: OrderedDict[str, FeedbackFactor] = OrderedDict()
         self._lock = Lock()
 
@@ -74,12 +74,12 @@ class FeedbackFactors:
 
     def _factor(self, key: str) -> FeedbackFactor:
         names = [f"{key}/{part}" for part in FEEDBACK_PARTS]
-        if self._scratch is not None and names[-1] in self._scratch:
-            return FeedbackFactor(*map(self._scratch.read, names))
+        if self._store is not None and all(name in self._store for name in names):
+            return FeedbackFactor(*map(self._store.read, names))
         factor = feedback_factor(second_moment(self._scores, key), repr(key))
-        if self._scratch is not None:
+        if self._store is not None:
             for name, part in zip(names, FEEDBACK_PARTS, strict=True):
-                self._scratch.write(name, getattr(factor, part))
+                self._store.write(name, getattr(factor, part))
         return factor
 
 

@@ -12,7 +12,7 @@ from acip_export.artifacts.materialized import stored_tensors
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import PlanFileError, ScoreFileError
-from acip_export.io.scratch import Scratch
+from acip_export.io.scratch import ArrayStore
 from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.whitening import Whitening
@@ -46,7 +46,7 @@ class PlanNumbers:
         round_trip: the quantizer of the plan's format; factor pairs are then fitted to what it makes of them. ``None``
             leaves them as the ranking has them.
         feedback_types: of the plan's format, those that it can round with error feedback.
-        feedback: makes factors of inputs, scaled or not; ``None``: one of its own, which keeps them in ``scratch``.
+        feedback: makes factors of inputs, scaled or not; ``None``: one of its own, which keeps them in ``store``.
 
     Attributes:
         checkpoint, scores: with the channels scaled, where the plan rounds with error feedback.
@@ -65,14 +65,14 @@ class PlanNumbers:
         factors: FactorCache,
         feedback_types: Collection[str] = (),
         feedback: FeedbackFactors | None = None,
-        scratch: Scratch | None = None,
+        store: ArrayStore | None = None,
     ) -> None:
         if plan.rounding == "feedback" and feedback_types:
             checkpoint, scores = scale_channels(checkpoint.with_options(plan.options), scores, plan)
         self.checkpoint, self.scores, self.plan = checkpoint, scores, plan
         self._round_trip, self._factors = round_trip, factors
         self.matrices = matrices_with_feedback(plan, scores, feedback_types)
-        self.feedback = feedback or FeedbackFactors(scores, scratch)
+        self.feedback = feedback or FeedbackFactors(scores, store)
 
     def scaled_sides(self, name: str) -> tuple[bool, bool]:
         """Tell whether the columns and the rows of a tensor are scaled."""

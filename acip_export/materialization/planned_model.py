@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from acip_export.artifacts.materialized import MaterializedModel, check_context, stored_of
-from acip_export.artifacts.plan import Plan, TensorDecision
+from acip_export.artifacts.plan import Plan, TensorDecision, plan_sha256
 from acip_export.artifacts.scores import ScoreFile, check_weights
 from acip_export.artifacts.tuned import Tuned
 from acip_export.error_feedback import FeedbackFactor
 from acip_export.errors import CheckpointError, PlanFileError
-from acip_export.io.scratch import Scratch
+from acip_export.io.scratch import ArrayStore, Scratch
 from acip_export.kept_roundings import KeptRoundings
 from acip_export.lowrank.cache import FactorCache
 from acip_export.materialization.plan_numbers import PlanNumbers
@@ -34,8 +35,8 @@ class PlannedModel(MaterializedModel):
     Args:
         round_trip, feedback_types: as :class:`~acip_export.materialization.plan_numbers.PlanNumbers`.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
-        scratch: keeps what takes long to make, the parts of pairs and the factors of error feedback; ``None``: they are
-            made whenever they are asked for.
+        scratch: keeps what takes long to make, the parts of pairs and the factors of error feedback, unless ``kept``
+            does; ``None``: they are made whenever they are asked for.
         tuned: what tuning made of the plan's scales and vectors, where it asks for that.
 
     Attributes:
@@ -69,9 +70,10 @@ class PlannedModel(MaterializedModel):
         check_plan(checkpoint, plan)
         check_weights(scores, checkpoint)
         self.checkpoint, self.scores = checkpoint, scores
-        self._lock, self._scratch = Lock(), scratch
+        self._lock = Lock()
+        self._store: ArrayStore | None = scratch if kept is None else kept.parts(plan_sha256(plan))
         self.numbers = PlanNumbers(
-            checkpoint, scores, plan, round_trip, FactorCache(cache), feedback_types, scratch=scratch
+            checkpoint, scores, plan, round_trip, FactorCache(cache), feedback_types, store=self._store
         )
         stored = {decision: stored_of(decision) for decision in plan.tensors}
         self._shapes = {name: shape for shapes in stored.values() for name, shape in shapes.items()}
@@ -92,9 +94,9 @@ class PlannedModel(MaterializedModel):
         if name in self._vectors:
             return self._vectors[name]
         decision = self._decisions[name]
-        if decision.rank is None or self._scratch is None:
+        if decision.rank is None or self._store is None:
             return self.numbers.make(decision).numbers[name].contiguous()
-        return self._kept_part(self._scratch, decision, name)
+        return self._kept_part(self._store, decision, name)
 
     def has_importance(self, name: str) -> bool:
         """See :class:`MaterializedModel`."""
@@ -106,9 +108,9 @@ class PlannedModel(MaterializedModel):
         decision = self._decisions[name]
         if decision.rank is None:
             return self.numbers.dense_importance(decision)
-        if self._scratch is None:
+        if self._store is None:
             return self.numbers.make(decision).importance[name]
-        return self._kept_part(self._scratch, decision, _IMPORTANCE + name)
+        return self._kept_part(self._store, decision, _IMPORTANCE + name)
 
     def feedback(self, name: str) -> FeedbackFactor | None:
         """See :class:`MaterializedModel`; raises ScoreFileError for moments that have no factor."""
@@ -119,16 +121,17 @@ class PlannedModel(MaterializedModel):
         """See :class:`MaterializedModel`."""
         return self._gains.get(name)
 
-    def _kept_part(self, scratch: Scratch, decision: TensorDecision, name: str) -> Tensor:
+    def _kept_part(self, store: ArrayStore, decision: TensorDecision, name: str) -> Tensor:
         """Read a part of a pair, of which all are made for the first that is asked for."""
         with self._lock:
-            if name not in scratch:
-                made = self.numbers.make(decision)
+            if name not in store:
+                with nullcontext() if self.kept is None else self.kept.timed():
+                    made = self.numbers.make(decision)
                 for part, tensor in made.numbers.items():
-                    scratch.write(part, tensor.numpy())
+                    store.write(part, tensor.numpy())
                 for part, tensor in made.importance.items():
-                    scratch.write(_IMPORTANCE + part, tensor.numpy())
-            return torch.from_numpy(scratch.read(name))
+                    store.write(_IMPORTANCE + part, tensor.numpy())
+            return torch.from_numpy(store.read(name))
 
 
 def check_plan(checkpoint: Checkpoint, plan: Plan) -> None:

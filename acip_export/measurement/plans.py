@@ -10,6 +10,7 @@ from torch import Tensor
 
 from acip_export.artifacts.plan import Plan
 from acip_export.errors import AcipError, UnsupportedError
+from acip_export.io.kept_states import KeptStates
 from acip_export.materialization.rounded import RoundedWeights
 from acip_export.measurement.block_passes import BlockPasses, MeasuredDivergence, blocks_of
 from acip_export.model.checkpoint import Checkpoint
@@ -23,13 +24,20 @@ def measure_plans(
     plans: Sequence[Plan],
     windows: Tensor,
     progress: ProgressCallback = silent,
+    kept: KeptStates | None = None,
 ) -> list[MeasuredDivergence | AcipError]:
-    """Measure every plan on ``windows`` (n, tokens); for one that does not run, the reason stands in its place."""
+    """Measure every plan on ``windows`` (n, tokens); for one that does not run, the reason stands in its place.
+
+    Args:
+        kept: read and filled.
+    """
     blocks = blocks_of(checkpoint)
     passes = BlockPasses(load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True), blocks, windows)
-    clock = Clock("compare plans", len(blocks) * (1 + len(plans)), progress)
+    behind = kept.blocks if kept is not None else 0
+    clock = Clock("compare plans", len(blocks) * (1 + len(plans)), progress, done=behind * (1 + len(plans)))
+    variants = [weights.of(plan) for plan in plans]
     try:
-        return [_checked(found) for found in passes.divergences([weights.of(plan) for plan in plans], clock.advance)]
+        return [_checked(found) for found in passes.divergences(variants, clock.advance, kept)]
     except AcipError:
         return [_alone(passes, weights, plan) for plan in plans]
 

@@ -6,18 +6,21 @@ windows block by block; when logits are compared, a reference is no more than hi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from acip_export.artifacts.materialized import MaterializedModel
+from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.report import Agreement, Divergence, Perplexity
 from acip_export.errors import DataError
 from acip_export.formats.protocol import ExportFormat
 from acip_export.formats.session import Logits, Tokens, Windows
+from acip_export.io.kept_states import KeptStates
 from acip_export.progress import Progress, ProgressCallback
 from acip_export.text.packing import load_tokenizer
 from acip_export.verification import metrics
@@ -25,6 +28,10 @@ from acip_export.verification.metrics import Floats
 from acip_export.verification.process import ProcessFigures, logits_of_process, measure_process
 from acip_export.verification.sentences import SENTENCES
 from acip_export.verification.tokens import STRINGS
+from acip_export.verification.unfinished import Unfinished, digest_of
+
+if TYPE_CHECKING:
+    from acip_export.verification.reference import Passed
 
 # Agreement with the bundle is one of rounding in another order, or of activations: few tokens tell.
 _AGREEMENT_TOKENS = 512
@@ -78,6 +85,8 @@ def verify_decoder(
     timeout: float,
     progress: ProgressCallback,
     cache: Path | None,
+    unfinished: Unfinished,
+    hashes: Callable[[], Mapping[str, str]],
     measured_all: Callable[[Sequence[ProcessFigures]], None] = lambda _figures: None,
 ) -> DecoderFigures:
     """Open the export in every runtime of its format and compare.
@@ -85,6 +94,8 @@ def verify_decoder(
     Args:
         text: windows to measure quality on; agreement is measured on the first of them, else on sentences of our own.
         dense: the base model, for quality. cache: directory that keeps its states on a text for other exports.
+        unfinished: keeps what takes long. hashes: SHA-256 of the export's files, asked for when the processes are
+            measured: reading files changes how the system holds them.
         measured_all: told what the runtimes' processes took, before anything is compared, which takes longer.
 
     Raises:
@@ -107,42 +118,48 @@ def verify_decoder(
         + sum(runtimes_read),
     )
     figures = []
-    for session in written_as.sessions:
+    stamp = _stamp(export, model.plan)
+    for number, session in enumerate(written_as.sessions):
         steps.begin(f"{session.runtime}, in a process of its own")
         count = min(_GREEDY_TOKENS, context - len(prompt))
-        figures.append(measure_process(session.module, session.name, export, timeout, prompt, count, STRINGS))
+        measure = partial(measure_process, session.module, session.name, export, timeout, prompt, count, STRINGS)
+        figures.append(unfinished.process(f"process {number + 1}", f"{stamp} {prompt} {count}", measure))
         steps.windows(_PROCESS_WINDOWS)
     measured_all(figures)
     continued = [np.array([*prompt, *measured.greedy], np.int64) for measured in figures]
     steps.begin("bundle, block by block")
+    passing = [*compared, *continued]
     of_bundle = open_reference(model, written_as.round_trip).passed(
-        [*compared, *continued], steps.blocks(len(compared) + len(continued))
+        passing, steps.blocks(len(passing)), unfinished.states("bundle", digest_of(passing), "block")
     )
     of_dense = None
     if text is not None and dense is not None:
         steps.begin("dense model, block by block")
-        of_dense = pass_dense(dense, list(text), cache, steps.blocks(len(text)))
+        of_dense = pass_dense(dense, list(text), cache, steps.blocks(len(text)), unfinished)
     # After each of the runtime's tokens, the bundle's next one: the same as its own continuation up to a difference.
     expected = [
         [int(token) for token in logits[len(prompt) - 1 : -1].argmax(-1)] for logits in of_bundle.logits(len(compared))
     ]
     runtimes: list[RuntimeFigures] = []
-    quality: _Quality | None = None
-    for session, measured, tokens in zip(written_as.sessions, figures, expected, strict=True):
+    quality: QualityFigures | None = None
+    for number, (session, measured, tokens) in enumerate(zip(written_as.sessions, figures, expected, strict=True)):
         steps.begin(f"{measured.runtime}: logits")
-        windows = compared if text is None or runtimes else text
-        with logits_of_process(session.module, session.name, export, windows, timeout) as found:
-            found = _watched(found, windows, lambda _logits, _window: steps.windows(1))
-            reference = of_bundle.logits(0, len(compared))
-            if text is not None and quality is None:
-                quality = _Quality(None if of_dense is None else of_dense.logits())
-                found = _watched(found, text, quality.add)
-                reference = _watched(reference, compared, quality.add_bundle)
-            agreement = metrics.compare_logits(reference, islice(found, len(compared)), (tokens, list(measured.greedy)))
-            for _ in found:
-                pass
-        runtimes.append(RuntimeFigures(measured, agreement))
-    return DecoderFigures(tuple(runtimes), None if quality is None else quality.figures())
+        of_text = text if not number else None
+        windows = compared if of_text is None else of_text
+        against = of_dense if of_text is not None else None
+        origin = f"{sorted(hashes().items())} {measured.runtime} {digest_of(windows)} {against is not None}"
+        found = _Windows(unfinished.states(f"logits {number + 1}", origin, "window"), of_text is not None)
+        steps.windows(found.count)
+        if found.count < len(windows):
+            rest = windows[found.count :]
+            references = _references(of_bundle, len(compared), against, found.count)
+            with logits_of_process(session.module, session.name, export, rest, timeout) as of_export:
+                for window in rest:
+                    found.add(window, next(of_export), *next(references))
+                    steps.windows(1)
+        runtimes.append(RuntimeFigures(measured, found.agreement((tokens, list(measured.greedy)))))
+        quality = quality or found.quality()
+    return DecoderFigures(tuple(runtimes), quality)
 
 
 class _Steps:
@@ -174,45 +191,77 @@ class _Steps:
         self._progress(Progress("verify", self._done, self._total, self._item))
 
 
-class _Quality:
-    """What a text costs: collected window by window, so that nobody has to keep logits.
+class _Windows:
+    """What comparing windows with references gave, window by window, so that nobody has to keep logits.
 
     Args:
-        dense: logits of the dense model, if it is here.
+        kept: read and filled. quality: measure what the text costs, too.
+
+    Attributes:
+        count: of windows that are compared.
     """
 
-    def __init__(self, dense: Iterator[Logits] | None) -> None:
-        self._dense = dense
-        self._columns: list[Floats] = []
-        self._bundle_losses: list[Floats] = []
+    def __init__(self, kept: KeptStates, quality: bool) -> None:
+        self._kept, self._quality = kept, quality
+        self.count = kept.blocks
+        self._figures = {name: tensor.numpy() for name, tensor in kept.restored().items()}
 
-    def add(self, logits: Logits, window: Tokens) -> None:
-        """Of the export."""
-        if self._dense is None:
-            self._columns.append(metrics.token_losses(logits, window))
-        else:
-            self._columns.append(metrics.token_figures(next(self._dense), logits, window))
+    def add(self, window: Tokens, logits: Logits, bundle: Logits | None, dense: Logits | None) -> None:
+        """Compare the next one.
 
-    def add_bundle(self, logits: Logits, window: Tokens) -> None:
-        """Of the bundle."""
-        self._bundle_losses.append(metrics.token_losses(logits, window))
+        Args:
+            logits: of the export. bundle: for agreement, which is measured on some windows only.
+        """
+        found = {} if bundle is None else {"agreement": metrics.window_agreement(bundle, logits)}
+        if self._quality:
+            if bundle is not None:
+                found["bundle"] = metrics.token_losses(bundle, window)
+            if dense is None:
+                found["export"] = metrics.token_losses(logits, window)
+            else:
+                found["against dense"] = metrics.token_figures(dense, logits, window)
+        import torch
 
-    def figures(self) -> QualityFigures:
+        self._figures |= {f"{name} {self.count}": figures for name, figures in found.items()}
+        self.count += 1
+        self._kept.passed(self.count, {name: torch.from_numpy(each) for name, each in self._figures.items()})
+
+    def agreement(self, greedy: tuple[list[int], list[int]]) -> Agreement:
+        """Of all windows; ``greedy`` as :func:`acip_export.verification.metrics.agreement`."""
+        return metrics.agreement(self._of("agreement"), greedy)
+
+    def quality(self) -> QualityFigures | None:
         """Of all windows."""
-        bundle = metrics.perplexity(self._bundle_losses)
-        if self._dense is None:
-            return QualityFigures(metrics.perplexity(self._columns), None, None, bundle)
-        dense, own, divergence = metrics.compare_with_dense(self._columns)
+        if not self._quality:
+            return None
+        bundle, compared = metrics.perplexity(self._of("bundle")), self._of("against dense")
+        if not compared:
+            return QualityFigures(metrics.perplexity(self._of("export")), None, None, bundle)
+        dense, own, divergence = metrics.compare_with_dense(compared)
         return QualityFigures(own, divergence, dense, bundle)
 
+    def _of(self, name: str) -> list[Floats]:
+        keys = (f"{name} {number}" for number in range(self.count))
+        return [self._figures[key] for key in keys if key in self._figures]
 
-def _watched(logits: Iterator[Logits], windows: Windows, note: Callable[[Logits, Tokens], None]) -> Iterator[Logits]:
-    """Pass on logits, having shown them. Nothing is held of a window when the next is computed."""
-    for window in windows:
-        found = next(logits)
-        note(found, window)
-        yield found
-        del found
+
+def _references(
+    of_bundle: Passed, count: int, of_dense: Passed | None, behind: int
+) -> Iterator[tuple[Logits | None, Logits | None]]:
+    """Yield for each window but the first ones the bundle's logits, if it is one of ``count``, and the dense model's.
+
+    Nothing is held of a window when the next is computed.
+    """
+    bundle = of_bundle.logits(behind, count) if behind < count else iter(())
+    dense = None if of_dense is None else of_dense.logits(behind)
+    while True:
+        yield next(bundle, None), None if dense is None else next(dense)
+
+
+def _stamp(export: Path, plan: Plan) -> str:
+    """Return what tells, without reading them, whether an export's files are the same."""
+    status = {name: (export / name).stat() for name in plan.files}
+    return str([(name, each.st_size, each.st_mtime_ns, each.st_ino) for name, each in sorted(status.items())])
 
 
 def _own_windows(model: MaterializedModel) -> Windows:

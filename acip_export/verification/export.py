@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
 
 from acip_export.artifacts.materialized import MaterializedModel
-from acip_export.artifacts.names import PAPERS, PLAN_FILE
-from acip_export.artifacts.plan import Plan, load_plan
+from acip_export.artifacts.names import PAPERS, PLAN_FILE, TUNED_FILE
+from acip_export.artifacts.plan import Plan, load_plan, plan_sha256
 from acip_export.artifacts.report import (
     FileReport,
     Memory,
@@ -36,6 +37,7 @@ from acip_export.model.encoder import Encoder
 from acip_export.model.tokenizer_files import lost_normalizer
 from acip_export.planning.memory import anonymous_bytes, uncounted_bytes
 from acip_export.progress import Progress, ProgressCallback, silent
+from acip_export.rounding import FEEDBACK_VERSION
 from acip_export.units import format_bytes
 from acip_export.verification import harness as evaluation
 from acip_export.verification.decoders import verify_decoder
@@ -44,6 +46,7 @@ from acip_export.verification.metrics import finite
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, ProcessFigures, measure_process
 from acip_export.verification.structure import check_structure
 from acip_export.verification.tokens import compare_tokens, plain_text_failures, token_notes
+from acip_export.verification.unfinished import Unfinished, unfinished
 from acip_export.version import __version__
 
 # Thirty times what was measured on trained models in both formats; a tensor in the wrong place costs whole nats.
@@ -142,10 +145,18 @@ def verify_export(
     structure, differences = (None, []) if failures else check_structure(written_as, export, model)
     failures += differences
     found = _Found()
+
+    @functools.cache
+    def hashes() -> Mapping[str, str]:
+        return {name: sha256_of(export / name) for name in written_files(export, plan)}
+
     if not failures and encoder is not None:
         found = _run_encoder(written_as, export, model, encoder, text, dense, timeout, progress, stop_over_budget)
     elif not failures:
-        found = _run(written_as, export, model, text, dense, timeout, progress, cache, stop_over_budget)
+        with unfinished(export, _made_by(export, model)) as kept:
+            found = _run(
+                written_as, export, model, text, dense, timeout, progress, cache, kept, hashes, stop_over_budget
+            )
     failures += found.failures
     similarity = found.similarity
     return Report(
@@ -166,7 +177,7 @@ def verify_export(
         passed=not failures,
         failures=tuple(failures),
         notes=(*model.notes, *found.notes),
-        files=_files(export, plan),
+        files=_files(export, plan, hashes()),
         structure=structure,
         provenance=Provenance(
             f"acip-export {__version__}",
@@ -211,6 +222,8 @@ def _run(
     timeout: float,
     progress: ProgressCallback,
     cache: Path | None,
+    kept: Unfinished,
+    hashes: Callable[[], Mapping[str, str]],
     stop_over_budget: bool,
 ) -> _Found:
     plan = model.plan
@@ -220,7 +233,7 @@ def _run(
         if stop_over_budget:
             _stop_over_budget(written_as, model, figures)
 
-    found = verify_decoder(export, model, written_as, windows, dense, timeout, progress, cache, measured)
+    found = verify_decoder(export, model, written_as, windows, dense, timeout, progress, cache, kept, hashes, measured)
     reports: list[RuntimeReport] = []
     for session, each in zip(written_as.sessions, found.runtimes, strict=True):
         checkpoint = model.as_checkpoint()
@@ -345,12 +358,25 @@ def _check_same_plan(export: Path, plan: Plan, model: MaterializedModel) -> None
         raise BundleError(f"{model.path} is the bundle of another plan than {export / PLAN_FILE}")
 
 
-def _files(export: Path, plan: Plan) -> tuple[FileReport, ...]:
-    written = written_files(export, plan)
-    return tuple(
-        FileReport(name, written.get(name), planned, sha256_of(export / name) if name in written else None)
-        for name, planned in plan.files.items()
+def _made_by(export: Path, model: MaterializedModel) -> str:
+    """All that measurements of a model follow from, its texts aside."""
+    tuned, options = export / TUNED_FILE, list[str]()
+    for name, value in sorted(model.plan.options.items()):
+        status = Path(value).stat() if Path(value).is_file() else None
+        options.append(f"{name} {value} {status and (status.st_size, status.st_mtime_ns)}")
+    return "\n".join(
+        [
+            f"acip-export {__version__}, feedback {FEEDBACK_VERSION}, {_versions()}",
+            f"plan {plan_sha256(model.plan)} {model.made_of}",
+            f"tuned {sha256_of(tuned) if tuned.is_file() else None}",
+            *options,
+        ]
     )
+
+
+def _files(export: Path, plan: Plan, hashes: Mapping[str, str]) -> tuple[FileReport, ...]:
+    written = written_files(export, plan)
+    return tuple(FileReport(name, written.get(name), planned, hashes.get(name)) for name, planned in plan.files.items())
 
 
 def _text_report(text: EvaluationText) -> TextReport:

@@ -39,20 +39,39 @@ def compare_logits(
     reference: Iterable[Logits], other: Iterable[Logits], greedy: tuple[list[int], list[int]]
 ) -> Agreement:
     """Compare position by position; ``greedy`` holds the continuations of the reference and the other."""
-    difference, kl, same, positions = 0.0, 0.0, 0, 0
-    others = iter(other)
+    figures, others = [], iter(other)
     for expected in reference:  # no zip: it holds the last pair until it has the next
         found = next(others)
-        for rows in _slices(*expected.shape):
-            a, b = expected[rows], found[rows]
-            centred = (a - a.mean(-1, keepdims=True)) - (b - b.mean(-1, keepdims=True))
-            # Not max(): it would drop NaN.
-            difference = float(np.maximum(difference, np.abs(centred).max()))
-            kl += float(_divergences(log_softmax(a), log_softmax(b)).sum())
-            same += int((a.argmax(-1) == b.argmax(-1)).sum())
-        positions += len(expected)
+        figures.append(window_agreement(expected, found))
         del expected, found
-    return Agreement(positions, difference, kl / positions, same / positions, equal_tokens(*greedy), len(greedy[0]))
+    return agreement(figures, greedy)
+
+
+def window_agreement(expected: Logits, found: Logits) -> Floats:
+    """Return what :func:`agreement` wants of a window: largest difference, sums of KL and equal tops, positions."""
+    difference, kl, same = 0.0, 0.0, 0
+    for rows in _slices(*expected.shape):
+        a, b = expected[rows], found[rows]
+        centred = (a - a.mean(-1, keepdims=True)) - (b - b.mean(-1, keepdims=True))
+        # Not max(): it would drop NaN.
+        difference = float(np.maximum(difference, np.abs(centred).max()))
+        kl += float(_divergences(log_softmax(a), log_softmax(b)).sum())
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+    return np.array([difference, kl, same, len(expected)], np.float64)
+
+
+def agreement(figures: Sequence[Floats], greedy: tuple[list[int], list[int]]) -> Agreement:
+    """Of the :func:`window_agreement` of all windows; ``greedy`` as :func:`compare_logits`."""
+    differences, kl, same, positions = np.stack(figures).T
+    count = int(positions.sum())
+    return Agreement(
+        count,
+        float(differences.max()),
+        float(kl.sum()) / count,
+        int(same.sum()) / count,
+        equal_tokens(*greedy),
+        len(greedy[0]),
+    )
 
 
 def equal_tokens(expected: Sequence[int], found: Sequence[int]) -> int:

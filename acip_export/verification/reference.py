@@ -34,11 +34,13 @@ from acip_export.error_feedback import ROWS_AT_ONCE
 from acip_export.errors import CheckpointError, OutputError, UnsupportedError
 from acip_export.formats.session import Logits, Tokens
 from acip_export.io.atomic import new_file
+from acip_export.io.kept_states import KeptStates
 from acip_export.io.prefetch import one_ahead
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of, natural_key
 from acip_export.model.torch_model import tied_names, untrained_model, without_weights
 from acip_export.rounding import RoundTrip
+from acip_export.verification.unfinished import Unfinished, digest_of
 
 # Numbers of the head's matrix that are read at once.
 _SLICE = 1 << 22
@@ -173,32 +175,40 @@ def open_reference(model: MaterializedModel, round_trip: RoundTrip | None) -> Re
 
 
 def pass_dense(
-    path: Path, windows: Sequence[Tokens], cache: Path | None = None, passed_block: Callable[[], None] = _nothing
+    path: Path,
+    windows: Sequence[Tokens],
+    cache: Path | None = None,
+    passed_block: Callable[[], None] = _nothing,
+    unfinished: Unfinished | None = None,
 ) -> Passed:
     """Take windows through a dense model, or read what the last block made of them when it was done before.
 
     Args:
         cache: directory of hidden states, read and filled: far smaller than logits, and exact.
         passed_block: called after each block.
+        unfinished: keeps a pass that is not done.
     """
     stored = StoredCheckpoint(Checkpoint.open(path))
     reference = Reference(stored)
+    origin = f"{stored.checkpoint.fingerprint} {digest_of(windows)}"
+
+    def passed() -> Passed:
+        kept = None if unfinished is None else unfinished.states("dense model", origin, "block")
+        return reference.passed(windows, passed_block, kept)
+
     if cache is None:
-        return reference.passed(windows, passed_block)
-    digest = hashlib.sha256(stored.checkpoint.fingerprint.encode())
-    for window in windows:
-        digest.update(np.asarray(window, np.int64).tobytes() + b"|")
-    file = cache / f"dense-{digest.hexdigest()}.safetensors"
+        return passed()
+    file = cache / f"dense-{hashlib.sha256(origin.encode()).hexdigest()}.safetensors"
     names = [str(index) for index in range(len(windows))]
     known = _read_states(file)
     if known is None or [len(known.get(name, ())) for name in names] != list(map(len, windows)):
-        passed = reference.passed(windows, passed_block)
+        made = passed()
         cache.mkdir(parents=True, exist_ok=True)
         with new_file(file) as temporary:
             save_file(
-                {name: states[0].contiguous() for name, states in zip(names, passed.hidden, strict=True)}, temporary
+                {name: states[0].contiguous() for name, states in zip(names, made.hidden, strict=True)}, temporary
             )
-        return passed
+        return made
     for _ in reference.blocks:
         passed_block()
     return Passed(reference, tuple(windows), tuple(known[name][None] for name in names))
@@ -263,16 +273,33 @@ class Reference:
         return self._names
 
     @torch.no_grad()
-    def passed(self, windows: Sequence[Tokens], passed_block: Callable[[], None] = _nothing) -> Passed:
-        """Take windows through all blocks, calling ``passed_block`` after each."""
+    def passed(
+        self,
+        windows: Sequence[Tokens],
+        passed_block: Callable[[], None] = _nothing,
+        kept: KeptStates | None = None,
+    ) -> Passed:
+        """Take windows through all blocks, calling ``passed_block`` after each.
+
+        Args:
+            kept: of the same model and windows, read and filled: blocks that are behind are left out.
+        """
         entered = self._enter(windows)
         hidden = [states for states, _ in entered]
-        for number, (_, tensors) in enumerate(one_ahead(self._read_block, self._names)):
+        behind = kept.blocks if kept is not None else 0
+        if kept is not None and behind:
+            states = kept.restored()
+            hidden = [states[str(index)] for index in range(len(hidden))]
+        for _ in range(behind):
+            passed_block()
+        for number, (_, tensors) in enumerate(one_ahead(self._read_block, self._names[behind:]), behind):
             block = self._modules[number]
             with self._filled(tensors):
                 for index, (_, arguments) in enumerate(entered):
                     args, kwargs = arguments[number]
                     hidden[index] = _hidden_of(block(hidden[index], *args, **kwargs))
+            if kept is not None:
+                kept.passed(number + 1, {str(index): states for index, states in enumerate(hidden)})
             passed_block()
         return Passed(self, tuple(windows), tuple(hidden))
 

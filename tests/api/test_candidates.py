@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import acip_export
 from acip_export.api import candidates as comparing
 from acip_export.artifacts.plan import load_plan, save_plan
 from acip_export.artifacts.scores import ScoreFile
+from acip_export.io import kept_states
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, Problem, make_plan, resolve, variations
+from acip_export.progress import Progress
 from tests.ranking.support import calibration_text
 from tests.support import make_model
 
@@ -113,3 +116,47 @@ def test_it_says_when_none_can_run(problem: Problem, scores: ScoreFile) -> None:
     chosen = comparing.measured_best(elsewhere, problem, Budget(BUDGET, "file"), best(problem), 3)
     assert chosen.candidates == ()
     assert chosen.notes[-1] == ("no other plan was compared with it: the text that the ranking held out is not here")
+
+
+def test_what_was_measured_is_kept(
+    problem: Problem, scores: ScoreFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A killed run goes on behind the block that it was at, and no plan is measured twice."""
+    assert scores.file is not None
+    monkeypatch.setattr(kept_states, "_AT_MOST_LOST", 0.0)
+    monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
+    plan, budget = best(problem), Budget(BUDGET, "file")
+    file = scores.file.with_name("m.acip.candidates-gguf.json")
+    file.unlink(missing_ok=True)
+    steps: list[Progress] = []
+
+    def compare(count: int, stop: int | None = None) -> acip_export.Plan:
+        steps.clear()
+
+        def advance(step: Progress) -> None:
+            steps.append(step)
+            if stop is not None and step.done >= stop:
+                raise KeyboardInterrupt
+
+        return comparing.measured_best(scores, problem, budget, plan, count, advance)
+
+    whole = compare(3)
+    everything = steps[-1].total
+    assert file.exists() and everything == 2 * 4
+    assert compare(3) == whole and not steps
+    file.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        compare(3, stop=5)  # the second block
+    assert file.with_name(f"{file.name}.run").exists()
+    assert compare(3) == whole
+    assert "going on behind block 1" in caplog.text and steps[0].done > 4
+    assert not file.with_name(f"{file.name}.run").exists()
+    # Of another text or quantizer nothing is known.
+    known = json.loads(file.read_text())
+    for changed in ({"text_sha256": "0"}, {"tokens": 1}, {"quantizer": "another"}, {"plans": 3}):
+        file.write_text(json.dumps({**known, **changed}))
+        assert compare(3) == whole and len(steps) >= 8
+    # With one more plan only that is measured.
+    more = compare(4)
+    assert steps[-1].total == 2 * 2
+    assert more.candidates[:3] == whole.candidates

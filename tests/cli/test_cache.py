@@ -33,6 +33,8 @@ def test_caches_are_listed_and_cleared(home: Path, run: Run) -> None:
     (home / "traces").mkdir()
     mine = [Path("model.acip"), Path("notes.json"), Path("factors") / "model.safetensors"]
     kept = [Path("model.acip.rounding-gguf-feedback.json"), Path("factors") / f"{'0a' * 32}.safetensors"]
+    losses = ("losses-gguf-feedback.json", "losses-gguf.json.run", "candidates-onnx.json", "kv-cache-gguf.json")
+    kept += [Path(f"model.acip.{each}") for each in losses]
     Path("factors").mkdir()
     for file in (*mine, *kept):
         file.write_bytes(b"x" * 100)
@@ -41,6 +43,7 @@ def test_caches_are_listed_and_cleared(home: Path, run: Run) -> None:
         "graphs": 1000,
         "traces": 0,
         "rounding": 100,
+        "losses": 400,
         "factors": 100,
     }
     assert not listed["cleared"]
@@ -48,6 +51,6 @@ def test_caches_are_listed_and_cleared(home: Path, run: Run) -> None:
     assert run("cache", "graphs", "--clear").code == 0
     assert not (home / "graphs").exists() and kept[0].exists()
     done = run("cache", "--cache", "factors", "--clear")
-    assert done.out.splitlines()[-1].startswith("200 B removed")
+    assert done.out.splitlines()[-1].startswith("600 B removed")
     assert not any(file.exists() for file in kept)
     assert all(file.exists() for file in mine)

@@ -15,6 +15,7 @@ from acip_export.api import open_scores, plan_export
 from acip_export.api.cache_types import known_cache_losses, measured_cache_losses
 from acip_export.artifacts.cache_losses import cache_file
 from acip_export.errors import UnsupportedError
+from acip_export.io import kept_states
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import DoesNotFit, PlanRequest, Problem, resolve
 from acip_export.progress import Progress
@@ -103,6 +104,51 @@ def test_a_sweep_has_the_best_of_weights_and_cache_at_every_context(model: Path,
                 assert point["predicted_loss"] <= min(within, default=inf) + 1e-3
     smallest, largest = lines[2]["points"][0], lines[2]["points"][-1]
     assert smallest["cache_type_k"] != largest["cache_type_k"]
+
+
+def test_measuring_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kept_states, "_AT_MOST_LOST", 0.0)
+    monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
+    model = make_model(tmp_path / "m", hidden_size=128, head_dim=32, num_attention_heads=4)
+    text = calibration_text(tmp_path / "text.txt")
+    acip_export.rank(model, text, out=model / "m.acip", algorithm="magnitude", context=128)
+    checkpoint = Checkpoint.open(model)
+    scores = open_scores(checkpoint, None)
+    space = resolve(PlanRequest("gguf", 10**7, types=TYPES), checkpoint).space
+    steps: list[int] = []
+
+    def measure(types: tuple[str, ...], stop: int | None = None) -> object:
+        steps.clear()
+
+        def advance(step: Progress) -> None:
+            if step.stage == "KV cache types":
+                steps.append(step.done)
+                if step.done == stop:
+                    raise KeyboardInterrupt
+
+        return measured_cache_losses(checkpoint, scores, space, types, advance)
+
+    asked = ("f16", "q8_0", "q4_0")
+    whole, count = measure(asked), len(steps)
+    assert count >= 8
+    cache = cache_file(model / "m.acip", "gguf")
+    cache.unlink()
+    left = cache.with_name(f"{cache.name}.run")
+    for stop in (3, count - 1):  # among the types of the first window, and behind it
+        with pytest.raises(KeyboardInterrupt):
+            measure(asked, stop)
+        assert left.exists() and not cache.exists()
+    assert "going on behind type 3" in caplog.text
+    unfinished = left.read_bytes()
+    assert measure(asked) == whole and steps == [count]
+    assert not left.exists()
+    # Of other types it says nothing.
+    cache.unlink()
+    left.write_bytes(unfinished)
+    measure(("f16", "q8_0"))
+    assert len(steps) == count // 2
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:

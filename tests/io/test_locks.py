@@ -120,22 +120,22 @@ def test_an_interruption_while_it_is_taken_leaves_nothing(tmp_path: Path, monkey
 
 def leave(place: Path) -> list[Path]:
     """What processes that were killed leave beside a place."""
-    left = [place.parent / f".{place.name}.{digit * 8}{suffix}" for digit, suffix in zip("0aff", _LEFT, strict=True)]
-    for directory in left[:3]:
+    left = [place.parent / f".{place.name}.{digit * 8}{suffix}" for digit, suffix in zip("0af", _LEFT, strict=True)]
+    for directory in left[:2]:
         directory.mkdir()
         (directory / "part").write_text("made")
-    left[3].write_text("half a file")
+    left[2].write_text("half a file")
     return left
 
 
-_LEFT = (".tmp", ".work", ".old", ".tmp")
+_LEFT = (".tmp", ".old", ".tmp")
 
 
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     place = tmp_path / "export"
     place.mkdir()
     leave(place)
-    others = [tmp_path / name for name in (".export.notes.tmp", ".export2.00000000.tmp", "export.00000000.work")]
+    others = [tmp_path / name for name in (".export.notes.tmp", ".export2.00000000.tmp", "export.00000000.tmp")]
     for other in others:
         other.mkdir()
     with claim_output(place, EXPORT_KIND).new_directory() as directory:
@@ -145,7 +145,7 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
 
 def test_what_a_process_killed_between_two_renames_has_moved_is_back(tmp_path: Path) -> None:
     place = tmp_path / "export"
-    moved = leave(place)[2]
+    moved = leave(place)[1]
     output = claim_output(place, EXPORT_KIND)
     with pytest.raises(UsageError, match=r"holds .*/export/part"), output.held():
         pytest.fail("it is replaced")

@@ -18,6 +18,8 @@ from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.formats.registry import export_format
 from acip_export.io.scratch import Scratch
+from acip_export.kept_roundings import KeptRoundings
+from acip_export.materialization import feedback
 from acip_export.model.checkpoint import Checkpoint
 from tests.encoders import make_encoder
 from tests.materialization.moments import scores_with_moments
@@ -109,7 +111,9 @@ def test_encoders(target: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "direct") == contents(through_a_bundle(model, scores, plan, tmp_path))
 
 
-def test_every_tensor_and_what_is_known_of_its_inputs(made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path) -> None:
+def test_every_tensor_and_what_is_known_of_its_inputs(
+    made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With what is made kept, and made again each time."""
     model, scores = made[True]
     plan = replace(make_plan(model, "gguf", "factored", mixed(("q4_0", "q8_0"))), rounding="feedback")
@@ -117,10 +121,21 @@ def test_every_tensor_and_what_is_known_of_its_inputs(made: dict[bool, tuple[Pat
     bundle = Bundle.open(pipeline.materialize_bundle(checkpoint, scores, plan, tmp_path / "b"))
     kept = planned_model(checkpoint, scores, plan, Scratch(tmp_path))
     again = planned_model(checkpoint, scores, plan, None)
+    # Beside an export they outlive its process.
+    (tmp_path / "kept").mkdir()
+    outliving = planned_model(checkpoint, scores, plan, None, kept=KeptRoundings(tmp_path / "kept"))
+    for name in outliving.shapes:
+        outliving.inputs(name), outliving.read(name)
+    later = planned_model(checkpoint, scores, plan, None, kept=KeptRoundings(tmp_path / "kept"))
+    monkeypatch.setattr(feedback, "feedback_factor", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(later.numbers, "_pair", lambda *_: pytest.fail("fitted again"))
+    for name in later.shapes:
+        later.inputs(name), later.read(name)
+    monkeypatch.undo()
     assert kept.shapes == again.shapes == dict(bundle.shapes)
     for name in bundle.shapes:
         expected, known = bundle.read(name), bundle.inputs(name)
-        for model_ in (kept, again):
+        for model_ in (kept, again, later):
             found, inputs = model_.read(name), model_.inputs(name)
             assert found.dtype == expected.dtype and torch.equal(found, expected)
             assert model_.has_importance(name) == bundle.has_importance(name) == (inputs.importance is not None)

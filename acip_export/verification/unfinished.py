@@ -1,0 +1,103 @@
+"""What a verification that takes long keeps beside the export, so that it goes on where its process was killed.
+
+Passes through models are kept between two blocks, comparisons with a runtime between two windows, and what a process
+took as a whole. The files say what they follow from, and what follows from something else is not read. All of them are
+gone when the export is verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from acip_export.errors import InputError
+from acip_export.formats.session import Tokens
+from acip_export.io.atomic import keep, remove_directory
+from acip_export.io.inputs import builtins, read_json
+from acip_export.io.kept_states import KeptStates
+from acip_export.verification.process import ProcessFigures
+
+logger = logging.getLogger(__name__)
+
+# What took fewer seconds is measured again.
+_WORTH_KEEPING = 2.0
+
+
+@dataclass(frozen=True)
+class _KeptFigures:
+    """Of a process. ``origin``: all that they follow from."""
+
+    origin: str
+    figures: ProcessFigures
+
+
+class Unfinished:
+    """Keeps things in files of a directory, which is made for the first of them.
+
+    Args:
+        made_by: what all of them follow from; each says what it follows from beside that.
+    """
+
+    def __init__(self, directory: Path, made_by: str) -> None:
+        self._directory, self._made_by = directory, made_by
+
+    def states(self, name: str, origin: str, behind: str) -> KeptStates:
+        """Return what is kept of a pass, or of a comparison, to be read and filled; ``behind``: what it counts."""
+        kept = KeptStates(self._directory / f"{name}.safetensors", f"{self._made_by}\n{origin}")
+        if kept.blocks:
+            logger.warning("%s: going on behind %s %d, from what an earlier run has kept", name, behind, kept.blocks)
+        return kept
+
+    def process(self, name: str, origin: str, measure: Callable[[], ProcessFigures]) -> ProcessFigures:
+        """Return what a process took, measured unless an earlier run has."""
+        file = self._directory / f"{name}.json"
+        follows = hashlib.sha256(f"{self._made_by}\n{origin}".encode()).hexdigest()
+        if file.is_file():
+            try:
+                kept = read_json(file, _KeptFigures, InputError)
+            except InputError as reason:  # a power cut may leave a file without its content
+                logger.warning("%s; it is measured again", reason)
+            else:
+                if kept.origin == follows:
+                    return kept.figures
+        begin = time.monotonic()
+        figures = measure()
+        if time.monotonic() - begin >= _WORTH_KEEPING:
+            keep(file, json.dumps(builtins(_KeptFigures(follows, figures))).encode(), "it is measured")
+        return figures
+
+
+@contextmanager
+def unfinished(export: Path, made_by: str) -> Iterator[Unfinished]:
+    """Yield what an earlier verification of ``export`` has left, or nothing yet.
+
+    It is gone when the block ends, unless that is interrupted.
+    """
+    place = export.resolve()
+    directory = place.parent / f".{place.name}.verification"
+    try:
+        yield Unfinished(directory, made_by)
+    except Exception:
+        remove_directory(directory)
+        raise
+    except BaseException:  # an interruption
+        if directory.exists():
+            logger.warning("how far the verification is stays in %s: the next one goes on", directory)
+        raise
+    remove_directory(directory)
+
+
+def digest_of(windows: Iterable[Tokens]) -> str:
+    """Return what tells windows of tokens apart."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(np.asarray(window, np.int64).tobytes() + b"|")
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""A verification that was killed or interrupted goes on to the same figures, and computes only what is missing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from acip_export import api as pipeline
+from acip_export.artifacts.report import Report
+from acip_export.io import kept_states
+from acip_export.progress import Progress
+from acip_export.verification import decoders
+from acip_export.verification import unfinished as keeping
+from acip_export.verification.reference import Reference
+from tests.support import CORPUS
+from tests.verification.conftest import Made, MakeExport
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(CORPUS) * 6, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(params=["gguf", "onnx"])
+def made(request: pytest.FixtureRequest, exported: MakeExport, tmp_path: Path) -> Made:
+    """A copy, beside which nothing lies."""
+    made: Made = exported(request.param)
+    return replace(made, export=Path(shutil.copytree(made.export, tmp_path / "place" / "export")))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All is kept at once; what takes long is noted."""
+    monkeypatch.setattr(kept_states, "_AT_MOST_LOST", 0.0)
+    monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(keeping, "_WORTH_KEEPING", 0.0)
+    seen: list[str] = []
+    read, measure, logits = Reference._read_block, decoders.measure_process, decoders.logits_of_process
+
+    def read_block(reference: Reference, block: str) -> object:
+        seen.append("block")
+        return read(reference, block)
+
+    def measure_process(*arguments: object) -> object:
+        seen.append("process")
+        return measure(*arguments)  # type: ignore[arg-type]
+
+    def logits_of(module: str, name: str, export: Path, windows: NDArray[np.int64], timeout: float) -> object:
+        seen.extend(["window"] * len(windows))
+        return logits(module, name, export, windows, timeout)
+
+    monkeypatch.setattr(Reference, "_read_block", read_block)
+    monkeypatch.setattr(decoders, "measure_process", measure_process)
+    monkeypatch.setattr(decoders, "logits_of_process", logits_of)
+    return seen
+
+
+def stop_at(wanted: str, after: int) -> Callable[[Progress], None]:
+    """Interrupt so many reports behind the first that has ``wanted`` in its item."""
+    left = after
+
+    def callback(progress: Progress) -> None:
+        nonlocal left
+        if wanted in progress.item:
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+
+    return callback
+
+
+def measured(report: Report) -> Report:
+    """What does not depend on the machine's mood."""
+    return replace(
+        report, runtimes=tuple(replace(each, load_seconds=0.0, memory=None, speed=None) for each in report.runtimes)
+    )
+
+
+def test_it_goes_on_where_it_was(made: Made, text: Path, counted: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    def verify(progress: Callable[[Progress], None] = lambda _: None) -> Report:
+        counted.clear()
+        return pipeline.verify_directory(made.export, str(made.model), None, made.bundle, text, progress=progress)
+
+    def stopped(wanted: str, after: int) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            verify(stop_at(wanted, after))
+        assert [file.name for file in directory.parent.iterdir() if file != made.export] == [directory.name]
+
+    directory = made.export.parent / ".export.verification"
+    whole = verify()
+    assert list(directory.parent.iterdir()) == [made.export]
+    runtimes, windows = len(whole.runtimes), counted.count("window")
+    assert counted.count("process") == runtimes
+    # Behind the bundle's first block, in the dense model's, in the middle of the windows.
+    stopped("bundle", 1)
+    assert "stays in" in caplog.text
+    stopped("dense model", 1)
+    assert "bundle: going on behind block 1" in caplog.text and counted.count("process") == 0
+    stopped("logits", 4)
+    assert "dense model: going on behind block 1" in caplog.text
+    seen: list[Progress] = []
+    report = verify(seen.append)
+    assert measured(report) == measured(whole)
+    assert counted.count("process") == 0
+    # Blocks that tell how blocks return their states are read in any case.
+    assert counted.count("window") == windows - 3
+    assert "going on behind window 3" in caplog.text
+    done = [each.done for each in seen if each.stage == "verify"]
+    assert done == sorted(done) and done[-1] == seen[-1].total
+    assert list(directory.parent.iterdir()) == [made.export]
+
+
+def test_what_is_damaged_or_of_another_export_is_not_used(made: Made, text: Path, counted: list[str]) -> None:
+    def verify(progress: Callable[[Progress], None] = lambda _: None, text: Path = text) -> Report:
+        counted.clear()
+        return pipeline.verify_directory(made.export, str(made.model), None, made.bundle, text, progress=progress)
+
+    whole = verify()
+    all_of_it = sorted(counted)
+    with pytest.raises(KeyboardInterrupt):
+        verify(stop_at("logits", 3))
+    directory = made.export.parent / ".export.verification"
+    left = {file: file.read_bytes() for file in directory.iterdir()}
+    assert len(left) == 3 + len(whole.runtimes)
+
+    def put_back(damage: Callable[[bytes], bytes] = lambda data: data) -> None:
+        directory.mkdir(exist_ok=True)
+        for file, content in left.items():
+            file.write_bytes(damage(content))
+
+    for damage in (lambda data: data[:-7], lambda _: b"", lambda data: data[:-3] + b"\0" + data[-2:]):
+        put_back(damage)
+        assert measured(verify()) == measured(whole)
+        assert sorted(counted) == all_of_it
+    # Another text: of the processes alone the same is to be measured, from the same prompt.
+    put_back()
+    other = text.with_name("other.txt")
+    other.write_text(text.read_text(encoding="utf-8") + "And more of it. " * 40, encoding="utf-8")
+    found = verify(text=other)
+    again = sorted(counted)
+    assert again.count("window") == all_of_it.count("window") + found.text.windows - whole.text.windows  # type: ignore[union-attr]
+    assert not directory.exists()
+    # An error is no interruption.
+    put_back()
+    with pytest.raises(ZeroDivisionError):
+        verify(lambda progress: 1 // 0 if "dense" in progress.item else None)  # type: ignore[arg-type,return-value]
+    assert not directory.exists()
