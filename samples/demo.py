@@ -76,7 +76,6 @@ def export_all(checkpoint: Checkpoint, scores: ScoreFile) -> list[Report]:
                     WORK / f"{fmt}-{layout}-{budget}",
                     force=True,
                     text=text,
-                    types=types,  # what its page plans other sizes with
                     progress=bars,
                 )
             assert report is not None

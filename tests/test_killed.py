@@ -43,6 +43,7 @@ from acip_export.measurement import classes, plans
 from acip_export.ranking import stage
 from acip_export import api
 import acip_export.cli.main
+stage.rank_model.__kwdefaults__["store_seconds"] = 0.0
 kept_states._AT_MOST_LOST = kept_states._TIMES_WRITING = cache._AT_MOST_LOST = unfinished._WORTH_KEEPING = 0.0
 print("ready", flush=True)
 for line in sys.stdin:
@@ -188,7 +189,7 @@ def test_a_learned_ranking(server: Server, model: Path, text: Path, tmp_path: Pa
         "adapter_rank=4",
     )
     command = ("rank", model, "--data", text, "--algorithm", "acip", "--context", 32, "-o", "tiny.acip")
-    command = (*command, "--no-measure-rounding", "--store-every", 1)
+    command = (*command, "--no-measure-rounding")
     command = (*command, *(word for setting in settings for word in ("--set", setting)))
 
     def arguments(place: Path) -> Sequence[object]:

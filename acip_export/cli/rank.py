@@ -16,7 +16,7 @@ from acip_export.cli.options import MACHINE, METHOD, OUTPUT, TEXT, Cache, Debug,
 from acip_export.cli.tables.ranking import show_ranking
 from acip_export.errors import UsageError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.progress import Course
+from acip_export.progress import Course, ProgressCallback
 from acip_export.ranking.algorithms import algorithms, find_algorithm, learned_algorithms
 from acip_export.ranking.config import Basis, Objective, Precision
 from acip_export.units import format_seconds, parse_bytes, parse_seconds
@@ -197,7 +197,7 @@ def rank(
     expect: Callable[[Fitted], None] = _silently
     try:
         with ExitStack() as stack:
-            callbacks = []
+            callbacks: list[ProgressCallback] = []
             if is_main:
                 stack.enter_context(claim_output(place, SCORES_KIND, force, (data,), checkpoint.path).held())
                 course = _course(named.learns, data == "self", measure_rounding)
