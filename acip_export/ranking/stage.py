@@ -258,8 +258,8 @@ def _score_file(
         algorithm={
             "name": algorithm.name,
             "basis": algorithm.basis,
-            **ranking.settings,
             **asdict(context.calibration),
+            **ranking.settings,  # last: ``batch`` is that of its steps
             "context": data.training.shape[1],
         },
         data=RankedOn(

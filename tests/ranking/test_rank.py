@@ -48,6 +48,7 @@ def test_score_file_is_complete(ranked: ScoreFile, model: Path, text: Path) -> N
     checkpoint = Checkpoint.open(model)
     ranked.check_model(checkpoint)
     assert ranked.algorithm["name"] == "acip" and ranked.basis == "kfac" and ranked.algorithm["seed"] == 0
+    assert ranked.algorithm["batch"] == QUICK.batch != CALIBRATION.batch
     assert ranked.data.source == str(text) and ranked.data.tokens > 4096
     assert [point.ratio for point in ranked.curve] == [1.0, 0.9, 0.8, 0.6, 0.4, 0.2]
     assert list(ranked.embedding_sensitivity) == ["model.embed_tokens.weight"]
