@@ -24,6 +24,8 @@ _TRAINING_FREE = "fisher"
 # Fewer steps than these learn nothing that is worth their time (docs/LOG.md: 100 and 150 do). Before there are fewer
 # than enough, they read fewer windows.
 _LEAST_STEPS, _ENOUGH_STEPS = 100, 300
+# Share of the masks where there are fewer steps than wanted: adapters gain more by step.
+_MASKS_OF_FEW = 0.25
 _SHARES = (1.0, 0.75, 0.5, 0.25)
 _LEAST_TOKENS = 1024
 
@@ -218,9 +220,9 @@ def _steps_of(acip: AcipConfig) -> int:
 
 
 def _with_steps(acip: AcipConfig, steps: int) -> AcipConfig:
-    """Share ``steps`` between masks and adapters as before; the learning rate carries masks as far in fewer steps."""
+    """Share ``steps`` between masks and adapters; the learning rate carries masks as far in fewer steps."""
     masks = mask_steps_of(acip)
-    fewer = max(1, steps * masks // (masks + acip.post_tune))
+    fewer = max(1, min(steps * masks // (masks + acip.post_tune), int(steps * _MASKS_OF_FEW)))
     return replace(acip, post_tune=steps - fewer, learning_rate=acip.learning_rate * masks / fewer)
 
 
