@@ -45,6 +45,12 @@ def export(verified: Path, tmp_path: Path) -> Path:
     return shutil.copytree(verified, tmp_path / "export")
 
 
+@pytest.fixture(autouse=True)
+def sentences_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever width the terminal has that the tests run in."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub, known to its client in this process; with a token that may write, and without chunk storage."""

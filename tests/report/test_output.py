@@ -117,7 +117,7 @@ def test_measured_table_without_javascript(exports: Exports, page: Path) -> None
 def test_texts_are_known_by_their_names(exports: Exports, tmp_path: Path) -> None:
     """Where they lie on this machine is nobody's business, today's figures or those of an earlier page."""
     whole = reporting.ranking_facts(exports.scores, exports.checkpoint)
-    ranked_on = RankedOn("/home/somebody/private/text.txt", "0", tokens=1, evaluation="/home/somebody/other.txt")
+    ranked_on = RankedOn("/srv/somebody/private/text.txt", "0", tokens=1, evaluation="/srv/somebody/other.txt")
     ranking = dataclasses.replace(whole, data=ranked_on)
     own = read_export(exports.directories[0])
     before = dataclasses.replace(build_page(own, ranking=whole).data(), ranking=ranking)
