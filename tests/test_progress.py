@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from acip_export.cli import output
+from acip_export.cli.plan_options import PlanFlags
 from acip_export.progress import Clock, Course, Journey, Progress
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,18 @@ def test_an_estimate_replaces_what_was_expected() -> None:
     journey(Progress("statistics", 5, 5))
     assert journey.share == pytest.approx(0.9)
     assert journey.seconds_left == pytest.approx(10)
+
+
+def test_a_first_plan_is_not_done_when_its_first_stage_is() -> None:
+    watch = Watch()
+    journey = Journey(PlanFlags(candidates=5, cache_type="auto").course, watch)
+    for number, stage in enumerate(("measure rounding", "calibrate", "KV cache types", "compare plans")):
+        watch.now = 10.0 * (number + 1)
+        journey(Progress(stage, 7, 7))
+        assert journey.share == pytest.approx((0.2, 0.6, 0.8, 1.0)[number])
+    later = Journey(PlanFlags().course, watch)  # what is known already is not measured again
+    later(Progress("calibrate", 1, 2))
+    assert later.share == pytest.approx(0.5)
 
 
 def test_a_journey_adds_stages_up() -> None:

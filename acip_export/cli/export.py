@@ -123,7 +123,7 @@ def export(
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
     known: pipeline.Known = {}
-    with console.stage_progress() as progress:
+    with console.stage_progress(flags.course) as progress:
         plans = [pipeline.plan_export(checkpoint, opened, job.request, progress, known) for job in jobs]
     for job, plan in zip(jobs, plans, strict=True):
         for companion in job.companions:

@@ -57,7 +57,7 @@ def plan(
     if out is not None:
         claim_output(out, PLAN_KIND, force, flags.inputs, flags.model)
     checkpoint = Checkpoint.open(flags.model)
-    with console.stage_progress() as progress:
+    with console.stage_progress(flags.course) as progress:
         made = pipeline.plan_export(checkpoint, pipeline.open_scores(checkpoint, flags.scores), request, progress)
     if out is not None:
         save_plan(made, out, force)
@@ -81,7 +81,7 @@ def _sweep(flags: PlanFlags, out: Path | None, json: bool, force: bool) -> None:
         sweep_plot.require_matplotlib()
     checkpoint = Checkpoint.open(flags.model)
     scores = pipeline.open_scores(checkpoint, flags.scores)
-    with console.stage_progress() as progress:
+    with console.stage_progress(flags.course) as progress:
         lines = pipeline.sweep_sizes(checkpoint, scores, requests, progress)
     document = pipeline.sweep_document(checkpoint, scores, requests, lines)
     if drawing is not None:

@@ -19,6 +19,7 @@ from acip_export.errors import UsageError
 from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats, format_names
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import Course
 from acip_export.rounding import Rounding
 from acip_export.units import format_bytes, parse_budgets, parse_context, parse_seconds
 
@@ -208,6 +209,18 @@ class PlanFlags:
     def asks(self) -> bool:
         """Whether anything was asked for at all."""
         return bool(self.budget) or (self.device or self.format_) is not None
+
+    @property
+    def course(self) -> Course:
+        """What a first plan measures of a model, and roughly what each takes; later ones find it beside the scores."""
+        shares = {"measure rounding": 1.0}
+        if self.calibrate:
+            shares["calibrate"] = 2.0
+        if "auto" in (self.cache_type, self.cache_type_k, self.cache_type_v):
+            shares["KV cache types"] = 1.0
+        if self.candidates > 1:
+            shares["compare plans"] = 0.2 * self.candidates
+        return Course(shares)
 
     def request(self) -> PlanRequest:
         """The flags as one request, completed from the device.
