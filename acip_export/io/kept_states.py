@@ -10,11 +10,13 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acip_export.errors import InputError, OutputError
 from acip_export.io.atomic import new_file, read_safetensors_header, remove_leftovers
+from acip_export.io.interruptions import kept_if_interrupted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,16 +94,8 @@ def kept_states(file: Path, origin: str, step: str = "block") -> Iterator[KeptSt
     kept = KeptStates(file, origin)
     if kept.blocks:
         logger.warning("going on behind %s %d, from what an earlier run has kept", step, kept.blocks)
-    try:
+    with kept_if_interrupted(file, partial(_remove, file), "how far it is stays in %s: the same command goes on"):
         yield kept
-    except Exception:
-        _remove(file)
-        raise
-    except BaseException:  # an interruption
-        if file.exists():
-            logger.warning("how far it is stays in %s: the same command goes on", file)
-        raise
-    _remove(file)
 
 
 def _remove(file: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from acip_export.errors import InputError
 from acip_export.formats.session import Tokens
 from acip_export.io.atomic import keep, remove_directory
 from acip_export.io.inputs import builtins, read_json
+from acip_export.io.interruptions import kept_if_interrupted
 from acip_export.io.kept_states import KeptStates
 from acip_export.verification.process import ProcessFigures
 
@@ -83,16 +85,9 @@ def unfinished(export: Path, made_by: str) -> Iterator[Unfinished]:
     """
     place = export.resolve()
     directory = place.parent / f".{place.name}.verification"
-    try:
+    stays = "how far the verification is stays in %s: the next one goes on"
+    with kept_if_interrupted(directory, partial(remove_directory, directory), stays):
         yield Unfinished(directory, made_by)
-    except Exception:
-        remove_directory(directory)
-        raise
-    except BaseException:  # an interruption
-        if directory.exists():
-            logger.warning("how far the verification is stays in %s: the next one goes on", directory)
-        raise
-    remove_directory(directory)
 
 
 def digest_of(windows: Iterable[Tokens]) -> str:
