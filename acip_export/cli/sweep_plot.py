@@ -24,6 +24,8 @@ _PERPLEXITY_SPAN = 4.0
 
 # Left, bottom, right and top of a name, in points.
 Box = tuple[float, float, float, float]
+# Where a plan lies in the drawing.
+PlaceOf = Callable[[SweepPoint], tuple[float, float]]
 
 
 def require_matplotlib() -> Any:
@@ -58,6 +60,10 @@ def draw(lines: Sequence[SweepLine], title: str, scope: str, unit: str, file: Pa
 
     largest = max(point.used_bytes for line in lines for point in (*line.points, *line.presets.values()))
     scale, name = next((s, n) for s, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if largest >= s)
+
+    def place_of(point: SweepPoint) -> tuple[float, float]:
+        return point.used_bytes / scale, height(point)
+
     with plt.rc_context({"font.size": 10, "svg.hashsalt": "acip-export", "axes.edgecolor": "#495057"}):
         timed = any(point.speed is not None for line in lines for point in line.points)
         figure, panels = plt.subplots(
@@ -74,17 +80,16 @@ def draw(lines: Sequence[SweepLine], title: str, scope: str, unit: str, file: Pa
         if perplexities:
             axis.set_yscale("log")
         for number, line in enumerate(lines):
-            x, y = [p.used_bytes / scale for p in line.points], [height(p) for p in line.points]
-            axis.plot(x, y, label=line.label, **_look(number))
+            axis.plot(*zip(*map(place_of, line.points), strict=True), label=line.label, **_look(number))
         heights = [height(point) for line in lines for point in line.points]
         best = min(heights)
         if perplexities:
             axis.set_ylim(best * 0.97, min(max(heights), best * _PERPLEXITY_SPAN) * 1.03)
         taken: list[Box] = []
         for number, line in enumerate(lines):
-            _draw_caches(axis, line, scale, height, _COLOURS[number % len(_COLOURS)], taken)
+            _draw_caches(axis, line, place_of, _COLOURS[number % len(_COLOURS)], taken)
         for number, line in enumerate(lines):
-            _draw_presets(axis, line, scale, height, _COLOURS[number % len(_COLOURS)], taken)
+            _draw_presets(axis, line, place_of, _COLOURS[number % len(_COLOURS)], taken)
         if timed:
             _draw_speeds(lowest, lines, scale)
         for ticks, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
@@ -129,39 +134,25 @@ def _draw_speeds(axis: Any, lines: Sequence[SweepLine], scale: float) -> None:
     axis.set_ylabel("answer, tokens/s")
 
 
-def _draw_presets(
-    axis: Any,
-    line: SweepLine,
-    scale: float,
-    height: Callable[[SweepPoint], float],
-    colour: str,
-    taken: list[Box],
-) -> None:
+def _draw_presets(axis: Any, line: SweepLine, place_of: PlaceOf, colour: str, taken: list[Box]) -> None:
     """Rings with names; a name that would lie on another one goes to another side of its ring, or is left out."""
     low, high = axis.get_ylim()
     for name, point in sorted(line.presets.items(), key=lambda item: item[1].used_bytes):
-        place = (point.used_bytes / scale, height(point))
+        place = place_of(point)
         if not low <= place[1] <= high:
             continue
         axis.plot(*place, marker="o", markersize=4.5, color="white", markeredgecolor=colour, zorder=4)
         _annotate(axis, name, place, colour, taken)
 
 
-def _draw_caches(
-    axis: Any,
-    line: SweepLine,
-    scale: float,
-    height: Callable[[SweepPoint], float],
-    colour: str,
-    taken: list[Box],
-) -> None:
+def _draw_caches(axis: Any, line: SweepLine, place_of: PlaceOf, colour: str, taken: list[Box]) -> None:
     """Where plans choose the types of the KV cache: each from its smallest size on, named keys before values."""
     caches = [(point.cache_type_k, point.cache_type_v) for point in line.points]
     if len(set(caches)) == 1:
         return
     for before, (keys, values), point in zip([None, *caches], caches, line.points, strict=False):
         if (keys, values) != before:
-            place = (point.used_bytes / scale, height(point))
+            place = place_of(point)
             axis.plot(*place, marker="|", markersize=9, color=colour, zorder=4)
             _annotate(axis, keys if keys == values else f"{keys}/{values}", place, colour, taken)
 
