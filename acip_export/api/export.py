@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PLANS_AGAIN = 2
+# Two processes with the same export differ by as much as the larger of a megabyte and a two hundredth of the budget; on
+# a busy machine by more.
+_PROCESSES_DIFFER_BYTES, _PROCESSES_DIFFER_SHARE = 1_000_000, 200
 # Where an export waits that is to replace a verified one.
 _UNVERIFIED = "-unverified"
 
@@ -242,8 +245,8 @@ def export_model(
                 return _settled(report, waiting, output, checkpoint, scores, planned)
         except verification.OverBudget as over:
             assert plan_again is not None
-            # Two processes with the same export differ by as much as a two hundredth, on a busy machine by more.
-            budgets.append(budgets[-1] - over.nbytes - len(budgets) * plan.budget_bytes // 200)
+            apart = max(_PROCESSES_DIFFER_BYTES, plan.budget_bytes // _PROCESSES_DIFFER_SHARE)
+            budgets.append(budgets[-1] - over.nbytes - len(budgets) * apart)
             logger.warning(
                 "%s took %s bytes more than the budget of %s: planned again, for %s",
                 over.runtime,
