@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -58,6 +60,18 @@ class RoundedWeights:
         return self._made
 
 
+@dataclass(frozen=True)
+class RoundedRows:
+    """A matrix of a plan that is made some rows at a time.
+
+    Attributes:
+        made_as: equal for equal numbers. read: makes rows, float32.
+    """
+
+    made_as: Hashable
+    read: Callable[[Tensor | slice], Tensor]
+
+
 class RoundedPlan:
     """A plan's weights as its runtime has them: rounded, pairs multiplied out, float32.
 
@@ -92,6 +106,13 @@ class RoundedPlan:
             found[name] = kept[key]
         return found
 
+    def rows(self, name: str) -> RoundedRows | None:
+        """Return a matrix that is too large to be made whole, if it differs from the dense model's."""
+        decision = self._decisions.get(name)
+        if decision is None or (self._exact(decision) and not any(self._numbers.scaled_sides(name))):
+            return None
+        return RoundedRows((decision, self.plan.adapters), partial(self._tensor, decision))
+
     def input_blocks(self, names: Sequence[str]) -> Mapping[str, int]:
         """Return the blocks in which what the named matrices are multiplied with is rounded; of pairs, ``down``'s."""
         found = {}
@@ -105,12 +126,14 @@ class RoundedPlan:
     def _exact(self, decision: TensorDecision) -> bool:
         return decision.rank is None and weight_type(self.plan.format, decision.type or "").is_float
 
-    def _tensor(self, decision: TensorDecision) -> Tensor:
+    def _tensor(self, decision: TensorDecision, rows: Tensor | slice | None = None) -> Tensor:
+        """Make a tensor, or some rows of it; a pair's are cut out of the whole."""
         shared = self._shared
         stored = self._numbers.make(decision)
         numbers = stored.numbers
+        of_whole = None if decision.rank is not None else rows
         for name, form in stored_formats(decision).items():
-            numbers[name] = numbers[name].float()
+            numbers[name] = (numbers[name] if of_whole is None else numbers[name][of_whole]).float()
             if numbers[name].ndim == 2:
                 key = self._numbers.matrices.get(name)
                 inputs = InputMoments(
@@ -123,4 +146,5 @@ class RoundedPlan:
             return numbers[decision.name]
         pair = numbers[f"{decision.module}.up.weight"] @ numbers[f"{decision.module}.down.weight"]
         base = numbers.get(decision.name)
-        return pair if base is None else pair + base
+        whole = pair if base is None else pair + base
+        return whole if rows is None else whole[rows]

@@ -1,28 +1,27 @@
 """Run one text through several variants of a model at once, block by block.
 
 A variant differs from the dense model in some tensors, and in how its products round what they read. The weights of
-one block are made when its turn has come and let go after it: beside the dense model, memory holds the changed tensors
-of one block of one variant, and the hidden states of all variants.
+one block are read or made when its turn has come and let go after it: memory holds one block, the changed tensors of
+one variant, a slice of the head, and the hidden states of all variants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
-from acip_export.errors import UnsupportedError
 from acip_export.io.kept_states import KeptStates
+from acip_export.io.prefetch import one_ahead
+from acip_export.materialization.rounded import RoundedRows
+from acip_export.model.block_model import Arguments, BlockModel, Rows, StoredCheckpoint, rows_kept
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.tensor_names import block_of
 
 # Numbers of log-probabilities at a time.
 _AT_ONCE = 2**23
@@ -35,6 +34,10 @@ class Variant(Protocol):
 
     def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Return the changed tensors among those named, float32; all others stay dense."""
+        ...
+
+    def rows(self, name: str) -> RoundedRows | None:
+        """Return a large matrix, an embedding or a head; ``None``: it stays dense."""
         ...
 
     def input_blocks(self, names: Sequence[str]) -> Mapping[str, int]:
@@ -59,51 +62,35 @@ class MeasuredDivergence:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a variant says of some tensors."""
+    """What a variant says of some tensors.
 
-    tensors: Mapping[str, Tensor]
+    Attributes:
+        head: its changed head, if these are the tensors outside of blocks.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     input_blocks: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, variant: Variant, names: Sequence[str]) -> Changes:
-        """Ask a variant."""
-        return cls(variant.tensors(names), variant.input_blocks(names))
+    head: RoundedRows | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.tensors) or bool(self.input_blocks)
-
-
-class _Stop(Exception):  # noqa: N818 - no error
-    """All that is wanted of a pass is known."""
+        return bool(self.tensors) or bool(self.input_blocks) or self.head is not None
 
 
 class BlockPasses:
-    """A model's blocks, and what each is called with for one text.
+    """Texts that pass through a model and its variants.
 
     Args:
-        model: frozen, in evaluation mode. blocks: names of its blocks, in the order in which they compute.
-        windows: (n, tokens) int64.
+        windows: (n, tokens) int64; may be replaced by others.
 
     Attributes:
-        windows: may be replaced by others.
-        parameters: names of the parameters of each block, and of what is outside of all of them under ``""``.
+        model: computes; it has no weights of its own.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], windows: Tensor) -> None:
-        self.model, self.names, self.windows = model, list(blocks), windows
-        self.blocks = [model.get_submodule(name) for name in blocks]
-        self._returns_tuple: bool | None = None
-        inside = tuple(f"{name}." for name in blocks)
-        self.parameters: dict[str, list[str]] = {name: [] for name in (*blocks, "")}
-        for name, _ in model.named_parameters():
-            block = next((prefix[:-1] for prefix in inside if name.startswith(prefix)), "")
-            self.parameters[block].append(name)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        # A head that shares the embedding's weight goes by the embedding's name.
-        self._products: dict[str, list[nn.Module]] = {}
-        for module in model.modules():
-            if isinstance(module, nn.Linear | Conv1D):
-                self._products.setdefault(names[id(module.weight)], []).append(module)
+    def __init__(self, checkpoint: Checkpoint, windows: Tensor) -> None:
+        self.windows = windows
+        self.model = BlockModel(StoredCheckpoint(checkpoint), "be measured block by block")
+        large = {self.model.embedding, self.model.head}
+        self._small = [name for name in self.model.parameters[""] if name not in large]
 
     @torch.no_grad()
     def divergences(
@@ -117,81 +104,70 @@ class BlockPasses:
         Args:
             advance: called after each block of each variant, the dense model being one.
             kept: of the same variants and windows, read and filled: blocks that are behind are left out.
+
+        Raises:
+            UnsupportedError: the model's blocks are no chain.
         """
-        outside = [Changes.of(variant, self.parameters[""]) for variant in variants]
-        dense, arguments = self.enter({})
-        hidden = [self.enter(changes.tensors)[0] if changes.tensors else dense for changes in outside]
+        model = self.model
+        dense, arguments = self.enter()
+        outside = [self._outside(variant) for variant in variants]
+        hidden = [self._entered(dense, *pair) for pair in zip(variants, outside, strict=True)]
         behind = kept.blocks if kept is not None else 0
         if kept is not None and behind:
             states = kept.restored()
             # Those that are not there are as the dense model's still.
             dense = states[_DENSE]
             hidden = [states.get(str(index), dense) for index in range(len(hidden))]
-        for number, (name, block) in enumerate(zip(self.names, self.blocks, strict=True)):
-            if number < behind:
-                continue
+        for number, (name, weights) in enumerate(one_ahead(model.read_block, model.names[behind:]), behind):
             before = dense
-            dense = through(block, {}, before, arguments[number])
+            dense = self.through(number, weights, before, arguments)
             advance()
             for index, variant in enumerate(variants):
-                changes = Changes.of(variant, self.parameters[name])
+                names = model.parameters[name]
+                changes = Changes(variant.tensors(names), variant.input_blocks(names))
                 if not changes and hidden[index] is before:
                     hidden[index] = dense
                 else:
-                    own = {key.removeprefix(f"{name}."): value for key, value in changes.tensors.items()}
                     with self._rounding(changes.input_blocks):
-                        hidden[index] = through(block, own, hidden[index], arguments[number])
+                        hidden[index] = self.through(number, {**weights, **changes.tensors}, hidden[index], arguments)
                 advance()
             if kept is not None:
                 differing = {str(index): states for index, states in enumerate(hidden) if states is not dense}
                 kept.passed(number + 1, {_DENSE: dense, **differing})
         return self._compare(dense, hidden, outside)
 
-    def enter(self, changed: Mapping[str, Tensor]) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-        """Return what the first block reads, and the other arguments of every block."""
-        entered: list[Tensor] = []
-        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        first = self.blocks[0]
+    def enter(self, outside: Mapping[str, Tensor] | None = None) -> tuple[Tensor, list[Arguments]]:
+        """Return what the first block reads, and the other arguments of every block.
 
-        def given(*args: Any, **kwargs: Any) -> Any:
-            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if entered and hidden is not entered[-1]:
-                raise UnsupportedError("a model whose blocks are no chain cannot be measured block by block")
-            entered.append(hidden)
-            arguments.append((rest, kwargs))
-            if len(arguments) == len(self.blocks):
-                raise _Stop
-            if self._returns_tuple is None:
-                self._returns_tuple = not isinstance(type(first).forward(first, hidden, *rest, **kwargs), Tensor)
-            return self._returned(hidden)
+        Args:
+            outside: all that is in no block; ``None``: the dense model's.
+        """
+        return self.model.enter(self.windows, self.dense_outside() if outside is None else outside)
 
-        with self._instead([given] * len(self.blocks)), suppress(_Stop):
-            self._call(changed, self.windows)
-        return entered[0], arguments
+    def through(
+        self, number: int, weights: Mapping[str, Tensor], hidden: Tensor, arguments: Sequence[Arguments]
+    ) -> Tensor:
+        """Return what a block with these weights makes of ``hidden``."""
+        with self.model.filled(weights):
+            return self.model.run(number, hidden, arguments)
 
-    def leave(self, changes: Changes, hidden: Tensor, window: Tensor) -> Tensor:
-        """Return the logits (tokens, vocabulary) of one window that leaves the last block as ``hidden``."""
-        handed_on = [lambda *_args, **_kwargs: self._returned(hidden)] * len(self.blocks)
-        with self._instead(handed_on), self._rounding(changes.input_blocks):
-            logits: Tensor = self._call(changes.tensors, window[None]).logits[0]
-        return logits
+    def _outside(self, variant: Variant) -> Changes:
+        names = self.model.parameters[""]
+        return Changes(variant.tensors(self._small), variant.input_blocks(names), variant.rows(self.model.head))
 
-    def _returned(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._returns_tuple else hidden
+    def dense_outside(self) -> dict[str, Tensor]:
+        """Read what is in no block of the dense model, with as much of the embedding as the windows look up."""
+        return self.model.read_outside() | {self.model.embedding: self.model.looked_up(self.windows)}
 
-    def _call(self, changed: Mapping[str, Tensor], windows: Tensor) -> Any:
-        return functional_call(self.model, dict(changed), (), {"input_ids": windows, "use_cache": False})
-
-    @contextmanager
-    def _instead(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Let the blocks do something else."""
-        for block, forward in zip(self.blocks, forwards, strict=True):
-            block.forward = forward
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
+    def _entered(self, dense: Tensor, variant: Variant, changes: Changes) -> Tensor:
+        """Return what a variant's first block reads; ``dense`` is the dense model's."""
+        embedding = variant.rows(self.model.embedding)
+        if embedding is None and not changes.tensors:
+            return dense
+        outside = {**self.dense_outside(), **changes.tensors}
+        if embedding is not None:
+            outside[self.model.embedding] = self.model.looked_up(self.windows, embedding.read)
+        return self.enter(outside)[0]
 
     @contextmanager
     def _rounding(self, input_blocks: Mapping[str, int]) -> Iterator[None]:
@@ -199,7 +175,7 @@ class BlockPasses:
         handles = [
             module.register_forward_pre_hook(lambda _, args, block=block: (in_int8(args[0], block), *args[1:]))
             for name, block in input_blocks.items()
-            for module in self._products.get(name, ())
+            for module in self.model.products(name)
         ]
         try:
             yield
@@ -208,19 +184,49 @@ class BlockPasses:
                 handle.remove()
 
     def _compare(self, dense: Tensor, hidden: Sequence[Tensor], outside: Sequence[Changes]) -> list[MeasuredDivergence]:
-        found: list[list[Tensor]] = [[] for _ in hidden]
-        same = [0] * len(hidden)
-        for number, window in enumerate(self.windows):
-            expected = self.leave(Changes({}), dense[number : number + 1], window)
-            for index, (states, changes) in enumerate(zip(hidden, outside, strict=True)):
+        """Compare what leaves the last block, by heads: each is made once, and one at a time."""
+        of_head: dict[Hashable, list[int]] = {}
+        for index, changes in enumerate(outside):
+            of_head.setdefault(None if changes.head is None else changes.head.made_as, []).append(index)
+        found: dict[int, MeasuredDivergence] = {}
+        for indices in of_head.values():
+            group = [(hidden[index], outside[index]) for index in indices]
+            found |= zip(indices, self._compared(dense, group), strict=True)
+        return [found[index] for index in range(len(hidden))]
+
+    def _compared(self, dense: Tensor, group: Sequence[tuple[Tensor, Changes]]) -> list[MeasuredDivergence]:
+        """Compare variants that have the same head."""
+        kl: list[list[Tensor]] = [[] for _ in group]
+        same = [0] * len(group)
+        dense_rows, outside = self.model.stored.rows(self.model.head), self.model.read_outside()
+        changed = group[0][1].head
+        rows = dense_rows if changed is None else rows_kept(changed.read, self.model.head_shape, "a rounded head")
+        for window, part in pieces(self.windows, self.model.head_shape[0]):
+            ids = self.windows[window : window + 1, part]
+            expected = self._leave(dense[window : window + 1, part], ids, outside, dense_rows)
+            for index, (states, changes) in enumerate(group):
                 if states is dense and not changes:
-                    found[index].append(torch.zeros(len(expected)))
+                    kl[index].append(torch.zeros(len(expected)))
                     same[index] += len(expected)
                     continue
-                logits = self.leave(changes, states[number : number + 1], window)
-                found[index].append(_divergence(expected, logits))
+                with self._rounding(changes.input_blocks):
+                    left = states[window : window + 1, part]
+                    logits = self._leave(left, ids, {**outside, **changes.tensors}, rows)
+                kl[index].append(_divergence(expected, logits))
                 same[index] += int((expected.argmax(-1) == logits.argmax(-1)).sum())
-        return [_measured(torch.cat(each).double().numpy(), top) for each, top in zip(found, same, strict=True)]
+        return [_measured(torch.cat(each).double().numpy(), top) for each, top in zip(kl, same, strict=True)]
+
+    def _leave(self, hidden: Tensor, ids: Tensor, outside: Mapping[str, Tensor], rows: Rows) -> Tensor:
+        return self.model.leave(hidden, ids, outside, rows)[0]
+
+
+def pieces(windows: Tensor, vocabulary: int) -> Iterator[tuple[int, slice]]:
+    """Yield tokens of one window whose logits fit into memory."""
+    count, length = windows.shape
+    at_once = max(1, _AT_ONCE // vocabulary)
+    for window in range(count):
+        for start in range(0, length, at_once):
+            yield window, slice(start, min(start + at_once, length))
 
 
 def in_int8(rows: Tensor, block: int) -> Tensor:
@@ -233,28 +239,10 @@ def in_int8(rows: Tensor, block: int) -> Tensor:
     return rounded
 
 
-def blocks_of(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of a model's blocks, in the order in which they compute."""
-    return list(dict.fromkeys(block for name in checkpoint.linear_modules if (block := block_of(name)) is not None))
-
-
-def through(
-    block: nn.Module, changed: Mapping[str, Tensor], hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]
-) -> Tensor:
-    """Return what a block makes of ``hidden``, with some tensors changed, named as in the block."""
-    output = functional_call(block, dict(changed), (hidden, *arguments[0]), arguments[1])
-    left: Tensor = output if isinstance(output, Tensor) else output[0]
-    return left
-
-
 def _divergence(dense: Tensor, logits: Tensor) -> Tensor:
-    """KL divergence by token, (tokens,)."""
-    parts = []
-    for start in range(0, len(dense), step := max(1, _AT_ONCE // dense.shape[1])):
-        believed = dense[start : start + step].float().log_softmax(-1)
-        predicted = logits[start : start + step].float().log_softmax(-1)
-        parts.append((believed.exp() * (believed - predicted)).sum(-1))
-    return torch.cat(parts)
+    """Return the KL divergence by token, (tokens,)."""
+    believed, predicted = dense.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (believed.exp() * (believed - predicted)).sum(-1)
 
 
 def _measured(kl: np.ndarray, same: int) -> MeasuredDivergence:

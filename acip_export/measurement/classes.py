@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from acip_export.artifacts.measured_losses import MeasuredLoss
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.io.kept_states import KeptStates
 from acip_export.materialization.rounded import RoundedWeights
-from acip_export.measurement.block_passes import BlockPasses, blocks_of
+from acip_export.measurement.block_passes import BlockPasses
 from acip_export.measurement.passes import ClassPass
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Clock, ProgressCallback, silent
-from acip_export.ranking.load import load_model
 
 
 def measure_classes(
@@ -34,8 +32,8 @@ def measure_classes(
         plan: any plan of the format: classes are rounded as it rounds. exact: a type of the format that rounds nothing.
         kept: read and filled.
     """
-    model = load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True)
-    blocks = blocks_of(checkpoint)
+    through = BlockPasses(checkpoint, windows)
+    blocks = through.model.names
 
     def alone(measured: ClassPass) -> Plan:
         decisions = (
@@ -47,7 +45,7 @@ def measure_classes(
     behind = kept.blocks if kept is not None else 0
     clock = Clock("calibrate", len(blocks) * (1 + len(passes)), progress, done=behind * (1 + len(passes)))
     variants = [weights.of(alone(each), each.inputs) for each in passes]
-    divergences = BlockPasses(model, blocks, windows).divergences(variants, clock.advance, kept)
+    divergences = through.divergences(variants, clock.advance, kept)
     return [
         MeasuredLoss(each.predicted, max(0.0, found.kl), found.error)
         for each, found in zip(passes, divergences, strict=True)

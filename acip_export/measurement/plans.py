@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite
 
-import torch
 from torch import Tensor
 
 from acip_export.artifacts.plan import Plan
 from acip_export.errors import AcipError, UnsupportedError
 from acip_export.io.kept_states import KeptStates
 from acip_export.materialization.rounded import RoundedWeights
-from acip_export.measurement.block_passes import BlockPasses, MeasuredDivergence, blocks_of
+from acip_export.measurement.block_passes import BlockPasses, MeasuredDivergence
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Clock, ProgressCallback, silent
-from acip_export.ranking.load import load_model
 
 
 def measure_plans(
@@ -31,8 +29,8 @@ def measure_plans(
     Args:
         kept: read and filled.
     """
-    blocks = blocks_of(checkpoint)
-    passes = BlockPasses(load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True), blocks, windows)
+    passes = BlockPasses(checkpoint, windows)
+    blocks = passes.model.names
     behind = kept.blocks if kept is not None else 0
     clock = Clock("compare plans", len(blocks) * (1 + len(plans)), progress, done=behind * (1 + len(plans)))
     variants = [weights.of(plan) for plan in plans]

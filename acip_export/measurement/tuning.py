@@ -5,15 +5,15 @@ that on the calibration text the export predicts what the dense model predicts: 
 files keep their bytes.
 
 A step goes forward block by block and keeps what each block reads, then backward block by block, each computed again
-with its gradients. Beside the dense model, memory holds one block's weights and their gradients, those of embedding and
-head, and the hidden states of one step's text.
+with its gradients. Memory holds one block's weights, dense and tuned, and their gradients, those of embedding and head,
+and the hidden states of one step's text.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,12 +25,12 @@ from acip_export.artifacts.plan import Plan, plan_sha256
 from acip_export.artifacts.tuned import Tuned, TuningResult
 from acip_export.errors import CheckpointError
 from acip_export.io.atomic import new_file, read_safetensors_header
+from acip_export.io.prefetch import one_ahead
 from acip_export.io.scratch import Scratch
-from acip_export.materialization.rounded import RoundedPlan, RoundedWeights
-from acip_export.measurement.block_passes import BlockPasses, Changes, blocks_of, through
+from acip_export.materialization.rounded import RoundedPlan, RoundedRows, RoundedWeights
+from acip_export.measurement.block_passes import BlockPasses, pieces
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Clock, ProgressCallback, silent
-from acip_export.ranking.load import load_model
 from acip_export.units import ceil_div
 from acip_export.weight_types import weight_type
 
@@ -38,8 +38,6 @@ from acip_export.weight_types import weight_type
 LEARNING_RATE = 5e-4
 # Of a step: gradients of fewer tokens are noise, of more they take longer than they gain.
 STEP_TOKENS = 512
-# Numbers of logits at a time.
-_AT_ONCE = 2**23
 # Steps that tell how long one takes, and the fewest that are worth their while.
 _TIMED_STEPS, _LEAST_STEPS = 2, 4
 _SAVE_SECONDS = 60.0
@@ -71,9 +69,7 @@ def tune(
         UnsupportedError: the blocks of the model are no chain.
     """
     begun = time.monotonic()
-    passes = BlockPasses(
-        load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True), blocks_of(checkpoint), held_out
-    )
+    passes = BlockPasses(checkpoint, held_out)
     scratch = Scratch(None, "the weights that are tuned")
     student = _Student(passes, weights.of(plan, inputs=False), tunable, scratch)
     run = _Run(passes, student, text, checkpoint.shape.vocabulary, plan_sha256(plan), state)
@@ -100,7 +96,7 @@ class _Student:
         self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         self.moves: dict[str, Tensor] = {}
         decisions = {decision.name: decision for decision in rounded.plan.tensors}
-        for names in passes.parameters.values():
+        for names in passes.model.parameters.values():
             changed = rounded.tensors(names)
             for name in names:
                 decision = decisions.get(name)
@@ -113,7 +109,7 @@ class _Student:
                         self.moves[name] = torch.zeros(rows, ceil_div(columns, block))
                     self._blocks[name] = block
                 elif decision is not None and len(decision.shape) == 1:
-                    value = changed[name] if name in changed else passes.model.get_parameter(name).detach().float()
+                    value = changed[name] if name in changed else passes.model.stored.read(name)
                     sizes = value.abs()
                     self._vectors[name] = value, sizes.clamp_min(float(sizes.mean()))
                     self.moves[name] = torch.zeros_like(value)
@@ -161,6 +157,11 @@ class _Moved:
     def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         """See :class:`acip_export.measurement.block_passes.Variant`."""
         return self._student.tensors(names)
+
+    def rows(self, name: str) -> RoundedRows | None:
+        """See :class:`acip_export.measurement.block_passes.Variant`."""
+        moved = self._student.tensors([name])
+        return None if not moved else RoundedRows(("moved", name), moved[name].__getitem__)
 
     def input_blocks(self, names: Sequence[str]) -> Mapping[str, int]:
         """See :class:`acip_export.measurement.block_passes.Variant`."""
@@ -223,23 +224,27 @@ class _Run:
         passes.windows = self._text[chosen]
         for move in self._student.moves.values():
             move.grad = None
-        outside = self._student.tensors(passes.parameters[""])
+        model = passes.model
+        outside = self._student.tensors(model.parameters[""])
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in outside.items()}
         with torch.no_grad():
-            dense, arguments = passes.enter({})
-            entered, _ = passes.enter(leaves)
+            dense, arguments = passes.enter()
+            entered, _ = passes.enter(self._outside(leaves))
             read = [entered]
-            for number, (name, block) in enumerate(zip(passes.names, passes.blocks, strict=True)):
-                dense = through(block, {}, dense, arguments[number])
-                read.append(through(block, self._of_block(name), read[-1], arguments[number]))
+            for number, (name, weights) in enumerate(one_ahead(model.read_block, model.names)):
+                dense = passes.through(number, weights, dense, arguments)
+                read.append(passes.through(number, self._of_block(name, weights), read[-1], arguments))
         loss, gradient = self._head(leaves, dense, read.pop())
-        for number in reversed(range(len(passes.blocks))):
+        backward = zip(
+            reversed(range(len(model.names))), one_ahead(model.read_block, reversed(model.names)), strict=True
+        )
+        for number, (name, weights) in backward:
             inputs = read.pop().requires_grad_()
-            left = through(passes.blocks[number], self._of_block(passes.names[number]), inputs, arguments[number])
+            left = passes.through(number, self._of_block(name, weights), inputs, arguments)
             left.backward(gradient)  # type: ignore[no-untyped-call]
             assert inputs.grad is not None
             gradient = inputs.grad
-        entered, _ = passes.enter(leaves)
+        entered, _ = passes.enter(self._outside(leaves))
         if entered.requires_grad:
             entered.backward(gradient)  # type: ignore[no-untyped-call]
         moved = [(outside[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
@@ -248,34 +253,30 @@ class _Run:
         self._optimizer.step()
         return loss
 
-    def _of_block(self, name: str) -> dict[str, Tensor]:
-        tensors = self._student.tensors(self._passes.parameters[name])
-        return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
+    def _outside(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**self._passes.dense_outside(), **leaves}
+
+    def _of_block(self, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**weights, **self._student.tensors(self._passes.model.parameters[name])}
 
     def _head(self, leaves: Mapping[str, Tensor], dense: Tensor, hidden: Tensor) -> tuple[float, Tensor]:
         """Return the mean divergence, and its gradient at what the last block leaves; ``leaves`` get theirs."""
-        passes = self._passes
+        passes, model = self._passes, self._passes.model
         total, gradient = 0.0, torch.zeros_like(hidden)
-        for window, rows in self._slices():
-            tokens = passes.windows[window, rows]
+        outside, rows = model.read_outside(), model.stored.rows(model.head)
+        moved_rows = None if model.head in leaves else rows
+        for window, part in pieces(passes.windows, self._vocabulary):
+            ids = passes.windows[window : window + 1, part]
             with torch.no_grad():
-                expected = passes.leave(Changes({}), dense[window : window + 1, rows], tokens).float().log_softmax(-1)
-            leaf = hidden[window : window + 1, rows].detach().requires_grad_()
-            found = passes.leave(Changes(leaves), leaf, tokens).float().log_softmax(-1)
+                expected = model.leave(dense[window : window + 1, part], ids, outside, rows)[0].log_softmax(-1)
+            leaf = hidden[window : window + 1, part].detach().requires_grad_()
+            found = model.leave(leaf, ids, {**outside, **leaves}, moved_rows)[0].log_softmax(-1)
             loss = (expected.exp() * (expected - found)).sum() / self.step_tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             assert leaf.grad is not None
-            gradient[window : window + 1, rows] = leaf.grad
+            gradient[window : window + 1, part] = leaf.grad
         return total, gradient
-
-    def _slices(self) -> Iterator[tuple[int, slice]]:
-        """Yield tokens of one window whose logits fit into memory."""
-        count, length = self._passes.windows.shape
-        at_once = max(1, _AT_ONCE // self._vocabulary)
-        for window in range(count):
-            for start in range(0, length, at_once):
-                yield window, slice(start, min(start + at_once, length))
 
     def _save(self, file: Path) -> None:
         from safetensors.torch import save_file

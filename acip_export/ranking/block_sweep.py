@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
+from acip_export.model.block_model import Arguments, hidden_of, split_arguments
 from acip_export.progress import Clock
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.load import weights_from_file
@@ -28,7 +29,6 @@ from acip_export.ranking.stored_tensors import StoredTensors
 _BACKWARD = 3
 _STATES = "states"
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Steps = Iterator[tuple[Tensor, Callable[[], None]]]
 
 
@@ -68,7 +68,7 @@ class Blocks:
         states: list[Tensor] = []
 
         def passed(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            hidden, rest = _split(args, kwargs)
+            hidden, rest = split_arguments(args, kwargs)
             if number and hidden is not states[-1]:
                 raise UnsupportedError(
                     f"{self.names[number]} does not read what {self.names[number - 1]} returns; a model whose "
@@ -87,13 +87,13 @@ class Blocks:
     def run(self, number: int, hidden: Tensor, entry: Entry) -> Tensor:
         """Compute block ``number`` of what enters it."""
         args, kwargs = entry.arguments[number]
-        return _hidden_of(self.modules[number](hidden, *args, **kwargs))
+        return hidden_of(self.modules[number](hidden, *args, **kwargs))
 
     @contextmanager
     def left(self, hidden: Tensor) -> Iterator[None]:
         """Let the model compute inside as if ``hidden`` were what leaves its last block."""
         last = len(self.names) - 1
-        with self._instead(lambda number, args, kwargs: hidden if number == last else _split(args, kwargs)[0]):
+        with self._instead(lambda number, args, kwargs: hidden if number == last else split_arguments(args, kwargs)[0]):
             yield
 
     def weights(self, number: int) -> Any:
@@ -244,15 +244,3 @@ class BlockSweep:
 
     def _state(self, place: str, index: int) -> Tensor:
         return self.states[place].to(self.batches[index][1].device)
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
-    """Take the hidden states out of a block's arguments."""
-    if args:
-        return args[0], (args[1:], kwargs)
-    return kwargs["hidden_states"], ((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-
-def _hidden_of(output: Any) -> Tensor:
-    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-    return hidden

@@ -41,7 +41,6 @@ def load_model(
     device: torch.device,
     precision: Precision = "float32",
     home: torch.device | None = None,
-    in_float32: bool = False,
 ) -> nn.Module:
     """Load the dense model, with frozen weights.
 
@@ -53,7 +52,6 @@ def load_model(
             Products are made in that dtype, but in float32 on CPUs that have no instructions for it, and for encoders
             on any CPU: a cosine distance is a small difference of large numbers.
         home: the device that holds the weights; ``None`` for ``device``.
-        in_float32: make products in float32 on every CPU, as those with changed weights are.
 
     Raises:
         UnsupportedError: the model is neither an encoder nor a causal language model, or has linear layers that are
@@ -79,7 +77,7 @@ def load_model(
             raise CheckpointError(f"{name}.weight is all zeros; the model was not saved, or not trained, completely")
     if precision == "model" and device.type == "cpu":
         first = model.get_parameter(f"{next(iter(checkpoint.linear_modules))}.weight")
-        if in_float32 or first.dtype != torch.bfloat16 or not checkpoint.shape.generates or not fast_bfloat16():
+        if first.dtype != torch.bfloat16 or not checkpoint.shape.generates or not fast_bfloat16():
             _compute_in_float32(model, checkpoint.linear_modules)
     return model
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
 from acip_export.io import kept_states
-from acip_export.measurement.block_passes import BlockPasses, blocks_of, in_int8
+from acip_export.materialization.rounded import RoundedRows
+from acip_export.measurement import block_passes
+from acip_export.measurement.block_passes import BlockPasses, in_int8
+from acip_export.model import block_model
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.model.tensor_names import block_of
 from acip_export.model.torch_model import load_causal_lm
-from acip_export.ranking.load import load_model
 from tests.support import make_model
 
 WINDOWS = torch.randint(512, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -43,18 +44,28 @@ class Changed:
     def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         return {name: self.all[name] for name in names if name in self.all}
 
+    def rows(self, name: str) -> RoundedRows | None:
+        return RoundedRows((id(self), name), self.all[name].__getitem__) if name in self.all else None
+
     def input_blocks(self, names: Sequence[str]) -> Mapping[str, int]:
         return {name: self.blocks[name] for name in names if name in self.blocks}
 
 
 def passes(checkpoint: Checkpoint) -> BlockPasses:
-    blocks = dict.fromkeys(block for name in checkpoint.linear_modules if (block := block_of(name)) is not None)
-    return BlockPasses(load_causal_lm(checkpoint, torch.float32), list(blocks), WINDOWS)
+    return BlockPasses(checkpoint, WINDOWS)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_divergences_are_those_of_whole_models(arch: str, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(make_model(tmp_path / "m", arch, **ARCHITECTURES[arch]))
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [*((arch, torch.float32) for arch in ARCHITECTURES), ("llama", torch.bfloat16)]
+)
+def test_divergences_are_those_of_whole_models(
+    arch: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, whatever the weights are stored in; logits a few tokens at a time, the head in slices."""
+    monkeypatch.setattr(block_passes, "_AT_ONCE", 4096)
+    monkeypatch.setattr(block_model, "_SLICE", 10_000)
+    monkeypatch.setattr(block_model, "ROWS_AT_ONCE", 100)
+    checkpoint = Checkpoint.open(make_model(tmp_path / "m", arch, dtype, **ARCHITECTURES[arch]))
     embedding = "wte.weight" if arch == "gpt2" else "embed_tokens.weight"
     ends = ((), ("c_fc.weight", "mlp.up_proj.weight"), (embedding,), ("weight",))
     variants = [Changed(checkpoint, each) for each in ends]
@@ -117,19 +128,19 @@ def test_a_row_of_zeros_stays() -> None:
     assert torch.equal(in_int8(torch.zeros(2, 3), 32), torch.zeros(2, 3))
 
 
-def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+def test_the_model_is_left_without_weights(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_model(tmp_path / "m"))
     through = passes(checkpoint)
-    with torch.no_grad():
-        before = through.model(input_ids=WINDOWS).logits
-        through.divergences([Changed(checkpoint, ("weight",))])
-        assert torch.equal(through.model(input_ids=WINDOWS).logits, before)
+    through.divergences([Changed(checkpoint, ("weight",)), Changed(checkpoint, (), {"model.embed_tokens.weight": 32})])
+    assert {parameter.device.type for parameter in through.model.model.parameters()} == {"meta"}
+    assert not any(module._forward_pre_hooks for module in through.model.model.modules())
 
 
 def test_blocks_that_are_no_chain_are_refused(tmp_path: Path) -> None:
     through = passes(Checkpoint.open(make_model(tmp_path / "m")))
-    through.blocks = [through.model.get_submodule(f"model.layers.{n}.mlp") for n in (0, 1)]
-    with pytest.raises(UnsupportedError, match="no chain"):
+    through.model.modules.reverse()
+    through.model._wrap = lambda hidden: hidden
+    with pytest.raises(UnsupportedError, match="no chain cannot be measured block by block"):
         through.divergences([])
 
 
@@ -173,15 +184,3 @@ def test_a_place_without_room_keeps_nothing(
         kept.passed(1, {"0": torch.zeros(2)})
         kept.passed(2, {"0": torch.zeros(2)})
     assert caplog.text.count("is not kept") == 1
-
-
-def test_models_in_bfloat16_are_measured_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large ones keep their weights as stored, and a CPU may have products for those: changed weights are float32."""
-    monkeypatch.setattr("acip_export.ranking.load._FLOAT32_WEIGHTS", 0)
-    monkeypatch.setattr("acip_export.ranking.load.fast_bfloat16", lambda: True)
-    checkpoint = Checkpoint.open(make_model(tmp_path / "m", dtype=torch.bfloat16))
-    model = load_model(checkpoint, torch.device("cpu"), "auto", in_float32=True)
-    variants = [Changed(checkpoint, ("mlp.up_proj.weight",)), Changed(checkpoint, ("embed_tokens.weight",))]
-    found = BlockPasses(model, blocks_of(checkpoint), WINDOWS).divergences(variants)
-    wide = passes(checkpoint).divergences(variants)
-    assert [each.kl for each in found] == pytest.approx([each.kl for each in wide], rel=1e-3)

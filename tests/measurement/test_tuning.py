@@ -17,7 +17,7 @@ from acip_export.formats.registry import export_format
 from acip_export.io.scratch import Scratch
 from acip_export.materialization.rounded import RoundedWeights
 from acip_export.measurement import tuning
-from acip_export.measurement.block_passes import BlockPasses, blocks_of
+from acip_export.measurement.block_passes import BlockPasses
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress, silent
 from acip_export.ranking.load import load_model
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_the_whole_model(model: Path, scores: ScoreFile, 
     checkpoint, written_as = Checkpoint.open(model), export_format(plan.format)
     weights = RoundedWeights(checkpoint, scores, written_as.round_trip, written_as.feedback_types)
     whole = load_model(checkpoint, torch.device("cpu"))
-    passes = BlockPasses(whole, blocks_of(checkpoint), TEXT)
+    passes = BlockPasses(checkpoint, TEXT)
     student = tuning._Student(passes, weights.of(plan, inputs=False), written_as.tunable_types, Scratch())
     run = tuning._Run(passes, student, TEXT[:4], checkpoint.shape.vocabulary, "", None)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_whole_model(model: Path, scores: ScoreFile, 
 
     moves = {name: move.requires_grad_() for name, move in before.items()}
     student.moves = moves
-    names = [name for group in passes.parameters.values() for name in group]
+    names = [name for group in passes.model.parameters.values() for name in group]
     tensors: dict[str, Tensor] = student.tensors(names)
     expected = whole(TEXT[:4]).logits.log_softmax(-1)
     logits = functional_call(whole, tensors, (TEXT[:4],)).logits.log_softmax(-1)

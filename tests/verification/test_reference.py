@@ -11,9 +11,10 @@ import torch
 from acip_export.artifacts.bundle import Bundle, load_bundle
 from acip_export.errors import BundleError, CheckpointError, UnsupportedError
 from acip_export.formats.registry import export_format
+from acip_export.model.block_model import StoredCheckpoint
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import load_causal_lm
-from acip_export.verification.reference import Reference, StoredCheckpoint, open_reference, pass_dense
+from acip_export.verification.reference import Reference, open_reference, pass_dense
 from tests.support import make_bundle, make_model, make_plan
 
 generator = np.random.default_rng(0)
@@ -64,8 +65,8 @@ def test_a_bundle_with_its_exports_numbers(
 
     bundle = make_bundle(model, make_plan(model, file_format, "factored", decide), tmp_path / "b")
     round_trip = export_format(file_format).round_trip
-    monkeypatch.setattr("acip_export.verification.reference._SLICE", 10_000)
-    monkeypatch.setattr("acip_export.verification.reference.ROWS_AT_ONCE", 100)
+    monkeypatch.setattr("acip_export.model.block_model._SLICE", 10_000)
+    monkeypatch.setattr("acip_export.model.block_model.ROWS_AT_ONCE", 100)
     expected = whole(load_bundle(bundle.path, round_trip))
     for found, logits in zip(open_reference(bundle, round_trip).passed(WINDOWS).logits(), expected, strict=True):
         np.testing.assert_allclose(found, logits, atol=1e-6)
@@ -82,8 +83,8 @@ def test_windows_of_other_lengths_do_not_disturb_each_other(tmp_path: Path) -> N
 
 def test_blocks_that_are_no_chain_are_refused(tmp_path: Path) -> None:
     reference = Reference(StoredCheckpoint(Checkpoint.open(make_model(tmp_path / "m"))))
-    reference._modules.reverse()
-    reference._wrap = lambda hidden: hidden
+    reference._model.modules.reverse()
+    reference._model._wrap = lambda hidden: hidden
     with pytest.raises(UnsupportedError, match=r"layers\.1 does not read what model\.layers\.0 returns"):
         reference.passed(WINDOWS)
 

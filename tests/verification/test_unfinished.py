@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from acip_export import api as pipeline
 from acip_export.artifacts.report import Report
 from acip_export.io import kept_states
+from acip_export.model.block_model import BlockModel
 from acip_export.progress import Progress
 from acip_export.verification import decoders
 from acip_export.verification import unfinished as keeping
-from acip_export.verification.reference import Reference
 from tests.support import CORPUS
 from tests.verification.conftest import Made, MakeExport
 
@@ -45,11 +45,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
     monkeypatch.setattr(keeping, "_WORTH_KEEPING", 0.0)
     seen: list[str] = []
-    read, measure, logits = Reference._read_block, decoders.measure_process, decoders.logits_of_process
+    read, measure, logits = BlockModel.read_block, decoders.measure_process, decoders.logits_of_process
 
-    def read_block(reference: Reference, block: str) -> object:
+    def read_block(model: BlockModel, block: str) -> object:
         seen.append("block")
-        return read(reference, block)
+        return read(model, block)
 
     def measure_process(*arguments: object) -> object:
         seen.append("process")
@@ -59,7 +59,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.extend(["window"] * len(windows))
         return logits(module, name, export, windows, timeout)
 
-    monkeypatch.setattr(Reference, "_read_block", read_block)
+    monkeypatch.setattr(BlockModel, "read_block", read_block)
     monkeypatch.setattr(decoders, "measure_process", measure_process)
     monkeypatch.setattr(decoders, "logits_of_process", logits_of)
     return seen
