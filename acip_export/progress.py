@@ -12,7 +12,7 @@ class Progress:
     """One report of a running stage.
 
     Attributes:
-        stage: what is running: ``statistics``, ``convert``, ``measure rounding``.
+        stage: what is running: ``statistics``, ``convert``, ``types of gguf``.
         done, total: steps, bytes or tensors of this stage; ``total`` is ``None`` where it is not known beforehand.
         item: what is worked on, or was finished last.
         ratio: share of the linear layers' parameters that a ranking has left.
@@ -35,6 +35,11 @@ ProgressCallback = Callable[[Progress], None]
 
 def silent(_progress: Progress) -> None:
     """Ignore a report: the default callback."""
+
+
+def types_stage(format: str) -> str:
+    """Name the stage that measures what a format's types cost."""
+    return f"types of {format}"
 
 
 class Clock:

@@ -65,12 +65,12 @@ def test_an_estimate_replaces_what_was_expected() -> None:
 
 def test_a_first_plan_is_not_done_when_its_first_stage_is() -> None:
     watch = Watch()
-    journey = Journey(PlanFlags(candidates=5, cache_type="auto").course, watch)
-    for number, stage in enumerate(("measure rounding", "calibrate", "KV cache types", "compare plans")):
+    journey = Journey(PlanFlags(format_="gguf", candidates=5, cache_type="auto").course, watch)
+    for number, stage in enumerate(("types of gguf", "calibrate", "KV cache types", "compare plans")):
         watch.now = 10.0 * (number + 1)
         journey(Progress(stage, 7, 7))
         assert journey.share == pytest.approx((0.2, 0.6, 0.8, 1.0)[number])
-    later = Journey(PlanFlags().course, watch)  # what is known already is not measured again
+    later = Journey(PlanFlags(format_="gguf").course, watch)  # what is known already is not measured again
     later(Progress("calibrate", 1, 2))
     assert later.share == pytest.approx(0.5)
 

@@ -25,7 +25,7 @@ from acip_export.machine import Machine
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import HEAD, is_embedding
 from acip_export.planning import PlanRequest, SearchSpace, resolve
-from acip_export.progress import ProgressCallback, silent
+from acip_export.progress import ProgressCallback, silent, types_stage
 from acip_export.rounding import FEEDBACK_VERSION
 from acip_export.weight_types import WeightType, weight_type
 
@@ -158,7 +158,7 @@ def rounding_estimate(checkpoint: Checkpoint, machine: Machine) -> dict[str, flo
     found = {}
     for name in format_names():
         with suppress(MissingExtraError, UnsupportedError):
-            found[f"types of {name}"] = rounding_work(checkpoint, name).seconds(machine)
+            found[types_stage(name)] = rounding_work(checkpoint, name).seconds(machine)
     return found
 
 

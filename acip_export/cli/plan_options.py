@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
 from itertools import product
@@ -19,7 +19,7 @@ from acip_export.errors import UsageError
 from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats, format_names
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.progress import Course
+from acip_export.progress import Course, types_stage
 from acip_export.rounding import Rounding
 from acip_export.units import format_bytes, parse_budgets, parse_context, parse_seconds
 
@@ -213,7 +213,7 @@ class PlanFlags:
     @property
     def course(self) -> Course:
         """What a first plan measures of a model, and roughly what each takes; later ones find it beside the scores."""
-        shares = {"measure rounding": 1.0}
+        shares = dict.fromkeys(map(types_stage, self._formats(self._device())), 1.0)
         if self.calibrate:
             shares["calibrate"] = 2.0
         if "auto" in (self.cache_type, self.cache_type_k, self.cache_type_v):
@@ -262,9 +262,8 @@ class PlanFlags:
         if "max" in contexts:
             raise UsageError("--sweep plans for one context at every budget; name it, or several:  --context '2k;8k'")
         device = self._device()
-        formats = [self._format(device)] if self.format_ or device else format_names()
         requests = []
-        for name in formats:
+        for name in self._formats(device):
             for layout in export_format(name).layouts_for(self.layout or AUTO, self.runtime):
                 for types, context in product(self._type_sets(None), contexts):
                     label = f"{name}, {layout.name}" + (f": {', '.join(types)}" if types else "")
@@ -342,6 +341,10 @@ class PlanFlags:
                 raise UsageError("--devices FILE only adds devices to choose from; choose one with  --device NAME")
             return None
         return find_device(self.device, load_devices(self.devices))
+
+    def _formats(self, device: Device | None) -> Sequence[str]:
+        """Return the formats of a sweep."""
+        return [self._format(device)] if self.format_ or device else format_names()
 
     def _format(self, device: Device | None) -> str:
         if self.format_ is None:

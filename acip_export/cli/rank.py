@@ -15,8 +15,9 @@ from acip_export.cli import output as console
 from acip_export.cli.options import MACHINE, METHOD, OUTPUT, TEXT, Cache, Debug, Force, Json, Quiet
 from acip_export.cli.tables.ranking import show_ranking
 from acip_export.errors import UsageError
+from acip_export.formats.registry import format_names
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.progress import Course, ProgressCallback
+from acip_export.progress import Course, ProgressCallback, types_stage
 from acip_export.ranking.algorithms import algorithms, find_algorithm, learned_algorithms
 from acip_export.ranking.config import Basis, Objective, Precision
 from acip_export.units import format_seconds, parse_bytes, parse_seconds
@@ -258,7 +259,7 @@ def _course(learns: bool, sampled: bool, measured: bool) -> Course:
             "statistics": 4.0,
             **({"components": 1.0, "masks": 20.0, "post-tune": 8.0} if learns else {}),
             "curve": 3.0,
-            **({"measure rounding": 2.0} if measured else {}),
+            **(dict.fromkeys(map(types_stage, format_names()), 1.0) if measured else {}),
         }
     )
 
@@ -277,8 +278,7 @@ def expected_course(fitted: Fitted, sampled: bool) -> Course:
         by_step = seconds["learning"] / (mask_steps_of(acip) + acip.post_tune)
         shares |= {"masks": by_step * mask_steps_of(acip), "post-tune": by_step * acip.post_tune}
     shares["curve"] = seconds["curve"]
-    types = sum(taken for stage, taken in seconds.items() if stage.startswith("types of "))
-    shares |= {"measure rounding": types} if types else {}
+    shares |= {stage: seconds[stage] for stage in map(types_stage, format_names()) if stage in seconds}
     return Course(shares, sum(shares.values()))
 
 

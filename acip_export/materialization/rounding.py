@@ -20,7 +20,7 @@ from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import layer_of
-from acip_export.progress import Progress, ProgressCallback, silent
+from acip_export.progress import Progress, ProgressCallback, silent, types_stage
 from acip_export.rounding import InputMoments, RoundTrip
 from acip_export.weight_types import WeightType, weight_type
 
@@ -33,7 +33,6 @@ LARGEST_SIDE = 512
 # nearest one's ratios.
 _LAYERS_OF_A_KIND = 2
 _RANK_SHARES = (0.25, 0.75)
-_STAGE = "measure rounding"
 
 
 def _ignore(_measured: RoundingErrors) -> None:
@@ -70,7 +69,7 @@ def measure_rounding(
     sampled = spread(list(scores.modules))
     lacking = [name for name in sampled if not keys <= wanted.pairs.get(name, {}).keys()]
     total, done = len(missing) + len(lacking), 0
-    known = wanted
+    known, stage = wanted, types_stage(wanted.format)
 
     def note(new: RoundingErrors) -> None:
         nonlocal known, done
@@ -81,11 +80,11 @@ def measure_rounding(
         wanted_types = {form for name in names for form in missing[name]}
         inputs = _Inputs.of(scores, key, not wanted_types.isdisjoint(feedback_types))
         for name in names:
-            progress(Progress(_STAGE, done, total, name))
+            progress(Progress(stage, done, total, name))
             losses = dict(_dense(checkpoint, scores, name, missing[name], round_trip, inputs, feedback_types))
             note(replace(wanted, dense={name: losses}, pairs={}))
     for name in lacking:
-        progress(Progress(_STAGE, done, total, name))
+        progress(Progress(stage, done, total, name))
         new = [p for p in pairs if pair_key(*p) not in wanted.pairs.get(name, {})]
         new_bases = [base for base in bases if residual_key(base) not in wanted.pairs.get(name, {})]
         formats = [(weight_type(wanted.format, d), weight_type(wanted.format, u)) for d, u in new]
@@ -95,7 +94,7 @@ def measure_rounding(
             form = weight_type(wanted.format, base)
             ratios[residual_key(base)] = _residual(problem, form, corrections, round_trip)
         note(replace(wanted, dense={}, pairs={name: ratios}))
-    progress(Progress(_STAGE, total, total))
+    progress(Progress(stage, total, total))
     everywhere = {name: known.pairs[_nearest(name, sampled)] for name in scores.modules} if keys else known.pairs
     # In the order of the model, whichever were measured first.
     ordered = {name: known.dense[name] for name in (*dense, *known.dense) if name in known.dense}
