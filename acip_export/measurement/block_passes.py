@@ -23,8 +23,8 @@ from acip_export.materialization.rounded import RoundedRows
 from acip_export.model.block_model import Arguments, BlockModel, Rows, StoredCheckpoint, rows_kept
 from acip_export.model.checkpoint import Checkpoint
 
-# Numbers of log-probabilities at a time.
-_AT_ONCE = 2**23
+# Logits that are made at once: the head is read and widened as often. Log-probabilities of them are made of fewer.
+_LOGITS, _LOG_PROBABILITIES = 2**25, 2**22
 # The dense model's hidden states, among kept ones.
 _DENSE = "dense"
 
@@ -201,7 +201,7 @@ class BlockPasses:
         dense_rows, outside = self.model.stored.rows(self.model.head), self.model.read_outside()
         changed = group[0][1].head
         rows = dense_rows if changed is None else rows_kept(changed.read, self.model.head_shape, "a rounded head")
-        for window, part in pieces(self.windows, self.model.head_shape[0]):
+        for window, part in pieces(self.windows, _LOGITS // self.model.head_shape[0]):
             ids = self.windows[window : window + 1, part]
             expected = self._leave(dense[window : window + 1, part], ids, outside, dense_rows)
             for index, (states, changes) in enumerate(group):
@@ -220,13 +220,12 @@ class BlockPasses:
         return self.model.leave(hidden, ids, outside, rows)[0]
 
 
-def pieces(windows: Tensor, vocabulary: int) -> Iterator[tuple[int, slice]]:
-    """Yield tokens of one window whose logits fit into memory."""
+def pieces(windows: Tensor, tokens: int) -> Iterator[tuple[int, slice]]:
+    """Yield about so many tokens of one window at a time."""
     count, length = windows.shape
-    at_once = max(1, _AT_ONCE // vocabulary)
     for window in range(count):
-        for start in range(0, length, at_once):
-            yield window, slice(start, min(start + at_once, length))
+        for start in range(0, length, step := max(1, tokens)):
+            yield window, slice(start, min(start + step, length))
 
 
 def in_int8(rows: Tensor, block: int) -> Tensor:
@@ -241,8 +240,11 @@ def in_int8(rows: Tensor, block: int) -> Tensor:
 
 def _divergence(dense: Tensor, logits: Tensor) -> Tensor:
     """Return the KL divergence by token, (tokens,)."""
-    believed, predicted = dense.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return (believed.exp() * (believed - predicted)).sum(-1)
+    parts = []
+    for start in range(0, len(dense), step := max(1, _LOG_PROBABILITIES // dense.shape[1])):
+        believed, predicted = (each[start : start + step].float().log_softmax(-1) for each in (dense, logits))
+        parts.append((believed.exp() * (believed - predicted)).sum(-1))
+    return torch.cat(parts)
 
 
 def _measured(kl: np.ndarray, same: int) -> MeasuredDivergence:

@@ -41,6 +41,8 @@ STEP_TOKENS = 512
 # Steps that tell how long one takes, and the fewest that are worth their while.
 _TIMED_STEPS, _LEAST_STEPS = 2, 4
 _SAVE_SECONDS = 60.0
+# Logits that are made at once, several times over with what their gradients need.
+_LOGITS = 2**23
 _STAGE = "tune"
 
 
@@ -265,7 +267,7 @@ class _Run:
         total, gradient = 0.0, torch.zeros_like(hidden)
         outside, rows = model.read_outside(), model.stored.rows(model.head)
         moved_rows = None if model.head in leaves else rows
-        for window, part in pieces(passes.windows, self._vocabulary):
+        for window, part in pieces(passes.windows, _LOGITS // self._vocabulary):
             ids = passes.windows[window : window + 1, part]
             with torch.no_grad():
                 expected = model.leave(dense[window : window + 1, part], ids, outside, rows)[0].log_softmax(-1)

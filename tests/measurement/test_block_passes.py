@@ -62,7 +62,8 @@ def test_divergences_are_those_of_whole_models(
     arch: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, whatever the weights are stored in; logits a few tokens at a time, the head in slices."""
-    monkeypatch.setattr(block_passes, "_AT_ONCE", 4096)
+    monkeypatch.setattr(block_passes, "_LOGITS", 4096)
+    monkeypatch.setattr(block_passes, "_LOG_PROBABILITIES", 1024)
     monkeypatch.setattr(block_model, "_SLICE", 10_000)
     monkeypatch.setattr(block_model, "ROWS_AT_ONCE", 100)
     checkpoint = Checkpoint.open(make_model(tmp_path / "m", arch, dtype, **ARCHITECTURES[arch]))
