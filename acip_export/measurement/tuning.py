@@ -26,7 +26,7 @@ from acip_export.artifacts.tuned import Tuned, TuningResult
 from acip_export.errors import CheckpointError
 from acip_export.io.atomic import new_file, read_safetensors_header
 from acip_export.io.scratch import Scratch
-from acip_export.materialization.rounded import RoundedPlan, RoundedWeights
+from acip_export.materialization.rounded_weights import RoundedPlan, RoundedWeights
 from acip_export.measurement.block_passes import BlockPasses, Changes, blocks_of, through
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Clock, ProgressCallback, silent

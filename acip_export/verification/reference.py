@@ -30,7 +30,6 @@ from acip_export.artifacts.materialized import (
     stored_types,
     untrained,
 )
-from acip_export.error_feedback import ROWS_AT_ONCE
 from acip_export.errors import CheckpointError, OutputError, UnsupportedError
 from acip_export.formats.session import Logits, Tokens
 from acip_export.io.atomic import new_file
@@ -39,7 +38,8 @@ from acip_export.io.prefetch import one_ahead
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of, natural_key
 from acip_export.model.torch_model import tied_names, untrained_model, without_weights
-from acip_export.rounding import RoundTrip
+from acip_export.rounding.error_feedback import ROWS_AT_ONCE
+from acip_export.rounding.quantizer import RoundTrip
 from acip_export.verification.unfinished import Unfinished, digest_of
 
 # Numbers of the head's matrix that are read at once.
