@@ -28,7 +28,7 @@ from acip_export.artifacts.materialized import MaterializedModel, stored_tensors
 from acip_export.artifacts.plan import Certificate, Plan, Serving, TensorDecision, decision_bytes, save_plan
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_info import TensorInfo
-from acip_export.rounding import InputMoments
+from acip_export.rounding.quantizer import InputMoments
 from converters.gguf import converter
 from converters.gguf.runtimes import c_api as llama_capi
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession

@@ -31,7 +31,7 @@ from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.factors import Norm, Pair, inner_importance
 from acip_export.materialization.refit import refit
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.rounding import InputMoments
+from acip_export.rounding.quantizer import InputMoments
 from acip_export.weight_types import WeightType, weight_type
 from converters.onnx.converter import round_trip
 from converters.onnx.quantize import quantize

@@ -29,7 +29,7 @@ from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.rounding import InputMoments
+from acip_export.rounding.quantizer import InputMoments
 from acip_export.weight_types import weight_type
 
 # target, type of down, type of up, rank

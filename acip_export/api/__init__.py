@@ -6,7 +6,7 @@ from acip_export.api.plan import Known, plan_export, planned_sizes, planning_pro
 from acip_export.api.push import Publication, publication, push_export
 from acip_export.api.rank import ranking_summary, write_imatrix
 from acip_export.api.report import ranked_model_of, write_report
-from acip_export.api.rounding import measure_rounding_errors, rounding_errors, rounding_estimate
+from acip_export.api.rounding_errors import measure_rounding_errors, rounding_errors, rounding_estimate
 from acip_export.api.text import evaluation_text, text_to_measure
 from acip_export.api.verify import verify_directory
 from acip_export.report import write_comparison

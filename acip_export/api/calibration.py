@@ -30,7 +30,7 @@ from acip_export.version import __version__
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from acip_export.materialization.rounded import RoundedWeights
+    from acip_export.materialization.rounded_weights import RoundedWeights
 
 # Of held-out text: the mean divergence of 1,024 tokens is within five per cent. Fewer for models and types that would
 # take more than so many operations, which are minutes on two cores.
@@ -133,7 +133,7 @@ def held_out_windows(checkpoint: Checkpoint, scores: ScoreFile, passes: int) -> 
 
 def rounded_weights(checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace) -> RoundedWeights:
     """Return what makes the numbers of plans of a search space."""
-    from acip_export.materialization.rounded import RoundedWeights
+    from acip_export.materialization.rounded_weights import RoundedWeights
 
     feedback_types = space.format.feedback_types if space.rounding == "feedback" else frozenset()
     return RoundedWeights(checkpoint, scores, space.format.round_trip, feedback_types)

@@ -17,7 +17,7 @@ from acip_export.formats.registry import export_format
 from acip_export.io.kept_states import kept_states
 from acip_export.planning import Budget, Problem, variations
 from acip_export.progress import ProgressCallback, silent
-from acip_export.rounding import FEEDBACK_VERSION
+from acip_export.rounding.quantizer import FEEDBACK_VERSION
 from acip_export.version import __version__
 
 if TYPE_CHECKING:

@@ -28,10 +28,10 @@ from acip_export.formats.registry import export_format
 from acip_export.io.locks import held
 from acip_export.io.outputs import Output, claim_output
 from acip_export.io.scratch import Scratch
-from acip_export.kept_roundings import KeptRoundings, are_beside, roundings_beside
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
-from acip_export.rounding import FEEDBACK_VERSION
+from acip_export.rounding.kept_roundings import KeptRoundings, are_beside, roundings_beside
+from acip_export.rounding.quantizer import FEEDBACK_VERSION
 from acip_export.units import format_bytes
 from acip_export.verification import export as verification
 from acip_export.verification.export import EvaluationText

@@ -10,7 +10,7 @@ from acip_export.api.cache_types import known_cache_losses, measured_cache_losse
 from acip_export.api.calibration import calibrated_errors
 from acip_export.api.candidates import measured_best
 from acip_export.api.rank import rounding_scores
-from acip_export.api.rounding import rounding_errors, settle_rounding
+from acip_export.api.rounding_errors import rounding_errors, settle_rounding
 from acip_export.artifacts.cache_losses import CacheLosses
 from acip_export.artifacts.names import SWEEP
 from acip_export.artifacts.plan import Plan

@@ -12,9 +12,9 @@ from acip_export.artifacts.plan import Plan, plan_sha256
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import UnsupportedError, UsageError
 from acip_export.formats.registry import export_format
-from acip_export.kept_roundings import KeptRoundings
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
+from acip_export.rounding.kept_roundings import KeptRoundings
 
 if TYPE_CHECKING:
     from acip_export.artifacts.tuned import Tuned
@@ -61,7 +61,7 @@ def tuned_numbers(
     import torch
 
     from acip_export.lowrank.cache import FactorCache
-    from acip_export.materialization.rounded import RoundedWeights
+    from acip_export.materialization.rounded_weights import RoundedWeights
     from acip_export.measurement.tuning import tune
 
     written_as = export_format(plan.format)

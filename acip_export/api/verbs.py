@@ -26,7 +26,7 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import CheckpointError, MissingExtraError, UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
-from acip_export.rounding import Rounding
+from acip_export.rounding.quantizer import Rounding
 from acip_export.units import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:

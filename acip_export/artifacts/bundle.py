@@ -25,13 +25,13 @@ from acip_export.artifacts.names import (
     ArtifactName,
 )
 from acip_export.artifacts.plan import Plan, load_plan
-from acip_export.error_feedback import FeedbackFactor
 from acip_export.errors import BundleError
 from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
 from acip_export.io.inputs import Count
 from acip_export.io.outputs import DirectoryKind, FileKind, json_kind
-from acip_export.kept_roundings import KeptRoundings
-from acip_export.rounding import RoundTrip
+from acip_export.rounding.error_feedback import FeedbackFactor
+from acip_export.rounding.kept_roundings import KeptRoundings
+from acip_export.rounding.quantizer import RoundTrip
 
 if TYPE_CHECKING:
     import torch

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from acip_export.artifacts.plan import Plan, TensorDecision
-from acip_export.error_feedback import FeedbackFactor
 from acip_export.errors import InputError, PlanFileError
-from acip_export.kept_roundings import KeptRoundings
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.rounding import InputMoments, RoundTrip
+from acip_export.rounding.error_feedback import FeedbackFactor
+from acip_export.rounding.kept_roundings import KeptRoundings
+from acip_export.rounding.quantizer import InputMoments, RoundTrip
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.io.atomic import keep
 from acip_export.io.inputs import Count, NotNegative
 from acip_export.model.tensor_names import class_of
-from acip_export.rounding import Rounding
+from acip_export.rounding.quantizer import Rounding
 from acip_export.weight_types import weight_type
 
 # Losses below this are the noise of float32, nats per token.

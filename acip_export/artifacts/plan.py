@@ -21,7 +21,7 @@ from acip_export.errors import PlanFileError
 from acip_export.io.inputs import Count, Finite, NotNegative, Positive, PositiveFloat, read_input
 from acip_export.io.outputs import claim_output, json_kind
 from acip_export.model.task import LOSS_UNITS, Task
-from acip_export.rounding import Rounding
+from acip_export.rounding.quantizer import Rounding
 from acip_export.weight_types import WeightType, weight_type
 
 PLAN_KIND = json_kind(PLAN.noun, PLAN.artifact)

@@ -1,4 +1,4 @@
-"""What rounding costs, measured on a model's own weights: the cache beside a score file. See docs/rounding-errors.md.
+"""Store what rounding costs on a model's own weights, in a cache beside its score file. See docs/rounding-errors.md.
 
 Without it the planner falls back on the errors that :mod:`acip_export.weight_types` has for Gaussian weights.
 """
@@ -22,7 +22,7 @@ from acip_export.artifacts.names import ROUNDING_ERRORS, ArtifactName
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.io.atomic import keep
 from acip_export.io.inputs import NotNegative, Share
-from acip_export.rounding import Rounding
+from acip_export.rounding.quantizer import Rounding
 
 # Ratios are interpolated in their logarithm; a pair that rounds without any error has this one.
 _LEAST_RATIO = 1e-6

@@ -20,7 +20,7 @@ from acip_export.formats.protocol import AUTO
 from acip_export.formats.registry import export_format, export_formats, format_names
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Course, types_stage
-from acip_export.rounding import Rounding
+from acip_export.rounding.quantizer import Rounding
 from acip_export.units import format_bytes, parse_budgets, parse_context, parse_seconds
 
 if TYPE_CHECKING:

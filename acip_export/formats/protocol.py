@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from acip_export.artifacts.materialized import MaterializedModel
-    from acip_export.rounding import InputMoments
+    from acip_export.rounding.quantizer import InputMoments
 
 # The layout that stands for "the best predicted of all layouts that the runtime runs".
 AUTO = "auto"
@@ -483,7 +483,7 @@ class ExportFormat(ABC):
     def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
         """Return the numbers that :meth:`convert` stores, as the runtime reads them.
 
-        See :class:`acip_export.rounding.RoundTrip`.
+        See :class:`acip_export.rounding.quantizer.RoundTrip`.
         """
 
     @abstractmethod

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.error_feedback import inverse_of_upper
 from acip_export.errors import ScoreFileError
+from acip_export.rounding.error_feedback import inverse_of_upper
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,12 +26,12 @@ from acip_export.io.atomic import SafetensorsWriter, sha256_of
 from acip_export.io.frozen import thawed
 from acip_export.io.outputs import claim_output, sizes_below
 from acip_export.io.prefetch import one_ahead
-from acip_export.materialization.feedback import FeedbackWriter
+from acip_export.materialization.feedback_factors import FeedbackWriter
 from acip_export.materialization.planned_model import PlannedModel
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
 from acip_export.progress import Progress, ProgressCallback, silent
-from acip_export.rounding import RoundTrip
+from acip_export.rounding.quantizer import RoundTrip
 from acip_export.version import __version__
 
 

@@ -18,11 +18,11 @@ from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
 from acip_export.materialization.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
-from acip_export.materialization.feedback import FeedbackFactors, matrices_with_feedback, second_moment
+from acip_export.materialization.feedback_factors import FeedbackFactors, matrices_with_feedback, second_moment
 from acip_export.materialization.refit import balanced, refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.rounding import InputMoments, RoundTrip
+from acip_export.rounding.quantizer import InputMoments, RoundTrip
 from acip_export.weight_types import weight_type
 
 
@@ -53,7 +53,7 @@ class PlanNumbers:
         matrices: the key of the input of every stored matrix that is rounded with error feedback.
 
     Raises:
-        ScoreFileError: see :func:`acip_export.materialization.feedback.matrices_with_feedback`.
+        ScoreFileError: see :func:`acip_export.materialization.feedback_factors.matrices_with_feedback`.
     """
 
     def __init__(

@@ -14,14 +14,14 @@ from acip_export.artifacts.materialized import MaterializedModel, check_context,
 from acip_export.artifacts.plan import Plan, TensorDecision, plan_sha256
 from acip_export.artifacts.scores import ScoreFile, check_weights
 from acip_export.artifacts.tuned import Tuned
-from acip_export.error_feedback import FeedbackFactor
 from acip_export.errors import CheckpointError, PlanFileError
 from acip_export.io.scratch import ArrayStore, Scratch
-from acip_export.kept_roundings import KeptRoundings
 from acip_export.lowrank.cache import FactorCache
 from acip_export.materialization.plan_numbers import PlanNumbers
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.rounding import RoundTrip
+from acip_export.rounding.error_feedback import FeedbackFactor
+from acip_export.rounding.kept_roundings import KeptRoundings
+from acip_export.rounding.quantizer import RoundTrip
 
 _IMPORTANCE = "importance of "
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from acip_export.lowrank.components import balance
 from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.factors import Norm, Pair, inner_importance
-from acip_export.rounding import InputMoments, RoundTrip
+from acip_export.rounding.quantizer import InputMoments, RoundTrip
 from acip_export.weight_types import WeightType
 
 # The first refit brings most of the gain; after the third the loss changes by a few percent, in either direction.

@@ -15,7 +15,7 @@ from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit
-from acip_export.rounding import InputMoments, RoundTrip
+from acip_export.rounding.quantizer import InputMoments, RoundTrip
 from acip_export.weight_types import WeightType
 
 # benchmarks/refit.json: the second round gains a few percent on low-bit bases, further ones next to nothing.

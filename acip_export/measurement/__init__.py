@@ -1,1 +1,1 @@
-"""What changes of weights do to a model, measured by forward passes: no file is written."""
+"""Measure what changed weights lose, matrix by matrix or by forward passes of the model: no file is written."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from acip_export.io.kept_states import KeptStates
 from acip_export.io.prefetch import one_ahead
-from acip_export.materialization.rounded import RoundedRows
+from acip_export.materialization.rounded_weights import RoundedRows
 from acip_export.model.block_model import Arguments, BlockModel, Rows, StoredCheckpoint, rows_kept
 from acip_export.model.checkpoint import Checkpoint
 

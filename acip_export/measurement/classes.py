@@ -9,7 +9,7 @@ from torch import Tensor
 from acip_export.artifacts.measured_losses import MeasuredLoss
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.io.kept_states import KeptStates
-from acip_export.materialization.rounded import RoundedWeights
+from acip_export.materialization.rounded_weights import RoundedWeights
 from acip_export.measurement.block_passes import BlockPasses
 from acip_export.measurement.passes import ClassPass
 from acip_export.model.checkpoint import Checkpoint

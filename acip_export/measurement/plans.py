@@ -10,7 +10,7 @@ from torch import Tensor
 from acip_export.artifacts.plan import Plan
 from acip_export.errors import AcipError, UnsupportedError
 from acip_export.io.kept_states import KeptStates
-from acip_export.materialization.rounded import RoundedWeights
+from acip_export.materialization.rounded_weights import RoundedWeights
 from acip_export.measurement.block_passes import BlockPasses, MeasuredDivergence
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Clock, ProgressCallback, silent

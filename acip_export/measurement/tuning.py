@@ -27,7 +27,7 @@ from acip_export.errors import CheckpointError
 from acip_export.io.atomic import new_file, read_safetensors_header
 from acip_export.io.prefetch import one_ahead
 from acip_export.io.scratch import Scratch
-from acip_export.materialization.rounded import RoundedPlan, RoundedRows, RoundedWeights
+from acip_export.materialization.rounded_weights import RoundedPlan, RoundedRows, RoundedWeights
 from acip_export.measurement.block_passes import BlockPasses, pieces
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Clock, ProgressCallback, silent

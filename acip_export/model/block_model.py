@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acip_export.error_feedback import ROWS_AT_ONCE
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.scratch import Scratch
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of, natural_key
 from acip_export.model.torch_model import tied_names, untrained_model, without_weights
+from acip_export.rounding.error_feedback import ROWS_AT_ONCE
 
 # Numbers of the head's matrix that are read at once.
 _SLICE = 1 << 22

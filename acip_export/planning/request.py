@@ -17,7 +17,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.space import SearchSpace
 from acip_export.planning.speed import Pace
-from acip_export.rounding import Rounding
+from acip_export.rounding.quantizer import Rounding
 
 DEFAULT_CONTEXT = 4096
 
@@ -47,7 +47,7 @@ class PlanRequest:
         largest_file: bytes of the largest file that can be loaded; ``None``: any.
         options: for the format; :attr:`acip_export.formats.protocol.ExportFormat.options` names them.
         rounding: how codes are chosen; ``None``: the better way that the score file allows, see
-            :func:`acip_export.api.rounding.settle_rounding`.
+            :func:`acip_export.api.rounding_errors.settle_rounding`.
         calibrate: predicted losses are scaled to what was measured, which is measured where it was not yet, see
             :func:`acip_export.api.calibration.calibrated_errors`.
         candidates: plans that are compared by measuring before one is chosen; 1: the prediction alone chooses.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat, Layout
-from acip_export.rounding import Rounding
+from acip_export.rounding.quantizer import Rounding
 from acip_export.weight_types import AllowedTypes, WeightType
 
 

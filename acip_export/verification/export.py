@@ -37,7 +37,7 @@ from acip_export.model.encoder import Encoder
 from acip_export.model.tokenizer_files import lost_normalizer
 from acip_export.planning.memory import anonymous_bytes, uncounted_bytes
 from acip_export.progress import Progress, ProgressCallback, silent
-from acip_export.rounding import FEEDBACK_VERSION
+from acip_export.rounding.quantizer import FEEDBACK_VERSION
 from acip_export.units import format_bytes
 from acip_export.verification import harness as evaluation
 from acip_export.verification.decoders import verify_decoder

@@ -29,7 +29,7 @@ from acip_export.io.kept_states import KeptStates
 from acip_export.io.prefetch import one_ahead
 from acip_export.model.block_model import BlockModel, Rows, StoredCheckpoint, StoredModel, rows_kept
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.rounding import RoundTrip
+from acip_export.rounding.quantizer import RoundTrip
 from acip_export.verification.unfinished import Unfinished, digest_of
 
 

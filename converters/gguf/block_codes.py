@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.error_feedback import Codes, Floats, Grid, TableGrid, UniformGrid
+from acip_export.rounding.error_feedback import Codes, Floats, Grid, TableGrid, UniformGrid
 from acip_export.weight_types import weight_type
 
 Bytes = npt.NDArray[np.uint8]

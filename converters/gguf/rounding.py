@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from acip_export import machine
-from acip_export.error_feedback import ROWS_AT_ONCE, round_with_feedback
+from acip_export.rounding.error_feedback import ROWS_AT_ONCE, round_with_feedback
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
 from converters.gguf.block_codes import BLOCK_CODES, BlockCodes, blocks_of, multiply_scales
@@ -16,8 +16,8 @@ from converters.gguf.block_codes import BLOCK_CODES, BlockCodes, blocks_of, mult
 if TYPE_CHECKING:
     import torch
 
-    from acip_export.error_feedback import FeedbackFactor
-    from acip_export.rounding import InputMoments
+    from acip_export.rounding.error_feedback import FeedbackFactor
+    from acip_export.rounding.quantizer import InputMoments
 
 
 def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None) -> ggml.Bytes:
@@ -27,7 +27,7 @@ def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None
     here, the codes are chosen again with error feedback. What tuning found multiplies the scales at last.
 
     Raises:
-        UnsupportedError: as :func:`acip_export.error_feedback.round_with_feedback`.
+        UnsupportedError: as :func:`acip_export.rounding.error_feedback.round_with_feedback`.
         UnsupportedError, MissingExtraError: as :func:`converters.gguf.ggml_library.quantize`.
     """
     data = _rounded(weight, name, inputs)
@@ -63,7 +63,7 @@ def _with_feedback(
 
 
 def round_trip(weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
-    """See :class:`acip_export.rounding.RoundTrip`."""
+    """See :class:`acip_export.rounding.quantizer.RoundTrip`."""
     import torch
 
     return torch.from_numpy(ggml.dequantize(quantize(weight, name, inputs), tuple(weight.shape), name))

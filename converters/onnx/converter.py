@@ -18,7 +18,7 @@ from acip_export.errors import MissingExtraError, UnsupportedError, Verification
 from acip_export.formats.protocol import DEFAULT_BACKEND
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress, ProgressCallback, silent
-from acip_export.rounding import InputMoments
+from acip_export.rounding.quantizer import InputMoments
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
 from converters.onnx.backends import ROUNDED_CACHES, backend_of, computed_in

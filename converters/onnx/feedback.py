@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from acip_export.error_feedback import FeedbackFactor, UniformGrid, round_with_feedback
+from acip_export.rounding.error_feedback import FeedbackFactor, UniformGrid, round_with_feedback
 from acip_export.weight_types import WeightType
 from converters.onnx.quantize import Floats, Quantized, codes_of, pack_codes, zero_points
 
@@ -19,7 +19,7 @@ def with_feedback(quantized: Quantized, weight: Floats, fmt: WeightType, factor:
         weight: (rows, columns) float32, all of the matrix. factor: of the inputs' second moment.
 
     Raises:
-        UnsupportedError: as :func:`acip_export.error_feedback.round_with_feedback`.
+        UnsupportedError: as :func:`acip_export.rounding.error_feedback.round_with_feedback`.
     """
     rows, columns = weight.shape
     middle = 2 ** (fmt.code_bits - 1)

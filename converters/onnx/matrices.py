@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from acip_export.artifacts.materialized import stored_tensors
 from acip_export.artifacts.plan import TensorDecision
-from acip_export.error_feedback import ROWS_AT_ONCE
 from acip_export.errors import UnsupportedError
+from acip_export.rounding.error_feedback import ROWS_AT_ONCE
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
 from converters.onnx.feedback import with_feedback
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from acip_export.artifacts.materialized import MaterializedModel
-    from acip_export.error_feedback import FeedbackFactor
-    from acip_export.kept_roundings import Arrays
-    from acip_export.rounding import InputMoments
+    from acip_export.rounding.error_feedback import FeedbackFactor
+    from acip_export.rounding.kept_roundings import Arrays
+    from acip_export.rounding.quantizer import InputMoments
 
 # Weights that a thread converts at once: large enough for vectorised work, small enough to stay in a core's cache.
 _CHUNK = 1 << 17

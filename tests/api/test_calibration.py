@@ -11,7 +11,7 @@ import pytest
 
 import acip_export
 from acip_export.api.calibration import calibrated_errors
-from acip_export.api.rounding import rounding_errors
+from acip_export.api.rounding_errors import rounding_errors
 from acip_export.artifacts.measured_losses import MeasuredLoss, MeasuredLosses, cache_file, class_losses
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile

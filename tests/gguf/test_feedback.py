@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from acip_export import machine
-from acip_export.error_feedback import FeedbackFactor, TableGrid, UniformGrid, feedback_factor
 from acip_export.errors import ScoreFileError, UnsupportedError
-from acip_export.rounding import InputMoments
+from acip_export.rounding.error_feedback import FeedbackFactor, TableGrid, UniformGrid, feedback_factor
+from acip_export.rounding.quantizer import InputMoments
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
 from converters.gguf import rounding

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from acip_export.rounding import InputMoments
+from acip_export.rounding.quantizer import InputMoments
 from acip_export.weight_types import weight_type
 from converters.gguf.block_codes import SCALE_PLACES
 from converters.gguf.rounding import round_trip

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from acip_export import api as pipeline
-from acip_export.api.rounding import rounding_errors, settle_rounding
+from acip_export.api.rounding_errors import rounding_errors, settle_rounding
 from acip_export.artifacts.bundle import Bundle, load_bundle
 from acip_export.artifacts.names import FEEDBACK_FILE, PLAN_FILE
 from acip_export.artifacts.plan import Plan
@@ -21,11 +21,11 @@ from acip_export.artifacts.rounding_errors import cache_file
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import BundleError, ScoreFileError, UsageError
 from acip_export.formats.registry import export_format
-from acip_export.kept_roundings import KeptRoundings
-from acip_export.materialization.feedback import second_moment
+from acip_export.materialization.feedback_factors import second_moment
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
-from acip_export.rounding import InputMoments
+from acip_export.rounding.kept_roundings import KeptRoundings
+from acip_export.rounding.quantizer import InputMoments
 from acip_export.verification.reference import open_reference
 from converters.gguf import ggml_library as ggml
 from tests.materialization.moments import scores_with_moments

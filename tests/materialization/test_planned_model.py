@@ -18,9 +18,9 @@ from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.formats.registry import export_format
 from acip_export.io.scratch import Scratch
-from acip_export.kept_roundings import KeptRoundings
 from acip_export.materialization import feedback
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.rounding.kept_roundings import KeptRoundings
 from tests.encoders import make_encoder
 from tests.materialization.moments import scores_with_moments
 from tests.support import dense, everywhere, make_model, make_plan, make_scores

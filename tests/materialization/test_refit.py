@@ -15,7 +15,7 @@ from acip_export.materialization import materialize_bundle
 from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import balanced, refit
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.rounding import InputMoments
+from acip_export.rounding.quantizer import InputMoments
 from acip_export.weight_types import weight_type
 from tests.support import everywhere, make_model, make_plan, make_scores
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from acip_export.errors import UnsupportedError
 from acip_export.io import kept_states
-from acip_export.materialization.rounded import RoundedRows
+from acip_export.materialization.rounded_weights import RoundedRows
 from acip_export.measurement import block_passes
 from acip_export.measurement.block_passes import BlockPasses, in_int8
 from acip_export.model import block_model

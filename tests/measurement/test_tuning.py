@@ -15,7 +15,7 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.tuned import Tuned
 from acip_export.formats.registry import export_format
 from acip_export.io.scratch import Scratch
-from acip_export.materialization.rounded import RoundedWeights
+from acip_export.materialization.rounded_weights import RoundedWeights
 from acip_export.measurement import tuning
 from acip_export.measurement.block_passes import BlockPasses
 from acip_export.model.checkpoint import Checkpoint

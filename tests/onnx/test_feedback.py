@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from acip_export.errors import UnsupportedError
-from acip_export.rounding import InputMoments
+from acip_export.rounding.quantizer import InputMoments
 from acip_export.weight_types import WeightType, types_of
 from converters.onnx.converter import round_trip
 from converters.onnx.feedback import with_feedback

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from acip_export.artifacts.materialized import MaterializedModel
-    from acip_export.rounding import InputMoments
+    from acip_export.rounding.quantizer import InputMoments
 
 
 @dataclass(frozen=True)

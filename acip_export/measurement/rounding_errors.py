@@ -1,4 +1,4 @@
-"""Measures what a format's quantizer costs on the weights and factors of this very model."""
+"""Measure what a format's quantizer costs on the weights and factors of this very model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from acip_export.artifacts.rounding_errors import Ratios, RoundingErrors, pair_key, residual_key
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
-from acip_export.error_feedback import FeedbackFactor, feedback_factor
 from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.losses import component_losses
 from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.factors import Norm, Pair, damped
-from acip_export.materialization.feedback import second_moment
+from acip_export.materialization.feedback_factors import second_moment
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import layer_of
 from acip_export.progress import Progress, ProgressCallback, silent, types_stage
-from acip_export.rounding import InputMoments, RoundTrip
+from acip_export.rounding.error_feedback import FeedbackFactor, feedback_factor
+from acip_export.rounding.quantizer import InputMoments, RoundTrip
 from acip_export.weight_types import WeightType, weight_type
 
 # Weights of a tensor that are rounded to each type, in whole rows and at least so many of them.

@@ -13,10 +13,10 @@ from acip_export.artifacts.bundle import load_bundle
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.formats.registry import export_format
-from acip_export.materialization.rounded import RoundedWeights
+from acip_export.materialization.rounded_weights import RoundedWeights
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import FactoredLinear, load_causal_lm
-from acip_export.rounding import Rounding
+from acip_export.rounding.quantizer import Rounding
 from tests.materialization.moments import scores_with_moments
 from tests.support import dense, everywhere, make_model, make_plan
 

@@ -15,10 +15,10 @@ from acip_export.artifacts.bundle import FEEDBACK_PARTS
 from acip_export.artifacts.materialized import stored_formats, stored_of
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
-from acip_export.error_feedback import FeedbackFactor, feedback_factor
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
 from acip_export.io.scratch import ArrayStore
+from acip_export.rounding.error_feedback import FeedbackFactor, feedback_factor
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
 _KEPT = 4
@@ -53,7 +53,7 @@ class FeedbackFactors:
         """Return the factor of a second moment.
 
         Raises:
-            ScoreFileError: see :func:`acip_export.error_feedback.feedback_factor`.
+            ScoreFileError: see :func:`acip_export.rounding.error_feedback.feedback_factor`.
         """
         with self._lock:
             if key not in self._kept:

@@ -1,4 +1,4 @@
-"""The numbers that an export of a plan computes with, one tensor at a time and without files."""
+"""Make the numbers that an export of a plan computes with, one tensor at a time and without files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from acip_export.artifacts.materialized import stored_formats
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.kept_roundings import KeptRoundings
 from acip_export.lowrank.cache import FactorCache
 from acip_export.materialization.channel_scales import scale_channels
-from acip_export.materialization.feedback import FeedbackFactors
+from acip_export.materialization.feedback_factors import FeedbackFactors
 from acip_export.materialization.plan_numbers import PlanNumbers
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.rounding import InputMoments, RoundTrip
+from acip_export.rounding.kept_roundings import KeptRoundings
+from acip_export.rounding.quantizer import InputMoments, RoundTrip
 from acip_export.weight_types import weight_type
 
 

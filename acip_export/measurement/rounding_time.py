@@ -1,4 +1,4 @@
-"""Estimate how long :mod:`acip_export.materialization.rounding` takes, from sizes alone.
+"""Estimate how long :mod:`acip_export.measurement.rounding_errors` takes, from sizes alone.
 
 docs/LOG.md has the measurements that the figures are from.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from acip_export.machine import Machine
 from acip_export.materialization.refit import ROUNDS
-from acip_export.materialization.rounding import LARGEST_SIDE, measured_ranks, sampled_rows, spread
+from acip_export.measurement.rounding_errors import LARGEST_SIDE, measured_ranks, sampled_rows, spread
 from acip_export.weight_types import WeightType
 
 # Of a moment of n columns: unpacking it, and its factor for error feedback, in cubes of n in float64; passes over an
@@ -27,7 +27,7 @@ _COMPONENTS = 12.0
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundingWork:
     """Hold the sizes that measuring a format's types depends on.
 
     Attributes:

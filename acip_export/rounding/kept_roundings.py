@@ -29,7 +29,7 @@ from acip_export.units import format_bytes
 if TYPE_CHECKING:
     import torch
 
-    from acip_export.error_feedback import FeedbackFactor
+    from acip_export.rounding.error_feedback import FeedbackFactor
 
 Arrays = Sequence[npt.NDArray[Any]]
 

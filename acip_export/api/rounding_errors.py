@@ -1,4 +1,4 @@
-"""What the formats' quantizers cost on a model, measured once and kept beside its score file."""
+"""Measure what the formats' quantizers cost on a model, once, and keep it beside the score file."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import HEAD, is_embedding
 from acip_export.planning import PlanRequest, SearchSpace, resolve
 from acip_export.progress import ProgressCallback, silent, types_stage
-from acip_export.rounding import FEEDBACK_VERSION
+from acip_export.rounding.quantizer import FEEDBACK_VERSION
 from acip_export.weight_types import WeightType, weight_type
 
 if TYPE_CHECKING:
-    from acip_export.materialization.rounding_estimate import Rounded
+    from acip_export.measurement.rounding_time import RoundingWork
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def rounding_errors(
         return known
 
     from acip_export.materialization.channel_scales import scale_channels
-    from acip_export.materialization.rounding import measure_rounding
+    from acip_export.measurement.rounding_errors import measure_rounding
 
     def save(measured: RoundingErrors) -> bool:
         if cache is not None:
@@ -162,13 +162,13 @@ def rounding_estimate(checkpoint: Checkpoint, machine: Machine) -> dict[str, flo
     return found
 
 
-def rounding_work(checkpoint: Checkpoint, format: str) -> Rounded:
+def rounding_work(checkpoint: Checkpoint, format: str) -> RoundingWork:
     """Return the sizes that measuring the default types of a format depends on.
 
     Raises:
         UnsupportedError: the model has none.
     """
-    from acip_export.materialization.rounding_estimate import Rounded
+    from acip_export.measurement.rounding_time import RoundingWork
     from acip_export.ranking.estimate import RankModel
 
     fmt = export_format(format)
@@ -179,7 +179,7 @@ def rounding_work(checkpoint: Checkpoint, format: str) -> Rounded:
     shapes = {name: (checkpoint.tensors[name].shape[0], checkpoint.tensors[name].shape[1]) for name in types}
     # A correction of a base, which no default layout has, is left out.
     pairs, _ = _pairs(space, modules.values())
-    return Rounded(
+    return RoundingWork(
         shapes,
         types,
         [*RankModel(checkpoint).moment_columns, *(shapes[name][1] for name in embeddings)],

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from acip_export import error_feedback
 from acip_export.api import shared_work
 from acip_export.formats.registry import export_format
 from acip_export.io.processes import module_environment
-from acip_export.kept_roundings import KeptRoundings, roundings_beside
+from acip_export.rounding import error_feedback
+from acip_export.rounding.kept_roundings import KeptRoundings, roundings_beside
 from tests.gguf.test_feedback import matrix, moment, moments_of
 from tests.ranking.support import CALIBRATION
 from tests.support import CORPUS, Run, make_model, make_scores

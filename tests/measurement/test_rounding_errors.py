@@ -28,7 +28,7 @@ from acip_export.materialization.factors import Norm
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
 from acip_export.progress import Progress
-from acip_export.rounding import InputMoments
+from acip_export.rounding.quantizer import InputMoments
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library
 from tests.planning.problems import planned

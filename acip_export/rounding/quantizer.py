@@ -1,4 +1,4 @@
-"""What a format's quantizer makes of a weight. Rounding belongs to the converters; the stages below them are handed it.
+"""Say what a format's quantizer is given and returns. Quantizers are the converters'; the stages below are handed them.
 
 One function serves everybody who has to know the rounded numbers (the planner's error tables, the refit of factors, the
 reference that exports are compared with), and it is the very code that writes them.
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from acip_export.error_feedback import FeedbackFactor
-    from acip_export.kept_roundings import KeptRoundings
+    from acip_export.rounding.error_feedback import FeedbackFactor
+    from acip_export.rounding.kept_roundings import KeptRoundings
 
 # How codes are chosen once a block has its scale: each weight's nearest, or with the errors before it carried forward.
 Rounding = Literal["nearest", "feedback"]
