@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
@@ -9,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from acip_export.api.rounding_errors import feedback_types
 from acip_export.api.text import held_out_text
 from acip_export.artifacts.measured_losses import (
     MeasuredLosses,
@@ -21,10 +24,12 @@ from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.io.kept_states import kept_states
-from acip_export.measurement.passes import passes_for
+from acip_export.machine import Machine
+from acip_export.measurement.passes import ClassPass, passes_for
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Problem, SearchSpace, ServingRule
 from acip_export.progress import ProgressCallback, silent
+from acip_export.units import format_seconds
 from acip_export.version import __version__
 
 if TYPE_CHECKING:
@@ -36,6 +41,10 @@ if TYPE_CHECKING:
 # take more than so many operations, which are minutes on two cores.
 _WINDOW, _TOKENS, _LEAST_TOKENS = 512, 1024, 128
 _OPERATIONS = 4 * 10**13
+# Operations that take half a minute on two cores.
+_WORTH_SAYING = 2 * 10**12
+
+logger = logging.getLogger(__name__)
 
 
 def calibrated_errors(
@@ -90,6 +99,7 @@ def _measured(
     windows, text_sha256 = held_out_windows(checkpoint, scores, len(passes))
     from acip_export.measurement.classes import measure_classes
 
+    _announce(checkpoint, passes, space, windows.numel())
     weights = rounded_weights(checkpoint, scores, space)
     plan = Problem.of(checkpoint, scores, space, errors).largest("file", rule.at_every_budget(1))
     listed = "\n".join(f"{each.name} {each.type} {each.inputs} {sorted(each.tensors)}" for each in passes)
@@ -104,6 +114,21 @@ def _measured(
         if cache is not None:
             save_measured_losses(measured, cache)
     return measured
+
+
+def _announce(checkpoint: Checkpoint, passes: Sequence[ClassPass], space: SearchSpace, tokens: int) -> None:
+    """Say how long measuring takes, where that is a while."""
+    if checkpoint.weight_bytes * len(passes) * tokens < _WORTH_SAYING:
+        return
+    from acip_export.measurement.pass_time import pass_seconds
+
+    machine = Machine.measured(checkpoint.shape.hidden)
+    seconds = pass_seconds(checkpoint, passes, space.format.name, tokens, feedback_types(space), machine)
+    logger.warning(
+        "this model's first plan for %s measures what rounding each class of layers costs: about %s, once",
+        space.format.name,
+        format_seconds(seconds),
+    )
 
 
 def held_out_windows(checkpoint: Checkpoint, scores: ScoreFile, passes: int) -> tuple[Tensor, str]:
@@ -135,5 +160,4 @@ def rounded_weights(checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpac
     """Return what makes the numbers of plans of a search space."""
     from acip_export.materialization.rounded_weights import RoundedWeights
 
-    feedback_types = space.format.feedback_types if space.rounding == "feedback" else frozenset()
-    return RoundedWeights(checkpoint, scores, space.format.round_trip, feedback_types)
+    return RoundedWeights(checkpoint, scores, space.format.round_trip, feedback_types(space))

@@ -74,8 +74,8 @@ def rounding_errors(
     """
     scores.check_model(checkpoint)
     fmt, layout = space.format, space.layout
-    feedback_types = _feedback_types(space)
-    quantizer = fmt.quantizer() + (f", error feedback and channel scales {FEEDBACK_VERSION}" if feedback_types else "")
+    with_feedback = feedback_types(space)
+    quantizer = fmt.quantizer() + (f", error feedback and channel scales {FEEDBACK_VERSION}" if with_feedback else "")
     kept_as = f"{fmt.name} {space.rounding}"
     cache = None if scores.file is None else cache_file(scores.file, fmt.name, space.rounding)
     if cache is not None:
@@ -100,7 +100,7 @@ def rounding_errors(
         scores.rounding_errors[kept_as] = measured
         return True
 
-    read, read_with = scale_channels(checkpoint, scores) if feedback_types else (checkpoint, scores)
+    read, read_with = scale_channels(checkpoint, scores) if with_feedback else (checkpoint, scores)
     try:
         with kept_as_it_grows(save) as grown:
             return measure_rounding(
@@ -113,7 +113,7 @@ def rounding_errors(
                 layout.residual_pairs,
                 fmt.round_trip,
                 progress,
-                feedback_types,
+                with_feedback,
                 grown,
             )
     except MissingExtraError as missing:
@@ -121,7 +121,8 @@ def rounding_errors(
         return known
 
 
-def _feedback_types(space: SearchSpace) -> frozenset[str]:
+def feedback_types(space: SearchSpace) -> frozenset[str]:
+    """Return the types that plans of a search space round with error feedback."""
     return space.format.feedback_types if space.rounding == "feedback" else frozenset()
 
 
@@ -185,7 +186,7 @@ def rounding_work(checkpoint: Checkpoint, format: str) -> RoundingWork:
         [*RankModel(checkpoint).moment_columns, *(shapes[name][1] for name in embeddings)],
         list(modules),
         [(weight_type(format, down), weight_type(format, up)) for down, up in pairs],
-        _feedback_types(space),
+        feedback_types(space),
     )
 
 

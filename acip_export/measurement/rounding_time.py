@@ -35,6 +35,7 @@ class RoundingWork:
         inputs: columns of the second moments that they are rounded with.
         layers: those that may become pairs. pairs: their types, (down, up).
         feedback_types: types that are rounded with error feedback.
+        whole: tensors are rounded whole, and their losses are not measured.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -43,24 +44,28 @@ class RoundingWork:
     layers: Sequence[str]
     pairs: Sequence[tuple[WeightType, WeightType]]
     feedback_types: Collection[str]
+    whole: bool = False
 
     def seconds(self, machine: Machine) -> float:
         """Return about how long it takes."""
-        products, calls = 0.0, 0.0
+        products, carried, calls = 0.0, 0.0, 0.0
         for columns in self.inputs:
             products += (_UNPACKED + (_FACTORIZED if self.feedback_types else 0.0)) * columns**3
             calls += _BY_ENTRY * columns**2
         for name, types in self.types.items():
             rows, columns = self.shapes[name]
             calls += _BY_WEIGHT * rows * columns
-            sampled = sampled_rows(rows, columns)
-            products += len(types) * 2 * sampled * columns**2 / _REACHED_BY_ROWS
+            sampled = rows if self.whole else sampled_rows(rows, columns)
+            if self.whole:
+                carried += sum(form.name in self.feedback_types for form in types) * 2 * rows * columns**2
+            else:
+                products += len(types) * 2 * sampled * columns**2 / _REACHED_BY_ROWS
             calls += sum(self._rounding(form, sampled, columns) for form in types)
         for layer in spread(self.layers) if self.pairs else ():
             more = self._pairs(*self.shapes[f"{layer}.weight"])
             products, calls = products + more[0], calls + more[1]
         tables = {form.name: form.tables for types in self.types.values() for form in types}
-        return products / machine.float64 + (calls + sum(tables.values())) / machine.calls
+        return carried / machine.float32 + products / machine.float64 + (calls + sum(tables.values())) / machine.calls
 
     def _rounding(self, form: WeightType, rows: int, columns: int, feedback: bool = True) -> float:
         """Count the calls that rounding a matrix takes as long as."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import acip_export
+from acip_export.api import calibration
 from acip_export.api.calibration import calibrated_errors
 from acip_export.api.rounding_errors import rounding_errors
 from acip_export.artifacts.measured_losses import MeasuredLoss, MeasuredLosses, cache_file, class_losses
@@ -54,6 +56,20 @@ def stages(**options: object) -> tuple[acip_export.Plan, set[str]]:
     steps: list[Progress] = []
     plan = acip_export.plan(progress=steps.append, **{**ASKED, **options})  # type: ignore[arg-type]
     return plan, {step.stage for step in steps}
+
+
+def test_what_takes_long_is_announced_once(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages(model=copied)
+    assert not caplog.messages  # seconds
+    cache_file(copied / "m.acip", "gguf", "feedback").unlink()
+    monkeypatch.setattr(calibration, "_WORTH_SAYING", 0)
+    stages(model=copied)
+    (said,) = caplog.messages
+    assert re.fullmatch(r"this model's first plan for gguf measures what .* costs: about \d+ s, once", said)
+    stages(model=copied)
+    assert len(caplog.messages) == 1
 
 
 def test_the_first_plan_measures_and_the_others_know(copied: Path) -> None:
