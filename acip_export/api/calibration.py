@@ -92,7 +92,8 @@ def _measured(
     Raises:
         MissingExtraError, UnsupportedError: it cannot be measured here.
     """
-    wanted = passes_for(errors, scores.embedding_sensitivity)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    wanted = passes_for(errors, scores.embedding_sensitivity, shapes)
     passes = tuple(each for each in wanted if each.type not in known.by_class(each.inputs).get(each.name, {}))
     if not passes:
         return known

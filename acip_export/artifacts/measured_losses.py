@@ -34,7 +34,7 @@ _LEAST_FACTOR, _LARGEST_FACTOR = 1e-4, 1e4
 
 @dataclass(frozen=True)
 class MeasuredLoss:
-    """All matrices of one class in one type, everything else dense; nats per token.
+    """The matrices of one class in one type, or some of very large ones, everything else dense; nats per token.
 
     Attributes:
         predicted: the sum of their rounding errors. measured: divergence from the dense model. error: its standard
@@ -122,9 +122,9 @@ def class_losses(errors: RoundingErrors) -> dict[str, dict[str, float]]:
 
 def _factors(measured: Mapping[str, MeasuredLoss], predicted: Mapping[str, float]) -> dict[str, float]:
     points = sorted(
-        (log(each.predicted), log(min(max(each.measured / each.predicted, _LEAST_FACTOR), _LARGEST_FACTOR)))
-        for each in measured.values()
-        if each.predicted > _NOISE
+        (log(predicted[type_]), log(min(max(each.measured / each.predicted, _LEAST_FACTOR), _LARGEST_FACTOR)))
+        for type_, each in measured.items()
+        if each.predicted > _NOISE and predicted.get(type_, 0.0) > _NOISE
     )
     if not points:
         return {}
@@ -138,11 +138,15 @@ def _input_losses(
 ) -> dict[str, tuple[str, float]]:
     """Return what a class loses by rounding its inputs, by type, and the measured type that layers share it as.
 
-    Linear in the logarithm of the block between measured blocks.
+    Linear in the logarithm of the block between measured blocks. What some layers lose is a share of it.
     """
+
+    def whole(type_: str, loss: MeasuredLoss) -> float:
+        scale = predicted[type_] / loss.predicted if predicted.get(type_) and loss.predicted else 1.0
+        return scale * max(0.0, loss.measured - loss.predicted * factors.get(type_, 1.0))
+
     points = sorted(
-        (weight_type(fmt, type_).input_block, type_, max(0.0, loss.measured - loss.predicted * factors.get(type_, 1.0)))
-        for type_, loss in measured.items()
+        (weight_type(fmt, type_).input_block, type_, whole(type_, loss)) for type_, loss in measured.items()
     )
     points = [point for point in points if point[0]]
     blocks = {type_: weight_type(fmt, type_).input_block for type_ in predicted}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 from torch import Tensor
 
@@ -19,6 +21,9 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding.kept_roundings import KeptRoundings
 from acip_export.rounding.quantizer import InputMoments, RoundTrip
 from acip_export.weight_types import weight_type
+
+# Numbers of tensors that are kept for other plans, in those of a block.
+_BLOCKS_KEPT = 1.5
 
 
 class RoundedWeights:
@@ -42,7 +47,7 @@ class RoundedWeights:
         self.factors = cache or FactorCache(None)
         # Of all inputs, scaled or not: keys tell them apart.
         self.feedback = FeedbackFactors(scale_channels(checkpoint, scores)[1] if feedback_types else scores)
-        self._made: dict[object, Tensor] = {}
+        self._made: OrderedDict[object, Tensor] = OrderedDict()
         self._asked: Sequence[str] = ()
 
     def of(self, plan: Plan, inputs: bool = True) -> RoundedPlan:
@@ -53,11 +58,23 @@ class RoundedWeights:
         """
         return RoundedPlan(self, plan, inputs)
 
-    def kept(self, names: Sequence[str]) -> dict[object, Tensor]:
-        """Return what other plans had made of these tensors; of the last names that were asked for, no others."""
+    def made(self, names: Sequence[str], key: object, make: Callable[[], Tensor]) -> Tensor:
+        """Make a tensor of a block, or return what another plan had made.
+
+        As many numbers are kept as the block has, half as many again, and of the last block that was asked for.
+
+        Args:
+            names: all tensors of the block. key: equal for equal numbers.
+        """
         if names is not self._asked:
-            self._made, self._asked = {}, names
-        return self._made
+            self._made, self._asked = OrderedDict(), names
+        if key not in self._made:
+            self._made[key] = make()
+        self._made.move_to_end(key)
+        most = _BLOCKS_KEPT * sum(prod(self.checkpoint.tensors[name].shape) for name in names)
+        while sum(tensor.numel() for tensor in self._made.values()) > most and len(self._made) > 1:
+            self._made.popitem(last=False)
+        return self._made[key]
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,6 @@ class RoundedPlan:
 
     def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Return those of the named tensors that differ from the dense model's."""
-        kept = self._shared.kept(names)
         found = {}
         for name in names:
             decision = self._decisions.get(name)
@@ -101,9 +117,7 @@ class RoundedPlan:
             if decision is None or (self._exact(decision) and not any(scaled)):
                 continue
             key = (decision, scaled, self.plan.adapters)
-            if key not in kept:
-                kept[key] = self._tensor(decision)
-            found[name] = kept[key]
+            found[name] = self._shared.made(names, key, partial(self._tensor, decision))
         return found
 
     def rows(self, name: str) -> RoundedRows | None:

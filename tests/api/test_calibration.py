@@ -17,6 +17,7 @@ from acip_export.api.rounding_errors import rounding_errors
 from acip_export.artifacts.measured_losses import MeasuredLoss, MeasuredLosses, cache_file, class_losses
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
+from acip_export.measurement import passes
 from acip_export.measurement.passes import passes_for
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
@@ -114,7 +115,7 @@ def test_what_was_measured_is_what_the_class_loses(copied: Path) -> None:
     known = json.loads(cache_file(copied / "m.acip", "gguf", "feedback").read_text())
     sums, inputs = class_losses(scaled), class_losses(replace(scaled, dense=scaled.inputs))
     with_inputs = 0
-    for each in passes_for(errors, scores.embedding_sensitivity):
+    for each in passes_for(errors, scores.embedding_sensitivity, shapes_of(checkpoint)):
         measured = known["inputs" if each.inputs else "classes"][each.name][each.type]["measured"]
         if not each.inputs:
             assert sums[each.name][each.type] == pytest.approx(measured, rel=1e-6)
@@ -122,6 +123,41 @@ def test_what_was_measured_is_what_the_class_loses(copied: Path) -> None:
             assert sums[each.name][each.type] + inputs[each.name][each.type] == pytest.approx(measured, rel=1e-6)
             with_inputs += 1
     assert with_inputs > 4
+
+
+def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in checkpoint.tensors.items()}
+
+
+def test_of_very_large_models_some_layers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they lose more, or less, than was predicted of them is what their class does."""
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(12)]
+    dense = {name: {"q8_0": 0.001, "q4_0": 0.01 * (1 + layer)} for layer, name in enumerate(names)}
+    dense["model.embed_tokens.weight"] = {"q8_0": 0.001, "q4_0": 0.03}
+    errors = RoundingErrors("gguf", "test", "0", dense)
+    shapes = dict.fromkeys(dense, (64, 32))
+    whole = passes_for(errors, ["model.embed_tokens.weight"], shapes)
+    # Of five matrices of the fourteen: one type of all layers, two of the embedding.
+    monkeypatch.setattr(passes, "_ROUNDING_OPERATIONS", 5 * 2 * 64 * 32 * 32)
+    some = passes_for(errors, ["model.embed_tokens.weight"], shapes)
+    assert [(each.name, each.type, each.inputs) for each in some] == [
+        (each.name, each.type, each.inputs) for each in whole
+    ]
+    for each in some:
+        if each.name == "mlp.up_proj":
+            assert each.tensors == {names[1], names[4], names[7], names[10]}
+        else:
+            assert each.tensors == {"model.embed_tokens.weight"}
+        assert each.predicted == pytest.approx(sum(dense[name][each.type] for name in each.tensors))
+    # Twice of what was predicted, and inputs that cost as much again.
+    losses = MeasuredLosses("gguf", "test", "0")
+    for each in some:
+        measured = MeasuredLoss(each.predicted, (4 if each.inputs else 2) * each.predicted, 0.0)
+        losses = losses.with_loss(each.name, each.type, each.inputs, measured)
+    scaled = losses.calibrated(errors)
+    for name, known in dense.items():
+        assert scaled.dense[name] == pytest.approx({type_: 2 * loss for type_, loss in known.items()})
+        assert scaled.inputs[name]["q8_0"] == pytest.approx(2 * known["q8_0"])
 
 
 def test_rounded_inputs_are_added() -> None:
