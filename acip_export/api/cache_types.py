@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +14,12 @@ from acip_export.artifacts.cache_losses import CacheLosses, cache_file, load_cac
 from acip_export.artifacts.plan import Serving
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import MissingExtraError, UnsupportedError
-from acip_export.io.kept_states import KeptStates, kept_states
+from acip_export.io.kept_states import KeptStates, states_beside
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Problem, SearchSpace
 from acip_export.progress import Clock, ProgressCallback, silent
 from acip_export.verification.metrics import compare_logits
-from acip_export.version import __version__
+from acip_export.version import made_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,9 +65,9 @@ def measured_cache_losses(
     length = windows.shape[1]
     serving = Serving(length, own, min(_PROMPT_BATCH, length), space.backend)
     cache = None if scores.file is None else cache_file(scores.file, space.format.name)
-    made_by = f"acip-export {__version__}, {known.quantizer}, {space.backend}"
-    origin = f"{made_by}\nscores {scores.sha256}\ntext {text_sha256}, windows {tuple(windows.shape)}\n{changes}"
-    with nullcontext() if cache is None else kept_states(cache.with_name(f"{cache.name}.run"), origin, "type") as kept:
+    maker = made_by(known.quantizer, space.backend)
+    origin = f"{maker}\nscores {scores.sha256}\ntext {text_sha256}, windows {tuple(windows.shape)}\n{changes}"
+    with states_beside(cache, origin, "type") as kept:
         losses = _measured(checkpoint, scores, space, serving, changes, windows, kept, progress)
         found = {"keys": {own: 0.0, **known.keys}, "values": {own: 0.0, **known.values}}
         for (keys, values), loss in zip(changes, losses, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -23,14 +22,14 @@ from acip_export.artifacts.plan import dumps_plan
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import MissingExtraError, UnsupportedError
-from acip_export.io.kept_states import kept_states
+from acip_export.io.kept_states import states_beside
 from acip_export.machine import Machine
 from acip_export.measurement.passes import ClassPass, passes_for
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Problem, SearchSpace, ServingRule
 from acip_export.progress import ProgressCallback, silent
 from acip_export.units import format_seconds
-from acip_export.version import __version__
+from acip_export.version import made_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,10 +103,10 @@ def _measured(
     weights = rounded_weights(checkpoint, scores, space)
     plan = Problem.of(checkpoint, scores, space, errors).largest("file", rule.at_every_budget(1))
     listed = "\n".join(f"{each.name} {each.type} {each.inputs} {sorted(each.tensors)}" for each in passes)
-    made_by = f"acip-export {__version__}, torch {version('torch')}, {known.quantizer}"
     text = f"text {text_sha256}, windows {tuple(windows.shape)}"
-    origin = f"{made_by}\nscores {known.scores_sha256}\n{text}\n{dumps_plan(plan)}\n{listed}"
-    with nullcontext() if cache is None else kept_states(cache.with_name(f"{cache.name}.run"), origin) as kept:
+    maker = made_by(f"torch {version('torch')}", known.quantizer)
+    origin = f"{maker}\nscores {known.scores_sha256}\n{text}\n{dumps_plan(plan)}\n{listed}"
+    with states_beside(cache, origin) as kept:
         losses = measure_classes(checkpoint, weights, plan, space.format.vector_type, passes, windows, progress, kept)
         measured = replace(known, text_sha256=text_sha256, tokens=windows.numel())
         for each, loss in zip(passes, losses, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -14,11 +13,11 @@ from acip_export.artifacts.plan_losses import PlanLoss, PlanLosses, cache_file, 
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import AcipError, MissingExtraError, UnsupportedError
 from acip_export.formats.registry import export_format
-from acip_export.io.kept_states import kept_states
+from acip_export.io.kept_states import states_beside
 from acip_export.planning import Budget, Problem, variations
 from acip_export.progress import ProgressCallback, silent
 from acip_export.rounding.quantizer import FEEDBACK_VERSION
-from acip_export.version import __version__
+from acip_export.version import made_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +75,7 @@ def _measured(
         weights = rounded_weights(problem.checkpoint, scores, problem.space)
         text = f"text {losses.text_sha256}, windows {tuple(windows.shape)}"
         origin = f"{losses.quantizer}\nscores {losses.scores_sha256}\n{text}\n{' '.join(unknown)}"
-        with nullcontext() if cache is None else kept_states(cache.with_name(f"{cache.name}.run"), origin) as kept:
+        with states_beside(cache, origin) as kept:
             found = measure_plans(problem.checkpoint, weights, list(unknown.values()), windows, progress, kept)
             for key, result in zip(unknown, found, strict=True):
                 if isinstance(result, AcipError):
@@ -91,7 +90,7 @@ def _measured(
 def _made_by(plan: Plan) -> str:
     """What figures follow from beside plan, scores and text."""
     quantizer = export_format(plan.format, plan.serving.backend).quantizer()
-    return f"acip-export {__version__}, torch {version('torch')}, {quantizer}, feedback {FEEDBACK_VERSION}"
+    return made_by(f"torch {version('torch')}", quantizer, f"feedback {FEEDBACK_VERSION}")
 
 
 def _note(compared: tuple[MeasuredCandidate, ...], best: int, unit: str) -> str:

@@ -36,7 +36,7 @@ from acip_export.units import format_bytes
 from acip_export.verification import export as verification
 from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
-from acip_export.version import __version__
+from acip_export.version import made_by
 
 if TYPE_CHECKING:
     from acip_export.materialization import PlannedModel
@@ -263,16 +263,15 @@ def _roundings(shared: KeptRoundings | None, place: Path, plan: Plan, scores: Sc
     """Yield rounded matrices: the ``shared`` ones, or what an earlier run of the same export has left."""
     if shared is None:
         quantizer = export_format(plan.format, plan.serving.backend).quantizer()
-        with roundings_beside(place, f"{_made_by([quantizer], scores)}plan {plan_sha256(plan)}\n") as kept:
+        with roundings_beside(place, f"{_origin([quantizer], scores)}plan {plan_sha256(plan)}\n") as kept:
             yield kept
         return
     yield shared
     shared.parts(plan_sha256(plan)).close()
 
 
-def _made_by(quantizers: Sequence[str], scores: ScoreFile) -> str:
-    made_by = f"acip-export {__version__}, {', '.join(quantizers)}, feedback {FEEDBACK_VERSION}"
-    return f"{made_by}\nscores {scores.sha256}\n"
+def _origin(quantizers: Sequence[str], scores: ScoreFile) -> str:
+    return f"{made_by(*quantizers, f'feedback {FEEDBACK_VERSION}')}\nscores {scores.sha256}\n"
 
 
 def roundings_left(export: Path, plan: Plan, scores: ScoreFile) -> AbstractContextManager[KeptRoundings | None]:
@@ -368,7 +367,7 @@ def shared_work(
         return
     shared = place / "shared"
     quantizers = [export_format(name).quantizer() for name in sorted(set(formats))]
-    with held(shared), roundings_beside(shared, _made_by(quantizers, scores)) as kept:
+    with held(shared), roundings_beside(shared, _origin(quantizers, scores)) as kept:
         yield cache or kept.directory / "cache", kept
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-
-logger = logging.getLogger(__name__)
 
 _REQUESTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -54,22 +50,3 @@ def interrupted_afterwards() -> Iterator[None]:
         yield
     if interrupted():
         raise KeyboardInterrupt
-
-
-@contextmanager
-def kept_if_interrupted(place: Path, remove: Callable[[], None], stays: str) -> Iterator[None]:
-    """Let ``remove`` take away what a block keeps in ``place`` when it ends, unless it is interrupted.
-
-    Args:
-        stays: what is said then, with ``%s`` for the place, if anything is there.
-    """
-    try:
-        yield
-    except Exception:
-        remove()
-        raise
-    except BaseException:  # an interruption
-        if place.exists():
-            logger.warning(stays, place)
-        raise
-    remove()

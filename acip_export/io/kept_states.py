@@ -6,17 +6,17 @@ Whatever else is measured step by step, and has few numbers to go on from, is ke
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from acip_export.errors import InputError, OutputError
-from acip_export.io.atomic import new_file, read_safetensors_header, remove_leftovers
-from acip_export.io.interruptions import kept_if_interrupted
+from acip_export.io.atomic import new_file, read_safetensors_header
+from acip_export.io.kept_until_done import kept_if_interrupted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +38,10 @@ class KeptStates:
     """
 
     def __init__(self, file: Path, origin: str) -> None:
-        self.file, self.blocks = file, 0
-        self._origin = hashlib.sha256(origin.encode()).hexdigest()
-        self._able, self._saved, self._took = True, time.monotonic(), 0.0
-        self._restored = self._read()
+        self.file = file
+        self._origin, self._able, self._saved, self._took = origin, True, time.monotonic(), 0.0
+        self._restored, facts = read_state(file, origin)
+        self.blocks = facts.get("blocks", 0)
 
     def restored(self) -> Mapping[str, Tensor]:
         """Return what an earlier process has kept, by name, once."""
@@ -54,34 +54,14 @@ class KeptStates:
         if not self._able or begin - self._saved < max(_AT_MOST_LOST, _TIMES_WRITING * self._took):
             return
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
-        tensors = {name: tensor.contiguous() for name, tensor in states.items()}
-        metadata = {"origin": self._origin, "blocks": str(blocks), "sha256": _digest(tensors)}
         try:
-            with new_file(self.file) as temporary:
-                save_file(tensors, temporary, metadata)
+            write_state(self.file, self._origin, states, {"blocks": blocks})
         except (OSError, OutputError, SafetensorError) as reason:
             logger.warning("%s is not kept (%s); a process that is killed starts again", self.file, reason)
             self._able = False
         self.blocks, self._saved = blocks, time.monotonic()
         self._took = self._saved - begin
-
-    def _read(self) -> dict[str, Tensor]:
-        if not self.file.is_file():
-            return {}
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        with suppress(InputError, OSError, SafetensorError):
-            _, metadata = read_safetensors_header(self.file, InputError)
-            if metadata.get("origin") == self._origin:
-                tensors: dict[str, Tensor] = load_file(self.file)
-                # A power cut may leave a file without its content.
-                if metadata.get("sha256") == _digest(tensors):
-                    self.blocks = int(metadata["blocks"])
-                    return tensors
-        return {}
 
 
 @contextmanager
@@ -94,14 +74,42 @@ def kept_states(file: Path, origin: str, step: str = "block") -> Iterator[KeptSt
     kept = KeptStates(file, origin)
     if kept.blocks:
         logger.warning("going on behind %s %d, from what an earlier run has kept", step, kept.blocks)
-    with kept_if_interrupted(file, partial(_remove, file), "how far it is stays in %s: the same command goes on"):
+    with kept_if_interrupted(file, "how far it is"):
         yield kept
 
 
-def _remove(file: Path) -> None:
-    with suppress(OSError):  # a place that cannot be written to has none
-        file.unlink(missing_ok=True)
-        remove_leftovers(file)
+def states_beside(cache: Path | None, origin: str, step: str = "block") -> AbstractContextManager[KeptStates | None]:
+    """Return :func:`kept_states` of what fills a cache; where there is none, nothing is kept."""
+    return nullcontext() if cache is None else kept_states(cache.with_name(f"{cache.name}.run"), origin, step)
+
+
+def write_state(file: Path, origin: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors, and plain JSON beside them, whole or not at all. Raises OutputError where there is no place."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {"origin": _sha256(origin), "facts": json.dumps(facts), "sha256": _digest(tensors)}
+    with new_file(file) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def read_state(file: Path, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what :func:`write_state` has written; nothing where it is not there, not whole or of another origin."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with suppress(InputError, OSError, SafetensorError):
+        metadata = read_safetensors_header(file, InputError)[1] if file.is_file() else {}
+        if metadata.get("origin") == _sha256(origin):
+            tensors: dict[str, Tensor] = load_file(file)
+            # A power cut may leave a file without its content.
+            if metadata.get("sha256") == _digest(tensors):
+                return tensors, json.loads(metadata.get("facts", "{}"))
+    return {}, {}
+
+
+def _sha256(origin: str) -> str:
+    return hashlib.sha256(origin.encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

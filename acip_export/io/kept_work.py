@@ -26,13 +26,19 @@ from msgspec import Meta
 from acip_export.errors import InputError, OutputError, RankingError
 from acip_export.io.atomic import remove_directory
 from acip_export.io.inputs import Count, decode_json, read_input
+from acip_export.io.kept_until_done import (
+    ORIGIN,
+    bytes_in,
+    kept_if_interrupted,
+    no_place,
+    own_directory,
+    worth_keeping,
+)
 from acip_export.io.scratch import Scratch
 from acip_export.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
-# What took fewer seconds is done again rather than left behind by an interruption.
-_WORTH_KEEPING = 60.0
 _JOURNAL = "journal"
 _LONGEST_JOURNAL = 2**30
 _AT_ONCE = 2**24
@@ -91,13 +97,12 @@ class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the journal says of a step; the first says of what the work is, and with which settings."""
+    """What the journal says of a step; the first says with which settings the work began."""
 
     step: str = ""
     facts: Any = None
     arrays: dict[_Name, dict[str, _Stored]] = {}
     dropped: _Name = ""
-    origin: str = ""
     settings: str = ""
 
 
@@ -110,22 +115,20 @@ class KeptWork(Work):
 
     def __init__(self, directory: Path, origin: str, settings: str = "") -> None:
         super().__init__()
-        self.directory, self._origin = directory, f"{_VERSION} {origin}"
+        self.directory, origin = directory, f"{_VERSION} {origin}"
         self._facts: dict[str, Any] = {}
         self._arrays: dict[str, dict[str, _Stored]] = {}
         try:
-            if not self._restored():
+            if own_directory(directory, origin) and not self._restored():
                 remove_directory(directory)
-                directory.mkdir(mode=0o700, parents=True)
+                own_directory(directory, origin)
             self._journal = os.open(self._file(_JOURNAL), os.O_WRONLY | os.O_APPEND | os.O_CREAT | _no_link(), 0o600)
         except OSError as reason:
-            raise OutputError(
-                f"{directory} cannot be written: {reason.strerror}; choose another place with --out"
-            ) from reason
+            raise no_place(directory, reason) from reason
         weakref.finalize(self, os.close, self._journal)
         self.earlier = len(self._facts)
         if not self.earlier:
-            self._append(_Line(origin=self._origin, settings=settings))
+            self._append(_Line(settings=settings))
 
     def scratch(self, name: str) -> Scratch:
         if name not in self._scratches:
@@ -167,14 +170,8 @@ class KeptWork(Work):
             raise OutputError(f"{self.directory} has no room. Make room there, or choose another place with  --out")
 
     def _restored(self) -> bool:
-        """Read what an earlier process has kept; tell whether there is any of it, of the same origin, and whole."""
-        if self.directory.is_symlink() or not self.directory.is_dir():
-            return False
+        """Read what an earlier process has kept; tell whether there is any of it, and whole."""
         lines, size = _lines(self._file(_JOURNAL))
-        if not lines or lines[0].origin != self._origin:
-            if any(self.directory.iterdir()):
-                logger.warning("%s is of another model, text or settings; it begins anew", self.directory)
-            return False
         for line in lines:
             for name, arrays in line.arrays.items():
                 self._arrays.setdefault(name, {}).update(arrays)
@@ -187,7 +184,7 @@ class KeptWork(Work):
             return False
         os.truncate(self._file(_JOURNAL), size)
         for file in self.directory.iterdir():
-            if file.name not in (_JOURNAL, *self._arrays):  # dropped when the process ended
+            if file.name not in (ORIGIN, _JOURNAL, *self._arrays):  # dropped when the process ended
                 file.unlink()
         return bool(self._facts)
 
@@ -258,35 +255,18 @@ def work_beside(target: Path, origin: str, settings: str = "") -> Iterator[KeptW
     begin = time.monotonic()
     work = KeptWork(_beside(target), origin, settings)
     if work.earlier:
-        logger.warning("going on with the %s that an earlier run has kept", _size(target))
+        logger.warning("going on with the %s that an earlier run has kept", format_bytes(kept_bytes(target)))
 
-    def leave() -> None:
-        if not work.earlier and time.monotonic() - begin < _WORTH_KEEPING:
-            remove_directory(work.directory)
-        else:
-            logger.warning("what is done stays in %s, %s: the same command goes on", work.directory, _size(target))
+    def worth() -> bool:
+        return work.earlier > 0 or worth_keeping(time.monotonic() - begin)
 
-    try:
+    with kept_if_interrupted(work.directory, "what is done", worth, (RankingError,)):
         yield work
-    except RankingError:
-        leave()
-        raise
-    except Exception:
-        remove_directory(work.directory)
-        raise
-    except BaseException:  # an interruption
-        leave()
-        raise
-    remove_directory(work.directory)
 
 
 def kept_bytes(target: Path) -> int:
     """Return the bytes that an earlier run has kept for ``target``: room that the next one need not find again."""
-    total = 0
-    with suppress(OSError):
-        for file in _beside(target).iterdir():
-            total += file.stat().st_size
-    return total
+    return bytes_in(_beside(target))
 
 
 def kept_settings(target: Path) -> str:
@@ -297,10 +277,6 @@ def kept_settings(target: Path) -> str:
 
 def _beside(target: Path) -> Path:
     return target.parent / f".{target.name}.rank-state"
-
-
-def _size(target: Path) -> str:
-    return format_bytes(kept_bytes(target))
 
 
 def _no_link() -> int:

@@ -11,10 +11,8 @@ and the hidden states of one step's text.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,8 +21,7 @@ from torch.nn.functional import pad
 
 from acip_export.artifacts.plan import Plan, plan_sha256
 from acip_export.artifacts.tuned import Tuned, TuningResult
-from acip_export.errors import CheckpointError
-from acip_export.io.atomic import new_file, read_safetensors_header
+from acip_export.io.kept_states import read_state, write_state
 from acip_export.io.prefetch import one_ahead
 from acip_export.io.scratch import Scratch
 from acip_export.materialization.rounded_weights import RoundedPlan, RoundedRows, RoundedWeights
@@ -281,35 +278,22 @@ class _Run:
         return total, gradient
 
     def _save(self, file: Path) -> None:
-        from safetensors.torch import save_file
-
         tensors = {}
         for name, move in self._student.moves.items():
             tensors[f"move {name}"] = move.detach()
             for key, value in self._optimizer.state[move].items():
                 tensors[f"{key} {name}"] = value
-        counters = {"identity": self._identity, "step": self.step, "steps": self.steps, "seconds": self.seconds}
-        with new_file(file) as temporary:
-            save_file(tensors, temporary, {"counters": json.dumps(counters)})
+        counters = {"step": self.step, "steps": self.steps, "seconds": self.seconds}
+        write_state(file, self._identity, tensors, counters)
 
     def _load(self, file: Path) -> None:
         """Put this run where the stored one was; one that is damaged, or of another plan, is left alone."""
-        from safetensors.torch import load_file
-
-        with suppress(CheckpointError, KeyError, ValueError):
-            if not file.is_file():
-                return
-            _, metadata = read_safetensors_header(file, CheckpointError)
-            counters = json.loads(metadata["counters"])
-            if counters["identity"] != self._identity:
-                return
-            stored = load_file(file)
-            state = {
-                name: {key: stored[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                for name in self._student.moves
-            }
-            with torch.no_grad():
-                for name, move in self._student.moves.items():
-                    move.copy_(stored[f"move {name}"])
-                    self._optimizer.state[move] = state[name]
-            self.step, self.steps, self.seconds = counters["step"], counters["steps"], counters["seconds"]
+        stored, counters = read_state(file, self._identity)
+        if not counters:
+            return
+        parts = "step", "exp_avg", "exp_avg_sq"
+        with torch.no_grad():
+            for name, move in self._student.moves.items():
+                move.copy_(stored[f"move {name}"])
+                self._optimizer.state[move] = {part: stored[f"{part} {name}"] for part in parts}
+        self.step, self.steps, self.seconds = counters["step"], counters["steps"], counters["seconds"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import secrets
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import OutputError
-from acip_export.io.atomic import remove_directory
+from acip_export.io.atomic import new_file, remove_directory
+from acip_export.io.kept_until_done import bytes_in, kept_if_interrupted, own_directory, worth_keeping
 from acip_export.units import format_bytes
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ logger = logging.getLogger(__name__)
 
 # Rows whose float32 copy is hashed at once.
 _ROWS = 512
-# What took fewer seconds is done again rather than left behind by an interruption.
-_WORTH_KEEPING = 60.0
-_ORIGIN = "origin"
 # What np.savez calls the first array.
 _FIRST = "arr_0"
 
@@ -108,7 +105,6 @@ class KeptParts:
 
     def write(self, name: str, array: npt.NDArray[np.generic]) -> None:
         """Store an array. Raises OutputError where there is no room."""
-        self._directory.mkdir(exist_ok=True)
         _write(self._file(name), array)
 
     def read(self, name: str) -> npt.NDArray[Any]:
@@ -140,13 +136,8 @@ def _read(file: Path) -> dict[str, npt.NDArray[Any]] | None:
 
 def _write(file: Path, *arrays: npt.NDArray[Any]) -> None:
     """Raises OutputError where there is no room."""
-    temporary = file.with_suffix(f".{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("wb") as new:
-            np.savez(new, *arrays)
-        temporary.replace(file)
-    except OSError as reason:
-        raise OutputError(f"{file.parent} has no room for rounded matrices: {reason.strerror}") from reason
+    with new_file(file) as temporary, temporary.open("wb") as new:
+        np.savez(new, *arrays)
 
 
 @contextmanager
@@ -161,31 +152,15 @@ def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:
     Raises:
         OutputError: there is no place for it.
     """
-    directory = _beside(target)
-    kept, earlier = KeptRoundings(directory), 0
-    try:
-        try:
-            if not _is_of(directory, origin):
-                remove_directory(directory)
-                directory.mkdir(mode=0o700, parents=True)
-                (directory / _ORIGIN).write_text(origin, encoding="utf-8")
+    directory, earlier = _beside(target), 0
+    kept = KeptRoundings(directory)
+    with kept_if_interrupted(directory, "what is rounded", lambda: earlier > 0 or worth_keeping(kept.seconds)):
+        if own_directory(directory, origin):
             earlier = len(list(directory.rglob("*.npz")))
-        except OSError as reason:
-            message = f"{directory} cannot be written: {reason.strerror}; choose another place with -o"
-            raise OutputError(message) from reason
         if earlier:
-            logger.warning("going on with what an earlier run has rounded: %d pieces, %s", earlier, _size(directory))
+            size = format_bytes(bytes_in(directory))
+            logger.warning("going on with what an earlier run has rounded: %d pieces, %s", earlier, size)
         yield kept
-    except Exception:
-        remove_directory(directory)
-        raise
-    except BaseException:  # an interruption
-        if not earlier and kept.seconds < _WORTH_KEEPING:
-            remove_directory(directory)
-            raise
-        logger.warning("%s of rounded matrices stay in %s: the same command goes on", _size(directory), directory)
-        raise
-    remove_directory(directory)
 
 
 def are_beside(target: Path) -> bool:
@@ -195,17 +170,6 @@ def are_beside(target: Path) -> bool:
 
 def _beside(target: Path) -> Path:
     return target.parent / f".{target.name}.rounded"
-
-
-def _is_of(directory: Path, origin: str) -> bool:
-    try:
-        return not directory.is_symlink() and (directory / _ORIGIN).read_text(encoding="utf-8") == origin
-    except (OSError, ValueError):
-        return False
-
-
-def _size(directory: Path) -> str:
-    return format_bytes(sum(file.stat().st_size for file in directory.rglob("*.npz")))
 
 
 def _key(weight: torch.Tensor, type: str, importance: torch.Tensor | None, feedback: FeedbackFactor) -> str:

@@ -47,7 +47,7 @@ from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS, ProcessFig
 from acip_export.verification.structure import check_structure
 from acip_export.verification.tokens import compare_tokens, plain_text_failures, token_notes
 from acip_export.verification.unfinished import Unfinished, unfinished
-from acip_export.version import __version__
+from acip_export.version import made_by
 
 # Thirty times what was measured on trained models in both formats; a tensor in the wrong place costs whole nats.
 _ROUNDED_ACTIVATIONS_KL = 0.03
@@ -153,7 +153,7 @@ def verify_export(
     if not failures and encoder is not None:
         found = _run_encoder(written_as, export, model, encoder, text, dense, timeout, progress, stop_over_budget)
     elif not failures:
-        with unfinished(export, _made_by(export, model)) as kept:
+        with unfinished(export, _origin(export, model)) as kept:
             found = _run(
                 written_as, export, model, text, dense, timeout, progress, cache, kept, hashes, stop_over_budget
             )
@@ -180,7 +180,7 @@ def verify_export(
         files=_files(export, plan, hashes()),
         structure=structure,
         provenance=Provenance(
-            f"acip-export {__version__}",
+            made_by(),
             plan.model_fingerprint,
             plan.scores_sha256,
         ),
@@ -358,7 +358,7 @@ def _check_same_plan(export: Path, plan: Plan, model: MaterializedModel) -> None
         raise BundleError(f"{model.path} is the bundle of another plan than {export / PLAN_FILE}")
 
 
-def _made_by(export: Path, model: MaterializedModel) -> str:
+def _origin(export: Path, model: MaterializedModel) -> str:
     """All that measurements of a model follow from, its texts aside."""
     tuned, options = export / TUNED_FILE, list[str]()
     for name, value in sorted(model.plan.options.items()):
@@ -366,7 +366,7 @@ def _made_by(export: Path, model: MaterializedModel) -> str:
         options.append(f"{name} {value} {status and (status.st_size, status.st_mtime_ns)}")
     return "\n".join(
         [
-            f"acip-export {__version__}, feedback {FEEDBACK_VERSION}, {_versions()}",
+            made_by(f"feedback {FEEDBACK_VERSION}", str(_versions())),
             f"plan {plan_sha256(model.plan)} {model.made_of}",
             f"tuned {sha256_of(tuned) if tuned.is_file() else None}",
             *options,

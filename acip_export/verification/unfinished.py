@@ -14,17 +14,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from acip_export.errors import InputError
 from acip_export.formats.session import Tokens
-from acip_export.io.atomic import keep, remove_directory
+from acip_export.io.atomic import keep
 from acip_export.io.inputs import builtins, read_json
-from acip_export.io.interruptions import kept_if_interrupted
 from acip_export.io.kept_states import KeptStates
+from acip_export.io.kept_until_done import kept_if_interrupted
 from acip_export.verification.process import ProcessFigures
 
 logger = logging.getLogger(__name__)
@@ -85,8 +84,7 @@ def unfinished(export: Path, made_by: str) -> Iterator[Unfinished]:
     """
     place = export.resolve()
     directory = place.parent / f".{place.name}.verification"
-    stays = "how far the verification is stays in %s: the next one goes on"
-    with kept_if_interrupted(directory, partial(remove_directory, directory), stays):
+    with kept_if_interrupted(directory, "how far the verification is", then="the next one goes on"):
         yield Unfinished(directory, made_by)
 
 

@@ -14,7 +14,7 @@ from acip_export.model.torch_model import transformers_config
 from converters.gguf.architectures import family_of
 from converters.gguf.writer import uint32
 from tests.gguf.conftest import ARCHITECTURES
-from tests.support import make_model
+from tests.support import make_model, rope
 
 
 def with_config(model: Path, **changes: Any) -> Checkpoint:
@@ -68,10 +68,6 @@ QWEN2 = {"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": Tr
 
 def shaped(architecture: str, model_type: str = "", **settings: Any) -> Checkpoint:
     return Checkpoint(Path(), {**CONFIG, "architectures": [architecture], "model_type": model_type, **settings}, {})
-
-
-def rope(kind: str, **settings: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **settings}}
 
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 1024}

@@ -20,7 +20,7 @@ from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from tests.gguf.conftest import export
 from tests.gguf.test_converter import FLOAT_TOLERANCE, SERVED_TOLERANCE, agreement, assert_float_agreement
 from tests.gguf.tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
-from tests.support import CORPUS, dense, everywhere, make_model
+from tests.support import CORPUS, dense, everywhere, make_model, rope
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -36,10 +36,6 @@ WINDOW = 20
 # ggml takes GELU from a table of float16 values.
 GELU_TOLERANCE = 3e-3
 HALF = SIZES["head_dim"] // 2
-
-
-def rope(kind: str, **settings: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}

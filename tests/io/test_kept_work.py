@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from acip_export.errors import RankingError
-from acip_export.io import kept_work
+from acip_export.io import kept_until_done
 from acip_export.io.kept_work import KeptWork, Work, kept_bytes, work_beside
 
 
@@ -136,7 +136,7 @@ def test_interrupted_it_stays_if_it_was_worth_it(tmp_path: Path, monkeypatch: py
             work.finish("first")
             raise reason
         assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(kept_work, "_WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(kept_until_done, "_WORTH_KEEPING", 0.0)
     with pytest.raises(KeyboardInterrupt), work_beside(target, "this") as work:
         work.finish("first")
         raise KeyboardInterrupt

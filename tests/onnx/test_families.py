@@ -19,7 +19,7 @@ from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, RULES, SIZES, Export
 from tests.onnx.test_converter import dequantized
-from tests.support import greedy_tokens, make_bundle, make_model, make_plan
+from tests.support import greedy_tokens, make_bundle, make_model, make_plan, rope
 
 WINDOWS: Windows = np.random.default_rng(0).integers(0, 512, (2, CONTEXT))
 PROMPT = [int(token) for token in WINDOWS[0][: PROMPT_BATCH + 5]]
@@ -28,10 +28,6 @@ WINDOW = 20
 
 GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": WINDOW}
 HALF = SIZES["head_dim"] // 2
-
-
-def rope(kind: str, **settings: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}

@@ -15,7 +15,7 @@ import torch
 
 from acip_export.artifacts.scores import load_scores
 from acip_export.errors import DataError, UnsupportedError, UsageError
-from acip_export.io import kept_work
+from acip_export.io import kept_until_done
 from acip_export.materialization.factors import basis_moments, factor_pair
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import Pooling
@@ -58,7 +58,7 @@ def test_interrupted_ranking_goes_on(
     encoder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is measured text by text is kept, too."""
-    monkeypatch.setattr(kept_work, "_WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(kept_until_done, "_WORTH_KEEPING", 0.0)
     total = 0
 
     def count(progress: Progress) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from acip_export.artifacts.scores import load_scores
 from acip_export.errors import UsageError
-from acip_export.io import kept_work
+from acip_export.io import kept_until_done
 from acip_export.io.kept_work import kept_bytes
 from acip_export.machine import Machine
 from acip_export.model.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ class Interrupted:
 
 @pytest.fixture
 def _kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_work, "_WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(kept_until_done, "_WORTH_KEEPING", 0.0)
 
 
 SCRIPT = """

@@ -13,7 +13,7 @@ from acip_export.artifacts.plan import Plan
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
-from tests.support import make_model, make_scores
+from tests.support import CORPUS, make_model, make_scores
 
 CONTEXT = 64
 
@@ -52,3 +52,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> MakeExport:
         return made[target]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(CORPUS) * 6, encoding="utf-8")
+    return file
+
+
+def rename_gguf(export: Path) -> None:
+    """Give a tensor of a GGUF file another name of the same length."""
+    file = export / "model.gguf"
+    file.write_bytes(file.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"))

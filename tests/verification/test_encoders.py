@@ -23,7 +23,7 @@ from acip_export.verification.process import measure_process
 from acip_export.verification.structure import check_structure
 from converters.onnx.runtimes.onnx_encoder import OnnxEncoderSession
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
-from tests.verification.conftest import Made, MakeExport
+from tests.verification.conftest import Made, MakeExport, rename_gguf
 
 CONTEXT = 40
 
@@ -112,11 +112,6 @@ def test_memory_of_a_large_vocabulary(tmp_path: Path) -> None:
     assert 0.7 * plan.process_bytes <= memory.peak_bytes <= plan.process_bytes + 1_000_000
 
 
-def _rename(export: Path) -> None:
-    file = export / "model.gguf"
-    file.write_bytes(file.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"))
-
-
 def _retype(export: Path) -> None:
     import onnx
 
@@ -130,7 +125,7 @@ def _retype(export: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "damage", "message"),
     [
-        ("gguf", _rename, "blk.1.attn_q.weight is missing"),
+        ("gguf", rename_gguf, "blk.1.attn_q.weight is missing"),
         ("onnx", _retype, "is there for encoder.layer.1.attention.self.query"),
     ],
 )

@@ -18,17 +18,9 @@ from acip_export.model.block_model import BlockModel
 from acip_export.progress import Progress
 from acip_export.verification import decoders
 from acip_export.verification import unfinished as keeping
-from tests.support import CORPUS
 from tests.verification.conftest import Made, MakeExport
 
 LAYERS = 2
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("".join(CORPUS) * 6, encoding="utf-8")
-    return file
 
 
 @pytest.fixture(params=["gguf", "onnx"])

@@ -29,15 +29,7 @@ from acip_export.progress import Progress
 from acip_export.verification import metrics as measure
 from acip_export.verification.export import verify_export
 from acip_export.verification.structure import check_structure
-from tests.support import CORPUS
-from tests.verification.conftest import CONTEXT, Made, MakeExport
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("".join(CORPUS) * 6, encoding="utf-8")
-    return file
+from tests.verification.conftest import CONTEXT, Made, MakeExport, rename_gguf
 
 
 @pytest.fixture(scope="module", params=["gguf", "onnx"])
@@ -139,11 +131,6 @@ def test_a_model_does_not_diverge_from_itself() -> None:
     assert (found.mean_kl, found.kl_999, found.loss_difference, found.same_top, found.tokens) == (0, 0, 0, 1, 16)
 
 
-def _rename_gguf(export: Path) -> None:
-    file = export / "model.gguf"
-    file.write_bytes(file.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"))
-
-
 def _retype_gguf(export: Path) -> None:
     """q8_0 to a type of another size of block: the file keeps its length."""
     file = export / "model.gguf"
@@ -167,7 +154,7 @@ def _reshape_onnx(export: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "damage", "message"),
     [
-        ("gguf", _rename_gguf, "blk.1.attn_q.weight is missing"),
+        ("gguf", rename_gguf, "blk.1.attn_q.weight is missing"),
         ("gguf", _retype_gguf, "blk.1.attn_q.weight|damaged"),
         ("onnx", _reshape_onnx, "is there for model.layers.1.self_attn.q_proj"),
     ],
