@@ -1,0 +1,83 @@
+"""Planned memory against real processes: a real vocabulary, and types that the planner mixes."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from acip_export.artifacts.names import PLAN_FILE
+from acip_export.artifacts.plan import save_plan
+from acip_export.formats.registry import export_format
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import Budget, DoesNotFit, PlanRequest, Problem, resolve
+from acip_export.planning.memory import uncounted_bytes
+from acip_export.verification.process import measure_process
+from benchmarks.memory import made_up_scores, types_of, warm_libraries
+from converters.onnx.memory import shorter_batch_bytes
+from samples import real
+from tests.planning.problems import EXHAUSTIVE
+from tests.support import needs_real_model
+
+# Asked before any test: others put the cache elsewhere for as long as they run.
+REAL_MODEL = real.cached()
+logger = logging.getLogger(__name__)
+# A process writes 32 tokens: behind prompts of these lengths the last batch is the longest that is shorter than the
+# others, whatever their size, and takes the most (docs/memory.md).
+CONTEXTS = tuple(length + 31 for length in ((512, 2048, 4096) if EXHAUSTIVE else (512,)))
+# Between the smallest plan with a context and the largest, in equal factors.
+SHARES = (0.06, 0.2, 0.33, 0.46, 0.59, 0.72, 0.85, 1.0) if EXHAUSTIVE else (0.33, 0.72)
+# The default, as it is chosen most, and what a plan takes in its place.
+CACHES = {"gguf": ("f16", "q8_0", "f16", "q4_0"), "onnx": ("f32", "int8", "f32", "int4")}
+# In the smallest processes it is what building a tokenizer frees, and the next buffers use again or not.
+SHARE_ABOVE, BYTES_ABOVE = 0.05, 9_000_000
+
+
+@pytest.mark.slow
+@needs_real_model
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("name", CACHES)
+def test_no_process_takes_more_than_planned_nor_much_less(name: str, context: int, tmp_path: Path) -> None:
+    """Exports hold any numbers: what they are changes no byte, and eight real ones would take an hour."""
+    checkpoint, known = Checkpoint.open(REAL_MODEL.model), export_format(name)
+    scores = made_up_scores(checkpoint, tmp_path / "scores.acip")
+    warm_libraries()
+    problem = Problem.of(checkpoint, scores, resolve(PlanRequest(name), checkpoint).space)
+    wrong = []
+    for share, cache in zip(SHARES, cycle(CACHES[name]), strict=False):
+        rule = resolve(PlanRequest(name, context=context, cache_type=cache), checkpoint).rule
+        smallest = problem.floor("memory", rule.at_every_budget(8)).nbytes
+        largest = problem.largest("memory", rule.at_every_budget(512)).used_bytes
+        budget = Budget(round(smallest * (largest / smallest) ** share))
+        try:
+            plan = problem.plan(budget, rule.serving(budget, problem.memory), exact=False)
+        except DoesNotFit:  # the batch that suits the budget leaves too little
+            plan = problem.plan(budget, rule.at_every_budget(8), exact=False)
+        export = tmp_path / "export"
+        export.mkdir()
+        known.imitate(checkpoint, plan.layout, plan.tensors, plan.serving, export)
+        assert {file: (export / file).stat().st_size for file in plan.files} == plan.files
+        save_plan(plan, export / PLAN_FILE)
+        for session in known.sessions:
+            memory = measure_process(session.module, session.name, export).memory
+            assert memory is not None
+            planned = plan.memory_bytes + uncounted_bytes(known, plan, checkpoint, session.runtime)
+            serving = plan.serving
+            line = (
+                f"{session.runtime}, {context} tokens, cache {serving.cache_types}, batch {serving.prompt_batch}, "
+                f"{types_of(plan)}: {planned} planned, {memory.peak_bytes} measured, "
+                f"{planned / memory.peak_bytes - 1:+.1%}"
+            )
+            # What a shorter last batch leaves, only genai holds.
+            hole = shorter_batch_bytes(checkpoint.shape, serving) if session.runtime == "onnxruntime" else 0
+            above = planned - hole - memory.peak_bytes
+            logger.info(line)
+            if planned < memory.peak_bytes or above > max(SHARE_ABOVE * memory.peak_bytes, BYTES_ABOVE):
+                wrong.append(line)
+        shutil.rmtree(export)
+    assert not wrong, "\n".join(wrong)
