@@ -6,7 +6,7 @@ And whether the types are to be chosen by it where nothing was asked of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +43,7 @@ def with_cache_to_choose(
     scores: ScoreFile,
     request: PlanRequest,
     question: Question,
+    unmeasured: Callable[[SearchSpace], Problem],
     progress: ProgressCallback = silent,
 ) -> Question:
     """Have the cache's types chosen with the weights, as ``auto`` has, where nothing was asked of them and the default
@@ -52,6 +53,9 @@ def with_cache_to_choose(
     (no text, no runtime) or is not to be (:attr:`PlanRequest.calibrate`); where prompts are computed in one piece, as
     web pages do, whose caches are in floats; and with a context of ``max``, which a coarser cache would only make
     longer.
+
+    Args:
+        unmeasured: makes the problem of a search space, whose losses need not be those of the model.
     """
     asked = request.cache_type or request.cache_type_k or request.cache_type_v
     if asked or request.budget_scope == "file" or request.context == "max" or request.whole_prompts:
@@ -62,8 +66,7 @@ def with_cache_to_choose(
     if len(caches) == 1:
         return question
     space = question.spaces[0]
-    problem = Problem.of(checkpoint.with_options(space.options), scores, space)
-    if not _gains(problem, question, caches):
+    if not _gains(unmeasured(space), question, caches):
         return question
     types = cache_names(caches)
     known = known_cache_losses(scores, space)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from acip_export.api.cache_types import (
@@ -145,7 +146,19 @@ def plan_export(
     checkpoint = checkpoint.with_options(request.options)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
     notes = [*said, *limits, *_prepare(checkpoint, question.spaces[0].format, rule, progress)]
-    default, question = question, with_cache_to_choose(checkpoint, scores, request, question, progress)
+    bare: dict[str, Problem] = {}
+
+    def unmeasured(space: SearchSpace) -> Problem:
+        """What bytes follow from, before minutes of measuring, which change none."""
+        layout = space.layout.name
+        if layout in known:
+            return known[layout][0]
+        if layout not in bare:
+            bare[layout] = Problem.of(checkpoint, scores, space)
+        return bare[layout]
+
+    default = question
+    question = with_cache_to_choose(checkpoint, scores, request, question, unmeasured, progress)
 
     def problem_of(space: SearchSpace) -> Problem:
         if space.layout.name not in known:
@@ -173,8 +186,8 @@ def plan_export(
     refusals: list[UnacceptedLossError | UnreachableSpeedError | UnsupportedError] = []
     for space in question.spaces:
         try:
-            if space.layout.name not in known:  # minutes of measuring change no bytes
-                problem = Problem.of(checkpoint, scores, space)
+            if space.layout.name not in known:
+                problem = unmeasured(space)
                 _refuse_what_nothing_fits(problem, budget, rule, question.caches)
                 if len(question.caches) == 1:  # of several, which is read is not known
                     check_pace(problem, budget, rule.least.serving(budget, problem.memory), question.pace)
@@ -322,10 +335,11 @@ def sweep_sizes(
             questions.append((label, settled, resolve(settled, checkpoint)))
         except (UnsupportedError, MissingExtraError) as error:
             refusals.append(error)
-    for label, request, resolved in questions:
+    for label, settled, resolved in questions:
         try:
             question, _ = possible_with(scores, resolved)
-            question = with_cache_to_choose(checkpoint, scores, request, question, progress)
+            made = partial(Problem.of, checkpoint.with_options(settled.options), scores)
+            question = with_cache_to_choose(checkpoint, scores, settled, question, made, progress)
             problem = planning_problem(checkpoint, scores, question, progress)
             rules = undominated_caches(problem, question.rule, question.caches)
             line = sweep(problem, rules, question.scope, label, progress=progress, pace=question.pace)

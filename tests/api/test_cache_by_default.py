@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from acip_export.artifacts.cache_losses import cache_file
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest, resolve
+from acip_export.planning import PlanRequest, Problem, resolve
 from acip_export.progress import Progress
 from tests.encoders import make_encoder
 from tests.ranking.support import calibration_text
@@ -118,17 +119,19 @@ def test_without_a_text_it_stays(tmp_path: Path) -> None:
 def test_others_keep_the_default(ranked: Ranked, changed: dict[str, object]) -> None:
     plan_export(*ranked, replace(ASKED, budget_bytes=10**9, cache_type="auto"))  # measured
     tight = replace(ASKED, budget_bytes=at(ranked, "f32"))
-    assert len(with_cache_to_choose(*ranked, tight, resolve(tight, ranked[0])).caches) == 3
+    made = partial(Problem.of, *ranked)
+    assert len(with_cache_to_choose(*ranked, tight, resolve(tight, ranked[0]), made).caches) == 3
     other = replace(tight, **changed)
     question = resolve(other, ranked[0])
-    assert with_cache_to_choose(*ranked, other, question) is question
+    assert with_cache_to_choose(*ranked, other, question, made) is question
 
 
 def test_encoders_have_none(tmp_path: Path) -> None:
     model = make_encoder(tmp_path / "m")
     request = PlanRequest("onnx", 10**6, calibrate=True)
     question = resolve(request, Checkpoint.open(model))
-    assert with_cache_to_choose(Checkpoint.open(model), make_scores(model), request, question) is question
+    ranked = Checkpoint.open(model), make_scores(model)
+    assert with_cache_to_choose(*ranked, request, question, partial(Problem.of, *ranked)) is question
 
 
 def test_each_of_several_budgets_has_its_own(ranked: Ranked) -> None:
