@@ -43,9 +43,9 @@ test: $(STAMP) ## Run the tests but the slow ones (10 minutes)
 test-slow: $(STAMP) ## Run the slow ones: other environments, several processes, killed rankings, whole chains (10 minutes)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m slow
 
-test-exhaustive: $(STAMP) ## Hundreds of random plans and exports, every type that llama.cpp has, traced families, every long stage killed at random (10 minutes)
+test-exhaustive: $(STAMP) ## Hundreds of random plans and exports, every type that llama.cpp has, traced families, every long stage killed at random, the memory of a real model (20 minutes)
 	ACIP_EXHAUSTIVE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal -o faulthandler_timeout=3000 tests/planning/test_properties.py tests/test_written_bytes.py tests/ranking/test_run_state.py \
-	  tests/onnx/test_substitute.py tests/test_killed.py
+	  tests/onnx/test_substitute.py tests/test_killed.py tests/verification/test_real_memory.py
 
 llama-cpp: $(STAMP) ## Build llama.cpp with factor pairs (10 minutes, once) and install it beside the tests
 	$(BIN)/python -m converters.gguf.llama_cpp.build -c constraints.txt

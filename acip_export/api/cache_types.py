@@ -1,8 +1,12 @@
-"""What each type of KV cache costs: measured once in the runtime itself, on text that the ranking held out."""
+"""What each type of KV cache costs: measured once in the runtime itself, on text that the ranking held out.
+
+And whether the types are to be chosen by it where nothing was asked of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,12 +15,13 @@ from typing import TYPE_CHECKING
 from acip_export.api.calibration import held_out_windows
 from acip_export.api.rank import rounding_scores
 from acip_export.artifacts.cache_losses import CacheLosses, cache_file, load_cache_losses, save_cache_losses
-from acip_export.artifacts.plan import Serving
+from acip_export.artifacts.plan import Plan, Serving, cache_types
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import MissingExtraError, UnsupportedError
+from acip_export.formats.protocol import AUTO
 from acip_export.io.kept_states import KeptStates, states_beside
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import Problem, SearchSpace
+from acip_export.planning import Budget, PlanRequest, Problem, Question, SearchSpace, resolve
 from acip_export.progress import Clock, ProgressCallback, silent
 from acip_export.verification.metrics import compare_logits
 from acip_export.version import made_by
@@ -24,8 +29,92 @@ from acip_export.version import made_by
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 _PROMPT_BATCH = 128
 _MOST_BITS = 16
+# Of a budget: from here on a cache of the default type is worth another choice where nobody made one. 8 bits give back
+# half of it or more; below, weights gain from that about what such a cache costs, and measuring takes a minute.
+_MUCH = 0.1
+
+
+def with_cache_to_choose(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    request: PlanRequest,
+    question: Question,
+    unmeasured: Callable[[SearchSpace], Problem],
+    progress: ProgressCallback = silent,
+) -> Question:
+    """Have the cache's types chosen with the weights, as ``auto`` has, where nothing was asked of them and the default
+    ones take much of the budget; without a budget, of the smallest.
+
+    The question stays as it is where they could not be chosen: what each costs is not known, and cannot be measured
+    (no text, no runtime) or is not to be (:attr:`PlanRequest.calibrate`); where prompts are computed in one piece, as
+    web pages do, whose caches are in floats; and with a context of ``max``, which a coarser cache would only make
+    longer.
+
+    Args:
+        unmeasured: makes the problem of a search space, whose losses need not be those of the model.
+    """
+    asked = request.cache_type or request.cache_type_k or request.cache_type_v
+    if asked or request.budget_scope == "file" or request.context == "max" or request.whole_prompts:
+        return question
+    if not checkpoint.shape.generates:
+        return question
+    caches = resolve(replace(request, cache_type=AUTO), checkpoint).caches
+    if len(caches) == 1:
+        return question
+    space = question.spaces[0]
+    if not _gains(unmeasured(space), question, caches):
+        return question
+    types = cache_names(caches)
+    known = known_cache_losses(scores, space)
+    if not all(name in known.keys for name in types):
+        if not question.calibrate:
+            return question
+        try:
+            measured_cache_losses(checkpoint, scores, space, types, progress)
+        except (UnsupportedError, MissingExtraError) as reason:
+            logger.info("the KV cache keeps its default type: %s", reason)
+            return question
+    return replace(question, caches=caches)
+
+
+def _gains(problem: Problem, question: Question, caches: Sequence[tuple[str, str]]) -> bool:
+    """Tell whether a smaller cache than the default one could make a plan better: it takes minutes to measure."""
+    rule, scope, memory = question.rule, question.scope, problem.memory
+    if question.nbytes is None:
+        budget = Budget(problem.floor(scope, rule.at_every_budget(_PROMPT_BATCH)).nbytes, scope)
+    else:
+        budget = question.budget
+    serving = rule.serving(budget, memory)
+    if memory.serving(serving).kv_cache < _MUCH * budget.nbytes:
+        return False
+    if problem.largest(scope, serving).used_bytes <= budget.nbytes:
+        return False  # there is room for everything
+    rules = (replace(rule, cache_type_k=keys, cache_type_v=values) for keys, values in caches)
+    smallest = min((each.serving(budget, memory) for each in rules), key=lambda each: memory.serving(each).total)
+    return problem.floor(scope, smallest).nbytes <= budget.nbytes
+
+
+def chosen_cache_note(problem: Problem, default: Question, plan: Plan) -> tuple[str, ...]:
+    """Say so when another type was chosen than the default one, which ``default`` would have had."""
+    (own,), serving = default.caches, plan.serving
+    if (serving.cache_type_k, serving.cache_type_v) == own:
+        return ()
+    keys, values = own
+    nbytes = problem.memory.serving(replace(serving, cache_type_k=keys, cache_type_v=values)).kv_cache
+    name = cache_types(keys, values)
+    return (
+        f"the KV cache is of {serving.cache_types}, the best for this budget: in {name}, the default, it would take "
+        f"{nbytes / plan.budget_bytes:.0%} of it;  --cache-type {name}  has it so",
+    )
+
+
+def cache_names(caches: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """Return the types of all pairs, each once."""
+    return tuple(dict.fromkeys(name for pair in caches for name in pair))
 
 
 def known_cache_losses(scores: ScoreFile, space: SearchSpace) -> CacheLosses:
@@ -34,7 +123,10 @@ def known_cache_losses(scores: ScoreFile, space: SearchSpace) -> CacheLosses:
         runtime = space.format.quantizer()
     except MissingExtraError:
         runtime = ""
-    return load_cache_losses(scores.file, CacheLosses(space.format.name, runtime, scores.sha256))
+    nothing = CacheLosses(space.format.name, runtime, scores.sha256)
+    if scores.file is None:
+        return scores.cache_losses.get(space.format.name, nothing)
+    return load_cache_losses(scores.file, nothing)
 
 
 def measured_cache_losses(
@@ -77,7 +169,9 @@ def measured_cache_losses(
         measured = replace(
             known, text_sha256=text_sha256, tokens=windows.numel(), keys=found["keys"], values=found["values"]
         )
-        if scores.file is not None:
+        if scores.file is None:
+            scores.cache_losses[space.format.name] = measured
+        else:
             save_cache_losses(measured, scores.file)
     return measured
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
-from acip_export.api.cache_types import known_cache_losses, measured_cache_losses
+from acip_export.api.cache_types import (
+    cache_names,
+    chosen_cache_note,
+    known_cache_losses,
+    measured_cache_losses,
+    with_cache_to_choose,
+)
 from acip_export.api.calibration import calibrated_errors
 from acip_export.api.candidates import measured_best
 from acip_export.api.rank import rounding_scores
@@ -82,8 +89,7 @@ def _cache_losses(
     """Return what types of KV cache cost; where there is a choice, what is not known yet is measured."""
     if len(question.caches) == 1:
         return known_cache_losses(scores, space)
-    types = tuple(dict.fromkeys(name for pair in question.caches for name in pair))
-    return measured_cache_losses(checkpoint, scores, space, types, progress)
+    return measured_cache_losses(checkpoint, scores, space, cache_names(question.caches), progress)
 
 
 def possible_with(scores: ScoreFile, question: Question) -> tuple[Question, tuple[str, ...]]:
@@ -140,6 +146,19 @@ def plan_export(
     checkpoint = checkpoint.with_options(request.options)
     rounding_scores(checkpoint, scores)  # an unfit imatrix is refused before anything is computed
     notes = [*said, *limits, *_prepare(checkpoint, question.spaces[0].format, rule, progress)]
+    bare: dict[str, Problem] = {}
+
+    def unmeasured(space: SearchSpace) -> Problem:
+        """What bytes follow from, before minutes of measuring, which change none."""
+        layout = space.layout.name
+        if layout in known:
+            return known[layout][0]
+        if layout not in bare:
+            bare[layout] = Problem.of(checkpoint, scores, space)
+        return bare[layout]
+
+    default = question
+    question = with_cache_to_choose(checkpoint, scores, request, question, unmeasured, progress)
 
     def problem_of(space: SearchSpace) -> Problem:
         if space.layout.name not in known:
@@ -147,6 +166,11 @@ def plan_export(
         problem, scaled, why_not = known[space.layout.name]
         notes.extend(note for note in why_not if note not in notes)
         calibrated.append(scaled)
+        # Another budget may have had no choice of cache types.
+        losses = _cache_losses(checkpoint, scores, space, question, progress)
+        if losses != problem.cache_losses:
+            problem = replace(problem, cache_losses=losses)
+            known[space.layout.name] = problem, scaled, why_not
         return problem
 
     def made(space: SearchSpace) -> tuple[Problem, bool, tuple[str, ...]]:
@@ -154,10 +178,7 @@ def plan_export(
         uncalibrated = errors
         if question.calibrate:
             errors, why_not = calibrated_errors(checkpoint, scores, space, errors, rule, progress)
-        problem = Problem.of(
-            checkpoint, scores, space, errors, _cache_losses(checkpoint, scores, space, question, progress)
-        )
-        return problem, errors is not uncalibrated, why_not
+        return Problem.of(checkpoint, scores, space, errors), errors is not uncalibrated, why_not
 
     calibrated: list[bool] = []
     plans: list[tuple[Plan, Problem]] = []
@@ -165,8 +186,8 @@ def plan_export(
     refusals: list[UnacceptedLossError | UnreachableSpeedError | UnsupportedError] = []
     for space in question.spaces:
         try:
-            if space.layout.name not in known:  # minutes of measuring change no bytes
-                problem = Problem.of(checkpoint, scores, space)
+            if space.layout.name not in known:
+                problem = unmeasured(space)
                 _refuse_what_nothing_fits(problem, budget, rule, question.caches)
                 if len(question.caches) == 1:  # of several, which is read is not known
                     check_pace(problem, budget, rule.least.serving(budget, problem.memory), question.pace)
@@ -189,6 +210,8 @@ def plan_export(
     if len(question.spaces) > 1:
         compared = ", ".join(f"{plan.layout} {plan.predicted_loss:.4f}" for plan, _ in plans)
         notes.append(f"predicted loss by layout: {compared} {best.loss_unit}")
+    if question is not default:
+        notes.extend(chosen_cache_note(problem, default, best))
     notes = [*filter(None, [best.far_off]), *best.notes, *notes, *model_notes(checkpoint, best.serving.context)]
     if request.device is not None:  # has no more memory to give
         better = tuple(each for each in best.certificate.alternatives if not each.change.startswith("--budget"))
@@ -303,16 +326,20 @@ def sweep_sizes(
     Raises:
         UnsupportedError, MissingExtraError: of the first request, when no line could be made.
     """
-    questions: list[tuple[str, Question]] = []
+    questions: list[tuple[str, PlanRequest, Question]] = []
     lines: list[SweepLine] = []
     refusals: list[AcipError] = []
     for label, request in requests:  # all of them before minutes of measuring
         try:
-            questions.append((label, resolve(settle_rounding(scores, request)[0], checkpoint)))
+            settled, _ = settle_rounding(scores, request)
+            questions.append((label, settled, resolve(settled, checkpoint)))
         except (UnsupportedError, MissingExtraError) as error:
             refusals.append(error)
-    for label, question in questions:
+    for label, settled, resolved in questions:
         try:
+            question, _ = possible_with(scores, resolved)
+            made = partial(Problem.of, checkpoint.with_options(settled.options), scores)
+            question = with_cache_to_choose(checkpoint, scores, settled, question, made, progress)
             problem = planning_problem(checkpoint, scores, question, progress)
             rules = undominated_caches(problem, question.rule, question.caches)
             line = sweep(problem, rules, question.scope, label, progress=progress, pace=question.pace)

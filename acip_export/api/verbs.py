@@ -133,7 +133,8 @@ def plan(
             predicted loss of at most ``max_loss``, or, without, of 0.01 nats more than the shortest.
         min_speed: tokens a second that an answer with a full context must be predicted with, on this machine, which
             ``acip-export calibrate`` has measured.
-        cache_type: of the cache; cache_type_k, cache_type_v: of its keys or its values alone.
+        cache_type: of the cache; ``auto``: what loses least together with the weights; ``None``: the format's, or
+            ``auto`` where that takes a tenth of the budget. cache_type_k, cache_type_v: of its keys or values alone.
         prompt_batch: prompt tokens processed together; ``None``: suits the budget.
         rounding: ``feedback`` carries the error of each weight to those that are rounded after it, ``nearest`` does
             not; ``None``: ``feedback`` where format and score file allow it.

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
+from acip_export.artifacts.cache_losses import CacheLosses
 from acip_export.artifacts.document import Header, check_header
 from acip_export.artifacts.measured_losses import MeasuredLosses
 from acip_export.artifacts.names import SCORE_FILE_SUFFIX, SCORES
@@ -183,8 +184,8 @@ class ScoreFile:
         sha256: identifies the file: over its header, every tensor but the second moments, and the first 4 KiB of each
             of those.
         file: that it was read from.
-        rounding_errors, measured_losses: what was measured for scores that are in no file, by format; for others caches
-            beside the file have it.
+        rounding_errors, measured_losses, cache_losses: what was measured for scores that are in no file, by format; for
+            others caches beside the file have it.
     """
 
     model: RankedModel
@@ -201,6 +202,7 @@ class ScoreFile:
     file: Path | None = field(default=None, compare=False)
     rounding_errors: dict[str, RoundingErrors] = field(default_factory=dict, init=False, repr=False, compare=False)
     measured_losses: dict[str, MeasuredLosses] = field(default_factory=dict, init=False, repr=False, compare=False)
+    cache_losses: dict[str, CacheLosses] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def basis(self) -> str:

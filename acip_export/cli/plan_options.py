@@ -142,7 +142,8 @@ class PlanFlags:
         typer.Option(
             metavar="TYPE",
             help="Type of the KV cache; auto: loses least.\n\nacip-export formats  lists them. auto measures once what "
-            "each costs, in the runtime on held-out text: a few seconds a type and 100 million parameters.",
+            "each costs, in the runtime on held-out text: a few seconds a type and 100 million parameters. Default: "
+            "the format's; auto where that takes a tenth of the budget.",
             rich_help_panel=BUDGET,
         ),
     ] = None
@@ -213,10 +214,13 @@ class PlanFlags:
     @property
     def course(self) -> Course:
         """What a first plan measures of a model, and roughly what each takes; later ones find it beside the scores."""
-        shares = dict.fromkeys(map(types_stage, self._formats(self._device())), 1.0)
+        caches = self.cache_type, self.cache_type_k, self.cache_type_v
+        # Where nothing was asked of the cache, its types are measured first, if at all.
+        shares = {"KV cache types": 1.0} if self.calibrate and not any(caches) else {}
+        shares.update(dict.fromkeys(map(types_stage, self._formats(self._device())), 1.0))
         if self.calibrate:
             shares["calibrate"] = 2.0
-        if "auto" in (self.cache_type, self.cache_type_k, self.cache_type_v):
+        if AUTO in caches:
             shares["KV cache types"] = 1.0
         if self.candidates > 1:
             shares["compare plans"] = 0.2 * self.candidates

@@ -37,9 +37,10 @@ class PlanRequest:
         types: names of the weight types to choose from; empty: the format's defaults.
         context: tokens; ``None``: the model's, at most ``default_context``; ``max``: the longest that fits the budget.
         max_loss: the most predicted loss that the longest context may have; ``None``: 0.01 nats more than the shortest.
-        cache_type: of the whole KV cache; ``None``: the format's default; ``auto``: what loses least together with the
-            weights, see :func:`acip_export.api.cache_types.measured_cache_losses`. cache_type_k, cache_type_v: of its
-            keys or values alone.
+        cache_type: of the whole KV cache; ``auto``: what loses least together with the weights, see
+            :func:`acip_export.api.cache_types.measured_cache_losses`; ``None``: the format's default, or ``auto``, see
+            :func:`acip_export.api.cache_types.with_cache_to_choose`. cache_type_k, cache_type_v: of its keys or values
+            alone.
         prompt_batch: prompt tokens that are computed together; ``None``: chosen to suit the budget.
         default_context: the most tokens of context that are planned for without being asked.
         device: the name of the device that the budget is of, if it is of one.
