@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup-locked: ## The same from files of known SHA-256 only (Linux x86_64, Python 3.11, torch for processors)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
