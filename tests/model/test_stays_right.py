@@ -1,4 +1,4 @@
-"""Oddities of models on the Hub, reported as wrong results of other tools, that were right here when they were tried."""
+"""Oddities of models on the Hub, reported as wrong results of other tools, that are right here."""
 
 from __future__ import annotations
 
