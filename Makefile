@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # Outside the checkout: these take minutes, and no clone needs them twice.
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/acip-export
 
-.PHONY: fuzz licences release bench-rank-memory bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-rivals bench-memory bench-onnx help setup demo docs picture session site test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
+.PHONY: lock setup-locked fuzz licences release bench-rank-memory bench-gguf gguf-goldens bench-predict bench-plan bench-presets bench-rivals bench-memory bench-onnx help setup demo docs picture session site test test-slow test-exhaustive lint type llama-cpp bench bench-rank bench-rank-quality bench-encoder bench-extension sample real-model real consumers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -19,6 +19,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	@touch $@
+
+setup-locked: ## The same from files of known SHA-256 only (Linux x86_64, Python 3.11, torch for processors)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+lock: $(STAMP) ## Write requirements.txt again: the SHA-256 of every package, as pip reports them
+	$(BIN)/python tools/generate_lock.py
 
 demo: $(STAMP) ## Rank the sample model, export it at three budgets in both formats, run every export
 	$(BIN)/python -m samples.demo

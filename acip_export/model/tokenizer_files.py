@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ _BERT_SETTINGS: Mapping[str, tuple[str, bool | None]] = {
     "strip_accents": ("strip_accents", None),
     "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
+# Tokens that a sentence names.
+_NAMED = 5
 _QUESTION = ({"role": "user", "content": "Hello"},)
 
 
@@ -101,3 +103,25 @@ def resolved_normalizer(tokenizer: Mapping[str, Any], options: Mapping[str, Any]
     if settings == {key: normalizer.get(key) for key in settings}:
         return tokenizer
     return {**tokenizer, "normalizer": {**normalizer, **settings}}
+
+
+def tokens_with(tokenizer: Mapping[str, Any], flags: Collection[str]) -> dict[str, list[str]]:
+    """Added tokens that are matched in a way that not every runtime knows: their texts by the flag that says so.
+
+    Args:
+        flags: of ``single_word``, ``lstrip``, ``rstrip``, ``normalized``; the last matters with a normalizer, and
+            not with NFC.
+    """
+    changes = (tokenizer.get("normalizer") or {}).get("type", "NFC") != "NFC"
+    wanted = [flag for flag in flags if flag != "normalized" or changes]
+    added = tokenizer.get("added_tokens") or ()
+    found = {flag: [token["content"] for token in added if token.get(flag) is True] for flag in wanted}
+    return {flag: texts for flag, texts in found.items() if texts}
+
+
+def flags_sentence(runtime: str, found: Mapping[str, list[str]]) -> str:
+    """What a user has to know about the tokens of :func:`tokens_with`."""
+    named = "; ".join(
+        f"{flag}: {', '.join(map(repr, texts[:_NAMED]))}{' …' * (len(texts) > _NAMED)}" for flag, texts in found.items()
+    )
+    return f"{runtime} finds some added tokens of the tokenizer elsewhere, or leaves blanks beside them ({named})"

@@ -38,6 +38,8 @@ class TextTokens:
             self._tokenizer: Any = Tokenizer.from_file(str(file))
         except Exception as reason:  # it raises plain Exceptions
             raise CheckpointError(f"{file} is missing or damaged: {reason}") from reason
+        if getattr(self._tokenizer.model, "dropout", None) is not None:  # of training: pieces are drawn
+            self._tokenizer.model.dropout = None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.special = special_tokens(directory)

@@ -19,7 +19,7 @@ from acip_export.io.frozen import thawed
 from acip_export.model.chat_template import find_chat_template
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
-from acip_export.model.tokenizer_files import lost_normalizer, resolved_normalizer
+from acip_export.model.tokenizer_files import flags_sentence, lost_normalizer, resolved_normalizer, tokens_with
 from converters.onnx.backends import PROVIDERS, ROUNDED_CACHES
 from converters.onnx.genai_builder.families import genai_type
 
@@ -71,15 +71,20 @@ def small_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Path]
     return dict(sorted(files.items()))
 
 
-def normalizer_notes(model: Path) -> tuple[str, ...]:
-    """Return a sentence where onnxruntime-genai's tokenizer leaves out what the model's does to its input."""
-    kind = lost_normalizer(_read(model / _TOKENIZER))
-    if kind is None:
-        return ()
-    return (
-        f"the tokenizer normalizes its input ({kind}), which onnxruntime-genai does not do; transformers.js and "
-        "optimum do: normalize texts before they go to onnxruntime-genai",
-    )
+def tokenizer_notes(model: Path) -> tuple[str, ...]:
+    """Return a sentence for each way in which onnxruntime-genai's tokenizer is not the model's."""
+    tokenizer = _read(model / _TOKENIZER)
+    notes = []
+    kind = lost_normalizer(tokenizer)
+    if kind is not None:
+        notes.append(
+            f"the tokenizer normalizes its input ({kind}), which onnxruntime-genai does not do; transformers.js and "
+            "optimum do: normalize texts before they go to onnxruntime-genai"
+        )
+    odd = tokens_with(tokenizer, ("single_word", "lstrip", "normalized"))
+    if odd:
+        notes.append(flags_sentence("onnxruntime-genai", odd))
+    return tuple(notes)
 
 
 def _encoder_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Path]:

@@ -22,7 +22,7 @@ from acip_export.rounding.quantizer import InputMoments
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
 from converters.onnx.backends import ROUNDED_CACHES, backend_of, computed_in
-from converters.onnx.companion_files import DATA_FILE, MODEL_FILE, normalizer_notes, small_files
+from converters.onnx.companion_files import DATA_FILE, MODEL_FILE, small_files, tokenizer_notes
 from converters.onnx.genai_builder.families import FAMILIES
 from converters.onnx.genai_builder.release import check_release
 from converters.onnx.types import NUMBERS
@@ -81,7 +81,7 @@ def prepare(checkpoint: Checkpoint, backend: str, context: int, progress: Progre
         recipe = traced(checkpoint.config, context)
     marked_graph(recipe)
     progress(Progress("graph", 1, 1, checkpoint.shape.architecture))
-    notes = normalizer_notes(checkpoint.path)
+    notes = tokenizer_notes(checkpoint.path)
     if has_builder(checkpoint):
         return notes
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import unicodedata
@@ -16,6 +17,7 @@ from acip_export.errors import CheckpointError, UnsupportedError
 from converters.gguf import converter
 from converters.gguf.tokenizer import strips_after_special, tokenizer_metadata
 from converters.gguf.tokenizer.bpe import APPROXIMATE, PRE_TOKENIZERS
+from converters.gguf.tokenizer.common import ENDS_BY_NAME
 from tests.gguf import tokenizers
 from tests.gguf.tokenizers import BYTE_LEVEL, TEXTS, VOCABULARY, Vocabulary, special_texts
 from tests.support import make_model
@@ -150,3 +152,32 @@ def test_name_that_says_phi3_without_its_tokens(tmp_path: Path) -> None:
     Vocabulary(metadata, tmp_path / "v.gguf", converter._general_name("Phi-3-mini", model))
     with pytest.raises(AssertionError, match="error loading model vocabulary"):
         Vocabulary(metadata, tmp_path / "w.gguf", "Phi-3-mini")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_answers_end_where_the_model_ends_them(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The ends of three files; those of unknown names need keys of their own, of which there are two."""
+    made = {
+        "bytes": lambda: tokenizers.byte_level_tokenizer("qwen2"),
+        "sentencepiece": lambda: tokenizers.sentencepiece_tokenizer("llama2"),
+    }
+    tokenizer = copy.deepcopy(made[kind]())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<stop>", "<halt>", "<more>"]})
+    saved(tokenizer, tmp_path)
+    stop, halt, more = (tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("stop", "halt", "more"))
+    own = tokenizer.eos_token_id
+    tokenizer_metadata(tmp_path, {}, ROWS)  # kept, and read again when the file appears
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [own, stop]}))
+    vocabulary = Vocabulary(tokenizer_metadata(tmp_path, {"eos_token_id": halt}, ROWS), tmp_path / "v.gguf")
+    assert [vocabulary.ends(token) for token in (own, stop, halt, more)] == [True, True, True, False]
+    assert "it will not stop" not in caplog.text
+    tokenizer_metadata(tmp_path, {"eos_token_id": [halt, more]}, ROWS)
+    assert "it will not stop at '<more>'" in caplog.text
+
+
+def test_llama_cpp_knows_these_ends_by_name(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tokenizers.byte_level_tokenizer("qwen2"))
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(ENDS_BY_NAME)})
+    saved(tokenizer, tmp_path)
+    vocabulary = Vocabulary(tokenizer_metadata(tmp_path, {}, ROWS), tmp_path / "v.gguf")
+    assert [name for name in ENDS_BY_NAME if not vocabulary.ends(tokenizer.convert_tokens_to_ids(name))] == []

@@ -208,6 +208,10 @@ class Vocabulary:
         count = self._api.llama_tokenize(self._vocabulary, data, len(data), buffer, len(buffer), wrap, True)
         return list(buffer[:count])
 
+    def ends(self, token: int) -> bool:
+        """Whether an answer ends at ``token``."""
+        return bool(self._api.llama_vocab_is_eog(self._vocabulary, token))
+
     def __del__(self) -> None:
         if getattr(self, "_model", None):
             self._api.llama_model_free(self._model)

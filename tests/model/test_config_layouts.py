@@ -73,6 +73,8 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "new llama3": new("llama3", **LLAMA3),
         "old yarn": old("yarn", **YARN),
         "new yarn": new("yarn", **YARN),
+        "yarn, its own attention factor": old("yarn", **YARN, attention_factor=1.5),
+        "yarn, mscale": old("yarn", **YARN, mscale=3.0, mscale_all_dim=0.5),
         "yarn, the original length left out": old("yarn", factor=4.0),
         "both, which differ": {**old("linear", factor=4.0), **new("llama3", **LLAMA3)},
         "partial_rotary_factor, which Llama ignores": {"rope_theta": THETA, "partial_rotary_factor": 0.5},

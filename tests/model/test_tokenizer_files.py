@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -9,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime_genai
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from acip_export.errors import CheckpointError, InputError, UnsupportedError
@@ -19,8 +21,10 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.opening import check_checkpoint
 from acip_export.model.tokenizer_files import resolved_normalizer
 from converters.gguf.tokenizer import tokenizer_metadata
+from converters.onnx.companion_files import tokenizer_notes
 from tests.encoders import make_encoder
 from tests.gguf import tokenizers
+from tests.model.test_config_layouts import planned_and_written
 from tests.support import Run, make_model, make_scores
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -188,3 +192,27 @@ def test_unigram_with_bytes_is_refused_from_the_model_file(tmp_path: Path) -> No
     (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
     with pytest.raises(UnsupportedError, match="no byte fallback"):
         tokenizer_metadata(tmp_path, {}, tokenizers.VOCABULARY + 300)
+
+
+@pytest.mark.parametrize("flag", ["none", "single_word", "lstrip", "rstrip", "normalized"])
+def test_added_tokens_that_runtimes_find_elsewhere(flag: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Said of a runtime where its tokens differ from transformers', and only there."""
+    tokenizer = copy.deepcopy(tokenizers.sentencepiece_tokenizer("llama2"))
+    flags = {"normalized": False, **({} if flag == "none" else {flag: True})}
+    tokenizer.backend_tokenizer.add_tokens([AddedToken("<odd>", **flags)])
+    rows = len(tokenizer) + 8
+    model = make_model(tmp_path / "model", tokenizer=tokenizer, vocab_size=rows, **SIZES)
+    texts = ["a<odd>user", "a <odd> b", "x<odd>\nb"]
+    wanted = [AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"] for text in texts]
+    vocabulary = tokenizers.Vocabulary(tokenizer_metadata(model, {}, rows), tmp_path / "v.gguf")
+    different = [vocabulary.tokenize(text) for text in texts] != wanted
+    said = [message for message in caplog.messages if "llama.cpp finds some added tokens" in message]
+    assert different == bool(said) == (flag != "none")
+    assert all(f"{flag}: '<odd>'" in message for message in said)
+    out = planned_and_written(model, "onnx", tmp_path / "onnx")
+    genai = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(out)))
+    genai.update_options(add_special_tokens="false")
+    different = [list(map(int, genai.encode(text))) for text in texts] != wanted
+    notes = tokenizer_notes(model)
+    assert different == bool(notes) == (flag not in ("none", "rstrip"))
+    assert all(f"{flag}: '<odd>'" in note for note in notes)

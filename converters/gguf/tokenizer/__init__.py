@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +16,17 @@ from acip_export.io.atomic import read_json_object
 from acip_export.io.frozen import thawed
 from acip_export.io.inputs import read_foreign_json, read_json
 from acip_export.model.chat_template import TEMPLATE_FILE, find_chat_template
-from acip_export.model.tokenizer_files import resolved_normalizer
+from acip_export.model.tokenizer_files import flags_sentence, resolved_normalizer, tokens_with
 from converters.gguf.tokenizer.bpe import bpe_metadata, is_byte_level
-from converters.gguf.tokenizer.common import Source
+from converters.gguf.tokenizer.common import Source, end_keys
 from converters.gguf.tokenizer.sentencepiece import model_file_metadata, sentencepiece_metadata
 from converters.gguf.tokenizer.wordpiece import wordpiece_metadata
 from converters.gguf.writer import Metadata, string
 
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", TEMPLATE_FILE)
+logger = logging.getLogger(__name__)
+
+_GENERATION_CONFIG = "generation_config.json"
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", TEMPLATE_FILE, _GENERATION_CONFIG)
 # Phi 3's special tokens that leave the text after them alone (llama-vocab.cpp).
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -97,6 +101,12 @@ def _metadata(
         metadata = dict(model_file_metadata(file, source) if stamps[0] is None else _by_kind(source, pre))
     except (KeyError, TypeError, ValueError, AttributeError, ModelFileError) as error:
         raise CheckpointError(f"{file} is damaged or of an unknown form: {error!r}") from error
+    flags = ("single_word", "lstrip", *([] if strips_after_special(model) else ["rstrip"]), "normalized")
+    odd = tokens_with(tokenizer, flags)
+    if odd:
+        logger.warning("%s", flags_sentence("llama.cpp", odd))
+    generation = {} if stamps[4] is None else read_json_object(model / _GENERATION_CONFIG, CheckpointError)
+    metadata |= end_keys(generation.get("eos_token_id"), source, metadata)
     template = find_chat_template(model, options)
     if template:
         metadata["tokenizer.chat_template"] = string(template)

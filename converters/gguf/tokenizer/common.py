@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,6 +21,15 @@ class TokenType(IntEnum):
     USER_DEFINED = 4
     UNUSED = 5
     BYTE = 6
+
+
+logger = logging.getLogger(__name__)
+
+# Texts of tokens at which llama.cpp ends an answer by itself (llama-vocab.cpp); a test asks it.
+ENDS_BY_NAME = frozenset(
+    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "<|end_of_text|>")
+)
+_MORE_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,38 @@ def special_keys(
         "tokenizer.ggml.add_bos_token": boolean(prefix is not None),
         "tokenizer.ggml.add_eos_token": boolean(suffix is not None),
     }
+
+
+def end_keys(generation_ends: Any, source: Source, metadata: Mapping[str, Value]) -> dict[str, Value]:
+    """Tokens that end an answer beside the end-of-text token: llama.cpp has two more keys, and names that it knows.
+
+    Args:
+        generation_ends: ``eos_token_id`` of ``generation_config.json``: nothing, a number or several.
+        metadata: the tokenizer's keys so far.
+    """
+    written = metadata.get("tokenizer.ggml.eos_token_id")
+    texts = _texts(source)
+    ends = dict.fromkeys((*_numbers(generation_ends), *_numbers(source.config_ids.get("eos"))))
+    others = [number for number in ends if uint32(number) != written and texts.get(number) not in ENDS_BY_NAME]
+    if len(others) > len(_MORE_ENDS):
+        logger.warning(
+            "llama.cpp has keys for %d ends of an answer beside end-of-text; it will not stop at %s",
+            len(_MORE_ENDS),
+            ", ".join(repr(texts.get(number, number)) for number in others[len(_MORE_ENDS) :]),
+        )
+    return {key: uint32(number) for key, number in zip(_MORE_ENDS, others, strict=False)}
+
+
+def _numbers(value: Any) -> list[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [number for number in values if isinstance(number, int)]
+
+
+def _texts(source: Source) -> dict[int, str]:
+    """Added tokens by number, wherever they are named: ends of answers are among them."""
+    named = dict(source.options.get("added_tokens_decoder") or {})
+    found = {int(number): str(token.get("content")) for number, token in named.items()}
+    return found | {int(token["id"]): token["content"] for token in source.tokenizer.get("added_tokens") or ()}
 
 
 def template(post_processor: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
