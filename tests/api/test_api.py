@@ -38,7 +38,7 @@ def test_every_error_has_its_documented_exit_code() -> None:
     classes = {
         name: value.exit_code
         for name, value in vars(errors).items()
-        if inspect.isclass(value) and errors.AcipError in value.__bases__
+        if isinstance(value, type) and issubclass(value, errors.AcipError) and errors.AcipError in value.__bases__
     }
     assert documented == classes
 

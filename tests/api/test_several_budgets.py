@@ -13,6 +13,7 @@ from acip_export.artifacts.plan import load_plan
 from acip_export.artifacts.report import load_report
 from acip_export.errors import UsageError
 from acip_export.planning import problem
+from acip_export.planning.candidates import build_candidates
 from acip_export.units import parse_budgets
 from acip_export.verification import export as verification
 from acip_export.verification import reference
@@ -83,7 +84,7 @@ def test_one_export_a_budget(here: Path, run: Run, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_table_and_what_is_refused(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    build, made = problem.build_candidates, list[object]()
+    build, made = build_candidates, list[object]()
 
     def counted(*given: Any) -> Any:
         made.append(given)

@@ -10,6 +10,7 @@ import pytest
 
 import acip_export
 from acip_export.api import verbs
+from acip_export.api.opening import open_model
 from tests.support import make_model, make_scores
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +92,6 @@ def test_the_hub_is_asked_with_revision_and_token(monkeypatch: pytest.MonkeyPatc
         return str(model)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    opened = verbs.open_model("owner/name", revision="v2", token="secret")
+    opened = open_model("owner/name", revision="v2", token="secret")
     assert opened.path == model
     assert (asked["name"], asked["revision"], asked["token"]) == ("owner/name", "v2", "secret")

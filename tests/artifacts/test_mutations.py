@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from acip_export.api.report import embedded
 from acip_export.artifacts.bundle import Manifest
 from acip_export.artifacts.document import Artifact, read_artifact
 from acip_export.artifacts.plan import load_plan
@@ -37,6 +36,7 @@ from acip_export.errors import (
     UsageError,
 )
 from acip_export.inspection.diff import Stored
+from acip_export.report.page import embedded
 from tests.artifacts import examples
 from tests.reports import REPORT
 

@@ -370,7 +370,7 @@ def test_ctrl_c_stops_an_answer(places: dict[str, Path], monkeypatch: pytest.Mon
         def interrupt(_text: str) -> None:
             signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(command.console, "stream", interrupt)
+        monkeypatch.setattr("acip_export.cli.chat.console.stream", interrupt)
         with pytest.raises(KeyboardInterrupt):
             command._answers([model], "import os", Settings(max_tokens=40))
         assert model.answer is not None and model.answer.ending == "stopped"

@@ -252,4 +252,4 @@ def test_the_command_hides_no_bars_of_the_users(monkeypatch: pytest.MonkeyPatch)
     assert os.environ[name] == "1"
     hub.show_bars()
     assert name not in os.environ
-    assert cli.hide_bars is hub.hide_bars
+    assert vars(cli)["hide_bars"] is hub.hide_bars

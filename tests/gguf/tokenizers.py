@@ -108,7 +108,7 @@ def sentencepiece_tokenizer(style: str) -> PreTrainedTokenizerFast:
 def unigram_tokenizer() -> PreTrainedTokenizerFast:
     """``tokenizer.json`` of a unigram model, with the steps of transformers' converter."""
     model = sentencepiece_model("unigram")
-    parsed = sentencepiece_model_pb2.ModelProto.FromString(model)
+    parsed = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
     tokenizer = Tokenizer(models.Unigram(pieces(model), unk_id=0, byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence(
         [

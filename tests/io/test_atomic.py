@@ -52,7 +52,7 @@ def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_streamed_safetensors_equals_the_library(tmp_path: Path) -> None:
-    tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(5, np.float16)}
+    tensors: dict[str, np.ndarray] = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(5, np.float16)}
     file = tmp_path / "x.safetensors"
     with SafetensorsWriter(file, {"b": ("F32", (2, 3)), "a": ("F16", (5,))}, {"k": "v"}) as writer:
         writer.write("b", tensors["b"].tobytes())

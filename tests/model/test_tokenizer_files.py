@@ -184,7 +184,7 @@ def test_unigram_with_bytes_is_refused_from_the_model_file(tmp_path: Path) -> No
     data = tokenizers.sentencepiece_model("unigram")
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(data)
+    model = sentencepiece_model_pb2.ModelProto.FromString(data)  # type: ignore[attr-defined]
     (tmp_path / "tokenizer.model").write_bytes(data)
     tokenizer_metadata(tmp_path, {}, tokenizers.VOCABULARY + 300)
     for byte in range(256):

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from acip_export.model.checkpoint import Checkpoint
 from tests.encoders import make_encoder
 from tests.onnx.consumers import optimum_onnx, transformers_js
-from tests.onnx.test_encoders import TEXTS, batch, expected, export, unranked
+from tests.onnx.test_encoders import TEXTS, batch, expected, export
+from tests.support import unranked
 
 pytestmark = pytest.mark.slow
 

@@ -25,7 +25,8 @@ from acip_export.model.torch_model import load_dense, pooled
 from acip_export.planning import PlanRequest, resolve
 from acip_export.ranking import rank_model
 from converters.onnx import converter
-from converters.onnx.converter import MODEL_FILE, Options
+from converters.onnx.companion_files import DATA_FILE, MODEL_FILE
+from converters.onnx.converter import Options
 from converters.onnx.run_commands import run_commands
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
 from tests.support import everywhere, make_bundle, make_plan, unranked
@@ -224,7 +225,7 @@ def test_verified(tmp_path: Path) -> None:
     command = run_commands(plan, tmp_path / "export")[0].text
     shown = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout
     assert shown.startswith("[[")
-    data = tmp_path / "export" / converter.DATA_FILE
+    data = tmp_path / "export" / DATA_FILE
     broken = bytearray(data.read_bytes())
     broken[-20_000:-10_000] = bytes(10_000)
     data.write_bytes(bytes(broken))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from acip_export.api import export_model, plan_export
 from acip_export.artifacts.bundle import load_bundle
 from acip_export.errors import UnsupportedError
-from acip_export.formats.session import Windows
+from acip_export.formats.session import RuntimeSession, Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import EMBEDDINGS, HEAD
 from acip_export.planning import PlanRequest
@@ -104,7 +104,10 @@ def test_runtimes_agree_with_the_bundle(tmp_path: Path, kind: str) -> None:
             expected = list(reference(input_ids=torch.from_numpy(WINDOWS)).logits.numpy())
         # The tolerance below means something only if the logits are of this order.
         assert 0.1 < np.std(expected) < 10
-        sessions = [OnnxRuntimeSession(place / "e", plan.serving, threads=1), GenaiSession(place / "e", plan.serving)]
+        sessions: list[RuntimeSession] = [
+            OnnxRuntimeSession(place / "e", plan.serving, threads=1),
+            GenaiSession(place / "e", plan.serving),
+        ]
         greedy = [session.greedy(PROMPT, 20) for session in sessions]
         for session in sessions:
             agreement = compare_logits(expected, session.logits(WINDOWS), (greedy[0], greedy[1]))

@@ -26,7 +26,7 @@ PACKAGES = HOME / "node" / "node_modules"
 def served(model: Path, packages: Path) -> Iterator[int]:
     sys.path.insert(0, str(SAMPLE))
     try:
-        import serve
+        import serve  # type: ignore[import-not-found]
     finally:
         sys.path.pop(0)
     server = serve.server(model, packages)

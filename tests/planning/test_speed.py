@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.speeds import RuntimeSpeed
 from acip_export.errors import UnreachableSpeedError, UsageError
@@ -38,7 +39,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, ScoreF
     return Checkpoint.open(model), make_scores(model)
 
 
-def planned(ranked: tuple[Checkpoint, ScoreFile], request: PlanRequest) -> tuple[Problem, Budget, object]:
+def planned(ranked: tuple[Checkpoint, ScoreFile], request: PlanRequest) -> tuple[Problem, Budget, Plan]:
     question = resolve(request, ranked[0])
     problem = Problem.of(*ranked, with_overhead(question.space))
     return problem, question.budget, make_plan(problem, question.budget, question.rule, question.pace)

@@ -75,10 +75,10 @@ def test_the_same_documents_give_the_same_windows_from_every_kind_of_file(chat_m
         (tmp_path / "directory" / name / "part.txt").write_text(text, encoding="utf-8")
     (tmp_path / "directory" / "README.md").write_text("not calibration text")
     packed = {kind: pack_text(chat_model, source, 8) for kind, source in sources.items()}
-    for text in packed.values():
-        assert text.windows.flatten().tolist() == expected
-        assert text.documents == len(CORPUS)
-    assert len({text.sha256 for text in packed.values()}) == 1
+    for found in packed.values():
+        assert found.windows.flatten().tolist() == expected
+        assert found.documents == len(CORPUS)
+    assert len({found.sha256 for found in packed.values()}) == 1
     other = json_lines(tmp_path / "b.jsonl", [{"text": text} for text in reversed(CORPUS)])
     assert pack_text(chat_model, other, 8).sha256 != packed["lines"].sha256
 

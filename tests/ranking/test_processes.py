@@ -130,8 +130,8 @@ def test_two_processes_rank_as_one(
             one, two = set(module.order[: theirs[name]]), set(together.modules[name].order[: ours[name]])
             kept, common = kept + len(one), common + len(one & two)
         assert common >= 0.85 * kept
-    for one, two in zip(alone.curve, together.curve, strict=True):
-        assert two.loss == pytest.approx(one.loss, abs=0.15)  # two orders as good; 0.09 was seen, of 6.4
+    for point, other in zip(alone.curve, together.curve, strict=True):
+        assert other.loss == pytest.approx(point.loss, abs=0.15)  # two orders as good; 0.09 was seen, of 6.4
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from acip_export.artifacts.scores import load_scores
 from acip_export.errors import RankingError, UsageError
 from acip_export.io.atomic import read_safetensors_header
 from acip_export.progress import Progress
-from acip_export.ranking import AcipConfig, rank_model, run_state
+from acip_export.ranking import AcipConfig, rank_model
 from acip_export.ranking.acip_run import AcipRun
 from acip_export.ranking.processes import ALONE
 from acip_export.ranking.run_state import RunStates
@@ -144,7 +144,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_ranking(
 def test_states_are_stored_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of 50 seconds, by a clock that stands still otherwise: a third one would end after two minutes."""
     now = 0.0
-    monkeypatch.setattr(run_state.time, "monotonic", lambda: now)
+    monkeypatch.setattr("acip_export.ranking.run_state.time.monotonic", lambda: now)
     run = _Stored()
     states, rare, always = (RunStates(tmp_path / str(s), s, False) for s in (120.0, 1e9, 0.0))
     stored = []

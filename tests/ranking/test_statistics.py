@@ -22,6 +22,7 @@ from acip_export.ranking import statistics
 from acip_export.ranking.factorized_model import factorize_model
 from acip_export.ranking.mask_gradients import component_fisher
 from acip_export.ranking.statistics import Statistics, collect_statistics
+from acip_export.ranking.stored_moments import StoredMoments
 from acip_export.ranking.vocabulary import draw
 from tests.ranking.support import CALIBRATION, context_of, sharp_model
 
@@ -252,7 +253,7 @@ def test_gradients_of_few_tokens_are_drawn_towards_the_diagonal(
 ) -> None:
     context = context_of(model, text, windows=32)
     stored: dict[str, Tensor] = {}
-    monkeypatch.setattr(statistics.StoredMoments, "store", lambda _self, moments: stored.update(moments))
+    monkeypatch.setattr(StoredMoments, "store", lambda _self, moments: stored.update(moments))
     collect_statistics(context)
     drawn = dict(stored)
     monkeypatch.setattr(statistics, "_UNCORRELATED", 0)

@@ -16,7 +16,7 @@ from acip_export.artifacts.report import Report
 from acip_export.io import kept_states
 from acip_export.model.block_model import BlockModel
 from acip_export.progress import Progress
-from acip_export.verification import decoders
+from acip_export.verification import decoders, process
 from acip_export.verification import unfinished as keeping
 from tests.verification.conftest import Made, MakeExport
 
@@ -37,7 +37,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
     monkeypatch.setattr(keeping, "_WORTH_KEEPING", 0.0)
     seen: list[str] = []
-    read, measure, logits = BlockModel.read_block, decoders.measure_process, decoders.logits_of_process
+    read, measure, logits = BlockModel.read_block, process.measure_process, process.logits_of_process
 
     def read_block(model: BlockModel, block: str) -> object:
         seen.append("block")

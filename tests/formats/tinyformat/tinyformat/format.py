@@ -73,17 +73,17 @@ class TinyFormat(ExportFormat):
     def predict_files(
         self, checkpoint: Checkpoint, layout: str, tensors: tuple[TensorDecision, ...], serving: Serving
     ) -> dict[str, int]:
-        from tinyformat import files
+        from tinyformat import files  # type: ignore[import-not-found]
 
         return files.predict(checkpoint, tensors)
 
     def convert(self, model: MaterializedModel, out: Path, progress: ProgressCallback) -> None:
-        from tinyformat import files
+        from tinyformat import files  # type: ignore[import-not-found]
 
         files.write(model, out)
 
     def round_trip(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
-        from tinyformat import files
+        from tinyformat import files  # type: ignore[import-not-found]
 
         return files.decode(files.encode(weight, name))
 
@@ -91,7 +91,7 @@ class TinyFormat(ExportFormat):
         return "tinyformat 0.1.0"
 
     def missing_tensors(self, export: Path, model: MaterializedModel) -> tuple[int, Sequence[str]]:
-        from tinyformat import files
+        from tinyformat import files  # type: ignore[import-not-found]
 
         return files.missing(export, model)
 

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from acip_export.artifacts.plan import Serving
-from acip_export.formats.session import Logits, Speed, Windows
-from tinyformat.files import read
+from acip_export.artifacts.report import Speed
+from acip_export.formats.session import Logits, Windows
+from tinyformat.files import read  # type: ignore[import-not-found]
 
 
 class TinySession:
