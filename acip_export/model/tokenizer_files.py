@@ -105,6 +105,17 @@ def resolved_normalizer(tokenizer: Mapping[str, Any], options: Mapping[str, Any]
     return {**tokenizer, "normalizer": {**normalizer, **settings}}
 
 
+def begins_texts(tokenizer: Mapping[str, Any]) -> bool:
+    """Tell whether a token is put before every text; ``add_bos_token`` beside ``tokenizer.json`` changes nothing."""
+    steps = tokenizer.get("post_processor") or {}
+    for step in steps.get("processors") or (steps,):
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            return True
+        if "SpecialToken" in next(iter(step.get("single") or ()), {}):
+            return True
+    return False
+
+
 def tokens_with(tokenizer: Mapping[str, Any], flags: Collection[str]) -> dict[str, list[str]]:
     """Added tokens that are matched in a way that not every runtime knows: their texts by the flag that says so.
 

@@ -19,7 +19,13 @@ from acip_export.io.frozen import thawed
 from acip_export.model.chat_template import find_chat_template
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
-from acip_export.model.tokenizer_files import flags_sentence, lost_normalizer, resolved_normalizer, tokens_with
+from acip_export.model.tokenizer_files import (
+    begins_texts,
+    flags_sentence,
+    lost_normalizer,
+    resolved_normalizer,
+    tokens_with,
+)
 from converters.onnx.backends import PROVIDERS, ROUNDED_CACHES
 from converters.onnx.genai_builder.families import genai_type
 
@@ -57,6 +63,9 @@ def small_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Path]
     generation = _read(source.path / _GENERATION_CONFIG)
     tokens = _tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), serving)
     template = find_chat_template(source.path, tokens)
+    if not begins_texts(_read(tokenizer)):
+        # genai believes this key, and takes it for true in a Llama's tokenizer; transformers has only tokenizer.json.
+        tokens["add_bos_token"] = False
     if template is not None:
         tokens["chat_template"] = template  # transformers.js reads no other file
     special = _special_tokens(source.config, generation, tokens, _added_tokens(tokenizer))
