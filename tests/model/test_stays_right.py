@@ -110,7 +110,7 @@ STOPS: dict[str, tuple[dict[str, Any], dict[str, Any], set[int]]] = {
 
 @pytest.mark.parametrize("stops", STOPS)
 def test_answers_in_onnx_end_where_the_model_ends_them(stops: str, tmp_path: Path) -> None:
-    """Where transformers ends them, with or without a word in its file, and at the tokenizer's end of text, which ends the turns of a conversation."""
+    """Where transformers ends them, and at the tokenizer's end of text, which ends the turns of a conversation."""
     of_model, of_generation, others = STOPS[stops]
     model = make_model(tmp_path / "model", "qwen2", hidden_size=64, intermediate_size=96, head_dim=16)
     config = model / "config.json"

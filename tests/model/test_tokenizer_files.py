@@ -12,6 +12,7 @@ from typing import Any
 
 import onnxruntime_genai
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
@@ -23,7 +24,7 @@ from acip_export.model.opening import check_checkpoint
 from acip_export.model.tokenizer_files import resolved_normalizer
 from acip_export.text.tokens import TextTokens
 from converters.gguf.tokenizer import tokenizer_metadata
-from converters.onnx.companion_files import tokenizer_notes
+from converters.onnx.companion_files import small_files, tokenizer_notes
 from converters.onnx.run_commands import run_commands
 from converters.onnx.runtimes.chat import GenaiChatSession
 from tests.encoders import make_encoder
@@ -269,3 +270,43 @@ def test_texts_begin_as_in_transformers(begins: str, options: dict[str, bool], n
     exec(code.partition("generator =")[0], known)  # what comes then generates
     found = [int(token) for token in known["tokenizer"].encode("def main")]
     assert found == (wanted if found[-1] == 1 else prompt)
+
+
+def test_patterns_that_transformers_mends_in_mistrals_tokenizers(tmp_path: Path) -> None:
+    """Everybody reads texts alike, or ranking refuses; what it says to type helps."""
+    rows = 100_100
+    model = make_model(tmp_path / "model", "mistral", torch.float16, vocab_size=rows, **SIZES)
+    options, config, file = (model / name for name in ("tokenizer_config.json", "config.json", "tokenizer.json"))
+    edit(file, lambda tokenizer: tokenizer["model"]["vocab"].update({f"filler{i}": i for i in range(512, rows)}))
+    text = "HTTPServer camelCase 12345 don't 'S\n"
+
+    def ids() -> list[int]:
+        check_checkpoint(Checkpoint.open(model))
+        read = TextTokens(model).encode(text, begin=False)
+        vocabulary = tokenizers.Vocabulary(tokenizer_metadata(model, {}, rows), tmp_path / "v.gguf")
+        assert read == vocabulary.tokenize(text)
+        assert read == AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"]
+        return read
+
+    as_it_is = ids()  # of today's transformers
+    edit(options, lambda settings: settings.update(fix_mistral_regex=True))
+    assert ids() == as_it_is
+    for version in ("4.57.1", None):
+        edit(config, lambda settings, version=version: settings.update(transformers_version=version))
+        with pytest.raises(CheckpointError, match=r"(?s)has fix_mistral_regex: .*save_pretrained\('\.'\)") as refused:
+            ids()
+    edit(options, lambda settings: settings.pop("fix_mistral_regex"))
+    assert ids() == as_it_is
+    edit(options, lambda settings: settings.update(fix_mistral_regex=True))
+    code = str(refused.value).partition('python -c "')[2].rpartition('"')[0].replace("'.'", repr(str(model)))
+    exec(code, {})
+    assert ids() != as_it_is
+
+
+def test_damaged_steps_are_named(model: Path) -> None:
+    out = planned_and_written(model, "onnx", model.parent / "onnx")
+    serving = load_plan(out / "plan.json").serving
+    for steps in (["bos"], {"processors": "bos"}, {"single": [5]}):
+        edit(model / "tokenizer.json", lambda tokenizer, steps=steps: tokenizer.update(post_processor=steps))
+        with pytest.raises(CheckpointError, match="post_processor is malformed"):
+            small_files(Checkpoint.open(model), serving)
