@@ -22,7 +22,7 @@ from acip_export.model.encoder import is_encoder, pools_tokens, sentence_setting
 from acip_export.model.expected_tensors import Shapes, bias_key, expected_tensors
 from acip_export.model.rope import rope_fields
 from acip_export.model.tensor_names import HEAD
-from acip_export.model.tokenizer_files import check_template, check_tokenizer
+from acip_export.model.tokenizer_files import check_template, check_tokenizer, mended_by_transformers
 
 # Types of numbers that dense weights are stored in.
 _DENSE = ("F16", "BF16", "F32", "F64")
@@ -59,6 +59,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} has no linear layers in numbered blocks, so there is nothing to rank"
         )
     _check_tokenizer(checkpoint.path)
+    _check_pattern(checkpoint)
     _check_tokens(checkpoint)
 
 
@@ -255,6 +256,23 @@ def _check_text(file: Path) -> None:
         file.read_text(encoding="utf-8")
     except (OSError, ValueError) as reason:
         raise CheckpointError(f"{file} is no UTF-8 text: {reason}") from reason
+
+
+def _check_pattern(checkpoint: Checkpoint) -> None:
+    options = checkpoint.path / "tokenizer_config.json"
+    file = checkpoint.path / "tokenizer.json"
+    settings = read_json_object(options, CheckpointError) if options.is_file() and file.is_file() else {}
+    if not settings.get("fix_mistral_regex"):  # a large file is not read for nothing
+        return
+    try:
+        mended = mended_by_transformers(read_json_object(file, CheckpointError), settings, checkpoint.config)
+    except (AttributeError, KeyError, TypeError) as reason:
+        raise CheckpointError(f"{file} is no tokenizer: its pre_tokenizer is malformed ({reason!r})") from reason
+    if mended:
+        raise CheckpointError(
+            f"{options} has fix_mistral_regex: transformers splits text at another pattern than {file} says, and "
+            f"other programs do not. Write the mended one with\n{_SAVE_TOKENIZER}"
+        )
 
 
 def _check_tokens(checkpoint: Checkpoint) -> None:

@@ -20,6 +20,16 @@ _BERT_SETTINGS: Mapping[str, tuple[str, bool | None]] = {
     "strip_accents": ("strip_accents", None),
     "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
+# Where Mistral's byte-level BPE (Tekken) splits text.
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# transformers puts it in place of another one where tokenizer_config.json asks for it, in models of these kinds that
+# an older release has saved, with vocabularies of more than so many tokens.
+_MENDED_KINDS = ("mistral", "mistral3", "ministral", "pixtral", "voxtral")
+_MENDED_BELOW, _MENDED_ABOVE = 5, 100_000
 # Tokens that a sentence names.
 _NAMED = 5
 _QUESTION = ({"role": "user", "content": "Hello"},)
@@ -103,6 +113,39 @@ def resolved_normalizer(tokenizer: Mapping[str, Any], options: Mapping[str, Any]
     if settings == {key: normalizer.get(key) for key in settings}:
         return tokenizer
     return {**tokenizer, "normalizer": {**normalizer, **settings}}
+
+
+def begins_texts(tokenizer: Mapping[str, Any]) -> bool:
+    """Tell whether a token is put before every text; ``add_bos_token`` beside ``tokenizer.json`` changes nothing."""
+    steps = tokenizer.get("post_processor") or {}
+    for step in steps.get("processors") or (steps,):
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            return True
+        if "SpecialToken" in next(iter(step.get("single") or ()), {}):
+            return True
+    return False
+
+
+def mended_by_transformers(tokenizer: Mapping[str, Any], options: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Tell whether transformers splits text at another pattern than ``tokenizer.json`` says; runtimes do not.
+
+    Args:
+        options: ``tokenizer_config.json``.
+        config: ``config.json``.
+    """
+    saved_by = str(config.get("transformers_version") or "0").partition(".")[0]
+    pre = tokenizer.get("pre_tokenizer")
+    if (
+        not options.get("fix_mistral_regex")
+        or config.get("model_type") not in _MENDED_KINDS
+        or (saved_by.isdecimal() and int(saved_by) >= _MENDED_BELOW)
+        or pre is None
+    ):
+        return False
+    added = tokenizer.get("added_tokens") or ()
+    pieces = {*tokenizer["model"].get("vocab", ()), *(token["content"] for token in added)}
+    first: Mapping[str, Any] = (pre.get("pretokenizers") or ({},))[0]
+    return len(pieces) > _MENDED_ABOVE and (first.get("pattern") or {}).get("Regex") != TEKKEN
 
 
 def tokens_with(tokenizer: Mapping[str, Any], flags: Collection[str]) -> dict[str, list[str]]:

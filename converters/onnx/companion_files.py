@@ -19,7 +19,13 @@ from acip_export.io.frozen import thawed
 from acip_export.model.chat_template import find_chat_template
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
-from acip_export.model.tokenizer_files import flags_sentence, lost_normalizer, resolved_normalizer, tokens_with
+from acip_export.model.tokenizer_files import (
+    begins_texts,
+    flags_sentence,
+    lost_normalizer,
+    resolved_normalizer,
+    tokens_with,
+)
 from converters.onnx.backends import PROVIDERS, ROUNDED_CACHES
 from converters.onnx.genai_builder.families import genai_type
 
@@ -57,6 +63,9 @@ def small_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Path]
     generation = _read(source.path / _GENERATION_CONFIG)
     tokens = _tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), serving)
     template = find_chat_template(source.path, tokens)
+    if not _begins_texts(tokenizer, *_stamp(tokenizer)):
+        # genai believes this key, and takes it for true in a Llama's tokenizer; transformers has only tokenizer.json.
+        tokens["add_bos_token"] = False
     if template is not None:
         tokens["chat_template"] = template  # transformers.js reads no other file
     special = _special_tokens(source.config, generation, tokens, _added_tokens(tokenizer))
@@ -215,9 +224,21 @@ def _read(file: Path) -> Mapping[str, Any]:
     return read_json_object(file, CheckpointError) if file.is_file() else {}
 
 
-def _added_tokens(file: Path) -> dict[str, int]:
+def _stamp(file: Path) -> tuple[int, int]:
     status = file.stat()
-    return _added_tokens_of(file, status.st_mtime_ns, status.st_size)
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=8)
+def _begins_texts(file: Path, modified: int, size: int) -> bool:  # noqa: ARG001 - part of the key
+    try:
+        return begins_texts(_read(file))
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"{file} is no tokenizer: its post_processor is malformed ({error!r})") from error
+
+
+def _added_tokens(file: Path) -> dict[str, int]:
+    return _added_tokens_of(file, *_stamp(file))
 
 
 @functools.lru_cache(maxsize=8)

@@ -49,7 +49,10 @@ def _genai(directory: Path, context: int, chats: bool) -> str:
     asked = "'Hello'"
     lines = ["import onnxruntime_genai as og", "", f"model = og.Model({str(directory)!r})"]
     lines += ["tokenizer = og.Tokenizer(model)"]
-    if chats:
+    # Said either way: what genai does where nothing is said has changed.
+    if not chats:
+        lines += ["tokenizer.update_options(add_special_tokens='true')  # as transformers does"]
+    else:
         asked = "tokenizer.apply_chat_template(json.dumps(messages))"
         special = "tokenizer.update_options(add_special_tokens='false')  # the template writes them"
         messages = f"messages = [{{'role': 'user', 'content': {EXAMPLE_QUESTION!r}}}]"

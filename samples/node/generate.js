@@ -40,6 +40,8 @@ const show = (text) => asJson || process.stdout.write(text);
 const chats = model.fileInfo.metadata.tokenizer?.chat_template !== undefined;
 const output = [];
 let input = model.tokenize(prompt);
+// Text that is continued begins as the model's texts do; what a template writes brings its own.
+if (!chats && model.tokens.shouldPrependBosToken) input.unshift(model.tokens.bos);
 const room = Math.min(Number(tokens), contextSize - input.length);
 if (chats) {
   const session = new LlamaChatSession({contextSequence: context.getSequence()});

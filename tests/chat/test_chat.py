@@ -24,6 +24,7 @@ from acip_export.chat import Settings, open_chat
 from acip_export.chat.conversation import Conversation, choose
 from acip_export.chat.dense import DenseSession
 from acip_export.errors import InputError, RuntimeCrashError, UsageError, VerificationError
+from acip_export.formats.protocol import EXAMPLE_QUESTION
 from acip_export.formats.registry import export_format
 from acip_export.formats.session import ChatSession, RuntimeSession
 from acip_export.model.chat_template import ChatTemplate, find_chat_template
@@ -134,6 +135,40 @@ def test_the_token_that_begins_texts_is_added_to_texts_only(name: str, chat_clas
         (first,) = chat.encode(chat.tokens["bos_token"], False)
         assert chat.encode("def main", True) == [first, *plain]
         assert chat.encode("def main", False) == plain and first not in plain
+
+
+@pytest.mark.parametrize("begins", ["", "{{ bos_token }}"], ids=["", "bos_token"])
+@pytest.mark.parametrize("stale", [False, True], ids=["one template", "an older one"])
+def test_conversations_begin_as_in_transformers(begins: str, stale: bool, tmp_path: Path) -> None:
+    """With a template in its own file, in every runtime; applications call genai without options, as the guides do."""
+    import onnxruntime_genai
+    from transformers import AutoTokenizer
+
+    model = make_model(tmp_path / "model")
+    (model / "chat_template.jinja").write_text(begins + CHATML)
+    if stale:
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "no"}))
+    question = [{"role": "user", "content": "import os"}]
+    reference = AutoTokenizer.from_pretrained(model)
+    wanted = reference.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert wanted.count(reference.bos_token_id) == len(begins and [1])
+    for name, chat_class, _ in RUNTIMES:
+        made = tmp_path / name
+        if not made.exists():
+            export(model, name, made)
+        with chat_class(made, _plan(made).serving, 1) as chat:
+            template = export_format(name).chat_template(made)
+            assert template is not None
+            assert chat.encode(ChatTemplate(template, chat.tokens).render(question), False) == wanted
+    tokenizer = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(tmp_path / "onnx")))
+    assert list(tokenizer.encode(tokenizer.apply_chat_template(json.dumps(question)))) == wanted
+    known: dict[str, Any] = {}
+    made = tmp_path / "onnx"
+    code = export_format("onnx").run_commands(_plan(made), made, begins + CHATML)[0].text
+    exec(code.replace(EXAMPLE_QUESTION, "import os").partition("generator =")[0], known)  # what comes then generates
+    asked = known["tokenizer"].apply_chat_template(json.dumps(known["messages"]))
+    assert list(known["tokenizer"].encode(asked)) == wanted
 
 
 def test_the_dense_model_answers_as_the_reference(places: dict[str, Path]) -> None:

@@ -93,7 +93,6 @@ LONG = {"original_max_position_embeddings": 64, "short_factor": [1.0] * 16, "lon
         ("Qwen2ForCausalLM", {"head_dim": 16}, "has 4 of 16"),
         ("Qwen2ForCausalLM", rope("llama3"), "no rotary embedding 'llama3'"),
         ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "always caps attention and logits"),
-        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "does not cap attention"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "looks back only"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 1, 0, 1]}, r"every 4th layer .* rotates \[1, 1, 0, 1\]"),
     ],

@@ -68,6 +68,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", GEMMA),
     "gemma2, caps that bite": ("gemma2", {**GEMMA, "attn_logit_softcapping": 0.1, "final_logit_softcapping": 0.5}),
     "gemma3": ("gemma3_text", {**GEMMA, "num_hidden_layers": 7}),
+    # transformers caps the logits of a Gemma 3, and not its attention; so does llama.cpp.
+    "gemma3, caps that bite": (
+        "gemma3_text",
+        {**GEMMA, "attn_logit_softcapping": 0.1, "final_logit_softcapping": 0.5, "num_hidden_layers": 7},
+    ),
     "gemma3, other windowed layers, linear positions": (
         "gemma3_text",
         {
@@ -162,7 +167,9 @@ FORGOTTEN: dict[str, Any] = {
 
 
 def settings_that_matter(case: str) -> list[str]:
-    return [name for name, value in CASES[case][1].items() if name in FORGOTTEN and value is not None]
+    kind, settings = CASES[case]
+    ignored = {"attn_logit_softcapping"} if kind == "gemma3_text" else ()
+    return [name for name, value in settings.items() if name in FORGOTTEN.keys() - ignored and value is not None]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if settings_that_matter(case)])

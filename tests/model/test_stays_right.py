@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from acip_export.artifacts.plan import load_plan
 from acip_export.model.chat_template import ChatTemplate
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import Pooling
@@ -19,8 +21,11 @@ from acip_export.model.opening import check_checkpoint
 from acip_export.model.torch_model import load_causal_lm
 from acip_export.text.tokens import TextTokens
 from converters.gguf.tokenizer import tokenizer_metadata
+from converters.onnx.runtimes.chat import GenaiChatSession, OnnxRuntimeChatSession
+from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
 from tests.encoders import make_encoder
 from tests.gguf.tokenizers import Vocabulary
+from tests.model.test_config_layouts import planned_and_written
 from tests.onnx.test_substitute import make_other
 from tests.support import CORPUS, make_model
 
@@ -58,22 +63,66 @@ def test_tokenizers_read_text_as_without(oddity: str, tmp_path: Path) -> None:
     assert [AutoTokenizer.from_pretrained(model)(text)["input_ids"] for text in CORPUS] == wanted
 
 
-def test_gpt2_as_it_is_on_the_hub(tmp_path: Path) -> None:
-    """Names without a prefix, masks among the weights, no head."""
-    model = make_other(tmp_path / "gpt2", "gpt2")
+TOKENS = torch.arange(20)[None]
+
+
+def gpt2_of_the_hub(directory: Path) -> tuple[Path, torch.Tensor]:
+    """Names without a prefix, masks among the weights, no head; and the logits of :data:`TOKENS`."""
+    model = make_other(directory, "gpt2")
     file = model / "model.safetensors"
-    tokens = torch.arange(20)[None]
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(model)(tokens).logits
-        tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-        for layer in range(2):
-            tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
-            tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-        save_file(tensors, file, {"format": "pt"})
-        checkpoint = Checkpoint.open(model)
-        check_checkpoint(checkpoint)
-        assert len(checkpoint.linear_modules) == 8
-        assert torch.equal(load_causal_lm(checkpoint, torch.float32)(tokens).logits, wanted)
+        wanted = AutoModelForCausalLM.from_pretrained(model)(TOKENS).logits
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    for layer in range(2):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, file, {"format": "pt"})
+    return model, wanted
+
+
+def test_gpt2_as_it_is_on_the_hub(tmp_path: Path) -> None:
+    model, wanted = gpt2_of_the_hub(tmp_path / "gpt2")
+    checkpoint = Checkpoint.open(model)
+    check_checkpoint(checkpoint)
+    assert len(checkpoint.linear_modules) == 8
+    with torch.no_grad():
+        assert torch.equal(load_causal_lm(checkpoint, torch.float32)(TOKENS).logits, wanted)
+
+
+@pytest.mark.slow
+def test_gpt2_as_it_is_on_the_hub_in_onnxruntime(tmp_path: Path) -> None:
+    model, wanted = gpt2_of_the_hub(tmp_path / "gpt2")
+    out = planned_and_written(model, "onnx", tmp_path / "out")
+    with OnnxRuntimeSession(out, load_plan(out / "plan.json").serving, threads=1) as session:
+        (found,) = session.logits(TOKENS.numpy())
+    assert wanted.std() > 0.1
+    assert np.abs(found - wanted[0].numpy()).max() <= 1e-4
+
+
+STOPS: dict[str, tuple[dict[str, Any], dict[str, Any], set[int]]] = {
+    # config.json, generation_config.json: ends beside the tokenizer's own, 0
+    "of the generation": ({"eos_token_id": 7}, {"eos_token_id": [5, 6]}, {5, 6}),
+    "one of the generation": ({"eos_token_id": None}, {"eos_token_id": 5}, {5}),
+    "of the model": ({"eos_token_id": [7, 8]}, {"do_sample": False}, {7, 8}),
+    "of the tokenizer": ({"eos_token_id": None}, {"do_sample": False}, set()),
+}
+
+
+@pytest.mark.parametrize("stops", STOPS)
+def test_answers_in_onnx_end_where_the_model_ends_them(stops: str, tmp_path: Path) -> None:
+    """Where transformers ends them, and at the tokenizer's end of text, which ends the turns of a conversation."""
+    of_model, of_generation, others = STOPS[stops]
+    model = make_model(tmp_path / "model", "qwen2", hidden_size=64, intermediate_size=96, head_dim=16)
+    config = model / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **of_model}))
+    (model / "generation_config.json").write_text(json.dumps(of_generation))
+    reference = AutoModelForCausalLM.from_pretrained(model).generation_config.eos_token_id
+    assert {*([reference] if isinstance(reference, int) else reference or [])} <= others
+    out = planned_and_written(model, "onnx", tmp_path / "out")
+    serving = load_plan(out / "plan.json").serving
+    for session_class in (GenaiChatSession, OnnxRuntimeChatSession):
+        with session_class(out, serving, 1) as session:
+            assert session.ends == {0, *others}
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls"])

@@ -12,16 +12,21 @@ from typing import Any
 
 import onnxruntime_genai
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
+from acip_export.artifacts.plan import load_plan
 from acip_export.errors import CheckpointError, InputError, UnsupportedError
 from acip_export.model.chat_template import ChatTemplate
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.opening import check_checkpoint
 from acip_export.model.tokenizer_files import resolved_normalizer
+from acip_export.text.tokens import TextTokens
 from converters.gguf.tokenizer import tokenizer_metadata
-from converters.onnx.companion_files import tokenizer_notes
+from converters.onnx.companion_files import small_files, tokenizer_notes
+from converters.onnx.run_commands import run_commands
+from converters.onnx.runtimes.chat import GenaiChatSession
 from tests.encoders import make_encoder
 from tests.gguf import tokenizers
 from tests.model.test_config_layouts import planned_and_written
@@ -216,3 +221,92 @@ def test_added_tokens_that_runtimes_find_elsewhere(flag: str, tmp_path: Path, ca
     notes = tokenizer_notes(model)
     assert different == bool(notes) == (flag not in ("none", "rstrip"))
     assert all(f"{flag}: '<odd>'" in note for note in notes)
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+
+
+def wrapping(*names: str) -> dict[str, Any]:
+    """Of one text: ``A`` is the text, others are tokens by their texts; their ids are those of a Llama's tokenizer."""
+    ids = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1}
+    steps = [
+        {"Sequence": {"id": name, "type_id": 0}} if name == "A" else {"SpecialToken": {"id": name, "type_id": 0}}
+        for name in names
+    ]
+    special = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in names if name != "A"}
+    return {"type": "TemplateProcessing", "single": steps, "pair": steps, "special_tokens": special}
+
+
+@pytest.mark.parametrize("begins", ["nothing", "bytes", "token", "bytes, token", "token, end"])
+@pytest.mark.parametrize("options", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=["", "true", "false"])
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_texts_begin_as_in_transformers(begins: str, options: dict[str, bool], name: str, tmp_path: Path) -> None:
+    """In what continues a text, and in the code that is printed; by its own judgement genai adds nothing."""
+    first, end = "<|begin_of_text|>", "<|end_of_text|>"
+    steps: dict[str, Any] = {
+        "nothing": None,
+        "bytes": BYTES,
+        "token": wrapping(first, "A"),
+        "bytes, token": {"type": "Sequence", "processors": [BYTES, wrapping(first, "A")]},
+        "token, end": wrapping(first, "A", end),
+    }
+    model = make_model(tmp_path / "model", **SIZES)
+    edit(model / "tokenizer.json", lambda tokenizer: tokenizer.update(post_processor=steps[begins]))
+    edit(model / "tokenizer_config.json", lambda settings: settings.update(tokenizer_class=name, **options))
+    wanted = AutoTokenizer.from_pretrained(model)("def main")["input_ids"]
+    assert (wanted[0] == 0) == ("token" in begins) and (wanted[-1] == 1) == ("end" in begins)
+    prompt = [token for token in wanted if token != 1]
+    assert TextTokens(model).encode("def main", begin=True) == prompt
+    vocabulary = tokenizers.Vocabulary(tokenizer_metadata(model, {}, 512), tmp_path / "v.gguf")
+    assert vocabulary.tokenize("def main", wrap=True) == wanted
+    out = planned_and_written(model, "onnx", tmp_path / "onnx")
+    assert AutoTokenizer.from_pretrained(out)("def main")["input_ids"] == wanted
+    plan = load_plan(out / "plan.json")
+    with GenaiChatSession(out, plan.serving, 1) as session:
+        assert session.encode("def main", begin=True) == prompt
+        assert session.encode("def main", begin=False) == [token for token in prompt if token != 0]
+    known: dict[str, Any] = {}
+    code = run_commands(plan, out)[0].text.replace("'Hello'", "'def main'")
+    exec(code.partition("generator =")[0], known)  # what comes then generates
+    found = [int(token) for token in known["tokenizer"].encode("def main")]
+    assert found == (wanted if found[-1] == 1 else prompt)
+
+
+def test_patterns_that_transformers_mends_in_mistrals_tokenizers(tmp_path: Path) -> None:
+    """Everybody reads texts alike, or ranking refuses; what it says to type helps."""
+    rows = 100_100
+    model = make_model(tmp_path / "model", "mistral", torch.float16, vocab_size=rows, **SIZES)
+    options, config, file = (model / name for name in ("tokenizer_config.json", "config.json", "tokenizer.json"))
+    edit(file, lambda tokenizer: tokenizer["model"]["vocab"].update({f"filler{i}": i for i in range(512, rows)}))
+    text = "HTTPServer camelCase 12345 don't 'S\n"
+
+    def ids() -> list[int]:
+        check_checkpoint(Checkpoint.open(model))
+        read = TextTokens(model).encode(text, begin=False)
+        vocabulary = tokenizers.Vocabulary(tokenizer_metadata(model, {}, rows), tmp_path / "v.gguf")
+        assert read == vocabulary.tokenize(text)
+        assert read == AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"]
+        return read
+
+    as_it_is = ids()  # of today's transformers
+    edit(options, lambda settings: settings.update(fix_mistral_regex=True))
+    assert ids() == as_it_is
+    for version in ("4.57.1", None):
+        edit(config, lambda settings, version=version: settings.update(transformers_version=version))
+        with pytest.raises(CheckpointError, match=r"(?s)has fix_mistral_regex: .*save_pretrained\('\.'\)") as refused:
+            ids()
+    edit(options, lambda settings: settings.pop("fix_mistral_regex"))
+    assert ids() == as_it_is
+    edit(options, lambda settings: settings.update(fix_mistral_regex=True))
+    code = str(refused.value).partition('python -c "')[2].rpartition('"')[0].replace("'.'", repr(str(model)))
+    exec(code, {})
+    assert ids() != as_it_is
+
+
+def test_damaged_steps_are_named(model: Path) -> None:
+    out = planned_and_written(model, "onnx", model.parent / "onnx")
+    serving = load_plan(out / "plan.json").serving
+    for steps in (["bos"], {"processors": "bos"}, {"single": [5]}):
+        edit(model / "tokenizer.json", lambda tokenizer, steps=steps: tokenizer.update(post_processor=steps))
+        with pytest.raises(CheckpointError, match="post_processor is malformed"):
+            small_files(Checkpoint.open(model), serving)

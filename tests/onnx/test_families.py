@@ -43,6 +43,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5, llama3 positions and biases": ("ernie4_5", {**rope("llama3", **LLAMA3), "use_bias": True}),
     "gemma2": ("gemma2", GEMMA),
     "gemma2, caps that bite": ("gemma2", {**GEMMA, "attn_logit_softcapping": 0.1, "final_logit_softcapping": 0.5}),
+    # transformers caps the logits of a Gemma 3, and not its attention.
+    "gemma3, caps that bite": ("gemma3_text", {**GEMMA, "attn_logit_softcapping": 0.1, "final_logit_softcapping": 0.5}),
     "gemma3, its own positions by kind of layer": (
         "gemma3_text",
         {

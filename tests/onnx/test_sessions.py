@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from acip_export.api.speed import Sizes, made_checkpoint, tensor_shapes, uniform
 from acip_export.artifacts.bundle import load_bundle
@@ -119,7 +120,8 @@ def test_the_printed_code_runs(make_export: MakeExport) -> None:
     export = make_export("samples/llama", True, "int8")
     command = run_commands(export.bundle.plan, export.path)[0]
     with GenaiSession(export.path, export.bundle.plan.serving) as session:
-        prompt = [int(token) for token in session._tokenizer.encode("Hello")]
+        prompt = AutoTokenizer.from_pretrained(export.model)("Hello")["input_ids"]
+        assert len(prompt) == 1 + len(session.tokenize("Hello"))
         wanted = session._tokenizer.decode(np.array(session.greedy(prompt, CONTEXT - len(prompt)), np.int32))
     printed = _printed(command)
     assert printed and wanted.startswith(printed)

@@ -13,6 +13,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from acip_export.errors import UnsupportedError
+from acip_export.model.tokenizer_files import TEKKEN
 from converters.gguf.tokenizer.common import (
     Source,
     TokenType,
@@ -38,7 +39,6 @@ _QWEN35 = (
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _START = r"[^\r\n\p{L}\p{N}]?"
-_TEKKEN = f"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*|" + r"\p{N}" + _CASED_TAIL
 _GPT4O = (
     f"{_START}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_START}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|"
     + r"\p{N}{1,3}"
@@ -54,7 +54,7 @@ _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_QWEN35,), False): "qwen35",
     ((_GPT2,), False): "gpt-2",
     ((_DIGIT, _GPT2), False): "smollm",
-    ((_TEKKEN,), True): "tekken",
+    ((TEKKEN,), True): "tekken",
     ((_GPT4O,), False): "gpt-4o",
 }
 # llama.cpp's expressions for these tell no combining marks from other characters.

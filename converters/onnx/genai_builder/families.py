@@ -62,6 +62,14 @@ class _QueryKeyNorms(_Builder):
         super().make_attention_init(config)  # type: ignore[misc]
 
 
+class _UncappedAttention(_QueryKeyNorms):
+    """Gemma 3: transformers reads a cap of the attention from its configuration and leaves it alone."""
+
+    def make_attention_init(self, config: Any) -> None:
+        self.attention_attrs["softcap"] = 0.0
+        super().make_attention_init(config)
+
+
 class _LayersWithoutPositions(_Builder):
     """SmolLM3: every fourth layer has no rotary embedding."""
 
@@ -171,7 +179,7 @@ class _NormsAfter(_QueryKeyNorms):
 FAMILIES: dict[str, Family] = {
     "ernie4_5": Family("ErnieModel", "ernie4_5"),
     "gemma2": Family("Gemma2Model", "gemma2", norm_adds_one=True),
-    "gemma3_text": Family("Gemma2Model", "gemma3_text", _QueryKeyNorms, norm_adds_one=True),
+    "gemma3_text": Family("Gemma2Model", "gemma3_text", _UncappedAttention, norm_adds_one=True),
     "granite": Family("GraniteModel", "granite"),
     "llama": Family("LlamaModel", "llama"),
     "mistral": Family("MistralModel", "mistral"),

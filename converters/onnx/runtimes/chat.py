@@ -34,7 +34,9 @@ class GenaiChatSession(GenaiSession):
     def encode(self, text: str, begin: bool) -> list[int]:
         """See :class:`acip_export.formats.session.ChatSession`."""
         self._tokenizer.update_options(add_special_tokens=str(begin).lower())
-        return [int(token) for token in self._tokenizer.encode(text)]
+        ids = [int(token) for token in self._tokenizer.encode(text)]
+        # An end-of-text token, where the tokenizer puts one after every text, is not to be continued.
+        return ids[:-1] if begin and ids and ids[-1] in self.ends else ids
 
     def stream(self) -> Callable[[int], str]:
         """See :class:`acip_export.formats.session.ChatSession`."""
