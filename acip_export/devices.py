@@ -121,6 +121,11 @@ class Device:
             return "no file as large"
         if plan.format in self.whole_prompts and plan.serving.prompt_batch < plan.serving.context:
             return "prompts in one piece, which it was not planned for"
+        serving = plan.serving
+        if plan.format in self.whole_prompts and not export_format(plan.format).made_by_programs(
+            serving.cache_type_k, serving.cache_type_v
+        ):
+            return f"no KV cache of {serving.cache_types}"
         return None
 
     def slow_types(self, plan: Plan) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 
 from acip_export.cli.plan_options import PlanFlags
 from acip_export.devices import DEVICES_VARIABLE, find_device, load_devices, user_file
-from acip_export.errors import AcipError, DeviceFileError, UsageError
+from acip_export.errors import AcipError, DeviceFileError, UnsupportedError, UsageError
+from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import resolve
+from tests.support import make_model
 
 ENTRY = """
 [[device]]
@@ -170,6 +174,21 @@ def test_limits_of_a_browser_reach_the_request() -> None:
     assert (gguf.whole_prompts, gguf.largest_file) == (False, 2 * 10**9)
     without = PlanFlags(budget=["1GB"], format_="onnx").request()
     assert (without.whole_prompts, without.largest_file) == (False, None)
+
+
+@pytest.mark.parametrize("flag", ["cache_type", "cache_type_k", "cache_type_v"])
+def test_a_browser_has_no_cache_that_its_pages_cannot_make(tmp_path: Path, flag: str) -> None:
+    checkpoint = Checkpoint.open(make_model(tmp_path / "m"))
+    request = PlanFlags(device="browser").request()
+    for backend, own in (("cpu", "f32"), ("webgpu", "f16")):
+        asked = replace(request, backend=backend, types=(), **{flag: "auto"})
+        assert resolve(asked, checkpoint).caches == ((own, own),)
+    with pytest.raises(UnsupportedError, match=r"no KV cache of int8 in browser: .* in f32"):
+        resolve(replace(request, **{flag: "int8"}), checkpoint)
+    # Nor is one suggested where nothing fits, or would fit better.
+    assert list(resolve(request, checkpoint).space.format.cache_types) == ["f32"]
+    gguf = PlanFlags(device="browser", format_="gguf", cache_type="q8_0").request()
+    assert resolve(gguf, checkpoint).caches == (("q8_0", "q8_0"),)
 
 
 def test_flags_override_the_device(camera: Path) -> None:

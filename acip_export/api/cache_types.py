@@ -50,15 +50,14 @@ def with_cache_to_choose(
     ones take much of the budget; without a budget, of the smallest.
 
     The question stays as it is where they could not be chosen: what each costs is not known, and cannot be measured
-    (no text, no runtime) or is not to be (:attr:`PlanRequest.calibrate`); where prompts are computed in one piece, as
-    web pages do, whose caches are in floats; and with a context of ``max``, which a coarser cache would only make
-    longer.
+    (no text, no runtime) or is not to be (:attr:`PlanRequest.calibrate`); where there is one type to choose from, as in
+    web pages; and with a context of ``max``, which a coarser cache would only make longer.
 
     Args:
         unmeasured: makes the problem of a search space, whose losses need not be those of the model.
     """
     asked = request.cache_type or request.cache_type_k or request.cache_type_v
-    if asked or request.budget_scope == "file" or request.context == "max" or request.whole_prompts:
+    if asked or request.budget_scope == "file" or request.context == "max":
         return question
     if not checkpoint.shape.generates:
         return question
@@ -107,8 +106,8 @@ def chosen_cache_note(problem: Problem, default: Question, plan: Plan) -> tuple[
     nbytes = problem.memory.serving(replace(serving, cache_type_k=keys, cache_type_v=values)).kv_cache
     name = cache_types(keys, values)
     return (
-        f"the KV cache is of {serving.cache_types}, the best for this budget: in {name}, the default, it would take "
-        f"{nbytes / plan.budget_bytes:.0%} of it;  --cache-type {name}  has it so",
+        f"the KV cache is of {serving.cache_types}, the best for this budget: in {name}, the default, the cache would "
+        f"take {nbytes / plan.budget_bytes:.0%} of the budget;  --cache-type {name}  keeps the default",
     )
 
 

@@ -261,6 +261,7 @@ class ExportFormat(ABC):
         vector_type: type of norms and biases.
         cache_types: bytes of the numbers of a KV cache as ``(numerator, denominator)``; the first is the default.
         cache_in_file: what is written has one type of KV cache; otherwise it is opened with any.
+        own_caches: types of programs that make the cache themselves, as web pages do; empty: any type.
         layouts: the first is the default.
         runtimes: the layouts that each runtime runs, its default first; the first runtime is the default.
         float_tolerance: how far logits of an export with float weights may be from the bundle's.
@@ -291,6 +292,7 @@ class ExportFormat(ABC):
     chats: tuple[SessionClass, ...] = ()
     float_kl: float | None = None
     cache_in_file: bool = False
+    own_caches: frozenset[str] = frozenset()
     narrow_types: tuple[str, ...] = ()
     backends: tuple[Backend, ...] = ()
     feedback_types: frozenset[str] = frozenset()
@@ -397,6 +399,10 @@ class ExportFormat(ABC):
     def refused_cache(self, checkpoint: Checkpoint, keys: str, values: str) -> str | None:  # noqa: ARG002
         """Return why the runtime has no KV cache of these types for a model, and what is possible."""
         return None if keys == values else f"{self.name} keeps keys and values in one type"
+
+    def made_by_programs(self, keys: str, values: str) -> bool:
+        """Tell whether programs that make the KV cache themselves, as web pages do, make one of these types."""
+        return not self.own_caches or self.own_caches.issuperset((keys, values))
 
     def serving_notes(self, serving: Serving) -> tuple[str, ...]:  # noqa: ARG002
         """Return what a user has to know of what an export is opened with, a sentence each."""

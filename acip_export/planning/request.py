@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import inf
 from typing import Literal, get_args
@@ -140,6 +140,8 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
     if request.budget_scope not in scopes:
         raise UsageError(f"a budget's scope is {request.budget_scope!r}, expected {', '.join(scopes)}")
     format = export_format(request.format, request.backend)
+    if request.whole_prompts:
+        format = _with_own_caches(format, request)
     format.check_options(request.options)
     backend = request.backend or DEFAULT_BACKEND
     types = format.choose_types(request.types)
@@ -221,6 +223,22 @@ def _rule(
         )
     whole = request.whole_prompts or encoder is not None
     return ServingRule(context, keys, backend, request.prompt_batch, whole, values, to_find, request.max_loss)
+
+
+def _with_own_caches(format: ExportFormat, request: PlanRequest) -> ExportFormat:
+    """Return the format with those KV caches alone that a web page makes: nothing else may be chosen or suggested.
+
+    Raises:
+        UnsupportedError: another one is asked for.
+    """
+    own = {name: size for name, size in format.cache_types.items() if format.made_by_programs(name, name)}
+    for name in (request.cache_type, request.cache_type_k, request.cache_type_v):
+        if name in format.cache_types and name not in own:
+            raise UnsupportedError(
+                f"no KV cache of {name} in {request.device or 'a web page'}: what runs {format.name} there makes its "
+                f"cache in {' or '.join(own)}; leave the cache's type out"
+            )
+    return replace(format, cache_types=own)
 
 
 def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) -> tuple[tuple[str, str], ...]:

@@ -126,6 +126,7 @@ ONNX = OnnxFormat(
     vector_type=CPU.vector_type,
     cache_types=CPU.cache_types,
     cache_in_file=True,
+    own_caches=frozenset({"f32", "f16"}),
     layouts=(Layout("factored", "factor pairs as two MatMul or MatMulNBits nodes, dense weights as one", "factored"),),
     runtimes={"onnxruntime": ("factored",)},
     # float32 in another order.

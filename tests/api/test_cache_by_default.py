@@ -31,7 +31,7 @@ SIZES = {
     "max_position_embeddings": CONTEXT,
 }
 ASKED = PlanRequest("onnx", types=("int8", "int4"), context=CONTEXT, prompt_batch=16, calibrate=True)
-NOTE = "the best for this budget: in f32, the default, it would take"
+NOTE = "the best for this budget: in f32, the default, the cache would take"
 
 Ranked = tuple[Checkpoint, ScoreFile]
 

@@ -320,6 +320,10 @@ def test_devices_whose_runtime_cannot(run: Run) -> None:
         listed = json.loads(run("devices", "--fits", "plan.json", "--json").out)
         assert (listed["others"].get("browser") is None) == held, listed["others"]
         assert "pixel-9-12gb" in {each["name"] for each in listed["devices"]}
+    rounded = ("--prompt-batch", "64", "--cache-type", "int8", "-o", "plan.json", "--force")
+    assert run("plan", *asked, *rounded).code == 0
+    listed = json.loads(run("devices", "--fits", "plan.json", "--json").out)
+    assert listed["others"]["browser"] == "no KV cache of int8"
 
 
 def test_warnings_are_sentences_whatever_libraries_configure() -> None:

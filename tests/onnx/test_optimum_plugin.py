@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,34 @@ def test_it_writes_what_acip_export_writes(model: Path) -> None:
         {file.name: file.read_bytes() for file in (model / out).iterdir() if file.suffix == ".gguf"} for out in "ab"
     )
     assert first == second != {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "added"),
+    [
+        ("--format onnx", "f32"),
+        ("--format ONNX --backend webgpu", "f16"),
+        ("--device browser", "f32"),
+        ("--format onnx --cache-type int8", None),
+        ("--format onnx --cache-type-k auto --cache-type-v auto", None),
+        ("--format gguf", None),
+        ("--format nonsense", None),
+        ("--device nonsense", None),
+        ("--no-verify", None),
+    ],
+)
+def test_onnx_has_a_cache_that_optimum_makes(monkeypatch: pytest.MonkeyPatch, asked: str, added: str | None) -> None:
+    """A type that is chosen for the budget may be one that optimum cannot make."""
+    called: list[list[str]] = []
+    monkeypatch.setattr("acip_export.cli.main.main", lambda: called.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["optimum-cli"])
+    source = ROOT / "optimum" / "commands" / "register" / "register_acip.py"
+    parser = argparse.ArgumentParser()
+    command = runpy.run_path(str(source))["AcipExportCommand"]
+    made = command(parser.add_subparsers())
+    made.args = parser.parse_args(["acip", *asked.split()])
+    made.run()
+    assert called == [[*asked.split(), *(("--cache-type", added) if added else ())]]
 
 
 def test_errors_and_exit_codes_are_acip_exports(model: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -22,6 +24,29 @@ class _Forward(argparse.Action):
     ) -> None:
         words = [] if self.nargs == 0 else [values]
         namespace.acip = [*getattr(namespace, "acip", ()), str(option), *words]
+
+
+def _for_optimum(words: list[str]) -> list[str]:
+    """Ask for the default KV cache where nothing is said of it: optimum makes its own, and of no other type."""
+    from acip_export.devices import find_device, load_devices
+    from acip_export.errors import AcipError
+    from acip_export.formats.protocol import DEFAULT_BACKEND
+    from acip_export.formats.registry import export_format
+
+    given = dict(pairwise(words))
+    if {"--cache-type", "--cache-type-k", "--cache-type-v"} & given.keys():
+        return words
+    try:
+        name = given.get("--format")
+        if name is None and "--device" in given:
+            more = given.get("--devices")
+            name = find_device(given["--device"], load_devices(None if more is None else Path(more))).default_format
+        if name is None:
+            return words
+        format = export_format(name.lower(), given.get("--backend", DEFAULT_BACKEND).lower())
+    except AcipError:
+        return words  # the command itself says what is wrong
+    return [*words, "--cache-type", next(iter(format.cache_types))] if format.own_caches else words
 
 
 class AcipExportCommand(BaseOptimumCLICommand):
@@ -47,7 +72,7 @@ class AcipExportCommand(BaseOptimumCLICommand):
         """Exits as ``acip-export`` does."""
         from acip_export.cli.main import main
 
-        sys.argv = ["acip-export", *getattr(self.args, "acip", ())]
+        sys.argv = ["acip-export", *_for_optimum([*getattr(self.args, "acip", ())])]
         main()
 
 
