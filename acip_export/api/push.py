@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from acip_export.artifacts.export_directory import load_export_plan
 from acip_export.artifacts.names import CARD_FILE, MARK_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE
-from acip_export.artifacts.plan import Plan, load_plan
+from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.report import load_report
 from acip_export.errors import InputError, VerificationError
 from acip_export.io.atomic import sha256_of
@@ -63,7 +64,7 @@ def publication(
         PlanFileError: there is no plan. VerificationError: its files are not the plan's, or not those that were
             verified. InputError: the card is missing, or lacks what the hub needs.
     """
-    plan = load_plan(export / PLAN_FILE)
+    plan = load_export_plan(export)
     failures = check_bytes(export, plan)
     if failures:
         raise VerificationError("\n".join([f"{export} is not what was planned, and is not published:", *failures]))

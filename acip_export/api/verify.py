@@ -10,10 +10,9 @@ from acip_export.api.export import planned_model, roundings_left
 from acip_export.api.opening import Location, open_model, open_scores
 from acip_export.api.text import evaluation_text, held_out_text
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.export_directory import claim_papers, settle_mark
+from acip_export.artifacts.export_directory import claim_papers, load_export_plan, settle_mark
 from acip_export.artifacts.materialized import MaterializedModel
-from acip_export.artifacts.names import PLAN_FILE
-from acip_export.artifacts.plan import Plan, load_plan
+from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.tuned import load_tuned
@@ -47,8 +46,8 @@ def verify_directory(
         Others as :func:`acip_export.verification.export.verify_export`.
     """
     scores_file = scores.file if isinstance(scores, ScoreFile) else scores
+    plan = load_export_plan(export)
     claim_papers(export, (scores_file, bundle, text, *tasks))
-    plan = load_plan(export / PLAN_FILE)
     checkpoint = _base_model(model, plan, required=bundle is None)
     with ExitStack() as stack:
         if bundle is not None:

@@ -19,7 +19,8 @@ from acip_export.artifacts.names import (
     TUNED,
     TUNED_FILE,
 )
-from acip_export.artifacts.plan import PLAN_KIND
+from acip_export.artifacts.plan import PLAN_KIND, Plan, load_plan
+from acip_export.errors import PlanFileError
 from acip_export.io.outputs import DirectoryKind, FileKind, Output, claim_output, json_kind, safetensors_kind
 
 REPORT_KIND = json_kind(REPORT.noun, REPORT.artifact)
@@ -51,6 +52,24 @@ def claim_papers(export: Path, inputs: Iterable[str | PathLike[str] | None] = ()
     """
     read = tuple(inputs)
     return {name: claim_output(export / name, kind, True, read, export) for name, kind in _PAPERS.items()}
+
+
+def load_export_plan(export: Path) -> Plan:
+    """Read the plan of an export; of what is none, say so rather than that a file is missing in it.
+
+    Raises:
+        PlanFileError: no directory, or one without a readable plan.
+    """
+    if (export / PLAN_FILE).is_file():
+        return load_plan(export / PLAN_FILE)
+    what = "is a file" if export.is_file() else f"has no {PLAN_FILE}" if export.is_dir() else "does not exist"
+    inside = sorted(each.parent for each in export.glob(f"*/{PLAN_FILE}")) if export.is_dir() else []
+    instead = (
+        f"the exports in it: {', '.join(map(str, inside))}"
+        if inside
+        else "name the directory that  acip-export --budget … --format …  wrote"
+    )
+    raise PlanFileError(f"{export} is no export: it {what}; {instead}")
 
 
 def is_unverified(export: Path) -> bool:

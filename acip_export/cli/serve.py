@@ -11,8 +11,7 @@ from typing import Annotated
 
 import typer
 
-from acip_export.artifacts.names import PLAN_FILE
-from acip_export.artifacts.plan import load_plan
+from acip_export.artifacts.export_directory import load_export_plan
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json, Quiet
 from acip_export.formats.registry import export_format
@@ -42,7 +41,7 @@ def serve(
     cache type, one conversation at a time, and without the copies of earlier ones that it keeps by default. It answers
     POST /v1/chat/completions as OpenAI's clients ask. onnxruntime-genai has no server.
     """
-    plan = load_plan(export / PLAN_FILE)
+    plan = load_export_plan(export)
     command = export_format(plan.format).server(plan, export, host, port, program)
     if json:
         console.print_json({"command": list(command)})

@@ -16,8 +16,9 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from acip_export.artifacts.document import Artifact, decode_artifact
-from acip_export.artifacts.names import PAGE_DATA, PLAN_FILE, REPORT_FILE, ArtifactName
-from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
+from acip_export.artifacts.export_directory import load_export_plan
+from acip_export.artifacts.names import PAGE_DATA, REPORT_FILE, ArtifactName
+from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.report import Report, load_report
 from acip_export.artifacts.scores import RankedOn, Setting
 from acip_export.errors import InputError
@@ -221,7 +222,7 @@ def read_export(path: Path) -> Exported:
         PlanFileError: no readable plan. InputError: a damaged report, one of another version or another export.
     """
     root = path if path.is_dir() else path.parent
-    plan = load_plan(root / PLAN_FILE)
+    plan = load_export_plan(root)
     file = root / REPORT_FILE
     if not file.exists():
         return Exported(plan, None)

@@ -182,7 +182,10 @@ BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_nothing, (*FIT, "--colour"), 2, "--colour"),
     (_nothing, ("materialize", "plan.json"), 3, "plan.json does not exist"),
     (_nothing, ("convert", "."), 3, "no bundle"),
-    (_nothing, ("verify", "."), 3, "does not exist"),
+    (_nothing, ("verify", "."), 3, "it has no plan.json; name the directory"),
+    (_nothing, ("verify", "config.json"), 3, "config.json is no export: it is a file"),
+    (_nothing, ("report", "nowhere/export"), 3, "is no export"),
+    (_nothing, ("serve", "nowhere"), 3, "nowhere is no export: it does not exist"),
 ]
 
 
