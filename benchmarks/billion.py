@@ -72,8 +72,19 @@ def measure(layers: int, scratch: Path, steps: dict[str, Any], save: Callable[[]
         save()
     for name, budget in BUDGETS.items():
         out, plan = scratch / name, scratch / f"{name}.json"
-        asked = ("--model", model, "--scores", scores, "--budget", budget, "--format", name, "--context", 2048)
-        asked = (*asked, *FLAGS[name])
+        asked: tuple[object, ...] = (
+            "--model",
+            model,
+            "--scores",
+            scores,
+            "--budget",
+            budget,
+            "--format",
+            name,
+            "--context",
+            2048,
+        )
+        asked += FLAGS[name]
         if not plan.exists():
             steps[f"{name} plan"] = watched(command("plan", *asked, "-o", plan, "--quiet"))
             save()

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import ScoreFileError
-from acip_export.rounding.error_feedback import inverse_of_upper
+from acip_export.rounding.error_feedback import above_diagonal, invert_upper_
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +106,7 @@ class PackedMoment:
         """
         import torch
 
-        root, _ = self._unscaled(name)
+        root = self._unscaled_root(self._upper(name))
         diagonal, order = torch.from_numpy(self.diagonal).double(), torch.from_numpy(self.order)
         root *= (diagonal[order].sqrt() / root.norm(dim=1))[:, None]
         root = root[torch.from_numpy(np.argsort(self.order))]
@@ -127,7 +127,8 @@ class PackedMoment:
         """
         import torch
 
-        root, upper = self._unscaled(name)
+        upper = self._upper(name)
+        root = self._unscaled_root(upper.clone())
         diagonal, order = torch.from_numpy(self.diagonal).double(), torch.from_numpy(self.order)
         mean = float(diagonal.mean()) or 1.0
         scale = diagonal[order].clamp_min(least * mean).sqrt() / root.norm(dim=1)
@@ -138,16 +139,22 @@ class PackedMoment:
             raise ScoreFileError(f"{name} overflows; rank again")
         return root, inverse
 
-    def _unscaled(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return U^-1, and U over its diagonal entries."""
+    def _upper(self, name: str) -> Tensor:
+        """Return U over its diagonal entries."""
         import torch
 
         size = self.size
         codes = np.zeros((size, size), np.int8)
-        codes[_above(size)] = self._entries(name)
+        codes[above_diagonal(size)] = self._entries(name)
         upper = torch.from_numpy(codes).double().mul_(torch.from_numpy(self.steps)[:, None])
         upper.diagonal().fill_(1.0)
-        return inverse_of_upper(upper).div_(torch.from_numpy(self.pivots)), upper
+        return upper
+
+    def _unscaled_root(self, upper: Tensor) -> Tensor:
+        """Return U^-1, in the place of :meth:`_upper`."""
+        import torch
+
+        return invert_upper_(upper).div_(torch.from_numpy(self.pivots))
 
     def _entries(self, name: str) -> npt.NDArray[np.int8]:
         expected = self.size * (self.size - 1) // 2
@@ -185,37 +192,36 @@ def pack_moment(moment: Tensor, name: str = "the second moment") -> PackedMoment
     # Backwards: a lower factor of the reversed matrix is an upper one of the matrix.
     backwards = torch.from_numpy(order[::-1].copy())
     damped = wide[backwards[:, None], backwards]
+    del wide
     added = 0.0
     for damping in _DAMPINGS:
         damped.diagonal().add_((damping - added) * mean)
         added = damping
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
+            del damped
             return _packed(diagonal, order, lower.flip(0, 1))
     raise ScoreFileError(f"{name} is none: it is not positive, even damped; rank again")
 
 
-def _packed(diagonal: Floats, order: npt.NDArray[np.int64], root: Tensor) -> PackedMoment:
+def _packed(diagonal: Floats, order: npt.NDArray[np.int64], upper: Tensor) -> PackedMoment:
+    """Pack, given an upper root of the moment, which is overwritten."""
     import torch
 
     size = len(diagonal)
-    upper = inverse_of_upper(root)
+    invert_upper_(upper)
     pivots = upper.diagonal().float()
     above = upper.div_(upper.diagonal().clone()[:, None]).float().triu_(1)
     count = torch.arange(size - 1, -1, -1).clamp_min_(1)
     steps = torch.maximum(above.abs().amax(1) / _MOST, _STEP * above.norm(dim=1) / count.sqrt())
     codes = above.mul_((1 / steps).where(steps > 0, 0 * steps)[:, None]).round_().clamp_(-_MOST, _MOST).to(torch.int8)
-    return PackedMoment(diagonal, pivots.numpy(), steps.numpy(), _deflated(codes.numpy()[_above(size)]), order)
+    return PackedMoment(diagonal, pivots.numpy(), steps.numpy(), _deflated(codes.numpy()[above_diagonal(size)]), order)
 
 
 def _deflated(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     # Codes do not repeat each other; how often each occurs is all that there is to gain.
     stream = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
     return np.frombuffer(stream.compress(codes.tobytes()) + stream.flush(), np.uint8)
-
-
-def _above(size: int) -> npt.NDArray[np.bool_]:
-    return np.triu(np.ones((size, size), np.bool_), 1)
 
 
 def is_projected(shape: tuple[int, int]) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -92,53 +93,63 @@ def feedback_factor(moment: torch.Tensor, name: str) -> FeedbackFactor:
     """
     import torch
 
-    size = len(moment)
-    wide = moment.double()
-    if not bool(torch.isfinite(wide).all()):
+    size, wide = len(moment), moment.double()
+    del moment  # of wide layers each of these matrices has a gigabyte and more
+    if not all(isfinite(float(extreme)) for extreme in wide.aminmax()):
         raise ScoreFileError(f"the second moment {name} holds NaN or infinity; rank again")
-    diagonal = wide.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    mean = float(diagonal.mean())
+    order = torch.argsort(wide.diagonal(), descending=True, stable=True)
+    mean = float(wide.diagonal().mean())
     # Backwards: a lower factor of the reversed matrix is an upper one of the matrix.
     backwards = order.flip(0)
     damped = wide[backwards[:, None], backwards]
+    del wide
     added = 0.0
     for damping in _DAMPINGS if mean > 0 else ():
         damped.diagonal().add_((damping - added) * mean)
         added = damping
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            upper = inverse_of_upper(lower.flip(0, 1))  # H = root root^T, so U = root^-1
-            return _coded(order.to(torch.int32).numpy(), (upper / upper.diagonal()[:, None]).float().numpy())
+            del damped
+            upper = lower.flip(0, 1)
+            del lower
+            invert_upper_(upper)  # H = root root^T, so U = root^-1
+            above = upper.div_(upper.diagonal().clone()[:, None]).float()
+            del upper
+            return _coded(order.to(torch.int32).numpy(), above.triu_(1).numpy())
     if mean == 0:  # inputs that were never anything but zero: nothing can be made up for
         nothing = np.zeros(size, np.float32)
         return FeedbackFactor(order.to(torch.int32).numpy(), np.zeros(size * (size - 1) // 2, np.int8), nothing)
     raise ScoreFileError(f"the second moment {name} is none: it is not positive, even damped; rank again")
 
 
-def inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:
-    """Invert an upper triangular matrix by halves: a third of the products that solving for all columns takes."""
+def invert_upper_(upper: torch.Tensor) -> torch.Tensor:
+    """Invert an upper triangular matrix, zeros below it, in its place, and return it.
+
+    By halves: a third of the products that solving for all columns takes.
+    """
     import torch
 
     size = len(upper)
     if size <= _BLOCK:
-        solved: torch.Tensor = torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype), upper=True)
-        return solved
+        identity = torch.eye(size, dtype=upper.dtype)
+        return upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
     half = size // 2
-    found = torch.zeros_like(upper)
-    found[:half, :half] = first = inverse_of_upper(upper[:half, :half])
-    found[half:, half:] = last = inverse_of_upper(upper[half:, half:])
-    found[:half, half:] = -(first @ upper[:half, half:]) @ last
-    return found
+    first, last = invert_upper_(upper[:half, :half]), invert_upper_(upper[half:, half:])
+    upper[:half, half:] = ((first @ upper[:half, half:]) @ last).neg_()
+    return upper
 
 
-def _coded(order: Order, upper: Floats) -> FeedbackFactor:
+def above_diagonal(size: int) -> npt.NDArray[np.bool_]:
+    """Return which entries of a square matrix are above its diagonal."""
+    return ~np.tri(size, dtype=np.bool_)
+
+
+def _coded(order: Order, above: Floats) -> FeedbackFactor:
     size = len(order)
-    above = np.triu(upper, 1)
     steps = np.maximum(above.max(axis=1), -above.min(axis=1)) / np.float32(_MOST)
     inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps > 0)
-    codes = np.rint(above * inverse[:, None]).astype(np.int8)
-    return FeedbackFactor(order, codes[np.triu_indices(size, 1)], steps.astype(np.float32))
+    codes = np.rint(np.multiply(above, inverse[:, None], out=above), out=above).astype(np.int8)
+    return FeedbackFactor(order, codes[above_diagonal(size)], steps.astype(np.float32))
 
 
 class Grid(Protocol):
