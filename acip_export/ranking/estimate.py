@@ -23,6 +23,7 @@ from acip_export.ranking.config import AcipConfig, DataConfig
 from acip_export.ranking.data import window_length
 from acip_export.ranking.load import linear_weights
 from acip_export.ranking.sharding import by_block
+from acip_export.ranking.side_by_side import at_once, layer_bytes
 
 # What is measured (docs/LOG.md): Python, torch, transformers and a tokenizer with its text, in bytes and in seconds.
 _LIBRARIES, _START = 470_000_000, 9.0
@@ -179,7 +180,8 @@ class RankModel:
         logits = _LOGITS * 4 * min(_LOGITS_AT_ONCE, batch * shape.vocabulary)
         activations = 4 * batch * (3 * block.width + 6 * shape.hidden) + 4 * sum(block.squares)
         sides = max(block.shapes, key=lambda s: s[0] ** 2 + s[1] ** 2)
-        linear_algebra = 8 * (2 * sum(n * n for n in sides) + 6 * sides[0] * sides[1]) * (machine.threads + 1)
+        largest = layer_bytes((sides[0], sides[1]))
+        linear_algebra = largest * at_once(largest, machine.threads)
         phases = [logits, activations + 2 * block.weights * 4, linear_algebra]
         if acip is not None:
             tokens = acip.batch * context

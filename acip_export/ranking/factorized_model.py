@@ -23,7 +23,7 @@ from acip_export.ranking.context import RankContext
 from acip_export.ranking.load import dense_weight
 from acip_export.ranking.masked_linear import NO_ADAPTER, AdapterShape, MaskedLinear, replace_linear
 from acip_export.ranking.sharding import by_block, shard_block, shard_rest
-from acip_export.ranking.side_by_side import side_by_side
+from acip_export.ranking.side_by_side import layer_bytes, side_by_side
 from acip_export.ranking.statistics import Statistics
 from acip_export.ranking.stored_tensors import StoredTensors
 
@@ -140,8 +140,8 @@ def factorize_model(
 ) -> Factorized:
     """Factorize every linear layer of the model.
 
-    Each process factorizes its share for all. As many layers are factorized side by side as torch has threads, one
-    thread each: an SVD gains little from more.
+    Each process factorizes its share for all. As many layers are factorized side by side as torch has threads and
+    memory has room for, one thread each: an SVD gains little from more.
     """
     checkpoint, model, processes = context.checkpoint, context.model, context.processes
     losses, singular, sensitivity = {}, {}, {}
@@ -169,7 +169,8 @@ def factorize_model(
 
     owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
     own = [name for name in checkpoint.linear_modules if owners[name] == processes.index and name not in done]
-    factorized = side_by_side(factorize, own, ahead=processes.count > 1)
+    largest = max((layer_bytes(checkpoint.linear_modules[name]) for name in own), default=0)
+    factorized = side_by_side(factorize, own, largest, ahead=processes.count > 1)
     for block, names in blocks:
         for name in names:
             if name in done:

@@ -10,29 +10,47 @@ from typing import TypeVar
 import torch
 
 from acip_export.io.heap import give_back
+from acip_export.machine import memory_bytes
+
+# Of the machine's memory, what work side by side may take.
+_SHARE = 0.5
 
 _Result = TypeVar("_Result")
 
 
+def layer_bytes(shape: tuple[int, int]) -> int:
+    """Return what whitening and decomposing a layer (out, in) takes: moments of both sides, components, copies."""
+    return 8 * (2 * sum(n * n for n in shape) + 6 * shape[0] * shape[1])
+
+
+def at_once(each_bytes: int, threads: int) -> int:
+    """Return how many layers are in memory at a time: one for each thread and one that waits, if there is room."""
+    room = int(_SHARE * memory_bytes()) // max(1, each_bytes)
+    return max(1, min(threads + 1, room))
+
+
 def side_by_side(
-    work: Callable[[str], _Result], names: Sequence[str], ahead: bool = False
+    work: Callable[[str], _Result], names: Sequence[str], each_bytes: int = 0, ahead: bool = False
 ) -> Iterator[tuple[str, _Result]]:
     """Yield ``work`` of every name, in order; no more results wait at any time than torch has threads.
 
     Args:
+        each_bytes: that the largest work takes. Where there is no room for two, one comes after the other, each with
+            all threads.
         ahead: use a thread beside this one even if torch has but one, so that work goes on while this one waits.
     """
     threads = torch.get_num_threads()
-    if threads == 1 and not ahead:
+    workers = at_once(each_bytes, threads) - 1
+    if (threads == 1 or not workers) and not ahead:
         for name in names:
             yield name, work(name)
         return
     waiting: deque[tuple[str, Future[_Result]]] = deque()
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(workers or 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for name in names:
                 waiting.append((name, pool.submit(work, name)))
-                if len(waiting) > threads:
+                if len(waiting) > (workers or 1):
                     first, future = waiting.popleft()
                     yield first, future.result()
             while waiting:

@@ -19,6 +19,10 @@ from acip_export.ranking.stored_tensors import StoredTensors
 _DIAGONAL = "/diagonal"
 
 
+# Bytes of an entry of a moment that is packed: four matrices in float64.
+_PACKED_AT_ONCE = 4 * 8
+
+
 class StoredMoments(Mapping[str, Tensor]):
     """Hold second moments in a scratch file as the score file stores them, so that one of them is in memory at a time.
 
@@ -46,7 +50,8 @@ class StoredMoments(Mapping[str, Tensor]):
                 return pack_moment(moments[key], name)
             return pack_gradients(moments[key], self._weight_of(key), name)
 
-        for key, packed in side_by_side(pack, list(moments)):
+        largest = max((_PACKED_AT_ONCE * moment.numel() for moment in moments.values()), default=0)
+        for key, packed in side_by_side(pack, list(moments), largest):
             self._diagonals[key] = moments[key].diagonal().float().clamp_min(0).cpu().numpy()
             self._scratch.write(f"{key}{_DIAGONAL}", self._diagonals[key])
             self._scratch.write(f"{key}/rows", packed.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from acip_export.lowrank.whitening import DAMPING, Whitening, triangular_root
 from acip_export.materialization.factors import basis_moments, factor_pair
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking import rank_model
-from acip_export.ranking.side_by_side import side_by_side
+from acip_export.ranking import side_by_side as side_by_side_module
+from acip_export.ranking.side_by_side import at_once, side_by_side
 from tests.ranking.support import CALIBRATION
 
 
@@ -140,6 +142,23 @@ def test_cache_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="no place for a cache"):
         FactorCache(tmp_path / "file" / "cache")
+
+
+def test_large_layers_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the memory is there for them, and one that is done waits for its turn."""
+    monkeypatch.setattr(side_by_side_module, "memory_bytes", lambda: 1000)
+    assert [at_once(each, 4) for each in (1, 100, 125, 200, 251, 9999)] == [5, 5, 4, 2, 1, 1]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for each, most in ((1, 4), (125, 3), (200, 1)):
+            used = {thread for _, thread in side_by_side(lambda _: threading.get_ident(), "abcdefgh", each)}
+            assert 1 <= len(used) <= most and threading.get_ident() not in used
+        # Alone, with all threads.
+        found = dict(side_by_side(lambda _: (threading.get_ident(), torch.get_num_threads()), "ab", 400))
+        assert set(found.values()) == {(threading.get_ident(), 4)}
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_side_by_side_keeps_the_order_and_the_threads() -> None:
