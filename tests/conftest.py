@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from acip_export.cli import main as cli  # noqa: E402
+from acip_export.io import kept_states  # noqa: E402
 from tests.support import Outcome, Run  # noqa: E402
 
 # How fast a busy machine draws examples is no property of what is tested.
@@ -46,6 +47,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep states behind every block, however soon after the last and however long writing takes."""
+    monkeypatch.setattr(kept_states, "_AT_MOST_LOST", 0.0)
+    monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -12,7 +12,6 @@ import acip_export
 from acip_export.api import candidates as comparing
 from acip_export.artifacts.plan import load_plan, save_plan
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.io import kept_states
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, Problem, make_plan, resolve, variations
 from acip_export.progress import Progress
@@ -118,13 +117,10 @@ def test_it_says_when_none_can_run(problem: Problem, scores: ScoreFile) -> None:
     assert chosen.notes[-1] == ("no other plan was compared with it: the text that the ranking held out is not here")
 
 
-def test_what_was_measured_is_kept(
-    problem: Problem, scores: ScoreFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.usefixtures("kept_at_once")
+def test_what_was_measured_is_kept(problem: Problem, scores: ScoreFile, caplog: pytest.LogCaptureFixture) -> None:
     """A killed run goes on behind the block that it was at, and no plan is measured twice."""
     assert scores.file is not None
-    monkeypatch.setattr(kept_states, "_AT_MOST_LOST", 0.0)
-    monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
     plan, budget = best(problem), Budget(BUDGET, "file")
     file = scores.file.with_name("m.acip.candidates-gguf.json")
     file.unlink(missing_ok=True)

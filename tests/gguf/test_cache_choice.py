@@ -15,7 +15,6 @@ from acip_export.api import open_scores, plan_export
 from acip_export.api.cache_types import known_cache_losses, measured_cache_losses
 from acip_export.artifacts.cache_losses import cache_file
 from acip_export.errors import UnsupportedError
-from acip_export.io import kept_states
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import DoesNotFit, PlanRequest, Problem, resolve
 from acip_export.progress import Progress
@@ -106,11 +105,8 @@ def test_a_sweep_has_the_best_of_weights_and_cache_at_every_context(model: Path,
     assert smallest["cache_type_k"] != largest["cache_type_k"]
 
 
-def test_measuring_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(kept_states, "_AT_MOST_LOST", 0.0)
-    monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
+@pytest.mark.usefixtures("kept_at_once")
+def test_measuring_goes_on_where_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = make_model(tmp_path / "m", hidden_size=128, head_dim=32, num_attention_heads=4)
     text = calibration_text(tmp_path / "text.txt")
     acip_export.rank(model, text, out=model / "m.acip", algorithm="magnitude", context=128)

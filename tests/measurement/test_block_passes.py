@@ -145,10 +145,9 @@ def test_blocks_that_are_no_chain_are_refused(tmp_path: Path) -> None:
         through.divergences([])
 
 
-def test_passes_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("kept_at_once")
+def test_passes_go_on_where_they_were(tmp_path: Path) -> None:
     """To the same figures, from the same variants alone, and not from a damaged file."""
-    monkeypatch.setattr(kept_states, "_AT_MOST_LOST", 0.0)
-    monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
     checkpoint = Checkpoint.open(make_model(tmp_path / "m", num_hidden_layers=3))
     through = passes(checkpoint)
     variants = [Changed(checkpoint, each) for each in ((), ("layers.1.mlp.up_proj.weight",), ("embed_tokens.weight",))]

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from acip_export import api as pipeline
 from acip_export.artifacts.report import Report
-from acip_export.io import kept_states
 from acip_export.model.block_model import BlockModel
 from acip_export.progress import Progress
 from acip_export.verification import decoders, process
 from acip_export.verification import unfinished as keeping
 from tests.verification.conftest import Made, MakeExport
+
+pytestmark = pytest.mark.usefixtures("kept_at_once")
 
 LAYERS = 2
 
@@ -33,8 +34,6 @@ def made(request: pytest.FixtureRequest, exported: MakeExport, tmp_path: Path) -
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """All is kept at once; what takes long is noted."""
-    monkeypatch.setattr(kept_states, "_AT_MOST_LOST", 0.0)
-    monkeypatch.setattr(kept_states, "_TIMES_WRITING", 0.0)
     monkeypatch.setattr(keeping, "_WORTH_KEEPING", 0.0)
     seen: list[str] = []
     read, measure, logits = BlockModel.read_block, process.measure_process, process.logits_of_process
