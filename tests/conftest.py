@@ -11,13 +11,16 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import signal  # noqa: E402
 import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from acip_export.artifacts.scores import ScoreFile  # noqa: E402
 from acip_export.cli import main as cli  # noqa: E402
 from acip_export.io import kept_states  # noqa: E402
-from tests.support import Outcome, Run  # noqa: E402
+from tests.materialization.moments import scores_with_moments  # noqa: E402
+from tests.support import Outcome, Run, make_model  # noqa: E402
 
 # How fast a busy machine draws examples is no property of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -47,6 +50,18 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model of random weights, for modules that have no other."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
+    """Scores of the tiny model, with moments; of each module its own, since caches are written beside them."""
+    return scores_with_moments(model, tmp_path_factory.mktemp("scores") / "tiny.acip")
 
 
 @pytest.fixture

@@ -16,14 +16,9 @@ from acip_export.planning import PlanRequest
 from acip_export.ranking import rank_model
 from acip_export.ranking.config import DataConfig
 from tests.ranking.support import calibration_text
-from tests.support import everywhere, make_model, make_plan, make_scores
+from tests.support import everywhere, make_plan, make_scores
 
 MB = 10**6
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

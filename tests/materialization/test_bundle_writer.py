@@ -27,11 +27,6 @@ IDS = torch.arange(40)[None]
 FLOAT = {"atol": 2e-4, "rtol": 1e-4}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 def _dense_logits(model: Path) -> torch.Tensor:
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(IDS).logits

@@ -28,21 +28,10 @@ from acip_export.rounding.kept_roundings import KeptRoundings
 from acip_export.rounding.quantizer import InputMoments
 from acip_export.verification.reference import open_reference
 from converters.gguf import ggml_library as ggml
-from tests.materialization.moments import scores_with_moments
-from tests.support import dense, everywhere, make_model, make_plan, make_scores
+from tests.support import dense, everywhere, make_plan, make_scores
 
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 EMBEDDING = "model.embed_tokens.weight"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
-    return scores_with_moments(model, tmp_path_factory.mktemp("scores") / "tiny.acip")
 
 
 def key_of(scores: ScoreFile, module: str) -> str:

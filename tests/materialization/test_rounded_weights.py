@@ -17,8 +17,7 @@ from acip_export.materialization.rounded_weights import RoundedWeights
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import FactoredLinear, load_causal_lm
 from acip_export.rounding.quantizer import Rounding
-from tests.materialization.moments import scores_with_moments
-from tests.support import dense, everywhere, make_model, make_plan
+from tests.support import dense, everywhere, make_plan
 
 PAIR = {"representation": "factored", "rank": 64, "up_type": "q4_0", "down_type": "q4_0"}
 RESIDUAL = {
@@ -28,16 +27,6 @@ RESIDUAL = {
     "up_type": "int8",
     "down_type": "int8",
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
-    return scores_with_moments(model, tmp_path_factory.mktemp("scores") / "tiny.acip")
 
 
 def mixed(name: str, shape: tuple[int, ...]) -> dict[str, object]:

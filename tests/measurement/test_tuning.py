@@ -21,21 +21,10 @@ from acip_export.measurement.block_passes import BlockPasses
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress, silent
 from acip_export.ranking.load import load_model
-from tests.materialization.moments import scores_with_moments
-from tests.support import dense, make_model, make_plan
+from tests.support import dense, make_plan
 
 TEXT = torch.randint(512, (12, 64), generator=torch.Generator().manual_seed(1))
 TYPES = {"gguf": "q4_0", "onnx": "uint4"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
-    return scores_with_moments(model, tmp_path_factory.mktemp("scores") / "tiny.acip")
 
 
 @pytest.fixture(params=TYPES)
