@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acip_export.api.opening import Location, open_model, open_scores
+from acip_export.artifacts.export_directory import export_of
 from acip_export.artifacts.names import PAGE_FILE
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
@@ -62,7 +63,7 @@ def write_report(
     Raises:
         PlanFileError, InputError: a plan or report is damaged, or of something else.
     """
-    root = export if export.is_dir() else export.parent
+    root = export_of(export)
     earlier = root / PAGE_FILE
     before = embedded(read_input(earlier, InputError).decode("utf-8", "replace")) if earlier.is_file() else None
     found: list[Exported] = [read_export(path) for path in (root, *others)]

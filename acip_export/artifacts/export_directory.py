@@ -54,6 +54,11 @@ def claim_papers(export: Path, inputs: Iterable[str | PathLike[str] | None] = ()
     return {name: claim_output(export / name, kind, True, read, export) for name, kind in _PAPERS.items()}
 
 
+def export_of(path: Path) -> Path:
+    """Return the directory of an export that is named by itself, or by the plan or the report in it."""
+    return path.parent if path.name in (PLAN_FILE, REPORT_FILE) else path
+
+
 def load_export_plan(export: Path) -> Plan:
     """Read the plan of an export; of what is none, say so rather than that a file is missing in it.
 

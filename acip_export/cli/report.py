@@ -34,10 +34,10 @@ def report(
     acip-export report export/gguf-2GB export/gguf-4GB
     """
     from acip_export import api as pipeline
-    from acip_export.artifacts.export_directory import claim_papers
+    from acip_export.artifacts.export_directory import claim_papers, export_of
     from acip_export.report.page import read_export
 
-    claim_papers(export_dir if export_dir.is_dir() else export_dir.parent, (scores,))
+    claim_papers(export_of(export_dir), (scores,))
     plan = read_export(export_dir).plan
     checkpoint, opened = pipeline.ranked_model_of(plan, model, scores)
     planned = (

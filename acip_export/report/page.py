@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from acip_export.artifacts.document import Artifact, decode_artifact
-from acip_export.artifacts.export_directory import load_export_plan
+from acip_export.artifacts.export_directory import export_of, load_export_plan
 from acip_export.artifacts.names import PAGE_DATA, REPORT_FILE, ArtifactName
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.report import Report, load_report
@@ -221,7 +221,7 @@ def read_export(path: Path) -> Exported:
     Raises:
         PlanFileError: no readable plan. InputError: a damaged report, one of another version or another export.
     """
-    root = path if path.is_dir() else path.parent
+    root = export_of(path)
     plan = load_export_plan(root)
     file = root / REPORT_FILE
     if not file.exists():

@@ -51,7 +51,7 @@ def test_bad_input(exports: Exports, export: Path, run: Run, tmp_path: Path) -> 
     before = (export / PAGE_FILE).read_bytes()
     other = make_model(tmp_path / "other", num_hidden_layers=1)
     for arguments, code, says in (
-        (("nowhere",), 3, "does not exist"),
+        (("nowhere",), 3, "nowhere is no export: it does not exist"),
         (("export", "--sizes", "1"), 2, "--sizes"),
         (("export", "--model", other), 3, "no score file"),
         (("export", "--model", other, "--scores", next(exports.checkpoint.path.glob("*.acip"))), 3, "was made for"),

@@ -176,7 +176,7 @@ def _edit(directory: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("harm", "error", "says"),
     [
-        (_no_plan, PlanFileError, "does not exist"),
+        (_no_plan, PlanFileError, "is no export: it"),
         (_damaged, InputError, "is no JSON"),
         (_newer, InputError, "version 3, this tool reads 2"),
         (_of_another_export, InputError, "not of the plan beside it"),
