@@ -112,18 +112,17 @@ class RoundedPlan:
         """Return those of the named tensors that differ from the dense model's."""
         found = {}
         for name in names:
-            decision = self._decisions.get(name)
-            scaled = self._numbers.scaled_sides(name)
-            if decision is None or (self._exact(decision) and not any(scaled)):
+            decision = self._changed(name)
+            if decision is None:
                 continue
-            key = (decision, scaled, self.plan.adapters)
+            key = (decision, self._numbers.scaled_sides(name), self.plan.adapters)
             found[name] = self._shared.made(names, key, partial(self._tensor, decision))
         return found
 
     def rows(self, name: str) -> RoundedRows | None:
         """Return a matrix that is too large to be made whole, if it differs from the dense model's."""
-        decision = self._decisions.get(name)
-        if decision is None or (self._exact(decision) and not any(self._numbers.scaled_sides(name))):
+        decision = self._changed(name)
+        if decision is None:
             return None
         return RoundedRows((decision, self.plan.adapters), partial(self._tensor, decision))
 
@@ -137,8 +136,12 @@ class RoundedPlan:
                 found[name] = block
         return found
 
-    def _exact(self, decision: TensorDecision) -> bool:
-        return decision.rank is None and weight_type(self.plan.format, decision.type or "").is_float
+    def _changed(self, name: str) -> TensorDecision | None:
+        """Return the decision on a tensor that differs from the dense model's; ``None``: it is the same."""
+        decision = self._decisions.get(name)
+        if decision is None or decision.rank is not None or any(self._numbers.scaled_sides(name)):
+            return decision
+        return None if weight_type(self.plan.format, decision.type or "").is_float else decision
 
     def _tensor(self, decision: TensorDecision, rows: Tensor | slice | None = None) -> Tensor:
         """Make a tensor, or some rows of it; a pair's are cut out of the whole."""

@@ -46,9 +46,8 @@ def pass_seconds(
         whole=True,
     )
     layers = sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
-    heads = {name: shapes[name] for name in types if name == HEAD or is_embedding(name)}
     head = checkpoint.shape.vocabulary * checkpoint.shape.hidden
     # With every other head the dense model's logits are made once more.
-    dense_again = sum(len(types[name]) for name in heads)
+    dense_again = sum(len(known) for name, known in types.items() if name == HEAD or is_embedding(name))
     operations = 2 * tokens * ((1 + len(passes)) * (layers + head) + dense_again * head)
     return operations / machine.float32 + rounding.seconds(machine)

@@ -40,17 +40,18 @@ def side_by_side(
         ahead: use a thread beside this one even if torch has but one, so that work goes on while this one waits.
     """
     threads = torch.get_num_threads()
-    workers = at_once(each_bytes, threads) - 1
-    if (threads == 1 or not workers) and not ahead:
+    together = at_once(each_bytes, threads)
+    if (threads == 1 or together == 1) and not ahead:
         for name in names:
             yield name, work(name)
         return
+    workers = max(1, together - 1)
     waiting: deque[tuple[str, Future[_Result]]] = deque()
     try:
-        with ThreadPoolExecutor(workers or 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for name in names:
                 waiting.append((name, pool.submit(work, name)))
-                if len(waiting) > (workers or 1):
+                if len(waiting) > workers:
                     first, future = waiting.popleft()
                     yield first, future.result()
             while waiting:
