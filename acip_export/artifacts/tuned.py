@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from acip_export.artifacts.names import TUNED, TUNED_FILE
 from acip_export.artifacts.plan import Plan, plan_sha256
 from acip_export.errors import TunedFileError
+from acip_export.finite import is_finite
 from acip_export.io.atomic import new_file, read_safetensors_header
 from acip_export.io.inputs import decode_json
 from acip_export.units import ceil_div
@@ -105,12 +106,11 @@ def load_tuned(export: Path, plan: Plan) -> Tuned | None:
     for name, entry in entries.items():
         if expected.get(name) != (entry.shape, entry.dtype):
             raise TunedFileError(f"{file}: {name!r} of shape {entry.shape} and dtype {entry.dtype} is not of this plan")
-    import torch
     from safetensors.torch import load_file
 
     tensors = load_file(file)
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()) or (name.startswith(_GAINS) and tensor.abs().max() > _LARGEST_GAIN):
+        if not is_finite(tensor) or (name.startswith(_GAINS) and tensor.abs().max() > _LARGEST_GAIN):
             raise TunedFileError(f"{file}: {name!r} has numbers that no tuning makes; {TUNED.remedy}")
     gains = {name.removeprefix(_GAINS): each for name, each in tensors.items() if name.startswith(_GAINS)}
     return Tuned(result, gains, {name: each for name, each in tensors.items() if not name.startswith(_GAINS)})

@@ -3,6 +3,10 @@
 Arrays go into scratch files that have names here, and a journal says which of them belong to the steps that are done: a
 line for each, with checksums, written after the arrays. What a step that is not done has written is not in it. Nothing
 is written in the place of an array that a step in the journal has, so the last line is true whenever the process ends.
+
+Several processes that take the same steps keep a directory each. A step's line is written by all of them before any
+goes on: however they end, none has more than one line that another has not, and what that line replaced is still there.
+So all go on behind the last line that all have.
 """
 
 from __future__ import annotations
@@ -12,11 +16,11 @@ import os
 import time
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -43,19 +47,41 @@ _JOURNAL = "journal"
 _LONGEST_JOURNAL = 2**30
 _AT_ONCE = 2**24
 # Of the journal's format, and of the steps of those who keep their work here.
-_VERSION = 1
+_VERSION = 2
+
+
+class Peers(Protocol):
+    """Processes that take the same steps, each with a share of the work; this is the one of that ``index``."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+
+    def least(self, number: int) -> int:
+        """Return the least of the numbers that they give, once all have given one."""
+        ...
+
+
+class _Alone:
+    index, count = 0, 1
+
+    def least(self, number: int) -> int:
+        return number
+
+
+_ALONE = _Alone()
 
 
 class Work:
     """Work of which nothing is kept: its scratch files have no names, and no step was done before."""
 
-    def __init__(self, place: Path | None = None) -> None:
-        self._place = place
+    def __init__(self) -> None:
         self._scratches: dict[str, Scratch] = {}
 
     def scratch(self, name: str) -> Scratch:
         """Return the scratch file of that name, with the arrays that the steps that are done have written."""
-        scratch = self._scratches[name] = Scratch(self._place)
+        scratch = self._scratches[name] = Scratch()
         return scratch
 
     def __contains__(self, step: str) -> bool:
@@ -97,29 +123,46 @@ class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the journal says of a step; the first says with which settings the work began."""
+    """What the journal says of a step; the first says with which settings, in how many processes, the work began."""
 
     step: str = ""
     facts: Any = None
     arrays: dict[_Name, dict[str, _Stored]] = {}
     dropped: _Name = ""
     settings: str = ""
+    processes: Count = 1
 
 
 class KeptWork(Work):
     """Work whose steps are kept in ``directory``, which one process at a time may use.
 
+    Args:
+        peers: processes that take the same steps, each with a directory of its own.
+
     Raises:
         OutputError: there is no place for it.
     """
 
-    def __init__(self, directory: Path, origin: str, settings: str = "") -> None:
+    def __init__(self, directory: Path, origin: str, settings: str = "", peers: Peers = _ALONE) -> None:
         super().__init__()
-        self.directory, origin = directory, f"{_VERSION} {origin}"
+        self.directory, self._peers, origin = directory, peers, f"{_VERSION} {origin}"
         self._facts: dict[str, Any] = {}
         self._arrays: dict[str, dict[str, _Stored]] = {}
+        peers.least(0)  # nothing is touched by processes of which one may not write
         try:
-            if own_directory(directory, origin) and not self._restored():
+            lines = _lines(self._file(_JOURNAL)) if own_directory(directory, origin) else []
+            if lines and lines[0][0].processes != peers.count:
+                before = lines[0][0].processes
+                logger.warning(
+                    "%s was kept by %d processes, and now there are %d; it begins anew", directory, before, peers.count
+                )
+                lines = []
+            common = peers.least(len(lines))
+            if not peers.least(self._restored(lines[:common])):
+                if common > 1 or len(lines) > common + 1:  # one step more is no loss
+                    lost = "is damaged" if peers.count == 1 else "is damaged, or what another process has kept is gone"
+                    logger.warning("%s %s; it begins anew", directory, lost)
+                self._facts, self._arrays = {}, {}
                 remove_directory(directory)
                 own_directory(directory, origin)
             self._journal = os.open(self._file(_JOURNAL), os.O_WRONLY | os.O_APPEND | os.O_CREAT | _no_link(), 0o600)
@@ -128,7 +171,7 @@ class KeptWork(Work):
         weakref.finalize(self, os.close, self._journal)
         self.earlier = len(self._facts)
         if not self.earlier:
-            self._append(_Line(settings=settings))
+            self._append(_Line(settings=settings, processes=peers.count))
 
     def scratch(self, name: str) -> Scratch:
         if name not in self._scratches:
@@ -144,12 +187,14 @@ class KeptWork(Work):
     def finish(self, step: str, facts: Any = None) -> None:
         scratches = {name: file for name, file in self._scratches.items() if isinstance(file, _KeptScratch)}
         self._append(_Line(step, facts, {name: file.written() for name, file in scratches.items()}))
+        self._peers.least(0)
         for file in scratches.values():
             file.settle()
         self._facts[step] = facts
 
     def drop(self, name: str) -> None:
         self._append(_Line(dropped=name))
+        self._peers.least(0)
         super().drop(name)
         self._arrays.pop(name, None)
         self._file(name).unlink(missing_ok=True)
@@ -169,24 +214,23 @@ class KeptWork(Work):
         if written < len(data):
             raise OutputError(f"{self.directory} has no room. Make room there, or choose another place with  --out")
 
-    def _restored(self) -> bool:
-        """Read what an earlier process has kept; tell whether there is any of it, and whole."""
-        lines, size = _lines(self._file(_JOURNAL))
-        for line in lines:
+    def _restored(self, lines: Sequence[tuple[_Line, int]]) -> bool:
+        """Take over what these lines of the journal say; tell whether it is anything, and whole."""
+        for line, _ in lines:
             for name, arrays in line.arrays.items():
                 self._arrays.setdefault(name, {}).update(arrays)
             self._arrays.pop(line.dropped, None)
             if line.step:
                 self._facts[line.step] = line.facts
         if not all(_is_whole(self._file(name), arrays) for name, arrays in self._arrays.items()):
-            logger.warning("%s is damaged; it begins anew", self.directory)
-            self._facts, self._arrays = {}, {}
             return False
-        os.truncate(self._file(_JOURNAL), size)
+        if not self._facts:
+            return False
+        os.truncate(self._file(_JOURNAL), lines[-1][1])
         for file in self.directory.iterdir():
             if file.name not in (ORIGIN, _JOURNAL, *self._arrays):  # dropped when the process ended
                 file.unlink()
-        return bool(self._facts)
+        return True
 
 
 class _KeptScratch(Scratch):
@@ -240,7 +284,7 @@ class _KeptScratch(Scratch):
 
 
 @contextmanager
-def work_beside(target: Path, origin: str, settings: str = "") -> Iterator[KeptWork]:
+def work_beside(target: Path, origin: str, settings: str = "", peers: Peers = _ALONE) -> Iterator[KeptWork]:
     """Yield the work for ``target``, with what a killed or interrupted process has done of it.
 
     It is gone when the block ends, unless it is interrupted after more than a minute's work, or ends with a
@@ -248,13 +292,16 @@ def work_beside(target: Path, origin: str, settings: str = "") -> Iterator[KeptW
 
     Args:
         origin: all that the work follows from; what is of another is removed. settings: see :func:`kept_settings`.
+        peers: processes that work for the same target; what more of them have kept is removed.
 
     Raises:
         OutputError: there is no place for it.
     """
     begin = time.monotonic()
-    work = KeptWork(_beside(target), origin, settings)
-    if work.earlier:
+    work = KeptWork(_beside(target, peers.index), origin, settings, peers)
+    if peers.index == 0:
+        _remove_of_others(target, peers.count)
+    if work.earlier and peers.index == 0:
         logger.warning("going on with the %s that an earlier run has kept", format_bytes(kept_bytes(target)))
 
     def worth() -> bool:
@@ -271,12 +318,19 @@ def kept_bytes(target: Path) -> int:
 
 def kept_settings(target: Path) -> str:
     """Return the settings that an earlier run has kept its work for ``target`` with; empty where there are none."""
-    lines, _ = _lines(_beside(target) / _JOURNAL)
-    return lines[0].settings if lines else ""
+    lines = _lines(_beside(target) / _JOURNAL)
+    return lines[0][0].settings if lines else ""
 
 
-def _beside(target: Path) -> Path:
-    return target.parent / f".{target.name}.rank-state"
+def _beside(target: Path, index: int = 0) -> Path:
+    return target.parent / f".{target.name}.rank-state{f'-{index}' if index else ''}"
+
+
+def _remove_of_others(target: Path, count: int) -> None:
+    """Remove what processes have kept of which there are no longer so many."""
+    while (directory := _beside(target, count)).exists():
+        remove_directory(directory)
+        count += 1
 
 
 def _no_link() -> int:
@@ -288,17 +342,17 @@ def _encoded(line: _Line) -> bytes:
     return b"%08x %b\n" % (zlib.crc32(data), data)
 
 
-def _lines(journal: Path) -> tuple[list[_Line], int]:
-    """Read the lines up to the first that is not whole, and their length."""
-    lines, size = list[_Line](), 0
+def _lines(journal: Path) -> list[tuple[_Line, int]]:
+    """Read the lines up to the first that is not whole, each with the place where it ends."""
+    lines, end = list[tuple[_Line, int]](), 0
     with suppress(InputError):
         for text in read_input(journal, InputError, _LONGEST_JOURNAL).splitlines(keepends=True):
             checksum, _, data = text.removesuffix(b"\n").partition(b" ")
             if not text.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(data):
                 break
-            lines.append(decode_json(data, _Line, str(journal), InputError))
-            size += len(text)
-    return lines, size
+            end += len(text)
+            lines.append((decode_json(data, _Line, str(journal), InputError), end))
+    return lines
 
 
 def _is_whole(file: Path, arrays: Mapping[str, _Stored]) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from acip_export.errors import CheckpointError, UsageError
+from acip_export.finite import is_finite
 from acip_export.io.atomic import new_file, read_safetensors_header
 from acip_export.lowrank.components import Components, whitened_components
 from acip_export.lowrank.whitening import DAMPING, Whitening
@@ -73,6 +73,6 @@ def _read(file: Path, shape: tuple[int, int]) -> Components | None:
     if {name: entry.shape for name, entry in entries.items()} != expected:
         return None
     tensors = load_file(file)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+    if not all(map(is_finite, tensors.values())):
         return None
     return Components(tensors["up"], tensors["down"], tensors["singular"])

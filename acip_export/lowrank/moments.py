@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import ScoreFileError
+from acip_export.finite import is_finite
 from acip_export.rounding.error_feedback import above_diagonal, invert_upper_
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class PackedMoment:
         root = root[torch.from_numpy(np.argsort(self.order))]
         moment = root @ root.T
         moment.diagonal().copy_(diagonal)
-        if not bool(torch.isfinite(moment).all()):
+        if not is_finite(moment):
             raise ScoreFileError(f"{name} overflows; rank again")
         return moment
 
@@ -135,7 +136,7 @@ class PackedMoment:
         back = torch.from_numpy(np.argsort(self.order))
         root = root.mul_(scale[:, None])[back]
         inverse = upper.mul_(torch.from_numpy(self.pivots)[:, None]).div_(scale)[:, back]
-        if not bool(torch.isfinite(root).all() and torch.isfinite(inverse).all()):
+        if not (is_finite(root) and is_finite(inverse)):
             raise ScoreFileError(f"{name} overflows; rank again")
         return root, inverse
 
@@ -179,7 +180,7 @@ def pack_moment(moment: Tensor, name: str = "the second moment") -> PackedMoment
     import torch
 
     wide = moment.detach().cpu().double().triu()
-    if not bool(torch.isfinite(wide).all()):
+    if not is_finite(wide):
         raise ScoreFileError(f"{name} holds NaN or infinity; rank again, with more text or another  --precision")
     wide = wide + wide.triu(1).T
     size = len(wide)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from acip_export.io.kept_states import KeptStates
 from acip_export.io.prefetch import one_ahead
 from acip_export.materialization.rounded_weights import RoundedRows
-from acip_export.model.block_model import Arguments, BlockModel, Rows, StoredCheckpoint, rows_kept
+from acip_export.model.block_chain import Arguments
+from acip_export.model.block_model import BlockModel, Rows, StoredCheckpoint, rows_kept
 from acip_export.model.checkpoint import Checkpoint
 
 # Logits that are made at once: the head is read and widened as often. Log-probabilities of them are made of fewer.

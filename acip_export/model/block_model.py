@@ -8,15 +8,16 @@ rows of it, the head's in slices.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from acip_export.errors import CheckpointError, UnsupportedError
+from acip_export.errors import CheckpointError
 from acip_export.io.scratch import Scratch
+from acip_export.model.block_chain import Arguments, BlockChain
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import block_of, natural_key
 from acip_export.model.torch_model import tied_names, untrained_model, without_weights
@@ -24,11 +25,7 @@ from acip_export.rounding.error_feedback import ROWS_AT_ONCE
 
 # Numbers of the head's matrix that are read at once.
 _SLICE = 1 << 22
-# Tokens of the text that tells how a block returns its hidden states.
-_FEW = 2
 
-# What a block is called with, hidden states left out.
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Reads some rows of a matrix, float32.
 Rows = Callable[[slice], Tensor]
 
@@ -88,7 +85,7 @@ class StoredCheckpoint(StoredModel):
             )
 
 
-class BlockModel:
+class BlockModel(BlockChain):
     """A model without weights, and what it takes to compute a part of it with those that are handed in.
 
     Args:
@@ -97,7 +94,6 @@ class BlockModel:
 
     Attributes:
         model: the skeleton.
-        names: of its blocks, in the order in which they compute; ``modules`` are they themselves.
         parameters: names under which the parameters of each block are stored, and under ``""`` those of all else.
         embedding, head: names of the two large matrices; the same where one is stored for both.
 
@@ -106,18 +102,18 @@ class BlockModel:
     """
 
     def __init__(self, stored: StoredModel, unable: str) -> None:
-        self.stored, self._unable = stored, unable
+        self.stored = stored
         with without_weights():
-            self.model = stored.skeleton()
-        self.model.requires_grad_(False).eval()
+            model = stored.skeleton()
+        model.requires_grad_(False).eval()
         # Where each parameter is in the model.
         owners = {
             f"{path}.{name}" if path else name: (module, name)
-            for path, module in self.model.named_modules()
+            for path, module in model.named_modules()
             for name, parameter in module._parameters.items()
             if parameter is not None
         }
-        buffers = {name for name, _ in self.model.named_buffers()}
+        buffers = {name for name, _ in model.named_buffers()}
         shared = {id(_parameter(owners[name])): name for name in owners if name in stored.names}
         # A tied head, say, is stored under the embedding's name alone.
         stored_as = {name: shared.get(id(_parameter(owner)), name) for name, owner in owners.items()}
@@ -129,13 +125,11 @@ class BlockModel:
         of_block: dict[str, list[str]] = {}
         for name in self._places:
             of_block.setdefault(block_of(name) or "", []).append(name)
-        self.names = sorted(of_block.keys() - {""}, key=natural_key)
+        super().__init__(model, sorted(of_block.keys() - {""}, key=natural_key), unable)
         self.parameters: dict[str, list[str]] = {block: of_block.get(block, []) for block in (*self.names, "")}
-        self.modules = [self.model.get_submodule(name) for name in self.names]
-        self._embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        self._head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        self._embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self.embedding, self.head = self._name(self._embedding), self._name(self._head)
-        self._wrap: Callable[[Tensor], Any] | None = None
 
     @property
     def head_shape(self) -> tuple[int, int]:
@@ -146,6 +140,10 @@ class BlockModel:
     def read_block(self, block: str) -> dict[str, Tensor]:
         """Read the weights of a block, by name."""
         return {name: self.stored.read(name) for name in self.parameters[block]}
+
+    def weights(self, number: int) -> AbstractContextManager[None]:
+        """See :class:`BlockChain`."""
+        return self.filled(self.read_block(self.names[number]))
 
     def read_outside(self) -> dict[str, Tensor]:
         """Read what is in no block, without the two large matrices, in whose place there are numbers of no meaning.
@@ -190,35 +188,8 @@ class BlockModel:
         Raises:
             UnsupportedError: a block reads something else than what the block before it returns.
         """
-        entered: list[Tensor] = []
-        arguments: list[Arguments] = []
-
-        def pass_on(number: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, rest = split_arguments(args, kwargs)
-                if number and not (entered and hidden is entered[0]):
-                    raise UnsupportedError(
-                        f"{self.names[number]} does not read what {self.names[number - 1]} returns; a model whose "
-                        f"blocks are no chain cannot {self._unable}"
-                    )
-                entered[:] = [hidden]
-                arguments.append(rest)
-                if number == len(self.names) - 1:
-                    raise _Stopped
-                return self._returned(hidden)
-
-            return forward
-
         with self.filled(outside):
-            self._learn(ids)
-            with self._computing(pass_on), suppress(_Stopped):
-                self.model(input_ids=ids, use_cache=False)
-        return entered[0], arguments
-
-    def run(self, number: int, hidden: Tensor, arguments: Sequence[Arguments]) -> Tensor:
-        """Compute a block of what enters it; it has to be filled."""
-        args, kwargs = arguments[number]
-        return hidden_of(self.modules[number](hidden, *args, **kwargs))
+            return self._entered(lambda: self.model(input_ids=ids, use_cache=False), stop=True)
 
     def leave(self, hidden: Tensor, ids: Tensor, outside: Mapping[str, Tensor], head: Rows | None = None) -> Tensor:
         """Return the logits (n, tokens, vocabulary) of texts of which ``hidden`` is what the last block returned.
@@ -227,54 +198,13 @@ class BlockModel:
             ids: (n, tokens). outside: all that is in no block. head: reads the head's rows (see :func:`slices`);
                 ``None``: it is in ``outside``.
         """
-
-        def pass_on(number: int) -> Callable[..., Any]:
-            last = number == len(self.names) - 1
-            return lambda *args, **kwargs: self._returned(hidden if last else split_arguments(args, kwargs)[0])
-
-        with self.filled(outside):
-            self._learn(ids)
-            with self._computing(pass_on), self._sliced_head(head):
-                logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        with self.filled(outside), self.left(hidden), self._sliced_head(head):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
     def products(self, name: str) -> list[nn.Module]:
         """Return the linear layers that multiply with a stored matrix."""
         return [module for module, leaf in self._places[name] if leaf == "weight" and isinstance(module, nn.Linear)]
-
-    @torch.no_grad()
-    def _learn(self, ids: Tensor) -> None:
-        """Find out how blocks return hidden states: alone, or as the first of several things."""
-        if self._wrap is not None:
-            return
-        found: list[Any] = []
-
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            found.append(output)
-            raise _Stopped
-
-        handle = self.modules[0].register_forward_hook(hook)
-        with self.filled(self.read_block(self.names[0])), suppress(_Stopped):
-            self.model(input_ids=ids[:1, :_FEW], use_cache=False)
-        handle.remove()
-        output = found[0]
-        self._wrap = (lambda hidden: hidden) if isinstance(output, Tensor) else (lambda hidden: (hidden, *output[1:]))
-
-    def _returned(self, hidden: Tensor) -> Any:
-        """Return hidden states as a block does."""
-        assert self._wrap is not None
-        return self._wrap(hidden)
-
-    @contextmanager
-    def _computing(self, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-        """Let the blocks do something else."""
-        for number, block in enumerate(self.modules):
-            block.forward = forward_of(number)
-        try:
-            yield
-        finally:
-            for block in self.modules:
-                del block.forward
 
     @contextmanager
     def _sliced_head(self, rows: Rows | None) -> Iterator[None]:
@@ -302,10 +232,6 @@ class BlockModel:
         return next(name for name, places in self._places.items() if (module, "weight") in places)
 
 
-class _Stopped(Exception):  # noqa: N818 - no error
-    """All that is wanted of a pass is known."""
-
-
 def slices(count: int, width: int) -> Iterator[slice]:
     """Yield the rows of a large matrix in pieces.
 
@@ -328,19 +254,6 @@ def rows_kept(read: Rows, shape: tuple[int, int], contents: str) -> Rows:
     for part in slices(*shape):
         scratch.write(str(part.start), read(part).numpy())
     return lambda rows: torch.from_numpy(scratch.read(str(rows.start)))
-
-
-def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
-    """Take the hidden states out of a block's arguments."""
-    if args:
-        return args[0], (args[1:], kwargs)
-    return kwargs["hidden_states"], ((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
-
-
-def hidden_of(output: Any) -> Tensor:
-    """Return the hidden states among what a block returns."""
-    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-    return hidden
 
 
 def _parameter(owner: tuple[nn.Module, str]) -> nn.Parameter | None:

@@ -9,16 +9,13 @@ forward pass more than to keep all activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from acip_export.errors import UnsupportedError
-from acip_export.model.block_model import Arguments, hidden_of, split_arguments
+from acip_export.model.block_chain import Arguments, BlockChain
 from acip_export.progress import Clock
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.load import weights_from_file
@@ -32,95 +29,30 @@ _STATES = "states"
 Steps = Iterator[tuple[Tensor, Callable[[], None]]]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Hold what a batch brings to the blocks.
+class Blocks(BlockChain):
+    """The blocks of a context's model.
 
     Attributes:
-        hidden: what enters the first block, as a function of the embedding's output. arguments: of every block, hidden
-            states left out.
+        members: the linear layers of each, by its name.
     """
 
-    hidden: Tensor
-    arguments: tuple[Arguments, ...]
-
-
-class Blocks:
-    """Run the blocks of a context's model one by one, and what is before and after them without them."""
-
     def __init__(self, context: RankContext) -> None:
-        self.context = context
         self.members = dict(by_block(context.checkpoint.linear_modules))
-        self.names = list(self.members)
-        self.modules = [context.model.get_submodule(name) for name in self.names]
-        self._tuples: dict[type[nn.Module], int] = {}
+        super().__init__(context.model, self.members, "be ranked")
+        self._checkpoint, self._task = context.checkpoint, context.task
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def weights(self, number: int) -> AbstractContextManager[None]:
+        """See :class:`BlockChain`."""
+        return weights_from_file(self._checkpoint, self.model, self.members[self.names[number]])
 
-    def enter(self, windows: Tensor) -> Entry:
-        """Compute what is before the blocks.
+    def enter(self, windows: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """Return what the first block reads, a function of what the embedding returns, and the arguments of all blocks.
 
         Raises:
             UnsupportedError: the blocks are no chain.
         """
-        arguments: list[Arguments] = []
-        states: list[Tensor] = []
-
-        def passed(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            hidden, rest = split_arguments(args, kwargs)
-            if number and hidden is not states[-1]:
-                raise UnsupportedError(
-                    f"{self.names[number]} does not read what {self.names[number - 1]} returns; a model whose "
-                    "blocks are no chain cannot be ranked"
-                )
-            arguments.append(rest)
-            states[1:] = [hidden.detach()]
-            if not number:
-                states.insert(0, hidden)
-            return states[-1]
-
-        with self._instead(passed):
-            self.context.task.run_through(self.context.model, windows)
-        return Entry(states[0], tuple(arguments))
-
-    def run(self, number: int, hidden: Tensor, entry: Entry) -> Tensor:
-        """Compute block ``number`` of what enters it."""
-        args, kwargs = entry.arguments[number]
-        return hidden_of(self.modules[number](hidden, *args, **kwargs))
-
-    @contextmanager
-    def left(self, hidden: Tensor) -> Iterator[None]:
-        """Let the model compute inside as if ``hidden`` were what leaves its last block."""
-        last = len(self.names) - 1
-        with self._instead(lambda number, args, kwargs: hidden if number == last else split_arguments(args, kwargs)[0]):
-            yield
-
-    def weights(self, number: int) -> Any:
-        """Let a block compute inside with weights whose memory is given back afterwards."""
-        return weights_from_file(self.context.checkpoint, self.context.model, self.members[self.names[number]])
-
-    @contextmanager
-    def _instead(self, forward: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
-        """Have ``forward`` of number and arguments in the place of the blocks; it returns hidden states."""
-
-        def called(number: int, *args: Any, **kwargs: Any) -> Any:
-            kind = type(self.modules[number])
-            if kind not in self._tuples:  # what else it returns has to be seen once
-                with torch.no_grad():
-                    output = kind.forward(self.modules[number], *args, **kwargs)
-                self._tuples[kind] = 0 if isinstance(output, Tensor) else len(output)
-            hidden = forward(number, args, kwargs)
-            count = self._tuples[kind]
-            return (hidden, *[None] * (count - 1)) if count else hidden
-
-        for number, block in enumerate(self.modules):
-            block.forward = partial(called, number)
-        try:
-            yield
-        finally:
-            for block in self.modules:
-                block.__dict__.pop("forward")
+        # To the end: a sharded model is put together and taken apart again by what is around its parts.
+        return self._entered(lambda: self._task.run_through(self.model, windows))
 
 
 def forward_step(block: str) -> str:
@@ -155,7 +87,7 @@ class BlockSweep:
         graded_windows: int,
     ) -> None:
         self.blocks, self.batches, self.graded, self.count = Blocks(context), batches, graded, context.processes.count
-        depth, length = len(self.blocks), batches[0][1].shape[1]
+        depth, length = len(self.blocks.names), batches[0][1].shape[1]
         total = depth * (windows + _BACKWARD * graded_windows)
         self.work = context.work
         forth, back = (
@@ -164,7 +96,7 @@ class BlockSweep:
         done = windows * forth + _BACKWARD * graded_windows * back
         self.clock = Clock(stage, total, context.progress, tokens=length * windows / total, done=done)
         self.states = StoredTensors(self.work.scratch(_STATES))
-        self._entries: list[Entry] = []
+        self._entered: list[tuple[Tensor, list[Arguments]]] = []
 
     def close(self) -> None:
         """Give the scratch file's room back."""
@@ -180,16 +112,16 @@ class BlockSweep:
         through = all(forward_step(name) in self.work for name in self.blocks.names)
         for index, (_, part) in enumerate(self.batches[: self.graded] if through else self.batches):
             with torch.set_grad_enabled(index < self.graded):
-                entry = self.blocks.enter(part)
+                hidden, arguments = self.blocks.enter(part)
             if not begun:
-                self.states[self._place(0, index)] = entry.hidden
+                self.states[self._place(0, index)] = hidden
             # Only what goes backward needs its way back into the embedding.
-            self._entries.append(entry if index < self.graded else Entry(entry.hidden[:0], entry.arguments))
+            self._entered.append((hidden if index < self.graded else hidden[:0], arguments))
 
         @torch.no_grad()
         def step(number: int, index: int) -> None:
             hidden = self._state(self._place(number, index), index)
-            self.states[self._place(number + 1, index)] = self.blocks.run(number, hidden, self._entries[index])
+            self.states[self._place(number + 1, index)] = self.blocks.run(number, hidden, self._entered[index][1])
 
         def steps(number: int) -> Steps:
             with self.blocks.weights(number):
@@ -204,7 +136,7 @@ class BlockSweep:
     def turn(self, tail: Callable[[int, Tensor], float]) -> None:
         """Run ``tail`` for every graded batch, by the index of its first window: it goes through the model and back."""
         for index, (first, part) in enumerate(self.batches[: self.graded]):
-            leaf = self._state(self._place(len(self.blocks), index), index).requires_grad_()
+            leaf = self._state(self._place(len(self.blocks.names), index), index).requires_grad_()
             with self.blocks.left(leaf):
                 loss = tail(first, part)
             assert leaf.grad is not None
@@ -228,15 +160,15 @@ class BlockSweep:
                 yield name, steps(number)
 
     def _backward(self, number: int, index: int) -> None:
-        entry = self._entries[index]
+        entered, arguments = self._entered[index]
         hidden = self._state(self._place(number, index), index).requires_grad_()
-        output = self.blocks.run(number, hidden, entry)
+        output = self.blocks.run(number, hidden, arguments)
         output.backward(self._state(f"gradient/{index}", index))  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
         if number:
             self.states[f"gradient/{index}"] = hidden.grad
-        elif entry.hidden.requires_grad:
-            entry.hidden.backward(hidden.grad)  # type: ignore[no-untyped-call]
+        elif entered.requires_grad:
+            entered.backward(hidden.grad)  # type: ignore[no-untyped-call]
 
     def _place(self, number: int, index: int) -> str:
         """Name the hidden states that enter a block: those that do not go backward take each other's place."""

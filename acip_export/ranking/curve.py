@@ -40,7 +40,7 @@ def measure_curve(
     ratios = context.calibration.curve_ratios
     context.model.eval()
     curve = _Curve(context, factorized, scores)
-    for number in range(curve.passed, len(curve.blocks)):
+    for number in range(curve.passed, len(curve.blocks.names)):
         curve.pass_block(number)
     points = []
     for place, ratio in enumerate(ratios):
@@ -75,14 +75,14 @@ class _Curve:
             (place, adapted) for place in range(len(self.ratios)) for adapted in (False, True)[: 1 + self.adapted]
         ]
         self.blocks = Blocks(context)
-        self.entries = [self.blocks.enter(part) for part in self.batches]
+        self.entered = [self.blocks.enter(part) for part in self.batches]
         self.states = StoredTensors(context.work.scratch("curve"))
         self.dense: list[Tensor] = []
         # Of other scores and adapters, as learning may end with, it is another curve.
         self._name = f"curve {self._digest()}"
-        self.passed = sum(self._step(number) in context.work for number in range(len(self.blocks)))
-        steps = len(self.variants) * (len(self.blocks) + 1)
-        tokens = self.windows.numel() / (len(self.blocks) + 1)
+        self.passed = sum(self._step(number) in context.work for number in range(len(self.blocks.names)))
+        steps = len(self.variants) * (len(self.blocks.names) + 1)
+        tokens = self.windows.numel() / (len(self.blocks.names) + 1)
         done = self.passed * len(self.variants)
         self.clock = Clock("curve", steps, context.progress, tokens=tokens, done=done)
 
@@ -105,10 +105,10 @@ class _Curve:
                         replace_linear(model, name, dense[name] if stays else layer)
                 if adapted:
                     _fold_adapters(self.factorized, layers, self.context.processes)
-                for index, entry in enumerate(self.entries):
+                for index, (entered, arguments) in enumerate(self.entered):
                     cut = f"{place}/{adapted}/{index}"
-                    hidden = self.states[cut].to(self.batches[index].device) if number else entry.hidden
-                    self.states[cut] = self.blocks.run(number, hidden, entry)
+                    hidden = self.states[cut].to(self.batches[index].device) if number else entered
+                    self.states[cut] = self.blocks.run(number, hidden, arguments)
                 if adapted:
                     for layer in layers.values():
                         layer.release()

@@ -89,7 +89,7 @@ class Factorized:
     def of_block(self, names: Sequence[str]) -> Iterator[dict[str, MaskedLinear]]:
         """Make some layers, for a moment; where all were made, these."""
         model = self.context.model
-        if self.whole or self.context.processes.mesh is not None:
+        if self.whole:
             yield {name: self.layers[name] for name in names}
             return
         dense = {name: model.get_submodule(name) for name in names}
@@ -190,9 +190,12 @@ def factorize_model(
             work.finish(_step(block))
         whitenings.forget(names)
         give_back()
-    return Factorized(
+    result = Factorized(
         context, statistics, losses, singular, sensitivity, whitenings, owners, mask_scale, adapter, stored
     )
+    if processes.mesh is not None:
+        _ = result.layers  # a model is sharded before anything is computed with it
+    return result
 
 
 def _step(block: str) -> str:

@@ -22,13 +22,8 @@ from acip_export.version import __version__
 def ranking_work(
     out: Path | None, processes: Processes, origin: str, settings: str = ""
 ) -> AbstractContextManager[Work]:
-    """Return the work of a ranking; it is kept where one process alone writes a score file.
-
-    Several processes would have to agree on how far all of them were: they begin again.
-    """
-    if out is None or processes.count > 1:
-        return nullcontext(Work(None if out is None else out.absolute().parent))
-    return work_beside(out.absolute(), origin, settings)
+    """Return the work of a ranking; it is kept where a score file is written, by every process for itself."""
+    return nullcontext(Work()) if out is None else work_beside(out.absolute(), origin, settings, processes)
 
 
 def origin_of(

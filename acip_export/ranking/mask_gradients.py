@@ -72,13 +72,14 @@ def first_order_changes(context: RankContext, layers: Mapping[str, MaskedLinear]
     task, windows, processes = context.task, context.windows, context.processes
     sums, work = _zeros(layers), context.work
     stored, batches = StoredTensors(work.scratch("first-order")), processes.batches(windows, context.batch)
-    behind = sum(len(part) for first, part in batches if f"first-order {first}" in work)
+    rounds = -processes.least(-len(batches))
+    behind = sum(len(part) for number, (_, part) in enumerate(batches) if f"first-order {number}" in work)
     if behind:
         sums = {name: stored[name] for name in sums}
-    clock = Clock("first-order", len(windows), context.progress, tokens=windows.shape[1], done=behind)
+    clock = Clock("first-order", len(windows), context.progress, tokens=windows.shape[1], done=behind * processes.count)
     with _probed(layers) as device:
-        for first, part in batches:
-            if f"first-order {first}" in work:
+        for number, (first, part) in enumerate(batches):
+            if f"first-order {number}" in work:
                 continue
             # What is random in a batch follows from its place in the text, whichever process has it.
             torch.manual_seed((context.seed << 32) + first)
@@ -90,8 +91,10 @@ def first_order_changes(context: RankContext, layers: Mapping[str, MaskedLinear]
                 sums[name][layer.arrangement.cpu()] -= _gradient(layer).flatten().cpu() * task.counted(part)
             for name, total in sums.items():
                 stored[name] = total
-            work.finish(f"first-order {first}")
+            work.finish(f"first-order {number}")
             clock.advance(len(part) * processes.count, loss=loss.item())
+    if len(batches) < rounds and f"first-order {rounds - 1}" not in work:  # others have a batch more
+        work.finish(f"first-order {rounds - 1}")
     return {name: (processes.sum(total) / task.counted(windows)).numpy() for name, total in sums.items()}
 
 

@@ -7,15 +7,19 @@ that every process takes the same steps. The communication is torch.distributed'
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from acip_export.errors import DataError, MissingExtraError, UnsupportedError, UsageError
+from acip_export.errors import DataError, MissingExtraError, RankingError, UnsupportedError, UsageError
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,15 @@ class Processes:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all processes, on the device and in the dtype of ``tensor``; the same bits everywhere."""
-        if self.count == 1:
-            return tensor
-        moved = tensor.detach().to(self.device, copy=True).contiguous()
-        torch.distributed.all_reduce(moved)
-        return moved.to(tensor.device)
+        return self._exchanged(tensor, torch.distributed.all_reduce)
 
     def from_owner(self, tensor: Tensor, owner: int) -> Tensor:
         """Return what ``tensor`` holds in process ``owner``; the others pass one of the same shape and dtype."""
-        if self.count == 1:
-            return tensor
-        moved = tensor.detach().to(self.device, copy=True).contiguous()
-        torch.distributed.broadcast(moved, owner)
-        return moved.to(tensor.device)
+        return self._exchanged(tensor, partial(torch.distributed.broadcast, src=owner))
+
+    def least(self, number: int) -> int:
+        """Return the least of the numbers that all processes give, once all have given one."""
+        return int(self._exchanged(torch.tensor(number), partial(torch.distributed.all_reduce, op=ReduceOp.MIN)))
 
     def as_main(self, answer: bool) -> bool:
         """Return what the main process answers: what only one can know, as the time that has passed, all do alike."""
@@ -80,13 +80,23 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until every process is here."""
-        if self.count > 1:
-            torch.distributed.barrier()
+        self.least(0)
+
+    def _exchanged(self, tensor: Tensor, exchange: Callable[[Tensor], object]) -> Tensor:
+        """Return what a collective operation makes of a copy of ``tensor``, which every process has one like."""
+        if self.count == 1:
+            return tensor
+        moved = tensor.detach().to(self.device, copy=True).contiguous()
+        exchange(moved)
+        return moved.to(tensor.device)
 
 
 # How accelerate's launcher tells its processes to shard the model: with FSDP, and what is not supported.
 _FSDP = "ACCELERATE_USE_FSDP"
 _OTHER_SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+
+# How gloo's errors, which are plain ones, say whose they are.
+_GLOO = "gloo"
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -132,6 +142,24 @@ def start_processes(device: str) -> Processes:
 
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true")
+
+
+@contextmanager
+def lost_process_named() -> Iterator[None]:
+    """Turn what a collective operation says when another process has ended into a RankingError.
+
+    Sharded models have such operations of their own.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and _GLOO not in str(error).lower():
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RankingError(
+            f"another process of this ranking has ended, or cannot be reached ({reason}). See what it says, and start "
+            "all of them again"
+        ) from error
 
 
 def launch_note(processes: Processes) -> str:

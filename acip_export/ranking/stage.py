@@ -47,7 +47,7 @@ from acip_export.ranking.kept_ranking import origin_of, ranking_work
 from acip_export.ranking.load import enable_recomputation, linear_weights, load_model
 from acip_export.ranking.masked_linear import AdapterShape
 from acip_export.ranking.out_of_memory import out_of_memory_named
-from acip_export.ranking.processes import launch_note, start_processes
+from acip_export.ranking.processes import launch_note, lost_process_named, start_processes
 from acip_export.ranking.run_state import RUN_KIND, RunStates, run_file
 from acip_export.ranking.sharding import shard_dense
 from acip_export.ranking.statistics import Statistics, collect_statistics
@@ -98,7 +98,8 @@ def rank_model(
         out: where the score file is written, whole or not at all. While an algorithm learns, its state is stored
             beside it (``NAME.acip.run``), so that no more than ``store_seconds`` of it are lost however it ends;
             ``resume`` goes on from there to the ranking that the whole run would have given. Whatever else takes long
-            is kept beside it, too (``.NAME.acip.rank-state``): the same call goes on with that by itself.
+            is kept beside it, too (``.NAME.acip.rank-state``): the same call goes on with that by itself. Every process
+            keeps its own; as many have to be started again.
         slim: leave second moments out: see :meth:`ScoreFile.without_moments`.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
         seconds, memory: what the ranking may take; it uses fewer tokens, windows and steps to stay within them.
@@ -170,7 +171,7 @@ def rank_model(
         raise UnsupportedError("a ranking fits itself to time and memory in one process on processors; leave them out")
     load = partial(load_model, checkpoint, processes.device, precision, processes.home)
     wanted = chosen.fisher and (acip is None or acip.predictor == "fisher")
-    with ExitStack() as stack:
+    with ExitStack() as stack, lost_process_named():
         if output is not None and processes.is_main:
             stack.enter_context(output.held())
         with out_of_memory_named(_what_to_lower(acip, calibration, precision)):
@@ -218,7 +219,7 @@ def rank_model(
             run_file(out).unlink(missing_ok=True)
             remove_leftovers(run_file(out))
             remove_leftovers(out)
-    processes.wait()
+        processes.wait()  # before they give up what they have kept
     return ranked
 
 

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import ScoreFileError, UnsupportedError
+from acip_export.finite import is_finite
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def feedback_factor(moment: torch.Tensor, name: str) -> FeedbackFactor:
 
     size, wide = len(moment), moment.double()
     del moment  # of wide layers each of these matrices has a gigabyte and more
-    if not all(isfinite(float(extreme)) for extreme in wide.aminmax()):
+    if not is_finite(wide):
         raise ScoreFileError(f"the second moment {name} holds NaN or infinity; rank again")
     order = torch.argsort(wide.diagonal(), descending=True, stable=True)
     mean = float(wide.diagonal().mean())

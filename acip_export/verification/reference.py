@@ -23,6 +23,7 @@ from acip_export.artifacts.materialized import (
     stored_types,
     untrained,
 )
+from acip_export.finite import is_finite
 from acip_export.formats.session import Logits, Tokens
 from acip_export.io.atomic import new_file
 from acip_export.io.kept_states import KeptStates
@@ -125,7 +126,7 @@ def _read_states(file: Path) -> dict[str, Tensor] | None:
         found: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError):
         return None
-    return found if all(bool(torch.isfinite(states).all()) for states in found.values()) else None
+    return found if all(map(is_finite, found.values())) else None
 
 
 class Reference:

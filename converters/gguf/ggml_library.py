@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from acip_export import machine
 from acip_export.errors import MissingExtraError, UnsupportedError
+from acip_export.finite import is_finite
 from acip_export.units import ceil_div
 from acip_export.weight_types import types_of, weight_type
 from converters.gguf import portable
@@ -221,7 +222,7 @@ def _to_float(matrix: torch.Tensor, name: str) -> Bytes:
     import torch
 
     converted = matrix.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[name]).contiguous()
-    if name == "f16" and not bool(torch.isfinite(converted).all()):
+    if name == "f16" and not is_finite(converted):
         raise UnsupportedError("a weight is too large for f16; choose bf16 or f32 for this tensor")
     found: Bytes = converted.view(torch.uint8).numpy().reshape(-1)
     return found

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +18,7 @@ import pytest
 
 from acip_export.errors import RankingError
 from acip_export.io import kept_until_done
+from acip_export.io.atomic import remove_directory
 from acip_export.io.kept_work import KeptWork, Work, kept_bytes, work_beside
 
 
@@ -149,8 +155,96 @@ def test_interrupted_it_stays_if_it_was_worth_it(tmp_path: Path, monkeypatch: py
 
 
 def test_work_without_a_place_keeps_nothing(tmp_path: Path) -> None:
-    work = Work(tmp_path)
+    work = Work()
     work.scratch("states").write("array", numbers(0))
     work.finish("first")
     assert "first" not in work and list(work.scratch("states")) == [] and list(tmp_path.iterdir()) == []
     work.drop("states")
+
+
+class Peer:
+    """One of several threads that stand for processes."""
+
+    def __init__(self, index: int, barrier: Barrier, given: list[int]) -> None:
+        self.index, self.count, self.barrier, self.given = index, barrier.parties, barrier, given
+
+    def least(self, number: int) -> int:
+        self.given[self.index] = number
+        self.barrier.wait(30)
+        found = min(self.given)
+        self.barrier.wait(30)
+        return found
+
+
+def side_by_side(directory: Path, count: int, do: Callable[[KeptWork, Peer], None]) -> list[KeptWork]:
+    """Have several processes ``do`` something with the work that they share."""
+    barrier, given = Barrier(count), [0] * count
+
+    def work(index: int) -> KeptWork:
+        peer = Peer(index, barrier, given)
+        work = KeptWork(directory / str(index), "this", peers=peer)
+        with suppress(BrokenBarrierError):
+            do(work, peer)
+        return work
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_processes_go_on_behind_the_last_step_that_all_have(tmp_path: Path, dropped: bool) -> None:
+    """One writes the line of a step more, and is killed like the other before it knows that that has written it."""
+
+    def two_steps_and_one_of_the_first(work: KeptWork, peer: Peer) -> None:
+        for step in (1, 2, 3, 4):
+            if step == 3 and peer.index == 1:
+                while not peer.barrier.n_waiting:
+                    time.sleep(0.001)
+                peer.barrier.abort()
+                return
+            if step == 3 and dropped:
+                work.drop("states")
+            work.scratch("states").write("now", numbers(10 * peer.index + step))
+            work.scratch("states").write(f"{step}", numbers(step))
+            work.finish(f"{step}")
+
+    side_by_side(tmp_path, 2, two_steps_and_one_of_the_first)
+    lines = [(tmp_path / name / "journal").read_bytes().count(b"\n") for name in "01"]
+    assert lines == [4, 3]
+
+    def rest(work: KeptWork, peer: Peer) -> None:
+        assert [str(step) in work for step in (1, 2, 3)] == [True, True, False]
+        states = work.scratch("states")
+        assert list(states) == ["now", "1", "2"]
+        np.testing.assert_array_equal(states.read("now"), numbers(10 * peer.index + 2))
+        states.write("now", numbers(3))
+        work.finish("3")
+
+    side_by_side(tmp_path, 2, rest)
+    for work in side_by_side(tmp_path, 2, lambda *_: None):
+        assert "3" in work
+
+
+def test_work_of_so_many_processes_begins_anew_in_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    side_by_side(tmp_path, 2, lambda work, _: work.finish("first"))
+    assert "first" not in KeptWork(tmp_path / "0", "this")
+    assert "was kept by 2 processes, and now there are 1; it begins anew" in caplog.text
+
+
+def test_what_one_process_has_lost_all_do_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def two_steps(work: KeptWork, _peer: Peer) -> None:
+        work.finish("first")
+        work.finish("second")
+
+    side_by_side(tmp_path, 2, two_steps)
+    remove_directory(tmp_path / "1")
+    for work in side_by_side(tmp_path, 2, lambda *_: None):
+        assert "first" not in work
+    assert "what another process has kept is gone; it begins anew" in caplog.text
+
+
+def test_what_is_left_of_more_processes_is_removed(tmp_path: Path) -> None:
+    for index in (1, 2):
+        (tmp_path / f".scores.acip.rank-state-{index}").mkdir()
+    with work_beside(tmp_path / "scores.acip", "this"):
+        assert [file.name for file in tmp_path.iterdir()] == [".scores.acip.rank-state"]

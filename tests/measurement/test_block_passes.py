@@ -140,7 +140,6 @@ def test_the_model_is_left_without_weights(tmp_path: Path) -> None:
 def test_blocks_that_are_no_chain_are_refused(tmp_path: Path) -> None:
     through = passes(Checkpoint.open(make_model(tmp_path / "m")))
     through.model.modules.reverse()
-    through.model._wrap = lambda hidden: hidden
     with pytest.raises(UnsupportedError, match="no chain cannot be measured block by block"):
         through.divergences([])
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +92,48 @@ def launch(*arguments: object, script: str | None = None, mode: str = "--multi_g
     return done.stdout
 
 
+KILLED = """
+import os, signal, sys, torch
+from dataclasses import replace
+from pathlib import Path
+from acip_export.io import kept_until_done
+from acip_export.ranking import rank_model
+from tests.ranking.test_kept_ranking import SHORT
+torch.set_num_threads(1)
+kept_until_done._WORTH_KEEPING = 0.0
+model, text, out, algorithm, stage, done, indices = sys.argv[1:]
+def look(progress):
+    print(progress.stage, progress.done, flush=True)
+    if progress.stage == stage and progress.done >= int(done) and os.environ["RANK"] in indices:
+        os.kill(os.getpid(), signal.SIGKILL)
+# Three batches: one process has two of them.
+rank_model(
+    model, text, algorithm=algorithm, calibration=replace(SHORT, batch=12), out=Path(out), device="cpu", progress=look
+)
+"""
+
+
+def in_two_processes(*arguments: object, **variables: str) -> list[tuple[int, str, str]]:
+    """Run ``KILLED`` in two processes without a launcher, which would end one when the other does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+    started = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **variables, "RANK": index, "LOCAL_RANK": index},
+        )
+        for index in "01"
+    ]
+    said = [process.communicate(timeout=300) for process in started]
+    return [(process.returncode, *each) for process, each in zip(started, said, strict=True)]
+
+
 def joined(scores: ScoreFile) -> np.ndarray:
     return np.concatenate([module.scores for module in scores.modules.values()])
 
@@ -135,16 +179,52 @@ def test_two_processes_rank_as_one(
 
 
 @pytest.mark.slow
-def test_command_line_in_two_processes(model: Path, text: Path, tmp_path: Path) -> None:
-    printed = launch("rank", model, "--data", text, "--context", 32, "--algorithm", "fisher", "-o", tmp_path / "a.acip")
+@pytest.mark.parametrize("mode", ["--multi_gpu", "--use_fsdp --fsdp_version 2"], ids=["whole", "sharded"])
+def test_command_line_in_two_processes(model: Path, text: Path, tmp_path: Path, mode: str) -> None:
+    arguments = "rank", model, "--data", text, "--context", 32, "--algorithm", "fisher", "-o", tmp_path / "a.acip"
+    printed = launch(*arguments, mode=mode)
     assert printed.count("score file written to") == 1
     together = load_scores(tmp_path / "a.acip")
     calibration = type(CALIBRATION)(context=32)
     alone = rank_model(model, text, algorithm="fisher", calibration=calibration)
-    # Every window draws its labels from its own generator, so only the order of additions differs; where that makes a
+    if "fsdp" in mode:  # batches begin at other windows, and draw other labels
+        losses = [[point.loss for point in scores.curve] for scores in (alone, together)]
+        assert losses[1] == pytest.approx(losses[0], abs=0.15)
+        return
+    # Every batch draws its labels from its own generator, so only the order of additions differs; where that makes a
     # code of a moment another one, the components of the layers that read it differ by a few per cent.
     differences = np.abs(joined(together) / joined(alone) - 1)
     assert differences.max() < 0.05 and (differences < 1e-3).mean() > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "kills", "behind"),
+    [
+        # Of the steps of statistics 32 each are a block's forward, 48 backward.
+        ("fisher", [("statistics", 40, "1"), ("statistics", 120, "01")], 112),
+        ("first-order", [("first-order", 24, "01"), ("curve", 3, "01")], 0),
+    ],
+)
+def test_killed_processes_go_on(
+    model: Path, text: Path, tmp_path: Path, algorithm: str, kills: list[tuple[str, int, str]], behind: int
+) -> None:
+    """SIGKILL in all of them, or in one, without which the other ends: both end with the same bytes later."""
+    whole, out = tmp_path / "whole.acip", tmp_path / "scores.acip"
+    assert [done[0] for done in in_two_processes(model, text, whole, algorithm, "", 0, "")] == [0, 0]
+    for stage, done, indices in kills:
+        ended = in_two_processes(model, text, out, algorithm, stage, done, indices)
+        for index, (code, _, error) in enumerate(ended):
+            if str(index) in indices:
+                assert code == -signal.SIGKILL
+            else:
+                assert "another process of this ranking has ended" in error
+        assert not out.exists()
+    for code, printed, _ in in_two_processes(model, text, out, algorithm, "", 0, ""):
+        first, done = printed.split()[:2]
+        assert (code, first) == (0, kills[-1][0]) and int(done) > behind
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["scores.acip", "whole.acip"]
 
 
 def test_shares_are_whole_and_disjoint() -> None:

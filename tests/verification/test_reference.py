@@ -84,7 +84,6 @@ def test_windows_of_other_lengths_do_not_disturb_each_other(tmp_path: Path) -> N
 def test_blocks_that_are_no_chain_are_refused(tmp_path: Path) -> None:
     reference = Reference(StoredCheckpoint(Checkpoint.open(make_model(tmp_path / "m"))))
     reference._model.modules.reverse()
-    reference._model._wrap = lambda hidden: hidden
     with pytest.raises(UnsupportedError, match=r"layers\.1 does not read what model\.layers\.0 returns"):
         reference.passed(WINDOWS)
 

@@ -1,11 +1,11 @@
-"""Tensors of a checkpoint, as they are read."""
+"""Numbers that are finite, and one that is not."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from acip_export.model.checkpoint import is_finite
+from acip_export.finite import is_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
