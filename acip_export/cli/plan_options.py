@@ -153,6 +153,8 @@ class PlanFlags:
     cache_type_v: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Type of the cached values alone.", rich_help_panel=BUDGET)
     ] = None
+    # Of optimum's command line: what is exported there is for a program that makes its cache itself.
+    own_cache: Annotated[bool, typer.Option("--own-cache", hidden=True)] = False
     prompt_batch: Annotated[
         int | None,
         typer.Option(
@@ -216,7 +218,8 @@ class PlanFlags:
         """What a first plan measures of a model, and roughly what each takes; later ones find it beside the scores."""
         caches = self.cache_type, self.cache_type_k, self.cache_type_v
         # Where nothing was asked of the cache, its types are measured first, if at all.
-        shares = {"KV cache types": 1.0} if self.calibrate and not any(caches) else {}
+        chosen = self.calibrate and not self.own_cache and not any(caches)
+        shares = {"KV cache types": 1.0} if chosen else {}
         shares.update(dict.fromkeys(map(types_stage, self._formats(self._device())), 1.0))
         if self.calibrate:
             shares["calibrate"] = 2.0
@@ -321,6 +324,7 @@ class PlanFlags:
             default_context=DEFAULT_CONTEXT if device is None else device.context,
             device=None if device is None else device.name,
             whole_prompts=device is not None and format_name in device.whole_prompts,
+            own_cache=self.own_cache,
             largest_file=None if device is None else device.largest_file,
             rounding=self.rounding,
             calibrate=self.calibrate,

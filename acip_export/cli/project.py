@@ -131,7 +131,9 @@ def _flags(group: Any) -> dict[str, Any]:
     return {
         parameter.opts[0].removeprefix("--"): parameter
         for parameter in group.params
-        if parameter.name not in of_the_call and parameter.expose_value and not parameter.is_eager
+        if parameter.name not in of_the_call
+        and parameter.expose_value
+        and not (parameter.is_eager or getattr(parameter, "hidden", False))
     }
 
 

@@ -45,6 +45,8 @@ class PlanRequest:
         default_context: the most tokens of context that are planned for without being asked.
         device: the name of the device that the budget is of, if it is of one.
         whole_prompts: prompts are computed in one piece, whatever their length; then the prompt batch is the context.
+        own_cache: the program that it is for makes the KV cache itself, as optimum does, and web pages (which have
+            :attr:`whole_prompts`): no type is chosen or suggested that it does not make.
         largest_file: bytes of the largest file that can be loaded; ``None``: any.
         options: for the format; :attr:`acip_export.formats.protocol.ExportFormat.options` names them.
         rounding: how codes are chosen; ``None``: the better way that the score file allows, see
@@ -72,6 +74,7 @@ class PlanRequest:
     default_context: int = DEFAULT_CONTEXT
     device: str | None = None
     whole_prompts: bool = False
+    own_cache: bool = False
     largest_file: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     rounding: Rounding | None = None
@@ -140,7 +143,7 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
     if request.budget_scope not in scopes:
         raise UsageError(f"a budget's scope is {request.budget_scope!r}, expected {', '.join(scopes)}")
     format = export_format(request.format, request.backend)
-    if request.whole_prompts:
+    if request.whole_prompts or request.own_cache:
         format = _with_own_caches(format, request)
     format.check_options(request.options)
     backend = request.backend or DEFAULT_BACKEND
@@ -226,16 +229,17 @@ def _rule(
 
 
 def _with_own_caches(format: ExportFormat, request: PlanRequest) -> ExportFormat:
-    """Return the format with those KV caches alone that a web page makes: nothing else may be chosen or suggested.
+    """Return the format with those KV caches alone that its programs make: nothing else may be chosen or suggested.
 
     Raises:
         UnsupportedError: another one is asked for.
     """
     own = {name: size for name, size in format.cache_types.items() if format.made_by_programs(name, name)}
+    where = request.device or ("a web page" if request.whole_prompts else "optimum")
     for name in (request.cache_type, request.cache_type_k, request.cache_type_v):
         if name in format.cache_types and name not in own:
             raise UnsupportedError(
-                f"no KV cache of {name} in {request.device or 'a web page'}: what runs {format.name} there makes its "
+                f"no KV cache of {name} in {where}: what runs {format.name} there makes its "
                 f"cache in {' or '.join(own)}; leave the cache's type out"
             )
     return replace(format, cache_types=own)

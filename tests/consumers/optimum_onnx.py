@@ -1,4 +1,7 @@
-"""Runs exports with optimum-onnx, in that package's own environment. Protocol: see transformers.mjs."""
+"""Runs exports with optimum-onnx, in that package's own environment. Protocol: see transformers.mjs.
+
+``cache_bytes``: of the KV cache as optimum holds it at the end.
+"""
 
 import json
 import sys
@@ -18,8 +21,15 @@ def answer(directory: str, texts: list[str], prompt: list[int], count: int) -> d
         do_sample=False,
         max_new_tokens=count,
         min_new_tokens=count,
+        return_dict_in_generate=True,
     )
-    return {"ids": [tokenizer(text)["input_ids"] for text in texts], "tokens": output[0, len(prompt) :].tolist()}
+    # Of every token but the last, which was never given to the model.
+    cache = sum(tensor.nbytes for layer in output.past_key_values for tensor in layer)
+    return {
+        "ids": [tokenizer(text)["input_ids"] for text in texts],
+        "tokens": output.sequences[0, len(prompt) :].tolist(),
+        "cache_bytes": cache,
+    }
 
 
 request = json.load(sys.stdin)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -26,27 +24,7 @@ class _Forward(argparse.Action):
         namespace.acip = [*getattr(namespace, "acip", ()), str(option), *words]
 
 
-def _for_optimum(words: list[str]) -> list[str]:
-    """Ask for the default KV cache where nothing is said of it: optimum makes its own, and of no other type."""
-    from acip_export.devices import find_device, load_devices
-    from acip_export.errors import AcipError
-    from acip_export.formats.protocol import DEFAULT_BACKEND
-    from acip_export.formats.registry import export_format
-
-    given = dict(pairwise(words))
-    if {"--cache-type", "--cache-type-k", "--cache-type-v"} & given.keys():
-        return words
-    try:
-        name = given.get("--format")
-        if name is None and "--device" in given:
-            more = given.get("--devices")
-            name = find_device(given["--device"], load_devices(None if more is None else Path(more))).default_format
-        if name is None:
-            return words
-        format = export_format(name.lower(), given.get("--backend", DEFAULT_BACKEND).lower())
-    except AcipError:
-        return words  # the command itself says what is wrong
-    return [*words, "--cache-type", next(iter(format.cache_types))] if format.own_caches else words
+_OF_THE_CACHE = {"--cache-type", "--cache-type-k", "--cache-type-v"}
 
 
 class AcipExportCommand(BaseOptimumCLICommand):
@@ -63,7 +41,8 @@ class AcipExportCommand(BaseOptimumCLICommand):
 
         for option in get_command(app).params:
             names: Sequence[str] = [*option.opts, *option.secondary_opts]
-            if option.name not in ("help", "version", "install_completion", "show_completion"):
+            hidden = bool(getattr(option, "hidden", False))
+            if not hidden and option.name not in ("help", "version", "install_completion", "show_completion"):
                 flag = bool(getattr(option, "is_flag", False))
                 text = str(getattr(option, "help", None) or "").replace("%", "%%")
                 parser.add_argument(*names, action=_Forward, nargs=0 if flag else None, dest=option.name, help=text)
@@ -72,8 +51,12 @@ class AcipExportCommand(BaseOptimumCLICommand):
         """Exits as ``acip-export`` does."""
         from acip_export.cli.main import main
 
-        sys.argv = ["acip-export", *_for_optimum([*getattr(self.args, "acip", ())])]
+        words = [*getattr(self.args, "acip", ())]
+        # optimum makes the KV cache itself: without a word of it no type is chosen or suggested that it cannot make.
+        sys.argv = ["acip-export", *words, *(() if _OF_THE_CACHE & set(words) else ("--own-cache",))]
         main()
 
 
-REGISTER_COMMANDS = [(AcipExportCommand, ExportCommand)]
+# Read once: where two directories hold this module, as an installation and a checkout on the path do, optimum reads it
+# for each of them, and a command that is registered twice ends every optimum-cli.
+REGISTER_COMMANDS = iter([(AcipExportCommand, ExportCommand)])
