@@ -23,6 +23,7 @@ from acip_export.io.kept_states import KeptStates, states_beside
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, Problem, Question, SearchSpace, resolve
 from acip_export.progress import Clock, ProgressCallback, silent
+from acip_export.units import format_bytes
 from acip_export.verification.metrics import compare_logits
 from acip_export.version import made_by
 
@@ -103,11 +104,15 @@ def chosen_cache_note(problem: Problem, default: Question, plan: Plan) -> tuple[
     if (serving.cache_type_k, serving.cache_type_v) == own:
         return ()
     keys, values = own
+    name, budget = cache_types(keys, values), default.budget
+    chosen = f"the KV cache is of {serving.cache_types}, the best for this budget: in {name}, the default,"
+    floor = problem.floor(budget.scope, default.rule.least.serving(budget, problem.memory)).nbytes
+    if floor > budget.nbytes:
+        return (f"{chosen} plans begin at {format_bytes(floor)}",)
     nbytes = problem.memory.serving(replace(serving, cache_type_k=keys, cache_type_v=values)).kv_cache
-    name = cache_types(keys, values)
     return (
-        f"the KV cache is of {serving.cache_types}, the best for this budget: in {name}, the default, the cache would "
-        f"take {nbytes / plan.budget_bytes:.0%} of the budget;  --cache-type {name}  keeps the default",
+        f"{chosen} the cache would take {nbytes / plan.budget_bytes:.0%} of the budget;  --cache-type {name}  keeps "
+        "the default",
     )
 
 

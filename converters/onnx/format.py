@@ -17,7 +17,7 @@ from acip_export.formats.protocol import (
 )
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback
-from converters.onnx.backends import CPU, OTHERS, ROUNDED_CACHES
+from converters.onnx.backends import CPU, OTHERS, ROUNDED_CACHES, computed_in
 from converters.onnx.memory import OnnxMemory
 from converters.onnx.ort_format import ORT_KIND, check_size, write_ort
 from converters.onnx.types import NUMBERS
@@ -55,7 +55,8 @@ class OnnxFormat(ExportFormat):
             return ()
         return (
             f"onnxruntime-genai and plain onnxruntime run a KV cache of {serving.cache_type_k}; transformers.js and "
-            "optimum make theirs in floats and refuse the file: for them  --cache-type f32",
+            "optimum make theirs in floats and refuse the file: for them  "
+            f"--cache-type {computed_in(serving)}  instead, in a budget with room for it",
         )
 
     def check_model(self, checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,15 @@ import pytest
 import acip_export
 from acip_export.api import Known, open_scores, plan_export, sweep_sizes
 from acip_export.api.cache_types import with_cache_to_choose
-from acip_export.artifacts.cache_losses import cache_file
+from acip_export.artifacts.cache_losses import CacheLosses, cache_file, save_cache_losses
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
+from acip_export.errors import InfeasibleBudgetError
+from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, Problem, resolve
 from acip_export.progress import Progress
+from acip_export.units import format_bytes
 from tests.encoders import make_encoder
 from tests.ranking.support import calibration_text
 from tests.support import make_model, make_scores
@@ -82,9 +86,39 @@ def test_it_is_chosen_where_the_default_takes_much_of_the_budget(ranked: Ranked)
     assert plan == replace(
         plan_export(*ranked, replace(tight, cache_type="auto")), notes=plan.notes
     )  # as when it was asked for
-    # A budget that has no plan with the default has one.
-    smallest = plan_export(*ranked, replace(tight, budget_bytes=at(ranked, "int4", 0)))
-    assert smallest.serving.cache_types == "int4" and noted(smallest)
+    # The flag that keeps the default is one, and the only one that is named for it.
+    (flag,) = {name for note in plan.notes for name in re.findall(r"--cache-type (\S+)", note)}
+    kept = plan_export(*ranked, replace(tight, cache_type=flag))
+    assert (kept.serving, kept.tensors) == (named.serving, named.tensors)
+    # A budget that has no plan with the default has one, and no flag is said to keep it.
+    asked = replace(tight, budget_bytes=at(ranked, "int4", 0))
+    smallest = plan_export(*ranked, asked)
+    assert smallest.serving.cache_types == "int4" and not noted(smallest)
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        plan_export(*ranked, replace(asked, cache_type="f32"))
+    (note,) = (note for note in smallest.notes if "the best for this budget" in note)
+    assert note.endswith(f"in f32, the default, plans begin at {format_bytes(refused.value.smallest_feasible_bytes)}")
+
+
+@pytest.mark.parametrize("more", [0, 20_000])
+def test_gguf_names_its_own_default(ranked: Ranked, more: int) -> None:
+    scores = ranked[1]
+    assert scores.file is not None
+    known = {"f16": 0.0, "q8_0": 1e-4, "f32": 0.0, "q4_0": 2e-2}
+    runtime = export_format("gguf").quantizer()
+    every = {name: known.get(name, 1.0) for name in export_format("gguf").cache_types}
+    save_cache_losses(CacheLosses("gguf", runtime, scores.sha256, keys=every, values=every), scores.file)
+    asked = PlanRequest("gguf", 10**9, types=("q8_0", "q4_0"), context=CONTEXT, prompt_batch=16)
+    least = plan_export(*ranked, replace(asked, types=("q4_0",), cache_type="f16" if more else "q4_0")).used_bytes
+    plan = plan_export(*ranked, replace(asked, budget_bytes=least + more))
+    assert plan.serving.cache_types != "f16"
+    text = " ".join(plan.notes)
+    assert "f32" not in text
+    assert ("--cache-type f16  keeps the default" in text) == (more > 0)
+    assert ("in f16, the default, plans begin at" in text) == (more == 0)
+    if more:
+        kept = plan_export(*ranked, replace(asked, budget_bytes=least + more, cache_type="f16"))
+        assert kept.serving.cache_types == "f16"
 
 
 def test_without_measuring_it_takes_what_is_known(ranked: Ranked) -> None:
