@@ -24,6 +24,7 @@ class RuntimeBase:
         heap: of these, what no file backs, and ``layer_heap`` with every layer.
         layer: bytes that the graph of one layer takes: its nodes, their names, the plan of running them.
         token, merge: bytes that the tokenizer keeps for each token and each merge.
+        thread: bytes that a thread takes, up to; two are in ``library`` and ``heap``.
         building: share of that which building the tokenizer takes besides, and frees.
     """
 
@@ -35,6 +36,7 @@ class RuntimeBase:
     building: float = 0.0
     layer: int = 0
     layer_heap: int = 0
+    thread: int = 0
 
     def of(self, checkpoint: Checkpoint) -> ProcessBase:
         """Return what the runtime holds for one model."""
@@ -42,4 +44,4 @@ class RuntimeBase:
         tokenizer = self.token * max(size.tokens, checkpoint.shape.vocabulary) + self.merge * size.merges
         library = self.library + self.layer * checkpoint.shape.layers
         heap = min(library, self.heap + self.layer_heap * checkpoint.shape.layers)
-        return ProcessBase(library, tokenizer, tokenizer + math.ceil(self.building * tokenizer), heap)
+        return ProcessBase(library, tokenizer, tokenizer + math.ceil(self.building * tokenizer), heap, self.thread)

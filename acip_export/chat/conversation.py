@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from itertools import takewhile
@@ -97,6 +98,7 @@ def choose(logits: Logits, temperature: float, chance: np.random.Generator) -> i
         )
     if temperature <= 0:
         return best
-    weights = np.exp((logits.astype(np.float64) - logits[best]) / temperature)
-    weights[weights < _LEAST_CHANCE] = 0
-    return int(chance.choice(len(weights), p=weights / weights.sum()))
+    # Of the few that may be drawn: in eight bytes a token, a large vocabulary would take megabytes.
+    drawn = np.flatnonzero(logits >= logits[best] + temperature * math.log(_LEAST_CHANCE))
+    weights = np.exp((logits[drawn].astype(np.float64) - logits[best]) / temperature)
+    return int(drawn[chance.choice(len(drawn), p=weights / weights.sum())])

@@ -175,6 +175,10 @@ class TensorMemory:
     loading: int = 0
 
 
+# Threads of a runtime whose memory plans count.
+COUNTED_THREADS = 2
+
+
 @dataclass(frozen=True)
 class ProcessBase:
     """Bytes of a process beside the model's own.
@@ -183,12 +187,15 @@ class ProcessBase:
         library: code, sessions and allocators: everything that no model changes.
         tokenizer: its tables. building: what they take while they are built, themselves included.
         heap: of ``library`` what the system cannot drop: all but code and constants, which it can read again.
+        thread: what each thread beyond :data:`COUNTED_THREADS` takes, of both. No plan counts it, which does not know
+            how many there will be; where a process is measured, that is known.
     """
 
     library: int
     tokenizer: int
     building: int
     heap: int
+    thread: int = 0
 
     @property
     def total(self) -> int:

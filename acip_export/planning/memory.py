@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from acip_export.artifacts.plan import BudgetScope, Plan, Serving, TensorDecision
-from acip_export.formats.protocol import ExportFormat, ProcessBase, ServingMemory, TensorMemory
+from acip_export.formats.protocol import COUNTED_THREADS, ExportFormat, ProcessBase, ServingMemory, TensorMemory
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import is_embedding
 
@@ -126,6 +126,11 @@ def uncounted_bytes(format: ExportFormat, plan: Plan, checkpoint: Checkpoint, pr
     planned, actual = ModelMemory.of(format, checkpoint), ModelMemory.of(format, checkpoint, process)
     more = actual.held(plan.tensors, plan.serving).loading - planned.held(plan.tensors, plan.serving).loading
     return actual.base.total + more
+
+
+def thread_bytes(format: ExportFormat, checkpoint: Checkpoint, process: str, threads: int) -> int:
+    """Return what a process holds with so many threads beyond those that plans count; the system cannot drop it."""
+    return max(0, threads - COUNTED_THREADS) * format.memory.process(checkpoint, process).thread
 
 
 def anonymous_bytes(format: ExportFormat, plan: Plan, checkpoint: Checkpoint, process: str) -> int:

@@ -31,11 +31,12 @@ from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
 from acip_export.formats.session import Windows
 from acip_export.io.atomic import read_json_object, sha256_of
+from acip_export.machine import processors
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.embedding_similarity import Similarity
 from acip_export.model.encoder import Encoder
 from acip_export.model.tokenizer_files import lost_normalizer
-from acip_export.planning.memory import anonymous_bytes, uncounted_bytes
+from acip_export.planning.memory import anonymous_bytes, thread_bytes, uncounted_bytes
 from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.rounding.quantizer import FEEDBACK_VERSION
 from acip_export.units import format_bytes
@@ -315,13 +316,14 @@ def _memory_report(
     if memory is None:
         return None
     uncounted = uncounted_bytes(written_as, plan, checkpoint, runtime)
+    more = thread_bytes(written_as, checkpoint, runtime, processors())
     within = None
     if _bounds_memory(plan):
-        within = _beyond(plan, memory, uncounted) <= 0
+        within = _beyond(plan, memory, uncounted, more) <= 0
     return MemoryReport(
         **dataclasses.asdict(memory),
-        predicted_bytes=plan.memory_bytes + uncounted,
-        predicted_anonymous_bytes=anonymous_bytes(written_as, plan, checkpoint, runtime),
+        predicted_bytes=plan.memory_bytes + uncounted + more,
+        predicted_anonymous_bytes=anonymous_bytes(written_as, plan, checkpoint, runtime) + more,
         within_budget=within,
     )
 
@@ -331,12 +333,12 @@ def _bounds_memory(plan: Plan) -> bool:
     return plan.budget_scope != "file" and plan.serving.backend == DEFAULT_BACKEND
 
 
-def _beyond(plan: Plan, memory: Memory, uncounted: int) -> int:
-    """Bytes that a process took above the budget, of those that its scope covers."""
+def _beyond(plan: Plan, memory: Memory, uncounted: int, more: int) -> int:
+    """Bytes that a process took above the budget, of those that its scope covers; ``more``: what is of this machine."""
     if plan.budget_scope == "anonymous":
-        return memory.allocated_bytes - plan.budget_bytes
+        return memory.allocated_bytes - more - plan.budget_bytes
     uncovered = uncounted if plan.budget_scope == "memory" else 0
-    return memory.peak_bytes - uncovered - plan.budget_bytes
+    return memory.peak_bytes - more - uncovered - plan.budget_bytes
 
 
 def _stop_over_budget(written_as: ExportFormat, model: MaterializedModel, measured: Sequence[ProcessFigures]) -> None:
@@ -344,7 +346,15 @@ def _stop_over_budget(written_as: ExportFormat, model: MaterializedModel, measur
     plan, checkpoint = model.plan, model.as_checkpoint()
     sessions = written_as.sessions if plan.task == "causal" else (written_as.encoder_session,)
     over = [
-        (_beyond(plan, figures.memory, uncounted_bytes(written_as, plan, checkpoint, session.runtime)), figures.runtime)
+        (
+            _beyond(
+                plan,
+                figures.memory,
+                uncounted_bytes(written_as, plan, checkpoint, session.runtime),
+                thread_bytes(written_as, checkpoint, session.runtime, processors()),
+            ),
+            figures.runtime,
+        )
         for session, figures in zip(sessions, measured, strict=True)
         if session is not None and figures.memory is not None and _bounds_memory(plan)
     ]

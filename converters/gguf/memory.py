@@ -26,12 +26,20 @@ CACHE_TYPES = {
 }
 # Positions, token ids, output ids and the like, per token of a prompt batch; at most 184 were seen.
 _SMALL_TENSORS = 192
-# With two threads; each further one adds 0.4 MB. A layer takes 85 kB, measured between 2 and 64, the library up to a
+# With two threads; each further one adds up to 0.4 MB (0.35 in the sample, 0.07 to 0.31 by the size of its heads in
+# random models). A layer takes 85 kB, measured between 2 and 64, the library up to a
 # megabyte more with the types of a plan. Tokens and merges are strings in hash tables; what they take is beside
 # the tokenizer's bytes in the files, which plans count as well and which no runtime keeps in memory.
 RUNTIMES = {
     "llama.cpp": RuntimeBase(
-        "xllamacpp 2026.10.11549, Linux x86_64", 16_500_000, 4_600_000, 280, 110, layer=90_000, layer_heap=90_000
+        "xllamacpp 2026.10.11549, Linux x86_64",
+        16_500_000,
+        5_000_000,
+        280,
+        110,
+        layer=90_000,
+        layer_heap=90_000,
+        thread=400_000,
     )
 }
 RECOMMENDED = "llama.cpp"

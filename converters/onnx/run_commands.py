@@ -13,7 +13,8 @@ from converters.onnx.companion_files import MODEL_FILE
 _GROWS = "It computes a prompt in one piece and grows its cache, which the planned memory does not count"
 _GLIBC = (
     "A second generator in one process finds a heap with holes: with glibc, start it with  "
-    "MALLOC_MMAP_THRESHOLD_=131072, or go on with the first, which forgets with  generator.rewind_to(0)"
+    "MALLOC_MMAP_THRESHOLD_=131072, or go on with the first, which forgets with  generator.rewind_to(0),  and append "
+    "at most {batch} tokens at once: it makes batches of the first prompt alone"
 )
 
 
@@ -22,7 +23,8 @@ def run_commands(plan: Plan, directory: Path, template: str | None = None) -> tu
     if plan.task != "causal":
         return (RunCommand("onnxruntime", "python", _encoder(directory)),)
     chats = template is not None
-    programs = [RunCommand("onnxruntime-genai", "python", _genai(directory, plan.serving.context, chats), _GLIBC)]
+    note = _GLIBC.format(batch=plan.serving.prompt_batch)
+    programs = [RunCommand("onnxruntime-genai", "python", _genai(directory, plan.serving.context, chats), note)]
     # The others make their cache in the floats that the graph computes with.
     if plan.serving.backend != STATIC_CACHE and plan.serving.cache_type_k not in ROUNDED_CACHES:
         programs += [

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from acip_export.api import convert_bundle
+from acip_export.api import convert_bundle, export_model, open_scores, plan_export
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import Plan, save_plan
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest
 from acip_export.planning.memory import anonymous_bytes
 from acip_export.verification.export import verify_export
 from acip_export.verification.process import measure_process
-from tests.support import dense, make_bundle, make_model, make_plan
+from tests.support import dense, make_bundle, make_model, make_plan, make_scores
 from tests.verification.conftest import MakeExport
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
@@ -112,3 +113,22 @@ def test_a_budget_of_anonymous_memory_is_checked(exported: MakeExport, tmp_path:
     if not room:
         assert "bytes that the system cannot drop" in report.failures[0]
         assert "(anonymous) does not hold" in report.failures[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_threads_of_llama_cpp_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Two by the plan, further ones where the process is measured."""
+    model = Path(shutil.copytree(Path(__file__).parents[2] / "samples" / "llama", tmp_path / "llama"))
+    make_scores(model)
+    checkpoint = Checkpoint.open(model)
+    scores = open_scores(checkpoint, None)
+    plan = plan_export(checkpoint, scores, PlanRequest("gguf", 7_500_000, "anonymous", types=("q8_0", "q4_0")))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    report = export_model(checkpoint, scores, plan, tmp_path / "export")
+    assert report is not None
+    (memory,) = [runtime.memory for runtime in report.runtimes]
+    assert memory is not None and memory.within_budget
+    assert memory.predicted_anonymous_bytes == plan.anonymous_bytes + 400_000 * max(0, threads - 2)
+    assert memory.allocated_bytes <= memory.predicted_anonymous_bytes
+    assert memory.peak_bytes <= memory.predicted_bytes

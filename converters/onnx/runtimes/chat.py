@@ -44,8 +44,12 @@ class GenaiChatSession(GenaiSession):
         return decode
 
     def extend(self, tokens: Sequence[int]) -> Logits:
-        """See :class:`acip_export.formats.session.ChatSession`."""
-        self._conversation.append_tokens(np.array(tokens, np.int32))
+        """See :class:`acip_export.formats.session.ChatSession`.
+
+        In batches: genai makes them of the first prompt alone, and computes what follows it in one piece.
+        """
+        for start in range(0, len(tokens), self._batch):
+            self._conversation.append_tokens(np.array(tokens[start : start + self._batch], np.int32))
         return np.array(self._conversation.get_logits(), np.float32).reshape(-1)
 
     def rewind(self, position: int) -> int:
