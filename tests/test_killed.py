@@ -25,8 +25,10 @@ import pytest
 import acip_export
 from acip_export.artifacts.plan import load_plan
 from acip_export.io.processes import module_environment
+from tests.encoders import make_encoder
 from tests.planning.problems import examples
 from tests.ranking.support import calibration_text, sharp_model
+from tests.support import CORPUS, make_scores
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")]
 
@@ -236,6 +238,29 @@ def test_a_verification(server: Server, measured: Path, text: Path, tmp_path: Pa
 
     command = ("verify", "out", "--model", measured, "--text", text)
     survives(Stage(begin, lambda _: command, "out/report.json", check, _files), server, tmp_path, 5)
+
+
+def test_a_verification_of_an_encoder(server: Server, tmp_path: Path) -> None:
+    encoder = make_encoder(tmp_path / "encoder")
+    make_scores(encoder)
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "".join(f"{line.strip()} {index}\n" for index in range(60) for line in CORPUS[:2]), encoding="utf-8"
+    )
+    made = tmp_path / "made"
+    made.mkdir()
+    asked = ("--model", encoder, "--budget", "2MB", "--budget-scope", "file", "--format", "onnx", "--no-calibrate")
+    assert server.run((*asked, "--accept-loss", "--no-verify", "-o", "out"), made) == 0, server.said
+
+    def begin(place: Path) -> None:
+        shutil.copytree(made, place)
+
+    def check(report: Path, expected: Path) -> None:
+        assert _files(report.parent)["report.json"] == _files(expected.parent)["report.json"]
+        _whole_export(report.parent, expected.parent)
+
+    command = ("verify", "out", "--model", encoder, "--text", text)
+    survives(Stage(begin, lambda _: command, "out/report.json", check, _files), server, tmp_path, 6)
 
 
 def _export(model: Path, format: str) -> tuple[object, ...]:

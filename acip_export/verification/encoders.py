@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from acip_export.artifacts.plan import Plan, Serving
 from acip_export.artifacts.report import Agreement
 from acip_export.formats.protocol import ExportFormat, SessionClass
 from acip_export.formats.session import EncoderSession, Vectors, Windows
+from acip_export.io.kept_states import KeptStates
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.embedding_similarity import Similarity, compare_similarities
 from acip_export.model.encoder import Encoder
 from acip_export.text.packing import load_tokenizer
 from acip_export.verification.metrics import finite, log_softmax
 from acip_export.verification.sentences import SENTENCES
+from acip_export.verification.unfinished import Unfinished, digest_of
 
 # The bundle is rounded as the export is; what is left is the rounding of activations to eight bits. Ten times what was
 # measured on a trained encoder; a tensor in the wrong place costs some tenths.
 _ROUNDED_DISTANCE = 0.02
 _MOST_TEXTS = 256
+# That are computed between two moments at which vectors are kept.
+_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,13 @@ def verify_encoder(
     session_class: SessionClass,
     dense: Path | None,
     text: Windows | None,
+    unfinished: Unfinished,
+    hashes: Mapping[str, str],
 ) -> EncoderFigures:
     """Open the export in its runtime and compare.
 
     Args:
+        unfinished: keeps the vectors that are computed. hashes: SHA-256 of the export's files.
         dense: the base model, for similarities.
         text: held-out texts, (n, length) padded token ids; ``None``: a few sentences of our own.
 
@@ -64,10 +72,14 @@ def verify_encoder(
     """
     plan = model.plan
     texts = _tokens(model.path, encoder, plan.serving, text)
+    of_texts = digest_of(np.array(tokens, np.int64) for tokens in texts)
     session: EncoderSession
     with session_class.open(export, plan.serving) as session:
-        found, runtime = session.outputs(texts), session.name
-    reference = _outputs(load_materialized(model, export_format.round_trip), encoder, texts)
+        runtime = session.name
+        origin = f"{sorted(hashes.items())} {runtime} {of_texts}"
+        found = _kept(session.outputs, texts, unfinished.states("vectors of the export", origin, "text"))
+    of_bundle = unfinished.states("vectors of the bundle", of_texts, "text")
+    reference = _kept(_computed(lambda: load_materialized(model, export_format.round_trip), encoder), texts, of_bundle)
     agreement = _agreement(encoder, reference, found)
     similarity = None
     if encoder.kind == "embedding" and dense is not None:
@@ -75,9 +87,30 @@ def verify_encoder(
 
         from acip_export.model.torch_model import load_dense
 
-        of_dense = _outputs(load_dense(Checkpoint.open(dense), torch.float32), encoder, texts)
+        checkpoint = Checkpoint.open(dense)
+        origin = f"{checkpoint.fingerprint} {of_texts}"
+        states = unfinished.states("vectors of the dense model", origin, "text")
+        of_dense = _kept(_computed(lambda: load_dense(checkpoint, torch.float32), encoder), texts, states)
         similarity = compare_similarities(found, of_dense)
     return EncoderFigures(runtime, finite(agreement), similarity, _failures(export_format, plan, runtime, agreement))
+
+
+def _kept(outputs: Callable[[Sequence[list[int]]], Vectors], texts: Sequence[list[int]], kept: KeptStates) -> Vectors:
+    """Return the vectors of all texts; ``kept``, read and filled, has those of the first ones."""
+    import torch
+
+    rows = [kept.restored()["vectors"].numpy()] if kept.blocks else []
+    for start in range(kept.blocks, len(texts), _TOGETHER):
+        rows.append(outputs(texts[start : start + _TOGETHER]))
+        vectors = np.concatenate(rows)
+        kept.passed(len(vectors), {"vectors": torch.from_numpy(vectors)})
+    return np.concatenate(rows)
+
+
+def _computed(load: Callable[[], Any], encoder: Encoder) -> Callable[[Sequence[list[int]]], Vectors]:
+    """Return what computes vectors in PyTorch, by a model that is loaded for the first of them."""
+    loaded = functools.cache(load)
+    return lambda texts: _outputs(loaded(), encoder, texts)
 
 
 def _outputs(model: Any, encoder: Encoder, texts: Sequence[list[int]]) -> Vectors:

@@ -152,7 +152,10 @@ def verify_export(
         return {name: sha256_of(export / name) for name in written_files(export, plan)}
 
     if not failures and encoder is not None:
-        found = _run_encoder(written_as, export, model, encoder, text, dense, timeout, progress, stop_over_budget)
+        with unfinished(export, _origin(export, model)) as kept:
+            found = _run_encoder(
+                written_as, export, model, encoder, text, dense, timeout, progress, kept, hashes, stop_over_budget
+            )
     elif not failures:
         with unfinished(export, _origin(export, model)) as kept:
             found = _run(
@@ -288,6 +291,8 @@ def _run_encoder(
     dense: Path | None,
     timeout: float,
     progress: ProgressCallback,
+    kept: Unfinished,
+    hashes: Callable[[], Mapping[str, str]],
     stop_over_budget: bool,
 ) -> _Found:
     plan, session_class = model.plan, written_as.encoder_session
@@ -301,7 +306,7 @@ def _run_encoder(
         _stop_over_budget(written_as, model, [measured])
     progress(Progress("verify", 0, item=session_class.runtime))
     windows = None if text is None else text.windows
-    figures = verify_encoder(export, model, encoder, written_as, session_class, dense, windows)
+    figures = verify_encoder(export, model, encoder, written_as, session_class, dense, windows, kept, hashes())
     memory = _memory_report(written_as, plan, model.as_checkpoint(), session_class.runtime, measured.memory)
     report = RuntimeReport(
         figures.runtime, measured.load_seconds, figures.agreement, None, None, memory, measured.speed

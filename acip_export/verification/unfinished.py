@@ -1,8 +1,8 @@
 """What a verification that takes long keeps beside the export, so that it goes on where its process was killed.
 
-Passes through models are kept between two blocks, comparisons with a runtime between two windows, and what a process
-took as a whole. The files say what they follow from, and what follows from something else is not read. All of them are
-gone when the export is verified.
+Passes through models are kept between two blocks, comparisons with a runtime between two windows, vectors of encoders
+between a few texts, and what a process took as a whole. The files say what they follow from, and what follows from
+something else is not read. All of them are gone when the export is verified.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,15 @@ import pytest
 from acip_export import api as pipeline
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import save_plan
+from acip_export.artifacts.report import Report
 from acip_export.errors import RuntimeCrashError, VerificationError
 from acip_export.formats.registry import export_format
+from acip_export.formats.session import Vectors
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.encoder import Encoder
 from acip_export.planning import PlanRequest
 from acip_export.ranking import automatic_config, rank_model
+from acip_export.verification import encoders
 from acip_export.verification.export import EvaluationText, verify_export
 from acip_export.verification.process import measure_process
 from acip_export.verification.structure import check_structure
@@ -77,6 +82,45 @@ def test_report(encoded: MakeExport, target: str) -> None:
     assert memory.predicted_bytes == made.plan.memory_bytes + base == made.plan.process_bytes
     # The bound holds; page caches and allocators move peaks by up to 1 MB from run to run.
     assert memory.peak_bytes <= memory.predicted_bytes + 1_000_000
+
+
+@pytest.mark.usefixtures("kept_at_once")
+def test_an_interrupted_one_computes_what_is_missing(
+    encoded: MakeExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the bundle's texts: the runtime's vectors, and those of the texts before, are not computed again."""
+    made = encoded("onnx")
+    export, text = Path(shutil.copytree(made.export, tmp_path / "export")), text_of(made)
+    outputs, runtime_outputs, computed = encoders._outputs, OnnxEncoderSession.outputs, {"torch": 0, "runtime": 0}
+
+    def verify() -> Report:
+        return verify_export(export, Bundle.open(made.bundle), text, made.model)
+
+    expected = verify()
+    texts = min(len(text.windows), encoders._MOST_TEXTS)
+    stops = [2 * encoders._TOGETHER]
+    assert texts > stops[0] + encoders._TOGETHER
+
+    def in_torch(model: object, encoder: Encoder, some: Sequence[list[int]]) -> Vectors:
+        if stops and computed["torch"] >= stops[0]:
+            raise KeyboardInterrupt
+        computed["torch"] += len(some)
+        return outputs(model, encoder, some)
+
+    def in_runtime(session: OnnxEncoderSession, some: Sequence[list[int]]) -> Vectors:
+        computed["runtime"] += len(some)
+        return runtime_outputs(session, some)
+
+    monkeypatch.setattr(encoders, "_outputs", in_torch)
+    monkeypatch.setattr(OnnxEncoderSession, "outputs", in_runtime)
+    with pytest.raises(KeyboardInterrupt):
+        verify()
+    assert (tmp_path / ".export.verification").is_dir()
+    stops.clear()
+    found = verify()
+    assert computed == {"torch": 2 * texts, "runtime": texts}  # bundle and dense model once
+    assert (found.runtimes[0].agreement, found.similarity) == (expected.runtimes[0].agreement, expected.similarity)
+    assert not (tmp_path / ".export.verification").exists()
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
