@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -197,9 +196,7 @@ class PackedMoment:
             upper.mul_((torch.from_numpy(self.pivots).double() * added**0.5).float()[:, None])
             if self.scales is not None:
                 upper /= torch.from_numpy(self.scales[self.order])
-            with suppress(torch.linalg.LinAlgError):
-                damp_(upper)
-            if not is_finite(upper):
+            if not is_finite(damp_(upper)):
                 raise ScoreFileError(f"{name} overflows; rank again")
         return FeedbackFactor.coded(self.order.astype(np.int32), upper.numpy())
 
@@ -211,7 +208,11 @@ class PackedMoment:
         moment, backwards = self.unpacked(name), torch.from_numpy(order[::-1].copy())
         moment = moment[backwards[:, None], backwards]
         moment.diagonal().add_(added)
-        lower = torch.linalg.cholesky(moment) if added else torch.eye(self.size, dtype=torch.float64)
+        if not added:  # inputs that were never anything but zero: nothing can be made up for
+            moment.fill_diagonal_(1.0)
+        lower, failed = torch.linalg.cholesky_ex(moment)
+        if failed:
+            raise ScoreFileError(f"{name} is none: it is not positive, even damped; rank again")
         del moment
         upper = lower.flip(0, 1)  # H = root root^T, so U = root^-1
         del lower

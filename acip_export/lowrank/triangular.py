@@ -42,10 +42,8 @@ def damp_(upper: Tensor) -> Tensor:
     """Turn U into V, in its place, and return it: if U^T U is the inverse of a matrix, V^T V is that of it plus one.
 
     Both are upper triangular. That is U^T (1 + U U^T)^-1 U, and with 1 + U U^T = R R^T and R upper triangular, V is
-    R^-1 U. R is found from the last rows to the first, those of U are not needed after that.
-
-    Raises:
-        torch.linalg.LinAlgError: numbers are not finite.
+    R^-1 U. R is found from the last rows to the first, those of U are not needed after that. Where numbers overflow, V
+    is not finite.
     """
     import torch
 
@@ -58,7 +56,10 @@ def damp_(upper: Tensor) -> Tensor:
         panel.addmm_(root[:stop, behind], root[here, behind].T, alpha=-1)
         panel[here].diagonal().add_(1.0)
         # Backwards, for a lower factor of the reversed matrix is an upper one of the matrix.
-        corner = torch.linalg.cholesky(panel[here].flip(0, 1)).flip(0, 1)
+        lower, failed = torch.linalg.cholesky_ex(panel[here].flip(0, 1))
+        if failed:
+            return upper.fill_(torch.nan)
+        corner = lower.flip(0, 1)
         root[here, here] = corner
         root[:start, here] = torch.linalg.solve_triangular(corner.T, panel[:start], upper=False, left=False)
         rows = upper[here, start:]

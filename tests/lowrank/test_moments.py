@@ -117,6 +117,14 @@ def test_the_factor_of_error_feedback_is_that_of_the_damped_moment(
     assert bool((off <= 0.5 * torch.from_numpy(factor.steps) + 0.05 * expected.abs().amax(1)).all())
 
 
+def test_factors_that_overflow_are_refused() -> None:
+    packed = pack_moment(moment_of(64))
+    with pytest.raises(ScoreFileError, match="'x' overflows; rank again"):
+        replace(packed, pivots=packed.pivots * 1e30).feedback_factor("'x'")
+    # Vanishing inputs leave nothing to make up for.
+    assert not packed.scaled(np.full(64, 1e-30, np.float32)).feedback_factor().codes.any()
+
+
 def test_a_part_of_a_moment() -> None:
     columns = torch.tensor([3, 50, 17])
     packed = pack_moment(moment_of(64)).scaled(np.linspace(1, 2, 64, dtype=np.float32))
