@@ -37,7 +37,7 @@ _DAMPINGS = (3e-4, 3e-3, 3e-2, 0.3, 3.0)
 _FEEDBACK_DAMPING = 0.01
 # Up to so many inputs it is factorized again in the order that scaling gives it. In the order of before, errors are 2 %
 # larger, which takes a tenth of the time: the difference is ten minutes for one matrix of 14,336 columns.
-_SORTED = 8192
+SORTED_COLUMNS = 8192
 # A row's step is this share of its root mean square, unless its largest entry needs a larger one.
 _STEP = 1 / 16
 _MOST = 127
@@ -179,7 +179,7 @@ class PackedMoment:
             ScoreFileError: it overflows; the message begins with ``name``.
         """
         added = _FEEDBACK_DAMPING * float(self.diagonal.astype(np.float64).mean())
-        if self.scales is None or self.size > _SORTED:
+        if self.scales is None or self.size > SORTED_COLUMNS:
             return self._factor_as_packed(added, name)
         return self._factor_sorted(added, name)
 

@@ -98,7 +98,7 @@ def test_the_factor_of_error_feedback_is_that_of_the_damped_moment(
     """Also where it is found without the moment, in float32, over several blocks."""
     size = 1100
     if wide:
-        monkeypatch.setattr(moments, "_SORTED", size - 1)
+        monkeypatch.setattr(moments, "SORTED_COLUMNS", size - 1)
     packed = pack_moment(moment_of(size))
     if scaled:
         for seed in range(2):  # one after the other, as adapters and channels may scale
