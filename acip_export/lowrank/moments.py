@@ -36,7 +36,7 @@ _DAMPINGS = (3e-4, 3e-3, 3e-2, 0.3, 3.0)
 # Error feedback wants more, as a share of the mean of the diagonal.
 _FEEDBACK_DAMPING = 0.01
 # Up to so many inputs it is factorized again in the order that scaling gives it. In the order of before, errors are 2 %
-# larger, which takes a tenth of the time: the difference is ten minutes for one matrix of 14,336 columns.
+# larger, which takes a quarter of the time: the difference is minutes for one matrix of 14,336 columns.
 SORTED_COLUMNS = 8192
 # A row's step is this share of its root mean square, unless its largest entry needs a larger one.
 _STEP = 1 / 16

@@ -16,7 +16,7 @@ from acip_export.weight_types import WeightType
 
 # Of a moment of n columns: its root in float32, unpacking it, its factor for error feedback by way of the unpacked
 # moment and without it, in cubes of n in float64; passes over an entry, in calls.
-_ROOT, _UNPACKED, _SORTED_FACTOR, _WIDE_FACTOR, _BY_ENTRY = 0.7, 3.3, 6.0, 1.3, 0.05
+_ROOT, _UNPACKED, _SORTED_FACTOR, _WIDE_FACTOR, _BY_ENTRY = 0.7, 3.3, 6.0, 1.6, 0.05
 # Carrying the error of a column, in calls.
 _BY_COLUMN = 40.0
 # Reading, scaling and squaring a weight, in calls.
