@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,16 +107,29 @@ class Norm:
     gradients: Tensor
 
     @classmethod
-    def of(cls, module: ModuleScores, packed: Mapping[str, PackedMoment], weight: Tensor) -> Norm:
-        """Unpack the moments; ``weight`` is the dense one, without adapters."""
+    def of(
+        cls,
+        module: ModuleScores,
+        packed: Mapping[str, PackedMoment],
+        weight: Tensor,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Norm:
+        """Unpack the moments.
+
+        Args:
+            weight: the dense one, without adapters. rows, columns: of it, for changes of these alone.
+        """
         inputs = gradients = None
         if module.input_key:
-            inputs = packed[module.input_key].unpacked(_named(module.input_key))
+            inputs = packed[module.input_key].unpacked(_named(module.input_key), columns)
         if module.gradient_key:
-            gradients = packed[module.gradient_key].unpacked(_named(module.gradient_key))
+            kept, name = packed[module.gradient_key], _named(module.gradient_key)
             if is_projected(module.shape):
-                gradients = lifted(gradients, module.gradient_moment, weight)
-        return cls(damped(inputs, module.input_moment), damped(gradients, module.gradient_moment))
+                gradients = lifted(kept.unpacked(name), module.gradient_moment, weight, rows)
+            else:
+                gradients = kept.unpacked(name, rows)
+        return cls(damp_(inputs, module.input_moment, columns), damp_(gradients, module.gradient_moment, rows))
 
     def loss(self, change: Tensor) -> float:
         """Of a change (out, in)."""
@@ -125,10 +137,20 @@ class Norm:
         return 0.5 * float(((self.gradients @ wide) * (wide @ self.inputs)).sum())
 
 
-def damped(known: Tensor | None, diagonal: FloatArray) -> Tensor:
-    """Return a second moment, (n, n) float64, damped; ``known``: ``None`` where there is only its diagonal."""
-    full = torch.diag(torch.from_numpy(diagonal.astype(np.float64))) if known is None else known
-    return full + DAMPING * full.diagonal().mean() * torch.eye(len(full), dtype=torch.float64)
+def damp_(known: Tensor | None, diagonal: FloatArray, part: Tensor | None = None) -> Tensor:
+    """Damp a second moment, (n, n) float64, in its place, and return it.
+
+    Args:
+        known: ``None`` where there is only its diagonal. diagonal: of the moment of all columns, of which ``known`` may
+            be of a ``part``.
+    """
+    wide = torch.from_numpy(diagonal).double()
+    if known is None:
+        known = torch.diag(wide if part is None else wide[part])
+    elif part is None:
+        wide = known.diagonal()
+    known.diagonal().add_(DAMPING * wide.mean())
+    return known
 
 
 def inner_importance(down: Tensor, inputs: Tensor) -> Tensor:

@@ -9,8 +9,6 @@ from threading import Lock
 from types import TracebackType
 from typing import Self
 
-from torch import Tensor
-
 from acip_export.artifacts.bundle import FEEDBACK_PARTS
 from acip_export.artifacts.materialized import stored_formats, stored_of
 from acip_export.artifacts.plan import Plan, TensorDecision
@@ -18,15 +16,10 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
 from acip_export.io.scratch import ArrayStore
-from acip_export.rounding.error_feedback import FeedbackFactor, feedback_factor
+from acip_export.rounding.error_feedback import FeedbackFactor
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
 _KEPT = 4
-
-
-def second_moment(scores: ScoreFile, key: str) -> Tensor:
-    """Return a full second moment, (n, n) float64; raises ScoreFileError where it overflows."""
-    return scores.second_moments[key].unpacked(f"the second moment {key!r}")
 
 
 class FeedbackFactors:
@@ -53,7 +46,7 @@ class FeedbackFactors:
         """Return the factor of a second moment.
 
         Raises:
-            ScoreFileError: see :func:`acip_export.rounding.error_feedback.feedback_factor`.
+            ScoreFileError: it overflows.
         """
         with self._lock:
             if key not in self._kept:
@@ -76,7 +69,7 @@ class FeedbackFactors:
         names = [f"{key}/{part}" for part in FEEDBACK_PARTS]
         if self._store is not None and all(name in self._store for name in names):
             return FeedbackFactor(*map(self._store.read, names))
-        factor = feedback_factor(second_moment(self._scores, key), repr(key))
+        factor = self._scores.second_moments[key].feedback_factor(f"the second moment {key!r}")
         if self._store is not None:
             for name, part in zip(names, FEEDBACK_PARTS, strict=True):
                 self._store.write(name, getattr(factor, part))

@@ -18,7 +18,7 @@ from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
 from acip_export.materialization.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
-from acip_export.materialization.feedback_factors import FeedbackFactors, matrices_with_feedback, second_moment
+from acip_export.materialization.feedback_factors import FeedbackFactors, matrices_with_feedback
 from acip_export.materialization.refit import balanced, refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
@@ -114,7 +114,7 @@ class PlanNumbers:
         if module is not None:
             return torch.from_numpy(module.input_moment)
         if decision.name in self.matrices:
-            return second_moment(self.scores, self.matrices[decision.name]).diagonal().float()
+            return torch.from_numpy(self.scores.second_moments[self.matrices[decision.name]].diagonal)
         return None
 
     def _module(self, decision: TensorDecision) -> ModuleScores | None:

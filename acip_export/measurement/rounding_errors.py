@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,15 +13,15 @@ from acip_export.artifacts.rounding_errors import Ratios, RoundingErrors, pair_k
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.losses import component_losses
-from acip_export.lowrank.whitening import Whitening
-from acip_export.materialization.factors import Norm, Pair, damped
-from acip_export.materialization.feedback_factors import second_moment
+from acip_export.lowrank.moments import PackedMoment, pack_moment
+from acip_export.lowrank.whitening import DAMPING, Whitening
+from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import layer_of
 from acip_export.progress import Progress, ProgressCallback, silent, types_stage
-from acip_export.rounding.error_feedback import FeedbackFactor, feedback_factor
+from acip_export.rounding.error_feedback import FeedbackFactor
 from acip_export.rounding.quantizer import InputMoments, RoundTrip
 from acip_export.weight_types import WeightType, weight_type
 
@@ -147,15 +148,29 @@ def _by_input(scores: ScoreFile, tensors: Iterable[str]) -> list[tuple[str | Non
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The second moment that several tensors share, and its factor, where either is known and wanted."""
+    """What several tensors read: its second moment, with a root and the factor of error feedback where it is known."""
 
-    moment: Tensor | None
-    factor: FeedbackFactor | None
+    moment: PackedMoment | None = None
+    root: Tensor | None = None
+    factor: FeedbackFactor | None = None
 
     @classmethod
     def of(cls, scores: ScoreFile, key: str | None, with_factor: bool) -> _Inputs:
-        moment = second_moment(scores, key) if key else None
-        return cls(moment, None if moment is None or not with_factor else feedback_factor(moment, repr(key)))
+        if not key:
+            return cls()
+        moment, name = scores.second_moments[key], f"the second moment {key!r}"
+        # First what takes more memory while it is made.
+        factor = moment.feedback_factor(name) if with_factor else None
+        return cls(moment, moment.exact_root(name, torch.float32), factor)
+
+    def cost(self, changes: Tensor, added: Tensor) -> Tensor:
+        """Return what changes of rows, (n, in), cost each; ``added``: to the moment's diagonal, (in,)."""
+        costs: Tensor = changes.square() @ added
+        if self.root is not None and self.moment is not None:
+            costs = costs + (changes[:, torch.from_numpy(self.moment.order)].float() @ self.root).double().square().sum(
+                1
+            )
+        return costs
 
 
 def _dense(
@@ -164,7 +179,7 @@ def _dense(
     tensor: str,
     types: Iterable[str],
     round_trip: RoundTrip,
-    shared: _Inputs,
+    inputs: _Inputs,
     feedback_types: Collection[str],
 ) -> Iterator[tuple[str, float]]:
     """Predicted loss of each type: the sampled rows' share of the exact sensitivity."""
@@ -174,21 +189,22 @@ def _dense(
     module = scores.modules.get(tensor.removesuffix(".weight"))
     if module is None:
         # The embedding, or an untied head: every row counts alike.
-        sensitivity, plain, gradients = (
-            scores.embedding_sensitivity.get(tensor, 0.0),
-            None,
-            torch.ones(len(rows)).double(),
-        )
-        inputs = torch.eye(weight.shape[1]).double() if shared.moment is None else shared.moment
+        sensitivity, plain = scores.embedding_sensitivity.get(tensor, 0.0), None
+        gradients, damping = torch.ones(len(rows)).double(), 0.0
+        known = np.ones(weight.shape[1]) if inputs.moment is None else inputs.moment.diagonal
     else:
         sensitivity, plain = module.sensitivity, InputMoments(torch.from_numpy(module.input_moment))
         gradients = torch.from_numpy(module.gradient_moment).double()[rows]
-        inputs = damped(shared.moment, module.input_moment)
-    informed = plain if shared.factor is None else InputMoments(inputs.diagonal().float(), shared.factor)
-    energy = float(gradients @ sample.double().square() @ inputs.diagonal())
+        known = module.input_moment if inputs.moment is None else inputs.moment.diagonal
+        damping = DAMPING
+    diagonal = torch.from_numpy(known).double()
+    added = (damping * diagonal.mean()).expand(len(diagonal))
+    damped = diagonal + added
+    informed = plain if inputs.factor is None else InputMoments(damped.float(), inputs.factor)
+    energy = float(gradients @ sample.double().square() @ damped)
     for name in types:
         change = (round_trip(sample, name, informed if name in feedback_types else plain) - sample).double()
-        loss = float(((gradients[:, None] * change) * (change @ inputs)).sum())
+        loss = float(gradients @ inputs.cost(change, damped if inputs.moment is None else added))
         yield name, sensitivity * loss / max(energy, 1e-300)
 
 
@@ -204,8 +220,9 @@ class _Sample:
     @classmethod
     def of(cls, checkpoint: Checkpoint, scores: ScoreFile, name: str, feedback: bool) -> _Sample:
         module = scores.modules[name]
-        weight, norm = _cropped(checkpoint.read(f"{name}.weight").float(), module, scores)
-        factor = feedback_factor(norm.inputs, module.input_key) if feedback and module.input_key else None
+        weight, norm = _cropped(checkpoint.read(f"{name}.weight"), module, scores)
+        name = f"the second moment {module.input_key!r}"
+        factor = pack_moment(norm.inputs, name).feedback_factor(name) if feedback and module.input_key else None
         inputs = InputMoments(norm.inputs.diagonal().float(), factor)
         return cls(weight, norm, (Whitening.of(norm.inputs), Whitening.of(norm.gradients)), inputs)
 
@@ -257,10 +274,8 @@ def measured_ranks(full: int, up: WeightType) -> list[int]:
 
 def _cropped(weight: Tensor, module: ModuleScores, scores: ScoreFile) -> tuple[Tensor, Norm]:
     """Evenly spaced rows and columns of a large layer, with their moments."""
-    norm = Norm.of(module, scores.second_moments, weight)
     if max(weight.shape) <= 2 * LARGEST_SIDE:
-        return weight, norm
+        return weight.float(), Norm.of(module, scores.second_moments, weight.float())
     rows, columns = ((torch.arange(min(n, LARGEST_SIDE)) * n) // min(n, LARGEST_SIDE) for n in weight.shape)
-    return weight[rows][:, columns], Norm(
-        norm.inputs[columns][:, columns].contiguous(), norm.gradients[rows][:, rows].contiguous()
-    )
+    norm = Norm.of(module, scores.second_moments, weight, rows, columns)
+    return weight[rows][:, columns].float(), norm

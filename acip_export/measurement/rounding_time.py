@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from acip_export.lowrank.moments import SORTED_COLUMNS
 from acip_export.machine import Machine
 from acip_export.materialization.refit import ROUNDS
 from acip_export.measurement.rounding_errors import LARGEST_SIDE, measured_ranks, sampled_rows, spread
 from acip_export.weight_types import WeightType
 
-# Of a moment of n columns: unpacking it, and its factor for error feedback, in cubes of n in float64; passes over an
-# entry, in calls.
-_UNPACKED, _FACTORIZED, _BY_ENTRY = 3.3, 2.7, 0.05
+# Of a moment of n columns: its root in float32, unpacking it, its factor for error feedback by way of the unpacked
+# moment and without it, in cubes of n in float64; passes over an entry, in calls.
+_ROOT, _UNPACKED, _SORTED_FACTOR, _WIDE_FACTOR, _BY_ENTRY = 0.7, 3.3, 6.0, 1.6, 0.05
 # Carrying the error of a column, in calls.
 _BY_COLUMN = 40.0
 # Reading, scaling and squaring a weight, in calls.
@@ -50,7 +51,7 @@ class RoundingWork:
         """Return about how long it takes."""
         products, carried, calls = 0.0, 0.0, 0.0
         for columns in self.inputs:
-            products += (_UNPACKED + (_FACTORIZED if self.feedback_types else 0.0)) * columns**3
+            products += (_ROOT + (_factor(columns) if self.feedback_types else 0.0)) * columns**3
             calls += _BY_ENTRY * columns**2
         for name, types in self.types.items():
             rows, columns = self.shapes[name]
@@ -74,7 +75,7 @@ class RoundingWork:
 
     def _pairs(self, out: int, inputs: int) -> tuple[float, float]:
         """Count operations in float64, and calls, of measuring one layer's pairs."""
-        products = (_UNPACKED + _FACTORIZED) * inputs**3 + _UNPACKED * min(out, inputs) ** 3
+        products = _UNPACKED * (inputs**3 + min(out, inputs) ** 3)
         if max(out, inputs) > 2 * LARGEST_SIDE:
             out, inputs = min(out, LARGEST_SIDE), min(inputs, LARGEST_SIDE)
         full, calls = min(out, inputs), 0.0
@@ -87,3 +88,7 @@ class RoundingWork:
                 down_calls = self._rounding(down, rank, inputs)
                 calls += ROUNDS * (down_calls + self._rounding(up, out, rank, feedback=False))
         return products, calls
+
+
+def _factor(columns: int) -> float:
+    return _SORTED_FACTOR if columns <= SORTED_COLUMNS else _WIDE_FACTOR

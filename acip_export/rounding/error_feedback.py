@@ -15,24 +15,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.errors import ScoreFileError, UnsupportedError
-from acip_export.finite import is_finite
-
-if TYPE_CHECKING:
-    import torch
+from acip_export.errors import UnsupportedError
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
 Order = npt.NDArray[np.int32]
 
-# Added to the diagonal, as shares of its mean. The first is used unless the moment has no factor even so: float32
-# moments of few tokens may have negative eigenvalues.
-_DAMPINGS = (0.01, 0.1, 1.0)
 # Columns between two matrix products: errors within a block are carried one column at a time.
 _BLOCK = 128
 # Rows that one thread rounds at once. A constant: sums that depend on the machine's cores would give other codes.
@@ -61,6 +54,18 @@ class FeedbackFactor:
         """How many columns the matrix has."""
         return len(self.order)
 
+    @classmethod
+    def coded(cls, order: Order, upper: Floats) -> FeedbackFactor:
+        """Take U, (n, n) and upper triangular with positive diagonal, its columns in their order."""
+        size, place = len(order), 0
+        codes, steps = np.empty(size * (size - 1) // 2, np.int8), np.zeros(size, np.float32)
+        for row in range(size - 1):
+            ratios = upper[row, row + 1 :] / upper[row, row]
+            steps[row] = step = max(ratios.max(), -ratios.min()) / _MOST
+            codes[place : place + len(ratios)] = np.rint(ratios / step) if step > 0 else 0
+            place += len(ratios)
+        return cls(order, codes, steps)
+
     def check(self, name: str) -> None:
         """Refuse numbers that are no factor. Raises ValueError that begins with ``name``."""
         size = self.size
@@ -80,76 +85,6 @@ class FeedbackFactor:
             count = size - 1 - row
             np.multiply(self.codes[first : first + count], self.steps[row], out=found[row - start, row + 1 :])
         return found
-
-
-def feedback_factor(moment: torch.Tensor, name: str) -> FeedbackFactor:
-    """Factorize the second moment of a layer's inputs.
-
-    Args:
-        moment: (n, n) symmetric. name: of the moment, for messages.
-
-    Raises:
-        ScoreFileError: it is not finite, or no second moment: damping does not make it positive definite.
-    """
-    import torch
-
-    size, wide = len(moment), moment.double()
-    del moment  # of wide layers each of these matrices has a gigabyte and more
-    if not is_finite(wide):
-        raise ScoreFileError(f"the second moment {name} holds NaN or infinity; rank again")
-    order = torch.argsort(wide.diagonal(), descending=True, stable=True)
-    mean = float(wide.diagonal().mean())
-    # Backwards: a lower factor of the reversed matrix is an upper one of the matrix.
-    backwards = order.flip(0)
-    damped = wide[backwards[:, None], backwards]
-    del wide
-    added = 0.0
-    for damping in _DAMPINGS if mean > 0 else ():
-        damped.diagonal().add_((damping - added) * mean)
-        added = damping
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            del damped
-            upper = lower.flip(0, 1)
-            del lower
-            invert_upper_(upper)  # H = root root^T, so U = root^-1
-            above = upper.div_(upper.diagonal().clone()[:, None]).float()
-            del upper
-            return _coded(order.to(torch.int32).numpy(), above.triu_(1).numpy())
-    if mean == 0:  # inputs that were never anything but zero: nothing can be made up for
-        nothing = np.zeros(size, np.float32)
-        return FeedbackFactor(order.to(torch.int32).numpy(), np.zeros(size * (size - 1) // 2, np.int8), nothing)
-    raise ScoreFileError(f"the second moment {name} is none: it is not positive, even damped; rank again")
-
-
-def invert_upper_(upper: torch.Tensor) -> torch.Tensor:
-    """Invert an upper triangular matrix, zeros below it, in its place, and return it.
-
-    By halves: a third of the products that solving for all columns takes.
-    """
-    import torch
-
-    size = len(upper)
-    if size <= _BLOCK:
-        identity = torch.eye(size, dtype=upper.dtype)
-        return upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
-    half = size // 2
-    first, last = invert_upper_(upper[:half, :half]), invert_upper_(upper[half:, half:])
-    upper[:half, half:] = ((first @ upper[:half, half:]) @ last).neg_()
-    return upper
-
-
-def above_diagonal(size: int) -> npt.NDArray[np.bool_]:
-    """Return which entries of a square matrix are above its diagonal."""
-    return ~np.tri(size, dtype=np.bool_)
-
-
-def _coded(order: Order, above: Floats) -> FeedbackFactor:
-    size = len(order)
-    steps = np.maximum(above.max(axis=1), -above.min(axis=1)) / np.float32(_MOST)
-    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps > 0)
-    codes = np.rint(np.multiply(above, inverse[:, None], out=above), out=above).astype(np.int8)
-    return FeedbackFactor(order, codes[above_diagonal(size)], steps.astype(np.float32))
 
 
 class Grid(Protocol):

