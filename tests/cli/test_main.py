@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from acip_export.cli import main as cli
 from acip_export.errors import CheckpointError
+from tests.cli.conftest import truncated_scores
 from tests.ranking.support import calibration_text
 from tests.support import Run, make_scores
 
@@ -102,11 +103,6 @@ def _no_score_file(model: Path) -> None:
     next(model.glob("*.acip")).unlink()
 
 
-def _truncated_scores(model: Path) -> None:
-    file = next(model.glob("*.acip"))
-    file.write_bytes(file.read_bytes()[:-100])
-
-
 def _truncated_weights(model: Path) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -145,7 +141,7 @@ FIT = ("--budget", "3MB", "--format", "gguf", "--context", "64")
 BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_no_score_file, FIT, 3, "acip-export rank"),
     (_two_score_files, FIT, 3, "--scores"),
-    (_truncated_scores, FIT, 3, "truncated"),
+    (truncated_scores, FIT, 3, "truncated"),
     (_truncated_weights, FIT, 3, "truncated"),
     (_other_model, FIT, 3, "was made for"),
     (_no_config, FIT, 3, "no config.json"),

@@ -12,22 +12,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from acip_export.api import materialize_bundle, plan_export, write_imatrix
+from acip_export.api import materialize_bundle, write_imatrix
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.scores import ScoreFile, save_scores
 from acip_export.cli.main import app
-from acip_export.errors import ImatrixError, UnsupportedError
+from acip_export.errors import ImatrixError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest
 from converters.gguf.imatrix import importance_of, read_imatrix
-from tests.support import dense, make_model, make_plan, make_scores
+from tests.support import dense, make_plan, make_scores
 
 Tensors = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("imatrix") / "model")
 
 
 def _scores(model: Path) -> ScoreFile:
@@ -83,12 +77,6 @@ def test_from_the_command_line(model: Path, tmp_path: Path) -> None:
     planned = run.invoke(app, [*flags, "--format", "gguf", "--types", "q8_0,q4_0", "--imatrix", str(file), "--json"])
     assert planned.exit_code == 0, planned.output
     assert str(file.resolve()) in planned.stdout
-
-
-def test_only_gguf_has_one(model: Path) -> None:
-    request = PlanRequest("onnx", 10**9, options={"imatrix": "x.gguf"})
-    with pytest.raises(UnsupportedError, match="onnx exports have no --imatrix"):
-        plan_export(Checkpoint.open(model), make_scores(model), request)
 
 
 def _write(file: Path, tensors: Tensors, kind: str = "imatrix") -> None:

@@ -113,7 +113,7 @@ def test_a_tied_embedding_is_rounded_with_feedback(model: Path, scores: ScoreFil
     moment = second_moment(scores, EMBEDDING)
     costs, errors = {}, {}
     for way in ("nearest", "feedback"):
-        plan = replace(make_plan(model, kind, "stock", dense(type=form, embedding_type=form)), rounding=way)  # type: ignore[arg-type]
+        plan = replace(make_plan(model, kind, "stock", dense(type="f16", embedding_type=form)), rounding=way)  # type: ignore[arg-type]
         pipeline.materialize_bundle(Checkpoint.open(model), scores, plan, tmp_path / way)
         bundle = Bundle.open(tmp_path / way)
         known = bundle.inputs(EMBEDDING)
