@@ -255,7 +255,7 @@ def test_a_damaged_lock_may_be_written_again(place: Path, run: Run) -> None:
 def test_starts_lean(place: Path, run: Run) -> None:
     """Half a second is the bar for starting; none of the packages that take longer than that may be imported."""
     assert run("check", "--update").code == 0
-    run_without_importing("torch numpy transformers onnx gguf scipy safetensors", "check", directory=place)
+    run_without_importing("torch transformers onnx gguf scipy safetensors", "check", directory=place)
 
 
 def test_output_without_utf8(place: Path) -> None:

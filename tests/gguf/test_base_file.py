@@ -179,7 +179,7 @@ def test_planned_within_a_budget_and_verified(tmp_path: Path) -> None:
     base = base_of(model, tmp_path / "base.gguf")
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
     budget = int(0.35 * checkpoint.weight_bytes)
-    options, types = {"base_gguf": str(base)}, ("q8_0", "q6_k", "q5_0", "q4_0", "q3_k")
+    options, types = {"base_gguf": str(base)}, ("f16", "q8_0", "q4_0")
     request = PlanRequest("gguf", budget, budget_scope="file", context=64, options=options, types=types)
     plan = pipeline.plan_export(checkpoint, scores, request)
     report = pipeline.export_model(checkpoint, scores, plan, tmp_path / "export")

@@ -106,10 +106,10 @@ Q = "blk.0.attn_q.weight"
     ("change", "message"),
     [
         (_drop(f"{Q}.counts"), rf"damaged: 14 sums and 13 counts, alone: {Q}"),
-        (_drop(f"{Q}.counts", f"{Q}.in_sum2"), f"nothing for {Q}; not in model: none"),
+        (_drop(f"{Q}.counts", f"{Q}.in_sum2"), f"nothing for {Q}; not in tiny: none"),
         (lambda t: t.update({"blk.9.ffn_up.weight.in_sum2": np.ones((1, 4), np.float32),
                              "blk.9.ffn_up.weight.counts": np.ones((1, 1), np.float32)}),
-         "another model.*not in model: blk.9.ffn_up.weight"),
+         "another model.*not in tiny: blk.9.ffn_up.weight"),
         (lambda t: t.update({f"{Q}.in_sum2": np.ones((1, 128), np.float32)}), "128 columns, the model's has 256"),
         (lambda t: t.update({f"{Q}.in_sum2": np.ones((2, 256), np.float32)}), r"\(2, 256\) f32 .*expected \(1, col"),
         (lambda t: t.update({f"{Q}.in_sum2": np.ones((1, 256), np.float16)}), "f16 and counts"),
