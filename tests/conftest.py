@@ -9,18 +9,21 @@ import os
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from acip_export.artifacts.scores import ScoreFile  # noqa: E402
 from acip_export.cli import main as cli  # noqa: E402
 from acip_export.io import kept_states  # noqa: E402
 from tests.materialization.moments import scores_with_moments  # noqa: E402
-from tests.support import Outcome, Run, make_model  # noqa: E402
+from tests.support import Outcome, Run, Shared, make_model  # noqa: E402
 
 # How fast a busy machine draws examples is no property of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -50,6 +53,26 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """``shared(name, make)``: the directory that ``make`` fills, once for all workers of this run; only to be read."""
+    place = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        place = place.parent  # that of the whole run
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        made, whole = place / f"shared-{name}", place / f"shared-{name}.whole"
+        with FileLock(place / f"shared-{name}.lock"):
+            if not whole.exists():
+                shutil.rmtree(made, ignore_errors=True)  # of a worker that failed
+                made.mkdir()
+                make(made)
+                whole.touch()
+        return made
+
+    return once
 
 
 @pytest.fixture(scope="module")

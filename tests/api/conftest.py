@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranking.support import calibration_text
 from tests.support import make_scores
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "llama"
@@ -18,6 +19,12 @@ def ranked_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(SAMPLE, model)
     make_scores(model)
     return model
+
+
+@pytest.fixture(scope="module")
+def text(model: Path) -> Path:
+    """Beside the module's model: a few thousand tokens to rank on."""
+    return calibration_text(model.parent / "text.txt", repeats=20)
 
 
 @pytest.fixture

@@ -22,21 +22,9 @@ from acip_export.measurement.passes import passes_for
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
 from acip_export.progress import Progress
-from tests.ranking.support import calibration_text
-from tests.support import make_model
 
 CONTEXT = 32
 ASKED = {"budget": "1MB", "format": "gguf", "scope": "file", "context": 64, "types": ["q8_0", "q4_0"]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "m", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def text(model: Path) -> Path:
-    return calibration_text(model.parent / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +178,8 @@ def test_it_says_why_not(copied: Path, text: Path) -> None:
     )
 
 
-def test_scores_in_no_file_keep_what_was_measured(model: Path, text: Path) -> None:
-    scores = acip_export.rank(model, text, algorithm="fisher", context=CONTEXT)
+def test_scores_in_no_file_keep_what_was_measured(model: Path, ranked: ScoreFile) -> None:
+    scores = replace(ranked, file=None)
     plan, measured = stages(model=model, scores=scores)
     assert plan.calibrated and "calibrate" in measured
     again, measured = stages(model=model, scores=scores)

@@ -15,17 +15,13 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, Problem, make_plan, resolve, variations
 from acip_export.progress import Progress
-from tests.ranking.support import calibration_text
-from tests.support import make_model
 
 BUDGET = 900_000
 EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
-    model = make_model(tmp_path_factory.mktemp("model") / "m")
-    text = calibration_text(model.parent / "text.txt")
+def scores(model: Path, text: Path) -> ScoreFile:
     acip_export.rank(model, text, out=model / "m.acip", algorithm="fisher", context=32)
     return acip_export.load_scores(model / "m.acip")
 
@@ -106,7 +102,9 @@ def test_a_plan_that_does_not_run_is_reported_and_left_out(
 
 def test_one_candidate_is_the_prediction_alone(scores: ScoreFile) -> None:
     assert scores.file is not None
-    plan = acip_export.plan(scores.file.parent, scores, budget=BUDGET, format="gguf", scope="file", calibrate=False)
+    plan = acip_export.plan(
+        scores.file.parent, scores, budget=BUDGET, format="gguf", scope="file", types=["q8_0", "q4_0"], calibrate=False
+    )
     assert plan.candidates == ()
 
 

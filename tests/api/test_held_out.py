@@ -14,7 +14,6 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking import data as ranking_data
 from acip_export.ranking.config import DataConfig
-from tests.ranking.support import calibration_text
 from tests.support import make_model
 
 CONTEXT = 32
@@ -23,11 +22,6 @@ CONTEXT = 32
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "m", num_hidden_layers=1)
-
-
-@pytest.fixture(scope="module")
-def text(model: Path) -> Path:
-    return calibration_text(model.parent / "text.txt")
 
 
 @pytest.fixture(scope="module")

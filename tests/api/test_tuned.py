@@ -17,7 +17,6 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.tuned import load_tuned
 from acip_export.errors import PlanFileError, TunedFileError, UsageError
 from acip_export.model.checkpoint import Checkpoint
-from tests.ranking.support import calibration_text
 from tests.support import Run, make_model
 
 ASKED = ("--budget", "1MB", "--budget-scope", "file", "--context", "64", "--no-calibrate")
@@ -30,8 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranked(model: Path) -> ScoreFile:
-    text = calibration_text(model.parent / "text.txt")
+def ranked(model: Path, text: Path) -> ScoreFile:
     acip_export.rank(model, text, out=model / "m.acip", algorithm="fisher", context=32)
     return acip_export.load_scores(model / "m.acip")
 
@@ -125,7 +123,9 @@ def test_what_cannot_be_tuned_is_refused_first(model: Path, run: Run, tmp_path: 
 
 
 def test_plans_say_for_how_long(model: Path, ranked: ScoreFile, tmp_path: Path) -> None:
-    plan = acip_export.plan(model, ranked, budget="1MB", format="gguf", scope="file", calibrate=False, tune="3min")
+    plan = acip_export.plan(
+        model, ranked, budget="1MB", format="gguf", scope="file", types=["q8_0"], calibrate=False, tune="3min"
+    )
     assert plan.tune_seconds == 180
     file = tmp_path / "plan.json"
     acip_export.save_plan(plan, file)

@@ -68,6 +68,8 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "sum": (lambda plan: plan.update(memory_bytes=7), r"\$.memory_bytes: the breakdown add up"),
     "budget": (lambda plan: plan.update(budget_bytes=7), r"\$.budget_bytes: it uses"),
     "scope": (lambda plan: plan.update(budget_scope="all"), r"\$.budget_scope: invalid enum value 'all'"),
+    "no layout": (lambda plan: plan.pop("layout"), "missing required field layout"),
+    "representation": (of(0, representation="folded"), r"\$.tensors\[0\].representation: invalid enum value 'folded'"),
     "task": (lambda plan: plan.update(task="chat"), r"\$.task: invalid enum value 'chat'"),
 }
 NAMES = (
@@ -128,6 +130,11 @@ def test_versions_come_first() -> None:
         decode_plan(json.dumps(newer).encode(), "here")
     with pytest.raises(PlanFileError, match="not a plan: its key artifact is 'acip-report'"):
         decode_plan(json.dumps({**newer, "artifact": "acip-report"}).encode(), "here")
+    newer.pop("artifact")
+    with pytest.raises(PlanFileError, match="not a plan"):
+        decode_plan(json.dumps(newer).encode(), "here")
+    with pytest.raises(PlanFileError, match="is no JSON"):
+        decode_plan(b'{"artifact": "acip-plan", tensors: []}', "here")
 
 
 def test_byte_order_marks_are_read_and_other_encodings_named() -> None:

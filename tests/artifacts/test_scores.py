@@ -162,9 +162,6 @@ BAD_MOMENTS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "neither": (lambda t: (t.pop(ROWS), t.pop(CODES)), "'in' of 'model.layers.0.up' is missing"),
     "NaN": (lambda t: t.update({ROWS: _harm(t[ROWS], 0, torch.nan)}), "NaN or infinity"),
     "negative": (lambda t: t.update({ROWS: _harm(t[ROWS], 0, -1)}), "a diagonal that is negative"),
-    "no pivot": (lambda t: t.update({ROWS: _harm(t[ROWS], 1, 0)}), "pivots that are not positive"),
-    "negative step": (lambda t: t.update({ROWS: _harm(t[ROWS], 2, -1)}), "steps that are negative"),
-    "cut codes": (lambda t: t.update({CODES: t[CODES][:-1].clone()}), "codes"),
     "a bomb": (
         lambda t: t.update({CODES: torch.frombuffer(bytearray(zlib.compress(bytes(10**7))), dtype=torch.uint8)}),
         "has 2 codes, expected 1",

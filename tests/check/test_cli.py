@@ -14,7 +14,7 @@ import pytest
 
 from tests.check.models import SMALL, write_gguf, write_onnx, write_safetensors
 from tests.reports import report_document
-from tests.support import Run
+from tests.support import Run, run_without_importing
 
 LARGER = {**SMALL, "blk.1.attn_q.weight": (4, 256, "Q8_0")}
 SMALLER = {**SMALL, "output.weight": (8, 256, "Q4_0")}
@@ -255,15 +255,7 @@ def test_a_damaged_lock_may_be_written_again(place: Path, run: Run) -> None:
 def test_starts_lean(place: Path, run: Run) -> None:
     """Half a second is the bar for starting; none of the packages that take longer than that may be imported."""
     assert run("check", "--update").code == 0
-    code = (
-        "import sys; sys.argv = ['acip-export', 'check']\n"
-        "from acip_export.cli.main import main\n"
-        "main()\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'onnx', 'gguf', 'scipy', 'safetensors'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    lean = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place, check=False)
-    assert lean.returncode == 0, lean.stderr
+    run_without_importing("torch transformers onnx gguf scipy safetensors", "check", directory=place)
 
 
 def test_output_without_utf8(place: Path) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 
 from acip_export.check.compare import Problem, Result
 from acip_export.check.markdown import MARKER, markdown
 from acip_export.check.outputs import check_json, github_annotations, junit
 from acip_export.check.run import Outcome
 from acip_export.inspection.diff import Stored, TensorChange
+from tests.support import all_tokens
 
 HOSTILE = "a|b`c` </details><script>alert(1)</script> ![x](http://evil) [y](http://evil) @octocat #1 100% x,y:z"
 
@@ -72,15 +71,11 @@ def test_junit_by_its_schemas_rules() -> None:
         assert failure.text
 
 
-def _walk(tokens: list[Token]) -> list[Token]:
-    return [t for token in tokens for t in (token, *_walk(token.children or []))]
-
-
 def test_markdown_structure() -> None:
     text = markdown(OUTCOME)
     assert text.splitlines()[0] == MARKER
     assert text.count(MARKER) == 1
-    tokens = _walk(MarkdownIt("commonmark").enable("table").parse(text))
+    tokens = all_tokens(text)
     tables = [i for i, token in enumerate(tokens) if token.type == "table_open"]
     assert len(tables) == 3
     rows: list[int] = []
@@ -99,7 +94,7 @@ def test_markdown_structure() -> None:
 
 def test_markdown_of_hostile_names_stays_text() -> None:
     text = markdown(OUTCOME)
-    tokens = _walk(MarkdownIt("commonmark").enable("table").parse(text))
+    tokens = all_tokens(text)
     assert not {token.type for token in tokens} & {"link_open", "image"}
     html = "".join(token.content for token in tokens if token.type in ("html_block", "html_inline"))
     assert set(re.findall(r"</?(\w+)", html)) <= {"details", "summary", "code"}

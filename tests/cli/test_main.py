@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from acip_export.cli import main as cli
 from acip_export.errors import CheckpointError
-from tests.ranking.support import calibration_text
-from tests.support import Run, make_scores
+from tests.cli.conftest import truncated_scores
+from tests.ranking.support import calibration_text, sharp_model
+from tests.support import Run, make_scores, run_without_importing
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
@@ -102,11 +103,6 @@ def _no_score_file(model: Path) -> None:
     next(model.glob("*.acip")).unlink()
 
 
-def _truncated_scores(model: Path) -> None:
-    file = next(model.glob("*.acip"))
-    file.write_bytes(file.read_bytes()[:-100])
-
-
 def _truncated_weights(model: Path) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -119,14 +115,6 @@ def _other_model(model: Path) -> None:
 
 def _no_config(model: Path) -> None:
     (model / "config.json").unlink()
-
-
-def _config_is_no_json(model: Path) -> None:
-    (model / "config.json").write_text("{")
-
-
-def _no_weights(model: Path) -> None:
-    (model / "model.safetensors").unlink()
 
 
 def _unsupported(model: Path) -> None:
@@ -145,12 +133,10 @@ FIT = ("--budget", "3MB", "--format", "gguf", "--context", "64")
 BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_no_score_file, FIT, 3, "acip-export rank"),
     (_two_score_files, FIT, 3, "--scores"),
-    (_truncated_scores, FIT, 3, "truncated"),
+    (truncated_scores, FIT, 3, "truncated"),
     (_truncated_weights, FIT, 3, "truncated"),
     (_other_model, FIT, 3, "was made for"),
     (_no_config, FIT, 3, "no config.json"),
-    (_config_is_no_json, FIT, 3, "JSON"),
-    (_no_weights, FIT, 3, "safetensors"),
     (_unsupported, FIT, 5, "RwkvForCausalLM"),
     (_nothing, ("--budget", "3000000", "--format", "gguf"), 2, "no unit"),
     (_nothing, ("--budget", "-3MB", "--format", "gguf"), 2, "more than zero"),
@@ -160,7 +146,7 @@ BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_nothing, ("--format", "gguf"), 2, "--budget"),
     (_nothing, ("--budget", "3MB", "--format", "tflite"), 5, "unknown format"),
     (_nothing, (*FIT, "--ort"), 2, "--format onnx"),
-    (_nothing, (*FIT, "--types", "int4"), 5, "no type"),
+    (_nothing, (*FIT, "--types", "int4"), 5, "no type 'int4'"),
     (_nothing, (*FIT, "--layout", "x"), 5, "no layout"),
     (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "9999"), 2, "--context 9999"),
     (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "0"), 2, "--context 0"),
@@ -203,17 +189,19 @@ def test_bad_input(
     assert sorted(model.rglob("*")) == before, "something was left behind"
 
 
-@pytest.mark.slow
-def test_rank_then_export_with_defaults(model: Path, run: Run) -> None:
+def test_rank_then_export_with_defaults(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the README shows: rank writes the one score file that the main job then finds."""
-    _no_score_file(model)
-    calibration_text(model / "text.txt")
+    model = sharp_model(tmp_path / "tiny")
+    monkeypatch.chdir(model)
+    calibration_text(model / "text.txt", repeats=20)
     ranked = run("rank", ".", "--data", "text.txt", "--algorithm", "kfac", "--context", 32)
     assert ranked.code == 0, ranked.err
     assert "100%" in ranked.out
     assert (model / "tiny.acip").is_file()
-    planned = run("--budget", "3MB", "--format", "gguf", "--dry-run")
-    assert planned.code == 0, planned.err
+    for target in ("gguf", "onnx"):
+        made = run("--budget", "3MB", "--format", target, "--json")
+        assert made.code == 0, made.err
+        assert json.loads(made.out)["report"]["passed"]
     refused = run("rank", ".", "--data", "text.txt", "--algorithm", "kfac", "--context", 32)
     assert refused.code == 2
     assert "--force" in refused.err
@@ -223,22 +211,16 @@ def test_rank_then_export_with_defaults(model: Path, run: Run) -> None:
     ("arguments", "code", "says"),
     [
         ((), 2, "--data"),
-        (("--data", "nowhere.txt"), 3, "does not exist"),
-        (("--data", "empty.txt"), 3, "is empty"),
-        (("--data", "short.txt"), 3, "are needed"),
-        (("--data", "latin1.txt"), 3, "not UTF-8"),
+        (("--data", "short.txt"), 3, "at least 2,048 are needed"),
         (("--data", "short.txt", "--algorithm", "kfac", "--basis", "svd"), 2, "--basis is a setting of acip"),
         (("--data", "short.txt", "--stop-ratio", "2"), 2, "between 0 and 1"),
-        (("--data", "short.txt", "--algorithm", "astrology"), 2, "astrology"),
         (("--data", "short.txt", "--set", "adapter_rank=-1"), 2, "cannot be negative"),
         (("--data", "short.txt", "--set", "smallest_sampled=0.9", "--set", "largest_sampled=0.5"), 2, "must rise"),
     ],
 )
 def test_bad_ranking_input(arguments: tuple[str, ...], code: int, says: str, model: Path, run: Run) -> None:
     _no_score_file(model)
-    (model / "empty.txt").write_text(" \n")
     (model / "short.txt").write_text("too short")
-    (model / "latin1.txt").write_bytes("Größe".encode("latin-1"))
     before = sorted(model.rglob("*"))
     outcome = run("rank", ".", *arguments)
     assert outcome.code == code, outcome.err
@@ -257,22 +239,14 @@ def _weights(value: float) -> Callable[[Path], None]:
     return fill
 
 
-def _unknown_module(model: Path) -> None:
-    tensors = load_file(model / "model.safetensors")
-    save_file(
-        {**tensors, "model.layers.0.experts.weight": torch.ones(4, 4)}, model / "model.safetensors", {"format": "pt"}
-    )
-
-
 @pytest.mark.parametrize(
     ("damage", "code", "says"),
     [
         (_weights(0.0), 3, "model.layers.0.mlp.down_proj.weight is all zeros"),
+        (_weights(float("nan")), 3, "model.layers.0.mlp.down_proj.weight holds NaN or infinity"),
         (_weights(float("inf")), 3, "model.layers.0.mlp.down_proj.weight holds NaN or infinity"),
-        (_unknown_module, 3, "model.layers.*.experts.weight  4×4 too many"),
-        (lambda model: (model / "tokenizer.json").unlink(), 3, "has no tokenizer.json, which exports need"),
     ],
-    ids=["zero-weights", "infinite-weights", "unknown-module", "no-tokenizer"],
+    ids=["zero-weights", "no-numbers", "infinite-weights"],
 )
 def test_models_that_cannot_be_ranked(
     damage: Callable[[Path], None], code: int, says: str, model: Path, run: Run
@@ -336,31 +310,20 @@ def test_interrupted_ranking_is_resumed(model: Path, run: Run) -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys; sys.argv = ['acip-export', '--help']\n"
-        "from acip_export.cli.main import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'onnx', 'gguf', 'onnxruntime'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "acip-export --budget 4GB --format gguf" in done.stdout
+    said = run_without_importing("torch transformers onnx gguf onnxruntime", "--help")
+    assert "acip-export --budget 4GB --format gguf" in said
 
 
-@pytest.mark.parametrize("target", ["gguf", "onnx"])
-def test_plan_needs_no_torch(target: str, model: Path) -> None:
-    code = (
-        f"import sys; sys.argv = ['acip-export', 'plan', '--budget', '3MB', '--format', '{target}']\n"
-        "from acip_export.cli.main import main\n"
-        "main()\n"
-        "heavy = {'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxruntime'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=model)
-    assert done.returncode == 0, done.stderr
-    assert "budget" in done.stdout
+@pytest.mark.parametrize(
+    ("target", "heavy"),
+    # A kept graph is read by onnx.
+    [("gguf", "torch transformers onnx onnx_ir onnxruntime"), ("onnx", "torch transformers onnx_ir onnxruntime")],
+)
+def test_plan_needs_no_torch(target: str, heavy: str, model: Path, run: Run) -> None:
+    asked = ("plan", "--budget", "3MB", "--format", target)
+    first = run(*asked)  # which keeps the graph
+    assert first.code == 0, first.err
+    assert "budget" in run_without_importing(heavy, *asked, directory=model)
 
 
 def test_sweep(model: Path, run: Run) -> None:
@@ -398,8 +361,6 @@ def test_sweep(model: Path, run: Run) -> None:
     [
         (("--budget", "3MB"), 2, "leave --budget out"),
         (("-o", "curve.pdf"), 2, ".png or .svg"),
-        (("--format", "tflite"), 5, "unknown format"),
-        (("--format", "gguf", "--layout", "spiral"), 5, "no layout"),
         (("--format", "gguf", "--types", "q4_5"), 5, "no type"),
         (("--format", "gguf", "--context", "0"), 2, "--context 0"),
         (("--format", "gguf", "--context", "16;0"), 2, "--context 0"),

@@ -19,6 +19,7 @@ from acip_export.artifacts.scores import load_scores, save_scores
 from acip_export.cli import output
 from acip_export.cli.main import app
 from acip_export.errors import MissingExtraError
+from tests.cli.conftest import truncated_scores
 from tests.support import Run
 
 ASKED = ("--budget", "3MB", "--format", "gguf", "--context", "64")
@@ -152,11 +153,6 @@ def _nothing(_model: Path) -> None:
     pass
 
 
-def _truncated_scores(model: Path) -> None:
-    file = next(model.glob("*.acip"))
-    file.write_bytes(file.read_bytes()[:-100])
-
-
 @pytest.mark.parametrize(
     ("harm", "arguments", "code", "kind"),
     [
@@ -164,7 +160,7 @@ def _truncated_scores(model: Path) -> None:
         (_nothing, ("--context", "many"), 2, "UsageError"),
         (_nothing, ("no-such-command",), 2, "UsageError"),
         (_nothing, ("--budget", "4"), 2, "UsageError"),
-        (_truncated_scores, (), 3, "ScoreFileError"),
+        (truncated_scores, (), 3, "ScoreFileError"),
         (_nothing, ("--types", "int4"), 5, "UnsupportedError"),
     ],
 )

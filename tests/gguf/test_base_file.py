@@ -179,7 +179,8 @@ def test_planned_within_a_budget_and_verified(tmp_path: Path) -> None:
     base = base_of(model, tmp_path / "base.gguf")
     checkpoint, scores = Checkpoint.open(model), make_scores(model)
     budget = int(0.35 * checkpoint.weight_bytes)
-    request = PlanRequest("gguf", budget, budget_scope="file", context=64, options={"base_gguf": str(base)})
+    options, types = {"base_gguf": str(base)}, ("f16", "q8_0", "q4_0")
+    request = PlanRequest("gguf", budget, budget_scope="file", context=64, options=options, types=types)
     plan = pipeline.plan_export(checkpoint, scores, request)
     report = pipeline.export_model(checkpoint, scores, plan, tmp_path / "export")
     assert report is not None
@@ -208,10 +209,3 @@ def test_bases_that_cannot_be_used(tmp_path: Path) -> None:
     refused(ModelFileError, r"ffn_up\.weight is \(256, 128\)", base, of=wider)
     llama = make_model(tmp_path / "llama", "llama", **SIZES)
     refused(UnsupportedError, "nothing for .*mlp.gate_proj.weight", base, of=llama)
-
-
-def test_other_targets_know_no_base(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", "llama", **SIZES)
-    request = PlanRequest("onnx", 10**9, options={"base_gguf": "x.gguf"})
-    with pytest.raises(UnsupportedError, match="onnx exports have no --base-gguf"):
-        pipeline.plan_export(Checkpoint.open(model), make_scores(model), request)

@@ -12,22 +12,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from acip_export.api import materialize_bundle, plan_export, write_imatrix
+from acip_export.api import materialize_bundle, write_imatrix
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.scores import ScoreFile, save_scores
 from acip_export.cli.main import app
-from acip_export.errors import ImatrixError, UnsupportedError
+from acip_export.errors import ImatrixError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest
 from converters.gguf.imatrix import importance_of, read_imatrix
-from tests.support import dense, make_model, make_plan, make_scores
+from tests.support import dense, make_plan, make_scores
 
 Tensors = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("imatrix") / "model")
 
 
 def _scores(model: Path) -> ScoreFile:
@@ -85,12 +79,6 @@ def test_from_the_command_line(model: Path, tmp_path: Path) -> None:
     assert str(file.resolve()) in planned.stdout
 
 
-def test_only_gguf_has_one(model: Path) -> None:
-    request = PlanRequest("onnx", 10**9, options={"imatrix": "x.gguf"})
-    with pytest.raises(UnsupportedError, match="onnx exports have no --imatrix"):
-        plan_export(Checkpoint.open(model), make_scores(model), request)
-
-
 def _write(file: Path, tensors: Tensors, kind: str = "imatrix") -> None:
     """By gguf-py, which knows nothing of what an imatrix has to have."""
     writer = gguf.GGUFWriter(file, "")
@@ -118,10 +106,10 @@ Q = "blk.0.attn_q.weight"
     ("change", "message"),
     [
         (_drop(f"{Q}.counts"), rf"damaged: 14 sums and 13 counts, alone: {Q}"),
-        (_drop(f"{Q}.counts", f"{Q}.in_sum2"), f"nothing for {Q}; not in model: none"),
+        (_drop(f"{Q}.counts", f"{Q}.in_sum2"), f"nothing for {Q}; not in tiny: none"),
         (lambda t: t.update({"blk.9.ffn_up.weight.in_sum2": np.ones((1, 4), np.float32),
                              "blk.9.ffn_up.weight.counts": np.ones((1, 1), np.float32)}),
-         "another model.*not in model: blk.9.ffn_up.weight"),
+         "another model.*not in tiny: blk.9.ffn_up.weight"),
         (lambda t: t.update({f"{Q}.in_sum2": np.ones((1, 128), np.float32)}), "128 columns, the model's has 256"),
         (lambda t: t.update({f"{Q}.in_sum2": np.ones((2, 256), np.float32)}), r"\(2, 256\) f32 .*expected \(1, col"),
         (lambda t: t.update({f"{Q}.in_sum2": np.ones((1, 256), np.float16)}), "f16 and counts"),

@@ -38,7 +38,17 @@ from tests.encoders import make_encoder
 from tests.gguf.conftest import Rule
 from tests.gguf.test_writer import specs
 from tests.planning.problems import Shape, examples, shapes
-from tests.support import Run, dense, everywhere, make_bundle, make_model, make_plan, make_scores, needs_factor_pairs
+from tests.support import (
+    Run,
+    dense,
+    everywhere,
+    make_bundle,
+    make_model,
+    make_plan,
+    make_scores,
+    needs_factor_pairs,
+    unspaced,
+)
 
 PAIR = {"rank": 64, "up_type": "f16", "down_type": "f16", "embedding_type": "q8_0"}
 RULES: dict[str, Rule] = {
@@ -187,11 +197,6 @@ def test_what_planning_keeps_free_for_the_head_is_enough() -> None:
     assert 0.7 * PART_HEAD < last.nbytes - nbytes <= PART_HEAD
     limit = tensor_limit({"split_max_size": str(100 + PART_HEAD)})
     assert limit is not None and limit.nbytes == 100
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("splitting") / "model")
 
 
 def plan_of(model: Path, layout: str, size: int | None, rule: Rule | None = None, **options: str) -> Plan:
@@ -354,11 +359,6 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model
 
 
-def flat(text: str) -> str:
-    """Messages are wrapped wherever the line ends."""
-    return "".join(text.split())
-
-
 @pytest.mark.slow
 def test_export_verify_report_inspect_and_check(ranked: Path, tmp_path: Path, run: Run, monkeypatch: Any) -> None:
     model = Path(shutil.copytree(ranked, tmp_path / "tiny"))
@@ -385,17 +385,17 @@ def test_export_verify_report_inspect_and_check(ranked: Path, tmp_path: Path, ru
         assert list(seen["files"]) == names
     other = run("inspect", export / names[1])
     assert other.code == 3
-    assert flat(f"name the first: {names[0]}") in flat(other.err)
+    assert unspaced(f"name the first: {names[0]}") in unspaced(other.err)
     (model / "acip-check.toml").write_text(f'[[check]]\nname = "m"\npath = "{export}/{names[0]}"\nmax_growth = "0%"\n')
     assert run("check", "--update").code == 0
     assert run("check").code == 0
     (export / names[2]).unlink()
     gone = run("check")
     assert gone.code != 0
-    assert flat(f"{names[2]} is missing") in flat(gone.err + gone.out)
+    assert unspaced(f"{names[2]} is missing") in unspaced(gone.err + gone.out)
     failed = run("verify", export, "--model", model)
     assert failed.code == 6
-    assert flat(f"{names[2]}: no bytes written") in flat(failed.err + failed.out)
+    assert unspaced(f"{names[2]}: no bytes written") in unspaced(failed.err + failed.out)
 
 
 ASK = ("--budget", "900kB", "--budget-scope", "file", "--context", "64")
@@ -422,7 +422,7 @@ def test_sizes_that_are_refused(
     before = sorted(ranked.rglob("*"))
     done = run(*ASK, *arguments)
     assert done.code == code, done.err
-    assert flat(says) in flat(done.err)
+    assert unspaced(says) in unspaced(done.err)
     assert done.out == ""
     assert sorted(ranked.rglob("*")) == before
 
@@ -443,7 +443,7 @@ def test_a_plan_with_a_hostile_size_is_refused(model: Path, tmp_path: Path, run:
         (bundle.path / "plan.json").write_text(json.dumps(data))
         done = run("convert", bundle.path, "-o", tmp_path / "out")
         assert done.code == 3, done.err
-        assert flat("expected a number of bytes") in flat(done.err)
+        assert unspaced("expected a number of bytes") in unspaced(done.err)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
 
 
@@ -524,7 +524,7 @@ def test_parts_that_do_not_belong_together(
     based = run("plan", "--model", ranked, *ASK_GGUF, "--base-gguf", first)
     assert based.code == ModelFileError.exit_code, based.err
     for message in (looked.err, based.err):
-        assert re.search(flat(says), flat(message)), message
+        assert re.search(unspaced(says), unspaced(message)), message
 
 
 def test_verify_notices_a_part_of_another_export(model: Path, tmp_path: Path, run: Run) -> None:
@@ -537,7 +537,7 @@ def test_verify_notices_a_part_of_another_export(model: Path, tmp_path: Path, ru
     shutil.copy(foreign / parts[1].name, parts[1])
     done = run("verify", export, "--bundle", bundle.path, "--model", model)
     assert done.code == 6, done.err
-    assert flat("is a part of another model") in flat(done.err + done.out)
+    assert unspaced("is a part of another model") in unspaced(done.err + done.out)
 
 
 def test_names_of_parts() -> None:

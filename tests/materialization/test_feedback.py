@@ -27,7 +27,8 @@ from acip_export.rounding.kept_roundings import KeptRoundings
 from acip_export.rounding.quantizer import InputMoments
 from acip_export.verification.reference import open_reference
 from converters.gguf import ggml_library as ggml
-from tests.support import dense, everywhere, make_plan, make_scores
+from tests.materialization.moments import scores_with_moments
+from tests.support import dense, everywhere, make_model, make_plan, make_scores
 
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 EMBEDDING = "model.embed_tokens.weight"
@@ -104,8 +105,10 @@ def test_nearest_has_no_factors_and_the_bytes_of_ggml(model: Path, scores: Score
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])
-def test_a_tied_embedding_is_rounded_with_feedback(model: Path, scores: ScoreFile, tmp_path: Path, kind: str) -> None:
+def test_a_tied_embedding_is_rounded_with_feedback(tmp_path: Path, kind: str) -> None:
     """Under its own moment, in what is written and in what plans are made with."""
+    model = make_model(tmp_path / "m", hidden_size=128, intermediate_size=128, head_dim=32, num_hidden_layers=1)
+    scores = scores_with_moments(model, tmp_path / "m.acip")
     form = {"gguf": "q4_0", "onnx": "int4"}[kind]
     round_trip = export_format(kind).round_trip
     weight = Checkpoint.open(model).read(EMBEDDING).double()

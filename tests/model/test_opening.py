@@ -23,7 +23,7 @@ from acip_export.model.opening import check_checkpoint
 from acip_export.model.torch_model import expected_parameters, untrained_model
 from acip_export.ranking import stage
 from tests.encoders import CLASSES, make_encoder
-from tests.support import Run, make_model, make_scores, make_tokenizer
+from tests.support import Run, make_model, make_scores, make_tokenizer, unspaced
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 512}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7\n"
@@ -396,11 +396,6 @@ def code_of(error: type[Exception]) -> int:
     return {CheckpointError: 3, UnsupportedError: 5}[error]
 
 
-def normal(text: str) -> str:
-    """Without what the width of the terminal decides."""
-    return "".join(text.split())
-
-
 @pytest.mark.parametrize("row", ROWS)
 def test_refused_before_ranking_and_by_both_formats(
     row: str, good: dict[str, Path], text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -416,7 +411,7 @@ def test_refused_before_ranking_and_by_both_formats(
     before = sorted(model.iterdir())
 
     ranked = run("rank", model, "--data", text, "--algorithm", "magnitude", "-o", tmp_path / "x.acip")
-    assert normal(words) in normal(ranked.err)
+    assert unspaced(words) in unspaced(ranked.err)
     assert ranked.code == code_of(error)
     assert "Traceback" not in ranked.err
 
@@ -424,7 +419,7 @@ def test_refused_before_ranking_and_by_both_formats(
     for name in ("gguf", "onnx"):
         out = tmp_path / name
         made = run("--model", model, "--scores", scores, "--budget", "1GB", "--format", name, "-o", out)
-        assert (made.code, normal(words) in normal(made.err)) == (ranked.code, True), made.err
+        assert (made.code, unspaced(words) in unspaced(made.err)) == (ranked.code, True), made.err
         assert not out.exists()
     assert sorted(model.iterdir()) == before
 
@@ -498,7 +493,7 @@ def test_models_without_a_row_are_compared_with_transformers(row: str, text: Pat
     damage(model)
     with pytest.raises(CheckpointError) as refused:
         ranking.rank_model(model, text, algorithm="magnitude")
-    assert normal(words) in normal(str(refused.value))
+    assert unspaced(words) in unspaced(str(refused.value))
 
 
 def test_what_transformers_refuses_is_said_in_its_words(good: dict[str, Path], text: Path, tmp_path: Path) -> None:

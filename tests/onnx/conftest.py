@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from acip_export.artifacts.bundle import Bundle
+from acip_export.artifacts.plan import Serving
 from acip_export.model.checkpoint import Checkpoint
 from converters.onnx import converter
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
@@ -54,7 +55,8 @@ def asymmetric(name: str, _shape: tuple[int, ...]) -> dict[str, Any]:
     return {"representation": "dense", "type": "uint2-b64" if "k_proj" in name else "uint8-b256"}
 
 
-RULES: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
+Rule = Callable[[str, tuple[int, ...]], dict[str, Any]]
+RULES: dict[str, Rule] = {
     "dense f32": dense(type="f32"),
     "factored f32": everywhere(
         representation="factored", rank=32, up_type="f32", down_type="f32", embedding_type="f32"
@@ -84,6 +86,18 @@ class Export:
     def predicted(self) -> dict[str, int]:
         plan = self.bundle.plan
         return converter.predict_files(Checkpoint.open(self.model), plan.layout, plan.tensors, plan.serving)
+
+
+def half_export(directory: Path, arch: str, settings: dict[str, Any], rule: Rule, backend: str) -> Export:
+    """Model, bundle and export below ``directory``, of float16 graphs: vectors and KV cache are in it, too."""
+    model = make_model(directory / "m", arch, **{**SIZES, **settings})
+    drafted = make_plan(model, "onnx", "factored", rule, CONTEXT, PROMPT_BATCH)
+    tensors = (replace(d, type="f16", nbytes=d.nbytes // 2) if len(d.shape) == 1 else d for d in drafted.tensors)
+    plan = replace(drafted, tensors=tuple(tensors), serving=Serving(CONTEXT, "f16", PROMPT_BATCH, backend))
+    bundle = make_bundle(model, plan, directory / "b")
+    (directory / "e").mkdir()
+    converter.convert(bundle, directory / "e", lambda _: None, EXACT)
+    return Export(directory / "e", model, bundle)
 
 
 class MakeExport(Protocol):

@@ -42,12 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no such width": (("--budget", "50MB", "--types", "int3"), "onnx has no type 'int3'"),
-    "no such block": (("--budget", "50MB", "--types", "int4-b48"), "onnx has no type 'int4-b48'"),
     "a block without a kernel": (("--budget", "50MB", "--types", "int2-b16"), "int2-b16 is not exported: onnxruntime"),
-    "a width that the target lacks": (
-        ("--budget", "50MB", "--backend", "mobile", "--types", "int2"),
-        "no kernel for 2 bits on ARM",
-    ),
     "a file too large for the device": (("--device", "tab"), "tab loads files of at most 100 kB"),
     "too large for the ORT format": (("--budget", "50MB", "--types", "f32", "--ort"), "holds at most 1000"),
 }

@@ -22,11 +22,11 @@ from converters.onnx import converter
 from converters.onnx.backends import OTHERS, PROVIDERS
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
-from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, SIZES, Export
+from tests.onnx.conftest import CONTEXT, PROMPT_BATCH, SIZES, Export, half_export
 from tests.onnx.consumers import transformers_js
 from tests.onnx.test_converter import dequantized
 from tests.onnx.test_families import CASES, PROMPT, WINDOWS
-from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
+from tests.support import dense, everywhere, make_model, make_scores
 
 RULES: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
     "f16": dense(type="f16"),
@@ -37,15 +37,8 @@ RULES: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
 }
 
 
-def export(tmp_path: Path, arch: str, settings: dict[str, Any], rule: str) -> Export:
-    model = make_model(tmp_path / "m", arch, **{**SIZES, **settings})
-    drafted = make_plan(model, "onnx", "factored", RULES[rule], CONTEXT, PROMPT_BATCH)
-    tensors = (replace(d, type="f16", nbytes=d.nbytes // 2) if len(d.shape) == 1 else d for d in drafted.tensors)
-    plan = replace(drafted, tensors=tuple(tensors), serving=Serving(CONTEXT, "f16", PROMPT_BATCH, "webgpu"))
-    bundle = make_bundle(model, plan, tmp_path / "b")
-    (tmp_path / "e").mkdir()
-    converter.convert(bundle, tmp_path / "e", lambda _: None, EXACT)
-    return Export(tmp_path / "e", model, bundle)
+def export(directory: Path, arch: str, settings: dict[str, Any], rule: str) -> Export:
+    return half_export(directory, arch, settings, RULES[rule], "webgpu")
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,17 @@ import pytest
 import torch
 
 from acip_export.api import export_model, plan_export
-from acip_export.artifacts.plan import Serving
 from acip_export.errors import UnsupportedError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
-from converters.onnx import converter
 from converters.onnx.backends import STATIC_CACHE
 from converters.onnx.companion_files import MODEL_FILE
 from converters.onnx.runtimes.genai import GenaiSession
 from converters.onnx.runtimes.onnxruntime import OnnxRuntimeSession
-from tests.onnx.conftest import CONTEXT, EXACT, PROMPT_BATCH, SIZES, Export
+from tests.onnx.conftest import CONTEXT, SIZES, Export, half_export
 from tests.onnx.test_converter import dequantized
 from tests.onnx.test_families import CASES, PROMPT, WINDOWS
-from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
+from tests.support import dense, everywhere, make_model, make_scores
 
 RULES = {
     "f16": dense(type="f16"),
@@ -42,15 +39,8 @@ TAKEN = {
 }  # fmt: skip
 
 
-def export(tmp_path: Path, arch: str, settings: dict[str, Any], rule: str) -> Export:
-    model = make_model(tmp_path / "m", arch, **{**SIZES, **settings})
-    drafted = make_plan(model, "onnx", "factored", RULES[rule], CONTEXT, PROMPT_BATCH)
-    tensors = (replace(d, type="f16", nbytes=d.nbytes // 2) if len(d.shape) == 1 else d for d in drafted.tensors)
-    plan = replace(drafted, tensors=tuple(tensors), serving=Serving(CONTEXT, "f16", PROMPT_BATCH, STATIC_CACHE))
-    bundle = make_bundle(model, plan, tmp_path / "b")
-    (tmp_path / "e").mkdir()
-    converter.convert(bundle, tmp_path / "e", lambda _: None, EXACT)
-    return Export(tmp_path / "e", model, bundle)
+def export(directory: Path, arch: str, settings: dict[str, Any], rule: str) -> Export:
+    return half_export(directory, arch, settings, RULES[rule], STATIC_CACHE)
 
 
 @pytest.mark.parametrize(

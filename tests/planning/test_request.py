@@ -49,9 +49,10 @@ def test_a_question_about_all_budgets_has_none(checkpoint: Checkpoint) -> None:
         _ = question.budget
 
 
-def test_options_of_another_format_are_refused(checkpoint: Checkpoint) -> None:
-    with pytest.raises(UnsupportedError, match="onnx exports have no --imatrix"):
-        resolve(PlanRequest("onnx", options={"imatrix": "x"}), checkpoint)
+@pytest.mark.parametrize("option", ["imatrix", "base_gguf"])
+def test_options_of_another_format_are_refused(checkpoint: Checkpoint, option: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"onnx exports have no --{option.replace('_', '-')}"):
+        resolve(PlanRequest("onnx", options={option: "x"}), checkpoint)
 
 
 def test_the_prompt_batch_suits_the_budget(checkpoint: Checkpoint) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from acip_export.artifacts.scores import ScoreFile, load_scores
-from acip_export.errors import AcipError, CheckpointError, DataError, UsageError
+from acip_export.errors import AcipError, UsageError
 from acip_export.materialization.factors import basis_moments, dense_weight, factor_pair
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress
@@ -133,28 +131,6 @@ def test_interrupt_leaves_nothing(model: Path, text: Path, tmp_path: Path, stage
     assert {file.name for file in tmp_path.iterdir()} <= kept
 
 
-def damaged(model: Path, directory: Path, value: float) -> Path:
-    shutil.copytree(model, directory)
-    tensors = load_file(directory / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name] = torch.full_like(tensors[name], value)
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    return directory
-
-
-@pytest.mark.parametrize(("value", "message"), [(0.0, "all zeros"), (float("nan"), "NaN or infinity")])
-def test_unusable_weights(model: Path, text: Path, tmp_path: Path, value: float, message: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"layers\.1\.mlp\.up_proj\.weight .*{message}"):
-        rank_model(damaged(model, tmp_path / "damaged", value), text, calibration=CALIBRATION)
-
-
-def test_too_little_text_says_how_much_is_needed(model: Path, tmp_path: Path) -> None:
-    short = tmp_path / "short.txt"
-    short.write_text("not much to learn from\n")
-    with pytest.raises(DataError, match=r"at least 256 are needed"):
-        rank_model(model, short, calibration=CALIBRATION)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -168,14 +144,6 @@ def test_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(error, match=message):
         rank_model(tmp_path / "no-model", tmp_path / "no-text", **arguments)
-
-
-def test_matrix_that_the_loaded_model_does_not_have(model: Path, text: Path, tmp_path: Path) -> None:
-    shutil.copytree(model, tmp_path / "extra")
-    file = tmp_path / "extra" / "model.safetensors"
-    save_file({**load_file(file), "model.layers.0.experts.weight": torch.ones(4, 4)}, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"experts\.weight +4×4 too many"):
-        rank_model(tmp_path / "extra", text, calibration=CALIBRATION)
 
 
 def test_curve_on_a_text_of_its_own(model: Path, text: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from markdown_it.token import Token
 
 from acip_export.api import report as reporting
 from acip_export.artifacts.names import CARD_FILE, PAGE_FILE
@@ -23,6 +22,7 @@ from acip_export.report.page import embedded
 from acip_export.report.rows import runtime_rows
 from tests.browser import open_page
 from tests.report.conftest import Exports
+from tests.support import all_tokens
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page as Tab
@@ -162,16 +162,12 @@ def test_card_as_the_hub_reads_it(exports: Exports) -> None:
         compile(token.content, "card", "exec")
 
 
-def _walk(tokens: list[Token]) -> list[Token]:
-    return [t for token in tokens for t in (token, *_walk(token.children or []))]
-
-
 def test_card_of_hostile_names_stays_text(hostile: Path) -> None:
     text = hostile.with_name(CARD_FILE).read_text(encoding="utf-8")
     front, body = _front_matter(text)
     assert front["base_model"] == HOSTILE
     assert front["license"] == "mit"
-    tokens = _walk(MarkdownIt("commonmark").enable("table").parse(body))
+    tokens = all_tokens(body)
     assert [t.attrs["href"] for t in tokens if t.type == "link_open"] == ["https://arxiv.org/abs/2502.01717"]
     assert not {t.type for t in tokens} & {"image", "html_block", "html_inline"}
     assert not re.search(r"@\w", "".join(t.content for t in tokens if t.type == "text"))

@@ -61,6 +61,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def transpose_onnx(export: Path, name: str) -> None:
+    """Exchange the dimensions of a matrix of an ONNX graph that has ``name`` in its own."""
+    import onnx
+
+    file = export / "onnx" / "model.onnx"
+    model = onnx.load(file, load_external_data=False)
+    tensor = next(each for each in model.graph.initializer if name in each.name and len(each.dims) > 1)
+    tensor.dims[0], tensor.dims[1] = tensor.dims[1], tensor.dims[0]
+    file.write_bytes(model.SerializeToString())
+
+
 def rename_gguf(export: Path) -> None:
     """Give a tensor of a GGUF file another name of the same length."""
     file = export / "model.gguf"

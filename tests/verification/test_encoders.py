@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from acip_export.verification.process import measure_process
 from acip_export.verification.structure import check_structure
 from converters.onnx.runtimes.onnx_encoder import OnnxEncoderSession
 from tests.encoders import CALIBRATION, lines_of_text, make_encoder
-from tests.verification.conftest import Made, MakeExport, rename_gguf
+from tests.verification.conftest import Made, MakeExport, rename_gguf, transpose_onnx
 
 CONTEXT = 40
 
@@ -156,21 +157,15 @@ def test_memory_of_a_large_vocabulary(tmp_path: Path) -> None:
     assert 0.7 * plan.process_bytes <= memory.peak_bytes <= plan.process_bytes + 1_000_000
 
 
-def _retype(export: Path) -> None:
-    import onnx
-
-    file = export / "onnx" / "model.onnx"
-    model = onnx.load(file, load_external_data=False)
-    tensor = next(t for t in model.graph.initializer if "layer.1.attention.self.query" in t.name and len(t.dims) > 1)
-    tensor.dims[0], tensor.dims[1] = tensor.dims[1], tensor.dims[0]
-    file.write_bytes(model.SerializeToString())
-
-
 @pytest.mark.parametrize(
     ("target", "damage", "message"),
     [
         ("gguf", rename_gguf, "blk.1.attn_q.weight is missing"),
-        ("onnx", _retype, "is there for encoder.layer.1.attention.self.query"),
+        (
+            "onnx",
+            partial(transpose_onnx, name="layer.1.attention.self.query"),
+            "is there for encoder.layer.1.attention.self.query",
+        ),
     ],
 )
 def test_structure_finds_what_size_does_not(

@@ -77,10 +77,18 @@ def measured(report: Report) -> Report:
     )
 
 
-def test_it_goes_on_where_it_was(made: Made, text: Path, counted: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    def verify(progress: Callable[[Progress], None] = lambda _: None) -> Report:
+def verification_of(made: Made, text: Path, counted: list[str]) -> Callable[..., Report]:
+    """Verify the export, counted from the beginning."""
+
+    def verify(progress: Callable[[Progress], None] = lambda _: None, text: Path = text) -> Report:
         counted.clear()
         return pipeline.verify_directory(made.export, str(made.model), None, made.bundle, text, progress=progress)
+
+    return verify
+
+
+def test_it_goes_on_where_it_was(made: Made, text: Path, counted: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    verify = verification_of(made, text, counted)
 
     def stopped(wanted: str, after: int) -> None:
         with pytest.raises(KeyboardInterrupt):
@@ -112,10 +120,7 @@ def test_it_goes_on_where_it_was(made: Made, text: Path, counted: list[str], cap
 
 
 def test_what_is_damaged_or_of_another_export_is_not_used(made: Made, text: Path, counted: list[str]) -> None:
-    def verify(progress: Callable[[Progress], None] = lambda _: None, text: Path = text) -> Report:
-        counted.clear()
-        return pipeline.verify_directory(made.export, str(made.model), None, made.bundle, text, progress=progress)
-
+    verify = verification_of(made, text, counted)
     whole = verify()
     all_of_it = sorted(counted)
     with pytest.raises(KeyboardInterrupt):

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+from functools import partial
 from math import log
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from acip_export.progress import Progress
 from acip_export.verification import metrics as measure
 from acip_export.verification.export import verify_export
 from acip_export.verification.structure import check_structure
-from tests.verification.conftest import CONTEXT, Made, MakeExport, rename_gguf
+from tests.verification.conftest import CONTEXT, Made, MakeExport, rename_gguf, transpose_onnx
 
 
 @pytest.fixture(scope="module", params=["gguf", "onnx"])
@@ -141,22 +142,12 @@ def _retype_gguf(export: Path) -> None:
     file.write_bytes(data)
 
 
-def _reshape_onnx(export: Path) -> None:
-    import onnx
-
-    file = export / "onnx" / "model.onnx"
-    model = onnx.load(file, load_external_data=False)
-    tensor = next(t for t in model.graph.initializer if "layers.1.attn.q_proj" in t.name and len(t.dims) > 1)
-    tensor.dims[0], tensor.dims[1] = tensor.dims[1], tensor.dims[0]
-    file.write_bytes(model.SerializeToString())
-
-
 @pytest.mark.parametrize(
     ("target", "damage", "message"),
     [
         ("gguf", rename_gguf, "blk.1.attn_q.weight is missing"),
         ("gguf", _retype_gguf, "blk.1.attn_q.weight|damaged"),
-        ("onnx", _reshape_onnx, "is there for model.layers.1.self_attn.q_proj"),
+        ("onnx", partial(transpose_onnx, name="layers.1.attn.q_proj"), "is there for model.layers.1.self_attn.q_proj"),
     ],
 )
 def test_structure_finds_what_size_does_not(
