@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile, find_scores, load_scores
+from acip_export.errors import CheckpointError
 from acip_export.model.checkpoint import Checkpoint
 
 Location = str | os.PathLike[str]
@@ -31,3 +33,11 @@ def open_scores(checkpoint: Checkpoint, scores: Location | ScoreFile | None) -> 
     if isinstance(scores, ScoreFile):
         return scores
     return load_scores(find_scores(checkpoint.path) if scores is None else Path(scores))
+
+
+def another_model(checkpoint: Checkpoint, plan: Plan) -> CheckpointError:
+    """Return the error for a model that an export was not made of."""
+    return CheckpointError(
+        f"{checkpoint.path} ({checkpoint.fingerprint[:12]}…) is not the model of this export, {plan.model} "
+        f"({plan.model_fingerprint[:12]}…); name that one with  --model"
+    )

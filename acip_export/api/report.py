@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from acip_export.api.opening import Location, open_model, open_scores
+from acip_export.api.opening import Location, another_model, open_model, open_scores
 from acip_export.artifacts.export_directory import export_of
 from acip_export.artifacts.names import PAGE_FILE
 from acip_export.artifacts.plan import Plan
@@ -31,20 +31,15 @@ def ranked_model_of(
         return None, None
     try:
         checkpoint = open_model(model)
+        if checkpoint.fingerprint != plan.model_fingerprint:
+            raise another_model(checkpoint, plan)
         opened = open_scores(checkpoint, scores)
         opened.check_model(checkpoint)
     except (CheckpointError, ScoreFileError):
         if named:
             raise
         return None, None
-    if checkpoint.fingerprint == plan.model_fingerprint:
-        return checkpoint, opened
-    if named:
-        raise CheckpointError(
-            f"{checkpoint.path} ({checkpoint.fingerprint[:12]}…) is not the model of this export, {plan.model} "
-            f"({plan.model_fingerprint[:12]}…); name that one with  --model"
-        )
-    return None, None
+    return checkpoint, opened
 
 
 def write_report(

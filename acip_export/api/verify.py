@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from acip_export.api.export import planned_model, roundings_left
-from acip_export.api.opening import Location, open_model, open_scores
+from acip_export.api.opening import Location, another_model, open_model, open_scores
 from acip_export.api.text import evaluation_text, held_out_text
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.export_directory import claim_papers, load_export_plan, settle_mark
@@ -91,11 +91,15 @@ def _text(
 
 
 def _base_model(model: Location | Checkpoint, plan: Plan, required: bool) -> Checkpoint | None:
-    """The model that was planned for, or ``None`` if something else is there."""
+    """The model that was planned for, or ``None`` if something else is there and it is not ``required``."""
     try:
         checkpoint = open_model(model)
     except CheckpointError:
         if required:
             raise
         return None
-    return checkpoint if required or checkpoint.fingerprint == plan.model_fingerprint else None
+    if checkpoint.fingerprint == plan.model_fingerprint:
+        return checkpoint
+    if required:
+        raise another_model(checkpoint, plan)
+    return None

@@ -37,6 +37,12 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """The main job, and the commands beside it."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find a command; raise UsageError for the main job under the name that many would give it."""
+        if args[:1] == ["export"]:
+            raise UsageError("exporting is no command; leave the word out:  acip-export --budget 4GB --format gguf")
+        return super().resolve_command(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(_help(self, ctx))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from acip_export.artifacts.plan import FAR_OFF, Alternative, Plan, Serving
+from acip_export.artifacts.plan import FAR_OFF, Alternative, Plan, Serving, cache_types
 from acip_export.errors import InfeasibleBudgetError, UnacceptedLossError, UnsupportedError, UsageError
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.problem import Floor, Problem
@@ -48,10 +48,13 @@ def infeasible(
         if fitting
         else f"No context, cache type, prompt batch or type of {format_} makes it fit, and no other format."
     )
+    smaller = _least_cache(problem, budget, rule, floor)
+    cache = f" with a KV cache of {cache_types(rule.cache_type_k, rule.cache_type_v)}" if smaller else ""
+    also = f",  or  --budget {_round_up(smaller.floor)} {smaller.flags}" if smaller else ""
     return InfeasibleBudgetError(
         f"no plan fits {format_bytes(budget.nbytes)} ({budget.nbytes} bytes).\n"
-        f"The smallest feasible budget is {floor.nbytes} bytes ({format_bytes(floor.nbytes)}), most of it {largest}:\n"
-        f"{parts}\n{advice}\nOr  --budget {_round_up(floor.nbytes)}",
+        f"The smallest feasible budget{cache} is {floor.nbytes} bytes ({format_bytes(floor.nbytes)}), most of it "
+        f"{largest}:\n{parts}\n{advice}\nOr  --budget {_round_up(floor.nbytes)}{also}",
         floor.nbytes,
         [{"change": suggestion.flags, "floor_bytes": suggestion.floor} for suggestion in fitting],
     )
@@ -145,6 +148,18 @@ def _leaner(problem: Problem, plan: Plan, noteworthy: float) -> Iterator[tuple[s
             yield f"--context {half}", replace(serving, context=half, prompt_batch=min(half, serving.prompt_batch))
     if plan.breakdown["compute"] + plan.breakdown["output"] > noteworthy and serving.prompt_batch > _LEAST_BATCH:
         yield f"--prompt-batch {_LEAST_BATCH}", replace(serving, prompt_batch=_LEAST_BATCH)
+
+
+def _least_cache(problem: Problem, budget: Budget, rule: ServingRule, floor: Floor) -> Suggestion | None:
+    """Return the cache that makes the smallest feasible budget smallest, if another one does."""
+    if budget.scope == "file" or not problem.checkpoint.shape.generates:
+        return None
+    found = []
+    for cache in _smaller_caches(problem, rule.cache_type_k, rule.cache_type_v):
+        serving = replace(rule, cache_type_k=cache, cache_type_v=cache).serving(budget, problem.memory)
+        found.append(Suggestion(f"--cache-type {cache}", problem.floor(budget.scope, serving).nbytes))
+    least = min(found, key=lambda each: each.floor, default=None)
+    return least if least is not None and least.floor < floor.nbytes else None
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from acip_export.artifacts.plan import save_plan
 from acip_export.cli import main as cli
 from acip_export.errors import CheckpointError
 from tests.cli.conftest import truncated_scores
 from tests.ranking.support import calibration_text, sharp_model
-from tests.support import Run, make_scores, run_without_importing
+from tests.support import Run, dense, make_plan, make_scores, run_without_importing
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
@@ -124,6 +126,13 @@ def _unsupported(model: Path) -> None:
     make_scores(model)
 
 
+def _export_of_another(model: Path) -> None:
+    (model / "export").mkdir()
+    plan = replace(make_plan(model, "gguf", "stock", dense(type="q8_0")), model="other", model_fingerprint="0" * 64)
+    save_plan(plan, model / "export" / "plan.json")
+    (model / "tiny.acip").unlink()  # without scores of this model it was told to rank it
+
+
 def _nothing(_model: Path) -> None:
     pass
 
@@ -140,8 +149,10 @@ BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_unsupported, FIT, 5, "RwkvForCausalLM"),
     (_nothing, ("--budget", "3000000", "--format", "gguf"), 2, "no unit"),
     (_nothing, ("--budget", "-3MB", "--format", "gguf"), 2, "more than zero"),
-    (_nothing, ("--budget", "100kB", "--format", "gguf"), 4, "smallest feasible budget is"),
-    (_nothing, ("--budget", "100kB", "--format", "onnx"), 4, "smallest feasible budget is"),
+    (_nothing, ("--budget", "100kB", "--format", "gguf"), 4, "smallest feasible budget with a KV cache of f16 is"),
+    (_nothing, ("--budget", "100kB", "--format", "gguf"), 4, "--cache-type q4_0"),
+    (_nothing, ("--budget", "100kB", "--format", "onnx", "--cache-type", "int4"), 4, "smallest feasible budget is"),
+    (_nothing, ("export", "--budget", "3MB"), 2, "leave the word out"),
     (_nothing, ("--budget", "3MB"), 2, "--format"),
     (_nothing, ("--format", "gguf"), 2, "--budget"),
     (_nothing, ("--budget", "3MB", "--format", "tflite"), 5, "unknown format"),
@@ -169,6 +180,7 @@ BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_nothing, ("materialize", "plan.json"), 3, "plan.json does not exist"),
     (_nothing, ("convert", "."), 3, "no bundle"),
     (_nothing, ("verify", "."), 3, "it has no plan.json; name the directory"),
+    (_export_of_another, ("verify", "export"), 3, "is not the model of this export, other"),
     (_nothing, ("verify", "config.json"), 3, "config.json is no export: it is a file"),
     (_nothing, ("report", "nowhere/export"), 3, "is no export"),
     (_nothing, ("serve", "nowhere"), 3, "nowhere is no export: it does not exist"),
