@@ -53,8 +53,12 @@ def test_bad_input(exports: Exports, export: Path, run: Run, tmp_path: Path) -> 
     for arguments, code, says in (
         (("nowhere",), 3, "nowhere is no export: it does not exist"),
         (("export", "--sizes", "1"), 2, "--sizes"),
-        (("export", "--model", other), 3, "no score file"),
-        (("export", "--model", other, "--scores", next(exports.checkpoint.path.glob("*.acip"))), 3, "was made for"),
+        (("export", "--model", other), 3, "is not the model of this export"),
+        (
+            ("export", "--model", other, "--scores", next(exports.checkpoint.path.glob("*.acip"))),
+            3,
+            "is not the model of this export",
+        ),
         (("export", "--scores", "nowhere.acip"), 3, "config.json"),
     ):
         done = run("report", *arguments)
