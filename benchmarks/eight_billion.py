@@ -113,7 +113,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     file: Path = arguments.results
-    steps: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["steps"] if file.exists() else {}
+    before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    same = before.get("shape", {}).get("num_hidden_layers") == arguments.layers and any(arguments.scratch.iterdir())
+    steps: dict[str, Any] = before["steps"] if same else {}
 
     def save() -> None:
         result = {

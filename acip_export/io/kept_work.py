@@ -11,6 +11,7 @@ So all go on behind the last line that all have.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import time
@@ -328,9 +329,10 @@ def _beside(target: Path, index: int = 0) -> Path:
 
 def _remove_of_others(target: Path, count: int) -> None:
     """Remove what processes have kept of which there are no longer so many."""
-    while (directory := _beside(target, count)).exists():
-        remove_directory(directory)
-        count += 1
+    for directory in target.parent.glob(f"{glob.escape(_beside(target).name)}-*"):
+        index = directory.name.rpartition("-")[2]
+        if index.isdecimal() and int(index) >= count:
+            remove_directory(directory)
 
 
 def _no_link() -> int:

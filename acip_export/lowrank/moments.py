@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from acip_export.errors import ScoreFileError
 from acip_export.finite import is_finite
-from acip_export.lowrank.triangular import above_diagonal, damp_, invert_upper_
+from acip_export.lowrank.triangular import above_diagonal, add_one_, invert_upper_
 from acip_export.rounding.error_feedback import FeedbackFactor
 
 if TYPE_CHECKING:
@@ -187,18 +187,20 @@ class PackedMoment:
         """Factorize (H + d)^-1 = V^T V, V upper triangular, without making H: H^-1 = U^T U is known.
 
         1 + d U U^T, whose root is taken on the way, has eigenvalues from 1 to hardly more than d over what was added
-        to H when it was packed, so that float32 does.
+        to H when it was packed, so that float32 does, unless inputs were scaled very differently since.
         """
         import torch
 
-        upper = self._upper(name, torch.float32)
-        if added:
-            upper.mul_((torch.from_numpy(self.pivots).double() * added**0.5).float()[:, None])
-            if self.scales is not None:
-                upper /= torch.from_numpy(self.scales[self.order])
-            if not is_finite(damp_(upper)):
-                raise ScoreFileError(f"{name} overflows; rank again")
-        return FeedbackFactor.coded(self.order.astype(np.int32), upper.numpy())
+        for dtype in (torch.float32, torch.float64):
+            upper = self._upper(name, dtype)
+            if added:
+                upper.mul_((torch.from_numpy(self.pivots).double() * added**0.5).to(dtype)[:, None])
+                if self.scales is not None:
+                    upper /= torch.from_numpy(self.scales[self.order])
+                add_one_(upper)
+            if is_finite(upper):
+                return FeedbackFactor.coded(self.order.astype(np.int32), upper.float().numpy())
+        raise ScoreFileError(f"{name} overflows; rank again")
 
     def _factor_sorted(self, added: float, name: str) -> FeedbackFactor:
         import torch

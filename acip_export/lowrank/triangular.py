@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Columns that are solved for at once.
 _BLOCK = 128
-# Rows between two of the large products of :func:`damp_`.
+# Rows between two of the large products of :func:`add_one_`.
 _ROWS = 512
 
 
@@ -38,7 +38,7 @@ def invert_upper_(upper: Tensor) -> Tensor:
     return upper
 
 
-def damp_(upper: Tensor) -> Tensor:
+def add_one_(upper: Tensor) -> Tensor:
     """Turn U into V, in its place, and return it: if U^T U is the inverse of a matrix, V^T V is that of it plus one.
 
     Both are upper triangular. That is U^T (1 + U U^T)^-1 U, and with 1 + U U^T = R R^T and R upper triangular, V is

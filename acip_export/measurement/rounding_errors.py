@@ -164,12 +164,15 @@ class _Inputs:
         return cls(moment, moment.exact_root(name, torch.float32), factor)
 
     def cost(self, changes: Tensor, added: Tensor) -> Tensor:
-        """Return what changes of rows, (n, in), cost each; ``added``: to the moment's diagonal, (in,)."""
+        """Return what changes of rows, (n, in), cost each.
+
+        Args:
+            added: (in,), to the diagonal of the moment, or that diagonal itself where no more is known.
+        """
         costs: Tensor = changes.square() @ added
         if self.root is not None and self.moment is not None:
-            costs = costs + (changes[:, torch.from_numpy(self.moment.order)].float() @ self.root).double().square().sum(
-                1
-            )
+            rotated = changes[:, torch.from_numpy(self.moment.order)].float() @ self.root
+            costs = costs + rotated.double().square().sum(1)
         return costs
 
 
@@ -221,8 +224,8 @@ class _Sample:
     def of(cls, checkpoint: Checkpoint, scores: ScoreFile, name: str, feedback: bool) -> _Sample:
         module = scores.modules[name]
         weight, norm = _cropped(checkpoint.read(f"{name}.weight"), module, scores)
-        name = f"the second moment {module.input_key!r}"
-        factor = pack_moment(norm.inputs, name).feedback_factor(name) if feedback and module.input_key else None
+        label = f"the second moment {module.input_key!r}"
+        factor = pack_moment(norm.inputs, label).feedback_factor(label) if feedback and module.input_key else None
         inputs = InputMoments(norm.inputs.diagonal().float(), factor)
         return cls(weight, norm, (Whitening.of(norm.inputs), Whitening.of(norm.gradients)), inputs)
 

@@ -33,7 +33,7 @@ def origin_of(
     calibration: DataConfig,
     basis: Basis,
     samples: bool,
-    device: torch.device,
+    processes: Processes,
     precision: str,
 ) -> str:
     """Return a digest of everything that statistics and factors follow from.
@@ -52,7 +52,8 @@ def origin_of(
         asdict(calibration),
         basis,
         samples,
-        device.type,
+        processes.device.type,
+        processes.mesh is not None,  # sharded models take other batches
         precision,
         str(weight.dtype),
     ]

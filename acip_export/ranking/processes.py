@@ -153,9 +153,10 @@ def lost_process_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and _GLOO not in str(error).lower():
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if alone or (not isinstance(error, torch.distributed.DistError) and _GLOO not in str(error).lower()):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(" This is typically")[0]
         raise RankingError(
             f"another process of this ranking has ended, or cannot be reached ({reason}). See what it says, and start "
             "all of them again"

@@ -182,7 +182,7 @@ def rank_model(
                 calibration = replace(calibration, batch=calibration.batch * _TEXTS_PER_WINDOW)
             dense = load()
             basis = chosen.basis if acip is None else acip.basis
-            origin = origin_of(checkpoint, dense, text, calibration, basis, wanted, processes.device, precision)
+            origin = origin_of(checkpoint, dense, text, calibration, basis, wanted, processes, precision)
             work = stack.enter_context(ranking_work(out, processes, origin, settings))
             if processes.mesh is not None:
                 shard_dense(dense, checkpoint.linear_modules, processes.mesh)

@@ -117,12 +117,19 @@ def test_the_factor_of_error_feedback_is_that_of_the_damped_moment(
     assert bool((off <= 0.5 * torch.from_numpy(factor.steps) + 0.05 * expected.abs().amax(1)).all())
 
 
-def test_factors_that_overflow_are_refused() -> None:
-    packed = pack_moment(moment_of(64))
-    with pytest.raises(ScoreFileError, match="'x' overflows; rank again"):
-        replace(packed, pivots=packed.pivots * 1e30).feedback_factor("'x'")
+def test_factors_of_inputs_that_were_scaled_beyond_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, few = pack_moment(moment_of(64)), pack_moment(moment_of(700, tokens=300))
     # Vanishing inputs leave nothing to make up for.
     assert not packed.scaled(np.full(64, 1e-30, np.float32)).feedback_factor().codes.any()
+    infinite = packed.scaled(np.full(64, np.inf, np.float32))
+    with pytest.raises(ScoreFileError, match="'x' overflows; rank again"):
+        infinite.feedback_factor("'x'")
+    monkeypatch.setattr(moments, "SORTED_COLUMNS", 0)
+    with pytest.raises(ScoreFileError, match="'x' overflows; rank again"):
+        infinite.feedback_factor("'x'")
+    # Four decades: float32 does not, float64 does.
+    apart = 10 ** (4 * np.random.default_rng(0).random(700) - 2)
+    few.scaled(apart.astype(np.float32)).feedback_factor().check("it")
 
 
 def test_a_part_of_a_moment() -> None:

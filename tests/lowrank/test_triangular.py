@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from acip_export.lowrank.triangular import above_diagonal, damp_, invert_upper_
+from acip_export.lowrank.triangular import above_diagonal, add_one_, invert_upper_
 
 SIZE = 1100
 
@@ -32,7 +32,7 @@ def test_one_is_added_to_the_matrix_whose_inverse_it_is_the_root_of(size: int, d
     matrix = torch.linalg.inv(upper.T @ upper)
     expected = torch.linalg.inv(matrix + torch.eye(size, dtype=torch.float64))
     given = upper.to(dtype)
-    found = damp_(given)
+    found = add_one_(given)
     assert found is given and not found.tril(-1).any() and bool((found.diagonal() > 0).all())
     torch.testing.assert_close((found.T @ found).double(), expected, rtol=0, atol=off * float(expected.max()))
 
