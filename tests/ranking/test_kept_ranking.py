@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from acip_export.artifacts.scores import load_scores
 from acip_export.errors import UsageError
@@ -18,10 +19,13 @@ from acip_export.io import kept_until_done
 from acip_export.io.kept_work import kept_bytes
 from acip_export.machine import Machine
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.torch_model import untrained_model
 from acip_export.progress import Progress
 from acip_export.ranking import rank_model
 from acip_export.ranking.algorithms import find_algorithm
 from acip_export.ranking.estimate import RankModel
+from acip_export.ranking.kept_ranking import origin_of
+from acip_export.ranking.processes import Processes
 from acip_export.ranking.run_state import run_file
 from tests.ranking.support import CALIBRATION, calibration_text
 from tests.ranking.test_run_state import QUICK
@@ -236,3 +240,15 @@ def test_another_process_does_not_use_it(model: Path, text: Path, tmp_path: Path
 
     rank_model(model, text, algorithm="fisher", calibration=SHORT, out=out, progress=start)
     assert "is being written by another acip-export" in refused[0].replace("\n", " ")
+
+
+def test_whole_and_sharded_models_take_other_batches(model: Path) -> None:
+    """What one of them has kept is of windows that the other has elsewhere."""
+    checkpoint = Checkpoint.open(model)
+    dense, whole = untrained_model(checkpoint.config), Processes(0, 2, torch.device("cpu"))
+    sharded = replace(whole, mesh=object())  # type: ignore[arg-type]
+
+    def origin(processes: Processes) -> str:
+        return origin_of(checkpoint, dense, None, SHORT, "kfac", False, processes, "float32")
+
+    assert origin(whole) == origin(replace(whole, index=1)) != origin(sharded)
