@@ -147,7 +147,8 @@ def print_error(error: AcipError) -> None:
         return
     err.quiet = False
     first, _, rest = str(error).partition("\n")
-    err.print(Text.assemble(("error: ", "bold red"), first), soft_wrap=not _wraps(err))
+    err.print("[bold red]error:[/] ", end="")
+    err.print(first, markup=False, soft_wrap=not _wraps(err))
     if rest:
         err.print(rest, markup=False, soft_wrap=not _wraps(err))
 

@@ -60,11 +60,7 @@ class BlockChain(ABC):
         arguments: list[Arguments] = []
 
         def pass_on(number: int, hidden: Tensor, rest: Arguments) -> Tensor:
-            if number != len(arguments):
-                raise UnsupportedError(
-                    f"{self.names[number]} is computed out of order, or twice; such a model cannot {self._unable}"
-                )
-            if number and hidden is not states[1]:
+            if number != len(arguments) or (number and hidden is not states[1]):
                 raise UnsupportedError(
                     f"{self.names[number]} does not read what {self.names[number - 1]} returns; a model whose "
                     f"blocks are no chain cannot {self._unable}"
