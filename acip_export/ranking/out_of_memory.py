@@ -9,8 +9,14 @@ import torch
 
 from acip_export.errors import RankingError
 
-# How torch's CPU allocator says it; it raises a plain RuntimeError.
-_CPU_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "std::bad_alloc")
+# How torch's CPU allocator says it, and the system where a file has no room; both raise a plain RuntimeError.
+_CPU_WORDS = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+)
 
 
 @contextmanager
