@@ -229,15 +229,7 @@ def test_a_verification(server: Server, measured: Path, text: Path, tmp_path: Pa
     made.mkdir()
     assert server.run((*_export(measured, "gguf"), "--no-verify", "-o", "out"), made) == 0, server.said
 
-    def begin(place: Path) -> None:
-        shutil.copytree(made, place)
-
-    def check(report: Path, expected: Path) -> None:
-        assert _files(report.parent)["report.json"] == _files(expected.parent)["report.json"]
-        _whole_export(report.parent, expected.parent)
-
-    command = ("verify", "out", "--model", measured, "--text", text)
-    survives(Stage(begin, lambda _: command, "out/report.json", check, _files), server, tmp_path, 5)
+    survives(_verifying(made, measured, text), server, tmp_path, 5)
 
 
 def test_a_verification_of_an_encoder(server: Server, tmp_path: Path) -> None:
@@ -252,6 +244,12 @@ def test_a_verification_of_an_encoder(server: Server, tmp_path: Path) -> None:
     asked = ("--model", encoder, "--budget", "2MB", "--budget-scope", "file", "--format", "onnx", "--no-calibrate")
     assert server.run((*asked, "--accept-loss", "--no-verify", "-o", "out"), made) == 0, server.said
 
+    survives(_verifying(made, encoder, text), server, tmp_path, 6)
+
+
+def _verifying(made: Path, model: Path, text: Path) -> Stage:
+    """Return the verification of the export in a copy of ``made``."""
+
     def begin(place: Path) -> None:
         shutil.copytree(made, place)
 
@@ -259,8 +257,8 @@ def test_a_verification_of_an_encoder(server: Server, tmp_path: Path) -> None:
         assert _files(report.parent)["report.json"] == _files(expected.parent)["report.json"]
         _whole_export(report.parent, expected.parent)
 
-    command = ("verify", "out", "--model", encoder, "--text", text)
-    survives(Stage(begin, lambda _: command, "out/report.json", check, _files), server, tmp_path, 6)
+    command = ("verify", "out", "--model", model, "--text", text)
+    return Stage(begin, lambda _: command, "out/report.json", check, _files)
 
 
 def _export(model: Path, format: str) -> tuple[object, ...]:

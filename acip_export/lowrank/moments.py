@@ -123,25 +123,22 @@ class PackedMoment:
         places, diagonal = torch.from_numpy(np.argsort(self.order)), torch.from_numpy(self.diagonal).double()
         if part is not None:
             places, diagonal = places[part], diagonal[part]
-        root = self.exact_root(name)[places]
+        root = self.exact_root(name, torch.float64)[places]
         moment = root @ root.T
         moment.diagonal().copy_(diagonal)
         if not is_finite(moment):
             raise ScoreFileError(f"{name} overflows; rank again")
         return moment
 
-    def exact_root(self, name: str = "the second moment", dtype: torch.dtype | None = None) -> Tensor:
+    def exact_root(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a root R of the moment R R^T, (n, n), its rows in :attr:`order`.
-
-        Args:
-            dtype: default: float64.
 
         Raises:
             ScoreFileError: it overflows; the message begins with ``name``.
         """
         import torch
 
-        root = self._unscaled_root(self._upper(name, dtype or torch.float64))
+        root = self._unscaled_root(self._upper(name, dtype))
         root *= (torch.from_numpy(self.diagonal[self.order]).to(root.dtype).sqrt() / root.norm(dim=1))[:, None]
         if not is_finite(root):
             raise ScoreFileError(f"{name} overflows; rank again")

@@ -41,7 +41,7 @@ class Moments:
 
 def whitening(packed: PackedMoment, key: str) -> Whitening:
     """Take a second moment of the score file; raises ScoreFileError where it overflows."""
-    return Whitening.packed(packed, _named(key))
+    return Whitening.packed(packed, moment_name(key))
 
 
 def _gradients(module: ModuleScores, packed: PackedMoment, weight: Tensor) -> Whitening:
@@ -49,7 +49,8 @@ def _gradients(module: ModuleScores, packed: PackedMoment, weight: Tensor) -> Wh
     return Whitening.lifted(part, module.gradient_moment, weight) if is_projected(module.shape) else part
 
 
-def _named(key: str) -> str:
+def moment_name(key: str) -> str:
+    """Return what messages call a second moment of the score file."""
     return f"the second moment {key!r}"
 
 
@@ -122,9 +123,9 @@ class Norm:
         """
         inputs = gradients = None
         if module.input_key:
-            inputs = packed[module.input_key].unpacked(_named(module.input_key), columns)
+            inputs = packed[module.input_key].unpacked(moment_name(module.input_key), columns)
         if module.gradient_key:
-            kept, name = packed[module.gradient_key], _named(module.gradient_key)
+            kept, name = packed[module.gradient_key], moment_name(module.gradient_key)
             if is_projected(module.shape):
                 gradients = lifted(kept.unpacked(name), module.gradient_moment, weight, rows)
             else:

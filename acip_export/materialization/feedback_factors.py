@@ -16,6 +16,7 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
 from acip_export.io.scratch import ArrayStore
+from acip_export.materialization.factors import moment_name
 from acip_export.rounding.error_feedback import FeedbackFactor
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
@@ -69,7 +70,7 @@ class FeedbackFactors:
         names = [f"{key}/{part}" for part in FEEDBACK_PARTS]
         if self._store is not None and all(name in self._store for name in names):
             return FeedbackFactor(*map(self._store.read, names))
-        factor = self._scores.second_moments[key].feedback_factor(f"the second moment {key!r}")
+        factor = self._scores.second_moments[key].feedback_factor(moment_name(key))
         if self._store is not None:
             for name, part in zip(names, FEEDBACK_PARTS, strict=True):
                 self._store.write(name, getattr(factor, part))

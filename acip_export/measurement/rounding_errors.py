@@ -15,7 +15,7 @@ from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.losses import component_losses
 from acip_export.lowrank.moments import PackedMoment, pack_moment
 from acip_export.lowrank.whitening import DAMPING, Whitening
-from acip_export.materialization.factors import Norm, Pair
+from acip_export.materialization.factors import Norm, Pair, moment_name
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
@@ -158,7 +158,7 @@ class _Inputs:
     def of(cls, scores: ScoreFile, key: str | None, with_factor: bool) -> _Inputs:
         if not key:
             return cls()
-        moment, name = scores.second_moments[key], f"the second moment {key!r}"
+        moment, name = scores.second_moments[key], moment_name(key)
         # First what takes more memory while it is made.
         factor = moment.feedback_factor(name) if with_factor else None
         return cls(moment, moment.exact_root(name, torch.float32), factor)
@@ -224,7 +224,7 @@ class _Sample:
     def of(cls, checkpoint: Checkpoint, scores: ScoreFile, name: str, feedback: bool) -> _Sample:
         module = scores.modules[name]
         weight, norm = _cropped(checkpoint.read(f"{name}.weight"), module, scores)
-        label = f"the second moment {module.input_key!r}"
+        label = moment_name(module.input_key)
         factor = pack_moment(norm.inputs, label).feedback_factor(label) if feedback and module.input_key else None
         inputs = InputMoments(norm.inputs.diagonal().float(), factor)
         return cls(weight, norm, (Whitening.of(norm.inputs), Whitening.of(norm.gradients)), inputs)
@@ -278,7 +278,8 @@ def measured_ranks(full: int, up: WeightType) -> list[int]:
 def _cropped(weight: Tensor, module: ModuleScores, scores: ScoreFile) -> tuple[Tensor, Norm]:
     """Evenly spaced rows and columns of a large layer, with their moments."""
     if max(weight.shape) <= 2 * LARGEST_SIDE:
-        return weight.float(), Norm.of(module, scores.second_moments, weight.float())
+        weight = weight.float()
+        return weight, Norm.of(module, scores.second_moments, weight)
     rows, columns = ((torch.arange(min(n, LARGEST_SIDE)) * n) // min(n, LARGEST_SIDE) for n in weight.shape)
     norm = Norm.of(module, scores.second_moments, weight, rows, columns)
     return weight[rows][:, columns].float(), norm

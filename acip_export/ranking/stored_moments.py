@@ -17,8 +17,6 @@ from acip_export.ranking.side_by_side import side_by_side
 from acip_export.ranking.stored_tensors import StoredTensors
 
 _DIAGONAL = "/diagonal"
-
-
 # Bytes of an entry of a moment that is packed: four matrices in float64.
 _PACKED_AT_ONCE = 4 * 8
 
