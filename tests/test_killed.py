@@ -16,19 +16,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import acip_export
-from acip_export.artifacts.plan import load_plan
+from acip_export.artifacts.plan import dumps_plan, load_plan
 from acip_export.io.processes import module_environment
 from tests.encoders import make_encoder
 from tests.planning.problems import examples
 from tests.ranking.support import calibration_text, sharp_model
-from tests.support import CORPUS, make_scores
+from tests.support import CORPUS, everywhere, make_plan, make_scores
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")]
 
@@ -224,6 +224,27 @@ def test_an_export(server: Server, measured: Path, tmp_path: Path, format: str) 
     survives(Stage(_empty, arguments, "out", _whole_export, _files), server, tmp_path, 4)
 
 
+def test_a_bundle(server: Server, ranked: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    decide = everywhere(representation="factored", rank=32, up_type="q4_0", down_type="q4_0", embedding_type="q8_0")
+    plan.write_text(dumps_plan(replace(make_plan(ranked, "gguf", "factored", decide, 32), rounding="feedback")))
+    command = ("materialize", plan, "--model", ranked, "-o", "bundle")
+
+    def arguments(place: Path) -> Sequence[object]:
+        return (*command, *_force(place / "bundle"))
+
+    survives(Stage(_empty, arguments, "bundle", _same_files, _files), server, tmp_path, 7)
+
+
+def test_an_export_with_its_bundle(server: Server, measured: Path, tmp_path: Path) -> None:
+    command = (*_export(measured, "onnx"), "--no-verify", "--keep-bundle", "-o", "out")
+
+    def arguments(place: Path) -> Sequence[object]:
+        return (*command, *(_force(place / "out") or _force(place / "out-bundle")))
+
+    survives(Stage(_empty, arguments, "out", _whole_export, _files), server, tmp_path, 8)
+
+
 def test_a_verification(server: Server, measured: Path, text: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     made.mkdir()
@@ -309,6 +330,10 @@ def _force(output: Path) -> tuple[str, ...]:
 
 def _same_bytes(found: Path, expected: Path) -> None:
     assert found.read_bytes() == expected.read_bytes()
+
+
+def _same_files(found: Path, expected: Path) -> None:
+    _assert_same(_files(found), _files(expected))
 
 
 def _whole_export(found: Path, expected: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -18,25 +19,32 @@ from acip_export.api.tuning import check_tuning, tuned_numbers
 from acip_export.artifacts.bundle import BUNDLE_KIND, Bundle, bundle_beside
 from acip_export.artifacts.export_directory import EXPORT_KIND, is_unverified, mark_unverified, settle_mark
 from acip_export.artifacts.materialized import MaterializedModel
-from acip_export.artifacts.names import PLAN_FILE, SCORE_FILE_SUFFIX, TUNED_FILE
-from acip_export.artifacts.plan import Plan, dumps_plan, plan_sha256
+from acip_export.artifacts.names import MANIFEST_FILE, PLAN_FILE, SCORE_FILE_SUFFIX, TUNED_FILE
+from acip_export.artifacts.plan import Plan, dumps_plan, numbers_sha256
 from acip_export.artifacts.report import Report, save_report
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.tuned import Tuned, save_tuned
-from acip_export.errors import AcipError, InfeasibleBudgetError, UsageError, VerificationError
+from acip_export.errors import (
+    AcipError,
+    BundleError,
+    InfeasibleBudgetError,
+    PlanFileError,
+    UsageError,
+    VerificationError,
+)
 from acip_export.formats.registry import export_format
+from acip_export.io.atomic import sha256_of
 from acip_export.io.locks import held
 from acip_export.io.outputs import Output, claim_output
 from acip_export.io.scratch import Scratch
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
 from acip_export.rounding.kept_roundings import KeptRoundings, are_beside, roundings_beside
-from acip_export.rounding.quantizer import FEEDBACK_VERSION
+from acip_export.rounding.quantizer import origin_of
 from acip_export.units import format_bytes
 from acip_export.verification import export as verification
 from acip_export.verification.export import EvaluationText
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
-from acip_export.version import made_by
 
 if TYPE_CHECKING:
     from acip_export.materialization import PlannedModel
@@ -59,8 +67,12 @@ def materialize_bundle(
     force: bool = False,
     progress: ProgressCallback = silent,
     cache: Path | None = None,
+    kept: KeptRoundings | None = None,
 ) -> Path:
     """Write the bundle of ``plan``, its factors fitted to what the format's quantizer makes of them.
+
+    Args:
+        cache, kept: as :func:`acip_export.materialization.materialize_bundle`.
 
     Raises as :func:`acip_export.materialization.materialize_bundle`, and
         UsageError: the plan is tuned.
@@ -86,6 +98,8 @@ def materialize_bundle(
         written_as.round_trip,
         cache,
         written_as.feedback_types,
+        written_as.quantizer(),
+        kept,
     )
 
 
@@ -200,8 +214,7 @@ def export_model(
             if tuned is not None:
                 save_tuned(tuned, plan, directory / TUNED_FILE)
         else:
-            made = materialize_bundle(checkpoint, scores, plan, bundle, force, progress, cache)
-            model = Bundle.open(made, kept=kept)
+            model = _bundle(checkpoint, scores, plan, bundle, force, progress, cache, kept)
         _convert(model, directory, progress, check=True)
         checkpoint.check_unchanged()
         return model
@@ -258,20 +271,40 @@ def export_model(
             waiting = replace(waiting, force=True)
 
 
+def _bundle(
+    checkpoint: Checkpoint,
+    scores: ScoreFile,
+    plan: Plan,
+    out: Path,
+    force: bool,
+    progress: ProgressCallback,
+    cache: Path | None,
+    kept: KeptRoundings,
+) -> Bundle:
+    """Write the bundle of an export, unless a run that was killed behind it has."""
+    what, manifest, begin = f"bundle {numbers_sha256(plan)}", out / MANIFEST_FILE, time.monotonic()
+    if manifest.is_file() and kept.finished(what) == sha256_of(manifest):
+        try:
+            return Bundle.open(out, verify_hash=True, kept=kept)
+        except (BundleError, PlanFileError) as reason:
+            logger.warning("%s; it is written again", reason)
+    before = kept.seconds
+    materialize_bundle(checkpoint, scores, plan, out, force, progress, cache, kept)
+    kept.finish(what, sha256_of(manifest))
+    kept.seconds = max(kept.seconds, before + time.monotonic() - begin)
+    return Bundle.open(out, kept=kept)
+
+
 @contextmanager
 def _roundings(shared: KeptRoundings | None, place: Path, plan: Plan, scores: ScoreFile) -> Iterator[KeptRoundings]:
     """Yield rounded matrices: the ``shared`` ones, or what an earlier run of the same export has left."""
     if shared is None:
         quantizer = export_format(plan.format, plan.serving.backend).quantizer()
-        with roundings_beside(place, f"{_origin([quantizer], scores)}plan {plan_sha256(plan)}\n") as kept:
+        with roundings_beside(place, origin_of([quantizer], scores.sha256, numbers_sha256(plan))) as kept:
             yield kept
         return
     yield shared
-    shared.parts(plan_sha256(plan)).close()
-
-
-def _origin(quantizers: Sequence[str], scores: ScoreFile) -> str:
-    return f"{made_by(*quantizers, f'feedback {FEEDBACK_VERSION}')}\nscores {scores.sha256}\n"
+    shared.parts(numbers_sha256(plan)).close()
 
 
 def roundings_left(export: Path, plan: Plan, scores: ScoreFile) -> AbstractContextManager[KeptRoundings | None]:
@@ -367,7 +400,7 @@ def shared_work(
         return
     shared = place / "shared"
     quantizers = [export_format(name).quantizer() for name in sorted(set(formats))]
-    with held(shared), roundings_beside(shared, _origin(quantizers, scores)) as kept:
+    with held(shared), roundings_beside(shared, origin_of(quantizers, scores.sha256)) as kept:
         yield cache or kept.directory / "cache", kept
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from acip_export.api.calibration import held_out_windows
 from acip_export.api.rank import rounding_scores
 from acip_export.api.text import calibration_windows
-from acip_export.artifacts.plan import Plan, plan_sha256
+from acip_export.artifacts.plan import Plan, numbers_sha256
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import UnsupportedError, UsageError
 from acip_export.formats.registry import export_format
@@ -77,6 +77,6 @@ def tuned_numbers(
         torch.from_numpy(text),
         held_out,
         plan.tune_seconds,
-        None if kept is None else kept.state("tuning", plan_sha256(plan)),
+        None if kept is None else kept.state("tuning", numbers_sha256(plan)),
         progress,
     )

@@ -332,6 +332,15 @@ def plan_sha256(plan: Plan) -> str:
     return hashlib.sha256(dumps_plan(plan).encode()).hexdigest()
 
 
+def numbers_sha256(plan: Plan) -> str:
+    """Return what tells apart what plans make of a model: the plan, and the files that its options name."""
+    digest = hashlib.sha256(dumps_plan(plan).encode())
+    for name, value in sorted(plan.options.items()):
+        status = Path(value).stat() if Path(value).is_file() else None
+        digest.update(f"{name} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
+
+
 def load_plan(file: str | os.PathLike[str]) -> Plan:
     """Read and check a plan.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,18 +22,20 @@ from acip_export.artifacts.names import (
     PLAN_FILE,
     WEIGHTS_FILE,
 )
-from acip_export.artifacts.plan import Plan, dumps_plan
+from acip_export.artifacts.plan import Plan, TensorDecision, dumps_plan, numbers_sha256
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.io.atomic import SafetensorsWriter, sha256_of
 from acip_export.io.frozen import thawed
 from acip_export.io.outputs import claim_output, sizes_below
 from acip_export.io.prefetch import one_ahead
 from acip_export.materialization.feedback_factors import FeedbackWriter
+from acip_export.materialization.plan_numbers import Stored
 from acip_export.materialization.planned_model import PlannedModel
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
 from acip_export.progress import Progress, ProgressCallback, silent
-from acip_export.rounding.quantizer import RoundTrip
+from acip_export.rounding.kept_roundings import KeptRoundings, roundings_beside
+from acip_export.rounding.quantizer import RoundTrip, origin_of
 from acip_export.version import __version__
 
 
@@ -45,11 +49,18 @@ def materialize_bundle(
     round_trip: RoundTrip | None = None,
     cache: Path | None = None,
     feedback_types: Collection[str] = (),
+    quantizer: str = "",
+    kept: KeptRoundings | None = None,
 ) -> Path:
     """Write the bundle of ``plan`` into the directory ``out``, whole or not at all.
 
+    Pairs and factors of error feedback that a killed run has made for it are not made again. Dense tensors are copied
+    again: what was kept of them would have to be read and compared just as they are.
+
     Args:
         round_trip, cache, feedback_types: as :class:`~acip_export.materialization.planned_model.PlannedModel`.
+        quantizer: name and version of ``round_trip``. kept: of an export that the bundle is written for; ``None``:
+            what a killed run has left beside ``out``.
 
     Raises:
         UsageError: ``out`` may not be written; see :func:`acip_export.io.outputs.claim_output`.
@@ -57,9 +68,14 @@ def materialize_bundle(
         CheckpointError: a weight is damaged or not finite.
     """
     output = claim_output(out, BUNDLE_KIND, force, (scores.file, cache, *plan.options.values()), checkpoint.path)
-    numbers = PlannedModel(checkpoint, scores, plan, round_trip, cache, feedback_types).numbers
-    importance: dict[str, Tensor] = {}
-    with output.new_directory() as directory:
+    origin = origin_of([quantizer], scores.sha256, numbers_sha256(plan))
+    with (
+        output.held(),
+        roundings_beside(output.place, origin) if kept is None else nullcontext(kept) as parts,
+        output.new_directory() as directory,
+    ):
+        model = PlannedModel(checkpoint, scores, plan, round_trip, cache, feedback_types, kept=parts)
+        numbers, importance = model.numbers, dict[str, Tensor]()
         declared = {
             name: (numbers.dtype(decision), shape)
             for decision in plan.tensors
@@ -69,11 +85,11 @@ def materialize_bundle(
             SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer,
             FeedbackWriter(directory / FEEDBACK_FILE, plan, numbers.matrices) as feedback_writer,
         ):
-            for index, (decision, made) in enumerate(one_ahead(numbers.make, plan.tensors)):
+            for index, (decision, made) in enumerate(one_ahead(partial(_stored, model), plan.tensors)):
                 for name, tensor in made.numbers.items():
                     writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
                 importance |= made.importance
-                feedback_writer.write(decision, numbers.feedback)
+                feedback_writer.write(decision, model)
                 progress(Progress("materialize", index + 1, len(plan.tensors), decision.name))
         checkpoint.check_unchanged()
         _save_importance(importance, directory / IMPORTANCE_FILE)
@@ -97,6 +113,13 @@ def materialize_bundle(
         )
         (directory / MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
     return out
+
+
+def _stored(model: PlannedModel, decision: TensorDecision) -> Stored:
+    names = list(stored_of(decision))
+    numbers = {name: model.read(name) for name in names}
+    known = ((name, model.importance(name)) for name in names)
+    return Stored(numbers, {name: importance for name, importance in known if importance is not None})
 
 
 def source_dtype(checkpoint: Checkpoint) -> str:

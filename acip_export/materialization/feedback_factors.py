@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from acip_export.artifacts.bundle import FEEDBACK_PARTS
-from acip_export.artifacts.materialized import stored_formats, stored_of
+from acip_export.artifacts.materialized import MaterializedModel, stored_formats, stored_of
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import ScoreFileError
@@ -130,17 +130,17 @@ class FeedbackWriter:
     def sha256(self) -> str | None:
         return None if self._writer is None else self._writer.sha256
 
-    def write(self, decision: TensorDecision, factors: FeedbackFactors) -> None:
+    def write(self, decision: TensorDecision, model: MaterializedModel) -> None:
         """Write the factor of a decision's input, if it is the first that needs it.
 
         Raises:
             ScoreFileError: it is of another size.
         """
-        key = next((self._matrices[name] for name in stored_formats(decision) if name in self._matrices), None)
-        if key is None or key not in self._pending:
+        name = next((name for name in stored_formats(decision) if name in self._matrices), None)
+        if name is None or self._matrices[name] not in self._pending:
             return
-        assert self._writer is not None
-        factor = factors.fitting(key, decision.name, decision.shape[1])
+        key, factor = self._matrices[name], model.feedback(name)
+        assert self._writer is not None and factor is not None
         del self._pending[key]
         for part in FEEDBACK_PARTS:
             self._writer.write(f"{key}/{part}", getattr(factor, part).tobytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Lock
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from acip_export.artifacts.materialized import MaterializedModel, check_context, stored_of
-from acip_export.artifacts.plan import Plan, TensorDecision, plan_sha256
+from acip_export.artifacts.plan import Plan, TensorDecision, numbers_sha256
 from acip_export.artifacts.scores import ScoreFile, check_weights
 from acip_export.artifacts.tuned import Tuned
 from acip_export.errors import CheckpointError, PlanFileError
@@ -71,7 +71,7 @@ class PlannedModel(MaterializedModel):
         check_weights(scores, checkpoint)
         self.checkpoint, self.scores = checkpoint, scores
         self._lock = Lock()
-        self._store: ArrayStore | None = scratch if kept is None else kept.parts(plan_sha256(plan))
+        self._store: ArrayStore | None = scratch if kept is None else kept.parts(numbers_sha256(plan))
         self.numbers = PlanNumbers(
             checkpoint, scores, plan, round_trip, FactorCache(cache), feedback_types, store=self._store
         )
@@ -115,17 +115,23 @@ class PlannedModel(MaterializedModel):
     def feedback(self, name: str) -> FeedbackFactor | None:
         """See :class:`MaterializedModel`; raises ScoreFileError for moments that have no factor."""
         key = self.numbers.matrices.get(name)
-        return None if key is None else self.numbers.feedback.fitting(key, name, self._shapes[name][-1])
+        if key is None:
+            return None
+        with self._timed():
+            return self.numbers.feedback.fitting(key, name, self._shapes[name][-1])
 
     def gains(self, name: str) -> Tensor | None:
         """See :class:`MaterializedModel`."""
         return self._gains.get(name)
 
+    def _timed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.kept is None else self.kept.timed()
+
     def _kept_part(self, store: ArrayStore, decision: TensorDecision, name: str) -> Tensor:
         """Read a part of a pair, of which all are made for the first that is asked for."""
         with self._lock:
             if name not in store:
-                with nullcontext() if self.kept is None else self.kept.timed():
+                with self._timed():
                     made = self.numbers.make(decision)
                 for part, tensor in made.numbers.items():
                     store.write(part, tensor.numpy())

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import OutputError
-from acip_export.io.atomic import new_file, remove_directory
+from acip_export.io.atomic import keep, new_file, remove_directory
 from acip_export.io.kept_until_done import bytes_in, kept_if_interrupted, own_directory, worth_keeping
 from acip_export.units import format_bytes
 
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 # Rows whose float32 copy is hashed at once.
 _ROWS = 512
+_PIECES = (".npz", ".finished")
 # What np.savez calls the first array.
 _FIRST = "arr_0"
 
@@ -88,6 +89,19 @@ class KeptRoundings:
     def state(self, name: str, sha256: str) -> Path:
         """Return the file in which a run that takes long keeps how far it is with a plan."""
         return self.directory / f"{name}-{sha256}.safetensors"
+
+    def finished(self, what: str) -> str:
+        """Return what :meth:`finish` has noted; empty: nothing."""
+        with suppress(OSError, ValueError):
+            return self._note(what).read_text(encoding="utf-8")
+        return ""
+
+    def finish(self, what: str, sha256: str) -> None:
+        """Note that something lies in its place, beside these files, and what tells it apart."""
+        keep(self._note(what), sha256.encode(), "it is made")
+
+    def _note(self, what: str) -> Path:
+        return self.directory / f"{hashlib.blake2b(what.encode(), digest_size=20).hexdigest()}.finished"
 
     def parts(self, sha256: str) -> KeptParts:
         """Return what is kept of a plan beside its roundings."""
@@ -156,7 +170,7 @@ def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:
     kept = KeptRoundings(directory)
     with kept_if_interrupted(directory, "what is rounded", lambda: earlier > 0 or worth_keeping(kept.seconds)):
         if own_directory(directory, origin):
-            earlier = len(list(directory.rglob("*.npz")))
+            earlier = sum(file.suffix in _PIECES for file in directory.rglob("[!.]*"))
         if earlier:
             size = format_bytes(bytes_in(directory))
             logger.warning("going on with what an earlier run has rounded: %d pieces, %s", earlier, size)

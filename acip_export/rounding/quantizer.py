@@ -6,8 +6,11 @@ reference that exports are compared with), and it is the very code that writes t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
+
+from acip_export.version import made_by
 
 if TYPE_CHECKING:
     import torch
@@ -57,3 +60,13 @@ class RoundTrip(Protocol):
             MissingExtraError: the quantizer is not installed.
         """
         ...
+
+
+def origin_of(quantizers: Sequence[str], scores_sha256: str, plan: str = "") -> str:
+    """Return all that roundings follow from.
+
+    Args:
+        quantizers: of the plans' formats, names and versions. plan: what tells it apart; empty: several share them.
+    """
+    origin = f"{made_by(*quantizers, f'feedback {FEEDBACK_VERSION}')}\nscores {scores_sha256}\n"
+    return f"{origin}plan {plan}\n" if plan else origin

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from acip_export.artifacts.plan import decode_plan, load_plan, save_plan
+from acip_export.artifacts.plan import decode_plan, load_plan, numbers_sha256, save_plan
 from acip_export.errors import PlanFileError
 from tests.artifacts.examples import PLAN
 
@@ -121,6 +121,18 @@ def test_well_typed_and_wrong(case: str) -> None:
 def test_names_that_no_file_of_an_export_has(name: str) -> None:
     with pytest.raises(PlanFileError, match=r"\$.files: .* is no name of a file"):
         decode_plan(edited(file_named(name)), "plan.json")
+
+
+def test_numbers_follow_from_files_that_options_name(tmp_path: Path) -> None:
+    file = tmp_path / "importance.gguf"
+    file.write_bytes(b"one")
+    plan = dataclasses.replace(PLAN, options={**PLAN.options, "imatrix": str(file)})
+    assert numbers_sha256(plan) == numbers_sha256(plan) != numbers_sha256(PLAN)
+    before = numbers_sha256(plan)
+    file.write_bytes(b"other")
+    assert numbers_sha256(plan) != before
+    file.unlink()
+    assert numbers_sha256(plan) != before
 
 
 def test_versions_come_first() -> None:

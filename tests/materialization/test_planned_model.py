@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,15 @@ import torch
 from acip_export import api as pipeline
 from acip_export.api.export import planned_model
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.plan import Plan, plan_sha256
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.formats.registry import export_format
+from acip_export.io import kept_until_done
 from acip_export.io.scratch import Scratch
 from acip_export.lowrank.moments import PackedMoment
+from acip_export.materialization.plan_numbers import PlanNumbers
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.progress import Progress
 from acip_export.rounding.kept_roundings import KeptRoundings
 from tests.encoders import make_encoder
 from tests.materialization.moments import scores_with_moments
@@ -144,6 +148,111 @@ def test_every_tensor_and_what_is_known_of_its_inputs(
             if inputs.feedback is not None:
                 for part in ("order", "codes", "steps"):
                     assert (getattr(inputs.feedback, part) == getattr(known.feedback, part)).all()
+
+
+def stop_at(stage: str, count: int) -> Callable[[Progress], None]:
+    """Interrupt when so much of a stage is done."""
+
+    def callback(progress: Progress) -> None:
+        if progress.stage == stage and progress.done >= count:
+            raise KeyboardInterrupt
+
+    return callback
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Keep what takes no minute, and name what is made for bundles: pairs and factors of error feedback."""
+    monkeypatch.setattr(kept_until_done, "_WORTH_KEEPING", 0.0)
+    seen: list[str] = []
+    pair, factor = PlanNumbers._pair, PackedMoment.feedback_factor
+
+    def counted_pair(self: PlanNumbers, *arguments: Any) -> object:
+        seen.append("pair")
+        return pair(self, *arguments)
+
+    def counted_factor(self: PackedMoment, *arguments: Any) -> object:
+        seen.append("factor")
+        return factor(self, *arguments)
+
+    monkeypatch.setattr(PlanNumbers, "_pair", counted_pair)
+    monkeypatch.setattr(PackedMoment, "feedback_factor", counted_factor)
+    return seen
+
+
+def test_a_bundle_that_was_interrupted_goes_on(
+    made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path, counted: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, scores = made[True]
+    checkpoint, place = Checkpoint.open(model), tmp_path / "place"
+    plan = replace(make_plan(model, "gguf", "factored", mixed(("q4_0", "q8_0"))), rounding="feedback")
+    smaller = replace(plan, tensors=make_plan(model, "gguf", "factored", mixed(("q5_0", "q8_0"))).tensors)
+
+    def write(plan: Plan, progress: Callable[[Progress], None] = lambda _: None) -> None:
+        counted.clear()
+        pipeline.materialize_bundle(checkpoint, scores, plan, place / "b", progress=progress)
+
+    def interrupt() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            write(plan, stop_at("materialize", len(plan.tensors) // 2))
+        assert [entry.name for entry in place.iterdir()] == [".b.rounded"]
+        assert "the same command goes on" in caplog.text
+
+    expected = {}
+    for each in (plan, smaller):
+        whole = pipeline.materialize_bundle(checkpoint, scores, each, tmp_path / f"whole {each is plan}")
+        expected[plan_sha256(each)] = contents(whole)
+    pairs, factors = sum(decision.rank is not None for decision in plan.tensors), counted.count("factor") // 2
+    assert pairs > 3 and factors > 1
+    interrupt()
+    before = list(counted)
+    assert 0 < before.count("pair") < pairs
+    write(plan)
+    assert counted.count("pair") == pairs - before.count("pair")
+    assert counted.count("factor") == factors - before.count("factor")
+    assert contents(place) == {f"b/{name}": data for name, data in expected[plan_sha256(plan)].items()}
+    shutil.rmtree(place)
+    # What is left is of another plan.
+    interrupt()
+    write(smaller)
+    assert ".b.rounded is of another model, text or settings; it begins anew" in caplog.text
+    assert counted.count("pair") == pairs
+    assert contents(place) == {f"b/{name}": data for name, data in expected[plan_sha256(smaller)].items()}
+
+
+def test_an_export_goes_on_behind_its_bundle(
+    made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path, counted: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, scores = made[True]
+    plan = with_files(make_plan(model, "gguf", "factored", mixed(("q4_0", "q8_0"))), model, rounding="feedback")
+    directly(model, scores, plan, tmp_path / "direct")
+    place = tmp_path / "place"
+
+    def export(progress: Callable[[Progress], None], force: bool) -> None:
+        counted.clear()
+        pipeline.export_model(
+            Checkpoint.open(model), scores, plan, place / "e", force, False, progress=progress, keep_bundle=True
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        export(stop_at("convert", 1), False)
+    assert {entry.name for entry in place.iterdir()} == {".e.rounded", "e-bundle"}
+    before, stages = (place / "e-bundle").stat().st_ino, list[str]()
+    export(lambda progress: stages.append(progress.stage), True)
+    assert set(stages) == {"convert"} and not counted
+    assert (place / "e-bundle").stat().st_ino == before
+    assert {entry.name for entry in place.iterdir()} == {"e", "e-bundle"}
+    assert contents(place / "e") == contents(tmp_path / "direct")
+    # One that somebody has changed since is none.
+    shutil.rmtree(place)
+    with pytest.raises(KeyboardInterrupt):
+        export(stop_at("convert", 1), False)
+    weights = place / "e-bundle" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    export(lambda _: None, True)
+    assert "SHA-256 differs" in caplog.text and "it is written again" in caplog.text
+    assert contents(place / "e") == contents(tmp_path / "direct")
+    Bundle.open(place / "e-bundle", verify_hash=True)
 
 
 def test_only_pairs_are_kept_on_disk(made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path) -> None:
