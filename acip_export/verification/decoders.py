@@ -123,7 +123,8 @@ def verify_decoder(
         steps.begin(f"{session.runtime}, in a process of its own")
         count = min(_GREEDY_TOKENS, context - len(prompt))
         measure = partial(measure_process, session.module, session.name, export, timeout, prompt, count, STRINGS)
-        figures.append(unfinished.process(f"process {number + 1}", f"{stamp} {prompt} {count}", measure))
+        origin = f"{stamp} {prompt} {count}"
+        figures.append(unfinished.figures(f"process {number + 1}", origin, ProcessFigures, measure))
         steps.windows(_PROCESS_WINDOWS)
     measured_all(figures)
     continued = [np.array([*prompt, *measured.greedy], np.int64) for measured in figures]

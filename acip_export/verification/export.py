@@ -15,7 +15,7 @@ from pathlib import Path
 
 from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.names import PAPERS, PLAN_FILE, TUNED_FILE
-from acip_export.artifacts.plan import Plan, load_plan, plan_sha256
+from acip_export.artifacts.plan import Plan, load_plan, numbers_sha256
 from acip_export.artifacts.report import (
     FileReport,
     Memory,
@@ -145,23 +145,25 @@ def verify_export(
     encoder = model.as_checkpoint().encoder
     structure, differences = (None, []) if failures else check_structure(written_as, export, model)
     failures += differences
-    found = _Found()
+    found, task_figures = _Found(), None
 
     @functools.cache
     def hashes() -> Mapping[str, str]:
         return {name: sha256_of(export / name) for name in written_files(export, plan)}
 
-    if not failures and encoder is not None:
+    if not failures:
         with unfinished(export, _origin(export, model)) as kept:
-            found = _run_encoder(
-                written_as, export, model, encoder, text, dense, timeout, progress, kept, hashes, stop_over_budget
-            )
-    elif not failures:
-        with unfinished(export, _origin(export, model)) as kept:
-            found = _run(
-                written_as, export, model, text, dense, timeout, progress, cache, kept, hashes, stop_over_budget
-            )
-    failures += found.failures
+            if encoder is not None:
+                found = _run_encoder(
+                    written_as, export, model, encoder, text, dense, timeout, progress, kept, hashes, stop_over_budget
+                )
+            else:
+                found = _run(
+                    written_as, export, model, text, dense, timeout, progress, cache, kept, hashes, stop_over_budget
+                )
+            failures += found.failures
+            if tasks and not failures:
+                task_figures = evaluation.run_tasks(model, tasks, progress, kept)
     similarity = found.similarity
     return Report(
         export=export.name,
@@ -197,7 +199,7 @@ def verify_export(
         similarity=None if similarity is None else _finite(1 - similarity.mean_distance),
         similarity_spearman=None if similarity is None else _finite(similarity.spearman),
         similarity_error=None if similarity is None else _finite(similarity.mean_error),
-        tasks=evaluation.run_tasks(model, tasks, progress) if tasks and not failures else None,
+        tasks=task_figures,
     )
 
 
@@ -375,16 +377,12 @@ def _check_same_plan(export: Path, plan: Plan, model: MaterializedModel) -> None
 
 def _origin(export: Path, model: MaterializedModel) -> str:
     """All that measurements of a model follow from, its texts aside."""
-    tuned, options = export / TUNED_FILE, list[str]()
-    for name, value in sorted(model.plan.options.items()):
-        status = Path(value).stat() if Path(value).is_file() else None
-        options.append(f"{name} {value} {status and (status.st_size, status.st_mtime_ns)}")
+    tuned = export / TUNED_FILE
     return "\n".join(
         [
             made_by(f"feedback {FEEDBACK_VERSION}", str(_versions())),
-            f"plan {plan_sha256(model.plan)} {model.made_of}",
+            f"plan {numbers_sha256(model.plan)} {model.made_of}",
             f"tuned {sha256_of(tuned) if tuned.is_file() else None}",
-            *options,
         ]
     )
 

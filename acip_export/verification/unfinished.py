@@ -15,29 +15,32 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from acip_export.errors import InputError
 from acip_export.formats.session import Tokens
 from acip_export.io.atomic import keep
-from acip_export.io.inputs import builtins, read_json
+from acip_export.io.inputs import builtins, decode_json, read_json
 from acip_export.io.kept_states import KeptStates
 from acip_export.io.kept_until_done import kept_if_interrupted
-from acip_export.verification.process import ProcessFigures
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # What took fewer seconds is measured again.
 _WORTH_KEEPING = 2.0
 
 
 @dataclass(frozen=True)
-class _KeptFigures:
-    """Of a process. ``origin``: all that they follow from."""
+class _Kept:
+    """Figures, and ``origin``: all that they follow from."""
 
     origin: str
-    figures: ProcessFigures
+    figures: msgspec.Raw
 
 
 class Unfinished:
@@ -57,22 +60,26 @@ class Unfinished:
             logger.warning("%s: going on behind %s %d, from what an earlier run has kept", name, behind, kept.blocks)
         return kept
 
-    def process(self, name: str, origin: str, measure: Callable[[], ProcessFigures]) -> ProcessFigures:
-        """Return what a process took, measured unless an earlier run has."""
+    def figures(self, name: str, origin: str, kind: type[_T], measure: Callable[[], _T]) -> _T:
+        """Return what something measured gave, measured unless an earlier run has.
+
+        Args:
+            kind: of the figures, plain JSON.
+        """
         file = self._directory / f"{name}.json"
         follows = hashlib.sha256(f"{self._made_by}\n{origin}".encode()).hexdigest()
         if file.is_file():
             try:
-                kept = read_json(file, _KeptFigures, InputError)
+                kept = read_json(file, _Kept, InputError)
+                if kept.origin == follows:
+                    return decode_json(bytes(kept.figures), kind, str(file), InputError)
             except InputError as reason:  # a power cut may leave a file without its content
                 logger.warning("%s; it is measured again", reason)
-            else:
-                if kept.origin == follows:
-                    return kept.figures
         begin = time.monotonic()
         figures = measure()
         if time.monotonic() - begin >= _WORTH_KEEPING:
-            keep(file, json.dumps(builtins(_KeptFigures(follows, figures))).encode(), "it is measured")
+            data = json.dumps({"origin": follows, "figures": builtins(figures)}).encode()
+            keep(file, data, "it is measured")
         return figures
 
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from acip_export.api.verify import verify_directory
 from acip_export.artifacts.bundle import Bundle, load_bundle
+from acip_export.artifacts.report import Report
 from acip_export.errors import MissingExtraError, UsageError
 from acip_export.formats.registry import export_format
+from acip_export.progress import Progress
 from acip_export.text.packing import load_tokenizer
 from acip_export.verification import harness as evaluation
+from acip_export.verification import unfinished
 from acip_export.verification.export import verify_export
 from tests.verification.conftest import MakeExport
 
@@ -79,6 +86,52 @@ def test_a_local_task_gives_what_the_bundle_says(exported: MakeExport, task: Pat
     accuracy = found["tiny_choice"]["acc"]
     assert accuracy.value == sum(right) / len(right)
     assert accuracy.standard_error is not None
+
+
+@pytest.mark.slow
+@needs_harness
+def test_tasks_that_are_done_are_not_run_again(
+    exported: MakeExport, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verification that is interrupted goes on with the next task."""
+    import lm_eval
+
+    evaluate, ran = lm_eval.simple_evaluate, list[str]()
+
+    def counted(**arguments: Any) -> Any:
+        ran.extend(arguments["tasks"])
+        return evaluate(**arguments)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", counted)
+    monkeypatch.setattr(unfinished, "_WORTH_KEEPING", 0.0)
+    second = task.with_name("second.yaml")
+    second.write_text(task.read_text(encoding="utf-8").replace("tiny_choice", "second"), encoding="utf-8")
+    made, place = exported("gguf"), tmp_path / "place"
+    export = Path(shutil.copytree(made.export, place / "export"))
+
+    def verify(progress: Callable[[Progress], None] = lambda _: None) -> Report:
+        ran.clear()
+        tasks = [str(task), str(second)]
+        return verify_directory(export, str(made.model), None, made.bundle, None, tasks, progress=progress)
+
+    def stop(progress: Progress) -> None:
+        if progress.item.endswith(": second"):
+            raise KeyboardInterrupt
+
+    whole = verify()
+    assert ran == ["tiny_choice", "second"] and whole.tasks is not None and set(whole.tasks) == set(ran)
+    with pytest.raises(KeyboardInterrupt):
+        verify(stop)
+    assert ran == ["tiny_choice"]
+    assert verify().tasks == whole.tasks
+    assert ran == ["second"]
+    assert list(place.iterdir()) == [export]
+    # What a task is made of has changed.
+    with pytest.raises(KeyboardInterrupt):
+        verify(stop)
+    (tmp_path / "questions.json").write_text(json.dumps(QUESTIONS[:3]), encoding="utf-8")
+    assert verify().tasks is not None
+    assert ran == ["tiny_choice", "second"]
 
 
 @pytest.mark.slow
