@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.errors import CheckpointError
+from acip_export.io.kept_work import Work
 from acip_export.io.scratch import Scratch
 from acip_export.model.block_chain import Arguments, BlockChain
 from acip_export.model.checkpoint import Checkpoint
@@ -241,18 +242,23 @@ def slices(count: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def rows_kept(read: Rows, shape: tuple[int, int], contents: str) -> Rows:
-    """Make all rows of a matrix now, into a file without a name, and return what reads them: making takes longer.
+def rows_kept(read: Rows, shape: tuple[int, int], contents: str, work: Work | None = None) -> Rows:
+    """Make all rows of a matrix now, into a file, and return what reads them: making takes longer.
 
     Args:
         shape: of the matrix. contents: what it is, for messages.
+        work: has the file, perhaps with rows that were made before; ``None``: one without a name.
 
     Raises:
         OutputError: there is no room for it.
     """
-    scratch = Scratch(None, contents)
+    scratch = Scratch(None, contents) if work is None else work.scratch("rows")
     for part in slices(*shape):
-        scratch.write(str(part.start), read(part).numpy())
+        name = str(part.start)
+        if work is None or name not in work:
+            scratch.write(name, read(part).numpy())
+            if work is not None:
+                work.finish(name)
     return lambda rows: torch.from_numpy(scratch.read(str(rows.start)))
 
 

@@ -130,7 +130,7 @@ def verify_decoder(
     continued = [np.array([*prompt, *measured.greedy], np.int64) for measured in figures]
     steps.begin("bundle, block by block")
     passing = [*compared, *continued]
-    of_bundle = open_reference(model, written_as.round_trip).passed(
+    of_bundle = open_reference(model, written_as.round_trip, unfinished).passed(
         passing, steps.blocks(len(passing)), unfinished.states("bundle", digest_of(passing), "block")
     )
     of_dense = None

@@ -6,6 +6,7 @@ Every number is read or made (and rounded) once, however many windows there are.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from acip_export.artifacts.materialized import (
     stored_types,
     untrained,
 )
+from acip_export.errors import OutputError
 from acip_export.finite import is_finite
 from acip_export.formats.session import Logits, Tokens
 from acip_export.io.atomic import new_file
@@ -33,16 +35,21 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding.quantizer import RoundTrip
 from acip_export.verification.unfinished import Unfinished, digest_of
 
+logger = logging.getLogger(__name__)
+
 
 class StoredReference(StoredModel):
     """A materialized model with the numbers of its export.
 
     Args:
         round_trip: as :func:`acip_export.artifacts.materialized.load_materialized`.
+        unfinished: keeps a rounded head that is not whole.
     """
 
-    def __init__(self, model: MaterializedModel, round_trip: RoundTrip | None) -> None:
-        self.model, self.round_trip = model, round_trip
+    def __init__(
+        self, model: MaterializedModel, round_trip: RoundTrip | None, unfinished: Unfinished | None = None
+    ) -> None:
+        self.model, self.round_trip, self._unfinished = model, round_trip, unfinished
         self.types = stored_types(model.plan)
         self._rounded: dict[str, Rows] = {}
 
@@ -66,18 +73,30 @@ class StoredReference(StoredModel):
     def rows(self, name: str) -> Rows:
         """Round all rows now."""
         if name not in self._rounded:
-            count, width = self.model.shapes[name]
-            self._rounded[name] = rows_kept(super().rows(name), (count, width), "a rounded head")
+            self._rounded[name] = self._round(super().rows(name), self.model.shapes[name])
         return self._rounded[name]
+
+    def _round(self, rows: Rows, shape: tuple[int, ...]) -> Rows:
+        what, work = "a rounded head", None if self._unfinished is None else self._unfinished.work("rounded head")
+        count, width = shape
+        try:
+            return rows_kept(rows, (count, width), what, work)
+        except OutputError as reason:
+            if work is None:
+                raise
+            logger.warning("%s; a process that is killed rounds the head again", reason)
+        return rows_kept(rows, (count, width), what)
 
 
 def _nothing() -> None:
     pass
 
 
-def open_reference(model: MaterializedModel, round_trip: RoundTrip | None) -> Reference:
-    """Return the reference for a materialized model's export."""
-    return Reference(StoredReference(model, round_trip))
+def open_reference(
+    model: MaterializedModel, round_trip: RoundTrip | None, unfinished: Unfinished | None = None
+) -> Reference:
+    """Return the reference for a materialized model's export; ``unfinished`` keeps a rounded head."""
+    return Reference(StoredReference(model, round_trip, unfinished))
 
 
 def pass_dense(

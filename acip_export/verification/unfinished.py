@@ -1,8 +1,9 @@
 """What a verification that takes long keeps beside the export, so that it goes on where its process was killed.
 
 Passes through models are kept between two blocks, comparisons with a runtime between two windows, vectors of encoders
-between a few texts, and what a process took as a whole. The files say what they follow from, and what follows from
-something else is not read. All of them are gone when the export is verified.
+between a few texts, a rounded head between some rows, and what a process took, or a task gave, as a whole. The files
+say what they follow from, and what follows from something else is not read. All of them are gone when the export is
+verified.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from acip_export.errors import InputError
+from acip_export.errors import InputError, OutputError
 from acip_export.formats.session import Tokens
 from acip_export.io.atomic import keep
 from acip_export.io.inputs import builtins, decode_json, read_json
 from acip_export.io.kept_states import KeptStates
 from acip_export.io.kept_until_done import kept_if_interrupted
+from acip_export.io.kept_work import KeptWork, Work
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,17 @@ class Unfinished:
         if kept.blocks:
             logger.warning("%s: going on behind %s %d, from what an earlier run has kept", name, behind, kept.blocks)
         return kept
+
+    def work(self, name: str) -> Work | None:
+        """Return the steps of something that takes long, with those that are done; ``None`` where it has no place."""
+        try:
+            work = KeptWork(self._directory / name, self._made_by)
+        except OutputError as reason:
+            logger.warning("%s", reason)
+            return None
+        if work.earlier:
+            logger.warning("%s: going on behind step %d, from what an earlier run has kept", name, work.earlier)
+        return work
 
     def figures(self, name: str, origin: str, kind: type[_T], measure: Callable[[], _T]) -> _T:
         """Return what something measured gave, measured unless an earlier run has.

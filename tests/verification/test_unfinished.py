@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from acip_export import api as pipeline
 from acip_export.artifacts.report import Report
+from acip_export.model import block_model
 from acip_export.model.block_model import BlockModel
 from acip_export.progress import Progress
 from acip_export.verification import decoders, process
 from acip_export.verification import unfinished as keeping
+from acip_export.verification.reference import StoredReference
 from tests.verification.conftest import Made, MakeExport
 
 pytestmark = pytest.mark.usefixtures("kept_at_once")
@@ -119,6 +121,43 @@ def test_it_goes_on_where_it_was(made: Made, text: Path, counted: list[str], cap
     assert list(directory.parent.iterdir()) == [made.export]
 
 
+def test_a_head_is_rounded_on(
+    made: Made, text: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    verify = verification_of(made, text, counted)
+    read, pieces, stop = StoredReference.read, list[int](), 8
+    monkeypatch.setattr(block_model, "_SLICE", 1)
+    monkeypatch.setattr(block_model, "ROWS_AT_ONCE", 64)
+
+    def watched(self: StoredReference, name: str, rows: object = None) -> object:
+        if isinstance(rows, slice):
+            if len(pieces) == stop:
+                raise KeyboardInterrupt
+            pieces.append(rows.start)
+        return read(self, name, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StoredReference, "read", watched)
+    whole = verify()
+    assert pieces == list(range(0, 512, 64))
+    stop = 3
+    pieces.clear()
+    with pytest.raises(KeyboardInterrupt):
+        verify()
+    stop = 8
+    pieces.clear()
+    assert measured(verify()) == measured(whole)
+    assert pieces == list(range(3 * 64, 512, 64))
+    assert "rounded head: going on behind step 3" in caplog.text
+    # Where there is no place for it, it is rounded as before.
+    directory = made.export.parent / ".export.verification"
+    directory.mkdir()
+    (directory / "rounded head").write_text("")
+    pieces.clear()
+    assert measured(verify()) == measured(whole)
+    assert pieces == list(range(0, 512, 64))
+    assert list(directory.parent.iterdir()) == [made.export]
+
+
 def test_what_is_damaged_or_of_another_export_is_not_used(made: Made, text: Path, counted: list[str]) -> None:
     verify = verification_of(made, text, counted)
     whole = verify()
@@ -126,12 +165,12 @@ def test_what_is_damaged_or_of_another_export_is_not_used(made: Made, text: Path
     with pytest.raises(KeyboardInterrupt):
         verify(stop_at("logits", 3))
     directory = made.export.parent / ".export.verification"
-    left = {file: file.read_bytes() for file in directory.iterdir()}
-    assert len(left) == 3 + len(whole.runtimes)
+    left = {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    assert len(left) == 3 + len(whole.runtimes) + len(["origin", "journal", "rows"])
 
     def put_back(damage: Callable[[bytes], bytes] = lambda data: data) -> None:
-        directory.mkdir(exist_ok=True)
         for file, content in left.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(damage(content))
 
     for damage in (lambda data: data[:-7], lambda _: b"", lambda data: data[:-3] + b"\0" + data[-2:]):
