@@ -1,6 +1,6 @@
 """The chain of stages. What the command line does, as plain functions."""
 
-from acip_export.api.export import convert_bundle, export_model, materialize_bundle, shared_work
+from acip_export.api.export import convert_bundle, export_model, export_once, materialize_bundle, shared_work
 from acip_export.api.opening import open_model, open_scores
 from acip_export.api.plan import Known, plan_export, planned_sizes, planning_problem, sweep_document, sweep_sizes
 from acip_export.api.push import Publication, publication, push_export
@@ -17,6 +17,7 @@ __all__ = [
     "convert_bundle",
     "evaluation_text",
     "export_model",
+    "export_once",
     "materialize_bundle",
     "measure_rounding_errors",
     "open_model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import shlex
@@ -19,9 +20,9 @@ from acip_export.api.tuning import check_tuning, tuned_numbers
 from acip_export.artifacts.bundle import BUNDLE_KIND, Bundle, bundle_beside
 from acip_export.artifacts.export_directory import EXPORT_KIND, is_unverified, mark_unverified, settle_mark
 from acip_export.artifacts.materialized import MaterializedModel
-from acip_export.artifacts.names import MANIFEST_FILE, PLAN_FILE, SCORE_FILE_SUFFIX, TUNED_FILE
+from acip_export.artifacts.names import MANIFEST_FILE, PLAN_FILE, REPORT_FILE, SCORE_FILE_SUFFIX, TUNED_FILE
 from acip_export.artifacts.plan import Plan, dumps_plan, numbers_sha256
-from acip_export.artifacts.report import Report, save_report
+from acip_export.artifacts.report import Report, load_report, save_report
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.tuned import Tuned, save_tuned
 from acip_export.errors import (
@@ -288,10 +289,8 @@ def _bundle(
             return Bundle.open(out, verify_hash=True, kept=kept)
         except (BundleError, PlanFileError) as reason:
             logger.warning("%s; it is written again", reason)
-    before = kept.seconds
     materialize_bundle(checkpoint, scores, plan, out, force, progress, cache, kept)
-    kept.finish(what, sha256_of(manifest))
-    kept.seconds = max(kept.seconds, before + time.monotonic() - begin)
+    kept.finish(what, sha256_of(manifest), time.monotonic() - begin)
     return Bundle.open(out, kept=kept)
 
 
@@ -381,6 +380,42 @@ def _verify_command(export: Path, checkpoint: Checkpoint, scores: ScoreFile) -> 
     if scores.file is not None and list(checkpoint.path.glob(f"*{SCORE_FILE_SUFFIX}")) != [scores.file]:
         words += ["--scores", str(scores.file)]
     return shlex.join(words)
+
+
+def export_once(
+    kept: KeptRoundings | None, out: Path, plan: Plan, asked: Sequence[object], export: Callable[[], Report | None]
+) -> Report | None:
+    """Export one of several sizes, unless an earlier run of the same call has finished it, and nobody changed it since.
+
+    Args:
+        kept: of all sizes; ``None``: there is one. asked: of the export, beside its plan. export: makes it.
+
+    Returns:
+        What ``export`` does, or did.
+    """
+    if kept is None:
+        return export()
+    what = f"export {out.resolve()} {numbers_sha256(plan)} {asked}"
+    noted, begin = kept.finished(what), time.monotonic()
+    if noted and noted == _stamps(out) and not is_unverified(out):
+        report = load_report(out / REPORT_FILE) if (out / REPORT_FILE).is_file() else None
+        # A power cut leaves names and sizes.
+        if report is None or all(each.sha256 == sha256_of(out / each.name) for each in report.files):
+            logger.warning("%s was finished by an earlier run, and stays as it is", out)
+            return report
+    report = export()
+    kept.finish(what, _stamps(out), time.monotonic() - begin)
+    return report
+
+
+def _stamps(export: Path) -> str:
+    """Return what tells, without reading them, whether files of an export or of its bundle have changed."""
+    found = []
+    for place in (export, bundle_beside(export)):
+        for file in sorted(place.rglob("*")):
+            status = file.stat()
+            found.append((str(file), status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(str(found).encode()).hexdigest()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,7 +153,8 @@ def export(
 
             try:
                 with console.stage_progress(_course(checkpoint, plan.tune_seconds, verify, keep_bundle)) as progress:
-                    report = pipeline.export_model(
+                    export_job = partial(
+                        pipeline.export_model,
                         checkpoint,
                         opened,
                         plan,
@@ -168,6 +170,8 @@ def export(
                         roundings=roundings,
                         keep_bundle=keep_bundle,
                     )
+                    asked = (verify, measured_on and measured_on.sha256, names(tasks), keep_bundle)
+                    report = pipeline.export_once(roundings, job.out, plan, asked, export_job)
             except VerificationError as error:
                 if not several:
                     raise

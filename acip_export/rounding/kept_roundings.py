@@ -96,8 +96,13 @@ class KeptRoundings:
             return self._note(what).read_text(encoding="utf-8")
         return ""
 
-    def finish(self, what: str, sha256: str) -> None:
-        """Note that something lies in its place, beside these files, and what tells it apart."""
+    def finish(self, what: str, sha256: str, seconds: float) -> None:
+        """Note that something lies in its place, beside these files.
+
+        Args:
+            sha256: what tells whether it has changed since. seconds: that it took.
+        """
+        self.seconds += seconds  # some of them were counted already
         keep(self._note(what), sha256.encode(), "it is made")
 
     def _note(self, what: str) -> Path:

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
+from acip_export import api as pipeline
 from acip_export.artifacts.names import COMPARISON_FILE
-from acip_export.artifacts.plan import load_plan
+from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import load_report
+from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import UsageError
+from acip_export.io import kept_until_done
+from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import problem
 from acip_export.planning.candidates import build_candidates
 from acip_export.units import parse_budgets
@@ -81,6 +85,45 @@ def test_one_export_a_budget(here: Path, run: Run, monkeypatch: pytest.MonkeyPat
     alone = run(*PLAN, "--budget", "5MB", "-o", "alone", "--no-verify")
     assert alone.code == 0, alone.err
     assert (here / "alone" / "model.gguf").read_bytes() == (here / "sizes" / names[2] / "model.gguf").read_bytes()
+
+
+@pytest.mark.slow
+def test_those_that_are_finished_stay(
+    here: Path, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A call that is interrupted goes on with the exports that are not finished."""
+    monkeypatch.setattr(kept_until_done, "_WORTH_KEEPING", 0.0)
+    export, made, stop = pipeline.export_model, list[int](), 2
+
+    def watched(checkpoint: Checkpoint, scores: ScoreFile, plan: Plan, *given: Any, **named: Any) -> Any:
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        made.append(plan.budget_bytes)
+        return export(checkpoint, scores, plan, *given, **named)
+
+    monkeypatch.setattr(pipeline, "export_model", watched)
+    ask = (*PLAN, *LADDER, "-o", "sizes")
+    budgets = [3_500_000, 4_183_300, 5_000_000]
+    assert run(*ask).code == 130
+    assert made == budgets[:2]
+    names = ["gguf-3.5MB", "gguf-4.18MB"]
+    assert {each.name for each in (here / "sizes").iterdir()} == {*names, ".shared.rounded"}
+    # One of them is changed.
+    (here / "sizes" / names[0] / "README.md").unlink()
+    before = (here / "sizes" / names[1]).stat().st_ino
+    stop = 3
+    made.clear()
+    done = run(*ask, "--force", "--json")
+    assert done.code == 0, done.err
+    assert "gguf-4.18MB was finished by an earlier run" in caplog.text
+    assert made == [budgets[0], budgets[2]]
+    assert (here / "sizes" / names[1]).stat().st_ino == before
+    assert [each["report"]["passed"] for each in json.loads(done.out)] == [True] * 3
+    assert {each.name for each in (here / "sizes").iterdir()} == {*names, "gguf-5MB", COMPARISON_FILE}
+    # What is asked for again is made again.
+    made.clear()
+    assert run(*ask, "--force").code == 0
+    assert made == budgets
 
 
 def test_the_table_and_what_is_refused(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
