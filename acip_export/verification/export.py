@@ -322,26 +322,29 @@ def _memory_report(
 ) -> MemoryReport | None:
     if memory is None:
         return None
-    uncounted = uncounted_bytes(written_as, plan, checkpoint, runtime)
-    more = thread_bytes(written_as, checkpoint, runtime, processors())
-    within = None
-    if _bounds_memory(plan):
-        within = _beyond(plan, memory, uncounted, more) <= 0
+    uncounted, more = _beside_plan(written_as, plan, checkpoint, runtime)
+    beyond = _beyond(plan, memory, uncounted, more)
     return MemoryReport(
         **dataclasses.asdict(memory),
         predicted_bytes=plan.memory_bytes + uncounted + more,
         predicted_anonymous_bytes=anonymous_bytes(written_as, plan, checkpoint, runtime) + more,
-        within_budget=within,
+        within_budget=None if beyond is None else beyond <= 0,
     )
 
 
-def _bounds_memory(plan: Plan) -> bool:
-    """Whether what a process on this machine takes says anything about the budget."""
-    return plan.budget_scope != "file" and plan.serving.backend == DEFAULT_BACKEND
+def _beside_plan(written_as: ExportFormat, plan: Plan, checkpoint: Checkpoint, runtime: str) -> tuple[int, int]:
+    """Bytes of a runtime's process that the plan does not count: the runtime's own, and what is of this machine."""
+    uncounted = uncounted_bytes(written_as, plan, checkpoint, runtime)
+    return uncounted, thread_bytes(written_as, checkpoint, runtime, processors())
 
 
-def _beyond(plan: Plan, memory: Memory, uncounted: int, more: int) -> int:
-    """Bytes that a process took above the budget, of those that its scope covers; ``more``: what is of this machine."""
+def _beyond(plan: Plan, memory: Memory, uncounted: int, more: int) -> int | None:
+    """Bytes that a process took above the budget, of those that its scope covers; see :func:`_beside_plan`.
+
+    ``None``: what a process on this machine takes says nothing about the budget.
+    """
+    if plan.budget_scope == "file" or plan.serving.backend != DEFAULT_BACKEND:
+        return None
     if plan.budget_scope == "anonymous":
         return memory.allocated_bytes - more - plan.budget_bytes
     uncovered = uncounted if plan.budget_scope == "memory" else 0
@@ -352,22 +355,16 @@ def _stop_over_budget(written_as: ExportFormat, model: MaterializedModel, measur
     """Raises OverBudget, of the runtime that took the most beyond it."""
     plan, checkpoint = model.plan, model.as_checkpoint()
     sessions = written_as.sessions if plan.task == "causal" else (written_as.encoder_session,)
-    over = [
-        (
-            _beyond(
-                plan,
-                figures.memory,
-                uncounted_bytes(written_as, plan, checkpoint, session.runtime),
-                thread_bytes(written_as, checkpoint, session.runtime, processors()),
-            ),
-            figures.runtime,
-        )
-        for session, figures in zip(sessions, measured, strict=True)
-        if session is not None and figures.memory is not None and _bounds_memory(plan)
-    ]
-    beyond, runtime = max(over, default=(0, ""))
-    if beyond > 0:
-        raise OverBudget(runtime, beyond)
+    most, of_most = 0, ""
+    for session, figures in zip(sessions, measured, strict=True):
+        if session is None or figures.memory is None:
+            continue
+        beside = _beside_plan(written_as, plan, checkpoint, session.runtime)
+        beyond = _beyond(plan, figures.memory, *beside)
+        if beyond is not None and beyond > most:
+            most, of_most = beyond, figures.runtime
+    if most:
+        raise OverBudget(of_most, most)
 
 
 def _check_same_plan(export: Path, plan: Plan, model: MaterializedModel) -> None:
