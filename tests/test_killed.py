@@ -245,6 +245,17 @@ def test_an_export_with_its_bundle(server: Server, measured: Path, tmp_path: Pat
     survives(Stage(_empty, arguments, "out", _whole_export, _files), server, tmp_path, 8)
 
 
+def test_several_budgets(server: Server, measured: Path, tmp_path: Path) -> None:
+    """What was finished stays, and nothing of it is left out."""
+    command = (*_export(measured, "gguf"), "--budget", "320kB", "--no-verify", "-o", "sizes")
+
+    def arguments(place: Path) -> Sequence[object]:
+        return (*command, *_force(place / "sizes"))
+
+    first = "sizes/gguf-300kB"
+    survives(Stage(_empty, arguments, first, _whole_export, _files), server, tmp_path, 9)
+
+
 def test_a_verification(server: Server, measured: Path, text: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     made.mkdir()

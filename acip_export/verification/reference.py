@@ -84,7 +84,9 @@ class StoredReference(StoredModel):
         except OutputError as reason:
             if work is None:
                 raise
-            logger.warning("%s; a process that is killed rounds the head again", reason)
+            logger.warning(
+                "%s is not kept (%s); a process that is killed starts again", what, reason.__cause__ or reason
+            )
         return rows_kept(rows, (count, width), what)
 
 

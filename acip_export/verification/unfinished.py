@@ -67,7 +67,9 @@ class Unfinished:
         try:
             work = KeptWork(self._directory / name, self._made_by)
         except OutputError as reason:
-            logger.warning("%s", reason)
+            logger.warning(
+                "%s is not kept (%s); a process that is killed starts again", name, reason.__cause__ or reason
+            )
             return None
         if work.earlier:
             logger.warning("%s: going on behind step %d, from what an earlier run has kept", name, work.earlier)
