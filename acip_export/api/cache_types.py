@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROMPT_BATCH = 128
+# Long windows: what a cache loses is lost over a context.
+_CONTEXT = 512
 _MOST_BITS = 16
 # Of a budget: from here on a cache of the default type is worth another choice where nobody made one. 8 bits give back
 # half of it or more; below, weights gain from that about what such a cache costs, and measuring takes a minute.
@@ -155,7 +157,7 @@ def measured_cache_losses(
     if not changes:
         return known
     try:
-        windows, text_sha256 = held_out_windows(checkpoint, scores, len(changes))
+        windows, text_sha256 = held_out_windows(checkpoint, scores, len(changes), least=_CONTEXT)
     except UnsupportedError as reason:
         raise UnsupportedError(f"--cache-type auto measures what each type costs: {reason}; name a type") from None
     length = windows.shape[1]

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # Of held-out text: the mean divergence of 1,024 tokens is within five per cent. Fewer for models and types that would
 # take more than so many operations, which are minutes on two cores.
 _WINDOW, _TOKENS, _LEAST_TOKENS = 512, 1024, 128
+# Of each window so many at least: one page loses half as much again as the next, so that more of them say more.
+_OF_A_WINDOW = 256
 _OPERATIONS = 4 * 10**13
 # Operations that take half a minute on two cores.
 _WORTH_SAYING = 2 * 10**12
@@ -131,11 +133,15 @@ def _announce(checkpoint: Checkpoint, passes: Sequence[ClassPass], space: Search
     )
 
 
-def held_out_windows(checkpoint: Checkpoint, scores: ScoreFile, passes: int) -> tuple[Tensor, str]:
+def held_out_windows(
+    checkpoint: Checkpoint, scores: ScoreFile, passes: int, least: int = _OF_A_WINDOW
+) -> tuple[Tensor, str]:
     """Return windows (n, tokens) of text that the ranking held out, as many as time allows, and the text's SHA-256.
 
+    They are spread over that text.
+
     Args:
-        passes: how often they go through the model.
+        passes: how often they go through the model. least: tokens of a window at least, where there are so many.
 
     Raises:
         UnsupportedError: they are not here, or nothing that they could go through.
@@ -152,8 +158,10 @@ def held_out_windows(checkpoint: Checkpoint, scores: ScoreFile, passes: int) -> 
     # Two operations a weight, of which a model has one for every two bytes or so.
     operations = checkpoint.weight_bytes * passes
     tokens = max(_LEAST_TOKENS, min(_TOKENS, _OPERATIONS // operations, text.windows.size))
-    length = min(tokens, text.windows.shape[1])
-    return torch.from_numpy(text.windows[: tokens // length, :length]), text.sha256
+    there, longest = text.windows.shape
+    count = min(there, max(1, tokens // min(least, longest)))
+    places = torch.arange(count) * there // count
+    return torch.from_numpy(text.windows)[places, : min(longest, tokens // count)], text.sha256
 
 
 def rounded_weights(checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace) -> RoundedWeights:

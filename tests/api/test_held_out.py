@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import acip_export
+from acip_export.api import calibration
 from acip_export.api.text import held_out_text
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
@@ -41,6 +42,20 @@ def test_it_is_the_end_of_the_text_which_nothing_was_calibrated_on(model: Path, 
     longer = held_out_text(checkpoint, scores, 2 * CONTEXT)
     assert longer is not None and longer.windows.shape[1] == 2 * CONTEXT
     assert np.array_equal(longer.windows.flatten(), held_out.numpy().flatten()[: longer.windows.size])
+
+
+def test_few_tokens_are_of_many_pages(model: Path, scores: ScoreFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(model)
+    monkeypatch.setattr(calibration, "_WINDOW", 8)
+    whole = held_out_text(checkpoint, scores, 8)
+    assert whole is not None
+    pages, long = whole.windows.shape
+    assert pages >= 8
+    monkeypatch.setattr(calibration, "_TOKENS", 2 * long)
+    monkeypatch.setattr(calibration, "_LEAST_TOKENS", 0)
+    for least, places in ((long, [0, pages // 2]), (long // 2, [0, pages // 4, pages // 2, pages * 3 // 4])):
+        windows, sha256 = calibration.held_out_windows(checkpoint, scores, 1, least)
+        assert np.array_equal(windows, whole.windows[places, :least]) and sha256 == whole.sha256
 
 
 def test_a_text_of_its_own_is_found(model: Path, text: Path, tmp_path: Path) -> None:
