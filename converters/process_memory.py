@@ -25,6 +25,7 @@ class RuntimeBase:
         layer: bytes that the graph of one layer takes: its nodes, their names, the plan of running them.
         token, merge: bytes that the tokenizer keeps for each token and each merge.
         thread: bytes that a thread takes, up to; two are in ``library`` and ``heap``.
+        holes: as those of :class:`~acip_export.formats.protocol.ProcessBase`.
         building: share of that which building the tokenizer takes besides, and frees.
     """
 
@@ -37,6 +38,7 @@ class RuntimeBase:
     layer: int = 0
     layer_heap: int = 0
     thread: int = 0
+    holes: bool = False
 
     def of(self, checkpoint: Checkpoint) -> ProcessBase:
         """Return what the runtime holds for one model."""
@@ -44,4 +46,5 @@ class RuntimeBase:
         tokenizer = self.token * max(size.tokens, checkpoint.shape.vocabulary) + self.merge * size.merges
         library = self.library + self.layer * checkpoint.shape.layers
         heap = min(library, self.heap + self.layer_heap * checkpoint.shape.layers)
-        return ProcessBase(library, tokenizer, tokenizer + math.ceil(self.building * tokenizer), heap, self.thread)
+        building = tokenizer + math.ceil(self.building * tokenizer)
+        return ProcessBase(library, tokenizer, building, heap, self.thread, self.holes)

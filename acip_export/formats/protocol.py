@@ -148,12 +148,34 @@ class RunCommand:
 
 
 @dataclass(frozen=True)
+class Hole:
+    """Bytes that a process has let go of and still holds, where the weights have made room for them on the heap.
+
+    Attributes:
+        nbytes: 0 where there is none, whatever the weights.
+        least: the smallest :attr:`TensorMemory.heap_block` that makes it.
+    """
+
+    nbytes: int = 0
+    least: int = 0
+
+    def left_by(self, heap_block: int) -> int:
+        """Return its bytes where ``heap_block`` is the largest of all tensors."""
+        return self.nbytes if heap_block >= self.least else 0
+
+
+@dataclass(frozen=True)
 class ServingMemory:
-    """Bytes that a runtime holds beside the weights for one sequence of the whole context."""
+    """Bytes that a runtime holds beside the weights for one sequence of the whole context.
+
+    Attributes:
+        hole: depends on the weights as well, and is not in the total.
+    """
 
     kv_cache: int
     compute: int
     output: int
+    hole: Hole = Hole()
 
     @property
     def total(self) -> int:
@@ -168,11 +190,14 @@ class TensorMemory:
         kept: for as long as the model is loaded.
         once: held once, for the tensor that needs most of it.
         loading: held once while loading, for the tensor that needs most of it.
+        heap_block: the largest block that loading gives back to the heap: later ones up to its size are made there, and
+            not in memory of their own, which would go back to the system as a whole.
     """
 
     kept: int = 0
     once: int = 0
     loading: int = 0
+    heap_block: int = 0
 
 
 # Threads of a runtime whose memory plans count.
@@ -189,6 +214,7 @@ class ProcessBase:
         heap: of ``library`` what the system cannot drop: all but code and constants, which it can read again.
         thread: what each thread beyond :data:`COUNTED_THREADS` takes, of both. No plan counts it, which does not know
             how many there will be; where a process is measured, that is known.
+        holes: whether it leaves a :class:`Hole`.
     """
 
     library: int
@@ -196,6 +222,7 @@ class ProcessBase:
     building: int
     heap: int
     thread: int = 0
+    holes: bool = False
 
     @property
     def total(self) -> int:

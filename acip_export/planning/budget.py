@@ -76,6 +76,6 @@ def _prompt_batch(budget: Budget, memory: ModelMemory, longest: Serving) -> int:
     room = budget.nbytes - own.get(budget.scope, 0)
     for batch in batches:
         buffers = memory.serving(replace(longest, prompt_batch=batch))
-        if buffers.compute + buffers.output <= room // 8:
+        if buffers.compute + buffers.output + buffers.hole.nbytes <= room // 8:
             return batch
     return batches[-1]

@@ -40,11 +40,13 @@ class CountedBytes:
         nbytes: what is there for as long as the model is loaded.
         once: what is held once for all tensors, for the one that needs most of it.
         loading: what is held once while loading, for the tensor that needs most of it.
+        heap_block: as that of :class:`~acip_export.formats.protocol.TensorMemory`.
     """
 
     nbytes: IntArray
     once: IntArray
     loading: IntArray
+    heap_block: IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,7 @@ class CandidateTable:
                 nbytes=np.array([tensor.kept for tensor in held], np.int64),
                 once=np.array([tensor.once for tensor in held], np.int64),
                 loading=np.array([tensor.loading for tensor in held], np.int64),
+                heap_block=np.array([tensor.heap_block for tensor in held], np.int64),
             )
         return self._held[key]
 
@@ -112,7 +115,7 @@ class Candidates:
         """Return the bytes that count."""
         stored = self.table.stored
         if counted == "files":
-            return CountedBytes(stored, np.zeros_like(stored), np.zeros_like(stored))
+            return CountedBytes(stored, *(np.zeros_like(stored) for _ in range(3)))
         held = self.table.held(format, counted, is_embedding(self.name), self.tied_head)
         return held if counted == "anonymous" else replace(held, nbytes=stored + held.nbytes)
 

@@ -16,10 +16,11 @@ from functools import cached_property
 import numpy as np
 
 from acip_export.artifacts.plan import Serving, TensorDecision
-from acip_export.formats.protocol import ExportFormat
+from acip_export.formats.protocol import ExportFormat, Hole
 from acip_export.planning.candidates import BoolArray, Candidates, Counted, FloatArray, IntArray
 from acip_export.planning.export_sizes import ExportSizes
 from acip_export.planning.knapsack import LOSS_QUANTUM, Allocation, Choices, Knapsack
+from acip_export.planning.memory import Running
 from acip_export.units import ceil_div
 
 # Marks are this share of the smallest plan apart: what they leave unspent is a thousandth of a per cent.
@@ -63,14 +64,16 @@ class Solution:
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that any chosen candidate holds once: ``once`` bytes always, ``loading`` while loading."""
+    """The most that any chosen candidate holds once: ``once`` bytes always, ``loading`` while loading; and the largest
+    block that loading may give back to the heap."""
 
     once: int
     loading: int
+    heap_block: int
 
-    def held(self, running: int) -> int:
-        """Return what a choice may hold once where ``running`` bytes of loading are used again."""
-        return self.once + max(0, self.loading - running)
+    def held(self, running: Running) -> int:
+        """Return what a choice may hold once where what is ``running`` uses bytes of loading again."""
+        return self.once + sum(running.held(self.loading, self.heap_block))
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Table:
     Attributes:
         candidates: one entry for each tensor.
         groups: the choices of each tensor; their bytes include what files have around a pair.
-        once, loading: (n,) what each candidate holds once, one tensor after the other.
+        once, loading, heap_block: (n,) what each candidate holds once, or makes room for, one tensor after the other.
         counted: which of their bytes count.
     """
 
@@ -88,6 +91,7 @@ class Table:
     groups: tuple[Choices, ...]
     once: IntArray
     loading: IntArray
+    heap_block: IntArray
     counted: Counted
     _knapsacks: dict[Limit | None, Knapsack] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -120,7 +124,10 @@ class Table:
         loading = np.concatenate([each.loading for each in held])
         if counted != "files":
             loading = np.maximum(loading, building)
-        return cls(candidates, groups, np.concatenate([each.once for each in held]), loading, counted)
+        once, heap_block = (
+            np.concatenate(parts) for parts in zip(*((e.once, e.heap_block) for e in held), strict=True)
+        )
+        return cls(candidates, groups, once, loading, heap_block, counted)
 
     @cached_property
     def starts(self) -> IntArray:
@@ -148,17 +155,20 @@ class Table:
         assert least is not None  # the smallest candidates add up to it
         return least
 
-    def peak(self, chosen: Sequence[int], running: int) -> int:
-        """Return what a choice holds once: ``running`` bytes of loading are used again by what comes after it."""
+    def peak(self, chosen: Sequence[int], running: Running) -> int:
+        """Return what a choice holds once: what is ``running`` uses bytes of loading again."""
         at = self.starts + np.array(chosen)
-        return Limit(int(self.once[at].max()), int(self.loading[at].max())).held(running)
+        return Limit(*(int(held[at].max()) for held in (self.once, self.loading, self.heap_block))).held(running)
 
-    def limits(self, running: int) -> list[Limit | None]:
+    def limits(self, running: Running) -> list[Limit | None]:
         """Return limits that choices may be held to; only ``None`` where nothing is held once."""
-        if not self.once.any() and not (self.loading > running).any():
+        blocks = [int(self.heap_block.max())]
+        if running.hole.left_by(blocks[0]):
+            blocks.insert(0, running.hole.least - 1)
+        if not self.once.any() and not (self.loading > running.nbytes).any() and len(blocks) == 1:
             return [None]
-        once, loading = _levels(self.once, self.starts, 0), _levels(self.loading, self.starts, running)
-        limits = [Limit(a, b) for a in once for b in loading]
+        once, loading = _levels(self.once, self.starts, 0), _levels(self.loading, self.starts, running.nbytes)
+        limits = [Limit(a, b, c) for a in once for b in loading for c in blocks]
         return [limit for limit in limits if np.logical_or.reduceat(self._within(limit), self.starts).all()]
 
     def knapsack(self, limit: Limit | None) -> Knapsack:
@@ -173,7 +183,7 @@ class Table:
         loss = self.loss if limit is None else np.where(self._within(limit), self.loss, np.inf)
         return float(np.minimum.reduceat(loss, self.starts).sum())
 
-    def bounds(self, limits: Sequence[Limit | None], room: int, running: int) -> list[float]:
+    def bounds(self, limits: Sequence[Limit | None], room: int, running: Running) -> list[float]:
         """Bound the loss of every choice that keeps within each limit and, with what it holds once, within ``room``,
         from below."""
         price = self.knapsack(None).price(room - min(_held(limit, running) for limit in limits))
@@ -187,7 +197,7 @@ class Table:
         return bounds
 
     def _within(self, limit: Limit) -> BoolArray:
-        return (self.once <= limit.once) & (self.loading <= limit.loading)
+        return (self.once <= limit.once) & (self.loading <= limit.loading) & (self.heap_block <= limit.heap_block)
 
 
 def _levels(held: IntArray, starts: IntArray, ignored: int) -> list[int]:
@@ -198,7 +208,7 @@ def _levels(held: IntArray, starts: IntArray, ignored: int) -> list[int]:
     return thinned if thinned[-1] == levels[-1] else [*thinned, levels[-1]]
 
 
-def _held(limit: Limit | None, running: int) -> int:
+def _held(limit: Limit | None, running: Running) -> int:
     return 0 if limit is None else limit.held(running)
 
 
@@ -214,9 +224,9 @@ class Search:
     serving: Serving
 
     @cached_property
-    def running(self) -> int:
-        """Bytes of loading that what comes after it uses again, see :meth:`Table.peak`."""
-        return self.sizes.memory.running(self.serving)
+    def running(self) -> Running:
+        """What comes after loading, see :meth:`Table.peak`; of budgets of files nothing."""
+        return Running(0, Hole()) if self.table.counted == "files" else self.sizes.memory.running(self.serving)
 
     @cached_property
     def smallest(self) -> Solution:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from acip_export.artifacts.plan import BudgetScope, Plan, Serving, TensorDecision
-from acip_export.formats.protocol import COUNTED_THREADS, ExportFormat, ProcessBase, ServingMemory, TensorMemory
+from acip_export.formats.protocol import COUNTED_THREADS, ExportFormat, Hole, ProcessBase, ServingMemory, TensorMemory
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import is_embedding
 
@@ -19,15 +19,38 @@ class HeldBytes:
         kept: as long as the model is loaded.
         loading: what loading takes beyond what running takes: a matrix is there twice while it is repacked, before
             caches, buffers and tokenizer are; then the tokenizer is built, before caches and buffers are.
+        hole: what buffers leave behind where they lie on the heap, as the weights decide.
     """
 
     kept: int
     loading: int
+    hole: int
 
     @property
     def total(self) -> int:
-        """Bytes of both."""
-        return self.kept + self.loading
+        """Bytes of all three."""
+        return self.kept + self.loading + self.hole
+
+
+@dataclass(frozen=True)
+class Running:
+    """What is made after loading, in the bytes that loading leaves free.
+
+    Attributes:
+        nbytes: whatever is chosen. hole: as what is chosen decides.
+    """
+
+    nbytes: int
+    hole: Hole
+
+    def held(self, loading: int, heap_block: int) -> tuple[int, int]:
+        """Return what loading takes beyond all of it, and the bytes of the hole.
+
+        Args:
+            loading, heap_block: the largest of any tensor.
+        """
+        hole = self.hole.left_by(heap_block)
+        return max(0, loading - self.nbytes - hole), hole
 
 
 @dataclass(frozen=True)
@@ -51,9 +74,10 @@ class ModelMemory:
         """Return the bytes of KV cache, compute and output buffers."""
         return self.format.memory.serving(self.checkpoint.shape, serving)
 
-    def running(self, serving: Serving) -> int:
+    def running(self, serving: Serving) -> Running:
         """Return what is made after loading, in the bytes that loading leaves free."""
-        return self.serving(serving).total + self.base.tokenizer
+        memory = self.serving(serving)
+        return Running(memory.total + self.base.tokenizer, memory.hole if self.base.holes else Hole())
 
     def fixed(self, scope: BudgetScope, serving: Serving) -> int:
         """Return the bytes of a budget that no choice of tensors changes."""
@@ -82,7 +106,7 @@ class ModelMemory:
         ]
         kept = sum(part.kept for part in parts) + max(part.once for part in parts)
         loading = max(*(part.loading for part in parts), self.base.building)
-        return HeldBytes(kept, max(0, loading - self.running(serving)))
+        return HeldBytes(kept, *self.running(serving).held(loading, max(part.heap_block for part in parts)))
 
     def breakdown(self, tensors: Sequence[TensorDecision], file_bytes: int, serving: Serving) -> dict[str, int]:
         """Return everything that the process holds, in bytes by purpose; docs/memory.md says how."""
@@ -95,7 +119,7 @@ class ModelMemory:
             "tokenizer_and_metadata": file_bytes - stored,
             "kv_cache": memory.kv_cache,
             "compute": memory.compute,
-            "output": memory.output,
+            "output": memory.output + held.hole,
             "runtime_library": self.base.library,
             "runtime_tokenizer": self.base.tokenizer,
         }
@@ -111,7 +135,7 @@ class ModelMemory:
             "tokenizer_and_metadata": 0,
             "kv_cache": memory.kv_cache,
             "compute": memory.compute,
-            "output": memory.output,
+            "output": memory.output + held.hole,
             "runtime_library": self.base.heap,
             "runtime_tokenizer": self.base.tokenizer,
         }
@@ -121,10 +145,10 @@ def uncounted_bytes(format: ExportFormat, plan: Plan, checkpoint: Checkpoint, pr
     """Return what a process of the runtime ``process`` holds beside the ``memory_bytes`` of ``plan``.
 
     Its library and tokenizer. One that has a smaller tokenizer than the runtime that was planned for has less to build
-    in what loading freed, so that more of that stays on top.
+    in what loading freed, so that more of that stays on top; it may leave no hole either.
     """
     planned, actual = ModelMemory.of(format, checkpoint), ModelMemory.of(format, checkpoint, process)
-    more = actual.held(plan.tensors, plan.serving).loading - planned.held(plan.tensors, plan.serving).loading
+    more = actual.held(plan.tensors, plan.serving).total - planned.held(plan.tensors, plan.serving).total
     return actual.base.total + more
 
 

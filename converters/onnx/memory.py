@@ -12,7 +12,7 @@ formats, block sizes, tied and untied heads, contexts and prompt batches); a tes
   graph has no node for it, :func:`plain_attention_bytes` is added.
 - The widest moment of a prompt batch is the gated FFN: gate, its sigmoid, their product and up. The logits of the whole
   batch are an output of the graph. The last batch of a prompt is shorter: its logits are made while those before are
-  held. Whether the memory of those goes back to the system then is glibc's to decide, see :func:`shorter_batch_bytes`.
+  held. Whether the memory of those goes back to the system then is glibc's to decide, see :func:`shorter_batch`.
 - Anonymous, so that the system cannot drop it, are the packed copies, the reshaped codes, caches, buffers and the heap.
   Original scales, and an embedding that is only looked up or is in floats, are read where the file is mapped.
 - While a matrix is packed, the file's pages of it are resident too. Packed in any order, so the largest one decides;
@@ -24,7 +24,7 @@ Measured on the processor. Graphs in float16, for graphics cards, are taken to h
 from __future__ import annotations
 
 from acip_export.artifacts.plan import Serving, TensorDecision
-from acip_export.formats.protocol import ProcessBase, ServingMemory, TensorMemory
+from acip_export.formats.protocol import Hole, ProcessBase, ServingMemory, TensorMemory
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
 from acip_export.units import ceil_div
@@ -50,6 +50,7 @@ RUNTIMES = {
         building=0.6,
         layer=150_000,
         layer_heap=150_000,
+        holes=True,
     ),
     "onnxruntime": RuntimeBase(
         "onnxruntime 1.31.1, Linux x86_64", 31_200_000, 9_300_000, 0, 0, layer=150_000, layer_heap=150_000
@@ -72,7 +73,7 @@ class OnnxMemory:
         if not shape.fused_attention:
             # A longer cache is made while the old one is there.
             compute += plain_attention_bytes(shape, serving) + kv_cache
-        return ServingMemory(kv_cache, compute, logit_bytes(shape, serving) + shorter_batch_bytes(shape, serving))
+        return ServingMemory(kv_cache, compute, logit_bytes(shape, serving), shorter_batch(shape, serving))
 
     def beside(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:
         """Return what onnxruntime packs of a tensor, and what packing takes."""
@@ -84,7 +85,8 @@ class OnnxMemory:
             kept += tied_bytes(*products[0])
         packed = tied_head or not embedding
         loading = max(loading_bytes(*product) for product in products) if packed else 0
-        return TensorMemory(kept, max(leftover_bytes(*product) for product in products), loading)
+        blocks = _heap_block(products) if packed else 0
+        return TensorMemory(kept, max(leftover_bytes(*product) for product in products), loading, blocks)
 
     def anonymous(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:
         """Return what onnxruntime packs or copies of a tensor; what it reads where the file is mapped is free."""
@@ -96,7 +98,8 @@ class OnnxMemory:
         kept = sum(copied_bytes(*product) for product in products)
         if tied_head and not products[0][2].is_float:
             kept += tied_bytes(*products[0])
-        return TensorMemory(kept, max(leftover_bytes(*product) for product in products))
+        once = max(leftover_bytes(*product) for product in products)
+        return TensorMemory(kept, once, heap_block=_heap_block(products))
 
     def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
         """Return what the runtime holds whatever the plan."""
@@ -136,6 +139,11 @@ def loading_bytes(rows: int, columns: int, form: WeightType) -> int:
     return form.nbytes(rows, columns) - (0 if form.is_float else _blocks(rows, columns, form) * form.item_bytes)
 
 
+def given_back_bytes(rows: int, columns: int, form: WeightType) -> int:
+    """Bytes of the block that packing a matrix gives back to the heap: its codes; floats are mapped."""
+    return 0 if form.is_float else _blocks(rows, columns, form) * (form.block_bytes - form.item_bytes)
+
+
 def tied_bytes(rows: int, columns: int, form: WeightType) -> int:
     """What a head that is tied to an embedding of ``form`` costs beside :func:`packed_bytes`."""
     stored = form.nbytes(rows, columns)
@@ -170,22 +178,25 @@ def logit_bytes(shape: ModelShape, serving: Serving) -> int:
     return _item_bytes(serving) * min(serving.prompt_batch, serving.context) * shape.vocabulary
 
 
-def shorter_batch_bytes(shape: ModelShape, serving: Serving) -> int:
+def shorter_batch(shape: ModelShape, serving: Serving) -> Hole:
     """Logits of the longest last batch of a prompt, where those of the batch before leave a hole in the heap.
 
     onnxruntime-genai lets go of the ones before when it has made the others. A block of its own is gone then, and the
     others have not been written to yet. One on the heap lies below them and stays. glibc takes blocks from the heap
     that are no larger than one that was given back before: onnxruntime gives back the codes of every matrix that it
-    packs, of half a byte or one a number. An upper bound: which types a plan takes is not asked.
+    packs.
     """
     batch = min(serving.prompt_batch, serving.context)
     rest, largest = min(batch - 1, serving.context - batch), logit_bytes(shape, serving)
-    inputs = shape.hidden
-    outputs = (shape.vocabulary, shape.ffn, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim)
-    given_back = [rows * inputs // share for rows in outputs for share in (1, 2)]
-    if not any(largest <= nbytes <= _LARGEST_ON_HEAP for nbytes in given_back):
-        return 0
-    return _item_bytes(serving) * rest * shape.vocabulary
+    if largest > _LARGEST_ON_HEAP:
+        return Hole()
+    return Hole(_item_bytes(serving) * rest * shape.vocabulary, largest)
+
+
+def _heap_block(products: list[tuple[int, int, WeightType]]) -> int:
+    """Return the largest block that packing the matrices gives back to the heap, of those that glibc counts."""
+    given_back = [given_back_bytes(*product) for product in products]
+    return max((nbytes for nbytes in given_back if nbytes <= _LARGEST_ON_HEAP), default=0)
 
 
 def _item_bytes(serving: Serving) -> int:

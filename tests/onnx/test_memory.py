@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import RUNTIME_PARTS, Serving, save_plan
+from acip_export.artifacts.plan import RUNTIME_PARTS, Serving, TensorDecision, save_plan
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
@@ -23,7 +23,6 @@ from converters.onnx.memory import (
     leftover_bytes,
     logit_bytes,
     packed_bytes,
-    shorter_batch_bytes,
     tied_bytes,
 )
 from tests.support import dense, make_bundle, make_model, make_plan
@@ -166,32 +165,45 @@ def test_caches_in_a_long_context_take_what_is_planned(tmp_path: Path) -> None:
 
 
 def test_a_shorter_batch_is_counted_where_the_one_before_leaves_a_hole() -> None:
-    """As measured at 135 million parameters: 25.2 MB of logits beside a head of 28.3 MB leave one, 31.5 MB do not."""
+    """As measured at 135 million parameters: 25.2 MB of logits beside a head of 28.3 MB leave one, beside one of
+    14.2 MB or 37.7 MB they do not."""
     shape = ModelShape("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, tied_embeddings=True)
     row = 4 * shape.vocabulary
-    assert shorter_batch_bytes(shape, Serving(2048, "f32", 128)) == 127 * row
-    assert shorter_batch_bytes(shape, Serving(2048, "f32", 160)) == 0
+
+    def hole(kind: str, serving: Serving, hidden: int = 576, tied: bool = True) -> int:
+        head = TensorDecision("model.embed_tokens.weight", (shape.vocabulary, hidden), "dense", nbytes=0, type=kind)
+        memory = export_format("onnx").memory
+        counted = {of(head, True, tied).heap_block for of in (memory.beside, memory.anonymous)}
+        return memory.serving(replace(shape, hidden=hidden), serving).hole.left_by(*counted)
+
+    assert hole("int8", Serving(2048, "f32", 128)) == 127 * row
+    assert hole("int8-b128", Serving(2048, "f32", 128)) == 127 * row
+    assert hole("int4", Serving(2048, "f32", 128)) == 0
+    assert hole("int4", Serving(2048, "f32", 64)) == 63 * row
+    assert hole("int8", Serving(2048, "f32", 160)) == 0
+    assert hole("f32", Serving(2048, "f32", 8)) == 0
+    assert hole("int8", Serving(2048, "f32", 8), tied=False) == 0  # looked up where the file is mapped
     # One batch is all, and one token more has logits of its own.
-    assert shorter_batch_bytes(shape, Serving(128, "f32", 128)) == 0
-    assert shorter_batch_bytes(shape, Serving(129, "f32", 128)) == row
-    # A head whose codes are more than the heap takes, and blocks whose matrices are all less than the logits.
-    large = replace(shape, hidden=768, ffn=2048)
-    assert shorter_batch_bytes(large, Serving(512, "f32", 128)) == 0
-    assert shorter_batch_bytes(large, Serving(512, "f32", 64)) == 63 * row
+    assert hole("int8", Serving(128, "f32", 128)) == 0
+    assert hole("int8", Serving(129, "f32", 128)) == row
+    # A head whose codes are more than the heap takes.
+    assert hole("int8", Serving(512, "f32", 64), hidden=768) == 0
+    assert hole("int4", Serving(512, "f32", 64), hidden=768) == 63 * row
 
 
-@pytest.mark.parametrize("batch", [96, 160])
-def test_the_last_batch_of_a_prompt(tmp_path: Path, batch: int) -> None:
+@pytest.mark.parametrize(("kind", "batch", "leaves"), [("int8", 96, True), ("int8", 160, False), ("int4", 96, False)])
+def test_the_last_batch_of_a_prompt(tmp_path: Path, kind: str, batch: int, leaves: bool) -> None:
     """A prompt that is no whole number of batches: what it takes more, in a process, is what is counted."""
     context = 2 * batch + 8
     sizes = {**LARGE, "vocab_size": 32000, "max_position_embeddings": context}
     model = make_model(tmp_path / "m", **sizes)
-    plan = make_plan(model, "onnx", "factored", dense(type="int8"), context, batch)
+    plan = make_plan(model, "onnx", "factored", dense(type="int8", embedding_type=kind), context, batch)
     bundle, out = make_bundle(model, plan, tmp_path / "b"), tmp_path / "e"
     out.mkdir()
     converter.convert(bundle, out, lambda _: None)
-    counted = shorter_batch_bytes(bundle.as_checkpoint().shape, plan.serving)
-    assert (counted > 0) == (batch == 96)
+    memory = ModelMemory.of(export_format("onnx"), bundle.as_checkpoint())
+    counted = memory.held(plan.tensors, plan.serving).hole
+    assert (counted > 0) == leaves
     # Loading takes more than this small model's running, and is over.
     start = "generator = "
     probe = PROBE.replace(start, f"open('/proc/self/clear_refs', 'w').write('5')\n{start}")

@@ -159,6 +159,25 @@ def test_more_bytes_than_what_is_around_pairs(directory: Path) -> None:
     assert len(set(losses)) > 25
 
 
+def test_a_hole_is_paid_for_by_the_plans_that_leave_one(directory: Path) -> None:
+    """A head in 8 bits gives back more than the logits of a batch take, one in 4 bits less (docs/memory.md)."""
+    shape, serving = Shape("llama", 1, 256, 4, 2, 64, 256, 2048, tied=True), Serving(512, "f32", 40)
+    request = PlanRequest("onnx", context=512, cache_type="f32", prompt_batch=40)
+    problem = problem_of(Case(shape, 0, request, 0.5), directory)
+    row = 4 * shape.vocabulary
+    floor = problem.floor("memory", serving).nbytes
+    holes = {}
+    for more in range(0, 1_500_000, 100_000):
+        budget = Budget(floor + more)
+        plan = problem.plan(budget, serving)
+        check(problem, budget, plan)
+        [head] = [decision.type for decision in plan.tensors if decision.name == "model.embed_tokens.weight"]
+        assert head is not None
+        holes[head] = plan.breakdown["output"] - 40 * row
+    assert all(nbytes == 39 * row * ("int8" in head) for head, nbytes in holes.items())
+    assert len(set(holes.values())) == 2
+
+
 @settings(PROPERTY, max_examples=examples(10, 100))
 @given(cases(), st.integers(1, 10**6))
 def test_below_the_floor_there_is_no_plan(directory: Path, case: Case, short: int) -> None:

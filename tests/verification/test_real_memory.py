@@ -31,10 +31,9 @@ CACHES = {"gguf": 2 * ("f16", "q8_0", "f16", "q4_0"), "onnx": 2 * ("f32", "int8"
 # process writes 32 tokens: behind prompts of these lengths the last batch is the longest that is shorter than the
 # others, whatever their size, and takes the most (docs/memory.md).
 RUNS = {512 + 31: range(8), 2048 + 31: (0, 3, 4, 7), 4096 + 31: (1, 2, 5, 6)} if EXHAUSTIVE else {512 + 31: (0, 5)}
-# All but one of 24 processes of genai are within 5 %, and that one 6.4 %: whether glibc has room for the last batch's
-# logits depends on what loading gave back. onnxruntime alone has no tokenizer, and plans are made for genai. In the
-# smallest it is what building a tokenizer frees: 8 MB on one machine, 12 MB on another for the same export.
-SHARE_ABOVE, BYTES_ABOVE = 0.08, 14_000_000
+# Of small processes some megabytes are the library's, which differ by machine; in the smallest there is what building a
+# tokenizer frees as well: 8 MB on one machine, 12 MB on another for the same export.
+SHARE_ABOVE, BYTES_ABOVE, BYTES_ABOVE_SMALLEST = 0.05, 9_000_000, 14_000_000
 
 
 @pytest.fixture(scope="module", params=CACHES)
@@ -80,7 +79,8 @@ def test_no_process_takes_more_than_planned_nor_much_less(problem: Problem, cont
                 f"{planned / memory.peak_bytes - 1:+.1%}"
             )
             logger.info(line)
-            most = memory.peak_bytes + max(SHARE_ABOVE * memory.peak_bytes, BYTES_ABOVE)
+            more = BYTES_ABOVE if index else BYTES_ABOVE_SMALLEST
+            most = memory.peak_bytes + max(SHARE_ABOVE * memory.peak_bytes, more)
             if not memory.peak_bytes <= planned <= most:
                 wrong.append(line)
         shutil.rmtree(export)
