@@ -74,9 +74,9 @@ def memory_bytes(limits: tuple[str, ...] = _CONTAINER_LIMITS) -> int:
     return min([installed, *filter(None, map(_limit, limits))])
 
 
-def processors() -> int:
-    """Processors that this process may use; ``OMP_NUM_THREADS`` limits them, as it does elsewhere."""
-    limit = os.environ.get("OMP_NUM_THREADS", "")
+def processors(limited: bool = True) -> int:
+    """Processors that this process may use; ``OMP_NUM_THREADS`` limits them, as it does elsewhere, if ``limited``."""
+    limit = os.environ.get("OMP_NUM_THREADS", "") if limited else ""
     if limit.isdecimal() and int(limit):
         return int(limit)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,11 +20,10 @@ class RuntimeBase:
 
     Attributes:
         measured_with: packages and platform.
-        library: bytes of code, sessions and allocators: everything that no model changes.
+        library: bytes of code, sessions, allocators and two threads: everything that no model changes.
         heap: of these, what no file backs, and ``layer_heap`` with every layer.
         layer: bytes that the graph of one layer takes: its nodes, their names, the plan of running them.
         token, merge: bytes that the tokenizer keeps for each token and each merge.
-        thread: bytes that a thread takes, up to; two are in ``library`` and ``heap``.
         holes: as those of :class:`~acip_export.formats.protocol.ProcessBase`.
         building: share of that which building the tokenizer takes besides, and frees.
     """
@@ -37,7 +36,6 @@ class RuntimeBase:
     building: float = 0.0
     layer: int = 0
     layer_heap: int = 0
-    thread: int = 0
     holes: bool = False
 
     def of(self, checkpoint: Checkpoint) -> ProcessBase:
@@ -47,4 +45,4 @@ class RuntimeBase:
         library = self.library + self.layer * checkpoint.shape.layers
         heap = min(library, self.heap + self.layer_heap * checkpoint.shape.layers)
         building = tokenizer + math.ceil(self.building * tokenizer)
-        return ProcessBase(library, tokenizer, building, heap, self.thread, self.holes)
+        return ProcessBase(library, tokenizer, building, heap, self.holes)

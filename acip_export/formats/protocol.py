@@ -117,11 +117,13 @@ class SessionClass:
         runtime: the name under which its memory is known to the format's memory model.
         module, name: of a class that is called with an export's directory and its serving settings; see
             :mod:`acip_export.formats.session`.
+        own_threads: it takes one for every core, whatever ``OMP_NUM_THREADS`` says.
     """
 
     runtime: str
     module: str
     name: str
+    own_threads: bool = False
 
     def open(self, export: Path, serving: Serving) -> Any:
         """Import the class and open an export with it."""
@@ -212,8 +214,6 @@ class ProcessBase:
         library: code, sessions and allocators: everything that no model changes.
         tokenizer: its tables. building: what they take while they are built, themselves included.
         heap: of ``library`` what the system cannot drop: all but code and constants, which it can read again.
-        thread: what each thread beyond :data:`COUNTED_THREADS` takes, of both. No plan counts it, which does not know
-            how many there will be; where a process is measured, that is known.
         holes: whether it leaves a :class:`Hole`.
     """
 
@@ -221,7 +221,6 @@ class ProcessBase:
     tokenizer: int
     building: int
     heap: int
-    thread: int = 0
     holes: bool = False
 
     @property
@@ -249,6 +248,13 @@ class MemoryModel(Protocol):
 
         Copies of its stored numbers count, numbers that are read where the file is mapped do not; never more than
         the stored numbers and what is held beside them. Arguments as of :meth:`beside`.
+        """
+        ...
+
+    def thread(self, shape: ModelShape, serving: Serving, tensors: Sequence[TensorDecision]) -> int:
+        """Return what each thread beyond :data:`COUNTED_THREADS` takes; the system cannot drop it.
+
+        No plan counts it, which does not know how many there will be; where a process is measured, that is known.
         """
         ...
 

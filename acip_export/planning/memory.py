@@ -152,9 +152,9 @@ def uncounted_bytes(format: ExportFormat, plan: Plan, checkpoint: Checkpoint, pr
     return actual.base.total + more
 
 
-def thread_bytes(format: ExportFormat, checkpoint: Checkpoint, process: str, threads: int) -> int:
+def thread_bytes(format: ExportFormat, plan: Plan, checkpoint: Checkpoint, threads: int) -> int:
     """Return what a process holds with so many threads beyond those that plans count; the system cannot drop it."""
-    return max(0, threads - COUNTED_THREADS) * format.memory.process(checkpoint, process).thread
+    return max(0, threads - COUNTED_THREADS) * format.memory.thread(checkpoint.shape, plan.serving, plan.tensors)
 
 
 def anonymous_bytes(format: ExportFormat, plan: Plan, checkpoint: Checkpoint, process: str) -> int:

@@ -27,7 +27,7 @@ from acip_export.artifacts.report import (
     TextReport,
 )
 from acip_export.errors import BundleError, UnsupportedError, VerificationError
-from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
+from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat, SessionClass
 from acip_export.formats.registry import export_format
 from acip_export.formats.session import Windows
 from acip_export.io.atomic import read_json_object, sha256_of
@@ -251,7 +251,7 @@ def _run(
                 finite(each.agreement),
                 None if quality is None else finite(quality.export),
                 None if quality is None else finite(quality.divergence),
-                _memory_report(written_as, plan, checkpoint, session.runtime, each.process.memory),
+                _memory_report(written_as, plan, checkpoint, session, each.process.memory),
                 each.process.speed,
                 compare_tokens(each.process.tokens, model.path),
             )
@@ -309,7 +309,7 @@ def _run_encoder(
     progress(Progress("verify", 0, item=session_class.runtime))
     windows = None if text is None else text.windows
     figures = verify_encoder(export, model, encoder, written_as, session_class, dense, windows, kept, hashes())
-    memory = _memory_report(written_as, plan, model.as_checkpoint(), session_class.runtime, measured.memory)
+    memory = _memory_report(written_as, plan, model.as_checkpoint(), session_class, measured.memory)
     report = RuntimeReport(
         figures.runtime, measured.load_seconds, figures.agreement, None, None, memory, measured.speed
     )
@@ -318,24 +318,26 @@ def _run_encoder(
 
 
 def _memory_report(
-    written_as: ExportFormat, plan: Plan, checkpoint: Checkpoint, runtime: str, memory: Memory | None
+    written_as: ExportFormat, plan: Plan, checkpoint: Checkpoint, session: SessionClass, memory: Memory | None
 ) -> MemoryReport | None:
     if memory is None:
         return None
-    uncounted, more = _beside_plan(written_as, plan, checkpoint, runtime)
+    uncounted, more = _beside_plan(written_as, plan, checkpoint, session)
     beyond = _beyond(plan, memory, uncounted, more)
     return MemoryReport(
         **dataclasses.asdict(memory),
         predicted_bytes=plan.memory_bytes + uncounted + more,
-        predicted_anonymous_bytes=anonymous_bytes(written_as, plan, checkpoint, runtime) + more,
+        predicted_anonymous_bytes=anonymous_bytes(written_as, plan, checkpoint, session.runtime) + more,
         within_budget=None if beyond is None else beyond <= 0,
     )
 
 
-def _beside_plan(written_as: ExportFormat, plan: Plan, checkpoint: Checkpoint, runtime: str) -> tuple[int, int]:
+def _beside_plan(
+    written_as: ExportFormat, plan: Plan, checkpoint: Checkpoint, session: SessionClass
+) -> tuple[int, int]:
     """Bytes of a runtime's process that the plan does not count: the runtime's own, and what is of this machine."""
-    uncounted = uncounted_bytes(written_as, plan, checkpoint, runtime)
-    return uncounted, thread_bytes(written_as, checkpoint, runtime, processors())
+    uncounted = uncounted_bytes(written_as, plan, checkpoint, session.runtime)
+    return uncounted, thread_bytes(written_as, plan, checkpoint, processors(not session.own_threads))
 
 
 def _beyond(plan: Plan, memory: Memory, uncounted: int, more: int) -> int | None:
@@ -359,7 +361,7 @@ def _stop_over_budget(written_as: ExportFormat, model: MaterializedModel, measur
     for session, figures in zip(sessions, measured, strict=True):
         if session is None or figures.memory is None:
             continue
-        beside = _beside_plan(written_as, plan, checkpoint, session.runtime)
+        beside = _beside_plan(written_as, plan, checkpoint, session)
         beyond = _beyond(plan, figures.memory, *beside)
         if beyond is not None and beyond > most:
             most, of_most = beyond, figures.runtime

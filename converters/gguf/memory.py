@@ -5,6 +5,8 @@ Source: its own log lines, for the versions in constraints.txt; a test compares 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.formats.protocol import ProcessBase, ServingMemory, TensorMemory
 from acip_export.model.checkpoint import Checkpoint
@@ -26,8 +28,7 @@ CACHE_TYPES = {
 }
 # Positions, token ids, output ids and the like, per token of a prompt batch; at most 184 were seen.
 _SMALL_TENSORS = 192
-# With two threads; each further one adds up to 0.4 MB (0.35 in the sample, 0.07 to 0.31 by the size of its heads in
-# random models). A layer takes 85 kB, measured between 2 and 64, the library up to a
+# With two threads. A layer takes 85 kB, measured between 2 and 64, the library up to a
 # megabyte more with the types of a plan. Tokens and merges are strings in hash tables; what they take is beside
 # the tokenizer's bytes in the files, which plans count as well and which no runtime keeps in memory.
 RUNTIMES = {
@@ -39,10 +40,12 @@ RUNTIMES = {
         110,
         layer=90_000,
         layer_heap=90_000,
-        thread=400_000,
     )
 }
 RECOMMENDED = "llama.cpp"
+# What each thread has of its own, measured with 1 to 8: queries that flash attention takes at a time, if a batch has so
+# many, against as many keys; and what products with blocks of 256 weights take, whatever their size.
+_THREAD_BYTES, _TILE, _SUPERBLOCK, _SUPERBLOCK_BYTES = 16_000, 64, 256, 420_000
 
 
 class LlamaMemory:
@@ -82,6 +85,13 @@ class LlamaMemory:
         rows, columns = decision.shape
         up, down = (weight_type("gguf", name) for name in (decision.up_type, decision.down_type))
         return TensorMemory(kept=up.nbytes(rows, decision.rank) + down.nbytes(decision.rank, columns))
+
+    def thread(self, shape: ModelShape, serving: Serving, tensors: Sequence[TensorDecision]) -> int:
+        """Return what each further thread takes: flash attention's tile, and what K-quants and their like need."""
+        attention = 4 * (4 * _TILE * shape.head_dim + 2 * _TILE**2) if serving.prompt_batch >= _TILE else 0
+        kinds = {name for each in tensors for name in (each.type, each.up_type, each.down_type) if name}
+        superblocks = any(weight_type("gguf", name).block == _SUPERBLOCK for name in kinds)
+        return _THREAD_BYTES + attention + superblocks * _SUPERBLOCK_BYTES
 
     def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
         """Return what the runtime holds whatever the plan."""

@@ -133,12 +133,14 @@ ONNX = OnnxFormat(
     # float32 in another order.
     float_tolerance=1e-4,
     sessions=(
-        SessionClass("onnxruntime", "converters.onnx.runtimes.onnxruntime", "OnnxRuntimeSession"),
-        SessionClass("onnxruntime-genai", "converters.onnx.runtimes.genai", "GenaiSession"),
+        SessionClass("onnxruntime", "converters.onnx.runtimes.onnxruntime", "OnnxRuntimeSession", own_threads=True),
+        SessionClass("onnxruntime-genai", "converters.onnx.runtimes.genai", "GenaiSession", own_threads=True),
     ),
     feedback_types=frozenset(form.name for form in NUMBERS if not form.is_float),
     tunable_types=frozenset(form.name for form in NUMBERS if not form.is_float),
-    encoder_session=SessionClass("onnxruntime", "converters.onnx.runtimes.onnx_encoder", "OnnxEncoderSession"),
+    encoder_session=SessionClass(
+        "onnxruntime", "converters.onnx.runtimes.onnx_encoder", "OnnxEncoderSession", own_threads=True
+    ),
     chats=(
         SessionClass("onnxruntime-genai", "converters.onnx.runtimes.chat", "GenaiChatSession"),
         SessionClass("onnxruntime", "converters.onnx.runtimes.chat", "OnnxRuntimeChatSession"),

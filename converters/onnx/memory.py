@@ -23,6 +23,8 @@ Measured on the processor. Graphs in float16, for graphics cards, are taken to h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.formats.protocol import Hole, ProcessBase, ServingMemory, TensorMemory
 from acip_export.model.checkpoint import Checkpoint
@@ -36,6 +38,8 @@ _CACHE_BITS = {"f32": 32, "f16": 16, **ROUNDED_CACHES}
 _PACKED_BLOCK_BYTES = 8
 # Measured up to contexts of 8,192 tokens.
 _TOKEN_BYTES = 100
+# What a thread has of its own, measured up to 32 threads; and the cache of a core that attention's blocks are cut to.
+_THREAD_BYTES, _CORE_CACHE = 65_000, 2**20
 # Of glibc: blocks up to the largest that was given back so far come from the heap, but none that is larger than this.
 _LARGEST_ON_HEAP = 32 * 2**20
 # Measured between 2 and 32 layers, together with what a layer takes.
@@ -101,6 +105,10 @@ class OnnxMemory:
         once = max(leftover_bytes(*product) for product in products)
         return TensorMemory(kept, once, heap_block=_heap_block(products))
 
+    def thread(self, shape: ModelShape, serving: Serving, tensors: Sequence[TensorDecision]) -> int:  # noqa: ARG002
+        """Return what each further thread takes, whatever the types."""
+        return _THREAD_BYTES + (2 * attention_scratch_bytes(shape, serving) if shape.fused_attention else 0)
+
     def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
         """Return what the runtime holds whatever the plan."""
         return RUNTIMES[runtime or (_GENERATOR if checkpoint.shape.generates else _ENCODER)].of(checkpoint)
@@ -154,6 +162,18 @@ def activation_bytes(shape: ModelShape, serving: Serving) -> int:
     """Float32 activations of one prompt batch, without the logits."""
     batch = min(serving.prompt_batch, serving.context)
     return _item_bytes(serving) * batch * (4 * shape.ffn + 6 * shape.hidden + 2 * shape.heads * shape.head_dim)
+
+
+def attention_scratch_bytes(shape: ModelShape, serving: Serving) -> int:
+    """Float32 scores of a block of queries and keys, and its output: each thread has them, while attention lasts.
+
+    Where all of the threads' together lie on the heap, they are a hole there for what comes next, so that processes
+    were measured to take up to twice as much.
+    """
+    head = shape.head_dim
+    keys = min(serving.context, max(1, _CORE_CACHE // (32 * head)))
+    queries = min(serving.prompt_batch, keys, 2 * head)
+    return 4 * queries * (keys + head + 2)
 
 
 def context_bytes(serving: Serving) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 
 from acip_export.api import convert_bundle, export_model, open_scores, plan_export
 from acip_export.artifacts.bundle import Bundle
-from acip_export.artifacts.plan import Plan, save_plan
+from acip_export.artifacts.plan import Plan, Serving, TensorDecision, save_plan
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.model.shape import ModelShape
 from acip_export.planning import PlanRequest
 from acip_export.planning.memory import anonymous_bytes
 from acip_export.verification.export import verify_export
@@ -115,6 +118,56 @@ def test_a_budget_of_anonymous_memory_is_checked(exported: MakeExport, tmp_path:
         assert "(anonymous) does not hold" in report.failures[0]
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "form", "batch", "measured"),
+    [
+        *[(32, "q8_0", 64, 78), (64, "q8_0", 64, 113), (128, "bf16", 64, 179), (256, "q8_0", 64, 310)],
+        *[(128, "q8_0", 32, 14), (32, "q4_k", 64, 430), (32, "iq4_xs", 64, 423), (32, "q4_k", 8, 341)],
+    ],
+)
+def test_what_a_thread_of_llama_cpp_takes(head_dim: int, form: str, batch: int, measured: int) -> None:
+    """Follows the size of heads and the types, as measured (thousands of bytes); not much more is excused."""
+    shape = ModelShape("llama", 2, 256, 512, 8, 2, head_dim, 512, 256, tied_embeddings=True)
+    tensors = [TensorDecision("model.layers.0.mlp.up_proj.weight", (512, 256), "dense", nbytes=0, type=form)]
+    thread = export_format("gguf").memory.thread(shape, Serving(256, "f16", batch), tensors)
+    assert measured * 1000 <= thread <= 1.3 * measured * 1000 + 10_000
+
+
+# Memory of a process that has filled its context, without what it held before, with a number of threads.
+WITH_THREADS = """
+import sys
+from importlib import import_module
+from pathlib import Path
+from acip_export.artifacts.plan import load_plan
+from acip_export.verification.probe import resident
+module, name, export, threads = sys.argv[1:]
+serving = load_plan(Path(export) / "plan.json").serving
+with getattr(import_module(module), name)(Path(export), serving, int(threads)) as session:
+    session.speed(list(range(serving.context - 32)), 32)
+    print(resident("RssAnon")[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "form"), [("gguf", "q8_0"), ("gguf", "q4_k"), ("onnx", "int8")])
+def test_further_threads_take_no_more_than_is_counted(tmp_path: Path, target: str, form: str) -> None:
+    """In every runtime; llama.cpp's threads all work, so that they take not much less either."""
+    model = make_model(tmp_path / "m", num_attention_heads=8, max_position_embeddings=512)
+    known, checkpoint = export_format(target), Checkpoint.open(model)
+    plan = make_plan(model, target, {"gguf": "stock", "onnx": "factored"}[target], dense(type=form), 512, 64)
+    export = tmp_path / "e"
+    export.mkdir()
+    known.imitate(checkpoint, plan.layout, plan.tensors, plan.serving, export)
+    save_plan(plan, export / "plan.json")
+    thread = known.memory.thread(checkpoint.shape, plan.serving, plan.tensors)
+    for session in known.sessions:
+        command = [sys.executable, "-c", WITH_THREADS, session.module, session.name, str(export)]
+        two, sixteen = (int(subprocess.check_output([*command, count])) for count in ("2", "16"))
+        # Resident memory of two processes differs by up to a megabyte from run to run.
+        assert sixteen - two <= 14 * thread + MB
+        assert target == "onnx" or sixteen - two >= 0.6 * 14 * thread - MB
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_threads_of_llama_cpp_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
@@ -129,6 +182,7 @@ def test_threads_of_llama_cpp_are_counted(tmp_path: Path, monkeypatch: pytest.Mo
     assert report is not None
     (memory,) = [runtime.memory for runtime in report.runtimes]
     assert memory is not None and memory.within_budget
-    assert memory.predicted_anonymous_bytes == plan.anonymous_bytes + 400_000 * max(0, threads - 2)
+    thread = export_format("gguf").memory.thread(checkpoint.shape, plan.serving, plan.tensors)
+    assert memory.predicted_anonymous_bytes == plan.anonymous_bytes + thread * max(0, threads - 2)
     assert memory.allocated_bytes <= memory.predicted_anonymous_bytes
     assert memory.peak_bytes <= memory.predicted_bytes

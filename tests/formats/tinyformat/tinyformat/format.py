@@ -62,6 +62,9 @@ class TinyMemory:
     def anonymous(self, decision: TensorDecision, embedding: bool, tied_head: bool) -> TensorMemory:
         return self.beside(decision, embedding, tied_head)
 
+    def thread(self, shape: ModelShape, serving: Serving, tensors: Sequence[TensorDecision]) -> int:
+        return 0
+
     def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:
         return ProcessBase(library=400_000_000, tokenizer=0, building=0, heap=100_000_000)
 
