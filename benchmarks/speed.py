@@ -34,7 +34,6 @@ def _rows(
     for format_name, types in _TYPES.items():
         format = export_format(format_name)
         serving = Serving(_CONTEXT, next(iter(format.cache_types)), _CONTEXT)
-        kv_cache = format.memory.serving(checkpoint.shape, serving).kv_cache
         for type_name in types:
             if only and type_name not in only:
                 continue
@@ -49,7 +48,7 @@ def _rows(
                     continue
                 for session in format.sessions:
                     speeds = table.runtimes[session.runtime]
-                    predictor = Predictor(format_name, checkpoint.shape, session.runtime, speeds, serving, kv_cache)
+                    predictor = Predictor(format, checkpoint.shape, session.runtime, speeds, serving)
                     predicted = predictor.speed(decisions)
                     assert predicted is not None
                     with session.open(Path(place), serving) as opened:

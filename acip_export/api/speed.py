@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -84,8 +84,9 @@ def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: f
     types = tuple(dict.fromkeys((*format.types, *format.embedding_types, *format.narrow_types, *bases)))
     with TemporaryDirectory(prefix="acip-export-") as directory:
         maker = _Maker(Path(directory), format)
-        clock = Clock(f"exports of {format.name}", len(types) + 3, progress)
-        small, by_type = [], {}
+        others = [name for name in format.cache_types if name != next(iter(format.cache_types))]
+        clock = Clock(f"exports of {format.name}", len(types) + 3 + len(others), progress)
+        small, by_type, caches = [], {}, {}
         for sizes in (_FEW, _MANY, _WIDE):
             small.append(maker.made(sizes))
             clock.advance()
@@ -94,19 +95,26 @@ def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: f
                 by_type[name] = maker.made(_LARGE, name)
             clock.advance()
         few, many, wide = small
-        runs = [_Run(few), _Run(many), _Run(many, _LONG_PROMPT), _Run(wide), *map(_Run, by_type.values())]
-        return _measure_runs(format, runs, tuple(by_type), maker.base, progress, seconds)
+        for name in others:
+            if format.refused_cache(many.checkpoint, name, name) is None:
+                caches[name] = _Run(maker.with_cache(many, name), _LONG_PROMPT)
+            clock.advance()
+        fixed = [_Run(few), _Run(many), _Run(many, _LONG_PROMPT), _Run(wide)]
+        large = {name: _Run(made) for name, made in by_type.items()}
+        return _measure_runs(format, fixed, large, caches, maker.base, progress, seconds)
 
 
 def _measure_runs(
     format: ExportFormat,
-    runs: Sequence[_Run],
-    types: Sequence[str],
+    fixed: Sequence[_Run],
+    large: Mapping[str, _Run],
+    caches: Mapping[str, _Run],
     base: str,
     progress: ProgressCallback,
     seconds: float,
 ) -> dict[str, RuntimeSpeed]:
-    """Run the small models, then one of each type, in every runtime of a format that is installed."""
+    """Run the small models, then one of each type and cache type, in every runtime of a format that is installed."""
+    runs = [*fixed, *large.values(), *caches.values()]
     every = len(runs) * len(format.sessions) * _PASSES
     clock = Clock(f"speed of {format.name}", every, progress)
     measured: dict[str, RuntimeSpeed] = {}
@@ -126,13 +134,14 @@ def _measure_runs(
         except MissingExtraError as reason:
             missing = reason
             continue
-        few, many, long, wide, *large = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
+        few, many, long, wide, *rest = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
         measured[session.runtime] = fit(
             few_layers=few,
             many_layers=many,
             long_prompt=long,
             large_vocabulary=wide,
-            by_type=dict(zip(types, large, strict=True)),
+            by_type=dict(zip(large, rest[: len(large)], strict=True)),
+            caches=dict(zip(caches, rest[len(large) :], strict=True)),
             base=base,
             version=version,
         )
@@ -162,6 +171,17 @@ class _Maker:
         checkpoint = self._checkpoints[sizes]
         serving = Serving(_LONG_PROMPT + _NEW, next(iter(format.cache_types)), _BATCH, DEFAULT_BACKEND)
         decisions = uniform(format, tensor_shapes(sizes), type_name or self.base)
+        return self._written(checkpoint, decisions, serving)
+
+    def with_cache(self, made: _Made, cache_type: str) -> _Made:
+        """Return a made model with another type of KV cache; where files have no such type, it is the same one."""
+        serving = replace(made.serving, cache_type_k=cache_type, cache_type_v=cache_type)
+        if not self._format.cache_in_file:
+            return replace(made, serving=serving)
+        return self._written(made.checkpoint, made.decisions, serving)
+
+    def _written(self, checkpoint: Checkpoint, decisions: tuple[TensorDecision, ...], serving: Serving) -> _Made:
+        format = self._format
         format.prepare(checkpoint, DEFAULT_BACKEND, serving.context, silent)
         self._count += 1
         path = self._place / f"export-{self._count}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +19,19 @@ SPEEDS_KIND = json_kind(SPEEDS.noun, SPEEDS.artifact)
 
 
 @dataclass(frozen=True)
+class CacheSpeed:
+    """What a runtime does with a KV cache of one type.
+
+    Attributes:
+        read: bytes of it a second, when one token is computed.
+        attention: operations a second of a prompt's attention.
+    """
+
+    read: PositiveFloat
+    attention: PositiveFloat
+
+
+@dataclass(frozen=True)
 class RuntimeSpeed:
     """What one runtime does in a second, and what it takes beside that.
 
@@ -28,9 +41,10 @@ class RuntimeSpeed:
         compute: operations a second, by type, when a prompt is; a weight and a token are two.
         token_seconds, layer_seconds: of a token of an answer, and of each layer for it, whatever is read.
         width_seconds: of a token of a prompt, for each layer and each number of its width, beside its matrices.
-        cache_read: bytes of the KV cache a second.
-        attention: operations a second of a prompt's attention.
+        cache_read: bytes of a KV cache of the format's own type a second.
+        attention: operations a second of a prompt's attention with such a cache.
         head_share: of a prompt's tokens, those for which the head is computed, as far as it shows.
+        caches: the same of KV caches of other types, keys and values alike; of one that is not here, as of the own.
     """
 
     version: str
@@ -42,6 +56,11 @@ class RuntimeSpeed:
     cache_read: PositiveFloat
     attention: PositiveFloat
     head_share: Share
+    caches: Mapping[Name, CacheSpeed] = field(default_factory=dict)
+
+    def cache(self, type: str) -> CacheSpeed:
+        """Return the speeds of a cache of ``type``."""
+        return self.caches.get(type) or CacheSpeed(self.cache_read, self.attention)
 
 
 @dataclass(frozen=True)

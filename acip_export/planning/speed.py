@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 
 from acip_export.artifacts.plan import Plan, PlannedSpeed, Serving, TensorDecision
 from acip_export.artifacts.speeds import RuntimeSpeed
 from acip_export.errors import UnreachableSpeedError
+from acip_export.formats.protocol import ExportFormat
 from acip_export.model.shape import ModelShape
 from acip_export.model.tensor_names import HEAD, is_embedding
 from acip_export.planning.budget import Budget
@@ -41,24 +43,34 @@ class Product:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts the speed of plans for one model in one runtime.
+    """Predicts the speed of plans for one model in one runtime."""
 
-    Attributes:
-        kv_cache: bytes of the cache of the whole context.
-    """
-
-    format: str
+    format: ExportFormat
     shape: ModelShape
     runtime: str
     speeds: RuntimeSpeed
     serving: Serving
-    kv_cache: int
 
     @classmethod
     def of(cls, problem: Problem, pace: Pace, serving: Serving) -> Predictor:
         """Return the predictor for a problem's plans with one serving."""
-        format, shape = problem.space.format.name, problem.checkpoint.shape
-        return cls(format, shape, pace.runtime, pace.speeds, serving, problem.memory.serving(serving).kv_cache)
+        return cls(problem.space.format, problem.checkpoint.shape, pace.runtime, pace.speeds, serving)
+
+    @cached_property
+    def cache_seconds(self) -> float:
+        """The time of reading the cache of the whole context: of keys and values each in its type."""
+        types = self.serving.cache_type_k, self.serving.cache_type_v
+        bits = [numerator / denominator for numerator, denominator in map(self.format.cache_types.__getitem__, types)]
+        nbytes = self.format.memory.serving(self.shape, self.serving).kv_cache
+        rates = [self.speeds.cache(name).read for name in types]
+        return sum(nbytes * each / sum(bits) / rate for each, rate in zip(bits, rates, strict=True))
+
+    @cached_property
+    def attention_seconds(self) -> float:
+        """The time of attention for one token of a prompt as long as the context: products with keys, then values."""
+        operations = 2 * self.shape.heads * self.shape.head_dim * self.serving.context * self.shape.layers
+        types = self.serving.cache_type_k, self.serving.cache_type_v
+        return sum(operations / 2 / self.speeds.cache(name).attention for name in types)
 
     def speed(self, decisions: Sequence[TensorDecision]) -> PlannedSpeed | None:
         """Return tokens a second with a full context; ``None``: a type was not measured."""
@@ -72,11 +84,10 @@ class Predictor:
             (speeds.head_share if matrix.head else 1.0) * 2 * matrix.weights / speeds.compute[matrix.type]
             for matrix in matrices
         )
-        answer = speeds.token_seconds + shape.layers * speeds.layer_seconds + read + self.kv_cache / speeds.cache_read
-        attention = 2 * shape.heads * shape.head_dim * serving.context * shape.layers / speeds.attention
+        answer = speeds.token_seconds + shape.layers * speeds.layer_seconds + read + self.cache_seconds
         overhead = (speeds.token_seconds + shape.layers * speeds.layer_seconds) / serving.prompt_batch
         width = shape.layers * shape.hidden * speeds.width_seconds
-        return PlannedSpeed(self.runtime, 1 / (computed + attention + overhead + width), 1 / answer)
+        return PlannedSpeed(self.runtime, 1 / (computed + self.attention_seconds + overhead + width), 1 / answer)
 
     def answer_seconds(self, decision: TensorDecision) -> float | None:
         """Return the time of reading a tensor for one token; ``None``: a type was not measured."""
@@ -87,7 +98,7 @@ class Predictor:
 
     def products(self, decision: TensorDecision) -> Iterator[Product]:
         """Yield every matrix of a tensor that a token is multiplied with."""
-        return products(decision, self.format, self.shape)
+        return products(decision, self.format.name, self.shape)
 
 
 def products(decision: TensorDecision, format: str, shape: ModelShape) -> Iterator[Product]:
@@ -196,7 +207,7 @@ def _unreachable(predictor: Predictor, fastest: Plan, least: float) -> Unreachab
         return UnreachableSpeedError(
             "the speed of no plan is known: its types were not measured; measure them with  acip-export calibrate", None
         )
-    cache = predictor.kv_cache / predictor.speeds.cache_read * speed.answer
+    cache = predictor.cache_seconds * speed.answer
     advice = ["name faster types with  --types"]
     if cache >= 0.05:
         advice.insert(0, f"give a shorter  --context  (reading the KV cache takes {cache:.0%} of the time)")

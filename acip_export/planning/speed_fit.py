@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from acip_export.artifacts.speeds import RuntimeSpeed
+from acip_export.artifacts.speeds import CacheSpeed, RuntimeSpeed
 
 # Rates of matrices follow from the time that overheads leave, and overheads from the time that matrices leave. Each is
 # computed from the other so many times.
@@ -51,6 +51,7 @@ def fit(
     long_prompt: Timed,
     large_vocabulary: Timed,
     by_type: Mapping[str, Timed],
+    caches: Mapping[str, Timed],
     base: str,
     version: str,
 ) -> RuntimeSpeed:
@@ -62,6 +63,7 @@ def fit(
         long_prompt: the model of many layers, after a long prompt.
         large_vocabulary: the model of few layers, with a larger vocabulary.
         by_type: large models, one for each type.
+        caches: the model of many layers, after a long prompt, with KV caches of other types.
         base: the type of the small models.
         version: of the runtime.
     """
@@ -94,7 +96,23 @@ def fit(
         for name, run in by_type.items():
             rest = _prompt_rest(run, token, layer, attention) - width * run.hidden * run.layers
             compute[name] = 2 * (run.weights + share * run.head) / max(rest, run.prompt / _LEAST_SHARE)
-    return RuntimeSpeed(version, read, compute, token, layer, width, cache_read, attention, share)
+    by_cache = {name: _cache_speed(run, many, cache_read, attention) for name, run in caches.items()}
+    return RuntimeSpeed(version, read, compute, token, layer, width, cache_read, attention, share, by_cache)
+
+
+def _cache_speed(run: Timed, short: Timed, cache_read: float, attention: float) -> CacheSpeed:
+    """Return the speeds of the cache that ``run`` had, from what it took beyond the same model with a short prompt.
+
+    Args:
+        short: with a cache of the format's own type, which ``cache_read`` and ``attention`` are of.
+    """
+    without_cache = short.answer - short.cache * short.tokens / cache_read
+    without_attention = short.prompt - 2 * short.hidden * short.tokens * short.layers / attention
+    nbytes, operations = run.cache * run.tokens, 2 * run.hidden * run.tokens * run.layers
+    # What is read in less than half of the time of the own type's bytes, a disturbed run made so.
+    read = nbytes / max(run.answer - without_cache, nbytes / cache_read / _LEAST_SHARE)
+    rest = max(run.prompt - without_attention, operations / attention / _LEAST_SHARE)
+    return CacheSpeed(read, operations / rest)
 
 
 def _prompt_rest(run: Timed, token: float, layer: float, attention: float) -> float:

@@ -10,7 +10,7 @@ import pytest
 
 from acip_export.api import plan as planning
 from acip_export.api import speed
-from acip_export.artifacts.speeds import RuntimeSpeed, load_speeds
+from acip_export.artifacts.speeds import CacheSpeed, RuntimeSpeed, load_speeds
 from acip_export.devices import speeds_file
 from acip_export.formats.registry import export_format
 from acip_export.planning.speed_fit import Timed, fit
@@ -36,12 +36,14 @@ def quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(speed, name, value)
     few_types = {"gguf": ("q8_0", "q4_0"), "onnx": ("int8", "int4-b64")}
+    caches = {"gguf": ("f16", "q8_0", "q4_0"), "onnx": ("f32", "int8", "int4")}
     formats = {
         name: replace(
             export_format(name),
             types=types,
             embedding_types=types,
             narrow_types=(),
+            cache_types={cache: export_format(name).cache_types[cache] for cache in caches[name]},
             layouts=export_format(name).layouts[:1],
         )
         for name, types in few_types.items()
@@ -60,6 +62,7 @@ def test_calibrate_then_plan(model: Path, run: Run, monkeypatch: pytest.MonkeyPa
     assert json.loads(done.out) == table.to_json()
     found = table.runtimes["llama.cpp"]
     assert set(table.runtimes) == {"llama.cpp"} and set(found.read) == set(found.compute) == {"q8_0", "q4_0"}
+    assert set(found.caches) == {"q8_0", "q4_0"}
     assert "llama.cpp" in found.version and all(rate > 0 for rate in (*found.read.values(), *found.compute.values()))
     planned = run("plan", *ASKED, "-f", "gguf", "--json")
     assert planned.code == 0, planned.err
@@ -96,6 +99,7 @@ def test_a_device_with_a_table(model: Path, run: Run) -> None:
     measured = load_speeds(model / "board.json").runtimes
     assert set(measured) == {"onnxruntime", "onnxruntime-genai"}
     assert all(set(each.read) == set(each.compute) == {"int8", "int4-b64"} for each in measured.values())
+    assert all(set(each.caches) == {"int8", "int4"} for each in measured.values())
     assert not speeds_file().exists()
     (model / "devices.toml").write_text(
         '[[device]]\nname = "board"\ntitle = "Board"\nclass = "board"\nmemory = "1GiB"\nusable = 0.5\n'
@@ -114,14 +118,23 @@ def test_a_device_with_a_table(model: Path, run: Run) -> None:
 def test_what_is_measured_together_is_told_apart() -> None:
     """Runs that a table predicts give that table again."""
     true = RuntimeSpeed("1", {"a": 5e9, "b": 8e9}, {"a": 4e10, "b": 2e10}, 2e-4, 3e-5, 2e-10, 2e9, 8e10, head_share=0.5)
+    own, slow = true.cache("own"), CacheSpeed(1e9, 3e10)
 
-    def timed(name: str, layers: int, hidden: int, vocabulary: int = 512, tokens: int = 128) -> Timed:
-        weights, head, cache = layers * 12 * hidden**2, vocabulary * hidden, 4 * hidden * layers
+    def timed(
+        name: str,
+        layers: int,
+        hidden: int,
+        vocabulary: int = 512,
+        tokens: int = 128,
+        kept: CacheSpeed = own,
+        share: int = 1,
+    ) -> Timed:
+        weights, head, cache = layers * 12 * hidden**2, vocabulary * hidden, 4 * hidden * layers / share
         fixed = true.token_seconds + layers * true.layer_seconds
         nbytes = weights + head
-        answer = fixed + nbytes / true.read[name] + cache * tokens / true.cache_read
+        answer = fixed + nbytes / true.read[name] + cache * tokens / kept.read
         prompt = 2 * (weights + true.head_share * head) / true.compute[name] + fixed / 128
-        prompt += 2 * hidden * tokens * layers / true.attention + true.width_seconds * hidden * layers
+        prompt += 2 * hidden * tokens * layers / kept.attention + true.width_seconds * hidden * layers
         return Timed(prompt, answer, tokens, 128, nbytes, weights, head, layers, hidden, cache)
 
     found = fit(
@@ -130,6 +143,7 @@ def test_what_is_measured_together_is_told_apart() -> None:
         long_prompt=timed("a", 20, 256, tokens=1024),
         large_vocabulary=timed("a", 4, 256, vocabulary=32768),
         by_type={name: timed(name, 4, 1024) for name in "ab"},
+        caches={"slow": timed("a", 20, 256, tokens=1024, kept=slow, share=4)},
         base="a",
         version="1",
     )
@@ -137,6 +151,8 @@ def test_what_is_measured_together_is_told_apart() -> None:
     assert found.compute == pytest.approx(true.compute, rel=0.02)
     for name in ("token_seconds", "layer_seconds", "cache_read", "attention", "head_share"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.03), name
+    assert found.cache("slow").read == pytest.approx(slow.read, rel=0.01)
+    assert found.cache("slow").attention == pytest.approx(slow.attention, rel=0.01)
 
 
 def test_small_models_that_were_disturbed_make_no_type_fast() -> None:
@@ -153,8 +169,10 @@ def test_small_models_that_were_disturbed_make_no_type_fast() -> None:
         long_prompt=run(0.2, 14, 512),
         large_vocabulary=replace(run(0.01, 2), head=9000),
         by_type={"a": large},
+        caches={"c": run(0.1, 14, 512)},
         base="a",
         version="1",
     )
     assert found.read["a"] <= 2.01 * weights / large.answer
     assert found.compute["a"] <= 2.01 * 2 * (weights + 1000) / large.prompt
+    assert found.cache("c").read <= 2.01 * found.cache_read and found.cache("c").attention <= 2.01 * found.attention

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.plan import Plan, Serving
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.artifacts.speeds import RuntimeSpeed
+from acip_export.artifacts.speeds import CacheSpeed, RuntimeSpeed, SpeedTable, load_speeds, save_speeds
 from acip_export.errors import UnreachableSpeedError, UsageError
+from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, check_pace, make_plan, resolve
 from acip_export.planning.problem import Problem
@@ -60,6 +63,35 @@ def test_by_hand(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     seconds += 2 * shape.heads * shape.head_dim * 128 * shape.layers / 1e10 + fixed / plan.serving.prompt_batch
     seconds += shape.layers * shape.hidden * 1e-9
     assert plan.speed.prompt == pytest.approx(1 / seconds)
+
+
+def test_caches_of_other_types_have_speeds_of_their_own(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    """Keys and values each by their bytes; of a type that was not measured, as of the format's own."""
+    q8, q4 = CacheSpeed(4e7, 5e9), CacheSpeed(2e7, 2e9)
+    table = replace(TABLE, caches={"q8_0": q8, "q4_0": q4})
+    shape, format = ranked[0].shape, export_format("gguf")
+    numbers = shape.layers * 256 * shape.kv_heads * shape.head_dim
+    operations = shape.heads * shape.head_dim * 128 * shape.layers
+    bytes_of = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32, "q5_0": 22 / 32}
+    own = CacheSpeed(TABLE.cache_read, TABLE.attention)
+    for keys, values in (("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("f16", "q4_0"), ("q5_0", "q5_0")):
+        serving = Serving(128, keys, 32, cache_type_v=values)
+        predictor = Predictor(format, shape, "llama.cpp", table, serving)
+        speeds = [(each, table.caches.get(each, own)) for each in (keys, values)]
+        expected = sum(numbers * bytes_of[each] / speed.read for each, speed in speeds)
+        assert predictor.cache_seconds == pytest.approx(expected)
+        assert predictor.attention_seconds == pytest.approx(sum(operations / speed.attention for _, speed in speeds))
+
+
+def test_tables_without_caches_are_read(tmp_path: Path) -> None:
+    """As they were made before caches of other types were measured."""
+    table = SpeedTable("here", 2, {"llama.cpp": replace(TABLE, caches={"q8_0": CacheSpeed(4e7, 5e9)})})
+    save_speeds(table, tmp_path / "new.json")
+    assert load_speeds(tmp_path / "new.json") == table
+    old = json.loads((tmp_path / "new.json").read_text())
+    del old["runtimes"]["llama.cpp"]["caches"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert load_speeds(tmp_path / "old.json").runtimes == {"llama.cpp": TABLE}
 
 
 def test_a_speed_that_must_be_reached(ranked: tuple[Checkpoint, ScoreFile]) -> None:
