@@ -97,7 +97,7 @@ def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: f
         few, many, wide = small
         for name in others:
             if format.refused_cache(many.checkpoint, name, name) is None:
-                caches[name] = _Run(maker.with_cache(many, name), _LONG_PROMPT)
+                caches[name] = _Run(maker.with_cache(many, name), _LONG_PROMPT, repeats=1)
             clock.advance()
         fixed = [_Run(few), _Run(many), _Run(many, _LONG_PROMPT), _Run(wide)]
         large = {name: _Run(made) for name, made in by_type.items()}
@@ -127,7 +127,7 @@ def _measure_runs(
                 for index, run in enumerate(runs):
                     with session.open(run.made.path, run.made.serving) as opened:
                         version = opened.name
-                        found = shortest_times(opened, run.tokens, seconds / every)
+                        found = shortest_times(opened, run.tokens, seconds / every, run.repeats)
                     prompt, answer = shortest[index]
                     shortest[index] = min(prompt, found[0]), min(answer, found[1])
                     clock.advance()
@@ -210,13 +210,13 @@ def embedded(format: ExportFormat) -> str:
     return next(name for name in format.embedding_types if not format.type(name).is_float)
 
 
-def shortest_times(opened: Any, tokens: int, seconds: float) -> tuple[float, float]:
+def shortest_times(opened: Any, tokens: int, seconds: float, repeats: int = _REPEATS) -> tuple[float, float]:
     """Return the shortest times of a token of a prompt of ``tokens`` and of the answer: other programs only lengthen
-    them."""
-    _seconds(opened, tokens)  # what is read and allocated once
+    them. It is read ``repeats`` times, and more often while ``seconds`` have not passed."""
+    _seconds(opened, min(tokens, _PROMPT))  # what is read and allocated once
     end = time.perf_counter() + seconds
     times: list[tuple[float, float]] = []
-    while len(times) < _REPEATS or time.perf_counter() < end:
+    while len(times) < repeats or time.perf_counter() < end:
         times.append(_seconds(opened, tokens))
     return min(prompt for prompt, _ in times), min(answer for _, answer in times)
 
@@ -227,6 +227,7 @@ class _Run:
 
     made: _Made
     tokens: int = _PROMPT
+    repeats: int = _REPEATS
 
     def timed(self, prompt: float, answer: float) -> Timed:
         """Return what was computed in these times."""
