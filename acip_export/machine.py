@@ -22,12 +22,14 @@ class Machine:
         float32, float64: operations of products, with all threads.
         calls: of numpy on short arrays, in one thread: what loops of Python around them are counted in.
         threads: that compute.
+        bfloat16: whether it multiplies bfloat16 matrices faster than float32 ones; others emulate it, far slower.
     """
 
     float32: float
     float64: float
     calls: float
     threads: int
+    bfloat16: bool = False
 
     @classmethod
     def measured(cls, width: int, clock: Callable[[], float] = time.perf_counter) -> Machine:
@@ -63,7 +65,15 @@ class Machine:
         # Too short to be interrupted, so that the best of them would say nothing about the load.
         taken = list(spent(calls, 0.1))
         speeds = products(torch.float32), products(torch.float64), 1000 * len(taken) / sum(taken)
-        return cls(*speeds, torch.get_num_threads())
+        return cls(*speeds, torch.get_num_threads(), fast_bfloat16())
+
+
+def fast_bfloat16() -> bool:
+    """Tell whether this CPU multiplies bfloat16 matrices faster than float32 ones: others emulate it, far slower."""
+    import torch
+
+    able = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # older versions of torch cannot tell
+    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "arm_bf16"))
 
 
 def memory_bytes(limits: tuple[str, ...] = _CONTAINER_LIMITS) -> int:

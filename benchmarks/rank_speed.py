@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from acip_export.ranking.load import fast_bfloat16
+from acip_export.machine import fast_bfloat16
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 8192,

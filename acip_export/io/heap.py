@@ -4,19 +4,46 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
+
+# mallopt's parameters.
+_TRIM_THRESHOLD, _MAP_THRESHOLD = -1, -3
+# Bytes from which a block is a mapping of its own: for work on matrices, and what glibc arrives at by itself.
+_APART, _USUAL = 1 << 20, 1 << 25
 
 
 def give_back() -> None:
     """Return the free pages of the heap to the system, where the C library can: glibc keeps the holes in its arenas."""
-    trim = _trim()
+    trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
-@lru_cache(maxsize=1)
-def _trim() -> Callable[[int], int] | None:
+@contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Have each large block mapped for itself inside, so that it is the system's again as soon as it is freed.
+
+    In a heap, matrices of different sizes leave holes for each other that none of them fits into: decomposing a layer
+    took between 1.3 times and twice of what was in use. New pages cost work on matrices little, passes of texts more.
+    """
+    setting = _of_glibc("mallopt")
+    if setting is None:
+        yield
+        return
+    setting(_MAP_THRESHOLD, _APART)
+    try:
+        yield
+    finally:
+        setting(_MAP_THRESHOLD, _USUAL)
+        setting(_TRIM_THRESHOLD, 2 * _USUAL)
+        give_back()
+
+
+@lru_cache
+def _of_glibc(name: str) -> Callable[..., Any] | None:
     if not sys.platform.startswith("linux"):
         return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return getattr(ctypes.CDLL(None), name, None)

@@ -57,14 +57,14 @@ def whitened_components(weight: Tensor, right: Whitening | None, left: Whitening
     if right is not None:
         whitened = right.of_rows(whitened)
     u, s, vt = thin_svd(whitened)
+    del whitened  # what is as large as the weight counts: see components_bytes
     scale = s.sqrt()
     up = u * scale
+    del u
+    up = (up if left is None else left.undone_columns(up)).to(dtype)
     down = scale[:, None] * vt
-    return Components(
-        up=(up if left is None else left.undone_columns(up)).to(dtype),
-        down=(down if right is None else right.undone_rows(down)).to(dtype),
-        singular=s.to(dtype),
-    )
+    del vt
+    return Components(up, (down if right is None else right.undone_rows(down)).to(dtype), s.to(dtype))
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,8 +83,8 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return u, s, vt
     s = values.sqrt()
     if tall:
-        return (matrix @ vectors) / s, s, vectors.T
-    return vectors, s, (vectors.T @ matrix) / s[:, None]
+        return (matrix @ vectors).div_(s), s, vectors.T
+    return vectors, s, (vectors.T @ matrix).div_(s[:, None])
 
 
 def balance(

@@ -324,6 +324,7 @@ def projected(moment: Tensor, weight: Tensor) -> Tensor:
     """
     upper = moment.detach().cpu().triu()
     full = upper + upper.triu(1).T
+    del upper
     scale = output_scale(full.diagonal())
     basis = column_basis(weight, scale).to(full.dtype)
     full /= scale.to(full.dtype)

@@ -5,7 +5,6 @@ Time is counted in floating point operations and divided by what this machine wa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +18,27 @@ from acip_export.model.tensor_info import TensorInfo
 from acip_export.model.torch_model import expected_parameters
 from acip_export.ranking.acip_defaults import mask_steps_of
 from acip_export.ranking.algorithm import Algorithm
+from acip_export.ranking.block_sizes import BlockSizes
 from acip_export.ranking.config import AcipConfig, DataConfig
 from acip_export.ranking.data import window_length
-from acip_export.ranking.load import linear_weights
+from acip_export.ranking.load import FLOAT32_WEIGHTS, linear_weights
+from acip_export.ranking.peak_memory import Held, Passes, learning_bytes, peak_by_phase
 from acip_export.ranking.sharding import by_block
-from acip_export.ranking.side_by_side import at_once, layer_bytes
 
-# What is measured (docs/LOG.md): Python, torch, transformers and a tokenizer with its text, in bytes and in seconds.
-_LIBRARIES, _START = 470_000_000, 9.0
+# Seconds, measured (docs/LOG.md): Python, torch, transformers and a tokenizer with its text.
+_START = 9.0
 # Passes through blocks reach this share of the speed of their largest products.
 _REACHED = 0.75
 # Packing a moment of n columns, in products of n x n matrices in float64.
 _PACKING = 4.5
-# Arrays as large as the logits that are alive at once: probabilities, their squares, and what gradients take.
-_LOGITS = 9
 # Operations that passes over one logit, and over one element of a block's activations, take as long as.
 _BY_LOGIT, _BY_ELEMENT = 100, 25
 # An eigendecomposition of n columns in products of n x n matrices.
 _EIGEN = 9.0
-_LOGITS_AT_ONCE = 2**24
 # Bytes of an entry of a moment: six bits (docs/score-file.md).
 _PACKED = 0.75
 # Bytes of each row of a moment beside its entries, and of a component beside its factors: a singular value and losses.
 _BY_ROW, _BY_COMPONENT = 16, 36
-# Of modules that write into the residual stream: what they read nobody else does.
-_WRITES = re.compile(r"(^|[._])(o_proj|out_proj|down_proj|c_proj|dense|fc2|out_lin|lin2)$")
 
 
 @dataclass(frozen=True)
@@ -51,47 +46,21 @@ class RankEstimate:
     """Hold what a ranking takes.
 
     Attributes:
-        seconds: by stage. memory: peak bytes of the process. disk: bytes of scratch file and score file together.
+        seconds: by stage. memory_by_phase: peak bytes of the process. disk: bytes of scratch file and score file
+            together.
     """
 
     seconds: Mapping[str, float]
-    memory: int
+    memory_by_phase: Mapping[str, int]
     disk: int
+
+    @property
+    def memory(self) -> int:
+        return max(self.memory_by_phase.values())
 
     @property
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Hold the sizes of the linear layers of one block."""
-
-    shapes: tuple[tuple[int, int], ...]
-    inputs: tuple[int, ...]  # widths of the tensors that they read, each once
-
-    @property
-    def weights(self) -> int:
-        return sum(out * width for out, width in self.shapes)
-
-    @property
-    def factors(self) -> int:
-        return sum(min(shape) * sum(shape) for shape in self.shapes)
-
-    @property
-    def triangles(self) -> int:
-        """Numbers in the triangles of its moments; those of outputs wider than their inputs are kept as narrow."""
-        return sum(n * (n + 1) // 2 for n in (*self.inputs, *(min(shape) for shape in self.shapes)))
-
-    @property
-    def squares(self) -> tuple[int, int]:
-        """Numbers in the moments of inputs, and of gradients."""
-        return sum(n * n for n in self.inputs), sum(out * out for out, _ in self.shapes)
-
-    @property
-    def width(self) -> int:
-        """Numbers that one token brings to the inputs and to the outputs of its layers."""
-        return sum(self.inputs) + sum(out for out, _ in self.shapes)
 
 
 class RankModel:
@@ -105,13 +74,13 @@ class RankModel:
         self.beside = beside
         self.shape = checkpoint.shape
         modules = checkpoint.linear_modules
-        self.blocks = [_block({name: modules[name] for name in names}) for _, names in by_block(modules)]
+        self.blocks = [BlockSizes.of({name: modules[name] for name in names}) for _, names in by_block(modules)]
         self.weights = linear_weights(checkpoint)
         self.checkpoint = checkpoint
         first = f"{next(iter(modules))}.weight"
-        stored = {"F16": 2, "BF16": 2}.get(checkpoint.tensors[first].dtype, 4)
-        self.stored_bytes = stored
-        self.weight_bytes = 4 if self.weights <= 100_000_000 else stored
+        self.stored_dtype = checkpoint.tensors[first].dtype
+        stored = {"F16": 2, "BF16": 2}.get(self.stored_dtype, 4)
+        self.weight_bytes = 4 if self.weights <= FLOAT32_WEIGHTS else stored
 
     @property
     def moment_columns(self) -> list[int]:
@@ -168,27 +137,23 @@ class RankModel:
             seconds["learning"] = steps * self.step_seconds(acip, context, machine)
         return seconds
 
-    def _memory(self, calibration: DataConfig, acip: AcipConfig | None, machine: Machine) -> int:
-        shape, context = self.shape, window_length(self.checkpoint, calibration)
-        batch = calibration.batch * context
+    def _memory(self, calibration: DataConfig, acip: AcipConfig | None, machine: Machine) -> Mapping[str, int]:
+        context = window_length(self.checkpoint, calibration)
         _, graded = _tokens(calibration)
-        embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2)
-        # Widened where the processor has no products of the stored type, with the pages that they were read from.
-        always = _LIBRARIES + embeddings * (4 + self.stored_bytes) + 4 * graded * shape.hidden
-        always += self.weights * 4 if self.weight_bytes == 4 else 0
-        block = max(self.blocks, key=lambda b: b.weights)
-        logits = _LOGITS * 4 * min(_LOGITS_AT_ONCE, batch * shape.vocabulary)
-        activations = 4 * batch * (3 * block.width + 6 * shape.hidden) + 4 * sum(block.squares)
-        sides = max(block.shapes, key=lambda s: s[0] ** 2 + s[1] ** 2)
-        largest = layer_bytes((sides[0], sides[1]))
-        linear_algebra = largest * at_once(largest, machine.threads)
-        phases = [logits, activations + 2 * block.weights * 4, linear_algebra]
+        batch, held = calibration.batch * context, self._held(machine)
+        phases = peak_by_phase(
+            self.shape, self.blocks, held, Passes(batch, graded, calibration.curve_tokens), machine.threads
+        )
         if acip is not None:
-            tokens = acip.batch * context
-            kept = sum(b.width + sum(min(s) for s in b.shapes) + 8 * shape.hidden for b in self.blocks)
-            always += sum(b.factors for b in self.blocks) * self.weight_bytes
-            phases.append(logits + 4 * tokens * kept)
-        return int(always + max(phases))
+            phases["learning"] = learning_bytes(self.blocks, self.shape, held, acip.batch * context, batch)
+        return phases
+
+    def _held(self, machine: Machine) -> Held:
+        """Tell how weights are there: mapped if they are used as they are stored."""
+        if self.weight_bytes == 4:
+            return Held(4, 4, 4)
+        narrow = machine.bfloat16 and self.shape.generates and self.stored_dtype == "BF16"
+        return Held(0, 0 if narrow else 4, self.weight_bytes)
 
     def _disk(self, calibration: DataConfig, algorithm: Algorithm) -> int:
         inputs, graded = _tokens(calibration)
@@ -208,13 +173,6 @@ class RankModel:
 
     def _attention(self, context: int) -> int:
         return 4 * context * self.shape.heads * self.shape.head_dim
-
-
-def _block(modules: Mapping[str, tuple[int, int]]) -> _Block:
-    inputs: dict[tuple[str, int, bool], int] = {}
-    for name, (_, width) in modules.items():
-        inputs[name.rpartition(".")[0], width, bool(_WRITES.search(name))] = width
-    return _Block(tuple(modules.values()), tuple(inputs.values()))
 
 
 def _tokens(calibration: DataConfig) -> tuple[int, int]:

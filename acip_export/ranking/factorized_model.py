@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from acip_export.artifacts.scores import FloatArray
-from acip_export.io.heap import give_back
 from acip_export.lowrank.components import Components, component_dtype
 from acip_export.lowrank.losses import ComponentLosses, dense_sensitivity, losses_of_energies
 from acip_export.lowrank.whitening import Whitening
 from acip_export.progress import Clock
 from acip_export.ranking.config import Basis
 from acip_export.ranking.context import RankContext
+from acip_export.ranking.layer_memory import components_bytes
 from acip_export.ranking.load import dense_weight
 from acip_export.ranking.masked_linear import NO_ADAPTER, AdapterShape, MaskedLinear, replace_linear
 from acip_export.ranking.sharding import by_block, shard_block, shard_rest
-from acip_export.ranking.side_by_side import layer_bytes, side_by_side
+from acip_export.ranking.side_by_side import side_by_side
 from acip_export.ranking.statistics import Statistics
 from acip_export.ranking.stored_tensors import StoredTensors
 
@@ -147,16 +149,20 @@ def factorize_model(
     losses, singular, sensitivity = {}, {}, {}
     work = context.work
     stored = StoredTensors(work.scratch("factors"))
-    whitenings = _Whitenings(statistics, basis)
     blocks = by_block(checkpoint.linear_modules)
     done = {name for block, names in blocks if _step(block) in work for name in names}
     clock = Clock("components", len(checkpoint.linear_modules), context.progress, done=len(done))
+
+    owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
+    own = [name for name in checkpoint.linear_modules if owners[name] == processes.index and name not in done]
+    whitenings = _Whitenings(statistics, basis, own)
 
     def factorize(name: str) -> _Factors:
         weight = dense_weight(checkpoint, model, name)
         inputs, gradients = whitenings.moments(name)
         right, left = whitenings.wanted(inputs, gradients)
         components = context.factors.components(weight, right, left)
+        whitenings.forget(name)
         # In a whitened basis, both energies are the singular value.
         up = components.singular if left else gradients.of_columns(components.up.double()).square().sum(0)
         down = components.singular if right else inputs.of_rows(components.down.double()).square().sum(1)
@@ -167,9 +173,7 @@ def factorize_model(
         losses = losses_of_energies(components, (up.double(), down.double()), diagonals, rounding)
         return _Factors(components, losses, torch.tensor(estimate if exact is None else exact, dtype=torch.float64))
 
-    owners = owners_of(checkpoint.linear_modules, statistics.input_keys, processes.count)
-    own = [name for name in checkpoint.linear_modules if owners[name] == processes.index and name not in done]
-    largest = max((layer_bytes(checkpoint.linear_modules[name]) for name in own), default=0)
+    largest = max((components_bytes(checkpoint.linear_modules[name]) for name in own), default=0)
     factorized = side_by_side(factorize, own, largest, ahead=processes.count > 1)
     for block, names in blocks:
         for name in names:
@@ -188,8 +192,6 @@ def factorize_model(
             clock.advance()
         if _step(block) not in work:
             work.finish(_step(block))
-        whitenings.forget(names)
-        give_back()
     result = Factorized(
         context, statistics, losses, singular, sensitivity, whitenings, owners, mask_scale, adapter, stored
     )
@@ -209,15 +211,18 @@ def _known(name: str, stored: StoredTensors) -> tuple[ComponentLosses, FloatArra
 
 
 class _Whitenings:
-    """Read moments when a module needs them; those of inputs that modules share are kept until all had them."""
+    """Read moments when a module needs them; those of inputs that several of ``modules`` share are kept until all had
+    them.
+    """
 
-    def __init__(self, statistics: Statistics, basis: Basis) -> None:
+    def __init__(self, statistics: Statistics, basis: Basis, modules: Sequence[str]) -> None:
         self.statistics, self.basis = statistics, basis
         self._shared: dict[str, Whitening] = {}
+        self._wanting, self._lock = Counter(statistics.input_keys[name] for name in modules), Lock()
 
     def __call__(self, name: str) -> Whitenings:
         inputs, gradients = self.moments(name)
-        self.forget([name])
+        self.forget(name)
         return self.wanted(inputs, gradients)
 
     def moments(self, name: str) -> tuple[Whitening, Whitening]:
@@ -234,10 +239,13 @@ class _Whitenings:
             gradients if self.basis == "kfac" else None,
         )
 
-    def forget(self, names: Sequence[str]) -> None:
-        """Give up what was shared by modules that are done with."""
-        for name in names:
-            self._shared.pop(self.statistics.input_keys[name], None)
+    def forget(self, name: str) -> None:
+        """Give up what a module has shared, unless others want it still."""
+        key = self.statistics.input_keys[name]
+        with self._lock:
+            self._wanting[key] -= 1
+            if self._wanting[key] <= 0:
+                self._shared.pop(key, None)
 
 
 def owners_of(shapes: Mapping[str, tuple[int, int]], inputs: Mapping[str, str], count: int) -> dict[str, int]:

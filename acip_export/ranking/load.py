@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.heap import give_back
+from acip_export.machine import fast_bfloat16
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.torch_model import load_dense
 from acip_export.ranking.config import Precision
 from acip_export.ranking.masked_ops import frozen_linear
 
 # Up to here float32 weights take at most 400 MB, and the measured curve starts exactly at the dense model.
-_FLOAT32_WEIGHTS = 100_000_000
+FLOAT32_WEIGHTS = 100_000_000
 # From here on activations are recomputed rather than kept, unless --no-recompute-activations says otherwise.
 _RECOMPUTED_WEIGHTS = 1_000_000_000
 
@@ -60,7 +61,7 @@ def load_model(
     """
     for name in checkpoint.tensors.keys() - {f"{module}.weight" for module in checkpoint.linear_modules}:
         checkpoint.read(name)  # refuses what is not finite; linear weights are read below
-    small = linear_weights(checkpoint) <= _FLOAT32_WEIGHTS
+    small = linear_weights(checkpoint) <= FLOAT32_WEIGHTS
     if precision == "auto":
         precision = "float32" if device.type == "cpu" and small else "model"
     model = load_dense(checkpoint, torch.float32 if precision == "float32" else "auto").to(home or device)
@@ -114,12 +115,6 @@ def dense_weight(checkpoint: Checkpoint, model: nn.Module, name: str) -> Tensor:
     kept = model.get_parameter(f"{name}.weight").detach()
     stored = checkpoint.read(f"{name}.weight")
     return stored if stored.dtype == kept.dtype else kept.cpu()
-
-
-def fast_bfloat16() -> bool:
-    """Tell whether this CPU multiplies bfloat16 matrices faster than float32 ones: others emulate it, far slower."""
-    able = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # older versions of torch cannot tell
-    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "arm_bf16"))
 
 
 def _compute_in_float32(model: nn.Module, stored: Collection[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from acip_export.io.heap import give_back
+from acip_export.io.heap import large_blocks_apart
 from acip_export.machine import memory_bytes
 
 # Of the machine's memory, what work side by side may take.
@@ -18,15 +18,10 @@ _SHARE = 0.5
 _Result = TypeVar("_Result")
 
 
-def layer_bytes(shape: tuple[int, int]) -> int:
-    """Return what whitening and decomposing a layer (out, in) takes: moments of both sides, components, copies."""
-    return 8 * (2 * sum(n * n for n in shape) + 6 * shape[0] * shape[1])
-
-
 def at_once(each_bytes: int, threads: int) -> int:
-    """Return how many layers are in memory at a time: one for each thread and one that waits, if there is room."""
+    """Return how many layers are worked on at a time: one for each thread, if there is room."""
     room = int(_SHARE * memory_bytes()) // max(1, each_bytes)
-    return max(1, min(threads + 1, room))
+    return max(1, min(threads, room))
 
 
 def side_by_side(
@@ -40,15 +35,18 @@ def side_by_side(
         ahead: use a thread beside this one even if torch has but one, so that work goes on while this one waits.
     """
     threads = torch.get_num_threads()
-    together = at_once(each_bytes, threads)
-    if (threads == 1 or together == 1) and not ahead:
-        for name in names:
-            yield name, work(name)
+    workers = at_once(each_bytes, threads)
+    if workers == 1 and not ahead:
+        with large_blocks_apart():
+            for name in names:
+                yield name, work(name)
         return
-    workers = max(1, together - 1)
     waiting: deque[tuple[str, Future[_Result]]] = deque()
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with (
+            large_blocks_apart(),
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             for name in names:
                 waiting.append((name, pool.submit(work, name)))
                 if len(waiting) > workers:
@@ -59,4 +57,3 @@ def side_by_side(
                 yield first, future.result()
     finally:
         torch.set_num_threads(threads)  # what one thread sets, parts of torch take for all
-        give_back()

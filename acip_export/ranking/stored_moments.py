@@ -13,12 +13,11 @@ from acip_export.artifacts.scores import FloatArray
 from acip_export.io.scratch import Scratch
 from acip_export.lowrank.moments import PackedMoment, pack_gradients, pack_moment
 from acip_export.lowrank.whitening import Whitening
+from acip_export.ranking.layer_memory import gradient_packing_bytes, packing_bytes
 from acip_export.ranking.side_by_side import side_by_side
 from acip_export.ranking.stored_tensors import StoredTensors
 
 _DIAGONAL = "/diagonal"
-# Bytes of an entry of a moment that is packed: four matrices in float64.
-_PACKED_AT_ONCE = 4 * 8
 
 
 class StoredMoments(Mapping[str, Tensor]):
@@ -48,12 +47,18 @@ class StoredMoments(Mapping[str, Tensor]):
                 return pack_moment(moments[key], name)
             return pack_gradients(moments[key], self._weight_of(key), name)
 
-        largest = max((_PACKED_AT_ONCE * moment.numel() for moment in moments.values()), default=0)
+        largest = max((self._packing_bytes(key, len(moment)) for key, moment in moments.items()), default=0)
         for key, packed in side_by_side(pack, list(moments), largest):
             self._diagonals[key] = moments[key].diagonal().float().clamp_min(0).cpu().numpy()
             self._scratch.write(f"{key}{_DIAGONAL}", self._diagonals[key])
             self._scratch.write(f"{key}/rows", packed.rows)
             self._scratch.write(f"{key}/codes", packed.codes)
+
+    def _packing_bytes(self, key: str, columns: int) -> int:
+        if self._weight_of is None:
+            return packing_bytes(columns)
+        out, inputs = self._weight_of(key).shape
+        return gradient_packing_bytes((out, inputs))
 
     def packed(self, key: str) -> PackedMoment:
         """Read a moment as the score file has it."""

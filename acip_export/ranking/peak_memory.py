@@ -1,0 +1,123 @@
+"""Count the memory that the phases of a ranking take, from the sizes of a model; pages of mapped files don't count.
+
+Each count names what is there at the same time. Whatever changes that in a phase changes its count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from acip_export.model.shape import ModelShape
+from acip_export.ranking.block_sizes import BlockSizes
+from acip_export.ranking.layer_memory import (
+    Shape,
+    components_bytes,
+    factors_bytes,
+    gradient_packing_bytes,
+    packing_bytes,
+)
+from acip_export.ranking.side_by_side import at_once
+
+# Measured (docs/LOG.md): Python, torch, transformers and what is left of a tokenizer and its text.
+_LIBRARIES = 470_000_000
+# Logits that are there at once, and the bytes of each: it, its probability, the square of that, and a difference.
+_LOGITS_AT_ONCE, _BY_LOGIT = 2**24, 16
+# Arrays as large as the logits while a learned ranking goes backward.
+_LOGITS_LEARNING = 9
+_Work = TypeVar("_Work")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Hold how the numbers of a loaded model are there.
+
+    Attributes:
+        linear, others: bytes of memory of each number of the linear layers, and of embedding and head; 0 where they are
+            mapped from their file.
+        factor: bytes of a number of the factors.
+    """
+
+    linear: int
+    others: int
+    factor: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Hold how texts pass through the model: tokens at a time, tokens that go backward, tokens of the curve."""
+
+    batch: int
+    graded: int
+    curve: int
+
+
+def peak_by_phase(
+    shape: ModelShape, blocks: Sequence[BlockSizes], held: Held, passes: Passes, threads: int
+) -> dict[str, int]:
+    """Return the peak of each phase of a training-free ranking, in bytes of the process."""
+    hidden = shape.hidden
+    vocabularies = shape.vocabulary * (1 if shape.tied_embeddings else 2)
+    always = _LIBRARIES + vocabularies * hidden * held.others + sum(b.weights for b in blocks) * held.linear
+    entered = 4 * hidden * passes.graded
+    # Of head and embedding.
+    outside = 4 * hidden * hidden
+    logits = _BY_LOGIT * max(shape.vocabulary, min(_LOGITS_AT_ONCE, passes.batch * shape.vocabulary))
+
+    def most(count: Callable[[BlockSizes], int]) -> int:
+        return max(map(count, blocks))
+
+    def of_gradients(block: BlockSizes) -> int:
+        return 4 * block.squares[1]
+
+    return {
+        "forward": always + entered + most(lambda b: 4 * b.squares[0] + _activations(b, hidden, passes.batch) // 2),
+        "inputs": always + entered + most(lambda b: 4 * b.squares[0] + _together(b.inputs, packing_bytes, threads)),
+        "head": always + entered + outside + 16 * hidden * passes.batch + logits,
+        "backward": always
+        + entered
+        + outside
+        + most(lambda b: of_gradients(b) + _activations(b, hidden, passes.batch)),
+        "gradients": always
+        + entered
+        + outside
+        + most(lambda b: of_gradients(b) + _together(b.shapes, gradient_packing_bytes, threads)),
+        "components": always + most(lambda b: _together(b.shapes, components_bytes, threads) + _results(b, threads)),
+        "fisher": always + threads * max(_fisher(s, held, passes) for b in blocks for s in b.shapes),
+        "curve": always
+        + most(lambda b: held.factor * (b.factors + max(factors_bytes(s, 1) for s in b.shapes)))
+        + max(most(lambda b: _activations(b, hidden, passes.batch)), logits // 2),
+    }
+
+
+def learning_bytes(blocks: Sequence[BlockSizes], shape: ModelShape, held: Held, tokens: int, batch: int) -> int:
+    """Return what a learned ranking takes: all factors, and activations of all blocks for one batch of ``tokens``."""
+    kept = sum(b.width + sum(min(s) for s in b.shapes) + 8 * shape.hidden for b in blocks)
+    always = _LIBRARIES + shape.vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2) * held.others
+    always += sum(b.factors for b in blocks) * held.factor + sum(b.weights for b in blocks) * held.linear
+    return always + 4 * _LOGITS_LEARNING * min(_LOGITS_AT_ONCE, batch * shape.vocabulary) + 4 * tokens * kept
+
+
+def _activations(block: BlockSizes, hidden: int, tokens: int) -> int:
+    """Return what the activations of a block take with their gradients; what enters and leaves it counts less."""
+    return 4 * tokens * max(block.width, 2 * block.width - 6 * hidden)
+
+
+def _together(works: Sequence[_Work], count: Callable[[_Work], int], threads: int) -> int:
+    """Return the peak of works side by side, which begin in order: some of those that follow each other."""
+    sizes = [count(work) for work in works]
+    workers = at_once(max(sizes), threads)
+    windows = [(sizes * 2)[begin : begin + workers + 1] for begin in range(len(sizes))]
+    return max(sum(sorted(window)[-workers:]) for window in windows)
+
+
+def _results(block: BlockSizes, threads: int) -> int:
+    """Return what factors take that are done, in float32: one pair is written while another waits."""
+    workers = at_once(max(map(components_bytes, block.shapes)), threads)
+    return min(2, workers) * max(factors_bytes(s, 4) for s in block.shapes)
+
+
+def _fisher(shape: Shape, held: Held, passes: Passes) -> int:
+    by_token = 6 * sum(shape) + 8 * min(shape)
+    return factors_bytes(shape, 4 if held.factor == 4 else 4 + held.factor) + passes.batch * by_token
