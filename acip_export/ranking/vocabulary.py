@@ -25,12 +25,15 @@ def can_slice(model: nn.Module) -> bool:
 
 
 def final_hidden(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return what the head reads, (n, length, width), with the logits of one token a window beside it."""
+    """Return what the head reads, (n, length, width), and make no logits.
+
+    Those of a single token would cost a copy of the whole head in float32 where it is stored in bfloat16.
+    """
     seen: list[Any] = []
     # The whole model runs, not its decoder alone: where it is sharded, only that puts all of its parts together.
     handle = _decoder(model).register_forward_hook(lambda _m, _args, output: seen.append(output))
     try:
-        model(input_ids=windows, use_cache=False, logits_to_keep=1)
+        model(input_ids=windows, use_cache=False, logits_to_keep=windows.new_empty(0))
     finally:
         handle.remove()
     hidden: Tensor = seen[0].last_hidden_state
