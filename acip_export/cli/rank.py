@@ -185,7 +185,8 @@ def rank(
     seconds = None if time is None else parse_seconds(time)
     bytes_ = None if memory is None else parse_bytes(memory, "memory")
     if estimate:
-        _estimate(model, algorithm, torch_device, settings, context, resume, seconds, bytes_, json, measure_rounding)
+        known = model, algorithm, torch_device, precision
+        _estimate(*known, settings, context, resume, seconds, bytes_, json, measure_rounding)
         return
     assert data is not None
     checkpoint = Checkpoint.open(model)
@@ -290,6 +291,7 @@ def _estimate(
     model: str,
     algorithm: str | None,
     device: str,
+    precision: Precision,
     settings: Mapping[str, Any],
     context: int | None,
     resume: bool,
@@ -308,7 +310,8 @@ def _estimate(
     acip = replace(automatic_config(checkpoint), **settings) if chosen.learns else None
     limits = Limits(seconds, memory, asked=seconds is not None or memory is not None)
     beside = partial(pipeline.rounding_estimate, checkpoint) if measured else nothing_beside
-    fitted = fit_ranking(checkpoint, chosen, acip, DataConfig(context=context), limits, beside=beside)
+    data = DataConfig(context=context)
+    fitted = fit_ranking(checkpoint, chosen, acip, data, limits, beside=beside, precision=precision)
     taken, calibration = fitted.estimate, fitted.calibration
     if json:
         console.print_json(

@@ -19,7 +19,7 @@ from acip_export.model.torch_model import expected_parameters
 from acip_export.ranking.acip_defaults import mask_steps_of
 from acip_export.ranking.algorithm import Algorithm
 from acip_export.ranking.block_sizes import BlockSizes
-from acip_export.ranking.config import AcipConfig, DataConfig
+from acip_export.ranking.config import AcipConfig, DataConfig, Precision
 from acip_export.ranking.data import window_length
 from acip_export.ranking.load import FLOAT32_WEIGHTS, linear_weights
 from acip_export.ranking.peak_memory import Held, Passes, learning_bytes, peak_by_phase
@@ -35,6 +35,7 @@ _PACKING = 4.5
 _BY_LOGIT, _BY_ELEMENT = 100, 25
 # An eigendecomposition of n columns in products of n x n matrices.
 _EIGEN = 9.0
+_BYTES = {"F16": 2, "BF16": 2}
 # Bytes of an entry of a moment: six bits (docs/score-file.md).
 _PACKED = 0.75
 # Bytes of each row of a moment beside its entries, and of a component beside its factors: a singular value and losses.
@@ -68,9 +69,15 @@ class RankModel:
 
     Args:
         beside: seconds of what follows a ranking, by stage.
+        precision: see :func:`acip_export.ranking.load.load_model`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, beside: Mapping[str, float] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        beside: Mapping[str, float] = MappingProxyType({}),
+        precision: Precision = "auto",
+    ) -> None:
         self.beside = beside
         self.shape = checkpoint.shape
         modules = checkpoint.linear_modules
@@ -79,8 +86,8 @@ class RankModel:
         self.checkpoint = checkpoint
         first = f"{next(iter(modules))}.weight"
         self.stored_dtype = checkpoint.tensors[first].dtype
-        stored = {"F16": 2, "BF16": 2}.get(self.stored_dtype, 4)
-        self.weight_bytes = 4 if self.weights <= FLOAT32_WEIGHTS else stored
+        wide = precision == "float32" or (precision == "auto" and self.weights <= FLOAT32_WEIGHTS)
+        self.weight_bytes = 4 if wide else _BYTES.get(self.stored_dtype, 4)
 
     @property
     def moment_columns(self) -> list[int]:
@@ -149,11 +156,13 @@ class RankModel:
         return phases
 
     def _held(self, machine: Machine) -> Held:
-        """Tell how weights are there: mapped if they are used as they are stored."""
+        """Tell how weights are there: mapped if they are used as they are stored, unless the model is an encoder."""
+        stored = _BYTES.get(self.stored_dtype, 4)
         if self.weight_bytes == 4:
-            return Held(4, 4, 4)
+            widened = 0 if stored == 4 and self.shape.generates else 4
+            return Held(widened, widened, 4)
         narrow = machine.bfloat16 and self.shape.generates and self.stored_dtype == "BF16"
-        return Held(0, 0 if narrow else 4, self.weight_bytes)
+        return Held(0 if self.shape.generates else stored, 0 if narrow else 4, self.weight_bytes)
 
     def _disk(self, calibration: DataConfig, algorithm: Algorithm) -> int:
         inputs, graded = _tokens(calibration)

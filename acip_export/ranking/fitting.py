@@ -15,7 +15,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking.acip_defaults import mask_steps_of
 from acip_export.ranking.algorithm import Algorithm
 from acip_export.ranking.algorithms import find_algorithm
-from acip_export.ranking.config import AcipConfig, DataConfig
+from acip_export.ranking.config import AcipConfig, DataConfig, Precision
 from acip_export.ranking.estimate import RankEstimate, RankModel
 from acip_export.units import format_bytes, format_seconds
 
@@ -89,6 +89,7 @@ def fit_ranking(
     limits: Limits,
     machine: Machine | None = None,
     beside: Beside = nothing_beside,
+    precision: Precision = "auto",
 ) -> Fitted:
     """Choose tokens, windows at a time, and steps so that a ranking stays within ``limits``.
 
@@ -97,12 +98,13 @@ def fit_ranking(
 
     Args:
         beside: what follows the ranking, whose time counts.
+        precision: see :func:`acip_export.ranking.load.load_model`.
 
     Raises:
         InfeasibleBudgetError: too little memory for the smallest ranking. OutputError: too little disk for it.
     """
     machine = machine or Machine.measured(checkpoint.shape.hidden)
-    model = RankModel(checkpoint, beside(machine))
+    model = RankModel(checkpoint, beside(machine), precision)
     calibration = calibration.for_weights(model.weights)
     changes: list[str] = []
     if acip is not None and limits.seconds is not None:

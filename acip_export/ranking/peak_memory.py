@@ -20,8 +20,11 @@ from acip_export.ranking.layer_memory import (
 )
 from acip_export.ranking.side_by_side import at_once
 
-# Measured (docs/LOG.md): Python, torch, transformers and what is left of a tokenizer and its text.
-_LIBRARIES = 470_000_000
+# Measured (docs/LOG.md): Python, torch and transformers, what is left of a tokenizer by its tokens, and buffers of what
+# multiplies matrices with holes of the heap by the model's width.
+_LIBRARIES, _LEFT_BY_TOKEN, _BY_COLUMN = 360_000_000, 350, 40_000
+# While text is read: what is there without a model, a tokenizer by its tokens, a megabyte of text in one document.
+_NO_MODEL, _BY_TOKEN, _TEXT = 300_000_000, 1_100, 270_000_000
 # Logits that are there at once, and the bytes of each: it, its probability, the square of that, and a difference.
 _LOGITS_AT_ONCE, _BY_LOGIT = 2**24, 16
 # Arrays as large as the logits while a learned ranking goes backward.
@@ -58,12 +61,14 @@ def peak_by_phase(
 ) -> dict[str, int]:
     """Return the peak of each phase of a training-free ranking, in bytes of the process."""
     hidden = shape.hidden
-    vocabularies = shape.vocabulary * (1 if shape.tied_embeddings else 2)
-    always = _LIBRARIES + vocabularies * hidden * held.others + sum(b.weights for b in blocks) * held.linear
+    always = unranked_bytes(shape, blocks, held)
     entered = 4 * hidden * passes.graded
     # Of head and embedding.
     outside = 4 * hidden * hidden
-    logits = _BY_LOGIT * max(shape.vocabulary, min(_LOGITS_AT_ONCE, passes.batch * shape.vocabulary))
+    batch, of_curve = min(passes.batch, passes.graded), min(passes.batch, passes.curve)
+
+    def logits(tokens: int) -> int:
+        return max(shape.vocabulary, min(_LOGITS_AT_ONCE, tokens * shape.vocabulary))
 
     def most(count: Callable[[BlockSizes], int]) -> int:
         return max(map(count, blocks))
@@ -72,13 +77,11 @@ def peak_by_phase(
         return 4 * block.squares[1]
 
     return {
+        "text": _NO_MODEL + _BY_TOKEN * shape.vocabulary + _TEXT,
         "forward": always + entered + most(lambda b: 4 * b.squares[0] + _activations(b, hidden, passes.batch) // 2),
         "inputs": always + entered + most(lambda b: 4 * b.squares[0] + _together(b.inputs, packing_bytes, threads)),
-        "head": always + entered + outside + 16 * hidden * passes.batch + logits,
-        "backward": always
-        + entered
-        + outside
-        + most(lambda b: of_gradients(b) + _activations(b, hidden, passes.batch)),
+        "head": always + entered + outside + 16 * hidden * batch + _BY_LOGIT * logits(batch),
+        "backward": always + entered + outside + most(lambda b: of_gradients(b) + _activations(b, hidden, batch)),
         "gradients": always
         + entered
         + outside
@@ -87,21 +90,27 @@ def peak_by_phase(
         "fisher": always + threads * max(_fisher(s, held, passes) for b in blocks for s in b.shapes),
         "curve": always
         + most(lambda b: held.factor * (b.factors + max(factors_bytes(s, 1) for s in b.shapes)))
-        + max(most(lambda b: _activations(b, hidden, passes.batch)), logits // 2),
+        + max(most(lambda b: _activations(b, hidden, of_curve) // 2), _BY_LOGIT // 2 * logits(of_curve)),
     }
+
+
+def unranked_bytes(shape: ModelShape, blocks: Sequence[BlockSizes], held: Held) -> int:
+    """Return what is there all the time: libraries and a loaded model."""
+    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2)
+    weights = embeddings * held.others + sum(b.weights for b in blocks) * held.linear
+    return _LIBRARIES + _LEFT_BY_TOKEN * shape.vocabulary + _BY_COLUMN * shape.hidden + weights
 
 
 def learning_bytes(blocks: Sequence[BlockSizes], shape: ModelShape, held: Held, tokens: int, batch: int) -> int:
     """Return what a learned ranking takes: all factors, and activations of all blocks for one batch of ``tokens``."""
     kept = sum(b.width + sum(min(s) for s in b.shapes) + 8 * shape.hidden for b in blocks)
-    always = _LIBRARIES + shape.vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2) * held.others
-    always += sum(b.factors for b in blocks) * held.factor + sum(b.weights for b in blocks) * held.linear
+    always = unranked_bytes(shape, blocks, held) + sum(b.factors for b in blocks) * held.factor
     return always + 4 * _LOGITS_LEARNING * min(_LOGITS_AT_ONCE, batch * shape.vocabulary) + 4 * tokens * kept
 
 
 def _activations(block: BlockSizes, hidden: int, tokens: int) -> int:
-    """Return what the activations of a block take with their gradients; what enters and leaves it counts less."""
-    return 4 * tokens * max(block.width, 2 * block.width - 6 * hidden)
+    """Return what the activations of a block take with their gradients, and those of the embedding in float64."""
+    return 4 * tokens * (2 * block.width + 2 * hidden)
 
 
 def _together(works: Sequence[_Work], count: Callable[[_Work], int], threads: int) -> int:

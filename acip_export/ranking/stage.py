@@ -160,7 +160,7 @@ def rank_model(
         announce(f"ranking with {chosen.name}, with the settings that an earlier run has fitted to what there is")
     elif processes.count == 1 and processes.device.type == "cpu":
         limits = Limits.of(seconds, memory, out)
-        fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits, beside=beside)
+        fitted = fit_ranking(checkpoint, chosen, acip, calibration, limits, beside=beside, precision=precision)
         chosen, acip, calibration = fitted.algorithm, fitted.acip, fitted.calibration
         estimated(fitted)
         for line in (fitted.summary(), *fitted.changes):

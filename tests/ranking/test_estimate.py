@@ -15,6 +15,7 @@ from acip_export.machine import Machine
 from acip_export.ranking import DataConfig, acip_defaults, automatic_config, rank_model
 from acip_export.ranking.acip_defaults import default_algorithm, mask_steps_of
 from acip_export.ranking.algorithms import find_algorithm
+from acip_export.ranking.config import Precision
 from acip_export.ranking.estimate import RankModel, open_sizes
 from acip_export.ranking.fitting import Fitted, Limits, fit_ranking
 from acip_export.units import parse_seconds
@@ -51,6 +52,25 @@ def test_memory_does_not_grow_with_layers_and_needs_no_weights(tmp_path: Path) -
     assert one.memory == two.memory
     assert two.disk == pytest.approx(2 * one.disk, rel=0.1)
     assert two.seconds["statistics"] == pytest.approx(2 * one.seconds["statistics"], rel=0.1)
+
+
+def test_weights_count_where_they_are_widened(tmp_path: Path) -> None:
+    """Of 8 billion parameters only embedding and head are, and those not on a processor that multiplies bfloat16."""
+    checkpoint = open_sizes(llama(tmp_path / "8b"))
+
+    def memory(machine: Machine, precision: Precision = "auto") -> int:
+        return RankModel(checkpoint, precision=precision).estimate(DataConfig(), FISHER, None, machine).memory
+
+    narrow = memory(replace(TWO_CORES, bfloat16=True))
+    embeddings = 4 * 2 * 128256 * 4096
+    assert memory(TWO_CORES) - narrow == embeddings
+    assert memory(TWO_CORES, "float32") - narrow == embeddings + 4 * RankModel(checkpoint).weights
+
+
+def test_precision_is_in_what_the_command_says(tmp_path: Path, run: Run) -> None:
+    asked = ("rank", llama(tmp_path / "8b"), "--estimate", "--json", "--no-measure-rounding", "--precision")
+    narrow, wide = (json.loads(run(*asked, precision).out)["memory"] for precision in ("model", "float32"))
+    assert wide - narrow > 4 * 6.9e9
 
 
 def test_learned_ranking_takes_the_steps_that_there_is_time_for(model: Path) -> None:

@@ -87,3 +87,13 @@ def test_sampled_loss_in_slices(model: Path, text: Path, slices_of_some_tokens: 
     one, two = (leaf.grad for leaf in leaves)
     assert one is not None and two is not None
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))  # float32 sums
+
+
+def test_no_logits_on_the_way_to_the_head(model: Path, text: Path) -> None:
+    """Those of a few tokens are made from a float32 copy of a head that is stored in bfloat16."""
+    context = context_of(model, text, windows=2)
+    head, made = context.model.get_output_embeddings(), []  # type: ignore[operator]
+    handle = head.register_forward_hook(lambda _m, _a, output: made.append(output.numel()))
+    hidden = vocabulary.final_hidden(context.model, context.windows)
+    handle.remove()
+    assert hidden.shape[:2] == context.windows.shape and made == [0]
