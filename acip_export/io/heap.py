@@ -11,8 +11,9 @@ from typing import Any
 
 # mallopt's parameters.
 _TRIM_THRESHOLD, _MAP_THRESHOLD = -1, -3
-# Bytes from which a block is a mapping of its own: for work on matrices, and what glibc arrives at by itself.
-_APART, _USUAL = 1 << 20, 1 << 25
+# Bytes from which a block is a mapping of its own: for work on matrices, and else. By itself glibc goes up to twice
+# that, a little more than logits have in bfloat16.
+_APART, _USUAL = 1 << 20, 1 << 24
 
 
 def give_back() -> None:

@@ -160,9 +160,10 @@ class RankModel:
         stored = _BYTES.get(self.stored_dtype, 4)
         if self.weight_bytes == 4:
             widened = 0 if stored == 4 and self.shape.generates else 4
-            return Held(widened, widened, 4)
+            return Held(widened, widened, 4, 4)
         narrow = machine.bfloat16 and self.shape.generates and self.stored_dtype == "BF16"
-        return Held(0 if self.shape.generates else stored, 0 if narrow else 4, self.weight_bytes)
+        others, computed = (0, 2) if narrow else (4, 4)
+        return Held(0 if self.shape.generates else stored, others, self.weight_bytes, computed)
 
     def _disk(self, calibration: DataConfig, algorithm: Algorithm) -> int:
         inputs, graded = _tokens(calibration)

@@ -25,8 +25,8 @@ from acip_export.ranking.side_by_side import at_once
 _LIBRARIES, _LEFT_BY_TOKEN, _BY_COLUMN = 360_000_000, 350, 40_000
 # While text is read: what is there without a model, a tokenizer by its tokens, a megabyte of text in one document.
 _NO_MODEL, _BY_TOKEN, _TEXT = 300_000_000, 1_100, 270_000_000
-# Logits that are there at once, and the bytes of each: it, its probability, the square of that, and a difference.
-_LOGITS_AT_ONCE, _BY_LOGIT = 2**24, 16
+# Logits that are there at once, and what each has beside itself: its probability, the square of that, a difference.
+_LOGITS_AT_ONCE, _BY_LOGIT = 2**24, 12
 # Arrays as large as the logits while a learned ranking goes backward.
 _LOGITS_LEARNING = 9
 _Work = TypeVar("_Work")
@@ -39,12 +39,13 @@ class Held:
     Attributes:
         linear, others: bytes of memory of each number of the linear layers, and of embedding and head; 0 where they are
             mapped from their file.
-        factor: bytes of a number of the factors.
+        factor: bytes of a number of the factors. computed: of a number that the model computes.
     """
 
     linear: int
     others: int
     factor: int
+    computed: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def peak_by_phase(
         "text": _NO_MODEL + _BY_TOKEN * shape.vocabulary + _TEXT,
         "forward": always + entered + most(lambda b: 4 * b.squares[0] + _activations(b, hidden, passes.batch) // 2),
         "inputs": always + entered + most(lambda b: 4 * b.squares[0] + _together(b.inputs, packing_bytes, threads)),
-        "head": always + entered + outside + 16 * hidden * batch + _BY_LOGIT * logits(batch),
+        "head": always + entered + outside + 16 * hidden * batch + (_BY_LOGIT + held.computed) * logits(batch),
         "backward": always + entered + outside + most(lambda b: of_gradients(b) + _activations(b, hidden, batch)),
         "gradients": always
         + entered
@@ -90,7 +91,7 @@ def peak_by_phase(
         "fisher": always + threads * max(_fisher(s, held, passes) for b in blocks for s in b.shapes),
         "curve": always
         + most(lambda b: held.factor * (b.factors + max(factors_bytes(s, 1) for s in b.shapes)))
-        + max(most(lambda b: _activations(b, hidden, of_curve) // 2), _BY_LOGIT // 2 * logits(of_curve)),
+        + max(most(lambda b: _activations(b, hidden, of_curve) // 2), 2 * 4 * logits(of_curve)),
     }
 
 
