@@ -211,7 +211,7 @@ def measure(which: str, model: Path, most: int) -> None:
     if which == "float32":
         from acip_export.ranking import load as ranked
 
-        ranked.fast_bfloat16 = lambda: False
+        ranked.fast_bfloat16 = lambda: False  # type: ignore[attr-defined]
     memory = PeakMemory()
     for steps in (run_plain if which == "plain" else run_ours)(model, windows, most):
         print(json.dumps({**asdict(steps), "peak_bytes": memory.peak - memory.start}), flush=True)

@@ -41,7 +41,7 @@ def components_bytes(shape: Shape) -> int:
         whitening = held + 4 * weight + of_inputs
         root = held + weight + 3 * of_inputs
         held += 2 * of_inputs
-        undone = held + 3 * weight + small
+        undone = held + 3.0 * weight + small
     else:
         # A root is made of three matrices, of which two stay.
         held = 2 * of_outputs
