@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +20,7 @@ from msgspec import Meta
 
 from acip_export.artifacts.plan import BudgetScope, Plan, Tokens
 from acip_export.artifacts.speeds import RuntimeSpeed, load_speeds
+from acip_export.choices import instead_of, nearest
 from acip_export.errors import AcipError, DeviceFileError, UsageError
 from acip_export.formats.registry import export_format, format_names
 from acip_export.io.inputs import convert, decode_toml, read_input
@@ -201,7 +201,7 @@ def find_device(name: str, devices: dict[str, Device]) -> Device:
     if name.lower() == THIS_MACHINE:
         return this_machine()
     folded = name.lower().replace(" ", "-").replace("_", "-")
-    close = get_close_matches(folded, devices, n=3, cutoff=0.4)
+    close = nearest(folded, devices, 3, 0.4)
     whole = folded.replace("-", "")
     # Without the memory, which a short name like rpi5 does not mean.
     titles = {known: known.rpartition("-")[0].replace("-", "") or known for known in devices}
@@ -255,10 +255,12 @@ def _device(table: DeviceTable, place: str, where: str) -> Device:
     runtimes = table.runtimes
     for name, runtime in runtimes.items():
         if name not in format_names():
-            raise DeviceFileError(f"{place}: unknown format {name!r}; known: {', '.join(format_names())}")
+            raise DeviceFileError(f"{place}: unknown format {name!r}; {instead_of(name, format_names(), 'known')}")
         known = export_format(name).runtimes
         if runtime not in known:
-            raise DeviceFileError(f"{place}: unknown runtime {runtime!r} of {name}; known: {', '.join(known)}")
+            raise DeviceFileError(
+                f"{place}: unknown runtime {runtime!r} of {name}; {instead_of(runtime, known, 'known')}"
+            )
     if (table.enforces is None) != (table.source.enforces is None):
         raise DeviceFileError(f"{place}: enforces and source.enforces are given together, or neither")
     for field, formats in (("whole_prompts", table.whole_prompts), ("types", table.types)):

@@ -9,6 +9,7 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from acip_export.choices import instead_of
 from acip_export.errors import UnsupportedError
 
 FORMAT_GROUP = "acip_export.formats"
@@ -28,8 +29,13 @@ def load_format(name: str) -> Any:
     """
     entry = _entries().get(name)
     if entry is None:
-        known = ", ".join(format_names()) or "none; install acip-export with  pip install acip-export"
-        raise UnsupportedError(f"unknown format {name!r}; known: {known}")
+        names = format_names()
+        known = (
+            instead_of(name, names, "known")
+            if names
+            else "known: none; install acip-export with  pip install acip-export"
+        )
+        raise UnsupportedError(f"unknown format {name!r}; {known}")
     return entry.load()
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from acip_export.choices import instead_of
 from acip_export.cli import output as console
 from acip_export.cli.options import Cache, Debug, Json, Quiet
 from acip_export.cli.tables.common import facts_table
@@ -35,8 +36,8 @@ def cache(
     known = find_caches(model, cache)
     unknown = set(names or ()) - {each.name for each in known}
     if unknown:
-        there = ", ".join(each.name for each in known) or "nothing"
-        raise UsageError(f"nothing is kept as {min(unknown)!r}; there is: {there}")
+        there = instead_of(min(unknown), [each.name for each in known] or ["nothing"], "there is")
+        raise UsageError(f"nothing is kept as {min(unknown)!r}; {there}")
     chosen = [each for each in known if not names or each.name in names]
     sizes = [each.nbytes for each in chosen]
     if clear:

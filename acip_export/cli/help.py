@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from acip_export.cli import output as console
 from acip_export.cli.options import PANELS
+from acip_export.cli.usage import check_usage, choices_of, is_flag, unknown_command
 from acip_export.errors import UsageError
 
 _WIDEST_NAMES = 28
@@ -30,7 +31,7 @@ class Command(TyperCommand):
         formatter.write(_help(self, ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _refuse_repeated(self, ctx, args)
+        check_usage(self, ctx, args, takes_commands=False)
         return list(super().parse_args(ctx, args))
 
 
@@ -38,27 +39,19 @@ class Group(TyperGroup):
     """The main job, and the commands beside it."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find a command; raise UsageError for the main job under the name that many would give it."""
+        """Find a command; raise UsageError for what is none, and for the main job as many would call it."""
         if args[:1] == ["export"]:
             raise UsageError("exporting is no command; leave the word out:  acip-export --budget 4GB --format gguf")
+        if args and args[0] not in self.commands and not ctx.resilient_parsing:
+            raise unknown_command(self, ctx, args[0])
         return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(_help(self, ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _refuse_repeated(self, ctx, args)
+        check_usage(self, ctx, args, takes_commands=True)
         return list(super().parse_args(ctx, args))
-
-
-def _refuse_repeated(command: Any, context: typer.Context, args: list[str]) -> None:
-    """Raise UsageError for a flag of one value that is given twice: the last would win, and nobody would know."""
-    if context.resilient_parsing:
-        return
-    _, _, order = command.make_parser(context).parse_args(args=list(args))
-    for parameter, times in Counter(order).items():
-        if times > 1 and _is_flag(parameter) and not (parameter.multiple or parameter.is_flag):
-            raise UsageError(f"{parameter.opts[0]} is given {times} times, and takes one value")
 
 
 def refuse_flags_before(command: str, context: typer.Context, allowed: tuple[str, ...]) -> None:
@@ -70,10 +63,6 @@ def refuse_flags_before(command: str, context: typer.Context, allowed: tuple[str
             raise UsageError(
                 f"{flag} stands before {command}, which does not see it; write  acip-export {command} {flag}"
             )
-
-
-def _is_flag(parameter: Any) -> bool:
-    return bool(parameter.opts[0].startswith("-"))
 
 
 def _help(command: Any, context: typer.Context) -> str:
@@ -88,7 +77,7 @@ def _draw_help(command: Any, context: typer.Context) -> None:
     out = console.out
     first, *paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
     takes = ["COMMAND"] if isinstance(command, TyperGroup) else []
-    takes += [str(each.metavar or each.name.upper()) for each in command.params if not _is_flag(each)]
+    takes += [str(each.metavar or each.name.upper()) for each in command.params if not is_flag(each)]
     out.print(Text(" ".join(["Usage:", context.command_path, "[FLAGS]", *takes]), style="bold"))
     out.print(Text(first.replace("\n", " ")))
     for paragraph in paragraphs:
@@ -116,7 +105,7 @@ def panels_of(command: Any, context: typer.Context | None) -> dict[str, list[Any
 
 def _panel(parameter: Any) -> str:
     """Return the heading that a parameter stands under."""
-    if not _is_flag(parameter):
+    if not is_flag(parameter):
         return "Arguments"
     if parameter.name in ("help", "install_completion"):
         return PANELS[-1]
@@ -152,7 +141,7 @@ def _show_panel(name: str, rows: list[tuple[str, str]]) -> None:
 
 
 def _names(parameter: Any) -> str:
-    if not _is_flag(parameter):
+    if not is_flag(parameter):
         return f"[cyan]{escape(parameter.metavar or parameter.name.upper())}[/]"
     names = sorted(parameter.opts, key=len)
     if parameter.secondary_opts:
@@ -166,6 +155,6 @@ def _value(parameter: Any) -> str:
     annotation = parameter.type_descriptor.annotation
     if parameter.metavar:
         return str(parameter.metavar)
-    if get_origin(annotation) is Literal:
-        return "|".join(get_args(annotation))
+    if choices := choices_of(parameter):
+        return "|".join(choices)
     return {int: "N", float: "X", Path: "PATH"}.get(annotation, "NAME")

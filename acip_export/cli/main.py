@@ -35,7 +35,8 @@ from acip_export.cli import (
 from acip_export.cli import output as console
 from acip_export.cli.help import Command, Group
 from acip_export.cli.options import ErrorBoundary
-from acip_export.errors import AcipError, OutputError, UsageError
+from acip_export.cli.usage import explained
+from acip_export.errors import AcipError, OutputError
 from acip_export.io.hub import hide_bars
 from acip_export.io.processes import let_threads_sleep
 
@@ -124,7 +125,7 @@ def main() -> None:
     if boundary.debug or not isinstance(error, Exception):
         raise error
     if hasattr(error, "format_message"):  # of the parser, whose classes typer keeps to itself
-        error = UsageError(f"{error.format_message()}\nacip-export -h  shows what there is")
+        error = explained(error)
     # Of files, io/atomic.py has made sentences.
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
         _drop_output()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import permutations
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal, get_origin
@@ -17,6 +16,8 @@ from typing import Annotated, Any, Literal, get_origin
 import msgspec
 from msgspec import Meta
 
+from acip_export.choices import instead_of, nearest
+from acip_export.cli.usage import explained
 from acip_export.errors import AcipError, UsageError
 from acip_export.io.inputs import Finite, convert, read_toml
 
@@ -60,7 +61,7 @@ class NamedExport:
         except Exception as error:
             if not hasattr(error, "format_message"):  # of the parser, whose classes typer keeps to itself
                 raise
-            raise UsageError(f"{self.place}: {error.format_message()}") from error
+            raise UsageError(f"{self.place}: {explained(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,7 @@ class Project:
         """
         for name in names:
             if name not in self.exports:
-                close = get_close_matches(name, self.exports, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(self.exports)}"
-                raise UsageError(f"{self.file} has no export {name!r}; {hint}")
+                raise UsageError(f"{self.file} has no export {name!r}; {instead_of(name, self.exports)}")
             if names.count(name) > 1:
                 raise UsageError(f"{name} is given {names.count(name)} times; an export is made once")
         return [self.exports[name] for name in names or self.exports]
@@ -154,7 +153,7 @@ def _kind(parameter: Any) -> Any:
 
 def _expected(message: str, flags: Mapping[str, Any]) -> UsageError:
     unknown = message.rpartition("unknown field ")[2].strip()
-    close = get_close_matches(unknown.replace("_", "-"), flags, n=1) if "unknown field" in message else []
+    close = nearest(unknown, flags) if "unknown field" in message else []
     hint = f"; did you mean {close[0]}?" if close else ""
     return UsageError(
         f"{message}{hint}\nThe file has a table [export.NAME] for each export, whose keys are flags of  acip-export: "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from acip_export.artifacts.plan import Plan, Representation, Serving, TensorDecision
+from acip_export.choices import instead_of
 from acip_export.errors import UnsupportedError
 from acip_export.io.outputs import DirectoryKind
 from acip_export.model.checkpoint import Checkpoint
@@ -364,8 +365,8 @@ class ExportFormat(ABC):
                     cache_types=known.cache_types,
                     refused=known.refused,
                 )
-        names = ", ".join((DEFAULT_BACKEND, *(known.name for known in self.backends)))
-        raise UnsupportedError(f"{self.name} has no backend {backend!r}; it has: {names}")
+        names = (DEFAULT_BACKEND, *(known.name for known in self.backends))
+        raise UnsupportedError(f"{self.name} has no backend {backend!r}; {instead_of(backend, names)}")
 
     def type(self, name: str) -> WeightType:
         """Return a type by name. Raises KeyError for one that the format does not have."""
@@ -381,8 +382,8 @@ class ExportFormat(ABC):
         for layout in self.layouts:
             if layout.name == name:
                 return layout
-        known = ", ".join(layout.name for layout in self.layouts)
-        raise UnsupportedError(f"{self.name} has no layout {name!r}; it has: {known}")
+        known = instead_of(name, (layout.name for layout in self.layouts))
+        raise UnsupportedError(f"{self.name} has no layout {name!r}; {known}")
 
     def layouts_for(self, layout: str | None, runtime: str | None) -> tuple[Layout, ...]:
         """Return the layouts to plan for: the named one, or with ``auto`` every one that the runtime runs.
@@ -393,7 +394,7 @@ class ExportFormat(ABC):
             UnsupportedError: no such layout or runtime, or that runtime does not run that layout.
         """
         if runtime is not None and runtime not in self.runtimes:
-            raise UnsupportedError(f"{self.name} has no runtime {runtime!r}; it has: {', '.join(self.runtimes)}")
+            raise UnsupportedError(f"{self.name} has no runtime {runtime!r}; {instead_of(runtime, self.runtimes)}")
         runs = self.runtimes[runtime or next(iter(self.runtimes))]
         if layout == AUTO:
             return tuple(self.layout(name) for name in runs)
@@ -425,7 +426,7 @@ class ExportFormat(ABC):
             if name in self.refused:
                 raise UnsupportedError(f"{name} is not exported: {self.refused[name]}. Use: {', '.join(known)}")
             if name not in known:
-                raise UnsupportedError(f"{self.name} has no type {name!r} here; it has: {', '.join(known)}")
+                raise UnsupportedError(f"{self.name} has no type {name!r} here; {instead_of(name, known)}")
         return tuple(self.type(name) for name in (names or self.types))
 
     def applies_window(self, shape: ModelShape) -> bool:  # noqa: ARG002 - for runtimes that know only some

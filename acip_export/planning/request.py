@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from acip_export.artifacts.plan import BudgetScope, cache_types
 from acip_export.artifacts.speeds import RuntimeSpeed
+from acip_export.choices import instead_of
 from acip_export.errors import UnsupportedError, UsageError
 from acip_export.formats.protocol import AUTO, DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format
@@ -264,8 +265,7 @@ def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpo
     every_key, every_value = (tuple(format.cache_types) if name == AUTO else (name,) for name in (keys, values))
     for name in (*every_key, *every_value):
         if name not in format.cache_types:
-            known = ", ".join(format.cache_types)
-            raise UsageError(f"{format.name} has no KV cache type {name!r}; it has: {known}")
+            raise UsageError(f"{format.name} has no KV cache type {name!r}; {instead_of(name, format.cache_types)}")
     pairs = list(product(every_key, every_value))
     possible = tuple(
         pair for pair in pairs if not checkpoint.shape.generates or not format.refused_cache(checkpoint, *pair)

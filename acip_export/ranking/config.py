@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from acip_export.artifacts.scores import AdapterScaling
+from acip_export.choices import instead_of
 from acip_export.errors import UsageError
 from acip_export.text.packing import MOST_TOKENS
 
@@ -116,7 +117,8 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if name not in hints or not equals:
-            raise UsageError(f"{text!r} sets no hyper-parameter; write NAME=VALUE with one of {', '.join(hints)}")
+            known = instead_of(name, hints, "the names are")
+            raise UsageError(f"{text!r} sets no hyper-parameter; write NAME=VALUE; {known}")
         settings[name] = _parsed(name, value.strip(), hints[name])
     return settings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from acip_export.artifacts.plan import Representation
+from acip_export.choices import instead_of
 from acip_export.errors import UnsupportedError
 from acip_export.formats.protocol import Layout
 
@@ -35,4 +36,4 @@ def low_rank_of(layout: str) -> Representation | None:
     for known in LAYOUTS:
         if known.name == layout:
             return known.low_rank
-    raise UnsupportedError(f"gguf has no layout {layout!r}; it has: {', '.join(known.name for known in LAYOUTS)}")
+    raise UnsupportedError(f"gguf has no layout {layout!r}; {instead_of(layout, (known.name for known in LAYOUTS))}")

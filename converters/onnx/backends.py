@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from acip_export.artifacts.plan import Serving
+from acip_export.choices import instead_of
 from acip_export.errors import UnsupportedError
 from acip_export.formats.protocol import DEFAULT_BACKEND, Backend
 from acip_export.weight_types import WeightType
@@ -118,4 +119,4 @@ def backend_of(name: str) -> Backend:
     for known in (CPU, *OTHERS):
         if known.name == name:
             return known
-    raise UnsupportedError(f"onnx has no backend {name!r}; it has: {', '.join(b.name for b in (CPU, *OTHERS))}")
+    raise UnsupportedError(f"onnx has no backend {name!r}; {instead_of(name, (b.name for b in (CPU, *OTHERS)))}")

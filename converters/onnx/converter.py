@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.plan import Serving, TensorDecision
+from acip_export.choices import instead_of
 from acip_export.errors import MissingExtraError, UnsupportedError, VerificationError
 from acip_export.formats.protocol import DEFAULT_BACKEND
 from acip_export.model.checkpoint import Checkpoint
@@ -181,7 +182,7 @@ def _write(
 
 def _check(layout: str, serving: Serving) -> None:
     if layout != LAYOUT:
-        raise UnsupportedError(f"ONNX has no layout {layout!r}; it has: {LAYOUT}")
+        raise UnsupportedError(f"ONNX has no layout {layout!r}; {instead_of(layout, (LAYOUT,))}")
     caches = backend_of(serving.backend).cache_types
     if serving.cache_type_k not in caches or serving.cache_type_k != serving.cache_type_v:
         raise UnsupportedError(

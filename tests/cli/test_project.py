@@ -176,7 +176,7 @@ def test_bad_project_files(case: str, project: Path, run: Run) -> None:
 
 def test_names_and_files_that_are_not_there(project: Path, run: Run) -> None:
     assert "did you mean phone?" in run("build", "phon").err
-    assert "it has phone, sizes" in run("build", "zzz").err
+    assert "it has: phone, sizes" in run("build", "zzz").err
     assert "given 2 times" in run("build", "phone", "phone").err
     (project / PROJECT_FILE).unlink()
     assert "[export.phone]" in run("build").err

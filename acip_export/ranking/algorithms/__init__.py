@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
+from acip_export.choices import instead_of
 from acip_export.errors import UsageError
 from acip_export.ranking.algorithm import Algorithm
 
@@ -28,7 +29,7 @@ def find_algorithm(name: str) -> Algorithm:
     """
     known = algorithms()
     if name not in known:
-        raise UsageError(f"unknown ranking algorithm {name!r}; choose one of {', '.join(known)}")
+        raise UsageError(f"unknown ranking algorithm {name!r}; {instead_of(name, known, 'known')}")
     return known[name]
 
 

@@ -1,0 +1,151 @@
+"""Say what the command line's parser refuses: what was found, what was expected, and what to type."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from shlex import quote
+from typing import Any, Literal, get_args, get_origin
+
+import typer
+
+from acip_export.artifacts.names import MANIFEST_FILE
+from acip_export.choices import instead_of, nearest
+from acip_export.devices import load_devices
+from acip_export.errors import AcipError, UsageError
+from acip_export.formats.registry import format_names
+from acip_export.units import parse_bytes
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Flags that print something and end, whatever else is given.
+_ENDS = ("help", "version")
+
+
+def check_usage(command: Any, context: typer.Context, args: Sequence[str], takes_commands: bool) -> None:
+    """Refuse flags that are given twice, names that are no choice, missing words and words too many.
+
+    Raises:
+        UsageError: with what to type instead. Errors of the parser: see :func:`explained`.
+    """
+    if context.resilient_parsing:
+        return
+    try:
+        given, words, order = command.make_parser(context).parse_args(args=list(args))
+    except Exception as error:
+        if getattr(error, "ctx", context) is None:
+            error.ctx = context  # type: ignore[attr-defined] - so that it is known whose help helps
+        raise
+    if any(given.get(name) for name in _ENDS):
+        return
+    for parameter, times in Counter(order).items():
+        # The last would win, and nobody would know.
+        if times > 1 and is_flag(parameter) and not (parameter.multiple or parameter.is_flag):
+            raise UsageError(f"{parameter.opts[0]} is given {times} times, and takes one value")
+    for parameter in command.params:
+        value = given.get(parameter.name)
+        if value is None and not is_flag(parameter) and parameter.required:
+            raise _ended(context, f"needs {_shown(parameter)}: {_decapitalized(parameter.help or '')}")
+        choices = choices_of(parameter)
+        if choices and isinstance(value, str) and value not in choices:
+            known = instead_of(value, choices, "it can be")
+            raise UsageError(f"{parameter.opts[0]} cannot be {value!r}; {known}\n{_help_of(context)}")
+    if words and not takes_commands:
+        raise _ended(context, _too_many(command, words[0]))
+
+
+def unknown_command(group: Any, context: typer.Context, word: str) -> UsageError:
+    """Return the error for a word in the place of a command: a command like it, or the flag that it belongs to."""
+    close = nearest(word, group.commands)
+    if close:
+        return _ended(context, f"has no command {word!r}; did you mean  {context.command_path} {close[0]}?")
+    return _ended(context, f"has no command {word!r}{_instead(group, word)}")
+
+
+def explained(error: Any) -> UsageError:
+    """Return an error of the parser as one of ours, with where help is to be had.
+
+    Args:
+        error: of classes that typer keeps to itself.
+    """
+    message = error.format_message().replace("Value error, ", "")
+    if hasattr(error, "possibilities"):
+        close = nearest(error.option_name, error.possibilities or ())
+        message = f"there is no flag {error.option_name}{f'; did you mean  {close[0]}?' if close else ''}"
+    elif "requires an argument" in message:
+        message = f"{error.option_name} needs a value"
+    return UsageError(message if error.ctx is None else f"{message}\n{_help_of(error.ctx)}")
+
+
+def is_flag(parameter: Any) -> bool:
+    """Whether a parameter is a flag, not a word."""
+    return bool(parameter.opts[0].startswith("-"))
+
+
+def choices_of(parameter: Any) -> tuple[str, ...]:
+    """Return the names that a flag takes, if it takes only these."""
+    annotation = parameter.type_descriptor.annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _too_many(command: Any, word: str) -> str:
+    takes = [_shown(parameter) for parameter in command.params if not is_flag(parameter)]
+    told = (
+        f"takes {' and '.join(takes)}, and {word!r} is one word more"
+        if takes
+        else (f"takes flags only, and {word!r} is none")
+    )
+    return told + _instead(command, word)
+
+
+def _instead(command: Any, word: str) -> str:
+    """Say which flag of a command takes a word like this."""
+    parameters = {parameter.name: parameter for parameter in command.params if is_flag(parameter)}
+    has_words = any(not is_flag(parameter) for parameter in command.params)
+    for name in _meant(word, has_words):
+        if name in parameters:
+            return f"; write  {max(parameters[name].opts, key=len)} {quote(word)}"
+    if "config" in parameters and not has_words:
+        return f"; what it works on is named in the file of  --config ({_decapitalized(parameters['config'].help)})"
+    return ""
+
+
+def _meant(word: str, has_words: bool) -> Iterator[str]:
+    """Yield the parameters that a word may have been meant for, the likeliest first."""
+    path, lower = Path(word), word.lower()
+    tests: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("format_", lambda: lower in format_names()),
+        ("budget", lambda: parse_bytes(word, whole=lambda: 1000)),
+        ("scores", lambda: path.suffix == ".acip"),
+        ("device", lambda: lower in load_devices()),
+        ("bundle", lambda: (path / MANIFEST_FILE).is_file()),
+        ("model", lambda: path.is_dir() or (_HUB_ID.fullmatch(word) and not path.exists())),
+        ("config", lambda: path.suffix == ".toml"),
+        ("data", path.is_file),
+        ("text", path.is_file),
+        # The second of two, as of  cp.
+        ("out", lambda: has_words and not path.exists()),
+    )
+    for name, fits in tests:
+        with suppress(AcipError):
+            if fits():
+                yield name
+
+
+def _shown(parameter: Any) -> str:
+    return str(parameter.metavar or parameter.name.upper()).strip("[].")
+
+
+def _decapitalized(sentence: str) -> str:
+    begins_with_name = sentence[1:2].isupper()
+    return (sentence if begins_with_name else sentence[:1].lower() + sentence[1:]).removesuffix(".")
+
+
+def _ended(context: typer.Context, message: str) -> UsageError:
+    return UsageError(f"{context.command_path} {message}\n{_help_of(context)}")
+
+
+def _help_of(context: Any) -> str:
+    return f"{context.command_path} -h  shows what it takes"
