@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import log
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import Meta
 
 from acip_export.artifacts.cache import FormatCache, load_cache
 from acip_export.artifacts.names import ROUNDING_ERRORS, ArtifactName
@@ -27,7 +26,8 @@ from acip_export.rounding.quantizer import Rounding
 # Ratios are interpolated in their logarithm; a pair that rounds without any error has this one.
 _LEAST_RATIO = 1e-6
 
-Ratios = Annotated[tuple[tuple[Share, NotNegative], ...], Meta(min_length=1)]
+# None where the types fit no rank of the layer: noted, so that they are not tried again.
+Ratios = tuple[tuple[Share, NotNegative], ...]
 
 
 @dataclass(frozen=True)

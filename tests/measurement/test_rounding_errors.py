@@ -192,7 +192,8 @@ NOTHING = RoundingErrors(format="onnx", quantizer="test 1", scores_sha256="abc")
 EXAMPLE = replace(
     NOTHING,
     dense={"a.weight": {"int8": 0.001, "int4": 0.1}},
-    pairs={"a": {"int4*int4": ((0.25, 0.4), (0.75, 0.1))}},
+    # Types that fit no rank of the layer are noted, too: they need not be tried again.
+    pairs={"a": {"int4*int4": ((0.25, 0.4), (0.75, 0.1)), "int8*int4": ()}},
 )
 
 
@@ -200,6 +201,7 @@ def test_between_measured_ranks() -> None:
     ratios = EXAMPLE.pair_ratios("a", "int4", "int4", np.array([0.1, 0.25, 0.5, 0.75, 0.9]))
     assert ratios == pytest.approx([0.4, 0.4, 0.2, 0.1, 0.1])  # geometric mean half way
     assert EXAMPLE.pair_ratios("a", "int8", "int8", np.array([0.5])) == 1
+    assert EXAMPLE.pair_ratios("a", "int8", "int4", np.array([0.5])) == 1
     assert EXAMPLE.dense_loss("a.weight", "int4", 7.0) == 0.1
     assert EXAMPLE.dense_loss("b.weight", "int4", 7.0) == 7.0
 
