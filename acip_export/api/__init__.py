@@ -7,13 +7,14 @@ from acip_export.api.push import Publication, publication, push_export
 from acip_export.api.rank import ranking_summary, write_imatrix
 from acip_export.api.report import ranked_model_of, write_report
 from acip_export.api.rounding_errors import measure_rounding_errors, rounding_errors, rounding_estimate
-from acip_export.api.text import evaluation_text, text_to_measure
+from acip_export.api.text import check_measurable, evaluation_text, text_to_measure
 from acip_export.api.verify import verify_directory
 from acip_export.report import write_comparison
 
 __all__ = [
     "Known",
     "Publication",
+    "check_measurable",
     "convert_bundle",
     "evaluation_text",
     "export_model",

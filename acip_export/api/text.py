@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import DataError, MissingExtraError, UnsupportedError
 from acip_export.formats.session import Windows
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.text.documents import check_documents
+from acip_export.verification import harness
 from acip_export.verification.export import EvaluationText
 
 if TYPE_CHECKING:
@@ -39,6 +42,18 @@ def evaluation_text(model: Path, text: Path, context: int, most_tokens: int = 32
     packed = pack_text(model, text, window)
     windows: Windows = packed.windows[: max(1, most_tokens // window)].numpy()
     return EvaluationText(windows, text.name, packed.sha256)
+
+
+def check_measurable(text: Path | None, tasks: Sequence[str]) -> None:
+    """Look whether what an export is to be measured on is there, before anything is planned or printed.
+
+    Raises:
+        DataError: the text is not there. UsageError: nor the file of a task. MissingExtraError: nor what runs tasks.
+    """
+    if text is not None:
+        check_documents(text)
+    if tasks:
+        harness.require(tasks)
 
 
 def text_to_measure(

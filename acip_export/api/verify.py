@@ -8,7 +8,7 @@ from pathlib import Path
 
 from acip_export.api.export import planned_model, roundings_left
 from acip_export.api.opening import Location, another_model, open_model, open_scores
-from acip_export.api.text import evaluation_text, held_out_text
+from acip_export.api.text import check_measurable, evaluation_text, held_out_text
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.export_directory import claim_papers, load_export_plan, settle_mark
 from acip_export.artifacts.materialized import MaterializedModel
@@ -47,6 +47,7 @@ def verify_directory(
     """
     scores_file = scores.file if isinstance(scores, ScoreFile) else scores
     plan = load_export_plan(export)
+    check_measurable(text, tasks)
     claim_papers(export, (scores_file, bundle, text, *tasks))
     checkpoint = _base_model(model, plan, required=bundle is None)
     with ExitStack() as stack:

@@ -25,7 +25,7 @@ def build(
         bool, typer.Option("--list", help="Print what would be run instead.", rich_help_panel=OUTPUT)
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plans, write nothing.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--dry-run", help="Print the plans, export nothing.", rich_help_panel=OUTPUT)
     ] = False,
     json: Json = False,
     force: Force = False,

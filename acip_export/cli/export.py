@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from acip_export.cli.tables.report import show_export, show_reports
 from acip_export.errors import UsageError, VerificationError
 from acip_export.formats.protocol import Companion
 from acip_export.formats.registry import export_format, export_formats
+from acip_export.io.caches import measured_beside
 from acip_export.io.outputs import claim_output
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Course
@@ -87,7 +89,13 @@ def export(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, write nothing.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan, export nothing.\n\n"
+            "What a first plan has to measure is kept beside the score file, for the export.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     json: Json = False,
     force: Force = False,
@@ -118,12 +126,13 @@ def export(
     from acip_export import api as pipeline
     from acip_export.planning import unaccepted_loss
 
-    jobs = _jobs(flags, companions, out, (text, cache, *names(tasks)), force, dry_run, keep_bundle)
+    jobs = _jobs(flags, companions, out, text, names(tasks), cache, force, dry_run, keep_bundle)
     several = len(jobs) > 1
     places = [job.out for job in jobs]
     checkpoint = Checkpoint.open(flags.model)
     opened = pipeline.open_scores(checkpoint, flags.scores)
     known: pipeline.Known = {}
+    measured = {} if opened.file is None else measured_beside(opened.file)
     with console.stage_progress(flags.course) as progress:
         plans = [pipeline.plan_export(checkpoint, opened, job.request, progress, known) for job in jobs]
     for job, plan in zip(jobs, plans, strict=True):
@@ -141,6 +150,8 @@ def export(
         if json:
             documents = [plan.to_json() for plan in plans]
             console.print_json(documents if several else documents[0])
+        if opened.file is not None:
+            _say_what_is_kept(measured_beside(opened.file).items() - measured.items())
         return
     results: list[Result] = []
     failed: list[VerificationError] = []
@@ -187,6 +198,13 @@ def export(
         raise VerificationError("\n".join(map(str, failed)))
 
 
+def _say_what_is_kept(written: Iterable[tuple[Path, int]]) -> None:
+    """Name the files that a dry run has left: of minutes of measuring, which the export need not do again."""
+    names = sorted(str(file) for file, _ in written)
+    if names:
+        console.note(f"nothing is exported; what had to be measured is kept for the export in {', '.join(names)}")
+
+
 def prepare(parameters: dict[str, Any]) -> None:
     """Refuse what a call of the main job would refuse before it opens a model; nothing is written.
 
@@ -195,8 +213,8 @@ def prepare(parameters: dict[str, Any]) -> None:
     """
     values = dict(parameters)
     flags, companions = plan_flags(values)
-    read = (values["text"], values["cache"], *names(values["tasks"]))
-    _jobs(flags, companions, values["out"], read, values["force"], values["dry_run"], values["keep_bundle"])
+    measured = values["text"], names(values["tasks"]), values["cache"]
+    _jobs(flags, companions, values["out"], *measured, values["force"], values["dry_run"], values["keep_bundle"])
 
 
 @dataclass(frozen=True)
@@ -212,13 +230,18 @@ def _jobs(
     flags: PlanFlags,
     companions: tuple[str, ...],
     out: Path | None,
-    also_read: tuple[str | Path | None, ...],
+    text: Path | None,
+    tasks: tuple[str, ...],
+    cache: Path | None,
     force: bool,
     dry_run: bool,
     keep_bundle: bool,
 ) -> list[Job]:
     """Return the exports that are asked for; unless nothing is written, their places are claimed."""
+    from acip_export import api as pipeline
+
     requests = flags.requests()
+    pipeline.check_measurable(text, tasks)
     sizes = [default_place(each.format, each.budget_bytes) for each in requests]
     several = len(requests) > 1
     places = [(out or size.parent) / size.name if several else out or size for size in sizes]
@@ -228,7 +251,7 @@ def _jobs(
     ]
     if dry_run:
         return jobs
-    read = (*flags.inputs, *also_read)
+    read = (*flags.inputs, text, cache, *tasks)
     for job in jobs:
         claim_output(job.out, EXPORT_KIND, force, read, flags.model)
         if keep_bundle:

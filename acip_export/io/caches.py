@@ -20,6 +20,7 @@ _PURPOSES = {
 }
 # Of classes of layers, of plans, and of types of KV cache; what is unfinished ends on another suffix.
 _LOSSES = ("losses", "candidates", "kv-cache")
+_ROUNDING = "rounding"
 _FACTORS = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
@@ -63,7 +64,7 @@ def find_caches(model: Path | None = None, factors: Path | None = None) -> list[
         if place.is_dir()
     ]
     if model is not None:
-        rounding = tuple(sorted(model.glob("*.acip.rounding-*.json")))
+        rounding = tuple(sorted(model.glob(f"*.acip.{_ROUNDING}-*.json")))
         found.append(Kept("rounding", f"rounding errors measured on {model.resolve().name}: minutes", rounding))
         losses = tuple(sorted(file for kind in _LOSSES for file in model.glob(f"*.acip.{kind}-*.json*")))
         found.append(Kept("losses", f"losses measured on {model.resolve().name}: minutes", losses))
@@ -71,6 +72,19 @@ def find_caches(model: Path | None = None, factors: Path | None = None) -> list[
         kept = tuple(sorted(file for file in factors.glob("*.safetensors") if _FACTORS.fullmatch(file.name)))
         found.append(Kept("factors", f"singular components in {factors}: minutes to hours", kept))
     return [each for each in found if each.places]
+
+
+def measured_beside(scores: Path) -> dict[Path, int]:
+    """Return the files of what plans have measured with a score file, and when each was written."""
+    files = (scores.with_name(found) for kind in (_ROUNDING, *_LOSSES) for found in _beside(scores, kind))
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+def _beside(scores: Path, kind: str) -> list[str]:
+    start = f"{scores.name}.{kind}-"
+    return sorted(
+        file.name for file in scores.parent.iterdir() if file.name.startswith(start) and file.suffix == ".json"
+    )
 
 
 def _files(place: Path) -> Iterator[Path]:

@@ -51,6 +51,7 @@ from acip_export.ranking.processes import launch_note, lost_process_named, start
 from acip_export.ranking.run_state import RUN_KIND, RunStates, run_file
 from acip_export.ranking.sharding import shard_dense
 from acip_export.ranking.statistics import Statistics, collect_statistics
+from acip_export.text.documents import check_documents
 from acip_export.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,9 @@ def rank_model(
     unsaid = algorithm is None
     if algorithm is not None:
         find_algorithm(algorithm)
+    for text in (data, evaluation):
+        if text is not None and not is_self(text):
+            check_documents(text)
     output = None
     if out is not None:
         read = (data, evaluation, cache)

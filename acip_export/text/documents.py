@@ -59,19 +59,39 @@ def read_documents(source: str | Path, field: str | None = None) -> Iterator[Doc
         DataError: missing, unreadable, not UTF-8, a line that is no JSON object, a field that is missing or no text.
         MissingExtraError: Parquet or data sets without the packages that read them.
     """
+    found = _find(source)
+    if isinstance(found, re.Match):
+        yield from _read_dataset(found, field)
+        return
+    for file in found:
+        yield from _read_file(file, field)
+
+
+def check_documents(source: str | Path) -> None:
+    """Look whether the documents of ``source`` are there, before anything long is done for them.
+
+    A data set is not looked for, and nothing is read.
+
+    Raises:
+        DataError: a file is missing or no file, or a directory holds none.
+    """
+    found = _find(source)
+    for file in () if isinstance(found, re.Match) else found:
+        _opened(file).close()
+
+
+def _find(source: str | Path) -> list[Path] | re.Match[str]:
+    """Return the files of a source, or the parts of a data set's name."""
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IN_DIRECTORIES and file.is_file())
         if not files:
             raise DataError(f"{path} holds no {', '.join('*' + suffix for suffix in _IN_DIRECTORIES)} file")
-        for file in files:
-            yield from _read_file(file, field)
-        return
+        return files
     named = _DATASET_ID.fullmatch(str(source))
     if not path.exists() and named and path.suffix.lower() not in _IN_DIRECTORIES:
-        yield from _read_dataset(named, field)
-        return
-    yield from _read_file(path, field)
+        return named
+    return [path]
 
 
 def _read_file(file: Path, field: str | None) -> Iterator[Document]:
@@ -100,7 +120,7 @@ def _read_file(file: Path, field: str | None) -> Iterator[Document]:
 
 
 def _opened(file: Path) -> BinaryIO:
-    missing = "; give a file, a directory, a Hugging Face data set or  self  with  --data"
+    missing = "; give a file, a directory or a Hugging Face data set; a ranking takes  self, too"
     return open_input(file, DataError, missing)
 
 

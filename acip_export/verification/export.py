@@ -137,7 +137,7 @@ def verify_export(
         MissingExtraError: a runtime, or lm-evaluation-harness for ``tasks``, is not installed.
     """
     if tasks:
-        evaluation.require()
+        evaluation.require(tasks)
     plan = load_plan(export / PLAN_FILE)
     _check_same_plan(export, plan, model)
     written_as = export_format(plan.format)

@@ -25,12 +25,15 @@ _TASKS = (".yaml", ".yml")
 _INCLUDED = (*_TASKS, ".py")
 
 
-def require() -> None:
+def require(tasks: Sequence[str]) -> None:
     """Called before any heavy work.
 
     Raises:
-        MissingExtraError: lm-evaluation-harness is not installed.
+        UsageError: the file of a task is missing. MissingExtraError: lm-evaluation-harness is not installed.
     """
+    for task in tasks:
+        if _is_file(task) and not Path(task).is_file():
+            raise _unknown(task)
     if find_spec("lm_eval") is None:
         raise MissingExtraError("lm_eval", "eval", "--tasks")
 
@@ -50,7 +53,7 @@ def run_tasks(
     Raises:
         UsageError: a task that the harness does not know.
     """
-    require()
+    require(tasks)
     harness, found = _Harness(model, tasks), TaskFigures()
     for task in tasks:
         progress(Progress("verify", 0, item=f"lm-evaluation-harness: {_name(task)}"))
@@ -87,16 +90,12 @@ class _Harness:
         from acip_export.text.packing import load_tokenizer
 
         files = [Path(task) for task in self._tasks if _is_file(task)]
-        absent = [str(file) for file in files if not file.is_file()]
         # Reading the harness's own thousands of task files takes half a minute; not for tasks that are files.
         places = sorted({str(file.parent.resolve()) for file in files})
         manager = TaskManager(include_path=places, include_defaults=len(files) < len(self._tasks))
-        unknown = absent + [name for name in map(_name, self._tasks) if name not in manager.all_tasks]
-        if unknown:
-            raise UsageError(
-                f"lm-evaluation-harness has no task {unknown[0]!r}; list its tasks with  lm_eval ls tasks , or give "
-                "the path of a task file, whose name is the task's"
-            )
+        for name in map(_name, self._tasks):
+            if name not in manager.all_tasks:
+                raise _unknown(name)
         module = load_materialized(self._model, export_format(self._model.plan.format).round_trip)
         return manager, HFLM(pretrained=module, tokenizer=load_tokenizer(self._model.path), device="cpu", batch_size=1)
 
@@ -123,6 +122,13 @@ def _origin(task: str) -> str:
                 status = place.stat()
                 stamps.append((str(place), status.st_size, status.st_mtime_ns))
     return f"{file.resolve()} {stamps}"
+
+
+def _unknown(task: str) -> UsageError:
+    return UsageError(
+        f"lm-evaluation-harness has no task {task!r}; list its tasks with  lm_eval ls tasks , or give the path of a "
+        "task file, whose name is the task's"
+    )
 
 
 def _metrics(results: Mapping[str, Any]) -> dict[str, TaskMetric]:

@@ -56,6 +56,21 @@ def test_dry_run_writes_nothing(model: Path, run: Run) -> None:
     assert sorted(model.rglob("*")) == before
 
 
+def test_a_dry_run_names_what_it_keeps(model: Path, run: Run) -> None:
+    """What is measured for minutes the export need not measure again."""
+    for file in model.glob("*.acip.rounding-*"):
+        file.unlink()
+    before = sorted(model.rglob("*"))
+    asked = ("--budget", "3MB", "--format", "gguf", "--types", "q8_0,f16", "--dry-run")
+    first = run(*asked)
+    assert first.code == 0, first.err
+    kept = set(model.rglob("*")) - set(before)
+    assert [file.name for file in kept] == ["tiny.acip.rounding-gguf.json"]
+    (line,) = [line for line in first.err.splitlines() if "kept for the export" in line]
+    assert "nothing is exported" in line and "tiny.acip.rounding-gguf.json" in line
+    assert "kept for" not in run(*asked).err
+
+
 def test_the_ort_format_is_a_directory_of_its_own(model: Path, run: Run) -> None:
     asked = ("--budget", "3MB", "--format", "onnx", "--context", 64, "--no-verify", "--ort", "--json")
     done = run(*asked)
@@ -176,6 +191,10 @@ BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_nothing, (*FIT, "--model", "nowhere"), 3, "nowhere"),
     (_nothing, (*FIT, "--scores", "nowhere.acip"), 3, "does not exist"),
     (_nothing, (*FIT, "--text", "nowhere.txt"), 3, "does not exist"),
+    # Before anything is planned, which would not fit.
+    (_nothing, (*FIT[2:], "--budget", "100kB", "--text", "nowhere.txt"), 3, "nowhere.txt does not exist; give a file"),
+    (_nothing, (*FIT, "--tasks", "nowhere.yaml"), 2, "no task 'nowhere.yaml'"),
+    (_nothing, ("--dry-run", *FIT, "--tasks", "nowhere.yaml"), 2, "no task 'nowhere.yaml'"),
     (_nothing, (*FIT, "--colour"), 2, "--colour"),
     (_nothing, ("materialize", "plan.json"), 3, "plan.json does not exist"),
     (_nothing, ("convert", "."), 3, "no bundle"),
@@ -238,6 +257,18 @@ def test_bad_ranking_input(arguments: tuple[str, ...], code: int, says: str, mod
     assert outcome.code == code, outcome.err
     assert says in outcome.err
     assert sorted(model.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [("nowhere.txt", "nowhere.txt does not exist; give a file"), ("empty", "empty holds no *.txt")],
+)
+def test_a_text_that_is_missing_is_found_before_anything_is_said(data: str, says: str, model: Path, run: Run) -> None:
+    _no_score_file(model)
+    (model / "empty").mkdir()
+    done = run("rank", ".", "--data", data)
+    assert done.code == 3
+    assert done.err.startswith(f"error: {says}"), done.err
 
 
 def _weights(value: float) -> Callable[[Path], None]:
