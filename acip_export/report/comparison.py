@@ -72,7 +72,10 @@ def _figures(exports: Sequence[Exported]) -> Iterator[tuple[str, list[str]]]:
     """Rows of figures; a figure that none of the exports has is no row."""
     yield "Budget", [f"{format_bytes(each.plan.budget_bytes)} of {each.plan.budget_scope}" for each in exports]
     yield "Files, bytes", [f"{each.plan.planned_bytes:,}" for each in exports]
-    yield "Predicted perplexity", [_number(each.plan.predicted_perplexity) for each in exports]
+    yield (
+        "Predicted perplexity, on the text that the ranking held out",
+        [_number(each.plan.predicted_perplexity) for each in exports],
+    )
     reports = [each.report for each in exports]
     firsts = [report.runtimes[0] if report is not None and report.runtimes else None for report in reports]
     if not any(firsts):
@@ -83,6 +86,8 @@ def _figures(exports: Sequence[Exported]) -> Iterator[tuple[str, list[str]]]:
     dense = [
         None if each is None or each.dense_perplexity is None else each.dense_perplexity.perplexity for each in reports
     ]
+    texts = [None if each is None or each.text is None else each.text.source for each in reports]
+    yield "Measured on", [_NONE if each is None else each for each in texts]
     yield "Perplexity", [_number(each) for each in own_loss]
     yield "of the dense model", [_number(each) for each in dense]
     far = [None if each is None else each.divergence for each in firsts]

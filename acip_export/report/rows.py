@@ -66,14 +66,14 @@ def _quality(page: Page, report: Report, runtime: RuntimeReport) -> Iterator[Row
             "Perplexity",
             _NONE if predicted is None else f"{predicted:.3f}",
             f"{own.perplexity:.3f} ± {own.perplexity * own.standard_error:.3f}",
-            f"{dense}{own.tokens:,} tokens",
+            f"{dense}{_text(report, own.tokens)}",
         )
     if divergence is not None:
         yield Row(
             "Loss above the dense model",
             f"{page.own.plan.predicted_loss:+.4f}",
             f"{divergence.loss_difference:+.4f} ± {divergence.loss_difference_standard_error:.4f}",
-            page.own.plan.loss_unit,
+            f"{page.own.plan.loss_unit}; predicted on the text that the ranking held out",
         )
         yield Row(
             "KL divergence from the dense model",
@@ -86,6 +86,10 @@ def _quality(page: Page, report: Report, runtime: RuntimeReport) -> Iterator[Row
         )
     if report.similarity is not None:
         yield Row("Similarity to the dense model's embeddings", _NONE, f"{report.similarity:.4f}")
+
+
+def _text(report: Report, tokens: int) -> str:
+    return f"{tokens:,} tokens" + ("" if report.text is None else f" of {report.text.source}")
 
 
 def _agreement(runtime: RuntimeReport) -> Iterator[Row]:

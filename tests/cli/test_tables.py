@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from acip_export.cli.tables.common import show_changes
 from acip_export.cli.tables.inspect import show_anatomy
-from acip_export.cli.tables.plan import show_plan
+from acip_export.cli.tables.plan import show_plan, show_plans
+from acip_export.cli.tables.report import show_reports
 from acip_export.inspection import TensorChange, read_anatomy
 from acip_export.inspection.diff import Stored
-from tests.support import dense, make_model, make_plan
+from tests.reports import REPORT
+from tests.support import dense, make_model, make_plan, unspaced
 
 
 @pytest.mark.parametrize("layers", ["model.layers.", "transformer.h.", "bert.encoder.layer."])
@@ -64,3 +67,38 @@ def test_top_is_of_layers_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     show_anatomy(found, 0)
     shown = capsys.readouterr().out
     assert "largest tensors" not in shown and "\n layers" not in shown
+
+
+@pytest.mark.parametrize(
+    ("budget", "changes", "said"),
+    [
+        (3 * 10**9, {"lower_bound": 0.1}, True),
+        (10**6, {"lower_bound": 0.1}, False),  # as much as it takes
+        (3 * 10**9, {"lower_bound": 0.1, "next_upgrade": "x: f16", "next_upgrade_bytes": 9}, False),
+        (3 * 10**9, {"lower_bound": 0.05}, False),  # what would lose less is too slow for --min-speed
+    ],
+)
+def test_a_budget_that_is_more_than_the_model_needs(
+    budget: int, changes: dict[str, Any], said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan(make_model(tmp_path / "m"), "gguf", "stock", dense(type="q8_0"))
+    left = max(0, budget - plan.used_bytes)
+    certificate = replace(plan.certificate, bytes_left=left, **changes)
+    plan = replace(plan, predicted_loss=0.1, budget_bytes=budget, breakdown={"weights": 1}, certificate=certificate)
+    for show in (lambda: show_plan(plan, verbose=False), lambda: show_plans([plan, plan])):
+        show()
+        shown = capsys.readouterr().out
+        assert ("3.00 GB is more than this model needs: its best plan takes" in shown) == said
+
+
+def test_figures_name_the_text_that_they_are_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Predicted and measured ones are of different texts."""
+    plan = make_plan(make_model(tmp_path / "m"), "gguf", "stock", dense(type="q8_0"))
+    plan = replace(plan, breakdown={"weights": 1})
+    for show in (lambda: show_plan(plan, verbose=False), lambda: show_plans([plan, plan])):
+        show()
+        assert unspaced("on the text that the ranking held out") in unspaced(capsys.readouterr().out)
+    show_reports([REPORT])
+    assert "on 1,000 tokens of text.txt: perplexity 12.50" in capsys.readouterr().out
+    show_reports([REPORT, REPORT])
+    assert "measured on 1,000 tokens of text.txt\n" in capsys.readouterr().out

@@ -112,6 +112,9 @@ def test_measured_table_without_javascript(exports: Exports, page: Path) -> None
         assert runtime.runtime in text
     assert f"{export.report.runtimes[0].perplexity.perplexity:.3f}" in text
     assert export.plan.scores_sha256 in text
+    # Predicted and measured figures are of different texts.
+    assert "tokens of text.txt</small>" in text
+    assert "predicted on the text that the ranking held out</small>" in text
 
 
 def test_texts_are_known_by_their_names(exports: Exports, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from math import isclose
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -15,6 +16,11 @@ from acip_export.units import format_bytes
 
 if TYPE_CHECKING:
     from acip_export.artifacts.plan import Plan, TensorDecision
+
+# What is measured of an export may be of another text: a --text, or so many tokens of this one as take a minute.
+_PREDICTED_ON = "on the text that the ranking held out"
+# Share of a budget that is worth a sentence where nothing is left to improve.
+_UNNEEDED = 0.05
 
 
 def show_plan(plan: Plan, verbose: bool) -> None:
@@ -37,9 +43,10 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     loss, least = plan.predicted_loss, plan.certificate.lower_bound
     if plan.predicted_perplexity is not None:
         quality = f"dense {plan.dense_perplexity:,.2f}; {loss:.4f} {plan.loss_unit} more (at least {least:.4f})"
-        table.add_row("predicted perplexity", f"{plan.predicted_perplexity:,.2f}", quality)
+        table.add_row("predicted perplexity", f"{plan.predicted_perplexity:,.2f}", f"{quality}, {_PREDICTED_ON}")
     else:
-        table.add_row("predicted loss", f"{loss:.2e}", f"{plan.loss_unit} (at least {least:.2e})")
+        quality = f"{plan.loss_unit} (at least {least:.2e}), {_PREDICTED_ON}"
+        table.add_row("predicted loss", f"{loss:.2e}", quality)
     serving = plan.serving
     table.add_row(
         "runtime",
@@ -60,8 +67,18 @@ def show_plan(plan: Plan, verbose: bool) -> None:
         console.out.print(_context_table(plan))
         console.out.print()
     console.out.print(_tensor_table(plan) if verbose else _folded_table(plan))
-    for line in (*(note for note in plan.notes if note != plan.far_off), *_held_back(plan, verbose)):
+    notes = (note for note in plan.notes if note != plan.far_off)
+    for line in (*_unneeded(plan), *notes, *_held_back(plan, verbose)):
         console.say(f"• {line}")
+
+
+def _unneeded(plan: Plan) -> Iterator[str]:
+    """Say of a budget that the model cannot use up how much it can: no larger plan is predicted to lose less."""
+    left, best = plan.certificate.bytes_left, plan.certificate.lower_bound
+    as_good_as_any = plan.certificate.next_upgrade is None and isclose(plan.predicted_loss, best, abs_tol=1e-9)
+    if as_good_as_any and left > _UNNEEDED * plan.budget_bytes:
+        budget, used = format_bytes(plan.budget_bytes), format_bytes(plan.used_bytes)
+        yield f"{budget} is more than this model needs: its best plan takes {used}, and no larger one is better"
 
 
 def _in_budget(size: int, counted: int) -> str:
@@ -86,6 +103,9 @@ def show_plans(plans: Sequence[Plan]) -> None:
             "" if dense is None else f"{dense:,.2f}",
         )
     console.out.print(table)
+    console.say(f"predicted {_PREDICTED_ON}", style="dim")
+    for line in (line for plan in plans for line in _unneeded(plan)):
+        console.say(f"• {line}")
 
 
 def _held_back(plan: Plan, verbose: bool) -> Iterator[str]:

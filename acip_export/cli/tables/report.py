@@ -47,7 +47,7 @@ def _show_report(report: Report) -> None:
         say(f"{runtime.runtime}: {', '.join(_process(runtime))}", indent=2)
         quality = "; ".join(_quality(runtime, report))
         if quality:
-            say(quality, indent=4)
+            say(f"on {_measured_on(report)}: {quality}", indent=4)
         if runtime.agreement is not None:
             agreed = runtime.agreement
             say(f"agreement with the bundle: KL {agreed.mean_kl:.1e}, same top token {agreed.same_top:.1%}", indent=4)
@@ -55,6 +55,11 @@ def _show_report(report: Report) -> None:
         say(_similarity(report), indent=2)
     for line in (*report.failures, *report.notes):
         say(f"• {line}", indent=2)
+
+
+def _measured_on(report: Report) -> str:
+    """Name the text of the measured figures, which are not those that predictions are of."""
+    return "a text" if report.text is None else f"{report.text.tokens:,} tokens of {report.text.source}"
 
 
 def _process(runtime: RuntimeReport) -> Iterator[str]:
@@ -118,6 +123,9 @@ def _show_table(reports: Sequence[Report]) -> None:
             _speed(speed) if speed else "",
         )
     console.out.print(table)
+    texts = dict.fromkeys(_measured_on(report) for report in reports if report.text is not None)
+    if texts:
+        console.say(f"measured on {' and '.join(texts)}", style="dim")
     for report in reports:
         if report.similarity is not None:
             console.say(f"{report.format} {report.layout}: {_similarity(report)}")
