@@ -197,6 +197,7 @@ def rank(
     is_main = launched_index() == 0
     named = find_algorithm(algorithm or default_algorithm(checkpoint, torch_device, settings, resume, seconds))
     expect: Callable[[Fitted], None] = _silently
+    before = _written_at(place)
     try:
         with ExitStack() as stack:
             callbacks: list[ProgressCallback] = []
@@ -241,7 +242,12 @@ def rank(
     except KeyboardInterrupt:
         from acip_export.ranking.run_state import run_file
 
-        if is_main and run_file(place).exists():
+        if is_main and _written_at(place) != before:  # it appears whole
+            console.note(
+                f"{place} is complete: the ranking is done. What was interrupted is measuring the quantizers, which "
+                "only saves the first plan minutes; it measures the rest, and  --no-measure-rounding  leaves it to that"
+            )
+        elif is_main and run_file(place).exists():
             console.note(f"the run is kept in {run_file(place)}; go on with the same command and  --resume")
         raise
     if not is_main:
@@ -250,6 +256,14 @@ def rank(
         console.print_json({"out": str(place), **pipeline.ranking_summary(scores)})
     else:
         show_ranking(scores, place)
+
+
+def _written_at(file: Path) -> int | None:
+    """Return when a file was written, in nanoseconds; ``None``: there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _course(learns: bool, sampled: bool, measured: bool) -> Course:

@@ -22,7 +22,7 @@ from acip_export.cli import main as cli
 from acip_export.errors import CheckpointError
 from tests.cli.conftest import truncated_scores
 from tests.ranking.support import calibration_text, sharp_model
-from tests.support import Run, dense, make_plan, make_scores, run_without_importing
+from tests.support import Run, dense, make_plan, make_scores, run_without_importing, unspaced
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
@@ -323,6 +323,40 @@ def test_interrupt_leaves_no_partial_export(signal_: signal.Signals, model: Path
     _, err = process.communicate(timeout=120)
     assert process.returncode == cli.EXIT_INTERRUPTED, err
     assert list(export.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_interruption_behind_the_score_file_says_that_it_is_complete(model: Path) -> None:
+    _no_score_file(model)
+    calibration_text(model / "text.txt")
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "acip_export",
+            "rank",
+            ".",
+            "--data",
+            "text.txt",
+            "--context",
+            "32",
+            "--algorithm",
+            "kfac",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (model / "tiny.acip").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.01)
+    time.sleep(0.5)  # behind the tidying up
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == cli.EXIT_INTERRUPTED, err
+    says = "tiny.acip is complete: the ranking is done. What was interrupted is measuring the quantizers"
+    assert unspaced(says) in unspaced(err)
 
 
 @pytest.mark.slow
