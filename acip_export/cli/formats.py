@@ -8,23 +8,26 @@ import typer
 
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json, Quiet
-from acip_export.cli.tables.formats import show_formats
+from acip_export.cli.tables.formats import show_formats, show_overview
 from acip_export.formats.registry import export_format, export_formats
 
 
 def formats(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this one.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All that is known of every format.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """List the installed formats with their layouts, runtimes, backends, options and types.
 
+    acip-export formats
+
     acip-export formats gguf
     """
     shown = tuple(export_formats()) if name is None else (export_format(name.lower()),)
     if not json:
-        show_formats(shown)
+        (show_formats if all_ or name is not None else show_overview)(shown)
         return
     console.print_json(
         {

@@ -16,8 +16,9 @@ from typing import Any
 
 import rich.progress
 import rich.progress_bar
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -35,14 +36,56 @@ class ClosedPipeError(Exception):
     """Nobody reads the standard output any more. No OSError: the parser of the command line would take it."""
 
 
-class _Results(Console):
+class _WithoutTrailingBlanks(RenderHook):
+    """Leaves out what tables and padding put before the end of a line: nobody sees it, but files and pipes get it."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """See :class:`rich.console.RenderHook`."""
+        return [_Trimmed(each) for each in renderables]
+
+
+@dataclass(frozen=True)
+class _Trimmed:
+    """Something drawn without the blanks before each line break; those at its own end stay, for what is put behind."""
+
+    drawn: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        blanks = list[Segment]()
+        for segment in console.render(self.drawn, options):
+            if segment.control:
+                yield segment
+                continue
+            for part in re.findall(r"\n|[^\n]+", segment.text):
+                text = part.rstrip(" \n")
+                if text:
+                    yield from blanks
+                    yield Segment(text, segment.style)
+                    blanks.clear()
+                if part == "\n":
+                    yield Segment.line()
+                    blanks.clear()
+                elif len(text) < len(part):
+                    blanks.append(Segment(part[len(text) :], segment.style))
+        yield from blanks
+
+
+class _Trimming(Console):
+    """Prints no blanks before the end of a line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, **options)
+        self.push_render_hook(_WithoutTrailingBlanks())
+
+
+class Results(_Trimming):
     """Standard output. A pipe that nobody reads any more ends the command, with the code that main has for it."""
 
     def on_broken_pipe(self) -> None:
         raise ClosedPipeError
 
 
-class _Diagnostics(Console):
+class Diagnostics(_Trimming):
     """Standard error. The work goes on when nobody reads what it says."""
 
     def on_broken_pipe(self) -> None:
@@ -51,8 +94,8 @@ class _Diagnostics(Console):
 
 
 # As wide as the terminal or COLUMNS says; every table and every page of help fits 80 columns.
-out = _Results(highlight=False)
-err = _Diagnostics(stderr=True, highlight=False)
+out = Results()
+err = Diagnostics(stderr=True)
 
 
 @dataclass

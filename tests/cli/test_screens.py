@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from rich.console import Console
 
 from acip_export.artifacts.plan import FAR_OFF, load_plan
 from acip_export.artifacts.scores import load_scores, save_scores
 from acip_export.cli import output
 from acip_export.cli.main import app
-from acip_export.errors import MissingExtraError
+from acip_export.errors import MissingExtraError, UsageError
 from tests.cli.conftest import truncated_scores
 from tests.support import Run
 
@@ -30,13 +29,14 @@ COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defi
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default terminal."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(output, "out", Console(highlight=False, width=80))
-    monkeypatch.setattr(output, "err", Console(highlight=False, width=80, stderr=True))
+    monkeypatch.setattr(output, "out", output.Results(width=80))
+    monkeypatch.setattr(output, "err", output.Diagnostics(width=80, stderr=True))
 
 
 def assert_fits(text: str) -> None:
     assert text.strip()
     assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert [line for line in text.splitlines() if line != line.rstrip()] == []
     assert "…" not in text
 
 
@@ -86,11 +86,48 @@ def test_tables_fit(model: Path, run: Run) -> None:
         ("devices", "this"),
         ("devices", "pixel-9-12gb"),
         ("formats",),
+        ("formats", "--all"),
         ("formats", "ONNX"),
     ):
         done = run(*arguments)
         assert done.code == 0, (arguments, done.err)
         assert_fits(done.out)
+
+
+def test_formats_are_a_screen(run: Run) -> None:
+    """And whole where it is asked for."""
+    first = run("formats").out
+    assert_fits(first)
+    assert len(first.splitlines()) <= 40
+    whole = run("formats", "--all").out
+    (one, other), known = (
+        (run("formats", name).out for name in ("gguf", "onnx")),
+        json.loads(run("formats", "--json").out),
+    )
+    assert whole == one + other
+    for found in known.values():
+        for name in (
+            *found["layouts"],
+            *found["runtimes"],
+            *found["backends"],
+            *found["cache_types"],
+            *found["options"],
+        ):
+            assert name in first, name
+        for each in found["types"]:
+            assert f"\n {each['name']} " in whole
+    by_default = [line.split()[0] for line in whole.splitlines() if line.endswith(" default")]
+    assert len(by_default) > 10 and all(name in first for name in by_default)
+
+
+def test_blanks_go_before_line_breaks_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    output.out.print("a ", end="")
+    output.out.print("b  \n\n  c ", style="bold")
+    output.say("d", indent=2)
+    output.print_error(UsageError("e \nf "))
+    printed = capsys.readouterr()
+    assert printed.out == "a b\n\n  c\n  d\n"
+    assert printed.err == "error: e\nf\n"
 
 
 def test_where_nobody_looks_sentences_stay_whole(model: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

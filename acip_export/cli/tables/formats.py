@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
 
 from acip_export.cli import output as console
 from acip_export.cli.tables.common import plain_table
 from acip_export.formats.protocol import ExportFormat
+
+# Types in a row of the overview.
+_MOST_SHOWN = 6
 
 
 def _use(known: ExportFormat, name: str) -> str:
@@ -17,8 +24,45 @@ def _use(known: ExportFormat, name: str) -> str:
     return "refused" if name in known.refused else ""
 
 
+def show_overview(formats: Sequence[ExportFormat]) -> None:
+    """Formats with the names that flags take, on one screen: types by bits, those of plans first."""
+    for known in formats:
+        console.say(f"{known.name}  {known.description}", style="bold")
+        names: dict[str, Iterable[str]] = {
+            "layouts": (layout.name for layout in known.layouts),
+            "runtimes": known.runtimes,
+            "backends": (backend.name for backend in known.backends),
+            "KV cache": known.cache_types,
+            "options": (option.flag for option in known.options),
+        }
+        table = Table.grid(padding=(0, 2))
+        for what, listed in names.items():
+            if text := ", ".join(listed):
+                table.add_row(f"  {what}", text)
+        console.out.print(table)
+        console.out.print(_types_by_bits(known))
+    example = formats[0].name if formats else "NAME"
+    console.say(f"with bytes, errors and what is refused:  acip-export formats {example},  or --all", style="dim")
+
+
+def _types_by_bits(known: ExportFormat) -> Table:
+    rows: dict[int, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for each in known.weight_types:
+        bits = re.search(r"\d+", each.name)
+        by_default, others = rows[int(bits[0]) if bits else int(each.bits_per_weight)]
+        if _use(known, each.name) != "refused":
+            (by_default if each.name in known.types else others).append(each.name)
+    table = plain_table("  bits", "types by default", "with --types")
+    for width in sorted(rows, reverse=True):
+        by_default, others = rows[width]
+        more = len(others) - _MOST_SHOWN
+        shown = [*others[:_MOST_SHOWN], f"{more} more"] if more > 1 else others
+        table.add_row(f"  {width}", ", ".join(by_default), ", ".join(shown))
+    return table
+
+
 def show_formats(formats: Sequence[ExportFormat]) -> None:
-    """Formats with their layouts and types."""
+    """Formats with all that is known of their layouts and types."""
     for known in formats:
         console.say(f"{known.name}  {known.description}; KV cache: {', '.join(known.cache_types)}", style="bold")
         for layout in known.layouts:
