@@ -31,7 +31,7 @@ from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, read_safetensors_header
 from acip_export.io.inputs import Count, Finite, Positive, Share, builtins, convert, decode_strictly, read_only
 from acip_export.io.outputs import claim_output, safetensors_kind
-from acip_export.lowrank.moments import PackedMoment
+from acip_export.lowrank.moments import PackedMoment, moment_name
 from acip_export.lowrank.order import GlobalOrder
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.task import LOSS_UNITS, Task
@@ -463,9 +463,9 @@ class _SecondMoments(Mapping[str, PackedMoment]):
             rows, codes = (entries.get(f"{_MOMENT}{key}{part}") for part in (_ROWS, _CODES))
             if rows is None or len(rows.shape) != 2 or rows.shape[0] != 3 or rows.shape[1] == 0:
                 shape = None if rows is None else rows.shape
-                raise ScoreFileError(f"{file}: the second moment {key!r} has rows of shape {shape}, expected (3, n)")
+                raise ScoreFileError(f"{file}: {moment_name(key)} has rows of shape {shape}, expected (3, n)")
             if codes is None or len(codes.shape) != 1:
-                raise ScoreFileError(f"{file}: the second moment {key!r} has no list of codes")
+                raise ScoreFileError(f"{file}: {moment_name(key)} has no list of codes")
             self.sizes[key] = rows.shape[1]
         if len(entries) != 2 * len(self.sizes):
             raise ScoreFileError(f"{file}: it has codes of second moments without their rows; rank again")
@@ -473,7 +473,7 @@ class _SecondMoments(Mapping[str, PackedMoment]):
     def __getitem__(self, key: str) -> PackedMoment:
         rows, codes = (_read(self._file, name, self._entries[name]) for name in self._names(key))
         packed = PackedMoment.of(rows, codes.view(np.uint8))
-        packed.check(f"{self._file}: the second moment {key!r}")
+        packed.check(f"{self._file}: {moment_name(key)}")
         return packed
 
     def __contains__(self, key: object) -> bool:
@@ -553,9 +553,9 @@ def _module(
     rank = 0 if adapter_a is None else len(adapter_a)
     for key, width in ((entry.input, inputs), (entry.gradient, min(out, inputs))):
         if key and key not in moments:
-            raise ScoreFileError(f"{file}: the second moment {key!r} of {name!r} is missing")
+            raise ScoreFileError(f"{file}: {moment_name(key)} of {name!r} is missing")
         if key and moments.sizes[key] != width:
-            raise ScoreFileError(f"{file}: the second moment {key!r} is of {moments.sizes[key]}, expected {width}")
+            raise ScoreFileError(f"{file}: {moment_name(key)} is of {moments.sizes[key]}, expected {width}")
     vectors = {vector: get(f"singular/{vector}", (units,)) for vector in _VECTORS}
     return ModuleScores(
         shape=(out, inputs),

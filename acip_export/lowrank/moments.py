@@ -248,6 +248,11 @@ class PackedMoment:
         return np.frombuffer(data, np.int8)
 
 
+def moment_name(key: str) -> str:
+    """Return what messages call a second moment of the score file."""
+    return f"the second moment {key!r}"
+
+
 def pack_moment(moment: Tensor, name: str = "the second moment") -> PackedMoment:
     """Pack a symmetric (n, n) matrix, of which the upper triangle is looked at.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from acip_export.artifacts.scores import FloatArray, ModuleScores, ScoreFile
 from acip_export.lowrank.cache import FactorCache
 from acip_export.lowrank.components import fold
-from acip_export.lowrank.moments import PackedMoment, is_projected, lifted
+from acip_export.lowrank.moments import PackedMoment, is_projected, lifted, moment_name
 from acip_export.lowrank.whitening import DAMPING, Whitening
 
 
@@ -47,11 +47,6 @@ def whitening(packed: PackedMoment, key: str) -> Whitening:
 def _gradients(module: ModuleScores, packed: PackedMoment, weight: Tensor) -> Whitening:
     part = whitening(packed, module.gradient_key)
     return Whitening.lifted(part, module.gradient_moment, weight) if is_projected(module.shape) else part
-
-
-def moment_name(key: str) -> str:
-    """Return what messages call a second moment of the score file."""
-    return f"the second moment {key!r}"
 
 
 def basis_moments(scores: ScoreFile, module: ModuleScores, weight: Tensor) -> Moments:

@@ -16,7 +16,7 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
 from acip_export.io.scratch import ArrayStore
-from acip_export.materialization.factors import moment_name
+from acip_export.lowrank.moments import moment_name
 from acip_export.rounding.error_feedback import FeedbackFactor
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
@@ -61,9 +61,7 @@ class FeedbackFactors:
         """Return the factor of a second moment for a matrix; raises ScoreFileError where it is of another size."""
         factor = self.by_key(key)
         if factor.size != columns:
-            raise ScoreFileError(
-                f"the second moment {key!r} is of {factor.size} columns, {name} has {columns}; rank again"
-            )
+            raise ScoreFileError(f"{moment_name(key)} is of {factor.size} columns, {name} has {columns}; rank again")
         return factor
 
     def _factor(self, key: str) -> FeedbackFactor:

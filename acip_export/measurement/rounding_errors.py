@@ -13,9 +13,9 @@ from acip_export.artifacts.rounding_errors import Ratios, RoundingErrors, pair_k
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.losses import component_losses
-from acip_export.lowrank.moments import PackedMoment, pack_moment
+from acip_export.lowrank.moments import PackedMoment, moment_name, pack_moment
 from acip_export.lowrank.whitening import DAMPING, Whitening
-from acip_export.materialization.factors import Norm, Pair, moment_name
+from acip_export.materialization.factors import Norm, Pair
 from acip_export.materialization.refit import refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint

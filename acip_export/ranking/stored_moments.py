@@ -11,7 +11,7 @@ from torch import Tensor
 
 from acip_export.artifacts.scores import FloatArray
 from acip_export.io.scratch import Scratch
-from acip_export.lowrank.moments import PackedMoment, pack_gradients, pack_moment
+from acip_export.lowrank.moments import PackedMoment, moment_name, pack_gradients, pack_moment
 from acip_export.lowrank.whitening import Whitening
 from acip_export.ranking.layer_memory import gradient_packing_bytes, packing_bytes
 from acip_export.ranking.side_by_side import side_by_side
@@ -42,7 +42,7 @@ class StoredMoments(Mapping[str, Tensor]):
         """
 
         def pack(key: str) -> PackedMoment:
-            name = f"the second moment {key!r}"
+            name = moment_name(key)
             if self._weight_of is None:
                 return pack_moment(moments[key], name)
             return pack_gradients(moments[key], self._weight_of(key), name)
