@@ -42,8 +42,8 @@ def rank(
         str | None,
         typer.Option(
             metavar="FILE|DIR|ID|self",
-            help="Calibration text.\n\nPlain, .jsonl, .json, .csv, .parquet, a directory of them, a Hugging Face data "
-            "set (owner/name[/config][:split]), or self: sampled from the model.",
+            help="Calibration text: what the ranking reads.\n\nPlain, .jsonl, .json, .csv, .parquet, a directory of "
+            "them, a Hugging Face data set (owner/name[/config][:split]), or self: sampled from the model.",
             rich_help_panel=TEXT,
         ),
     ] = None,

@@ -36,7 +36,7 @@ def check_usage(command: Any, context: typer.Context, args: Sequence[str], takes
         given, words, order = command.make_parser(context).parse_args(args=list(args))
     except Exception as error:
         if getattr(error, "ctx", context) is None:
-            error.ctx = context  # type: ignore[attr-defined] - so that it is known whose help helps
+            vars(error)["ctx"] = context  # so that it is known whose help helps
         raise
     if any(given.get(name) for name in _ENDS):
         return

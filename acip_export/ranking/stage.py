@@ -116,9 +116,9 @@ def rank_model(
     unsaid = algorithm is None
     if algorithm is not None:
         find_algorithm(algorithm)
-    for text in (data, evaluation):
-        if text is not None and not is_self(text):
-            check_documents(text)
+    for source in (data, evaluation):
+        if source is not None and not is_self(source):
+            check_documents(source)
     output = None
     if out is not None:
         read = (data, evaluation, cache)
