@@ -116,9 +116,6 @@ def rank_model(
     unsaid = algorithm is None
     if algorithm is not None:
         find_algorithm(algorithm)
-    for source in (data, evaluation):
-        if source is not None and not is_self(source):
-            check_documents(source)
     output = None
     if out is not None:
         read = (data, evaluation, cache)
@@ -133,6 +130,9 @@ def rank_model(
         raise UsageError(f"only a run of {learned_algorithms()} that writes a score file can be resumed; give  --out")
     if store_seconds < 0:
         raise UsageError(f"a run state every {store_seconds} seconds is impossible; give 0 for one after every step")
+    for source in (data, evaluation):
+        if source is not None and not is_self(source):
+            check_documents(source)
     processes = start_processes(device)
     checkpoint = Checkpoint.open(model)
     check_checkpoint(checkpoint)

@@ -134,7 +134,7 @@ def test_interrupt_leaves_nothing(model: Path, text: Path, tmp_path: Path, stage
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"algorithm": "best"}, UsageError, "unknown ranking algorithm 'best'; choose one of acip, energy"),
+        ({"algorithm": "best"}, UsageError, "unknown ranking algorithm 'best'; known: acip, energy"),
         ({"algorithm": "kfac", "acip": QUICK}, UsageError, "kfac has no settings; .* rank with acip"),
         ({"out": Path(__file__)}, UsageError, "already exists"),
     ],

@@ -186,7 +186,7 @@ def test_any_hyper_parameter_can_be_set(text: str, expected: dict[str, object]) 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("rank=8", "one of basis, objective"),
+        ("rank=8", "the names are: basis, objective"),
         ("adapter_rank", "write NAME=VALUE"),
         ("adapter_rank=many", "adapter_rank is 'many', expected a whole number"),
         ("post_tune_decay=perhaps", "expected true or false"),
