@@ -25,7 +25,7 @@ _ENDS = ("help", "version")
 
 
 def check_usage(command: Any, context: typer.Context, args: Sequence[str], takes_commands: bool) -> None:
-    """Refuse flags that are given twice, names that are no choice, missing words and words too many.
+    """Refuse flags that are given twice, names that are no choice, and words too many.
 
     Raises:
         UsageError: with what to type instead. Errors of the parser: see :func:`explained`.
@@ -46,8 +46,6 @@ def check_usage(command: Any, context: typer.Context, args: Sequence[str], takes
             raise UsageError(f"{parameter.opts[0]} is given {times} times, and takes one value")
     for parameter in command.params:
         value = given.get(parameter.name)
-        if value is None and not is_flag(parameter) and parameter.required:
-            raise _ended(context, f"needs {_shown(parameter)}: {_decapitalized(parameter.help or '')}")
         choices = choices_of(parameter)
         if choices and isinstance(value, str) and value not in choices:
             known = instead_of(value, choices, "it can be")
@@ -70,13 +68,16 @@ def explained(error: Any) -> UsageError:
     Args:
         error: of classes that typer keeps to itself.
     """
-    message = error.format_message().replace("Value error, ", "")
+    message, context = error.format_message().replace("Value error, ", ""), getattr(error, "ctx", None)
     if hasattr(error, "possibilities"):
         close = nearest(error.option_name, error.possibilities or ())
         message = f"there is no flag {error.option_name}{f'; did you mean  {close[0]}?' if close else ''}"
+    elif hasattr(error, "param_type") and context is not None:  # missing
+        told = f"{context.command_path} needs {_shown(error.param)}"
+        message = f"{told}: {_decapitalized(error.param.help or '')}"
     elif "requires an argument" in message:
         message = f"{error.option_name} needs a value"
-    return UsageError(message if error.ctx is None else f"{message}\n{_help_of(error.ctx)}")
+    return UsageError(message if context is None else f"{message}\n{_help_of(context)}")
 
 
 def is_flag(parameter: Any) -> bool:
