@@ -1,8 +1,9 @@
 """Rounded matrices, kept in files for as long as one export is written and verified.
 
 An export and the reference that it is compared with are rounded by the same code from the same numbers. Error feedback
-takes longer than everything else there, so what the one has rounded the other reads. Files are named by everything that
-the rounding depends on: a matrix that is written in another order than the bundle has it is rounded twice.
+takes longer than everything else there, and so does the nearest code of very large matrices: what the one has rounded
+the other reads. Files are named by everything that the rounding depends on: a matrix that is written in another order
+than the bundle has it is rounded twice.
 
 Beside an export they outlive a process that is killed, so that the same command goes on where it was.
 """
@@ -35,6 +36,8 @@ Arrays = Sequence[npt.NDArray[Any]]
 
 logger = logging.getLogger(__name__)
 
+# Rounded to the nearest code, a matrix of so many weights takes a tenth of a second or two.
+_LARGE = 2**22
 # Rows whose float32 copy is hashed at once.
 _ROWS = 512
 _PIECES = (".npz", ".finished")
@@ -57,10 +60,11 @@ class KeptRoundings:
         weight: torch.Tensor,
         type: str,
         importance: torch.Tensor | None,
-        feedback: FeedbackFactor,
+        feedback: FeedbackFactor | None,
         compute: Callable[[], Arrays],
     ) -> Arrays:
-        """Return what ``compute`` makes of a matrix, computed for the first to ask.
+        """Return what ``compute`` makes of a matrix, computed for the first to ask; without error feedback, of a small
+        one for all of them.
 
         Args:
             weight, type, importance, feedback: all that the result depends on.
@@ -68,6 +72,8 @@ class KeptRoundings:
         Raises:
             OutputError: the disk is full.
         """
+        if feedback is None and weight.numel() <= _LARGE:
+            return compute()
         file = self.directory / f"{_key(weight, type, importance, feedback)}.npz"
         kept = _read(file)
         if kept is not None:
@@ -191,12 +197,13 @@ def _beside(target: Path) -> Path:
     return target.parent / f".{target.name}.rounded"
 
 
-def _key(weight: torch.Tensor, type: str, importance: torch.Tensor | None, feedback: FeedbackFactor) -> str:
+def _key(weight: torch.Tensor, type: str, importance: torch.Tensor | None, feedback: FeedbackFactor | None) -> str:
     digest = hashlib.blake2b(f"{type} {tuple(weight.shape)} {importance is None}".encode(), digest_size=20)
     for start in range(0, len(weight), _ROWS):
         digest.update(weight[start : start + _ROWS].float().contiguous().numpy().data)
     if importance is not None:
         digest.update(importance.contiguous().numpy().data)
-    for array in (feedback.order, feedback.codes, feedback.steps):
-        digest.update(np.ascontiguousarray(array).data)
+    if feedback is not None:
+        for array in (feedback.order, feedback.codes, feedback.steps):
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -39,9 +39,15 @@ def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None
 def _rounded(weight: torch.Tensor, name: str, inputs: InputMoments | None) -> ggml.Bytes:
     known = BLOCK_CODES.get(name)
     importance = None if inputs is None else inputs.importance
-    if inputs is None or inputs.feedback is None or known is None:
+    if inputs is None:
         return ggml.quantize(weight, name, importance)
     matrix, feedback, kept = weight.detach().reshape(-1, weight.shape[-1]), inputs.feedback, inputs.kept
+    if feedback is None or known is None:
+        nearest = partial(ggml.quantize, weight, name, importance)
+        if kept is None or weight_type("gguf", name).is_float:
+            return nearest()
+        (data,) = kept.arrays(matrix, name, importance, None, lambda: (nearest(),))
+        return data
     data = np.empty(weight_type("gguf", name).nbytes(*matrix.shape), np.uint8)
     end = 0
     for some in matrix.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]

@@ -235,10 +235,10 @@ def _quantized(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterat
 def _untuned(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
     feedback, kept = inputs.feedback, inputs.kept
     for some in weight.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
-        if feedback is None:
+        if feedback is None and kept is None:
             yield from _nearest(some, form, inputs)
             continue
-        compute = partial(_with_feedback, some, form, inputs, feedback)
+        compute = partial(_joined, some, form, inputs, feedback)
         arrays = compute() if kept is None else kept.arrays(some, form.name, inputs.importance, feedback, compute)
         yield Quantized(*arrays)
 
@@ -250,8 +250,9 @@ def _nearest(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator
         yield from pool.map(lambda rows: quantize(_floats(rows), form, importance), slices)
 
 
-def _with_feedback(weight: Tensor, form: WeightType, inputs: InputMoments, feedback: FeedbackFactor) -> Arrays:
-    return with_feedback(joined(list(_nearest(weight, form, inputs))), _floats(weight), form, feedback).arrays
+def _joined(weight: Tensor, form: WeightType, inputs: InputMoments, feedback: FeedbackFactor | None) -> Arrays:
+    nearest = joined(list(_nearest(weight, form, inputs)))
+    return (nearest if feedback is None else with_feedback(nearest, _floats(weight), form, feedback)).arrays
 
 
 def _slices(weight: Tensor, width: int) -> Iterator[Tensor]:

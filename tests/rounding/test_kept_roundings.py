@@ -16,7 +16,7 @@ import torch
 from acip_export.api import shared_work
 from acip_export.formats.registry import export_format
 from acip_export.io.processes import module_environment
-from acip_export.rounding import error_feedback
+from acip_export.rounding import error_feedback, kept_roundings
 from acip_export.rounding.kept_roundings import KeptRoundings, roundings_beside
 from tests.gguf.test_feedback import matrix, moment, moments_of
 from tests.ranking.support import CALIBRATION
@@ -51,6 +51,26 @@ def test_a_matrix_is_rounded_once(name: str, tmp_path: Path, monkeypatch: pytest
     assert torch.equal(round_trip(weight.flip(0), type, keeping), round_trip(weight.flip(0), type, inputs))
     assert len(list(tmp_path.iterdir())) == 5
     assert rounded
+
+
+@pytest.mark.parametrize("name", ["gguf", "onnx"])
+def test_a_large_one_is_rounded_to_the_nearest_codes_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_trip, type = export_format(name).round_trip, TYPES[name]
+    weight, inputs = matrix(48), replace(moments_of(moment(256, 8, 0)), feedback=None)
+    expected, keeping = round_trip(weight, type, inputs), replace(inputs, kept=KeptRoundings(tmp_path))
+    assert torch.equal(round_trip(weight, type, keeping), expected)
+    assert not list(tmp_path.iterdir())  # a small one
+    monkeypatch.setattr(kept_roundings, "_LARGE", weight.numel() - 1)
+    assert torch.equal(round_trip(weight, type, keeping), expected)
+    assert len(list(tmp_path.iterdir())) == 1
+    with monkeypatch.context() as nothing_computed:
+        nothing_computed.delattr(KeptRoundings, "timed")
+        assert torch.equal(round_trip(weight, type, keeping), expected)
+    unimportant = replace(keeping, importance=None)
+    assert torch.equal(round_trip(weight, type, unimportant), round_trip(weight, type, None))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def _fill(kept: KeptRoundings, value: int = 1) -> int:
