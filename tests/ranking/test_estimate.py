@@ -178,8 +178,10 @@ def test_too_little_memory_or_disk_is_said_with_what_would_fit(tmp_path: Path) -
 
 
 def test_too_little_memory_is_said_before_text_and_weights_are_read(model: Path, tmp_path: Path) -> None:
+    unreadable = tmp_path / "text.txt"
+    unreadable.write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InfeasibleBudgetError, match="of memory"):
-        rank_model(model, tmp_path / "no-text", algorithm="fisher", memory=10**6)
+        rank_model(model, unreadable, algorithm="fisher", memory=10**6)
 
 
 def test_ranking_says_what_it_takes(model: Path, text: Path) -> None:
