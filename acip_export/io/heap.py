@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 # mallopt's parameters.
@@ -14,6 +16,11 @@ _TRIM_THRESHOLD, _MAP_THRESHOLD = -1, -3
 # Bytes from which a block is a mapping of its own: for work on matrices, and else. By itself glibc goes up to twice
 # that, a little more than logits have in bfloat16.
 _APART, _USUAL = 1 << 20, 1 << 24
+# Where users set the threshold themselves, it stays as they have set it.
+_OWN_VARIABLE, _OWN_TUNABLE = "MALLOC_MMAP_THRESHOLD_", "glibc.malloc.mmap_threshold"
+
+_lock = Lock()
+_inside = 0
 
 
 def give_back() -> None:
@@ -29,18 +36,31 @@ def large_blocks_apart() -> Iterator[None]:
 
     In a heap, matrices of different sizes leave holes for each other that none of them fits into: decomposing a layer
     took between 1.3 times and twice of what was in use. New pages cost work on matrices little, passes of texts more.
+
+    It holds for the whole process until the last of those inside, in whatever thread, is done. Behind it the threshold
+    is a fixed one: glibc can not be told to adapt it again.
     """
-    setting = _of_glibc("mallopt")
+    global _inside
+    setting = None if _set_by_user() else _of_glibc("mallopt")
     if setting is None:
         yield
         return
-    setting(_MAP_THRESHOLD, _APART)
+    with _lock:
+        _inside += 1
+        setting(_MAP_THRESHOLD, _APART)
     try:
         yield
     finally:
-        setting(_MAP_THRESHOLD, _USUAL)
-        setting(_TRIM_THRESHOLD, 2 * _USUAL)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                setting(_MAP_THRESHOLD, _USUAL)
+                setting(_TRIM_THRESHOLD, 2 * _USUAL)
         give_back()
+
+
+def _set_by_user() -> bool:
+    return _OWN_VARIABLE in os.environ or _OWN_TUNABLE in os.environ.get("GLIBC_TUNABLES", "")
 
 
 @lru_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -174,24 +174,24 @@ def factorize_model(
         return _Factors(components, losses, torch.tensor(estimate if exact is None else exact, dtype=torch.float64))
 
     largest = max((components_bytes(checkpoint.linear_modules[name]) for name in own), default=0)
-    factorized = side_by_side(factorize, own, largest, ahead=processes.count > 1)
-    for block, names in blocks:
-        for name in names:
-            if name in done:
-                losses[name], singular[name], sensitivity[name] = _known(name, stored)
-                continue
-            dense = model.get_parameter(f"{name}.weight")
-            mine = next(factorized)[1] if owners[name] == processes.index else _Factors.empty(dense)
-            factors = _Factors.of([processes.from_owner(tensor, owners[name]) for tensor in mine.tensors()])
-            losses[name], sensitivity[name] = factors.losses, float(factors.sensitivity)
-            singular[name] = factors.components.singular.numpy()
-            stored[f"{name}.up"] = factors.components.up.to(dense.dtype)
-            stored[f"{name}.down"] = factors.components.down.to(dense.dtype)
-            for kind, tensor in zip(_VECTORS, factors.tensors()[2:], strict=True):
-                stored[f"{name}.{kind}"] = tensor
-            clock.advance()
-        if _step(block) not in work:
-            work.finish(_step(block))
+    with closing(side_by_side(factorize, own, largest, ahead=processes.count > 1)) as factorized:
+        for block, names in blocks:
+            for name in names:
+                if name in done:
+                    losses[name], singular[name], sensitivity[name] = _known(name, stored)
+                    continue
+                dense = model.get_parameter(f"{name}.weight")
+                mine = next(factorized)[1] if owners[name] == processes.index else _Factors.empty(dense)
+                factors = _Factors.of([processes.from_owner(tensor, owners[name]) for tensor in mine.tensors()])
+                losses[name], sensitivity[name] = factors.losses, float(factors.sensitivity)
+                singular[name] = factors.components.singular.numpy()
+                stored[f"{name}.up"] = factors.components.up.to(dense.dtype)
+                stored[f"{name}.down"] = factors.components.down.to(dense.dtype)
+                for kind, tensor in zip(_VECTORS, factors.tensors()[2:], strict=True):
+                    stored[f"{name}.{kind}"] = tensor
+                clock.advance()
+            if _step(block) not in work:
+                work.finish(_step(block))
     result = Factorized(
         context, statistics, losses, singular, sensitivity, whitenings, owners, mask_scale, adapter, stored
     )

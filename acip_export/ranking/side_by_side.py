@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ def at_once(each_bytes: int, threads: int) -> int:
 
 def side_by_side(
     work: Callable[[str], _Result], names: Sequence[str], each_bytes: int = 0, ahead: bool = False
-) -> Iterator[tuple[str, _Result]]:
+) -> Generator[tuple[str, _Result], None, None]:
     """Yield ``work`` of every name, in order; no more results wait at any time than torch has threads.
 
     Args:
