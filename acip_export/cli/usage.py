@@ -130,7 +130,7 @@ def _meant(word: str, has_words: bool) -> Iterator[str]:
         ("out", lambda: has_words and not path.exists()),
     )
     for name, fits in tests:
-        with suppress(AcipError):
+        with suppress(AcipError, OSError):  # a word may be too long for the name of a file
             if fits():
                 yield name
 

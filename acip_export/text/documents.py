@@ -83,13 +83,17 @@ def check_documents(source: str | Path) -> None:
 def _find(source: str | Path) -> list[Path] | re.Match[str]:
     """Return the files of a source, or the parts of a data set's name."""
     path = Path(source)
-    if path.is_dir():
+    try:
+        is_directory, exists = path.is_dir(), path.exists()
+    except OSError:  # a name may be too long: opening it says so
+        return [path]
+    if is_directory:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IN_DIRECTORIES and file.is_file())
         if not files:
             raise DataError(f"{path} holds no {', '.join('*' + suffix for suffix in _IN_DIRECTORIES)} file")
         return files
     named = _DATASET_ID.fullmatch(str(source))
-    if not path.exists() and named and path.suffix.lower() not in _IN_DIRECTORIES:
+    if not exists and named and path.suffix.lower() not in _IN_DIRECTORIES:
         return named
     return [path]
 

@@ -44,6 +44,21 @@ def test_a_word_is_answered_with_its_flag(typed: str, write: str, run: Run) -> N
 
 
 @pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("before", "end", "code", "says"),
+    [
+        ("plan", "", 2, "takes flags only"),
+        ("--budget 3MB --format gguf --text", "", 3, "cannot be read"),
+        ("--budget 3MB --format gguf --tasks", ".yaml", 2, "has no task"),
+    ],
+)
+def test_words_too_long_for_the_name_of_a_file(before: str, end: str, code: int, says: str, run: Run) -> None:
+    done = run(*before.split(), "x" * 5000 + end)
+    assert done.code == code
+    assert unspaced(says) in unspaced(done.err)
+
+
+@pytest.mark.usefixtures("model")
 def test_an_export_to_check_is_named_in_a_file(run: Run) -> None:
     done = run("check", "export/gguf-4GB")
     assert done.code == 2
