@@ -10,6 +10,7 @@ from acip_export.api.rounding_errors import measure_rounding_errors, rounding_er
 from acip_export.api.text import check_measurable, evaluation_text, text_to_measure
 from acip_export.api.verify import verify_directory
 from acip_export.report import write_comparison
+from acip_export.verification.harness import task_origin
 
 __all__ = [
     "Known",
@@ -35,6 +36,7 @@ __all__ = [
     "shared_work",
     "sweep_document",
     "sweep_sizes",
+    "task_origin",
     "text_to_measure",
     "verify_directory",
     "write_comparison",

@@ -29,6 +29,7 @@ from acip_export.errors import (
     AcipError,
     BundleError,
     InfeasibleBudgetError,
+    InputError,
     PlanFileError,
     UsageError,
     VerificationError,
@@ -398,11 +399,14 @@ def export_once(
     what = f"export {out.resolve()} {numbers_sha256(plan)} {asked}"
     noted, begin = kept.finished(what), time.monotonic()
     if noted and noted == _stamps(out) and not is_unverified(out):
-        report = load_report(out / REPORT_FILE) if (out / REPORT_FILE).is_file() else None
         # A power cut leaves names and sizes.
-        if report is None or all(each.sha256 == sha256_of(out / each.name) for each in report.files):
-            logger.warning("%s was finished by an earlier run, and stays as it is", out)
-            return report
+        try:
+            report = load_report(out / REPORT_FILE) if (out / REPORT_FILE).is_file() else None
+            if report is None or all(each.sha256 == sha256_of(out / each.name) for each in report.files):
+                logger.warning("%s was finished by an earlier run, and stays as it is", out)
+                return report
+        except InputError as reason:
+            logger.warning("%s; the export is made again", reason)
     report = export()
     kept.finish(what, _stamps(out), time.monotonic() - begin)
     return report

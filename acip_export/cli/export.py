@@ -181,7 +181,8 @@ def export(
                         roundings=roundings,
                         keep_bundle=keep_bundle,
                     )
-                    asked = (verify, measured_on and measured_on.sha256, names(tasks), keep_bundle)
+                    origins = tuple(map(pipeline.task_origin, names(tasks)))
+                    asked = (verify, measured_on and measured_on.sha256, origins, keep_bundle)
                     report = pipeline.export_once(roundings, job.out, plan, asked, export_job)
             except VerificationError as error:
                 if not several:

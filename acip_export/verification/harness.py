@@ -32,7 +32,10 @@ def require(tasks: Sequence[str]) -> None:
         UsageError: the file of a task is missing. MissingExtraError: lm-evaluation-harness is not installed.
     """
     for task in tasks:
-        if _is_file(task) and not Path(task).is_file():
+        if _is_file(task):
+            with suppress(OSError):  # a name may be too long
+                if Path(task).is_file():
+                    continue
             raise _unknown(task)
     if find_spec("lm_eval") is None:
         raise MissingExtraError("lm_eval", "eval", "--tasks")
@@ -61,7 +64,7 @@ def run_tasks(
             found |= harness.run(task)
             continue
         name = f"task {hashlib.sha256(task.encode()).hexdigest()[:16]}"
-        found |= unfinished.figures(name, _origin(task), TaskFigures, partial(harness.run, task))
+        found |= unfinished.figures(name, task_origin(task), TaskFigures, partial(harness.run, task))
     return found
 
 
@@ -108,7 +111,7 @@ def _name(task: str) -> str:
     return Path(task).stem if _is_file(task) else task
 
 
-def _origin(task: str) -> str:
+def task_origin(task: str) -> str:
     """Return what tells a task apart: of a user's own, its file, those that it may include, and those that it names."""
     file = Path(task)
     if not _is_file(task) or not file.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from acip_export import api as pipeline
-from acip_export.artifacts.names import COMPARISON_FILE
+from acip_export.artifacts.names import COMPARISON_FILE, REPORT_FILE
 from acip_export.artifacts.plan import Plan, load_plan
 from acip_export.artifacts.report import load_report
 from acip_export.artifacts.scores import ScoreFile
@@ -18,9 +19,11 @@ from acip_export.io import kept_until_done
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import problem
 from acip_export.planning.candidates import build_candidates
+from acip_export.rounding.kept_roundings import KeptRoundings
 from acip_export.units import parse_budgets
 from acip_export.verification import export as verification
 from acip_export.verification import reference
+from tests.artifacts.examples import PLAN as PLAN_MADE
 from tests.support import Run
 
 ASKED = ("-m", "model", "-f", "gguf", "--types", "q8_0,q4_0", "--no-calibrate", "--context", "128")
@@ -124,6 +127,40 @@ def test_those_that_are_finished_stay(
     made.clear()
     assert run(*ask, "--force").code == 0
     assert made == budgets
+
+
+def test_a_finished_one_whose_report_is_damaged_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A power cut leaves a file without its content."""
+    kept, out, made = KeptRoundings(tmp_path / "kept"), tmp_path / "out", list[int]()
+    kept.directory.mkdir()
+    out.mkdir()
+
+    def export(content: str = "") -> None:
+        made.append(len(made))
+        (out / REPORT_FILE).write_text(content)
+
+    for _ in range(2):
+        assert pipeline.export_once(kept, out, PLAN_MADE, (), export) is None
+    assert made == [0, 1]
+    assert "it is made again" not in caplog.text and "the export is made again" in caplog.text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_one_whose_task_was_edited_is_another(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def watched(*given: object) -> None:
+        seen.append(given[3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "export_once", watched)
+    task = here / "own.yaml"
+    for content in ("task: own", "task: own", "task: own # edited"):
+        if not task.exists() or task.read_text() != content:
+            task.write_text(content)
+        assert run(*PLAN, *LADDER, "-o", "sizes", "--tasks", "own.yaml").code == 130
+    first, same, other = seen
+    assert first == same != other
 
 
 def test_the_table_and_what_is_refused(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
