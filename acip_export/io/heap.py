@@ -38,7 +38,7 @@ def large_blocks_apart() -> Iterator[None]:
     took between 1.3 times and twice of what was in use. New pages cost work on matrices little, passes of texts more.
 
     It holds for the whole process until the last of those inside, in whatever thread, is done. Behind it the threshold
-    is a fixed one: glibc can not be told to adapt it again.
+    is a fixed one: glibc cannot be told to adapt it again.
     """
     global _inside
     setting = None if _set_by_user() else _of_glibc("mallopt")
