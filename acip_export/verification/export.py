@@ -322,35 +322,49 @@ def _memory_report(
 ) -> MemoryReport | None:
     if memory is None:
         return None
-    uncounted, more = _beside_plan(written_as, plan, checkpoint, session)
-    beyond = _beyond(plan, memory, uncounted, more)
+    beside = _beside_plan(written_as, plan, checkpoint, session)
+    beyond = _beyond(plan, memory, beside)
+    anonymous = anonymous_bytes(written_as, plan, checkpoint, session.runtime)
     return MemoryReport(
         **dataclasses.asdict(memory),
-        predicted_bytes=plan.memory_bytes + uncounted + more,
-        predicted_anonymous_bytes=anonymous_bytes(written_as, plan, checkpoint, session.runtime) + more,
+        predicted_bytes=plan.memory_bytes + beside.predicted + beside.threads,
+        predicted_anonymous_bytes=anonymous + beside.threads,
         within_budget=None if beyond is None else beyond <= 0,
     )
 
 
-def _beside_plan(
-    written_as: ExportFormat, plan: Plan, checkpoint: Checkpoint, session: SessionClass
-) -> tuple[int, int]:
-    """Bytes of a runtime's process that the plan does not count: the runtime's own, and what is of this machine."""
-    uncounted = uncounted_bytes(written_as, plan, checkpoint, session.runtime)
-    return uncounted, thread_bytes(written_as, plan, checkpoint, processors(not session.own_threads))
+@dataclass(frozen=True)
+class _BesidePlan:
+    """Bytes of a runtime's process that a plan does not count.
+
+    Attributes:
+        predicted: the runtime's own; less what plans count and this runtime has not. excused: the same, never less than
+            the runtime's own: what it has not is within the budget of the plan. threads: what is of this machine.
+    """
+
+    predicted: int
+    excused: int
+    threads: int
 
 
-def _beyond(plan: Plan, memory: Memory, uncounted: int, more: int) -> int | None:
-    """Bytes that a process took above the budget, of those that its scope covers; see :func:`_beside_plan`.
+def _beside_plan(written_as: ExportFormat, plan: Plan, checkpoint: Checkpoint, session: SessionClass) -> _BesidePlan:
+    predicted = uncounted_bytes(written_as, plan, checkpoint, session.runtime)
+    own = written_as.memory.process(checkpoint, session.runtime).total
+    threads = thread_bytes(written_as, plan, checkpoint, processors(not session.own_threads))
+    return _BesidePlan(predicted, max(predicted, own), threads)
+
+
+def _beyond(plan: Plan, memory: Memory, beside: _BesidePlan) -> int | None:
+    """Bytes that a process took above the budget, of those that its scope covers.
 
     ``None``: what a process on this machine takes says nothing about the budget.
     """
     if plan.budget_scope == "file" or plan.serving.backend != DEFAULT_BACKEND:
         return None
     if plan.budget_scope == "anonymous":
-        return memory.allocated_bytes - more - plan.budget_bytes
-    uncovered = uncounted if plan.budget_scope == "memory" else 0
-    return memory.peak_bytes - more - uncovered - plan.budget_bytes
+        return memory.allocated_bytes - beside.threads - plan.budget_bytes
+    excused = beside.excused if plan.budget_scope == "memory" else 0
+    return memory.peak_bytes - beside.threads - excused - plan.budget_bytes
 
 
 def _stop_over_budget(written_as: ExportFormat, model: MaterializedModel, measured: Sequence[ProcessFigures]) -> None:
@@ -362,7 +376,7 @@ def _stop_over_budget(written_as: ExportFormat, model: MaterializedModel, measur
         if session is None or figures.memory is None:
             continue
         beside = _beside_plan(written_as, plan, checkpoint, session)
-        beyond = _beyond(plan, figures.memory, *beside)
+        beyond = _beyond(plan, figures.memory, beside)
         if beyond is not None and beyond > most:
             most, of_most = beyond, figures.runtime
     if most:

@@ -208,7 +208,8 @@ def shorter_batch(shape: ModelShape, serving: Serving) -> Hole:
     """
     batch = min(serving.prompt_batch, serving.context)
     rest, largest = min(batch - 1, serving.context - batch), logit_bytes(shape, serving)
-    if largest > _LARGEST_ON_HEAP:
+    widest = max(shape.vocabulary, shape.ffn, shape.heads * shape.head_dim)
+    if largest > min(_LARGEST_ON_HEAP, widest * shape.hidden):  # bytes of codes, at most one a number
         return Hole()
     return Hole(_item_bytes(serving) * rest * shape.vocabulary, largest)
 

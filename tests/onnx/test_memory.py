@@ -11,6 +11,7 @@ import pytest
 
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import RUNTIME_PARTS, Serving, TensorDecision, save_plan
+from acip_export.formats.protocol import Hole
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
@@ -182,6 +183,9 @@ def test_a_shorter_batch_is_counted_where_the_one_before_leaves_a_hole() -> None
     assert hole("int4", Serving(2048, "f32", 64)) == 63 * row
     assert hole("int8", Serving(2048, "f32", 160)) == 0
     assert hole("f32", Serving(2048, "f32", 8)) == 0
+    # No matrix has as many numbers as the logits have bytes: no plan has to make room for a hole.
+    serving, narrow = export_format("onnx").memory.serving, replace(shape, hidden=384)
+    assert serving(narrow, Serving(2048, "f32", 128)).hole == Hole() != serving(narrow, Serving(2048, "f32", 64)).hole
     assert hole("int8", Serving(2048, "f32", 8), tied=False) == 0  # looked up where the file is mapped
     # One batch is all, and one token more has logits of its own.
     assert hole("int8", Serving(128, "f32", 128)) == 0
