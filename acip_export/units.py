@@ -33,7 +33,8 @@ def parse_bytes(text: str, what: str = "budget", whole: Callable[[], int] | None
         raise UsageError(f"{what} {text!r} is not a quantity of bytes; write for example 4GB, 900MB or 2GiB")
     sign, number, unit = match.groups()
     if not unit:
-        raise UsageError(f"{what} {text!r} has no unit; write {number}MB, {number}GB or {number}GiB")
+        example = number if float(number) else "900"
+        raise UsageError(f"{what} {text!r} has no unit; write for example {example}MB, {example}GB or {example}GiB")
     if unit == "%" and whole is not None:
         factor = Fraction(whole(), 100)
     elif unit.upper() == "B":

@@ -31,7 +31,8 @@ def test_parse(text: str, expected: int) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("4", "no unit"),
+        ("4", "write for example 4MB"),
+        ("0", "write for example 900MB"),
         ("4000000000", "no unit"),
         ("-4GB", "more than zero"),
         ("0MB", "more than zero"),

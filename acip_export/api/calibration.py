@@ -43,7 +43,7 @@ _WINDOW, _TOKENS, _LEAST_TOKENS = 512, 1024, 128
 _OF_A_WINDOW = 256
 _OPERATIONS = 4 * 10**13
 # Operations that take half a minute on two cores.
-_WORTH_SAYING = 2 * 10**12
+WORTH_SAYING = 2 * 10**12
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _measured(
 
 def _announce(checkpoint: Checkpoint, passes: Sequence[ClassPass], space: SearchSpace, tokens: int) -> None:
     """Say how long measuring takes, where that is a while."""
-    if checkpoint.weight_bytes * len(passes) * tokens < _WORTH_SAYING:
+    if checkpoint.weight_bytes * len(passes) * tokens < WORTH_SAYING:
         return
     from acip_export.measurement.pass_time import pass_seconds
 

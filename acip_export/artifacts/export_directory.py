@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -41,7 +42,19 @@ def _contents(directory: Path) -> Mapping[str, int | FileKind]:
     return {**files, PLAN_FILE: PLAN_KIND, TUNED_FILE: TUNED_KIND, **_PAPERS} if files else {}
 
 
-EXPORT_KIND = DirectoryKind("an export", _contents)
+def is_unverified(export: Path) -> bool:
+    """Whether an export is marked: its last verification failed, or did not come to its end."""
+    return (export / MARK_FILE).is_file()
+
+
+def _to_finish(export: Path) -> str:
+    if not is_unverified(export):
+        return ""
+    verify = shlex.join(["acip-export", "verify", str(export)])
+    return f"and is not verified: an earlier run was stopped before, or it failed. Verify it with\n  {verify}"
+
+
+EXPORT_KIND = DirectoryKind("an export", _contents, _to_finish)
 
 
 def claim_papers(export: Path, inputs: Iterable[str | PathLike[str] | None] = ()) -> dict[str, Output]:
@@ -75,11 +88,6 @@ def load_export_plan(export: Path) -> Plan:
         else "name the directory that  acip-export --budget … --format …  wrote"
     )
     raise PlanFileError(f"{export} is no export: it {what}; {instead}")
-
-
-def is_unverified(export: Path) -> bool:
-    """Whether an export is marked: its last verification failed, or did not come to its end."""
-    return (export / MARK_FILE).is_file()
 
 
 def mark_unverified(export: Path, why: str) -> None:

@@ -226,7 +226,7 @@ class ScoreFile:
     @property
     def whole_again(self) -> str:
         """The command that makes what a slim score file leaves out."""
-        return f"acip-export rank . --data {self.data.source} --algorithm {self.ranked_by.name}"
+        return f"acip-export rank . --data {self.data.source} --algorithm {self.ranked_by.name} --force"
 
     @cached_property
     def global_order(self) -> GlobalOrder:

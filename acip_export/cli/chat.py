@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from acip_export.artifacts.export_directory import export_of, load_export_plan
 from acip_export.chat import Answer, ChatModel, Settings, open_chat
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json, Quiet
@@ -59,6 +60,8 @@ def chat(
     process has held, beside what was planned. A model without a chat template continues texts. With two, each answers
     in turn: an export, and the dense model that it was made of.
     """
+    if not export.is_dir():
+        load_export_plan(export_of(export))  # says so
     piped = prompt is None and not sys.stdin.isatty()
     if piped:
         prompt = sys.stdin.read().strip()

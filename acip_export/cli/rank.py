@@ -118,8 +118,8 @@ def rank(
         bool,
         typer.Option(
             "--slim",
-            help="A file of at most 1 % of the model.\n\nWithout second moments: types can be planned with it, but no "
-            "factor pairs and no error feedback.",
+            help="A file of at most 1 % of a large model.\n\nWithout second moments: types can be planned with it, but "
+            "no factor pairs and no error feedback.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,

@@ -57,10 +57,12 @@ class DirectoryKind:
         name: with its article, for messages.
         contents: what a directory says that it holds, by path below it: files of so many bytes, or of a kind. Empty
             where it says nothing, because it is none of these.
+        to_finish: what is missing of one, and the command that finishes it, given its path; empty: nothing.
     """
 
     name: str
     contents: Callable[[Path], Mapping[str, int | FileKind]]
+    to_finish: Callable[[Path], str] = lambda _: ""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,9 @@ class Output:
         foreign = self._foreign(self.kind)
         if foreign:
             self._refuse(f"already exists and {foreign}", "move it away, or choose another place")
+        unfinished = self.kind.to_finish(self.named) if isinstance(self.kind, DirectoryKind) else ""
+        if not self.force and unfinished:
+            raise UsageError(f"{self.named} already exists, {unfinished}\nor add --force to make it again")
         if not self.force:
             raise UsageError(f"{self.named} already exists; add --force to replace it, or choose another place with -o")
 

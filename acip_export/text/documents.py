@@ -124,7 +124,7 @@ def _read_file(file: Path, field: str | None) -> Iterator[Document]:
 
 
 def _opened(file: Path) -> BinaryIO:
-    missing = "; give a file, a directory or a Hugging Face data set; a ranking takes  self, too"
+    missing = "; give a file, a directory or a Hugging Face data set; --data of a ranking may be  self"
     return open_input(file, DataError, missing)
 
 

@@ -40,7 +40,7 @@ def test_ranking_leaves_the_moments_out(model: Path, tmp_path: Path) -> None:
     assert kept.slim and not kept.second_moments and whole.second_moments
     assert all(np.array_equal(kept.modules[name].drop_loss, module.drop_loss) for name, module in whole.modules.items())
     assert (tmp_path / "slim.acip").stat().st_size < 0.2 * (tmp_path / "whole.acip").stat().st_size
-    assert slim.whole_again == f"acip-export rank . --data {text} --algorithm kfac"
+    assert slim.whole_again == f"acip-export rank . --data {text} --algorithm kfac --force"
     again = load_scores(tmp_path / "whole.acip")
     assert all(
         np.array_equal(again.modules[name].up_sensitivity, module.up_sensitivity)

@@ -96,6 +96,10 @@ def test_a_crash_of_the_runtime_keeps_its_exit_code(here: Path, run: Run, monkey
     assert done.code == 6
     assert "it died\nThe export stays in out, marked as unverified" in done.err
     assert _names(here) == {"out"} and (here / "out" / MARK_FILE).is_file()
+    again = run("-m", "model", *PLAN, "--budget", "8MB", "-o", "out")
+    assert again.code == 2
+    said = " ".join(again.err.split())
+    assert "out already exists, and is not verified" in said and "acip-export verify out or add --force" in said
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
