@@ -105,7 +105,7 @@ def test_beside_an_export_they_outlive_a_kill_and_long_work_only(
             kept.seconds = seconds
             raise ending
         assert [file.name for file in tmp_path.iterdir()] == ([".out.rounded"] if stays else [])
-    assert "the same command, or its verification, goes on" in caplog.text
+    assert "the same command goes on, and so does  verify" in caplog.text
     with pytest.raises(KeyboardInterrupt), roundings_beside(target, "a") as kept:
         assert "going on with what an earlier run has rounded: 1 pieces" in caplog.text
         assert _fill(kept) == 0
