@@ -13,8 +13,9 @@ from acip_export.ranking.layer_memory import Shape, components_bytes, gradient_p
 
 SQUARE, WIDE, TALL, NARROW = (512, 512), (384, 1536), (1536, 384), (128, 1280)
 SHAPES = (SQUARE, WIDE, TALL, NARROW)
-# Of the C library and of what multiplies matrices: buffers of a thread, small blocks.
-BESIDE = 5_000_000
+# Of the C library and of what multiplies matrices, buffers of a thread and small blocks: at most 5 MB on one machine,
+# and others have other kernels. A matrix of the wide shapes is 19 MB.
+LESS, MORE = 1_000_000, 12_000_000
 MEASURED = """
 import json, sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def peaks() -> dict[Shape, list[int]]:
 def test_a_layer_takes_what_is_counted(peaks: dict[Shape, list[int]], shape: Shape) -> None:
     counted = [packing_bytes(shape[1]), gradient_packing_bytes(shape), components_bytes(shape)]
     for expected, found in zip(counted, peaks[shape], strict=True):
-        assert 0.85 * expected - BESIDE / 5 < found < 1.1 * expected + BESIDE, (counted, peaks[shape])
+        assert 0.85 * expected - LESS < found < 1.1 * expected + MORE, (counted, peaks[shape])
 
 
 def test_wide_inputs_cost_more_than_wide_outputs() -> None:
