@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from acip_export.api.calibration import WORTH_SAYING, held_out_windows
+from acip_export.api.calibration import held_out_windows, takes_long
 from acip_export.api.rank import rounding_scores
 from acip_export.artifacts.cache_losses import CacheLosses, cache_file, load_cache_losses, save_cache_losses
 from acip_export.artifacts.plan import Plan, Serving, cache_types
@@ -160,7 +160,7 @@ def measured_cache_losses(
         windows, text_sha256 = held_out_windows(checkpoint, scores, len(changes), least=_CONTEXT)
     except UnsupportedError as reason:
         raise UnsupportedError(f"--cache-type auto measures what each type costs: {reason}; name a type") from None
-    if checkpoint.weight_bytes * len(changes) * windows.numel() > WORTH_SAYING:
+    if takes_long(checkpoint, len(changes), windows.numel()):
         logger.warning(
             "measuring what %d types of KV cache cost this model, once; --cache-type %s plans without",
             len(changes),

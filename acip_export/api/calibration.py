@@ -43,7 +43,7 @@ _WINDOW, _TOKENS, _LEAST_TOKENS = 512, 1024, 128
 _OF_A_WINDOW = 256
 _OPERATIONS = 4 * 10**13
 # Operations that take half a minute on two cores.
-WORTH_SAYING = 2 * 10**12
+_WORTH_SAYING = 2 * 10**12
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +118,14 @@ def _measured(
     return measured
 
 
+def takes_long(checkpoint: Checkpoint, passes: int, tokens: int) -> bool:
+    """Tell whether passes of so many tokens through a model take so long that it is said before they begin."""
+    return checkpoint.weight_bytes * passes * tokens >= _WORTH_SAYING
+
+
 def _announce(checkpoint: Checkpoint, passes: Sequence[ClassPass], space: SearchSpace, tokens: int) -> None:
     """Say how long measuring takes, where that is a while."""
-    if checkpoint.weight_bytes * len(passes) * tokens < WORTH_SAYING:
+    if not takes_long(checkpoint, len(passes), tokens):
         return
     from acip_export.measurement.pass_time import pass_seconds
 

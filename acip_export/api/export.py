@@ -35,7 +35,7 @@ from acip_export.errors import (
     VerificationError,
 )
 from acip_export.formats.registry import export_format
-from acip_export.io.atomic import sha256_of
+from acip_export.io.atomic import sha256_of, stamp_of
 from acip_export.io.locks import held
 from acip_export.io.outputs import Output, claim_output
 from acip_export.io.scratch import Scratch
@@ -414,11 +414,8 @@ def export_once(
 
 def _stamps(export: Path) -> str:
     """Return what tells, without reading them, whether files of an export or of its bundle have changed."""
-    found = []
-    for place in (export, bundle_beside(export)):
-        for file in sorted(place.rglob("*")):
-            status = file.stat()
-            found.append((str(file), status.st_size, status.st_mtime_ns))
+    files = (file for place in (export, bundle_beside(export)) for file in sorted(place.rglob("*")))
+    found = [(str(file), *stamp_of(file)) for file in files]
     return hashlib.sha256(str(found).encode()).hexdigest()
 
 

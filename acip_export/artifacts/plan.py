@@ -18,6 +18,7 @@ from msgspec import Meta
 from acip_export.artifacts.document import Artifact, decode_artifact
 from acip_export.artifacts.names import PAPERS, PLAN, ArtifactName
 from acip_export.errors import PlanFileError
+from acip_export.io.atomic import stamp_of
 from acip_export.io.inputs import Count, Finite, NotNegative, Positive, PositiveFloat, read_input
 from acip_export.io.outputs import claim_output, json_kind
 from acip_export.model.task import LOSS_UNITS, Task
@@ -336,8 +337,7 @@ def numbers_sha256(plan: Plan) -> str:
     """Return what tells apart what plans make of a model: the plan, and the files that its options name."""
     digest = hashlib.sha256(dumps_plan(plan).encode())
     for name, value in sorted(plan.options.items()):
-        status = Path(value).stat() if Path(value).is_file() else None
-        digest.update(f"{name} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
+        digest.update(f"{name} {stamp_of(Path(value)) if Path(value).is_file() else None}\n".encode())
     return digest.hexdigest()
 
 

@@ -148,6 +148,12 @@ def _json_object(file: Path, error: Failure, stamp: tuple[int, int, int] | None)
     return found
 
 
+def stamp_of(file: Path) -> tuple[int, int]:
+    """Return what tells, without reading it, whether a file has changed: its size and its time."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def sha256_of(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -145,11 +145,12 @@ class Output:
         foreign = self._foreign(self.kind)
         if foreign:
             self._refuse(f"already exists and {foreign}", "move it away, or choose another place")
+        if self.force:
+            return
         unfinished = self.kind.to_finish(self.named) if isinstance(self.kind, DirectoryKind) else ""
-        if not self.force and unfinished:
+        if unfinished:
             raise UsageError(f"{self.named} already exists, {unfinished}\nor add --force to make it again")
-        if not self.force:
-            raise UsageError(f"{self.named} already exists; add --force to replace it, or choose another place with -o")
+        raise UsageError(f"{self.named} already exists; add --force to replace it, or choose another place with -o")
 
     def _foreign(self, kind: FileKind | DirectoryKind) -> str:
         """Why what is there may not be replaced; empty where it may."""

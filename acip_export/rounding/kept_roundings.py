@@ -179,8 +179,12 @@ def roundings_beside(target: Path, origin: str) -> Iterator[KeptRoundings]:
     """
     directory, earlier = _beside(target), 0
     kept = KeptRoundings(directory)
-    worth, then = lambda: earlier > 0 or worth_keeping(kept.seconds), "the same command goes on, and so does  verify"
-    with kept_if_interrupted(directory, "what is rounded", worth, then=then):
+    with kept_if_interrupted(
+        directory,
+        "what is rounded",
+        lambda: earlier > 0 or worth_keeping(kept.seconds),
+        then="the same command goes on, and so does  verify",
+    ):
         if own_directory(directory, origin):
             earlier = sum(file.suffix in _PIECES for file in directory.rglob("[!.]*"))
         if earlier:

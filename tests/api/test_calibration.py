@@ -53,7 +53,7 @@ def test_what_takes_long_is_announced_once(
     stages(model=copied)
     assert not caplog.messages  # seconds
     cache_file(copied / "m.acip", "gguf", "feedback").unlink()
-    monkeypatch.setattr(calibration, "WORTH_SAYING", 0)
+    monkeypatch.setattr(calibration, "_WORTH_SAYING", 0)
     stages(model=copied)
     (said,) = caplog.messages
     assert re.fullmatch(r"this model's first plan for gguf measures what .* costs: about \d+ s, once", said)
