@@ -324,27 +324,22 @@ def _not_replaced(target: Path, reason: OSError) -> OutputError:
 
 @contextmanager
 def new_file(target: Path, allow: Callable[[], None] = _nothing) -> Iterator[Path]:
-    """Like :func:`new_directory`, for one file."""
+    """Like :func:`new_directory`, for one file.
+
+    It is written in a hidden directory of its own: libraries that write to a temporary file beside the one they are
+    given (safetensors does) leave that one there too when they are killed.
+    """
     allow()
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch(mode=0o600, exist_ok=False)
-        except OSError as reason:
-            raise _no_output(target, reason) from reason
-        with _room(target):
-            yield temporary
+    with scratch_directory(target, ".tmp") as directory:
+        temporary = directory / target.name
+        temporary.touch(mode=0o600)
+        yield temporary
         allow()
         temporary.chmod(0o644)
         try:
             temporary.replace(target)
         except OSError as reason:
             raise _not_replaced(target, reason) from reason
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def keep(file: Path, data: bytes, otherwise: str) -> bool:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from acip_export.errors import CheckpointError
-from acip_export.io.atomic import SafetensorsWriter, new_directory, new_file, read_safetensors_header, sha256_of
+from acip_export.io.atomic import (
+    SafetensorsWriter,
+    new_directory,
+    new_file,
+    read_safetensors_header,
+    remove_leftovers,
+    sha256_of,
+)
 
 
 class Exploded(BaseException):
@@ -49,6 +58,23 @@ def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise Exploded
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_killed_librarys_own_temporary_file_is_a_leftover(tmp_path: Path) -> None:
+    """Safetensors writes to a file of its own beside the one that it is given, and renames it."""
+    target = tmp_path / "file"
+    code = """
+import os, sys
+from pathlib import Path
+from acip_export.io.atomic import new_file
+with new_file(Path(sys.argv[1])) as temporary:
+    temporary.with_name(".tmpAbCdEf").write_text("half")
+    os._exit(0 if temporary.with_name(".tmpAbCdEf").exists() else 1)
+"""
+    subprocess.run([sys.executable, "-c", code, str(target)], check=True)
+    assert list(tmp_path.rglob(".tmpAbCdEf"))
+    remove_leftovers(target)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_streamed_safetensors_equals_the_library(tmp_path: Path) -> None:
