@@ -18,6 +18,7 @@ class Progress:
         ratio: share of the linear layers' parameters that a ranking has left.
         loss: as last measured, in the unit of the model's task.
         tokens_per_second, eta_seconds: of this stage; ``None`` where they make no sense or cannot be told yet.
+        resumed: how many of ``done`` an earlier process has made.
     """
 
     stage: str
@@ -28,6 +29,7 @@ class Progress:
     loss: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
+    resumed: int = 0
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -47,14 +49,20 @@ class Clock:
 
     Attributes:
         total: steps of the stage, if known. tokens: that one step reads. done: steps so far; a resumed stage starts
-            above zero.
+            above zero. share: what is behind then, of stages that do not know their number of steps.
     """
 
     def __init__(
-        self, stage: str, total: int | None, progress: ProgressCallback, tokens: float = 0, done: int = 0
+        self,
+        stage: str,
+        total: int | None,
+        progress: ProgressCallback,
+        tokens: float = 0,
+        done: int = 0,
+        share: float = 0.0,
     ) -> None:
         self.stage, self.total, self.progress, self.tokens = stage, total, progress, tokens
-        self.done, self._first, self._started = done, done, time.perf_counter()
+        self.done, self._first, self._behind, self._started = done, done, share, time.perf_counter()
 
     def advance(
         self, steps: int = 1, ratio: float | None = None, loss: float | None = None, share: float | None = None
@@ -62,17 +70,20 @@ class Clock:
         """Report ``steps`` more. Stages that do not know their number of steps say which ``share`` is behind."""
         self.done += steps
         elapsed, taken = time.perf_counter() - self._started, self.done - self._first
-        if share is None and self.total:
+        if share is not None:
+            share = (share - self._behind) / (1 - self._behind) if self._behind < 1 else 1.0
+        elif self.total:
             share = taken / max(1, self.total - self._first)
         self.progress(
             Progress(
                 stage=self.stage,
                 done=self.done,
                 total=self.total,
+                resumed=self._first,
                 ratio=ratio,
                 loss=loss,
                 tokens_per_second=taken * self.tokens / elapsed if self.tokens and elapsed else None,
-                eta_seconds=elapsed * (1 - share) / share if share else None,
+                eta_seconds=elapsed * (1 - share) / share if share and share > 0 else None,
             )
         )
 
@@ -106,7 +117,7 @@ class Journey:
     def __init__(self, course: Course, clock: Callable[[], float] = time.monotonic) -> None:
         self._shares, self._seconds, self._clock = dict(course.shares), course.seconds, clock
         self._started = self._began = self._heard = clock()
-        self._finished = 0.0
+        self._finished = self._finished_earlier = 0.0
         self._at: Progress | None = None
         self._passed: set[str] = set()
 
@@ -128,6 +139,7 @@ class Journey:
         if self._at is None or progress.stage != self._at.stage or progress.done < self._at.done:
             if self._at is not None:
                 self._finished += self._shares[self._at.stage]
+                self._finished_earlier += self._earlier
                 self._began = self._heard
             # What comes before this one in the course is behind, done or left out.
             names = list(self._shares)
@@ -147,9 +159,10 @@ class Journey:
         done = self._finished + self._current * self._part
         total = done + self._current * (1 - self._part) + self._pending
         trust = 0.0 if self._seconds is None else _TRUST * total
-        if done + trust == 0:
+        here = done - self._finished_earlier - self._earlier
+        if here + trust <= 0:
             return None
-        per_share = (self._heard - self._started + trust * (self._seconds or 0.0) / (total or 1.0)) / (done + trust)
+        per_share = (self._heard - self._started + trust * (self._seconds or 0.0) / (total or 1.0)) / (here + trust)
         left = per_share * (total - done)
         at = self._at
         if at is not None and at.eta_seconds is not None:
@@ -162,6 +175,12 @@ class Journey:
     @property
     def _current(self) -> float:
         return 0.0 if self._at is None else self._shares[self._at.stage]
+
+    @property
+    def _earlier(self) -> float:
+        """How much of the present stage's share an earlier process has done: it says nothing about time."""
+        at = self._at
+        return self._current * min(1.0, at.resumed / at.total) if at is not None and at.total else 0.0
 
     @property
     def _pending(self) -> float:

@@ -39,6 +39,29 @@ def test_a_resumed_stage_counts_on_and_measures_its_own_speed() -> None:
     assert seen[2].eta_seconds is None  # nobody can tell yet
 
 
+def test_a_resumed_stage_without_a_total_takes_what_its_own_steps_say() -> None:
+    """A tenth of the rest is done in a moment: nine such moments are left, not what half of the whole would say."""
+    seen: list[Progress] = []
+    clock = Clock("masks", None, seen.append, done=40, share=0.5)
+    time.sleep(0.02)
+    clock.advance(share=0.55)
+    took = time.perf_counter() - clock._started
+    assert seen[0].resumed == 40
+    assert 9 * 0.02 <= (seen[0].eta_seconds or 0) <= 9 * took + 1e-6
+
+
+def test_what_an_earlier_process_did_says_nothing_about_time() -> None:
+    watch = Watch()
+    journey = Journey(COURSE, watch)
+    watch.now = 10.0
+    journey(Progress("materialize", 6, 6, resumed=5))  # a sixth of three shares in ten seconds
+    assert journey.share == pytest.approx(3 / 8)
+    watch.now = 10.0
+    assert journey.seconds_left == pytest.approx(100)
+    journey(Progress("convert", 1, 1))
+    assert journey.seconds_left == pytest.approx(4 * 10 / 1.5)
+
+
 class Watch:
     """A clock that tests set."""
 

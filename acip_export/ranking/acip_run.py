@@ -300,7 +300,7 @@ class AcipRun:
 def advance(run: AcipRun, context: int, progress: ProgressCallback = silent) -> Iterator[None]:
     """Run to the end, and yield after every step, when the state is whole."""
     tokens = run.stream.batch * context
-    clock = Clock("masks", None, progress, tokens, done=run.mask_steps)
+    clock = Clock("masks", None, progress, tokens, done=run.mask_steps, share=_share_of_masks(run))
     while not run.masks_done:
         loss = run.mask_step()
         clock.advance(ratio=run.ratio(), loss=loss, share=_share_of_masks(run))
