@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -51,15 +51,15 @@ def component_fisher(context: RankContext, factorized: Factorized) -> dict[str, 
         return total
 
     losses = {}
-    measured = side_by_side(measure, [name for name in factorized.singular if name not in done])
-    for block, names in blocks:
-        for name in names:
-            if name not in done:
-                stored[name] = 0.5 * processes.sum(next(measured)[1]) / counted
-                clock.advance()
-            losses[name] = stored[name].numpy()
-        if f"fisher {block}" not in work:
-            work.finish(f"fisher {block}")
+    with closing(side_by_side(measure, [name for name in factorized.singular if name not in done])) as measured:
+        for block, names in blocks:
+            for name in names:
+                if name not in done:
+                    stored[name] = 0.5 * processes.sum(next(measured)[1]) / counted
+                    clock.advance()
+                losses[name] = stored[name].numpy()
+            if f"fisher {block}" not in work:
+                work.finish(f"fisher {block}")
     return losses
 
 

@@ -29,6 +29,8 @@ def side_by_side(
 ) -> Generator[tuple[str, _Result], None, None]:
     """Yield ``work`` of every name, in order; no more results wait at any time than torch has threads.
 
+    Where an exception or Ctrl-C ends it, or whoever asks closes it, only the work that has begun is still waited for.
+
     Args:
         each_bytes: that the largest work takes. Where there is no room for two, one comes after the other, each with
             all threads.
@@ -47,13 +49,17 @@ def side_by_side(
             large_blocks_apart(),
             ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
-            for name in names:
-                waiting.append((name, pool.submit(work, name)))
-                if len(waiting) > workers:
+            try:
+                for name in names:
+                    waiting.append((name, pool.submit(work, name)))
+                    if len(waiting) > workers:
+                        first, future = waiting.popleft()
+                        yield first, future.result()
+                while waiting:
                     first, future = waiting.popleft()
                     yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # the end of the block would wait for all of them
+                raise
     finally:
         torch.set_num_threads(threads)  # what one thread sets, parts of torch take for all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import cast
 
 import numpy as np
@@ -48,11 +49,12 @@ class StoredMoments(Mapping[str, Tensor]):
             return pack_gradients(moments[key], self._weight_of(key), name)
 
         largest = max((self._packing_bytes(key, len(moment)) for key, moment in moments.items()), default=0)
-        for key, packed in side_by_side(pack, list(moments), largest):
-            self._diagonals[key] = moments[key].diagonal().float().clamp_min(0).cpu().numpy()
-            self._scratch.write(f"{key}{_DIAGONAL}", self._diagonals[key])
-            self._scratch.write(f"{key}/rows", packed.rows)
-            self._scratch.write(f"{key}/codes", packed.codes)
+        with closing(side_by_side(pack, list(moments), largest)) as in_order:
+            for key, packed in in_order:
+                self._diagonals[key] = moments[key].diagonal().float().clamp_min(0).cpu().numpy()
+                self._scratch.write(f"{key}{_DIAGONAL}", self._diagonals[key])
+                self._scratch.write(f"{key}/rows", packed.rows)
+                self._scratch.write(f"{key}/codes", packed.codes)
 
     def _packing_bytes(self, key: str, columns: int) -> int:
         if self._weight_of is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 
 import pytest
 
@@ -31,3 +33,28 @@ def test_an_error_is_raised_where_its_item_is_due() -> None:
     assert next(made) == (1, 1)
     with pytest.raises(ZeroDivisionError):
         next(made)
+
+
+def test_an_interruption_waits_only_for_what_has_begun() -> None:
+    """Ctrl-C comes while the second item is computed and the third one waits for its turn."""
+    begun, interrupted = [], threading.Event()
+
+    def note(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    def compute(item: int) -> None:
+        begun.append(item)
+        if item == 2:
+            time.sleep(0.3)  # until the third waits
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            interrupted.wait(60)
+            time.sleep(0.5)  # the one who asked hears of it meanwhile
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(one_ahead(compute, [1, 2, 3, 4]))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert begun == [1, 2]

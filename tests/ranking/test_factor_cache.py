@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +175,30 @@ def test_side_by_side_keeps_the_order_and_the_threads() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
+
+
+def test_an_interruption_waits_only_for_what_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes while two of the layers are worked on and one more waits for its turn."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    begun, interrupted = [], threading.Event()
+
+    def note(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    def work(name: str) -> None:
+        begun.append(name)
+        if name == "second":
+            time.sleep(0.3)  # until the fourth waits, too
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        if name != "first":
+            interrupted.wait(60)
+            time.sleep(0.5)  # the one who asked hears of it meanwhile
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(side_by_side(work, ["first", "second", "third", "fourth", "fifth"]))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert sorted(begun) == ["first", "second", "third"]
