@@ -66,6 +66,7 @@ def peak_by_phase(
     entered = 4 * hidden * passes.graded
     # Of head and embedding.
     outside = 4 * hidden * hidden
+    layers = [layer for block in blocks for layer in block.shapes]
     batch, of_curve = min(passes.batch, passes.graded), min(passes.batch, passes.curve)
 
     def logits(tokens: int) -> int:
@@ -87,8 +88,8 @@ def peak_by_phase(
         + entered
         + outside
         + most(lambda b: of_gradients(b) + _together(b.shapes, gradient_packing_bytes, threads)),
-        "components": always + most(lambda b: _together(b.shapes, components_bytes, threads) + _results(b, threads)),
-        "fisher": always + threads * max(_fisher(s, held, passes) for b in blocks for s in b.shapes),
+        "components": always + _together(layers, components_bytes, threads, lambda s: factors_bytes(s, 4)),
+        "fisher": always + min(threads, len(layers)) * max(_fisher(s, held, passes) for s in layers),
         "curve": always
         + most(lambda b: held.factor * (b.factors + max(factors_bytes(s, 1) for s in b.shapes)))
         + max(most(lambda b: _activations(b, hidden, of_curve) // 2), 2 * 4 * logits(of_curve)),
@@ -114,18 +115,28 @@ def _activations(block: BlockSizes, hidden: int, tokens: int) -> int:
     return 4 * tokens * (2 * block.width + 2 * hidden)
 
 
-def _together(works: Sequence[_Work], count: Callable[[_Work], int], threads: int) -> int:
-    """Return the peak of works side by side, which begin in order: some of those that follow each other."""
-    sizes = [count(work) for work in works]
+def _nothing(_work: object) -> int:
+    return 0
+
+
+def _together(
+    works: Sequence[_Work], count: Callable[[_Work], int], threads: int, result: Callable[[_Work], int] = _nothing
+) -> int:
+    """Return the peak of :func:`acip_export.ranking.side_by_side.side_by_side`: of works that follow each other.
+
+    A work takes more than its result, so most is taken while all threads work: whoever asked still has the result
+    before, and of the works that have begun, one more than there are threads, one is done. Where there are no more
+    works than threads, none is; a thread alone begins nothing ahead.
+    """
+    sizes, results = [count(work) for work in works], [result(work) for work in works]
     workers = at_once(max(sizes), threads)
-    windows = [(sizes * 2)[begin : begin + workers + 1] for begin in range(len(sizes))]
-    return max(sum(sorted(window)[-workers:]) for window in windows)
-
-
-def _results(block: BlockSizes, threads: int) -> int:
-    """Return what factors take that are done, in float32: one pair is written while another waits."""
-    workers = at_once(max(map(components_bytes, block.shapes)), threads)
-    return min(2, workers) * max(factors_bytes(s, 4) for s in block.shapes)
+    peaks = []
+    for begin in range(len(works)):
+        ahead = slice(begin, begin + (workers + 1 if workers > 1 else 1))
+        done = max(results[ahead]) if len(sizes[ahead]) > workers else 0
+        before = results[begin - 1] if begin else 0
+        peaks.append(sum(sorted(sizes[ahead])[-workers:]) + done + before)
+    return max(peaks)
 
 
 def _fisher(shape: Shape, held: Held, passes: Passes) -> int:

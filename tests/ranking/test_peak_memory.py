@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from acip_export.machine import Machine
-from acip_export.ranking import DataConfig
+from acip_export.model.shape import ModelShape
+from acip_export.ranking import DataConfig, peak_memory
 from acip_export.ranking.algorithms import find_algorithm
+from acip_export.ranking.block_sizes import BlockSizes
 from acip_export.ranking.estimate import RankModel, open_sizes
+from acip_export.ranking.layer_memory import components_bytes, factors_bytes
+from acip_export.ranking.peak_memory import Held, Passes, peak_by_phase
 from benchmarks.random_model import write_random_model
 
 # Small, but with phases that differ by more than the C library's heap does: many outputs, few of them, many tokens.
@@ -80,6 +84,32 @@ rank_model(model, text, algorithm="fisher", calibration=config, out=Path(model) 
 now = None
 print(json.dumps(peaks))
 """
+
+
+@pytest.mark.parametrize(
+    ("threads", "expected"),
+    [
+        (1, 100 + 7),  # what is worked on, and the result before
+        (2, 2 * 100 + 2 * 7),  # and one that is done
+        (8, 8 * 100 + 2 * 7),
+        (11, 11 * 100 + 7),
+        (64, 12 * 100),  # all of them begin at once: none is done yet
+    ],
+)
+def test_works_side_by_side_and_their_results(threads: int, expected: int) -> None:
+    assert peak_memory._together(range(12), lambda _: 100, threads, lambda _: 7) == expected
+
+
+def test_layers_of_many_blocks_are_factorized_side_by_side() -> None:
+    """Whatever the number of processors, and no more than there are layers."""
+    block = BlockSizes(((64, 64), (64, 64)), (64,))
+    shape = ModelShape("LlamaForCausalLM", 8, 64, 64, 4, 4, 16, 100, 64, tied_embeddings=True)
+    counted = [
+        peak_by_phase(shape, [block] * 8, Held(4, 4, 4, 4), Passes(8, 8, 8), threads)["components"]
+        for threads in (15, 16, 64)
+    ]
+    assert counted[1] - counted[0] == components_bytes((64, 64)) - factors_bytes((64, 64), 4)
+    assert counted[2] == counted[1]
 
 
 @pytest.mark.slow
