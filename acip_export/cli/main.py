@@ -8,7 +8,6 @@ import signal
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
-from types import FrameType
 
 import typer
 
@@ -38,6 +37,7 @@ from acip_export.cli.options import ErrorBoundary
 from acip_export.cli.usage import explained
 from acip_export.errors import AcipError, OutputError
 from acip_export.io.hub import hide_bars
+from acip_export.io.interruptions import Interruption, ignore_requests
 from acip_export.io.processes import let_threads_sleep
 
 EXIT_INTERRUPTED = 130
@@ -75,23 +75,12 @@ for command in (
     app.command(cls=Command)(command)
 
 
-class _Interruption:
-    """Turns signals into KeyboardInterrupt, and remembers: C code between here and there may replace it."""
-
-    def __init__(self) -> None:
-        self.happened = False
-
-    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
-        self.happened = True
-        raise KeyboardInterrupt
-
-
 def main() -> None:
     """Entry point with the one error boundary."""
     boundary = ErrorBoundary()
     console.start(as_json="--json" in sys.argv[1:])
     console.print_warnings()
-    interruption = _Interruption()
+    interruption = Interruption()
     # Unwinding removes half-written output; the default action of SIGTERM would leave it.
     signal.signal(signal.SIGTERM, interruption)
     signal.signal(signal.SIGINT, interruption)
@@ -114,9 +103,8 @@ def main() -> None:
     except BaseException as raised:
         error = raised
     if interruption.happened or isinstance(error, KeyboardInterrupt):
-        with suppress(OSError):  # the terminal may be gone
-            console.interrupted(EXIT_INTERRUPTED)
-        sys.exit(EXIT_INTERRUPTED)
+        ignore_requests()
+        _end_interrupted()
     if isinstance(error, BrokenPipeError | console.ClosedPipeError):
         _drop_output()
         sys.exit(EXIT_CLOSED_PIPE)
@@ -134,6 +122,20 @@ def main() -> None:
         error = AcipError(f"this is a bug: {error!r}\nRun again with --debug and report the traceback")
     console.print_error(error)
     sys.exit(error.exit_code)
+
+
+def _end_interrupted() -> None:
+    """Say that the user stopped the command, and leave without Python's own end.
+
+    Threads that an interruption left behind in C code would be waited for there, or take the process down with them
+    when they ask for the interpreter.
+    """
+    with suppress(OSError, ValueError, console.ClosedPipeError):  # the terminal may be gone
+        console.interrupted(EXIT_INTERRUPTED)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _drop_output() -> None:

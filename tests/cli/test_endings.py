@@ -17,6 +17,26 @@ from tests.support import make_model, make_scores
 
 COMMAND = [sys.executable, "-P", "-c", "from acip_export.cli.main import main; main()"]
 
+# A command that leaves a thread behind in C code, and is stopped again while it tidies up.
+STOPPED_TWICE = """
+import os, signal, time
+from concurrent.futures import ThreadPoolExecutor
+from acip_export.cli import main as cli
+
+def command(**_):
+    ThreadPoolExecutor(1).submit(time.sleep, 600)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(600)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        print("tidied up")
+
+cli.app = command
+cli.main()
+"""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -62,6 +82,16 @@ def test_signals_leave_nothing(number: signal.Signals, model: Path, tmp_path: Pa
     err = process.communicate()[1]
     assert (process.returncode, list(tmp_path.iterdir())) == (130, []), err
     assert "interrupted; nothing was left half-written" in err
+
+
+def test_two_signals_at_once_are_one() -> None:
+    """The process tidies up, and ends without waiting for its threads."""
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", STOPPED_TWICE],
+        env=module_environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (process.returncode, process.stdout) == (130, "tidied up\n"), process.stderr
+    assert process.stderr == "interrupted; nothing was left half-written\n"
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ import threading
 
 import pytest
 
-from acip_export.io.interruptions import interrupted_afterwards, noted_interruptions
+from acip_export.io import interruptions
+from acip_export.io.interruptions import Interruption, interrupted_afterwards, noted_interruptions
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_is_noted_and_the_second_acts(number: signal.Signals) -> None:
+def test_the_first_is_noted_and_the_second_acts(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruptions, "_ONE_REQUEST_SECONDS", 0.0)
     before = signal.getsignal(number)
     signal.signal(number, signal.default_int_handler)
     try:
@@ -27,11 +29,25 @@ def test_the_first_is_noted_and_the_second_acts(number: signal.Signals) -> None:
 
 
 def test_a_block_is_done_before_it_is_interrupted() -> None:
+    """Twice within milliseconds counts once."""
     done = False
     with pytest.raises(KeyboardInterrupt), interrupted_afterwards():
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         done = True
     assert done
+
+
+def test_the_second_of_two_requests_interrupts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tidying up hangs, a later one ends it; one that follows at once is the same request."""
+    interruption = Interruption()
+    with pytest.raises(KeyboardInterrupt):
+        interruption(signal.SIGINT, None)
+    interruption(signal.SIGINT, None)
+    assert interruption.happened
+    monkeypatch.setattr(interruptions, "_ONE_REQUEST_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        interruption(signal.SIGINT, None)
 
 
 def test_errors_are_not_hidden_by_an_interruption() -> None:
