@@ -35,10 +35,11 @@ from acip_export.errors import (
     VerificationError,
 )
 from acip_export.formats.registry import export_format
-from acip_export.io.atomic import sha256_of, stamp_of
+from acip_export.io.atomic import sha256_of
 from acip_export.io.locks import held
 from acip_export.io.outputs import Output, claim_output
 from acip_export.io.scratch import Scratch
+from acip_export.io.stamps import stamp_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import ProgressCallback, silent
 from acip_export.rounding.kept_roundings import KeptRoundings, are_beside, roundings_beside
@@ -415,7 +416,7 @@ def export_once(
 def _stamps(export: Path) -> str:
     """Return what tells, without reading them, whether files of an export or of its bundle have changed."""
     files = (file for place in (export, bundle_beside(export)) for file in sorted(place.rglob("*")))
-    found = [(str(file), *stamp_of(file)) for file in files]
+    found = [(str(file), stamp_of(file)) for file in files]
     return hashlib.sha256(str(found).encode()).hexdigest()
 
 

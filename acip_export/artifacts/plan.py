@@ -18,9 +18,9 @@ from msgspec import Meta
 from acip_export.artifacts.document import Artifact, decode_artifact
 from acip_export.artifacts.names import PAPERS, PLAN, ArtifactName
 from acip_export.errors import PlanFileError
-from acip_export.io.atomic import stamp_of
 from acip_export.io.inputs import Count, Finite, NotNegative, Positive, PositiveFloat, read_input
 from acip_export.io.outputs import claim_output, json_kind
+from acip_export.io.stamps import stamp_of
 from acip_export.model.task import LOSS_UNITS, Task
 from acip_export.rounding.quantizer import Rounding
 from acip_export.weight_types import WeightType, weight_type

@@ -41,6 +41,7 @@ from acip_export.formats.protocol import Companion
 from acip_export.formats.registry import export_format, export_formats
 from acip_export.io.caches import measured_beside
 from acip_export.io.outputs import claim_output
+from acip_export.io.stamps import Stamp
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Course
 from acip_export.verification.process import DEFAULT_TIMEOUT_SECONDS
@@ -199,7 +200,7 @@ def export(
         raise VerificationError("\n".join(map(str, failed)))
 
 
-def _say_what_is_kept(written: Iterable[tuple[Path, int]]) -> None:
+def _say_what_is_kept(written: Iterable[tuple[Path, Stamp]]) -> None:
     """Name the files that a dry run has left: of minutes of measuring, which the export need not do again."""
     names = sorted(str(file) for file, _ in written)
     if names:

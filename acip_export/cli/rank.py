@@ -16,6 +16,7 @@ from acip_export.cli.options import MACHINE, METHOD, OUTPUT, TEXT, Cache, Debug,
 from acip_export.cli.tables.ranking import show_ranking
 from acip_export.errors import UsageError
 from acip_export.formats.registry import format_names
+from acip_export.io.stamps import stamp_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Course, ProgressCallback, types_stage
 from acip_export.ranking.algorithms import algorithms, find_algorithm, learned_algorithms
@@ -197,7 +198,7 @@ def rank(
     is_main = launched_index() == 0
     named = find_algorithm(algorithm or default_algorithm(checkpoint, torch_device, settings, resume, seconds))
     expect: Callable[[Fitted], None] = _silently
-    before = _written_at(place)
+    before = stamp_of(place)
     try:
         with ExitStack() as stack:
             callbacks: list[ProgressCallback] = []
@@ -242,7 +243,7 @@ def rank(
     except KeyboardInterrupt:
         from acip_export.ranking.run_state import run_file
 
-        if is_main and _written_at(place) != before:  # it appears whole
+        if is_main and stamp_of(place) != before:  # it appears whole
             console.note(
                 f"{place} is complete: the ranking is done. What was interrupted is measuring the quantizers, which "
                 "only saves the first plan minutes; it measures the rest, and  --no-measure-rounding  leaves it to that"
@@ -256,14 +257,6 @@ def rank(
         console.print_json({"out": str(place), **pipeline.ranking_summary(scores)})
     else:
         show_ranking(scores, place)
-
-
-def _written_at(file: Path) -> int | None:
-    """Return when a file was written, in nanoseconds; ``None``: there is none."""
-    try:
-        return file.stat().st_mtime_ns
-    except OSError:
-        return None
 
 
 def _course(learns: bool, sampled: bool, measured: bool) -> Course:

@@ -26,6 +26,7 @@ from acip_export.errors import InputError, OutputError
 from acip_export.io.frozen import frozen
 from acip_export.io.inputs import Count, Failure, decode_json, open_input, read_foreign_json
 from acip_export.io.placeholders import refuse_placeholder
+from acip_export.io.stamps import Stamp, stamp_of
 
 logger = logging.getLogger(__name__)
 
@@ -131,27 +132,18 @@ def read_json_object(file: Path, error: type[InputError]) -> Mapping[str, Any]:
     Raises:
         error: unreadable, not JSON, or something else than an object.
     """
-    stamp = None
     if file.is_file():
         refuse_placeholder(file, error)
-        status = file.stat()
-        stamp = status.st_ino, status.st_mtime_ns, status.st_size
-    return _json_object(file, error, stamp)  # type: ignore[arg-type]  # mypy: classes can be hashed
+    return _json_object(file, error, stamp_of(file))  # type: ignore[arg-type]  # mypy: classes can be hashed
 
 
 @lru_cache(maxsize=16)
-def _json_object(file: Path, error: Failure, stamp: tuple[int, int, int] | None) -> Mapping[str, Any]:  # noqa: ARG001 - part of the key
+def _json_object(file: Path, error: Failure, stamp: Stamp | None) -> Mapping[str, Any]:  # noqa: ARG001 - part of the key
     data = read_foreign_json(file, error)
     if not isinstance(data, dict):
         raise error(f"{file} holds a {type(data).__name__}, expected a JSON object")
     found: Mapping[str, Any] = frozen(data)
     return found
-
-
-def stamp_of(file: Path) -> tuple[int, int]:
-    """Return what tells, without reading it, whether a file has changed: its size and its time."""
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def sha256_of(file: Path) -> str:

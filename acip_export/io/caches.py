@@ -10,6 +10,7 @@ from pathlib import Path
 
 from acip_export.errors import OutputError
 from acip_export.io.atomic import user_cache
+from acip_export.io.stamps import Stamp, stamp_of
 
 _PURPOSES = {
     "graphs": "ONNX graphs, by configuration: seconds to a minute each",
@@ -40,7 +41,8 @@ class Kept:
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        return sum(file.stat().st_size for place in self.places for file in _files(place))
+        stamps = (stamp_of(file) for place in self.places for file in _files(place))
+        return sum(stamp.size for stamp in stamps if stamp is not None)
 
     def remove(self) -> None:
         """Remove it.
@@ -74,10 +76,11 @@ def find_caches(model: Path | None = None, factors: Path | None = None) -> list[
     return [each for each in found if each.places]
 
 
-def measured_beside(scores: Path) -> dict[Path, int]:
-    """Return the files of what plans have measured with a score file, and when each was written."""
+def measured_beside(scores: Path) -> dict[Path, Stamp]:
+    """Return the files of what plans have measured with a score file, and what tells whether they have changed."""
     files = (scores.with_name(found) for kind in (_ROUNDING, *_LOSSES) for found in _beside(scores, kind))
-    return {file: file.stat().st_mtime_ns for file in files}
+    # Another process may remove or replace one meanwhile.
+    return {file: stamp for file in files if (stamp := stamp_of(file)) is not None}
 
 
 def _beside(scores: Path, kind: str) -> list[str]:

@@ -17,6 +17,7 @@ from acip_export.errors import CheckpointError
 from acip_export.finite import is_finite
 from acip_export.io.atomic import read_json_object, safetensors_header
 from acip_export.io.frozen import frozen, thawed
+from acip_export.io.stamps import Stamp, stamp_of
 from acip_export.model.config_fields import check_config
 from acip_export.model.encoder import Encoder, encoder_of, is_encoder, kind_of
 from acip_export.model.shape import ModelShape, model_shape, ties_head
@@ -25,7 +26,7 @@ from acip_export.model.tensor_info import TensorInfo
 from acip_export.model.tensor_names import layer_of, natural_key
 from acip_export.model.tied_head import without_repeated_head
 from acip_export.model.tokenizer_size import TokenizerSize, tokenizer_size
-from acip_export.model.weights_hash import Stamp, weights_sha256
+from acip_export.model.weights_hash import weights_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ class Checkpoint:
         self.config: Mapping[str, Any] = frozen(config)
         self.tensors = tensors
         self.options = options
-        self.stamps = stamps or {shard: Stamp.of(path / shard) for shard in {info.shard for info in tensors.values()}}
+        self.stamps = stamps or {shard: stamp_of(path / shard) for shard in {info.shard for info in tensors.values()}}
         self._checked: set[str] = set()
 
     @classmethod
@@ -154,7 +155,7 @@ class Checkpoint:
 
     def _check_stamp(self, shard: str) -> None:
         file = self.path / shard
-        if Stamp.of(file) != self.stamps.get(shard):
+        if stamp_of(file) != self.stamps.get(shard):
             raise CheckpointError(
                 f"{file} was changed or moved since it was opened; start again when it stays as it is"
             )

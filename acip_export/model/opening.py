@@ -15,6 +15,7 @@ from typing import Any
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object
 from acip_export.io.placeholders import refuse_placeholder
+from acip_export.io.stamps import Stamp, stamp_of
 from acip_export.model.architectures import architecture_of
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.config_fields import check_generation_config
@@ -221,8 +222,7 @@ def _check_tokenizer(model: Path) -> None:
     for file in files.values():
         refuse_placeholder(file, CheckpointError)
         if file.suffix == ".json":
-            status = file.stat()
-            _check_json(file, status.st_mtime_ns, status.st_size)
+            _check_json(file, stamp_of(file))
         elif file.suffix in (".jinja", ".txt"):
             _check_text(file)
     if not {"tokenizer.json", "tokenizer.model"} & files.keys():
@@ -231,12 +231,11 @@ def _check_tokenizer(model: Path) -> None:
             f"{model} has {found + ', but ' if found else ''}no tokenizer.json, which exports need. Make it with\n"
             f"{_SAVE_TOKENIZER}"
         )
-    stamps = ((file.stat().st_mtime_ns, file.stat().st_size) for file in files.values())
-    _check_template(model, tuple(stamps))
+    _check_template(model, tuple(map(stamp_of, files.values())))
 
 
 @lru_cache(maxsize=64)
-def _check_json(file: Path, modified: int, size: int) -> None:  # noqa: ARG001 - part of the key
+def _check_json(file: Path, stamp: Stamp | None) -> None:  # noqa: ARG001 - part of the key
     """A real vocabulary takes a tenth of a second to parse, and planning asks often."""
     data = read_json_object(file, CheckpointError)
     if file.name == "generation_config.json":
@@ -246,7 +245,7 @@ def _check_json(file: Path, modified: int, size: int) -> None:  # noqa: ARG001 -
 
 
 @lru_cache(maxsize=64)
-def _check_template(model: Path, stamps: tuple[tuple[int, int], ...]) -> None:  # noqa: ARG001 - part of the key
+def _check_template(model: Path, stamps: tuple[Stamp | None, ...]) -> None:  # noqa: ARG001 - part of the key
     """It takes a process."""
     check_template(model)
 

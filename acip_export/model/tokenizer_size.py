@@ -10,6 +10,7 @@ import msgspec
 
 from acip_export.errors import CheckpointError
 from acip_export.io.inputs import read_json
+from acip_export.io.stamps import Stamp, stamp_of
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,11 @@ def tokenizer_size(model: Path) -> TokenizerSize:
     file = model / "tokenizer.json"
     if not file.is_file():
         return TokenizerSize()
-    status = file.stat()
-    return _tokenizer_size_of(file, status.st_mtime_ns, status.st_size)
+    return _tokenizer_size_of(file, stamp_of(file))
 
 
 @lru_cache(maxsize=8)
-def _tokenizer_size_of(file: Path, modified: int, size: int) -> TokenizerSize:  # noqa: ARG001 - part of the key
+def _tokenizer_size_of(file: Path, stamp: Stamp | None) -> TokenizerSize:  # noqa: ARG001 - part of the key
     """Read once. A damaged file is the converter's to refuse; it has none."""
     try:
         model = read_json(file, _Tokenizer, CheckpointError).model

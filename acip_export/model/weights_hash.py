@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from acip_export.errors import CheckpointError
@@ -24,24 +23,6 @@ _THREADS = 4
 # A file that was written this short before may be written again without another time.
 _SETTLED_NS = 2 * 10**9
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What tells of a file that it was written again."""
-
-    size: int
-    written: int
-    inode: int
-
-    @classmethod
-    def of(cls, file: Path) -> Stamp | None:
-        """Look at a file; ``None``: it cannot be looked at."""
-        try:
-            found = file.stat()
-        except OSError:
-            return None
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 def weights_sha256(directory: Path, tensors: Mapping[str, TensorInfo]) -> str:
@@ -60,6 +41,7 @@ def weights_sha256(directory: Path, tensors: Mapping[str, TensorInfo]) -> str:
             found = file.stat()
         except OSError as reason:
             raise CheckpointError(f"{file} cannot be read: {reason.strerror}") from reason
+        # More than a stamp: it is remembered for months, over all disks, and who writes a file can set its time.
         times = found.st_mtime_ns, found.st_ctime_ns
         newest = max(newest, *times)
         key.update(f"{os.path.realpath(file)}|{found.st_size}|{times}|{found.st_dev}|{found.st_ino}\n".encode())

@@ -21,6 +21,7 @@ from acip_export.errors import DataError
 from acip_export.formats.protocol import ExportFormat
 from acip_export.formats.session import Logits, Tokens, Windows
 from acip_export.io.kept_states import KeptStates
+from acip_export.io.stamps import stamp_of
 from acip_export.progress import Progress, ProgressCallback
 from acip_export.text.packing import load_tokenizer
 from acip_export.verification import metrics
@@ -261,8 +262,7 @@ def _references(
 
 def _stamp(export: Path, plan: Plan) -> str:
     """Return what tells, without reading them, whether an export's files are the same."""
-    status = {name: (export / name).stat() for name in plan.files}
-    return str([(name, each.st_size, each.st_mtime_ns, each.st_ino) for name, each in sorted(status.items())])
+    return str([(name, stamp_of(export / name)) for name in sorted(plan.files)])
 
 
 def _own_windows(model: MaterializedModel) -> Windows:

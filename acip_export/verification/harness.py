@@ -15,7 +15,7 @@ from typing import Any
 from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.report import TaskMetric
 from acip_export.errors import MissingExtraError, UsageError
-from acip_export.io.atomic import stamp_of
+from acip_export.io.stamps import stamp_of
 from acip_export.progress import Progress, ProgressCallback, silent
 from acip_export.verification.unfinished import Unfinished
 
@@ -123,7 +123,7 @@ def task_origin(task: str) -> str:
     for place in sorted({*included, *map(Path, named), *(file.parent / name for name in named)}):
         with suppress(OSError, ValueError):  # what is no name of a file
             if place.is_file():
-                stamps.append((str(place), *stamp_of(place)))
+                stamps.append((str(place), stamp_of(place)))
     return f"{file.resolve()} {stamps}"
 
 

@@ -19,6 +19,7 @@ from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import MissingExtraError, ModelFileError, UnsupportedError
 from acip_export.inspection.gguf import GgufHead, PlacedTensor
 from acip_export.inspection.gguf_split import SPLIT_KEYS, PartName, part_names, read_parts
+from acip_export.io.stamps import Stamp, stamp_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import layer_of
 from acip_export.weight_types import types_of
@@ -86,8 +87,7 @@ def open_base(checkpoint: Checkpoint) -> BaseFile | None:
         raise ModelFileError(f"{file} does not exist; it was named by --base-gguf")
     part = PartName.parse(file.name)
     names = (file.name,) if part is None else part_names(f"{part.stem}.gguf", part.count)
-    stats = [each.stat() for each in map(file.with_name, names) if each.is_file()]
-    base = _open(file, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
+    base = _open(file, tuple(map(stamp_of, map(file.with_name, names))))
     shape = checkpoint.shape
     for key, expected in (("block_count", shape.layers), ("embedding_length", shape.hidden)):
         if base.number(key) != expected:
@@ -98,7 +98,7 @@ def open_base(checkpoint: Checkpoint) -> BaseFile | None:
 
 
 @lru_cache(maxsize=2)
-def _open(file: Path, _state: tuple[tuple[int, int], ...]) -> BaseFile:
+def _open(file: Path, _state: tuple[Stamp | None, ...]) -> BaseFile:
     known = {form.name for form in types_of("gguf")}
     parts = read_parts(file)
     for tensor in (tensor for part in parts for tensor in part.head.tensors):

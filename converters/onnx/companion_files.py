@@ -16,6 +16,7 @@ from acip_export.artifacts.plan import Serving
 from acip_export.errors import CheckpointError, UnsupportedError
 from acip_export.io.atomic import read_json_object
 from acip_export.io.frozen import thawed
+from acip_export.io.stamps import Stamp, stamp_of
 from acip_export.model.chat_template import find_chat_template
 from acip_export.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from acip_export.model.encoder import sentence_files
@@ -63,7 +64,7 @@ def small_files(source: Checkpoint, serving: Serving) -> dict[str, bytes | Path]
     generation = _read(source.path / _GENERATION_CONFIG)
     tokens = _tokenizer_config(_read(source.path / _TOKENIZER_CONFIG), serving)
     template = find_chat_template(source.path, tokens)
-    if not _begins_texts(tokenizer, *_stamp(tokenizer)):
+    if not _begins_texts(tokenizer, stamp_of(tokenizer)):
         # genai believes this key, and takes it for true in a Llama's tokenizer; transformers has only tokenizer.json.
         tokens["add_bos_token"] = False
     if template is not None:
@@ -224,13 +225,8 @@ def _read(file: Path) -> Mapping[str, Any]:
     return read_json_object(file, CheckpointError) if file.is_file() else {}
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size
-
-
 @functools.lru_cache(maxsize=8)
-def _begins_texts(file: Path, modified: int, size: int) -> bool:  # noqa: ARG001 - part of the key
+def _begins_texts(file: Path, stamp: Stamp | None) -> bool:  # noqa: ARG001 - part of the key
     try:
         return begins_texts(_read(file))
     except (AttributeError, TypeError) as error:
@@ -238,11 +234,11 @@ def _begins_texts(file: Path, modified: int, size: int) -> bool:  # noqa: ARG001
 
 
 def _added_tokens(file: Path) -> dict[str, int]:
-    return _added_tokens_of(file, *_stamp(file))
+    return _added_tokens_of(file, stamp_of(file))
 
 
 @functools.lru_cache(maxsize=8)
-def _added_tokens_of(file: Path, modified: int, size: int) -> dict[str, int]:  # noqa: ARG001 - part of the key
+def _added_tokens_of(file: Path, stamp: Stamp | None) -> dict[str, int]:  # noqa: ARG001 - part of the key
     """Ids of the tokens outside the merges; a real vocabulary takes half a second to parse, and planning asks often."""
     try:
         return {str(token["content"]): int(token["id"]) for token in _read(file).get("added_tokens", [])}

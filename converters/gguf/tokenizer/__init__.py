@@ -15,6 +15,7 @@ from acip_export.errors import CheckpointError, ModelFileError, UnsupportedError
 from acip_export.io.atomic import read_json_object
 from acip_export.io.frozen import thawed
 from acip_export.io.inputs import read_foreign_json, read_json
+from acip_export.io.stamps import Stamp, stamp_of
 from acip_export.model.chat_template import TEMPLATE_FILE, find_chat_template
 from acip_export.model.tokenizer_files import flags_sentence, resolved_normalizer, tokens_with
 from converters.gguf.tokenizer.bpe import bpe_metadata, is_byte_level
@@ -42,21 +43,13 @@ def tokenizer_metadata(model: Path, config: Mapping[str, Any], vocabulary: int, 
         CheckpointError: neither ``tokenizer.json`` nor ``tokenizer.model``, or a damaged one.
         UnsupportedError: llama.cpp would tokenize differently.
     """
-    stamps = tuple(_stamp(model / name) for name in _FILES)
+    stamps = tuple(stamp_of(model / name) for name in _FILES)
     if stamps[0] is None and stamps[1] is None:
         raise CheckpointError(
             f"{model} has no tokenizer.json or tokenizer.model; save the tokenizer with transformers' save_pretrained"
         )
     ids = json.dumps(thawed({key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}))
     return _metadata(model, ids, vocabulary, pre, stamps)
-
-
-def _stamp(file: Path) -> tuple[int, int] | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
 
 
 class _AddedToken(msgspec.Struct, frozen=True):
@@ -78,12 +71,12 @@ def strips_after_special(model: Path) -> bool:
     llama.cpp does so for models whose name says Phi 3, and refuses to load one that then lacks a token of Phi 3's.
     """
     file = model / "tokenizer.json"
-    stamp = _stamp(file)
+    stamp = stamp_of(file)
     return stamp is not None and _strips_after_special(file, stamp)
 
 
 @lru_cache(maxsize=4)
-def _strips_after_special(file: Path, stamp: tuple[int, int]) -> bool:  # noqa: ARG001 - part of the key
+def _strips_after_special(file: Path, stamp: Stamp) -> bool:  # noqa: ARG001 - part of the key
     added = {token.content: token for token in read_json(file, _Tokenizer, CheckpointError).added_tokens}
     others = [token for content, token in added.items() if content not in _PHI3_PLAIN]
     return added.keys() >= {*_PHI3_PLAIN, "</s>"} and all(token.rstrip for token in others)
@@ -91,7 +84,7 @@ def _strips_after_special(file: Path, stamp: tuple[int, int]) -> bool:  # noqa: 
 
 @lru_cache(maxsize=4)
 def _metadata(
-    model: Path, config_ids: str, vocabulary: int, pre: str | None, stamps: tuple[tuple[int, int] | None, ...]
+    model: Path, config_ids: str, vocabulary: int, pre: str | None, stamps: tuple[Stamp | None, ...]
 ) -> Metadata:
     options = {} if stamps[2] is None else read_json_object(model / "tokenizer_config.json", CheckpointError)
     file = model / ("tokenizer.model" if stamps[0] is None else "tokenizer.json")
