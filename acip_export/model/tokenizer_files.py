@@ -9,6 +9,7 @@ from typing import Any
 
 from acip_export.errors import CheckpointError, InputError
 from acip_export.model.chat_template import ChatTemplate, find_chat_template
+from acip_export.model.split_patterns import TEKKEN
 
 logger = logging.getLogger(__name__)
 
@@ -20,14 +21,8 @@ _BERT_SETTINGS: Mapping[str, tuple[str, bool | None]] = {
     "strip_accents": ("strip_accents", None),
     "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
-# Where Mistral's byte-level BPE (Tekken) splits text.
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# transformers puts it in place of another one where tokenizer_config.json asks for it, in models of these kinds that
-# an older release has saved, with vocabularies of more than so many tokens.
+# transformers puts Tekken's pattern in place of another one where tokenizer_config.json asks for it, in models of these
+# kinds that an older release has saved, with vocabularies of more than so many tokens.
 _MENDED_KINDS = ("mistral", "mistral3", "ministral", "pixtral", "voxtral")
 _MENDED_BELOW, _MENDED_ABOVE = 5, 100_000
 # Tokens that a sentence names.

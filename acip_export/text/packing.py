@@ -11,6 +11,7 @@ from acip_export.errors import DataError, InputError, UnsupportedError
 from acip_export.model.chat_template import ChatTemplate, find_chat_template
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.text.documents import Document, read_documents
+from acip_export.text.pieces import pieces
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def pack_text(
 
     Args:
         source, field: see :func:`acip_export.text.documents.read_documents`.
-        most_tokens: documents after these are not read.
+        most_tokens: documents after these are not read, and a long one is not tokenized to its end.
 
     Raises:
         DataError: also when the text gives fewer than ``least_windows`` windows, or when the tokenizer is missing or
@@ -79,7 +80,10 @@ def pack_text(
             digest.update(b"\0")
             ids += between
         digest.update(text.encode())
-        ids += _ids(tokenizer, text)
+        for piece in pieces(tokenizer, text):
+            ids += _ids(tokenizer, piece)
+            if len(ids) >= most_tokens:
+                break
         documents += 1
         if len(ids) >= most_tokens:
             del ids[most_tokens:]

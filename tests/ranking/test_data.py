@@ -19,6 +19,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.ranking import DataConfig, rank_model
 from acip_export.ranking.data import sample_data
 from acip_export.ranking.load import load_model
+from acip_export.text import packing, pieces
 from acip_export.text.documents import read_documents
 from acip_export.text.packing import pack_text
 from tests.ranking.support import CALIBRATION, sharp_model
@@ -95,6 +96,24 @@ def test_chats_go_through_the_models_template(chat_model: Path, tmp_path: Path, 
     expected = tokens_of(chat_model, one, one)
     packed = pack_text(chat_model, file, 4, field=None if field == "messages" else field)
     assert packed.windows.flatten().tolist() == expected[: len(expected) // 4 * 4]
+
+
+def test_a_long_document_is_tokenized_piece_by_piece(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same windows; what is read behind the most tokens is hashed and not tokenized."""
+    text = "and so on, word after word\n" * 200
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    lengths, whole = [], packing._ids
+    monkeypatch.setattr(packing, "_ids", lambda tokenizer, text: lengths.append(len(text)) or whole(tokenizer, text))
+    monkeypatch.setattr(pieces, "_PIECE", 100)
+    packed = pack_text(chat_model, tmp_path / "text.txt", 8)
+    assert packed.windows.flatten().tolist() == tokens_of(chat_model, text)[: packed.tokens]
+    assert sum(lengths) == len(text) and max(lengths) <= 200
+    lengths.clear()
+    first = pack_text(chat_model, tmp_path / "text.txt", 8, most_tokens=16)
+    assert first.windows.flatten().tolist() == packed.windows.flatten().tolist()[:16]
+    assert first.sha256 == packed.sha256 and len(lengths) == 1
 
 
 def test_reading_stops_at_the_most_tokens(chat_model: Path, tmp_path: Path) -> None:

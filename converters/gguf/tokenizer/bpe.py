@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from acip_export.errors import UnsupportedError
-from acip_export.model.tokenizer_files import TEKKEN
+from acip_export.model.split_patterns import GPT2, GPT4O, LLAMA3, QWEN2, QWEN35, TEKKEN
 from converters.gguf.tokenizer.common import (
     Source,
     TokenType,
@@ -28,34 +28,18 @@ from converters.gguf.writer import Metadata, strings
 
 logger = logging.getLogger(__name__)
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
-_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
-_QWEN35 = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_START = r"[^\r\n\p{L}\p{N}]?"
-_GPT4O = (
-    f"{_START}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_START}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|"
-    + r"\p{N}{1,3}"
-    + _CASED_TAIL
-)
 _DIGIT = r"\p{N}"
 
 # (patterns in order of application, whether whole words skip the merges) -> name in llama.cpp (llama-vocab.cpp).
 _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
-    ((_LLAMA3,), True): "llama-bpe",
-    ((_LLAMA3,), False): "dbrx",  # the same pattern in a variant that does not skip merges
-    ((_QWEN2,), False): "qwen2",
-    ((_QWEN35,), False): "qwen35",
-    ((_GPT2,), False): "gpt-2",
-    ((_DIGIT, _GPT2), False): "smollm",
+    ((LLAMA3,), True): "llama-bpe",
+    ((LLAMA3,), False): "dbrx",  # the same pattern in a variant that does not skip merges
+    ((QWEN2,), False): "qwen2",
+    ((QWEN35,), False): "qwen35",
+    ((GPT2,), False): "gpt-2",
+    ((_DIGIT, GPT2), False): "smollm",
     ((TEKKEN,), True): "tekken",
-    ((_GPT4O,), False): "gpt-4o",
+    ((GPT4O,), False): "gpt-4o",
 }
 # llama.cpp's expressions for these tell no combining marks from other characters.
 APPROXIMATE = ("tekken", "gpt-4o")
@@ -119,7 +103,7 @@ def _patterns(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
         elif kind == "Digits" and step.get("individual_digits"):
             patterns.append(_DIGIT)
         elif kind == "ByteLevel" and not step.get("add_prefix_space"):
-            patterns += [_GPT2] if step.get("use_regex", True) else []
+            patterns += [GPT2] if step.get("use_regex", True) else []
         else:
             raise UnsupportedError(f"the tokenizer's pre-tokenizer step {dict(step)} has no counterpart in llama.cpp")
     return tuple(patterns)
