@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook,
 from rich.padding import Padding
 from rich.segment import Segment
 from rich.table import Column, Table
-from rich.text import Text
+from rich.text import Span, Text
 
 from acip_export.errors import AcipError
 from acip_export.progress import Course, Journey, Progress
@@ -28,6 +29,8 @@ from acip_export.units import format_seconds
 
 _SECONDS_BETWEEN_LINES = 30
 _UNKNOWN = Course({})
+# Columns of sentences in a file or a pipe.
+LOG_WIDTH = 80
 # Columns that the bar takes.
 _BAR = 20
 
@@ -189,11 +192,7 @@ def print_error(error: AcipError) -> None:
         print_json(error.to_json())
         return
     err.quiet = False
-    first, _, rest = str(error).partition("\n")
-    err.print("[bold red]error:[/] ", end="")
-    err.print(first, markup=False, soft_wrap=not _wraps(err))
-    if rest:
-        err.print(rest, markup=False, soft_wrap=not _wraps(err))
+    _tell(f"error: {error}", Span(0, len("error:"), "bold red"))
 
 
 def interrupted(code: int) -> None:
@@ -205,9 +204,33 @@ def interrupted(code: int) -> None:
         note(message)
 
 
+def _tell(message: str, *styles: Span, style: str = "") -> None:
+    """Print sentences on stderr, folded at words: those of an indented line go on below its first word.
+
+    A longer word is broken at the edge of a terminal, and stays whole in a log, where a path could not be searched for.
+    """
+    folds = _wraps(err)
+    width = max(1, err.width) if folds else LOG_WIDTH
+    text = "\n".join(_folded(line, width, folds) for line in message.split("\n"))
+    err.print(Text(text, style, spans=list(styles)), soft_wrap=not folds)
+
+
+def _folded(line: str, width: int, breaks_words: bool) -> str:
+    indent = line[: len(line) - len(line.lstrip(" "))]
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=indent,
+        expand_tabs=False,
+        replace_whitespace=False,
+        break_long_words=breaks_words,
+        break_on_hyphens=False,
+    )
+
+
 def note(message: str) -> None:
     """A diagnostic, on stderr."""
-    err.print(message, markup=False, style="dim", soft_wrap=not _wraps(err))
+    _tell(message, style="dim")
 
 
 class _Warnings(logging.Handler):
@@ -219,7 +242,7 @@ class _Warnings(logging.Handler):
         if err.quiet:
             annotate(message)
         else:
-            err.print(message, markup=False, style="yellow", soft_wrap=not _wraps(err))
+            _tell(message, style="yellow")
 
 
 def print_warnings() -> None:

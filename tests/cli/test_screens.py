@@ -131,6 +131,24 @@ def test_blanks_go_before_line_breaks_alone(capsys: pytest.CaptureFixture[str]) 
     assert printed.err == "error: e\nf\n"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_messages_are_folded_at_words(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first line with what stands before it; in a log a path is never broken, and can be searched for."""
+    if not terminal:
+        monkeypatch.delenv("COLUMNS")
+    sentence, path = "a sentence of several words, " * 6, "path/" * 30
+    output.print_error(UsageError(f"{sentence}\n  {sentence}"))
+    output.note(sentence)
+    told = capsys.readouterr().err
+    assert_fits(told)
+    assert unspaced(told) == unspaced(f"error: {sentence * 3}")
+    assert [line[:2] for line in told.splitlines()].count("  ") == 3, told
+    output.print_error(UsageError(f"there is no {path}"))
+    assert (path in capsys.readouterr().err) == (not terminal)
+
+
 def test_where_nobody_looks_sentences_stay_whole(model: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """In logs a path that is broken at a column could not be searched for."""
     monkeypatch.delenv("COLUMNS")
