@@ -301,19 +301,25 @@ needs_real_model = pytest.mark.skipif(
 )
 
 
-def run_without_importing(packages: str, *arguments: object, directory: Path | None = None) -> str:
-    """Run the command line in another process, which may import none of ``packages``; return what it says."""
-    code = (
+def run_without_importing(
+    packages: str, *arguments: object, directory: Path | None = None, code: int | None = None
+) -> str:
+    """Run the command line in another process, which may import none of ``packages``; return what it says.
+
+    Args:
+        code: that it ends with; ``None``: success.
+    """
+    program = (
         f"import sys; sys.argv = {['acip-export', *map(str, arguments)]!r}\n"
         "from acip_export.cli.main import main\n"
         "try: main()\n"
-        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        f"except SystemExit as stop: assert (stop.code or None) == {code}, stop.code\n"
         f"heavy = set({packages.split()!r}) & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=directory)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=directory)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout + done.stderr if code else done.stdout
 
 
 def unspaced(text: str) -> str:

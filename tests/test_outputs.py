@@ -312,6 +312,12 @@ def test_the_root_and_a_device() -> None:
             claim_output(Path(impossible), PLAN_KIND, True)
 
 
+def test_an_input_that_no_file_can_be_is_no_matter_of_the_output(tmp_path: Path) -> None:
+    """What reads it names it; the output is none that cannot be written."""
+    for inputs in (("x" * 300,), ("x" * 300 + "/y",)):
+        claim_output(tmp_path / "new.json", PLAN_KIND, inputs=inputs)
+
+
 REPLACED = {
     "main": (*MAIN, "new"),
     "plan": (*PLAN, "new"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +21,8 @@ from acip_export.io.stamps import stamp_of
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Course, ProgressCallback, types_stage
 from acip_export.ranking.algorithms import algorithms, find_algorithm, learned_algorithms
-from acip_export.ranking.config import Basis, Objective, Precision
+from acip_export.ranking.config import Basis, Objective, Precision, parse_settings
+from acip_export.text.documents import check_documents
 from acip_export.units import format_seconds, parse_bytes, parse_seconds
 
 _LEARNED = learned_algorithms()
@@ -159,17 +161,11 @@ def rank(
 
     torchrun --nproc-per-node 2 -m acip_export rank . --data text.txt
     """
-    from acip_export import api as pipeline
-    from acip_export.api import verbs
-    from acip_export.artifacts.scores import SCORES_KIND
-    from acip_export.io.outputs import claim_output
-    from acip_export.ranking import default_algorithm, parse_settings
-    from acip_export.ranking.fitting import nothing_beside
-    from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
-    from acip_export.ranking.processes import launched_index
-
     if data is None and not estimate:
-        raise UsageError("no calibration text; give a file, a directory, a data set or  self  with  --data")
+        raise UsageError(
+            "no calibration text; name a file, a directory, a data set or  self:\n"
+            f"  {shlex.join(['acip-export', 'rank', model])} --data text.txt"
+        )
     chosen = {
         "basis": basis,
         "objective": objective,
@@ -190,6 +186,18 @@ def rank(
         _estimate(*known, settings, context, resume, seconds, bytes_, json, measure_rounding)
         return
     assert data is not None
+    if data != "self":
+        check_documents(data)
+    # What is wrong so far is said without torch, which takes seconds to import.
+    from acip_export import api as pipeline
+    from acip_export.api import verbs
+    from acip_export.artifacts.scores import SCORES_KIND
+    from acip_export.io.outputs import claim_output
+    from acip_export.ranking import default_algorithm
+    from acip_export.ranking.fitting import nothing_beside
+    from acip_export.ranking.logs import LOG_KIND, json_log, tensorboard_log, to_all
+    from acip_export.ranking.processes import launched_index
+
     checkpoint = Checkpoint.open(model)
     place = out or checkpoint.path / f"{checkpoint.name}.acip"
     if log_json is not None:

@@ -14,6 +14,7 @@ import typer
 
 from acip_export.artifacts.names import MANIFEST_FILE
 from acip_export.choices import instead_of, nearest
+from acip_export.cli.options import MORE
 from acip_export.devices import load_devices
 from acip_export.errors import AcipError, UsageError
 from acip_export.formats.registry import format_names
@@ -37,6 +38,8 @@ def check_usage(command: Any, context: typer.Context, args: Sequence[str], takes
     except Exception as error:
         if getattr(error, "ctx", context) is None:
             vars(error)["ctx"] = context  # so that it is known whose help helps
+        if context.command.name == "rank" and context.parent is not None:
+            _refuse_flag_of_export(context.parent, getattr(error, "option_name", ""), args)
         raise
     if any(given.get(name) for name in _ENDS):
         return
@@ -89,6 +92,29 @@ def choices_of(parameter: Any) -> tuple[str, ...]:
     """Return the names that a flag takes, if it takes only these."""
     annotation = parameter.type_descriptor.annotation
     return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _refuse_flag_of_export(main: Any, flag: str, args: Sequence[str]) -> None:
+    """Raise UsageError for a flag that ``rank`` has not, and the export that follows has, with the command to type."""
+    parameter = next((each for each in main.command.params if flag in (*each.opts, *each.secondary_opts)), None)
+    if parameter is None or parameter.rich_help_panel == MORE:
+        return
+    name = flag if flag in parameter.secondary_opts else max(parameter.opts, key=len)
+    typed = {"--device": "NAME"} if parameter.name == "device" else {"--budget": "4GB", "--format": "gguf"}
+    typed[name] = "" if parameter.is_flag else quote(_value_of(flag, args))
+    flags = " ".join(f"{flag} {value}".strip() for flag, value in typed.items())
+    raise UsageError(
+        f"{name} belongs to the export, not to the ranking: one ranking serves every size and format. Rank without it; "
+        f"then, in the model's directory:\n  {main.command_path} {flags}"
+    )
+
+
+def _value_of(flag: str, args: Sequence[str]) -> str:
+    for at, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == flag:
+            return value if equals else next(iter(args[at + 1 :]), "VALUE")
+    return "VALUE"
 
 
 def _too_many(command: Any, word: str) -> str:

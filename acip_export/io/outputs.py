@@ -90,7 +90,7 @@ class Output:
                 self._check_replaced()
         except OSError as reason:
             raise OutputError(
-                f"{self.named} cannot be written: {reason.strerror or reason}; choose another place"
+                f"{self.named} cannot be written: {reason.strerror or reason}; choose another place with -o"
             ) from reason
 
     @contextmanager
@@ -134,7 +134,7 @@ class Output:
                 self._refuse(f"contains {read}, which is read")
             # A directory that is read may be the one that everything lies in.
             shared = any(directory is not None and _holds(read, directory) for directory in around.values())
-            if not shared and read.is_dir() and _holds(read, self.place):
+            if not shared and _is_directory(read) and _holds(read, self.place):
                 self._refuse(f"lies inside {read}, which is read")
         if self.base is not None and self.place.suffix == ".safetensors" and _same(self.place.parent, self.base):
             self._refuse(f"would become a part of the model in {self.base}")
@@ -194,7 +194,7 @@ def claim_output(
         named = tuple(_real(read) for read in inputs if read is not None)
         output = Output(out, _real(out), kind, force, named, None if base is None else _real(base))
     except (OSError, ValueError) as reason:
-        raise OutputError(f"{out} cannot be written: {reason}; choose another place") from reason
+        raise OutputError(f"{out} cannot be written: {reason}; choose another place with -o") from reason
     output.check()
     refuse_held(output.place)
     return output
@@ -247,6 +247,14 @@ def _home() -> Path | None:
         return _real(Path.home())
     except RuntimeError:
         return None
+
+
+def _is_directory(path: Path) -> bool:
+    """Whether there is a directory; of a name that no file can have, whatever reads it says so."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _same(one: Path, other: Path) -> bool:

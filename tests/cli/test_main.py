@@ -393,6 +393,33 @@ def test_help_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ((), 2, "no calibration text"),
+        (("--data", "missing.txt"), 3, "missing.txt does not exist"),
+        (("--data", "x" * 300), 3, f"{'x' * 300} cannot be read: File name too long"),
+        (("--data", "config.json", "--memory", "4"), 2, "no unit"),
+        (("--data", "config.json", "--set", "x"), 2, "x"),
+    ],
+)
+def test_rank_refuses_without_torch(arguments: tuple[str, ...], code: int, says: str, model: Path) -> None:
+    """What is typed wrongly is said at once: torch takes seconds to import."""
+    said = run_without_importing("torch transformers", "rank", ".", *arguments, directory=model, code=code)
+    assert unspaced(says) in unspaced(said), said
+
+
+def test_names_of_files_that_are_too_long(model: Path, run: Run) -> None:
+    """The message names the one that is: the text, or the score file whose default name is the model's."""
+    text = run(*FIT, "--no-verify", "--text", "x" * 300, "-o", "out")
+    assert f"{'x' * 300} cannot be read" in text.err and "out cannot be written" not in text.err
+    long = "m" * 252
+    model.rename(model.with_name(long))
+    done = run("rank", f"../{long}", "--data", f"../{long}/config.json")
+    assert done.code == 2
+    assert f"../{long}/{long}.acip cannot be written: File name too long; choose another place with -o" in done.err
+
+
+@pytest.mark.parametrize(
     ("target", "heavy"),
     # A kept graph is read by onnx.
     [("gguf", "torch transformers onnx onnx_ir onnxruntime"), ("onnx", "torch transformers onnx_ir onnxruntime")],

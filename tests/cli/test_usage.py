@@ -101,6 +101,24 @@ def test_errors_of_the_parser_name_the_commands_own_help(typed: str, says: str, 
     assert f"acip-export {typed.split()[0]} -h  shows" in done.err
 
 
+@pytest.mark.parametrize(
+    ("typed", "then"),
+    [
+        ("rank . --budget 900MB", "acip-export --budget 900MB --format gguf"),
+        ("rank --budget=50% .", "acip-export --budget 50% --format gguf"),
+        ("rank . --data text.txt -f onnx", "acip-export --budget 4GB --format onnx"),
+        ("rank . --device browser", "acip-export --device browser"),
+        ("rank . --no-verify", "acip-export --budget 4GB --format gguf --no-verify"),
+    ],
+)
+def test_flags_of_the_export_at_the_ranking(typed: str, then: str, run: Run) -> None:
+    done = run(*typed.split())
+    assert done.code == 2
+    assert "belongs to the export" in done.err and "serves every size" in done.err
+    assert done.err.splitlines()[-1].strip() == then
+    assert "belongs to the export" not in run("rank", "--version").err
+
+
 def test_a_command_that_is_none(run: Run) -> None:
     assert "did you mean  acip-export plan?" in run("plna").err
     assert "acip-export -h  shows" in run("quantise").err
