@@ -410,14 +410,14 @@ def _problems(plan: Plan) -> Iterator[str]:
         ("memory_bytes", plan.memory_bytes, memory, "breakdown"),
     ):
         if total != sum(parts.values()):
-            yield f"$.{key}: the {what} add up to {sum(parts.values())} bytes, not {total}"
+            yield f"$.{key}: the {what} add up to {sum(parts.values()):,} bytes, not {total:,}"
     for part, nbytes in plan.anonymous.items():
         if nbytes > plan.breakdown.get(part, 0):
-            yield f"$.anonymous.{part}: {nbytes} bytes of {plan.breakdown.get(part, 0)} in the breakdown"
+            yield f"$.anonymous.{part}: {nbytes:,} bytes of {plan.breakdown.get(part, 0):,} in the breakdown"
     if plan.budget_scope == "anonymous" and set(plan.anonymous) != set(plan.breakdown):
         yield "$.anonymous: it must say of every part of the breakdown what counts in the budget"
     if plan.used_bytes > plan.budget_bytes:
-        yield f"$.budget_bytes: it uses {plan.used_bytes} bytes of a budget of {plan.budget_bytes}"
+        yield f"$.budget_bytes: it uses {plan.used_bytes:,} bytes of a budget of {plan.budget_bytes:,}"
 
 
 def _decision_problems(decision: TensorDecision, format_name: str) -> Iterator[str]:
@@ -449,7 +449,7 @@ def _decision_problems(decision: TensorDecision, format_name: str) -> Iterator[s
         yield str(reason)
     else:
         if decision.nbytes != expected:
-            yield f"nbytes is {decision.nbytes}, its decision takes {expected}"
+            yield f"nbytes is {decision.nbytes:,}, its decision takes {expected:,}"
 
 
 def _is_file_name(name: str) -> bool:

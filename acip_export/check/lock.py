@@ -115,7 +115,7 @@ def decode_lock(data: bytes, file: Path) -> dict[str, Snapshot]:
     for name, model in lock.entries.items():
         total = sum(each.bytes for each in model.files.values())
         if total != model.total_bytes:
-            raise fail(f"{file}: the files of {model.path} add up to {total}, not {model.total_bytes}")
+            raise fail(f"{file}: the files of {model.path} add up to {total:,} bytes, not {model.total_bytes:,}")
         # What is printed later must not steer a terminal.
         texts = chain(
             (name, model.path, model.kind, model.architecture),

@@ -378,7 +378,7 @@ class PlanFlags:
         if device is not None and self.budget_scope != "file" and max(budgets) > device.memory_bytes:
             raise UsageError(
                 f"--budget {' '.join(self.budget)} is more than {device.name} has: "
-                f"{format_bytes(device.memory_bytes)} ({device.memory_bytes} bytes)"
+                f"{format_bytes(device.memory_bytes)} ({device.memory_bytes:,} bytes)"
             )
         return budgets
 

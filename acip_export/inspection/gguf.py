@@ -149,8 +149,8 @@ class _Head:
         begin = self.position
         if count > self._size - begin:
             raise ModelFileError(
-                f"{self._where} is truncated or damaged: {count} bytes expected at {begin}, the file ends at "
-                f"{self._size}; copy or download it again"
+                f"{self._where} is truncated or damaged: {count:,} bytes expected at {begin:,}, the file ends at "
+                f"{self._size:,}; copy or download it again"
             )
         self.position = begin + count
         return begin
@@ -175,7 +175,7 @@ class _Head:
         """Refuse a count that the rest of the file cannot hold, before looping over it."""
         if count * smallest > self._size - self.position:
             raise ModelFileError(
-                f"{self._where} is truncated or damaged: it declares {count} {what}, and has {self._size} bytes"
+                f"{self._where} is truncated or damaged: it declares {count:,} {what}, and has {self._size:,} bytes"
             )
 
     def value(self, tag: int, depth: int = 0) -> object:
@@ -247,8 +247,8 @@ def _place(infos: list[_Info], start: int, alignment: int, size: int, file: Path
             nbytes = prod(info.shape) // known[1] * known[2]
         if info.offset % alignment or begin + nbytes > size or nbytes < 0:
             raise ModelFileError(
-                f"{file} is truncated or damaged: tensor {info.name!r} takes {nbytes} bytes at {begin}, the file has "
-                f"{size}; copy or download it again"
+                f"{file} is truncated or damaged: tensor {info.name!r} takes {nbytes:,} bytes at {begin:,}, the file "
+                f"has {size:,}; copy or download it again"
             )
         if begin + nbytes > limit:
             raise ModelFileError(f"{file} is damaged: tensor {info.name!r} overlaps the next")

@@ -170,10 +170,10 @@ class _Walk:
             where, offset, nbytes = self._locate(name, external, needed)
         if needed not in (None, nbytes) and (external or raw is not None):
             raise ModelFileError(
-                f"{self._file} is damaged: tensor {name!r} has {nbytes} bytes, its shape needs {needed}"
+                f"{self._file} is damaged: tensor {name!r} has {nbytes:,} bytes, its shape needs {needed:,}"
             )
         if needed and not nbytes:
-            raise ModelFileError(f"{self._file} is damaged: tensor {name!r} has no bytes, its shape needs {needed}")
+            raise ModelFileError(f"{self._file} is damaged: tensor {name!r} has no bytes, its shape needs {needed:,}")
         if external:
             nbytes = self._count_once(name, where, offset, nbytes)
         self._tensors.append(TensorPart(name, tuple(shape), type_name, nbytes, where))
@@ -198,8 +198,8 @@ class _Walk:
             ) from None
         if offset < 0 or length < 0 or offset + length > size:
             raise ModelFileError(
-                f"{self._file.parent / location} is truncated: tensor {name!r} takes {length} bytes at {offset}, the "
-                f"file has {size}; copy or download it again"
+                f"{self._file.parent / location} is truncated: tensor {name!r} takes {length:,} bytes at {offset:,}, "
+                f"the file has {size:,}; copy or download it again"
             )
         return path, offset, length
 

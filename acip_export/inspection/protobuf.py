@@ -75,7 +75,7 @@ class Message:
             else:
                 raise self._damage(f"unknown wire type {wire} at byte {position}")
             if number == 0 or length > self._end - position:
-                raise self._damage(f"{length} bytes expected at {position}, {self._end - position} are there")
+                raise self._damage(f"{length:,} bytes expected at {position:,}, {self._end - position:,} are there")
             yield Field(number, wire, position, position + length)
             position += length
 

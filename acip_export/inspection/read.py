@@ -91,8 +91,8 @@ def _plan_facts(plan: Plan) -> dict[str, str]:
     return {
         "model": fact(plan.model),
         "format": f"{plan.format} ({plan.layout})",
-        "budget": f"{plan.budget_bytes} bytes of {plan.budget_scope}",
-        "memory": f"{plan.memory_bytes} bytes, {plan.process_bytes} with the runtime itself",
+        "budget": f"{plan.budget_bytes:,} bytes of {plan.budget_scope}",
+        "memory": f"{plan.memory_bytes:,} bytes, {plan.process_bytes:,} with the runtime itself",
         "predicted loss": f"{plan.predicted_loss:.4f} {plan.loss_unit} above the dense model",
     }
 

@@ -78,7 +78,8 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-                raise error(f"{file} is truncated or no safetensors file: {size} bytes, header of {length} expected")
+                told = f"{size:,} bytes, header of {length:,} expected"
+                raise error(f"{file} is truncated or no safetensors file: {told}")
             header = stream.read(length)
     except OSError as reason:
         raise error(f"{file} cannot be read: {reason}") from reason
@@ -92,12 +93,12 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
         if entry.offset != end:
             how = "overlaps what is" if entry.offset < end else "leaves a gap to what is"
             raise error(
-                f"{file} is damaged: tensor {name!r} {how} before it (at byte {entry.offset}, expected at {end}); "
+                f"{file} is damaged: tensor {name!r} {how} before it (at byte {entry.offset:,}, expected at {end:,}); "
                 "fetch or save the file again"
             )
         end += entry.nbytes
     if end != size:
-        raise error(f"{file} is truncated or padded: {size} bytes, {end} expected from its header")
+        raise error(f"{file} is truncated or padded: {size:,} bytes, {end:,} expected from its header")
     return entries, metadata
 
 
@@ -120,7 +121,8 @@ def _entry(file: Path, name: str, value: msgspec.Raw, start: int, error: type[In
     if dtype not in _DTYPE_BITS:
         raise error(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}")
     if 8 * (end - begin) != prod(shape) * _DTYPE_BITS[dtype]:
-        raise error(f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
+        what = f"tensor {name!r} of shape {shape} and dtype {dtype}"
+        raise error(f"{file}: {what} does not fill its {end - begin:,} bytes")
     return HeaderEntry(shape, dtype, start + begin, end - begin)
 
 
@@ -190,7 +192,7 @@ class SafetensorsWriter:
         """
         expected = next(iter(self._pending), None)
         if name != expected or memoryview(data).nbytes != self._pending[name][1]:
-            raise ValueError(f"wrote {name} with {memoryview(data).nbytes} bytes, expected {expected}")
+            raise ValueError(f"wrote {name} with {memoryview(data).nbytes:,} bytes, expected {expected:,}")
         del self._pending[name]
         self._append(data)
 

@@ -42,19 +42,25 @@ def infeasible(
     largest = max(floor.parts, key=lambda part: floor.parts[part])
     parts = "\n".join(f"  {name:<28}{format_bytes(size):>10}" for name, size in floor.parts.items() if size)
     fitting = [*_fitting(problem, budget, rule), *(each for each in other_formats if each.floor <= budget.nbytes)]
-    format_ = problem.space.format.name
-    advice = (
-        "\n".join(("These settings fit:", *(suggestion.line() for suggestion in fitting)))
-        if fitting
-        else f"No context, cache type, prompt batch or type of {format_} makes it fit, and no other format."
-    )
     smaller = _least_cache(problem, budget, rule, floor)
     cache = f" with a KV cache of {cache_types(rule.cache_type_k, rule.cache_type_v)}" if smaller else ""
-    also = f",  or  --budget {_round_up(smaller.floor)} {smaller.flags}" if smaller else ""
+    budgets = [f"  --budget {_round_up(floor.nbytes)}"]
+    if smaller:
+        budgets.append(f"  --budget {_round_up(smaller.floor)} {smaller.flags}")
+    settings = "context, KV cache type, prompt batch" if problem.checkpoint.shape.generates else "prompt batch"
+    advice = (
+        ["These settings fit:", *(suggestion.line() for suggestion in fitting), "Or give a larger budget:"]
+        if fitting
+        else [
+            f"No other {settings} or weight type of {problem.space.format.name} makes it fit, nor does another format; "
+            "give a larger budget:"
+        ]
+    )
+    lines = "\n".join((*advice, *budgets))
     return InfeasibleBudgetError(
-        f"no plan fits {format_bytes(budget.nbytes)} ({budget.nbytes} bytes).\n"
-        f"The smallest feasible budget{cache} is {floor.nbytes} bytes ({format_bytes(floor.nbytes)}), most of it "
-        f"{largest}:\n{parts}\n{advice}\nOr  --budget {_round_up(floor.nbytes)}{also}",
+        f"no plan fits {format_bytes(budget.nbytes)} ({budget.nbytes:,} bytes).\n"
+        f"The smallest feasible budget{cache} is {format_bytes(floor.nbytes)} ({floor.nbytes:,} bytes), most of it "
+        f"{largest}:\n{parts}\n{lines}",
         floor.nbytes,
         [{"change": suggestion.flags, "floor_bytes": suggestion.floor} for suggestion in fitting],
     )

@@ -47,7 +47,7 @@ class DoesNotFit(Exception):  # noqa: N818 - an answer, which the caller explain
     """No plan is within the budget; ``floor`` is the smallest budget that has one."""
 
     def __init__(self, floor: Floor) -> None:
-        super().__init__(f"the smallest budget with a plan is {floor.nbytes} bytes")
+        super().__init__(f"the smallest budget with a plan is {floor.nbytes:,} bytes")
         self.floor = floor
 
 

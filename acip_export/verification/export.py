@@ -88,7 +88,7 @@ def check_bytes(export: Path, plan: Plan) -> list[str]:
     """One sentence per file that is not as planned."""
     written = written_files(export, plan)
     failures = [
-        f"{name}: {written.get(name, 'no')} bytes written, {planned} planned"
+        f"{name}: {f'{written[name]:,}' if name in written else 'no'} bytes written, {planned:,} planned"
         for name, planned in plan.files.items()
         if written.get(name) != planned
     ]
@@ -100,7 +100,7 @@ class OverBudget(Exception):  # noqa: N818 - an answer, which the caller acts on
     """A process took ``nbytes`` more than its plan's budget."""
 
     def __init__(self, runtime: str, nbytes: int) -> None:
-        super().__init__(f"{runtime} took {nbytes} bytes more than the budget")
+        super().__init__(f"{runtime} took {nbytes:,} bytes more than the budget")
         self.runtime, self.nbytes = runtime, nbytes
 
 

@@ -58,7 +58,7 @@ def tensor_limit(options: Mapping[str, str]) -> TensorLimit | None:
         largest - PART_HEAD,
         "in this type it is larger than a file of --split-max-size",
         lambda name, least: (
-            f"--split-max-size {largest}B is too small: {name} takes at least {least} bytes; "
+            f"--split-max-size {largest}B is too small: {name} takes at least {least:,} bytes; "
             f"give at least  {least + PART_HEAD}B"
         ),
     )

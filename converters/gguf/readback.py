@@ -29,7 +29,7 @@ def check_structure(file: Path, metadata: Metadata, tensors: Sequence[TensorSpec
     """
     size, planned = file.stat().st_size, file_bytes(metadata, tensors)
     if size != planned:  # ggml's reader looks at the head only
-        raise VerificationError(f"{file} does not read back: it has {size} bytes, {planned} were written")
+        raise VerificationError(f"{file} does not read back: it has {size:,} bytes, {planned:,} were written")
     library = load_library()
     keys, found = _by_gguf_py(file) if library is None else _by_ggml(library, file)
     expected = [

@@ -91,4 +91,4 @@ def _pack(first: Metadata, other: Metadata, items: Sequence[Item], largest: int)
 
 
 def _too_small(largest: int, what: str, needed: int) -> UsageError:
-    return UsageError(f"--split-max-size {largest}B is too small: {what} {needed} bytes; give at least  {needed}B")
+    return UsageError(f"--split-max-size {largest}B is too small: {what} {needed:,} bytes; give at least  {needed}B")

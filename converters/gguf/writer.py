@@ -166,7 +166,7 @@ class GgufWriter:
     def write(self, name: str, data: Bytes) -> None:
         tensor = self._waiting.pop()
         if tensor.name != name or data.nbytes != tensor.nbytes:
-            raise ValueError(f"{name} of {data.nbytes} bytes given, {tensor.name} of {tensor.nbytes} expected")
+            raise ValueError(f"{name} of {data.nbytes:,} bytes given, {tensor.name} of {tensor.nbytes:,} expected")
         self._stream.write(np.ascontiguousarray(data).data)
         self._stream.write(bytes(padded(tensor.nbytes) - tensor.nbytes))
 
@@ -182,4 +182,5 @@ class GgufWriter:
         written = self._file.stat().st_size
         if self._waiting or written != self._expected:
             missing = [tensor.name for tensor in reversed(self._waiting)]
-            raise ValueError(f"{self._file}: {written} bytes written, {self._expected} expected; missing {missing[:3]}")
+            told = f"{written:,} bytes written, {self._expected:,} expected"
+            raise ValueError(f"{self._file}: {told}; missing {missing[:3]}")

@@ -177,7 +177,7 @@ def _write(
     write_data(out / DATA_FILE, packed.data_bytes, contents, reader, progress)
     written = (out / DATA_FILE).stat().st_size
     if written != packed.data_bytes:
-        raise VerificationError(f"{DATA_FILE} has {written} bytes, its graph describes {packed.data_bytes}")
+        raise VerificationError(f"{DATA_FILE} has {written:,} bytes, its graph describes {packed.data_bytes:,}")
 
 
 def _check(layout: str, serving: Serving) -> None:

@@ -68,7 +68,7 @@ def check_size(files: Mapping[str, int]) -> None:
     total = files[MODEL_FILE] + files[DATA_FILE]
     if total > _LARGEST:
         raise UnsupportedError(
-            f"the graph and its numbers have {total} bytes; the ORT format holds at most {_LARGEST}. "
+            f"the graph and its numbers have {total:,} bytes; the ORT format holds at most {_LARGEST:,}. "
             "Plan for a smaller --budget, or leave --ort out"
         )
 

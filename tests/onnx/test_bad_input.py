@@ -44,7 +44,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no such width": (("--budget", "50MB", "--types", "int3"), "onnx has no type 'int3'"),
     "a block without a kernel": (("--budget", "50MB", "--types", "int2-b16"), "int2-b16 is not exported: onnxruntime"),
     "a file too large for the device": (("--device", "tab"), "tab loads files of at most 100 kB"),
-    "too large for the ORT format": (("--budget", "50MB", "--types", "f32", "--ort"), "holds at most 1000"),
+    "too large for the ORT format": (("--budget", "50MB", "--types", "f32", "--ort"), "holds at most 1,000"),
 }
 
 
@@ -80,7 +80,7 @@ def test_limits_of_files_at_their_real_sizes(model: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)onnx/model.onnx_data would have 2\.\d+ GB.*--budget-scope file"):
         _loadable(replace(plan, files={**fits.files, DATA_FILE: request.largest_file + 10**7}), request)
     ort_format.check_size({MODEL_FILE: 0, DATA_FILE: 2**31 - 1})
-    with pytest.raises(UnsupportedError, match="2147483648 bytes; the ORT format holds at most 2147483647"):
+    with pytest.raises(UnsupportedError, match="2,147,483,648 bytes; the ORT format holds at most 2,147,483,647"):
         ort_format.check_size({MODEL_FILE: 1, DATA_FILE: 2**31 - 1})
 
 

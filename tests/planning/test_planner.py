@@ -20,6 +20,7 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import ScoreFileError, UnsupportedError, UsageError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import DoesNotFit, PlanRequest, Problem, infeasible, make_plan, resolve
+from acip_export.units import parse_bytes
 from tests.planning.problems import overhead, planned, with_overhead
 from tests.support import make_model, make_scores
 
@@ -151,8 +152,12 @@ def test_a_refused_budget_is_explained(ranked: tuple[Checkpoint, ScoreFile]) -> 
         make_plan(problem, question.budget, question.rule)
     error = infeasible(problem, question.budget, question.rule, refused.value.floor)
     assert error.smallest_feasible_bytes == refused.value.floor.nbytes == sum(refused.value.floor.parts.values())
-    assert "no plan fits 400 kB (400000 bytes)" in str(error)
-    assert "No context, cache type, prompt batch or type of gguf makes it fit" in str(error)
+    assert "no plan fits 400 kB (400,000 bytes)" in str(error)
+    floor = refused.value.floor.nbytes
+    assert f" ({floor:,} bytes), most of it" in str(error)
+    advice, typed = str(error).splitlines()[-3:-1]
+    assert advice.startswith("No other context, KV cache type, prompt batch or weight type of gguf makes it fit")
+    assert advice.endswith("; give a larger budget:") and parse_bytes(typed.split()[1]) >= floor
     roomier = replace(question.budget, nbytes=refused.value.floor.nbytes - 1)
     flags = ("--types f16,", "--cache-type q8_0", "--prompt-batch 8")
     assert all(flag in str(infeasible(problem, roomier, question.rule, refused.value.floor)) for flag in flags)
