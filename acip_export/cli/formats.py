@@ -34,7 +34,7 @@ def formats(
             known.name: {
                 "layouts": [layout.name for layout in known.layouts],
                 "runtimes": {runtime: list(layouts) for runtime, layouts in known.runtimes.items()},
-                "backends": [backend.name for backend in known.backends],
+                "backends": list(known.backend_names),
                 "cache_types": list(known.cache_types),
                 "options": {option.flag: " ".join(option.help.split()) for option in known.options},
                 "types": [

@@ -365,8 +365,13 @@ class ExportFormat(ABC):
                     cache_types=known.cache_types,
                     refused=known.refused,
                 )
-        names = (DEFAULT_BACKEND, *(known.name for known in self.backends))
+        names = self.backend_names or (DEFAULT_BACKEND,)
         raise UnsupportedError(f"{self.name} has no backend {backend!r}; {instead_of(backend, names)}")
+
+    @property
+    def backend_names(self) -> tuple[str, ...]:
+        """What ``--backend`` takes, the default first; empty where there is no choice."""
+        return (DEFAULT_BACKEND, *(known.name for known in self.backends)) if self.backends else ()
 
     def type(self, name: str) -> WeightType:
         """Return a type by name. Raises KeyError for one that the format does not have."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from acip_export.artifacts.scores import load_scores, save_scores
 from acip_export.cli import output
 from acip_export.cli.main import app
 from acip_export.errors import MissingExtraError, UsageError
+from acip_export.formats.registry import export_format
 from tests.cli.conftest import truncated_scores
 from tests.support import Run, unspaced
 
@@ -106,6 +108,11 @@ def test_formats_are_a_screen(run: Run) -> None:
         json.loads(run("formats", "--json").out),
     )
     assert whole == one + other
+    backend_flags = known["onnx"]["backends"]
+    assert backend_flags[0] == "cpu" and not known["gguf"]["backends"]
+    for backend in backend_flags:
+        assert set(export_format("onnx", backend).cache_types) <= set(re.findall(r"\w+", first))
+        assert f"backend {backend}: " in whole
     for found in known.values():
         for name in (
             *found["layouts"],

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.table import Table
 
 from acip_export.cli import output as console
 from acip_export.cli.tables.common import plain_table
-from acip_export.formats.protocol import ExportFormat
+from acip_export.formats.protocol import AUTO, DEFAULT_BACKEND, ExportFormat
 
 # Types in a row of the overview.
 _MOST_SHOWN = 6
@@ -29,10 +29,10 @@ def show_overview(formats: Sequence[ExportFormat]) -> None:
     for known in formats:
         console.say(f"{known.name}  {known.description}", style="bold")
         names: dict[str, Iterable[str]] = {
-            "layouts": (layout.name for layout in known.layouts),
+            "layouts": (*(layout.name for layout in known.layouts), AUTO),
             "runtimes": known.runtimes,
-            "backends": (backend.name for backend in known.backends),
-            "KV cache": known.cache_types,
+            "backends": known.backend_names,
+            "KV cache": (*known.cache_types, "; ".join((AUTO, *_caches_of_backends(known)))),
             "options": (option.flag for option in known.options),
         }
         table = Table.grid(padding=(0, 2))
@@ -43,6 +43,16 @@ def show_overview(formats: Sequence[ExportFormat]) -> None:
         console.out.print(_types_by_bits(known))
     example = formats[0].name if formats else "NAME"
     console.say(f"with bytes, errors and what is refused:  acip-export formats {example},  or --all", style="dim")
+
+
+def _caches_of_backends(known: ExportFormat) -> Iterator[str]:
+    """Name the types of KV cache of backends that have others than the default one."""
+    by_types: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for backend in known.backends:
+        if (types := tuple(backend.cache_types)) != tuple(known.cache_types):
+            by_types[types].append(backend.name)
+    for types, backends in by_types.items():
+        yield f"of {', '.join(backends)}: {', '.join(types)}"
 
 
 def _types_by_bits(known: ExportFormat) -> Table:
@@ -69,8 +79,11 @@ def show_formats(formats: Sequence[ExportFormat]) -> None:
             console.say(f"layout {layout.name}: {layout.description}", indent=2)
         for runtime, layouts in known.runtimes.items():
             console.say(f"runtime {runtime}: {', '.join(layouts)}", indent=2)
+        if known.backends:
+            console.say(f"backend {DEFAULT_BACKEND}: the default; what is listed below is its own", indent=2)
         for backend in known.backends:
-            console.say(f"backend {backend.name}: {backend.description}", indent=2)
+            cache = ", ".join(backend.cache_types)
+            console.say(f"backend {backend.name}: {backend.description}; KV cache: {cache}", indent=2)
         for option in known.options:
             console.say(f"option {option.flag}: {' '.join(option.help.split())}", indent=2)
         table = plain_table("type", "bits/weight", "block", "rounding error", "")
