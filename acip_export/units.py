@@ -1,4 +1,4 @@
-"""Byte quantities as people write and read them."""
+"""Quantities as people write and read them: most of them bytes."""
 
 from __future__ import annotations
 
@@ -112,6 +112,11 @@ def format_bytes(count: int) -> str:
             digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
             return f"{value:.{digits}f} {unit}"
     return f"{count} B"
+
+
+def format_nats(divergence: float) -> str:
+    """Three significant digits, never a zero that is none: ``0.0188``, ``4.31e-06``."""
+    return f"{divergence:.3g}"
 
 
 def size_name(count: int) -> str:

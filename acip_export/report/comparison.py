@@ -15,7 +15,7 @@ from acip_export.artifacts.names import COMPARISON_FILE
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.io.outputs import claim_output
 from acip_export.report.page import Exported, read_export
-from acip_export.units import format_bytes
+from acip_export.units import format_bytes, format_nats
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _NONE = "–"
@@ -91,8 +91,8 @@ def _figures(exports: Sequence[Exported]) -> Iterator[tuple[str, list[str]]]:
     yield "Perplexity", [_number(each) for each in own_loss]
     yield "of the dense model", [_number(each) for each in dense]
     far = [None if each is None else each.divergence for each in firsts]
-    yield "KL from the dense model", [_NONE if each is None else f"{each.mean_kl:.4f}" for each in far]
-    yield "KL, 99.9 % below", [_NONE if each is None else f"{each.kl_999:.2f}" for each in far]
+    yield "KL from the dense model, nats", [_NONE if each is None else format_nats(each.mean_kl) for each in far]
+    yield "KL, 99.9 % below, nats", [_NONE if each is None else format_nats(each.kl_999) for each in far]
     yield "Same most likely token", [_NONE if each is None else f"{each.same_top:.1%}" for each in far]
     speeds = [None if each is None else each.speed for each in firsts]
     yield "Prompt, tokens/s", [_NONE if each is None else f"{each.prefill:,.0f}" for each in speeds]

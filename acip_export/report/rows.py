@@ -11,7 +11,7 @@ from acip_export.artifacts.report import Report, RuntimeReport
 from acip_export.inspection.anatomy import fact
 from acip_export.io.inputs import builtins
 from acip_export.report.page import Exported, Page
-from acip_export.units import format_bytes
+from acip_export.units import format_bytes, format_nats
 
 _NONE = "–"
 
@@ -78,8 +78,8 @@ def _quality(page: Page, report: Report, runtime: RuntimeReport) -> Iterator[Row
         yield Row(
             "KL divergence from the dense model",
             _NONE,
-            f"{divergence.mean_kl:.4f} ± {divergence.kl_standard_error:.4f}",
-            f"99.9 % of the positions: at most {divergence.kl_999:.2f}",
+            f"{format_nats(divergence.mean_kl)} ± {format_nats(divergence.kl_standard_error)}",
+            f"nats per token; 99.9 % of the positions: at most {format_nats(divergence.kl_999)}",
         )
         yield Row(
             "Same most likely token as the dense model", _NONE, f"{divergence.same_top:.1%}", "share of the positions"

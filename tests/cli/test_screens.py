@@ -341,6 +341,18 @@ source = {{ memory = "data sheet", usable = "measured", types = "benchmark" }}
 """
 
 
+def test_a_device_says_which_types_it_limits_plans_to(run: Run) -> None:
+    """And which types of a plan without it are left out."""
+    shown = run("devices", "raspberry-pi-5-8gb")
+    assert_fits(shown.out)
+    told = unspaced(shown.out)
+    allowed = json.loads(run("devices", "raspberry-pi-5-8gb", "--json").out)["types"]["gguf"]
+    left_out = [name for name in export_format("gguf").types if name not in allowed]
+    assert left_out
+    assert unspaced(f"only types that are fast there: {', '.join(allowed)}; not {', '.join(left_out)}, unless") in told
+    assert "only types" not in run("devices", "this").out
+
+
 @pytest.mark.usefixtures("model")
 def test_devices_that_hold_an_export(run: Run) -> None:
     """The budget that just takes the process is held, one byte less of it is not."""

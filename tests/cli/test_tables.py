@@ -101,4 +101,14 @@ def test_figures_name_the_text_that_they_are_of(tmp_path: Path, capsys: pytest.C
     show_reports([REPORT])
     assert "on 1,000 tokens of text.txt: perplexity 12.50" in capsys.readouterr().out
     show_reports([REPORT, REPORT])
-    assert "measured on 1,000 tokens of text.txt\n" in capsys.readouterr().out
+    assert "measured on 1,000 tokens of text.txt; KL in nats per token\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("worst", "shown"), [(0.0043, "0.0043"), (0.31872, "0.319"), (4.31e-6, "4.31e-06")])
+def test_small_divergences_are_no_zeros(worst: float, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runtime = REPORT.runtimes[0]
+    assert runtime.divergence is not None
+    divergence = replace(runtime.divergence, mean_kl=worst / 10, kl_999=worst)
+    show_reports([replace(REPORT, runtimes=(replace(runtime, divergence=divergence),))])
+    told = capsys.readouterr().out
+    assert f"KL {worst / 10:.3g} nats per token, 99.9 % of them below {shown}, same" in told, told

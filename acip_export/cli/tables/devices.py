@@ -11,6 +11,7 @@ from acip_export.artifacts.plan import Plan
 from acip_export.cli import output as console
 from acip_export.cli.tables.common import facts_table, plain_table
 from acip_export.devices import BUILT_IN, Device
+from acip_export.formats.registry import export_format
 from acip_export.units import format_bytes
 
 
@@ -46,6 +47,16 @@ def show_holders(plan: Plan, holding: Sequence[Device], obstacles: Sequence[str]
         console.say(f"not on {len(obstacles)} others: {'; '.join(reasons)}", style="dim")
 
 
+def _types(device: Device, format_name: str) -> str:
+    """Say which weight types plans for a device are limited to, and which of the format's own that leaves out."""
+    fast = device.types.get(format_name)
+    if fast is None:
+        return "all types that plans take by default"
+    left_out = [name for name in export_format(format_name).types if name not in fast]
+    told = f"only types that are fast there: {', '.join(fast)}"
+    return f"{told}; not {', '.join(left_out)}, unless --types names them" if left_out else told
+
+
 def show_device(device: Device) -> None:
     table = facts_table(escape(device.title))
     budget, memory = (format_bytes(size) for size in (device.budget_bytes, device.memory_bytes))
@@ -55,8 +66,7 @@ def show_device(device: Device) -> None:
     if device.enforces is not None:
         table.add_row("enforces", device.enforces, escape(device.sources["enforces"]))
     for index, (fmt, runtime) in enumerate(device.runtimes.items()):
-        types = ", ".join(device.types.get(fmt, ("any",)))
-        table.add_row(f"{fmt}{' (default)' if index == 0 else ''}", escape(runtime), f"fast types: {escape(types)}")
+        table.add_row(f"{fmt}{' (default)' if index == 0 else ''}", escape(runtime), escape(_types(device, fmt)))
     table.add_row("types", "", escape(device.sources["types"]))
     table.add_row("context", str(device.context), "tokens, unless --context says otherwise or the model takes fewer")
     if device.largest_file is not None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from acip_export.cli import output as console
 from acip_export.cli.tables.common import plain_table
-from acip_export.units import format_bytes
+from acip_export.units import format_bytes, format_nats
 
 if TYPE_CHECKING:
     from acip_export.artifacts.plan import Plan
@@ -50,7 +50,8 @@ def _show_report(report: Report) -> None:
             say(f"on {_measured_on(report)}: {quality}", indent=4)
         if runtime.agreement is not None:
             agreed = runtime.agreement
-            say(f"agreement with the bundle: KL {agreed.mean_kl:.1e}, same top token {agreed.same_top:.1%}", indent=4)
+            kl = f"KL {agreed.mean_kl:.1e} nats per token"
+            say(f"agreement with the bundle: {kl}, same top token {agreed.same_top:.1%}", indent=4)
     if report.similarity is not None:
         say(_similarity(report), indent=2)
     for line in (*report.failures, *report.notes):
@@ -90,8 +91,9 @@ def _quality(runtime: RuntimeReport, report: Report) -> Iterator[str]:
         yield f"perplexity {runtime.perplexity.perplexity:.2f}{beside}"
     if runtime.divergence is not None:
         far = runtime.divergence
-        worst = f"99.9 % below {far.kl_999:.2f}"
-        yield f"from the dense model: KL {far.mean_kl:.4f}, {worst}, same top token {far.same_top:.1%}"
+        worst = f"99.9 % of them below {format_nats(far.kl_999)}"
+        mean = f"KL {format_nats(far.mean_kl)} nats per token"
+        yield f"from the dense model: {mean}, {worst}, same top token {far.same_top:.1%}"
 
 
 def _similarity(report: Report) -> str:
@@ -119,13 +121,13 @@ def _show_table(reports: Sequence[Report]) -> None:
             f"{report.written_bytes:,}{planned}",
             f"{own.perplexity:.2f}" if own else "",
             f"{dense.perplexity:.2f}" if dense else "",
-            f"{far.mean_kl:.4f}" if far else "",
+            format_nats(far.mean_kl) if far else "",
             _speed(speed) if speed else "",
         )
     console.out.print(table)
     texts = dict.fromkeys(_measured_on(report) for report in reports if report.text is not None)
     if texts:
-        console.say(f"measured on {' and '.join(texts)}", style="dim")
+        console.say(f"measured on {' and '.join(texts)}; KL in nats per token", style="dim")
     for report in reports:
         if report.similarity is not None:
             console.say(f"{report.format} {report.layout}: {_similarity(report)}")
