@@ -69,6 +69,19 @@ def test_top_is_of_layers_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "largest tensors" not in shown and "\n layers" not in shown
 
 
+def test_folded_names_of_files_stay_indented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    model = make_model(tmp_path / "m")
+    (model / f"{'long-' * 20}.json").write_text("{}")
+    show_anatomy(read_anatomy(model), 0)
+    listed = capsys.readouterr().out.partition(" files\n")[2].partition("\n\n")[0].splitlines()
+    files = len(list(model.iterdir()))
+    assert len(listed) > files, "the long name is folded"
+    assert all(line.startswith("   ") and line[3] != " " for line in listed), listed
+
+
 @pytest.mark.parametrize(
     ("budget", "changes", "said"),
     [

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.markup import escape
+from rich.padding import Padding
+from rich.text import Text
 
 from acip_export.check.compare import signed
 from acip_export.cli import output as console
@@ -28,8 +30,11 @@ def show_anatomy(anatomy: Anatomy, top: int) -> None:
     table.add_row("tensors", format_bytes(anatomy.tensor_bytes), _share(anatomy.tensor_bytes, total))
     table.add_row("everything else", format_bytes(anatomy.overhead_bytes), _share(anatomy.overhead_bytes, total))
     if len(anatomy.files) > 1:
+        table.add_row(f"in {len(anatomy.files)} files")
         for name, size in sorted(anatomy.files.items(), key=lambda item: -item[1]):
-            table.add_row(f"  {escape(name)}", format_bytes(size), _share(size, total))
+            # Not blanks before it: of a name that is folded, the other lines are indented as well.
+            listed = Padding(Text(name, overflow="fold"), (0, 0, 0, 2))
+            table.add_row(listed, format_bytes(size), _share(size, total))
     console.out.print(table)
     _shares("type", anatomy.by_type(), anatomy.tensor_bytes)
     if top:
