@@ -1,4 +1,8 @@
-"""Say what is kept to save time, how much it is, and remove it. All of it is made again where it is missing."""
+"""Say what is kept to save time, how much it is, and remove it.
+
+What commands of acip-export made they make again where it is missing. The rest of the user's cache is made by hand: its
+entries are removed by name alone.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,20 @@ from acip_export.errors import OutputError
 from acip_export.io.atomic import user_cache
 from acip_export.io.stamps import Stamp, stamp_of
 
-_PURPOSES = {
+# By directory: what is in it and what it takes again.
+_OWN = {
     "graphs": "ONNX graphs, by configuration: seconds to a minute each",
     "weights": "hashes of models' weights: a reading of each",
-    "llama-cpp": "llama.cpp with factor pairs, built: ten minutes",
-    "real": "the real model of tests and benchmarks: a download",
-    "consumers": "other programs that tests open exports with: a download",
+}
+# And by hand: with what.
+_BY_HAND = {
+    "llama-cpp": ("llama.cpp with factor pairs, built: ten minutes", "make llama-cpp"),
+    "real": (
+        "the real model of tests and benchmarks: a download and a minute; rankings kept beside it: up to an hour each",
+        "make real-model",
+    ),
+    "consumers": ("other programs that tests open exports with: a download", "make consumers"),
+    "rivals": ("what benchmarks compare exports with: downloads and hours", "make bench-rivals"),
 }
 # Of classes of layers, of plans, and of types of KV cache; what is unfinished ends on another suffix.
 _LOSSES = ("losses", "candidates", "kv-cache")
@@ -32,11 +44,14 @@ class Kept:
     Attributes:
         name: what to call it. purpose: what is in it, and what it takes to make it again.
         places: the files and directories that it consists of.
+        by_hand: whether no command of acip-export makes it again. made_with: what does; ``None``: not known.
     """
 
     name: str
     purpose: str
     places: tuple[Path, ...]
+    by_hand: bool = False
+    made_with: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -60,11 +75,7 @@ class Kept:
 def find_caches(model: Path | None = None, factors: Path | None = None) -> list[Kept]:
     """Return the user's caches, what was measured beside the score files of ``model``, and a directory of factors."""
     home = user_cache()
-    found = [
-        Kept(place.name, _PURPOSES.get(place.name, "not of this version"), (place,))
-        for place in sorted(home.iterdir() if home.is_dir() else ())
-        if place.is_dir()
-    ]
+    found = [_kept_in(place) for place in sorted(home.iterdir() if home.is_dir() else ()) if place.is_dir()]
     if model is not None:
         rounding = tuple(sorted(model.glob(f"*.acip.{_ROUNDING}-*.json")))
         found.append(Kept("rounding", f"rounding errors measured on {model.resolve().name}: minutes", rounding))
@@ -74,6 +85,13 @@ def find_caches(model: Path | None = None, factors: Path | None = None) -> list[
         kept = tuple(sorted(file for file in factors.glob("*.safetensors") if _FACTORS.fullmatch(file.name)))
         found.append(Kept("factors", f"singular components in {factors}: minutes to hours", kept))
     return [each for each in found if each.places]
+
+
+def _kept_in(place: Path) -> Kept:
+    if place.name in _OWN:
+        return Kept(place.name, _OWN[place.name], (place,))
+    purpose, made_with = _BY_HAND.get(place.name, ("not of this version", None))
+    return Kept(place.name, purpose, (place,), by_hand=True, made_with=made_with)
 
 
 def measured_beside(scores: Path) -> dict[Path, Stamp]:

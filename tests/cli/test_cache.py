@@ -51,6 +51,27 @@ def test_caches_are_listed_and_cleared(home: Path, run: Run) -> None:
     assert run("cache", "graphs", "--clear").code == 0
     assert not (home / "graphs").exists() and kept[0].exists()
     done = run("cache", "--cache", "factors", "--clear")
-    assert done.out.splitlines()[-1].startswith("600 B removed")
+    assert "\n600 B removed\n" in done.out
     assert not any(file.exists() for file in kept)
     assert all(file.exists() for file in mine)
+
+
+def test_what_no_command_makes_again_is_removed_by_name_alone(home: Path, run: Run) -> None:
+    """The real model of the tests is gigabytes, and nobody who clears a cache thinks of it."""
+    for name in ("graphs", "real", "llama-cpp", "traces"):
+        (home / name).mkdir(parents=True)
+        (home / name / "file").write_bytes(b"x" * 100)
+    listed = run("cache").out
+    assert "make real-model" in unfolded(listed) and "make llama-cpp" in unfolded(listed)
+    done = run("cache", "--clear")
+    assert done.code == 0 and "100 B removed" in done.out
+    assert sorted(place.name for place in home.iterdir()) == ["llama-cpp", "real", "traces"]
+    assert "acip-export cache --clear llama-cpp real traces" in unfolded(done.out)
+    again = json.loads(run("cache", "--clear", "--json").out)
+    assert (again["bytes"], [each["name"] for each in again["left"]]) == (0, ["llama-cpp", "real", "traces"])
+    assert "left" not in run("cache", "--clear", "real").out
+    assert sorted(place.name for place in home.iterdir()) == ["llama-cpp", "traces"]
+
+
+def unfolded(text: str) -> str:
+    return " ".join(text.split())
