@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from acip_export.version import __version__
+from tests.support import Run
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(file.relative_to(ROOT).as_posix() for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -47,6 +49,15 @@ def test_links_lead_somewhere(name: str) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {_anchor(heading) for heading in headings}, link
+
+
+def test_the_first_hour_estimates_what_ranking_does(model: Path, run: Run) -> None:
+    """The stages that the guide shows are those that the command prints."""
+    page = (ROOT / "docs" / "first-hour.md").read_text(encoding="utf-8")
+    block = page.partition("ranking with fisher takes")[2].partition("```")[0]
+    shown = re.findall(r"^  (.+?) +\d+ (?:s|min)$", block, re.MULTILINE)
+    printed = run("rank", model, "--data", "self", "--algorithm", "fisher", "--estimate", "--json")
+    assert shown == [stage for stage in json.loads(printed.out)["seconds"] if stage != "total"]
 
 
 def test_every_page_is_in_the_index() -> None:
