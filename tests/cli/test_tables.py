@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from acip_export.artifacts.plan import BudgetScope
 from acip_export.cli.tables.common import show_changes
 from acip_export.cli.tables.inspect import show_anatomy
 from acip_export.cli.tables.plan import show_plan, show_plans
@@ -115,6 +116,25 @@ def test_figures_name_the_text_that_they_are_of(tmp_path: Path, capsys: pytest.C
     assert "on 1,000 tokens of text.txt: perplexity 12.50" in capsys.readouterr().out
     show_reports([REPORT, REPORT])
     assert "measured on 1,000 tokens of text.txt; KL in nats per token\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("scope", "beside"),
+    [
+        ("memory", "(600 B of it for the runtime itself, not in the budget)"),
+        ("file", "(1.10 kB of it for caches, buffers and the runtime itself, not in the budget)"),
+        ("process", ""),
+        ("anonymous", ""),
+    ],
+)
+def test_budget_and_process_say_what_each_counts(
+    scope: BudgetScope, beside: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a budget of 150 MB beside a process of 187 reads as one that does not hold."""
+    show_reports([replace(REPORT, budget_scope=scope)])
+    told = capsys.readouterr().out
+    assert f"2.00 kB of 2.10 kB planned for its process{beside and f' {beside}'}, " in told
+    assert ("not in the budget" in told) == bool(beside)
 
 
 @pytest.mark.parametrize(("worst", "shown"), [(0.0043, "0.0043"), (0.31872, "0.319"), (4.31e-6, "4.31e-06")])

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from acip_export.artifacts.report import Report, RuntimeReport, Speed
 
 _SCOPES = {
-    "file": "files",
-    "memory": "memory",
-    "process": "memory, the runtime included",
-    "anonymous": "memory that the system cannot drop",
+    "file": "files alone",
+    "memory": "files, caches and buffers in memory",
+    "process": "the whole process",
+    "anonymous": "what of the process the system cannot drop",
 }
+# What a process holds beside what the budget is for.
+_BESIDE = {"file": "caches, buffers and the runtime itself", "memory": "the runtime itself"}
 
 
 def show_reports(reports: Sequence[Report]) -> None:
@@ -39,12 +41,12 @@ def _show_report(report: Report) -> None:
     say = console.say
     say(
         f"[bold]{report.format} {report.layout}[/]: {report.planned_bytes:,} bytes planned, "
-        f"{report.written_bytes:,} written; budget {format_bytes(report.budget_bytes)} of "
+        f"{report.written_bytes:,} written; budget of {format_bytes(report.budget_bytes)} for "
         f"{_SCOPES[report.budget_scope]}",
         markup=True,
     )
     for runtime in report.runtimes:
-        say(f"{runtime.runtime}: {', '.join(_process(runtime))}", indent=2)
+        say(f"{runtime.runtime}: {', '.join(_process(runtime, report))}", indent=2)
         quality = "; ".join(_quality(runtime, report))
         if quality:
             say(f"on {_measured_on(report)}: {quality}", indent=4)
@@ -63,11 +65,16 @@ def _measured_on(report: Report) -> str:
     return "a text" if report.text is None else f"{report.text.tokens:,} tokens of {report.text.source}"
 
 
-def _process(runtime: RuntimeReport) -> Iterator[str]:
-    """What a process of a runtime took."""
+def _process(runtime: RuntimeReport, report: Report) -> Iterator[str]:
+    """What a process of a runtime took, and what of it is no matter of the budget."""
     if runtime.memory is not None:
         memory = runtime.memory
-        yield f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.predicted_bytes)} planned in memory"
+        took = f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.predicted_bytes)} planned for its process"
+        in_budget = report.planned_bytes if report.budget_scope == "file" else report.memory_bytes
+        beside = memory.predicted_bytes - in_budget
+        if report.budget_scope in _BESIDE and beside > 0:
+            took += f" ({format_bytes(beside)} of it for {_BESIDE[report.budget_scope]}, not in the budget)"
+        yield took
         anonymous, planned = memory.allocated_bytes, memory.predicted_anonymous_bytes
         yield f"{format_bytes(anonymous)} of {format_bytes(planned)} planned that the system cannot drop"
     if runtime.load_seconds is not None:
