@@ -30,9 +30,10 @@ def cache(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """List what is kept to save time, with its bytes and what making it again takes, or remove it.
+    """List what is kept to save time, with its bytes, or remove it.
 
-    Without names, --clear removes what commands make again by themselves; the rest is removed by name alone.
+    Each says what making it again takes. Without names, --clear removes what commands make again by themselves; the
+    rest is removed by name alone.
 
     acip-export cache
 
