@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 from acip_export.artifacts.scores import ScoreFile  # noqa: E402
 from acip_export.cli import main as cli  # noqa: E402
-from acip_export.cli import output  # noqa: E402
 from acip_export.io import kept_states  # noqa: E402
 from tests.materialization.moments import scores_with_moments  # noqa: E402
 from tests.support import Outcome, Run, Shared, make_model  # noqa: E402
@@ -39,9 +38,6 @@ def pytest_configure() -> None:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """``run("plan", "--budget", ...)``: the command line, its error boundary included, in this process."""
-
-    # Where messages are folded is no property of what they say; tests/cli/test_screens.py is about it.
-    monkeypatch.setattr(output, "LOG_WIDTH", 10_000)
 
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["acip-export", *map(str, arguments)])

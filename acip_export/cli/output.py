@@ -29,8 +29,6 @@ from acip_export.units import format_seconds
 
 _SECONDS_BETWEEN_LINES = 30
 _UNKNOWN = Course({})
-# Columns of sentences in a file or a pipe.
-LOG_WIDTH = 80
 # Columns that the bar takes.
 _BAR = 20
 
@@ -205,17 +203,13 @@ def interrupted(code: int) -> None:
 
 
 def _tell(message: str, *styles: Span, style: str = "") -> None:
-    """Print sentences on stderr, folded at words: those of an indented line go on below its first word.
-
-    A longer word is broken at the edge of a terminal, and stays whole in a log, where a path could not be searched for.
-    """
+    """Print sentences on stderr: folded at words, an indented line below its first one; whole where it is a log."""
     folds = _wraps(err)
-    width = max(1, err.width) if folds else LOG_WIDTH
-    text = "\n".join(_folded(line, width, folds) for line in message.split("\n"))
+    text = "\n".join(_folded(line, max(1, err.width)) for line in message.split("\n")) if folds else message
     err.print(Text(text, style, spans=list(styles)), soft_wrap=not folds)
 
 
-def _folded(line: str, width: int, breaks_words: bool) -> str:
+def _folded(line: str, width: int) -> str:
     indent = line[: len(line) - len(line.lstrip(" "))]
     return textwrap.fill(
         line,
@@ -223,7 +217,6 @@ def _folded(line: str, width: int, breaks_words: bool) -> str:
         subsequent_indent=indent,
         expand_tabs=False,
         replace_whitespace=False,
-        break_long_words=breaks_words,
         break_on_hyphens=False,
     )
 
