@@ -192,7 +192,7 @@ class SafetensorsWriter:
         """
         expected = next(iter(self._pending), None)
         if name != expected or memoryview(data).nbytes != self._pending[name][1]:
-            raise ValueError(f"wrote {name} with {memoryview(data).nbytes:,} bytes, expected {expected:,}")
+            raise ValueError(f"wrote {name} with {memoryview(data).nbytes:,} bytes, expected {expected}")
         del self._pending[name]
         self._append(data)
 
@@ -321,12 +321,16 @@ def new_file(target: Path, allow: Callable[[], None] = _nothing) -> Iterator[Pat
     """Like :func:`new_directory`, for one file.
 
     It is written in a hidden directory of its own: libraries that write to a temporary file beside the one they are
-    given (safetensors does) leave that one there too when they are killed.
+    given (safetensors does) leave that one there too when they are killed. Its name there is short, for systems that
+    limit whole paths, and has no suffix, so that nobody who looks for files of a kind takes a half-written one.
     """
     allow()
     with scratch_directory(target, ".tmp") as directory:
-        temporary = directory / target.name
-        temporary.touch(mode=0o600)
+        temporary = directory / "new"
+        try:
+            temporary.touch(mode=0o600)
+        except OSError as reason:
+            raise _no_output(target, reason) from reason
         yield temporary
         allow()
         temporary.chmod(0o644)

@@ -54,6 +54,7 @@ def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old")
     with pytest.raises(Exploded), new_file(target) as temporary:
+        assert temporary.suffix == "" and len(temporary.name) < len(target.name), "no file of a kind; a short path"
         temporary.write_text("half")
         raise Exploded
     assert target.read_text() == "old"

@@ -89,7 +89,8 @@ def test_commands(tmp_path: Path, run: Run) -> None:
     make_scores(model)
     out = tmp_path / "out"
     export = ("--model", model, "--budget", "50MB", "--format", "gguf", "--no-verify", "-o", out)
-    rank = ("rank", model, "--data", "text", "--algorithm", "magnitude", "-o", out)
+    (tmp_path / "text").write_text("words", encoding="utf-8")
+    rank = ("rank", model, "--data", tmp_path / "text", "--algorithm", "magnitude", "-o", out)
     with another(out):
         for command in (export, rank):
             done = run(*command)

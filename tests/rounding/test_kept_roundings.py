@@ -15,6 +15,7 @@ import torch
 
 from acip_export.api import shared_work
 from acip_export.formats.registry import export_format
+from acip_export.io.atomic import new_file
 from acip_export.io.processes import module_environment
 from acip_export.rounding import error_feedback, kept_roundings
 from acip_export.rounding.kept_roundings import KeptRoundings, roundings_beside
@@ -116,6 +117,18 @@ def test_beside_an_export_they_outlive_a_kill_and_long_work_only(
     with roundings_beside(target, "another plan") as kept:
         assert _fill(kept, 2) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_written_piece_counts_for_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A process that is killed leaves it in a hidden directory; here, one that is still writing."""
+    target = tmp_path / "export"
+    with roundings_beside(target, "a") as kept:
+        writing = new_file(kept.directory / "half.npz")
+        writing.__enter__()
+        with pytest.raises(KeyboardInterrupt), roundings_beside(target, "a"):
+            raise KeyboardInterrupt
+        assert not kept.directory.exists()
+    assert "going on" not in caplog.text
 
 
 def test_parts_of_plans_outlive_a_kill(tmp_path: Path) -> None:
