@@ -57,7 +57,7 @@ def _can_be_cut(tokenizer: Any) -> bool:
     # A blank and a letter behind it are composed with nothing before them.
     if normalizer.get("type", "NFC") != "NFC":
         return False
-    *steps, last = splitting.get("pretokenizers", [splitting])
+    *steps, last = splitting.get("pretokenizers", [splitting]) or [{}]
     # Behind it, blanks are letters.
     if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
         return False

@@ -87,6 +87,7 @@ def changed(**steps: Any) -> PreTrainedTokenizerFast:
         {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
         {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)},
         {"pre_tokenizer": None},
+        {"pre_tokenizer": pre_tokenizers.Sequence([])},
         {
             "pre_tokenizer": pre_tokenizers.Sequence(
                 [pre_tokenizers.Split(Regex(r"\w+ \w+"), "isolated"), pre_tokenizers.ByteLevel(False)]
@@ -96,7 +97,7 @@ def changed(**steps: Any) -> PreTrainedTokenizerFast:
         {"token": AddedToken("word", rstrip=True)},
         {"model": models.BPE({"a": 0}, [], dropout=0.1)},
     ],
-    ids=["lowercase", "prefix", "blank", "no-split", "none", "pattern", "blank-in-token", "swallows", "dropout"],
+    ids=["lowercase", "prefix", "blank", "no-split", "none", "empty", "pattern", "blank-in-token", "swallows", "dropout"],
 )
 def test_a_step_that_is_not_known_leaves_a_text_whole(steps: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces_module, "_PIECE", 8)
