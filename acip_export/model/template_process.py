@@ -56,6 +56,10 @@ class TemplateProcess:
                 child.stdin.write(json.dumps(request).encode() + b"\n")
                 child.stdin.flush()
             line = child.stdout.readline()
+        except BaseException:
+            # It would go on when nobody asks any more, and give this text as the answer to the next request.
+            self.close()
+            raise
         finally:
             timely = late.is_alive()
             late.cancel()
