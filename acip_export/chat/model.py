@@ -16,7 +16,7 @@ import msgspec
 
 from acip_export.artifacts.names import PLAN_FILE
 from acip_export.artifacts.plan import Plan, Serving, load_plan
-from acip_export.chat.protocol import Answer, Ask, Next, Opened, Reply, Request, Settings, Stop
+from acip_export.chat.protocol import Answer, Ask, Asked, Next, Opened, Reply, Request, Settings, Stop
 from acip_export.errors import (
     AcipError,
     MissingExtraError,
@@ -201,7 +201,7 @@ class _Process:
     """A worker; see :mod:`acip_export.chat.worker`."""
 
     def __init__(self, source: _Source, session: SessionClass, threads: int) -> None:
-        self._what = f"{source.directory} in {session.runtime}"
+        self._what, self._asked = f"{source.directory} in {session.runtime}", 0
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         serving = msgspec.json.encode(source.serving).decode()
         arguments = [session.module, session.name, str(source.directory), serving, str(threads)]
@@ -230,10 +230,13 @@ class _Process:
     def request(self, request: Request) -> Reply:
         """Ask, and wait for the reply."""
         assert self._process.stdin is not None
+        self._asked += 1
         with contextlib.suppress(BrokenPipeError):  # reading says why
-            self._process.stdin.write(msgspec.json.encode(request) + b"\n")
+            self._process.stdin.write(msgspec.json.encode(Asked(self._asked, request)) + b"\n")
             self._process.stdin.flush()
         reply = self._read(Reply)
+        while reply.number != self._asked:  # to one before, for which Ctrl-C ended the waiting
+            reply = self._read(Reply)
         if reply.error:
             raise VerificationError(reply.error)
         return reply

@@ -62,6 +62,13 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 Request = Ask | Next | Stop
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """A request with its number, which the reply repeats: whoever was interrupted while waiting for one asks on."""
+
+    number: int
+    request: Request
+
+
 class Answer(msgspec.Struct, frozen=True):
     """What an answer took.
 
@@ -87,9 +94,11 @@ class Reply(msgspec.Struct, frozen=True):
 
     Attributes:
         text: a piece of the answer. answer: when it has ended. too_long: tokens of a question that does not fit.
+        number: of the request.
     """
 
     text: str = ""
     answer: Answer | None = None
     too_long: int | None = None
     error: str = ""
+    number: int = 0

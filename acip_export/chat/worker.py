@@ -20,7 +20,7 @@ import numpy as np
 
 from acip_export.artifacts.plan import Serving
 from acip_export.chat.conversation import Conversation, choose
-from acip_export.chat.protocol import Ask, Next, Opened, Reply, Request
+from acip_export.chat.protocol import Ask, Asked, Next, Opened, Reply, Request
 from acip_export.errors import AcipError, MissingExtraError
 from acip_export.verification.probe import forget_peak, resident
 
@@ -58,11 +58,12 @@ def main() -> None:
         _say(channel, Opened(session.name, dict(session.tokens), time.perf_counter() - start))
         conversation = Conversation(session, serving.context, memory)
         for line in sys.stdin.buffer:
+            asked = msgspec.json.decode(line, type=Asked)
             try:
-                reply = _reply(conversation, msgspec.json.decode(line, type=Request))
+                reply = _reply(conversation, asked.request)
             except AcipError as error:
                 reply = Reply(error=str(error))
-            _say(channel, reply)
+            _say(channel, msgspec.structs.replace(reply, number=asked.number))
 
 
 def _reply(conversation: Conversation, request: Request) -> Reply:

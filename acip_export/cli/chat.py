@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -104,7 +105,7 @@ def _converse(models: list[ChatModel], settings: Settings) -> None:
             except EOFError:
                 console.out.print()
                 return
-            except KeyboardInterrupt:
+            except _StoppedError:
                 console.out.print()
                 console.note("Ctrl-D ends")
                 continue
@@ -115,11 +116,19 @@ def _converse(models: list[ChatModel], settings: Settings) -> None:
                     console.print_error(error)
 
 
+class _StoppedError(KeyboardInterrupt):
+    """Ctrl-C: a kind of its own, as whoever ends the process in another way means the whole of it."""
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise _StoppedError
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Ctrl-C is the conversation's own, and no reason to end with the status of an interruption."""
     before: Any = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _stop)
     try:
         yield
     finally:
@@ -134,7 +143,7 @@ def _answers(models: list[ChatModel], text: str, settings: Settings) -> None:
         try:
             for piece in pieces:
                 console.stream(piece)
-        except KeyboardInterrupt:
+        except _StoppedError:
             pieces.close()
         console.stream("\n")
         if model.forgotten:

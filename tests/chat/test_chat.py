@@ -397,6 +397,35 @@ def test_a_terminal(places: dict[str, Path]) -> None:
     assert terminal.end() == 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="terminals of another kind")
+def test_a_conversation_is_ended_from_outside(places: dict[str, Path]) -> None:
+    """By whatever stops processes: not every request to end is a Ctrl-C that stops an answer."""
+    terminal = Terminal("chat", places["gguf"], "--threads", 1)
+    terminal.wait_for("> ")
+    terminal.process.send_signal(signal.SIGTERM)
+    assert terminal.end() == 130
+
+
+def test_ctrl_c_while_a_piece_is_waited_for(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reply, which comes afterwards, is not taken for that to the next request."""
+    with open_chat(places["gguf"], threads=1) as model:
+        read, waited = model._process._read, []
+
+        def interrupted(kind: Any) -> Any:
+            waited.append(kind)
+            if len(waited) == 2:
+                raise KeyboardInterrupt
+            return read(kind)
+
+        monkeypatch.setattr(model._process, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(model.ask("import os", Settings(max_tokens=40)))
+        assert model.answer is not None and model.answer.ending == "stopped"
+        with pytest.raises(UsageError, match="the context is 128"):
+            model.forget()
+            list(model.ask("x = 1\n" * 200, Settings(max_tokens=4)))
+
+
 def test_ctrl_c_stops_an_answer(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from acip_export.cli import chat as command
 
