@@ -47,14 +47,11 @@ def infeasible(
     budgets = [f"  --budget {_round_up(floor.nbytes)}"]
     if smaller:
         budgets.append(f"  --budget {_round_up(smaller.floor)} {smaller.flags}")
-    settings = "context, KV cache type, prompt batch" if problem.checkpoint.shape.generates else "prompt batch"
+    otherwise = f"It does not fit with {_tried(problem, budget)} either; other  --types  may, and a larger budget does:"
     advice = (
         ["These settings fit:", *(suggestion.line() for suggestion in fitting), "Or give a larger budget:"]
         if fitting
-        else [
-            f"No other {settings} or weight type of {problem.space.format.name} makes it fit, nor does another format; "
-            "give a larger budget:"
-        ]
+        else [otherwise]
     )
     lines = "\n".join((*advice, *budgets))
     return InfeasibleBudgetError(
@@ -64,6 +61,14 @@ def infeasible(
         floor.nbytes,
         [{"change": suggestion.flags, "floor_bytes": suggestion.floor} for suggestion in fitting],
     )
+
+
+def _tried(problem: Problem, budget: Budget) -> str:
+    """Name what suggestions are looked for in: see :func:`_changes`."""
+    settings = ["a shorter context"] if budget.scope != "file" else []
+    if settings and problem.checkpoint.shape.generates:
+        settings += ["a smaller KV cache or prompt batch"]
+    return ", ".join((*settings, "the types that plans take by default or another format"))
 
 
 def unaccepted_loss(plan: Plan) -> UnacceptedLossError:
@@ -213,14 +218,12 @@ def _changes(problem: Problem, budget: Budget, rule: ServingRule) -> Iterator[_C
     for cache in caches:
         smaller = replace(rule, cache_type_k=cache, cache_type_v=cache)
         yield _Change("cache", f"--cache-type {cache}", problem, smaller)
-    if not problem.checkpoint.shape.generates:
-        return
-    small_batch = replace(rule, prompt_batch=_LEAST_BATCH)
-    if rule.serving(budget, problem.memory).prompt_batch > _LEAST_BATCH:
+    small_batch, generates = replace(rule, prompt_batch=_LEAST_BATCH), problem.checkpoint.shape.generates
+    if generates and rule.serving(budget, problem.memory).prompt_batch > _LEAST_BATCH:
         yield _Change("batch", f"--prompt-batch {_LEAST_BATCH}", problem, small_batch)
     for context in _shorter(rule.context):
         yield _Change("context", f"--context {context}", problem, replace(rule, context=context))
-    for cache in caches:
+    for cache in caches if generates else ():
         for context in _shorter(rule.context):
             flags = f"--context {context} --cache-type {cache} --prompt-batch {_LEAST_BATCH}"
             leaner = replace(small_batch, context=context, cache_type_k=cache, cache_type_v=cache)

@@ -21,6 +21,7 @@ from acip_export.errors import ScoreFileError, UnsupportedError, UsageError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import DoesNotFit, PlanRequest, Problem, infeasible, make_plan, resolve
 from acip_export.units import parse_bytes
+from tests.encoders import make_encoder
 from tests.planning.problems import overhead, planned, with_overhead
 from tests.support import make_model, make_scores
 
@@ -143,6 +144,22 @@ def test_refusals(
         planned(*ranked, request_)
 
 
+def test_an_encoder_that_fits_with_shorter_texts(tmp_path: Path) -> None:
+    """It has no cache and no prompt batch of its own; what it computes grows with its texts."""
+    encoder = Checkpoint.open(make_encoder(tmp_path / "bert", max_position_embeddings=256))
+    question = resolve(PlanRequest("onnx", 1, context=128), encoder)
+    problem = Problem.of(encoder, make_scores(encoder.path), question.space)
+    with pytest.raises(DoesNotFit) as refused:
+        make_plan(problem, question.budget, question.rule)
+    floor = refused.value.floor
+    told = str(infeasible(problem, question.budget, question.rule, floor))
+    assert "It does not fit with a shorter context, the types that" in told and "cache" not in told
+    budget = replace(question.budget, nbytes=floor.nbytes - 1)
+    assert "--context 64 " in str(infeasible(problem, budget, question.rule, floor))
+    of_files = str(infeasible(problem, replace(question.budget, scope="file"), question.rule, floor))
+    assert "It does not fit with the types that" in of_files
+
+
 def test_a_refused_budget_is_explained(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     """By the floor and its parts, and by what would fit."""
     request = PlanRequest("gguf", 400_000, types=("q8_0",), context=256, prompt_batch=64)
@@ -156,8 +173,10 @@ def test_a_refused_budget_is_explained(ranked: tuple[Checkpoint, ScoreFile]) -> 
     floor = refused.value.floor.nbytes
     assert f" ({floor:,} bytes), most of it" in str(error)
     advice, typed = str(error).splitlines()[-3:-1]
-    assert advice.startswith("No other context, KV cache type, prompt batch or weight type of gguf makes it fit")
-    assert advice.endswith("; give a larger budget:") and parse_bytes(typed.split()[1]) >= floor
+    assert advice.startswith(
+        "It does not fit with a shorter context, a smaller KV cache or prompt batch, the types that"
+    )
+    assert advice.endswith(" a larger budget does:") and parse_bytes(typed.split()[1]) >= floor
     roomier = replace(question.budget, nbytes=refused.value.floor.nbytes - 1)
     flags = ("--types f16,", "--cache-type q8_0", "--prompt-batch 8")
     assert all(flag in str(infeasible(problem, roomier, question.rule, refused.value.floor)) for flag in flags)
