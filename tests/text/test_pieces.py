@@ -97,7 +97,18 @@ def changed(**steps: Any) -> PreTrainedTokenizerFast:
         {"token": AddedToken("word", rstrip=True)},
         {"model": models.BPE({"a": 0}, [], dropout=0.1)},
     ],
-    ids=["lowercase", "prefix", "blank", "no-split", "none", "empty", "pattern", "blank-in-token", "swallows", "dropout"],
+    ids=[
+        "lowercase",
+        "prefix",
+        "blank",
+        "no-split",
+        "none",
+        "empty",
+        "pattern",
+        "blank-in-token",
+        "swallows",
+        "dropout",
+    ],
 )
 def test_a_step_that_is_not_known_leaves_a_text_whole(steps: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces_module, "_PIECE", 8)
