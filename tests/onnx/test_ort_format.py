@@ -64,6 +64,6 @@ def test_what_cannot_be_converted_is_refused(
     with pytest.raises(UnsupportedError, match="cannot convert"):
         write_ort(broken, tmp_path / "ort")
     monkeypatch.setattr(ort_format, "_LARGEST", 1000)
-    with pytest.raises(UnsupportedError, match="holds at most 1000"):
+    with pytest.raises(UnsupportedError, match="holds at most 1,000"):
         write_ort(export.path, tmp_path / "ort")
     assert not list(tmp_path.glob("*ort*"))
