@@ -73,10 +73,10 @@ def cache(
         by_hand = [each for each in left if each.by_hand]
         if by_hand and not names:
             listed = ", ".join(f"{each.name} ({format_bytes(sizes[each.name])})" for each in by_hand)
-            type_ = " ".join(("acip-export cache --clear", *(quote(each.name) for each in by_hand)))
-            console.say(f"left, as no command makes it again: {listed}; to remove it, too:  {type_}")
+            command = " ".join(("acip-export cache --clear", *(quote(each.name) for each in by_hand)))
+            console.say(f"left, as no command makes it again: {listed}; to remove it, too:  {command}")
         return
-    others = ",  the rest with its names behind that" if any(each.by_hand for each in chosen) else ""
+    others = ",  the rest with  acip-export cache --clear NAME" if any(each.by_hand for each in chosen) else ""
     console.say(f"{format_bytes(total)} kept; remove what commands make again with  acip-export cache --clear{others}")
 
 

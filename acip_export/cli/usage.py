@@ -113,7 +113,8 @@ def _value_of(flag: str, args: Sequence[str]) -> str:
     for at, arg in enumerate(args):
         name, equals, value = arg.partition("=")
         if name == flag:
-            return value if equals else next(iter(args[at + 1 :]), "VALUE")
+            found = value if equals else next(iter(args[at + 1 :]), "-")
+            return "VALUE" if found.startswith("-") else found
     return "VALUE"
 
 

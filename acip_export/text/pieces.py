@@ -1,6 +1,6 @@
-"""Cut a long text where its tokens are those of the whole: tokenizing takes 200 bytes of memory for each of its own.
+"""Cut a long text into pieces that have the tokens of the whole: tokenizing takes 200 bytes of memory for each of text.
 
-In general no place is safe. One is between a letter and a blank before a letter where text is split at one of the
+In general no cut is safe. One is between a letter and a blank before a letter where text is split at one of the
 patterns that are in wide use: nothing that they match holds both, what they match before it does not depend on what
 comes next, and none looks back.
 """

@@ -108,6 +108,7 @@ def test_errors_of_the_parser_name_the_commands_own_help(typed: str, says: str, 
         ("rank --budget=50% .", "acip-export --budget 50% --format gguf"),
         ("rank . --data text.txt -f onnx", "acip-export --budget 4GB --format onnx"),
         ("rank . --device browser", "acip-export --device browser"),
+        ("rank --budget --data text.txt", "acip-export --budget VALUE --format gguf"),
         ("rank . --no-verify", "acip-export --budget 4GB --format gguf --no-verify"),
     ],
 )
