@@ -38,28 +38,29 @@ def ignore_requests() -> None:
 
 
 @contextmanager
-def noted_interruptions() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C, SIGTERM and SIGHUP only be noted inside: the yielded function tells it, and a second one acts.
+def noted_interruptions() -> Iterator[Callable[[], int]]:
+    """Let Ctrl-C, SIGTERM and SIGHUP only be noted inside: the yielded function tells which came first, or 0, and a
+    second one acts.
 
     One that comes at once behind the first is the same request. Signals that are ignored or end the process without
     Python stay as they are. Outside the main thread, where handlers cannot be set and none is called, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    noted: list[float] = []
+    noted: list[tuple[int, float]] = []
     handlers = {number: signal.getsignal(number) for number in _REQUESTS}
     before = {number: handler for number, handler in handlers.items() if callable(handler)}
 
     def note(number: int, frame: FrameType | None) -> None:
-        noted.append(time.monotonic())
-        if len(noted) > 1 and noted[-1] - noted[0] >= _ONE_REQUEST_SECONDS:
+        noted.append((number, time.monotonic()))
+        if len(noted) > 1 and noted[-1][1] - noted[0][1] >= _ONE_REQUEST_SECONDS:
             before[number](number, frame)
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda: bool(noted)
+        yield lambda: noted[0][0] if noted else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -70,9 +71,9 @@ def interrupted_afterwards() -> Iterator[None]:
     """Act on an interruption of the block at its end, once everything in it is done: for blocks of milliseconds.
 
     Raises:
-        KeyboardInterrupt: one came.
+        KeyboardInterrupt: one came, unless whoever handles it outside the block only notes it, too.
     """
     with noted_interruptions() as interrupted:
         yield
-    if interrupted():
-        raise KeyboardInterrupt
+    if number := interrupted():
+        signal.raise_signal(number)

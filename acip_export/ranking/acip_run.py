@@ -52,7 +52,7 @@ class AcipRun:
         self.device = next(iter(layers.values())).mask.device
         self.stream = WindowStream(context.data.training, config.batch, self.seed)
         check_batch(self.stream.batch, self.processes.count)
-        self.interrupted: Callable[[], bool] = lambda: False
+        self.interrupted: Callable[[], int] = lambda: 0
         self._stopping = False
         self.sizes = np.random.default_rng(self.seed)
         if config.start == "drop-loss":
@@ -126,7 +126,7 @@ class AcipRun:
 
     def should_stop(self) -> bool:
         """Tell whether any process was asked to stop; of several, all say the same, as of the last step."""
-        return self._stopping or (self.processes.count == 1 and self.interrupted())
+        return self._stopping or (self.processes.count == 1 and self.interrupted() != 0)
 
     def ratio(self) -> float:
         return live_ratio(self.layers)
@@ -280,7 +280,7 @@ class AcipRun:
         if self.processes.count == 1:
             return loss, False
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        news = torch.tensor([loss, float(self.interrupted())], device=self.device)
+        news = torch.tensor([loss, float(self.interrupted() != 0)], device=self.device)
         message = self.processes.sum(torch.cat([*(gradient.flatten() for gradient in gradients), news]))
         message[:-1] /= self.processes.count
         begin = 0

@@ -38,6 +38,23 @@ def test_a_block_is_done_before_it_is_interrupted() -> None:
     assert done
 
 
+def test_behind_a_block_it_is_the_handlers_again() -> None:
+    """One that notes it, of a larger block, goes on noting; one that knows of it takes the next for the same."""
+    interruption = Interruption()
+    before = signal.signal(signal.SIGINT, interruption)
+    try:
+        with noted_interruptions() as interrupted:
+            with interrupted_afterwards():
+                signal.raise_signal(signal.SIGINT)
+            assert interrupted() == signal.SIGINT and not interruption.happened
+        with pytest.raises(KeyboardInterrupt), interrupted_afterwards():
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert interruption.happened
+
+
 def test_the_second_of_two_requests_interrupts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where tidying up hangs, a later one ends it; one that follows at once is the same request."""
     interruption = Interruption()
