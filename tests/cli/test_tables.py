@@ -12,7 +12,7 @@ from acip_export.artifacts.plan import BudgetScope
 from acip_export.cli.tables.common import show_changes
 from acip_export.cli.tables.inspect import show_anatomy
 from acip_export.cli.tables.plan import show_plan, show_plans
-from acip_export.cli.tables.report import show_reports
+from acip_export.cli.tables.report import hub_name, show_reports
 from acip_export.inspection import TensorChange, read_anatomy
 from acip_export.inspection.diff import Stored
 from tests.reports import REPORT
@@ -145,3 +145,20 @@ def test_small_divergences_are_no_zeros(worst: float, shown: str, capsys: pytest
     show_reports([replace(REPORT, runtimes=(replace(runtime, divergence=divergence),))])
     told = capsys.readouterr().out
     assert f"KL {worst / 10:.3g} nats per token, 99.9 % of them below {shown}, same" in told, told
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm2-gguf-150MB", "smollm2-gguf-150MB"),
+        ("My modèl-für mich", "My-model-fur-mich"),
+        ("..a--b. c.git", "a-b.c"),
+        ("模型", "model"),
+        ("a" * 200, "a" * 96),
+    ],
+)
+def test_the_name_to_publish_under_is_one_that_a_hub_takes(name: str, expected: str) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    assert hub_name(name) == expected
+    validate_repo_id(f"owner/{hub_name(name)}")

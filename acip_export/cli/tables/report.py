@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,6 +142,14 @@ def _show_table(reports: Sequence[Report]) -> None:
             console.say(f"{report.format} {report.layout}: {_similarity(report)}")
 
 
+def hub_name(name: str) -> str:
+    """Return ``name`` as a hub takes it: at most 96 letters of ASCII, digits and single marks between them."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain)
+    name = re.sub(r"([-.])[-.]+", r"\1", name)[:96].strip("-.")
+    return name.removesuffix(".git") or "model"
+
+
 def show_export(plan: Plan, directory: Path) -> None:
     """Where the export is, and how to run it."""
     from acip_export.formats.registry import export_format
@@ -147,7 +157,7 @@ def show_export(plan: Plan, directory: Path) -> None:
     size = format_bytes(plan.planned_bytes)
     console.say(f"\n[bold]{size}[/] in {escape(str(directory))}, as planned. Run it with:", markup=True)
     written_as = export_format(plan.format)
-    push = shlex.join(["acip-export", "push", str(directory), f"{Path(plan.model).name}-{directory.name}"])
+    push = shlex.join(["acip-export", "push", str(directory), hub_name(f"{Path(plan.model).name}-{directory.name}")])
     commands = written_as.run_commands(plan, directory, written_as.chat_template(directory))
     if plan.task == "causal":
         console.show_command(shlex.join(["acip-export", "chat", str(directory)]), shell=True)
