@@ -98,7 +98,10 @@ def read_safetensors_header(file: Path, error: type[InputError]) -> tuple[dict[s
             )
         end += entry.nbytes
     if end != size:
-        raise error(f"{file} is truncated or padded: {size:,} bytes, {end:,} expected from its header")
+        raise error(
+            f"{file} is truncated or padded: {size:,} bytes, {end:,} expected from its header; "
+            "fetch or save the file again"
+        )
     return entries, metadata
 
 

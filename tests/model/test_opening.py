@@ -202,7 +202,7 @@ ROWS: dict[str, Row] = {
     # Damaged weights.
     "overlapping tensors": ("llama", header(overlap), CheckpointError, "overlaps what is before it"),
     "a gap": ("llama", header(gap), CheckpointError, "leaves a gap to what is before it"),
-    "bytes at the end": ("llama", header(lambda _: None, b"more"), CheckpointError, "truncated or padded"),
+    "bytes at the end": ("llama", header(lambda _: None, b"more"), CheckpointError, "fetch or save the file again"),
     # Quantized weights.
     **{
         f"quantized by {method}": (
