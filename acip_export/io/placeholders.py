@@ -21,6 +21,8 @@ def refuse_placeholder(file: Path, error: type[InputError]) -> None:
     with open_input(file, error) as stream:
         start = stream.read(_START)
     again = "download it again, for example with  hf download OWNER/NAME"
+    if file.suffix == ".acip":
+        again = "make it again with  acip-export rank"
     if not start:
         raise error(f"{file} is empty; {again}")
     if start.startswith(_LFS_POINTER):

@@ -230,3 +230,9 @@ def test_another_model(model: Path, tmp_path: Path) -> None:
     retrained = make_model(tmp_path / "tiny", num_hidden_layers=1, seed=1)
     with pytest.raises(ScoreFileError, match="was made for 'tiny'"):
         scores.check_model(Checkpoint.open(retrained))
+
+
+def test_an_empty_score_file_is_made_again_not_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "empty.acip").touch()
+    with pytest.raises(ScoreFileError, match="is empty; make it again with  acip-export rank"):
+        load_scores(tmp_path / "empty.acip")
