@@ -15,6 +15,7 @@ from acip_export.cli.tables.plan import show_plan, show_plans
 from acip_export.cli.tables.report import hub_name, show_reports
 from acip_export.inspection import TensorChange, read_anatomy
 from acip_export.inspection.diff import Stored
+from acip_export.io.hub import check_repository_id
 from tests.reports import REPORT
 from tests.support import dense, make_model, make_plan, unspaced
 
@@ -158,7 +159,5 @@ def test_small_divergences_are_no_zeros(worst: float, shown: str, capsys: pytest
     ],
 )
 def test_the_name_to_publish_under_is_one_that_a_hub_takes(name: str, expected: str) -> None:
-    from huggingface_hub.utils import validate_repo_id
-
     assert hub_name(name) == expected
-    validate_repo_id(f"owner/{hub_name(name)}")
+    check_repository_id(f"owner/{hub_name(name)}")
