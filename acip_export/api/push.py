@@ -141,6 +141,17 @@ def _card(export: Path, base_model: str | None, license_: str | None) -> str:
     return text
 
 
+def flags_of_card(export: Path) -> list[str]:
+    """Return the flags, and what stands for their values, that publishing an export takes as its card lacks them."""
+    file = export / CARD_FILE
+    try:
+        fields = fields_of(read_input(file, InputError).decode("utf-8", "replace"), str(file))
+    except InputError:  # publishing says what is wrong with it
+        return []
+    model = [] if _names_models(fields.get("base_model")) else ["--base-model", "OWNER/NAME"]
+    return model + ([] if fields.get("license") else ["--license", "ID"])
+
+
 def _names_models(value: Any) -> bool:
     """Whether it names models as the hub does."""
     named = value if isinstance(value, list) else [value]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from huggingface_hub import constants
 from acip_export.artifacts.names import MARK_FILE, REPORT_FILE, TUNED_FILE
 from acip_export.artifacts.plan import load_plan
 from acip_export.cli import main as cli
+from acip_export.cli.tables.report import show_export
 from tests.hub import OWNER, READER, WRITER, Hub
 from tests.support import Run, make_model, make_scores
 
@@ -173,6 +176,29 @@ def test_what_was_not_verified_is_refused(export: Path, run: Run, hub: Hub) -> N
     (export / name).write_bytes(data)
     (export / "mine.txt").write_text("mine")
     assert "mine.txt: written, but not planned" in run("push", export, *common).err
+
+
+def test_the_printed_line_has_what_the_card_lacks(
+    export: Path, run: Run, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With names in place of its own, it publishes; a card that says all needs no flag."""
+
+    def printed() -> list[str]:
+        show_export(load_plan(export / "plan.json"), export)
+        return capsys.readouterr().out.replace("\\\n   ", "").splitlines()[-2:]
+
+    says, line = printed()
+    assert says == "Publish it, with its model card, which does not say  --base-model:"
+    assert line.endswith(" --base-model OWNER/NAME") and "--license" not in line
+    assert run(*shlex.split(line)[1:], "--dry-run").code == 0
+    card = export / "README.md"
+    whole = card.read_text()
+    card.write_text(whole.replace('license: "apache-2.0"\n', ""))
+    assert run(*shlex.split(printed()[1])[1:], "--dry-run").code == 0
+    card.write_text(re.sub("base_model: .*", "base_model: owner/base", whole))
+    assert printed()[0] == "Publish it, with its model card:"
+    assert run(*shlex.split(printed()[1])[1:], "--dry-run").code == 0
+    assert hub.asked == []
 
 
 def test_cards_that_the_hub_could_not_use(export: Path, run: Run, hub: Hub) -> None:

@@ -152,12 +152,14 @@ def hub_name(name: str) -> str:
 
 def show_export(plan: Plan, directory: Path) -> None:
     """Where the export is, and how to run it."""
+    from acip_export.api.push import flags_of_card
     from acip_export.formats.registry import export_format
 
     size = format_bytes(plan.planned_bytes)
     console.say(f"\n[bold]{size}[/] in {escape(str(directory))}, as planned. Run it with:", markup=True)
     written_as = export_format(plan.format)
-    push = shlex.join(["acip-export", "push", str(directory), hub_name(f"{Path(plan.model).name}-{directory.name}")])
+    name, lacking = hub_name(f"{Path(plan.model).name}-{directory.name}"), flags_of_card(directory)
+    push = shlex.join(["acip-export", "push", str(directory), name, *lacking])
     commands = written_as.run_commands(plan, directory, written_as.chat_template(directory))
     if plan.task == "causal":
         console.show_command(shlex.join(["acip-export", "chat", str(directory)]), shell=True)
@@ -165,5 +167,6 @@ def show_export(plan: Plan, directory: Path) -> None:
         console.show_command(command.text, shell=command.language == "console")
         if command.note:
             console.say(f"({command.note})", indent=2, style="dim")
-    console.say("Publish it, with its model card:")
+    what = f", which does not say  {'  and  '.join(lacking[::2])}" if lacking else ""
+    console.say(f"Publish it, with its model card{what}:")
     console.show_command(push, shell=True)
