@@ -228,9 +228,9 @@ def _room(target: Path) -> Iterator[None]:
 
 
 def _no_output(target: Path, reason: OSError) -> OutputError:
+    instead = "Make room, or choose" if reason.errno in _NO_ROOM else "Choose"
     return OutputError(
-        f"{target} cannot be written: {reason.strerror}; nothing was left there. "
-        "Make room, or choose another place with -o"
+        f"{target} cannot be written: {reason.strerror}; nothing was left there. {instead} another place with -o"
     )
 
 

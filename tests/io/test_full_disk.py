@@ -101,7 +101,7 @@ def test_the_file_layer(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    message = r"below cannot be written: (Not a directory|File exists)"
+    message = r"below cannot be written: (Not a directory|File exists); nothing was left there\. Choose another place"
     for open_ in (new_file, new_directory):
         with pytest.raises(OutputError, match=message), open_(tmp_path / "file" / "below"):
             pytest.fail("must not start")
