@@ -387,7 +387,7 @@ class ExportFormat(ABC):
         for layout in self.layouts:
             if layout.name == name:
                 return layout
-        known = instead_of(name, (layout.name for layout in self.layouts))
+        known = instead_of(name, (*(layout.name for layout in self.layouts), AUTO))
         raise UnsupportedError(f"{self.name} has no layout {name!r}; {known}")
 
     def layouts_for(self, layout: str | None, runtime: str | None) -> tuple[Layout, ...]:

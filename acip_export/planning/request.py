@@ -250,8 +250,8 @@ def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpo
     """Return the types of keys and values, every pair of them where they are to be chosen.
 
     Raises:
-        UsageError: the flags contradict each other, or the format has no such type.
-        UnsupportedError: what runs it refuses them for this model.
+        UsageError: the flags contradict each other.
+        UnsupportedError: the format has no such type, or what runs it refuses them for this model.
     """
     both, one_sided = request.cache_type, (request.cache_type_k, request.cache_type_v)
     if both and any(one_sided):
@@ -265,7 +265,8 @@ def _cache_types(request: PlanRequest, format: ExportFormat, checkpoint: Checkpo
     every_key, every_value = (tuple(format.cache_types) if name == AUTO else (name,) for name in (keys, values))
     for name in (*every_key, *every_value):
         if name not in format.cache_types:
-            raise UsageError(f"{format.name} has no KV cache type {name!r}; {instead_of(name, format.cache_types)}")
+            known = instead_of(name, (*format.cache_types, AUTO))
+            raise UnsupportedError(f"{format.name} has no KV cache type {name!r}; {known}")
     pairs = list(product(every_key, every_value))
     possible = tuple(
         pair for pair in pairs if not checkpoint.shape.generates or not format.refused_cache(checkpoint, *pair)

@@ -123,8 +123,12 @@ def test_low_rank_that_does_not_pay_is_said(ranked: tuple[Checkpoint, ScoreFile]
         (PlanRequest("gguf"), UsageError, "no budget"),
         (PlanRequest("gguf", 9_000_000, context=100_000), UsageError, "1 to 256"),
         (PlanRequest("gguf", 9_000_000, context=-1), UsageError, "1 to 256"),
-        (PlanRequest("onnx", 9_000_000, cache_type="q8_0"), UsageError, "no KV cache type"),
-        (PlanRequest("gguf", 9_000_000, cache_type_v="q2_k"), UsageError, "no KV cache type 'q2_k'; it has: f16, bf16"),
+        (PlanRequest("onnx", 9_000_000, cache_type="q8_0"), UnsupportedError, "no KV cache type"),
+        (
+            PlanRequest("gguf", 9_000_000, cache_type_v="q2_k"),
+            UnsupportedError,
+            "no KV cache type 'q2_k'; it has: f16, bf16.*, auto",
+        ),
         (
             PlanRequest("gguf", 9_000_000, cache_type="q8_0", cache_type_k="f16"),
             UsageError,
@@ -132,7 +136,7 @@ def test_low_rank_that_does_not_pay_is_said(ranked: tuple[Checkpoint, ScoreFile]
         ),
         (
             PlanRequest("onnx", 9_000_000, backend="webgpu", cache_type_k="f16", cache_type_v="f32"),
-            UsageError,
+            UnsupportedError,
             "no KV cache type 'f32'",
         ),
     ],
