@@ -8,11 +8,13 @@ import os
 # libraries are loaded, and inherited by the processes that tests start.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+# Workers of pytest-xdist say how wide the terminal is: where sentences are folded is no property of what they say.
+os.environ.pop("COLUMNS", None)
 
 import shutil  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -35,6 +37,16 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _handlers_stay() -> Iterator[None]:
+    """Put signal handlers back that a command line in this process has set: they take two signals at once for one."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """``run("plan", "--budget", ...)``: the command line, its error boundary included, in this process."""
@@ -42,13 +54,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["acip-export", *map(str, arguments)])
         code = 0
-        before = signal.getsignal(signal.SIGTERM)
         try:
             cli.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
-        finally:
-            signal.signal(signal.SIGTERM, before)
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 
