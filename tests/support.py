@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,3 +341,15 @@ def all_tokens(text: str) -> list[Token]:
 def rope(kind: str, **settings: Any) -> dict[str, Any]:
     """Return what config.json says of scaled rotary positions."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
+
+
+def interruption_heard() -> threading.Event:
+    """Let SIGINT raise KeyboardInterrupt until the test ends, and return what is set when it has."""
+    heard = threading.Event()
+
+    def hear(*_: object) -> None:
+        heard.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, hear)
+    return heard

@@ -16,17 +16,16 @@ def one_ahead(compute: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[
     Two results exist at a time, never more. An exception of ``compute`` is raised where its item is due. A caller that
     stops early waits for the computation under way, and none begins behind it.
     """
-    with ThreadPoolExecutor(1) as thread:
-        waiting: tuple[_In, Future[_Out]] | None = None
-        try:
-            for item in items:
-                following = (item, thread.submit(compute, item))
-                if waiting is not None:
-                    yield waiting[0], waiting[1].result()
-                waiting = following
-                del following
+    thread = ThreadPoolExecutor(1)
+    waiting: tuple[_In, Future[_Out]] | None = None
+    try:
+        for item in items:
+            following = (item, thread.submit(compute, item))
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
-        except BaseException:
-            thread.shutdown(wait=False, cancel_futures=True)  # the end of the block would wait for both
-            raise
+            waiting = following
+            del following
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+    finally:
+        thread.shutdown(cancel_futures=True)

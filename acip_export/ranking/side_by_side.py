@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
@@ -44,22 +45,16 @@ def side_by_side(
                 yield name, work(name)
         return
     waiting: deque[tuple[str, Future[_Result]]] = deque()
-    try:
-        with (
-            large_blocks_apart(),
-            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
-            try:
-                for name in names:
-                    waiting.append((name, pool.submit(work, name)))
-                    if len(waiting) > workers:
-                        first, future = waiting.popleft()
-                        yield first, future.result()
-                while waiting:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # the end of the block would wait for all of them
-                raise
-    finally:
-        torch.set_num_threads(threads)  # what one thread sets, parts of torch take for all
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)  # what one thread sets, parts of torch take for all
+        stack.enter_context(large_blocks_apart())
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for name in names:
+            waiting.append((name, pool.submit(work, name)))
+            if len(waiting) > workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from acip_export.io.prefetch import one_ahead
+from tests.support import interruption_heard
 
 
 def test_order_and_overlap() -> None:
@@ -37,11 +38,7 @@ def test_an_error_is_raised_where_its_item_is_due() -> None:
 
 def test_an_interruption_waits_only_for_what_has_begun() -> None:
     """Ctrl-C comes while the second item is computed and the third one waits for its turn."""
-    begun, interrupted = [], threading.Event()
-
-    def note(*_: object) -> None:
-        interrupted.set()
-        raise KeyboardInterrupt
+    begun, interrupted = [], interruption_heard()
 
     def compute(item: int) -> None:
         begun.append(item)
@@ -51,10 +48,6 @@ def test_an_interruption_waits_only_for_what_has_begun() -> None:
             interrupted.wait(60)
             time.sleep(0.5)  # the one who asked hears of it meanwhile
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            list(one_ahead(compute, [1, 2, 3, 4]))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        list(one_ahead(compute, [1, 2, 3, 4]))
     assert begun == [1, 2]

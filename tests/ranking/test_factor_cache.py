@@ -23,6 +23,7 @@ from acip_export.ranking import rank_model
 from acip_export.ranking import side_by_side as side_by_side_module
 from acip_export.ranking.side_by_side import at_once, side_by_side
 from tests.ranking.support import CALIBRATION
+from tests.support import interruption_heard
 
 
 def spectrum(rows: int, columns: int, spread: float) -> torch.Tensor:
@@ -180,11 +181,7 @@ def test_side_by_side_keeps_the_order_and_the_threads() -> None:
 def test_an_interruption_waits_only_for_what_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C comes while two of the layers are worked on and one more waits for its turn."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    begun, interrupted = [], threading.Event()
-
-    def note(*_: object) -> None:
-        interrupted.set()
-        raise KeyboardInterrupt
+    begun, interrupted = [], interruption_heard()
 
     def work(name: str) -> None:
         begun.append(name)
@@ -195,10 +192,6 @@ def test_an_interruption_waits_only_for_what_has_begun(monkeypatch: pytest.Monke
             interrupted.wait(60)
             time.sleep(0.5)  # the one who asked hears of it meanwhile
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            list(side_by_side(work, ["first", "second", "third", "fourth", "fifth"]))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        list(side_by_side(work, ["first", "second", "third", "fourth", "fifth"]))
     assert sorted(begun) == ["first", "second", "third"]
