@@ -1,5 +1,15 @@
-"""``python -m acip_export`` is ``acip-export``."""
+"""Where ``acip-export`` begins, and ``python -m acip_export``."""
 
-from acip_export.cli.main import main
+from acip_export.interrupted import end_at_once
 
-main()
+
+def main() -> None:
+    """Run the command: an interruption is quiet while its modules are imported, too."""
+    end_at_once(words=True)
+    from acip_export.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -40,7 +40,7 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _handlers_stay() -> Iterator[None]:
     """Put signal handlers back that a command line in this process has set: they take two signals at once for one."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():

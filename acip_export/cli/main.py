@@ -36,11 +36,11 @@ from acip_export.cli.help import Command, Group
 from acip_export.cli.options import ErrorBoundary
 from acip_export.cli.usage import explained
 from acip_export.errors import AcipError, OutputError
+from acip_export.interrupted import EXIT_INTERRUPTED, end_at_once
 from acip_export.io.hub import hide_bars
 from acip_export.io.interruptions import Interruption, ignore_requests
 from acip_export.io.processes import let_threads_sleep
 
-EXIT_INTERRUPTED = 130
 # As a shell says of a program that wrote into a pipe that nobody read any more.
 EXIT_CLOSED_PIPE = 141
 
@@ -80,13 +80,6 @@ def main() -> None:
     boundary = ErrorBoundary()
     console.start(as_json="--json" in sys.argv[1:])
     console.print_warnings()
-    interruption = Interruption()
-    # Unwinding removes half-written output; the default action of SIGTERM would leave it.
-    signal.signal(signal.SIGTERM, interruption)
-    signal.signal(signal.SIGINT, interruption)
-    # A terminal that is closed; nohup has it ignored.
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, interruption)
     let_threads_sleep()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -95,8 +88,15 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             # A console without UTF-8 shows question marks; it is no reason to fail.
             stream.reconfigure(errors="replace")
+    interruption = Interruption()
     code, error = 0, None
     try:
+        # Unwinding removes half-written output; the default action of SIGTERM would leave it.
+        signal.signal(signal.SIGTERM, interruption)
+        signal.signal(signal.SIGINT, interruption)
+        # A terminal that is closed; nohup has it ignored.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, interruption)
         # Not "standalone", so that errors of the parser come here, too.
         code = app(obj=boundary, prog_name="acip-export", standalone_mode=False) or 0
         sys.stdout.flush()
@@ -105,6 +105,8 @@ def main() -> None:
     if interruption.happened or isinstance(error, KeyboardInterrupt):
         ignore_requests()
         _end_interrupted()
+    # What Python does at its end takes no exception.
+    end_at_once(words=False)
     if isinstance(error, BrokenPipeError | console.ClosedPipeError):
         _drop_output()
         sys.exit(EXIT_CLOSED_PIPE)

@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from rich.text import Span, Text
 
 from acip_export.errors import AcipError
+from acip_export.interrupted import INTERRUPTED
 from acip_export.progress import Course, Journey, Progress
 from acip_export.units import format_seconds
 
@@ -195,11 +196,10 @@ def print_error(error: AcipError) -> None:
 
 def interrupted(code: int) -> None:
     """Say that the user stopped the command."""
-    message = "interrupted; nothing was left half-written"
     if _documents.wanted and not _documents.printed:
-        print_json({"error": message, "code": code, "kind": "KeyboardInterrupt"})
+        print_json({"error": INTERRUPTED, "code": code, "kind": "KeyboardInterrupt"})
     else:
-        note(message)
+        note(INTERRUPTED)
 
 
 def _tell(message: str, *styles: Span, style: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 
 from acip_export.io.processes import module_environment
+from acip_export.version import __version__
 from tests.support import make_model, make_scores
 
-COMMAND = [sys.executable, "-P", "-c", "from acip_export.cli.main import main; main()"]
+COMMAND = [sys.executable, "-P", "-c", "from acip_export.__main__ import main; main()"]
 
 # A command that leaves a thread behind in C code, and is stopped again while it tidies up.
 STOPPED_TWICE = """
@@ -35,6 +37,20 @@ def command(**_):
 
 cli.app = command
 cli.main()
+"""
+
+
+# A command that is stopped while the process ends.
+STOPPED_LATE = """
+import atexit, os, signal, time
+from acip_export.__main__ import main
+
+def stop():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(600)
+
+atexit.register(stop)
+main()
 """
 
 
@@ -82,6 +98,40 @@ def test_signals_leave_nothing(number: signal.Signals, model: Path, tmp_path: Pa
     err = process.communicate()[1]
     assert (process.returncode, list(tmp_path.iterdir())) == (130, []), err
     assert "interrupted; nothing was left half-written" in err
+
+
+# Modules in the order in which a command imports them; the last ones as it begins.
+@pytest.mark.parametrize("module", ["typer", "acip_export.errors", "acip_export.io.inputs", "acip_export.io.hub"])
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_while_modules_are_imported(number: signal.Signals, flags: tuple[str, ...], module: str) -> None:
+    """Moments are told by what Python says of its imports, as machines differ."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-X", "importtime", "-m", "acip_export", "formats", *flags],
+        env=module_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.split("|")[-1].strip() == module:
+            break
+    process.send_signal(number)
+    out, err = process.communicate()
+    said = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("import time:"))
+    assert process.returncode == 130, said
+    if flags:
+        assert (json.loads(out)["error"], said) == ("interrupted; nothing was left half-written", "")
+    else:
+        assert (out, said) == ("", "interrupted; nothing was left half-written\n")
+
+
+def test_a_signal_behind_the_last_word() -> None:
+    """What Python does at its end, with libraries loaded, is not cut by a traceback."""
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", STOPPED_LATE, "--version"],
+        env=module_environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (process.returncode, process.stderr) == (130, "")
+    assert process.stdout == f"{__version__}\n"
 
 
 def test_two_signals_at_once_are_one() -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from acip_export.artifacts.plan import save_plan
 from acip_export.cli import main as cli
 from acip_export.errors import CheckpointError
+from acip_export.interrupted import EXIT_INTERRUPTED
 from tests.cli.conftest import truncated_scores
 from tests.ranking.support import calibration_text, sharp_model
 from tests.support import Run, dense, make_plan, make_scores, run_without_importing, unspaced
@@ -322,7 +323,7 @@ def test_interrupt_leaves_no_partial_export(signal_: signal.Signals, model: Path
         time.sleep(0.005)
     process.send_signal(signal_)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == cli.EXIT_INTERRUPTED, err
+    assert process.returncode == EXIT_INTERRUPTED, err
     assert list(export.iterdir()) == []
 
 
@@ -355,7 +356,7 @@ def test_an_interruption_behind_the_score_file_says_that_it_is_complete(model: P
     time.sleep(0.5)  # behind the tidying up
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == cli.EXIT_INTERRUPTED, err
+    assert process.returncode == EXIT_INTERRUPTED, err
     says = "tiny.acip is complete: the ranking is done. What was interrupted is measuring the quantizers"
     assert unspaced(says) in unspaced(err)
 
@@ -378,7 +379,7 @@ def test_interrupted_ranking_is_resumed(model: Path, run: Run) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == cli.EXIT_INTERRUPTED, err
+    assert process.returncode == EXIT_INTERRUPTED, err
     assert b"--resume" in err
     assert not (model / "tiny.acip").exists()
     other = run(*ask, "--resume")  # another learning rate
