@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
-from acip_export.artifacts.document import listed_files
+from acip_export.artifacts.document import header_of, listed_files
 from acip_export.artifacts.names import (
     CARD_FILE,
+    MANIFEST_FILE,
     MARK_FILE,
     PAGE_FILE,
     PLAN,
@@ -22,6 +23,7 @@ from acip_export.artifacts.names import (
 )
 from acip_export.artifacts.plan import PLAN_KIND, Plan, load_plan
 from acip_export.errors import PlanFileError
+from acip_export.io.inputs import read_input
 from acip_export.io.outputs import DirectoryKind, FileKind, Output, claim_output, json_kind, safetensors_kind
 
 REPORT_KIND = json_kind(REPORT.noun, REPORT.artifact)
@@ -72,6 +74,25 @@ def export_of(path: Path) -> Path:
     return path.parent if path.name in (PLAN_FILE, REPORT_FILE) else path
 
 
+def is_export(directory: Path) -> bool:
+    """Whether there is a plan whose largest file is there: beside a model, a plan may lie alone. A bundle is none."""
+    try:
+        data = read_input(directory / PLAN_FILE, PlanFileError)
+        if header_of(data, PLAN_FILE, PlanFileError).artifact != PLAN.artifact:
+            return False
+    except PlanFileError:
+        return False
+    planned = listed_files(directory / PLAN_FILE, PLAN)
+    there = not planned or (directory / max(planned, key=lambda name: planned[name])).is_file()
+    return there and not (directory / MANIFEST_FILE).is_file()
+
+
+def exports_in(directory: Path) -> list[Path]:
+    """Return the exports that lie side by side in a directory, as several budgets in one call leave them."""
+    inside = sorted(each.parent for each in directory.glob(f"*/{PLAN_FILE}"))
+    return [each for each in inside if not each.name.startswith(".") and is_export(each)]
+
+
 def load_export_plan(export: Path) -> Plan:
     """Read the plan of an export; of what is none, say so rather than that a file is missing in it.
 
@@ -81,7 +102,7 @@ def load_export_plan(export: Path) -> Plan:
     if (export / PLAN_FILE).is_file():
         return load_plan(export / PLAN_FILE)
     what = "is a file" if export.is_file() else f"has no {PLAN_FILE}" if export.is_dir() else "does not exist"
-    inside = sorted(each.parent for each in export.glob(f"*/{PLAN_FILE}")) if export.is_dir() else []
+    inside = exports_in(export)
     instead = (
         f"the exports in it: {', '.join(map(str, inside))}"
         if inside

@@ -47,6 +47,7 @@ CACHE_LOSSES = ArtifactName("acip-kv-cache-losses", 1, "a cache of what KV cache
 SPEEDS = ArtifactName("acip-speeds", 1, "a table of speeds", "run  acip-export calibrate  again")
 ANATOMY = ArtifactName("acip-anatomy", 2, "an anatomy", "run  acip-export inspect  again")
 ANATOMY_DIFF = ArtifactName("acip-anatomy-diff", 1, "a comparison", "run  acip-export inspect  again")
+EXPORTS = ArtifactName("acip-exports", 1, "a list of exports", "run  acip-export inspect  again")
 SWEEP = ArtifactName("acip-sweep", 3, "a sweep", "plan again")
 CHECK = ArtifactName("acip-check", 2, "a check's result", "run  acip-export check  again")
 LOCK = ArtifactName(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,11 @@ import typer
 from acip_export.artifacts.names import ANATOMY_DIFF, PLAN_FILE
 from acip_export.cli import output as console
 from acip_export.cli.options import Debug, Json, Quiet
-from acip_export.cli.tables.inspect import change_json, show_anatomy, show_difference
+from acip_export.cli.tables.inspect import change_json, show_anatomy, show_difference, show_exports
+from acip_export.errors import UsageError
 from acip_export.inspection import Anatomy, diff_tensors, read_anatomy
 from acip_export.inspection.diff import Stored, stored_tensors
+from acip_export.report.listing import directories_of_exports, list_exports, listing_json
 
 
 def inspect(
@@ -29,12 +32,26 @@ def inspect(
 ) -> None:
     """Show where the bytes of any model are, or what differs between two.
 
+    Of a directory that holds exports side by side, list them.
+
     acip-export inspect export/gguf-4GB
+
+    acip-export inspect export
 
     acip-export inspect old.gguf new.gguf
 
     acip-export inspect . export/gguf-4GB
     """
+    exports = directories_of_exports(path)
+    if exports and other is None:
+        listed = list_exports(exports)
+        if json:
+            console.print_json(listing_json(listed))
+        else:
+            show_exports(listed)
+        return
+    if other is not None:
+        _refuse_several(path, other)
     first = read_anatomy(path)
     if other is None:
         if json:
@@ -57,6 +74,22 @@ def inspect(
         )
     else:
         show_difference(first, second, changes, top)
+
+
+def _refuse_several(path: Path, other: Path) -> None:
+    """Exports side by side are no model that differs from another one.
+
+    Raises:
+        UsageError: one of the two is a directory that holds them.
+    """
+    found = {each: directories_of_exports(each) for each in (path, other)}
+    for each, exports in found.items():
+        if exports:
+            named = [str(found[one][0] if found[one] else one) for one in (path, other)]
+            raise UsageError(
+                f"{each} is no model: it holds {', '.join(export.name for export in exports)}; compare one of them:\n"
+                f"  {shlex.join(['acip-export', 'inspect', *named])}"
+            )
 
 
 def _alike_named(first: Anatomy, second: Anatomy) -> tuple[dict[str, Stored], dict[str, Stored]]:

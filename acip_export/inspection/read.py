@@ -7,19 +7,20 @@ from pathlib import Path
 
 import msgspec
 
-from acip_export.artifacts.document import header_of, listed_files
+from acip_export.artifacts.document import listed_files
+from acip_export.artifacts.export_directory import is_export
 from acip_export.artifacts.names import CONFIG_FILE, MANIFEST_FILE, PAPERS, PLAN, PLAN_FILE, SCORES
 from acip_export.artifacts.plan import Plan, TensorDecision, load_plan
-from acip_export.errors import ModelFileError, PlanFileError
+from acip_export.errors import ModelFileError
 from acip_export.inspection.anatomy import Anatomy, Kind, TensorPart, checked_name, fact
 from acip_export.inspection.gguf import MAGIC
 from acip_export.inspection.gguf_split import PartName, read_gguf
 from acip_export.inspection.mapped_file import map_file
 from acip_export.inspection.onnx import read_onnx
 from acip_export.io.atomic import read_safetensors_header
-from acip_export.io.inputs import open_input, read_input, read_json
+from acip_export.io.inputs import open_input, read_json
 
-_SUFFIXES = (".gguf", ".onnx", ".safetensors")
+MODEL_SUFFIXES = (".gguf", ".onnx", ".safetensors")
 
 _Contents = tuple[tuple[TensorPart, ...], dict[str, str], dict[str, int]]
 
@@ -98,7 +99,7 @@ def _plan_facts(plan: Plan) -> dict[str, str]:
 
 
 def _directory(root: Path) -> Anatomy:
-    is_export = _holds_planned_files(root) and not (root / MANIFEST_FILE).is_file()
+    ours = is_export(root)
     at_top = any(root.glob("*.safetensors"))
     found = root.glob("*") if at_top else root.rglob("*")
     files = {
@@ -106,13 +107,13 @@ def _directory(root: Path) -> Anatomy:
         for file in sorted(found)
         if file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(root).parts)
-        and not ((name := file.relative_to(root).as_posix()) in PAPERS and is_export)
+        and not ((name := file.relative_to(root).as_posix()) in PAPERS and ours)
         and not (at_top and _is_ours_beside_a_model(file))
     }
-    models = {name: file for name, file in files.items() if file.suffix in _SUFFIXES and not _later_part(file)}
+    models = {name: file for name, file in files.items() if file.suffix in MODEL_SUFFIXES and not _later_part(file)}
     if not models:
-        raise ModelFileError(f"{root} holds no model: no {', '.join(f'*{s}' for s in _SUFFIXES)}")
-    kind: Kind = "bundle" if (root / MANIFEST_FILE).is_file() else "export" if is_export else "model"
+        raise ModelFileError(f"{root} holds no model: no {', '.join(f'*{s}' for s in MODEL_SUFFIXES)}")
+    kind: Kind = "bundle" if (root / MANIFEST_FILE).is_file() else "export" if ours else "model"
     facts = _plan_facts(load_plan(root / PLAN_FILE)) if kind in ("bundle", "export") else _config_facts(root)
     tensors: list[TensorPart] = []
     for name, file in models.items():
@@ -132,18 +133,6 @@ def _later_part(file: Path) -> bool:
     """Whether the first part, which is there, stands for this one."""
     part = PartName.parse(file.name)
     return part is not None and part.number > 1 and file.with_name(str(replace(part, number=1))).is_file()
-
-
-def _holds_planned_files(root: Path) -> bool:
-    """Whether there is a plan whose largest file is there: beside a model, a plan may lie alone."""
-    try:
-        data = read_input(root / PLAN_FILE, PlanFileError)
-        if header_of(data, PLAN_FILE, PlanFileError).artifact != PLAN.artifact:
-            return False
-    except PlanFileError:
-        return False
-    planned = listed_files(root / PLAN_FILE, PLAN)
-    return not planned or (root / max(planned, key=lambda name: planned[name])).is_file()
 
 
 class _Config(msgspec.Struct, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,10 @@ from acip_export.cli.tables.common import plain_table, show_changes
 from acip_export.inspection import Anatomy, TensorChange
 from acip_export.inspection.anatomy import Share
 from acip_export.inspection.diff import extents
-from acip_export.units import format_bytes
+from acip_export.report.listing import Listed
+from acip_export.units import format_bytes, format_nats
+
+_STATES = {"verified": "verified", "failed": "[red]failed[/]", "not verified": "not verified"}
 
 
 def show_anatomy(anatomy: Anatomy, top: int) -> None:
@@ -54,6 +58,31 @@ def show_anatomy(anatomy: Anatomy, top: int) -> None:
             facts.add_row(escape(key), escape(value))
         console.out.print()
         console.out.print(facts)
+
+
+def show_exports(listed: Sequence[Listed]) -> None:
+    """One row each, and how to look into one of them."""
+    known = any(each.mean_kl is not None for each in listed)
+    table = plain_table("export", "format", "bytes", "state", *(["KL to dense"] if known else []))
+    table.columns[2].justify = table.columns[-1].justify = "right"
+    table.columns[3].justify = "left"
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    for each in listed:
+        plan, kl = each.export.plan, each.mean_kl
+        written = each.written_bytes
+        table.add_row(
+            escape(each.directory.name),
+            f"{plan.format} {plan.layout}",
+            f"{written:,}" + ("" if written == plan.planned_bytes else " [red]not as planned[/]"),
+            _STATES[each.state],
+            *([] if not known else ["" if kl is None else format_nats(kl)]),
+        )
+    console.out.print(table)
+    if known:
+        console.say("KL in nats per token, on the texts of their reports", style="dim")
+    console.say("One of them:")
+    console.show_command(shlex.join(["acip-export", "inspect", str(listed[0].directory)]), shell=True)
 
 
 def show_difference(before: Anatomy, after: Anatomy, changes: Sequence[TensorChange], top: int) -> None:
