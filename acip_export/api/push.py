@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from acip_export.artifacts.export_directory import load_export_plan
 from acip_export.artifacts.names import CARD_FILE, MARK_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE
@@ -17,14 +15,13 @@ from acip_export.io.atomic import sha256_of
 from acip_export.io.hub import Commit, upload
 from acip_export.io.inputs import read_input
 from acip_export.progress import Progress, ProgressCallback, silent
-from acip_export.report.card_fields import NO_BASE_MODEL, completed, fields_of
+from acip_export.report.card_fields import NO_BASE_MODEL, completed, fields_of, lacking_of
 from acip_export.units import format_bytes
 from acip_export.verification.export import check_bytes
 from acip_export.version import __version__
 
 # Of an export's papers, those that are for others. What a device needs is in the plan's list of files.
 _PUBLISHED = (CARD_FILE, PLAN_FILE, REPORT_FILE, PAGE_FILE)
-_MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -128,13 +125,7 @@ def _card(export: Path, base_model: str | None, license_: str | None) -> str:
     data = read_input(file, InputError, missing=f"; make it with  {again}")
     text = completed(data.decode("utf-8", "replace"), str(file), base_model, license_)
     fields = fields_of(text, str(file))
-    lacking = []
-    if base_model != NO_BASE_MODEL and not _names_models(fields.get("base_model")):
-        found = fields.get("base_model")
-        what = f"its base_model is {found}, which is no model of the hub" if found else "it has no base_model"
-        lacking.append(f"{what}; say which it was made from:  --base-model OWNER/NAME  (or {NO_BASE_MODEL})")
-    if not fields.get("license"):
-        lacking.append("it has no license; give that of its model:  --license apache-2.0")
+    lacking = [each.why for each in lacking_of(fields, base_model != NO_BASE_MODEL)]
     lacking += [f"it has no {key}; write it again:  {again}" for key in ("library_name", "tags") if not fields.get(key)]
     if lacking:
         raise InputError("\n".join([f"the model card {file} is not what the hub needs:", *lacking]))
@@ -148,11 +139,4 @@ def flags_of_card(export: Path) -> list[str]:
         fields = fields_of(read_input(file, InputError).decode("utf-8", "replace"), str(file))
     except InputError:  # publishing says what is wrong with it
         return []
-    model = [] if _names_models(fields.get("base_model")) else ["--base-model", "OWNER/NAME"]
-    return model + ([] if fields.get("license") else ["--license", "ID"])
-
-
-def _names_models(value: Any) -> bool:
-    """Whether it names models as the hub does."""
-    named = value if isinstance(value, list) else [value]
-    return bool(named) and all(isinstance(each, str) and _MODEL_ID.fullmatch(each) for each in named)
+    return [word for each in lacking_of(fields) for word in (each.flag, each.value)]
