@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from acip_export.artifacts.plan import Plan, Representation, Serving, TensorDecision
 from acip_export.choices import instead_of
 from acip_export.errors import UnsupportedError
+from acip_export.installed import format_names, load_format
 from acip_export.io.outputs import DirectoryKind
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
@@ -431,8 +432,25 @@ class ExportFormat(ABC):
             if name in self.refused:
                 raise UnsupportedError(f"{name} is not exported: {self.refused[name]}. Use: {', '.join(known)}")
             if name not in known:
+                others = self._others_with(name)
+                if others:
+                    raise UnsupportedError(
+                        f"{name!r} is no type of {self.name}, but of {' and '.join(others)}:  --format {others[0]}\n"
+                        f"{self.name} has: {', '.join(known)}"
+                    )
                 raise UnsupportedError(f"{self.name} has no type {name!r} here; {instead_of(name, known)}")
         return tuple(self.type(name) for name in (names or self.types))
+
+    def _others_with(self, type_name: str) -> list[str]:
+        """Return the other formats that export a type; none where only the backend is in its way here."""
+        if any(each.name == type_name for each in self.weight_types):
+            return []
+        others: list[ExportFormat] = [load_format(name) for name in format_names() if name != self.name]
+        return [
+            other.name
+            for other in others
+            if type_name not in other.refused and type_name in {each.name for each in other.weight_types}
+        ]
 
     def applies_window(self, shape: ModelShape) -> bool:  # noqa: ARG002 - for runtimes that know only some
         """Tell whether the runtime applies the model's sliding window, if there is one."""

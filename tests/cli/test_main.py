@@ -174,7 +174,7 @@ BAD: list[tuple[Callable[[Path], None], tuple[str, ...], int, str]] = [
     (_nothing, ("--format", "gguf"), 2, "--budget"),
     (_nothing, ("--budget", "3MB", "--format", "tflite"), 5, "unknown format"),
     (_nothing, (*FIT, "--ort"), 2, "--format onnx"),
-    (_nothing, (*FIT, "--types", "int4"), 5, "no type 'int4'"),
+    (_nothing, (*FIT, "--types", "int4"), 5, "no type of gguf, but of onnx:  --format onnx"),
     (_nothing, (*FIT, "--layout", "x"), 5, "no layout"),
     (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "9999"), 2, "--context 9999"),
     (_nothing, ("--budget", "3MB", "--format", "gguf", "--context", "0"), 2, "--context 0"),

@@ -82,7 +82,8 @@ def test_a_model_is_planned_converted_and_verified(cli: Cli, model: Path, tmp_pa
 def test_what_it_does_not_have_is_refused_in_its_name(cli: Cli, model: Path) -> None:
     ask = ("plan", "--model", model, "--format", "tiny", "--budget", "1MB")
     for flags, says in (
-        (("--types", "q4_k"), "tiny has no type 'q4_k' here; it has: f32, f16, row8"),
+        (("--types", "q4_k"), "'q4_k' is no type of tiny, but of gguf: --format gguf tiny has: f32, f16, row8"),
+        (("--types", "row9"), "tiny has no type 'row9' here; it has: f32, f16, row8; did you mean row8?"),
         (("--layout", "stock"), "tiny has no layout 'stock'; it has: dense"),
         (("--backend", "webgpu"), "tiny has no backend 'webgpu'; it has: cpu"),
         (("--imatrix", "x.gguf"), "tiny exports have no --imatrix"),

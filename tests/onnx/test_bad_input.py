@@ -42,6 +42,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no such width": (("--budget", "50MB", "--types", "int3"), "onnx has no type 'int3'"),
+    "a type of GGUF": (("--budget", "50MB", "--types", "int8,q4_k"), "no type of onnx, but of gguf: --format gguf"),
+    "a type of ONNX": (
+        ("--budget", "50MB", "--types", "int4-b64", "--format", "gguf"),
+        "'int4-b64' is no type of gguf, but of onnx: --format onnx gguf has: f32",
+    ),
+    "a type of another backend": (
+        ("--budget", "50MB", "--types", "f32", "--backend", "webgpu"),
+        "onnx has no type 'f32' here",
+    ),
     "a block without a kernel": (("--budget", "50MB", "--types", "int2-b16"), "int2-b16 is not exported: onnxruntime"),
     "a file too large for the device": (("--device", "tab"), "tab loads files of at most 100 kB"),
     "too large for the ORT format": (("--budget", "50MB", "--types", "f32", "--ort"), "holds at most 1,000"),
@@ -57,7 +66,8 @@ def test_the_command_line_writes_nothing(
     monkeypatch.setenv("ACIP_EXPORT_DEVICES", str(tmp_path / "mine.toml"))
     if "--ort" in flags:
         monkeypatch.setattr(ort_format, "_LARGEST", 1000)
-    done = run("--model", model, "--format", "onnx", "--no-verify", "-o", tmp_path / "out", *flags)
+    format = () if "--format" in flags else ("--format", "onnx")
+    done = run("--model", model, *format, "--no-verify", "-o", tmp_path / "out", *flags)
     assert done.code == UnsupportedError.exit_code
     assert message in " ".join(done.err.split())
     assert [file.name for file in tmp_path.iterdir()] == ["mine.toml"]
