@@ -7,6 +7,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +20,15 @@ import pytest
 
 from acip_export.api import convert_bundle, materialize_bundle, plan_export, write_imatrix
 from acip_export.artifacts.export_directory import EXPORT_KIND
-from acip_export.artifacts.plan import PLAN_KIND, save_plan
+from acip_export.artifacts.names import PLAN_FILE
+from acip_export.artifacts.plan import PLAN_KIND, load_plan, save_plan
 from acip_export.errors import OutputError, UsageError
 from acip_export.io.atomic import new_directory
 from acip_export.io.outputs import claim_output
+from acip_export.io.processes import module_environment
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
+from acip_export.verification.export import check_bytes
 from tests.check.models import write_gguf
 from tests.support import CORPUS, Run, make_model, make_scores, unspaced
 
@@ -354,6 +360,52 @@ def test_a_verified_export_is_replaced(place: Path, run: Run) -> None:
     done = run(*CONVERT, "export")
     assert done.code == 0, done.err
     assert not (place / "export" / "README.md").exists()
+
+
+# A command that is killed where what it was writing would have become the file, or directory, of a name.
+KILLED = """
+import os, pathlib, signal, sys
+from acip_export.__main__ import main
+
+replace, name = pathlib.Path.replace, sys.argv.pop(1)
+
+def killed(self, target):
+    if pathlib.Path(target).name == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+
+pathlib.Path.replace = killed
+main()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="a signal that nothing catches")
+@pytest.mark.parametrize("paper", ["report.json", "report.html", "README.md"])
+def test_what_a_killed_verification_left_is_no_part_of_the_export(paper: str, place: Path, run: Run) -> None:
+    """The next one passes and removes it; whoever publishes or replaces the export is not told of it either."""
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", KILLED, paper, *VERIFY],
+        env=module_environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    export = place / "export"
+    left = {path.name for path in export.iterdir() if path.name.startswith(".")}
+    assert f".{paper}.lock" in left and len(left) == 2
+    shutil.copytree(export, place / "other")
+    assert check_bytes(export, load_plan(export / PLAN_FILE)) == []
+    done = run(*VERIFY)
+    assert done.code == 0, done.err
+    assert not [path for path in export.iterdir() if path.name.startswith(".")]
+    replaced = run(*CONVERT, "other")
+    assert replaced.code == 0, replaced.err
+    assert not [path for path in (place / "other").iterdir() if path.name.startswith(".")]
+    # What only looks like it is the user's.
+    for name in (".report.json.mine.tmp", ".notes.txt.lock", ".notes.txt.01234567.tmp"):
+        (export / name).write_text("the user's")
+        refused = run(*CONVERT, "export")
+        assert (refused.code, name in refused.err) == (2, True), refused.err
+        assert run(*VERIFY).code == 6
+        (export / name).unlink()
 
 
 def test_an_empty_directory_is_filled(place: Path, run: Run) -> None:

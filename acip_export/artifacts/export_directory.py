@@ -122,4 +122,6 @@ def settle_mark(export: Path, failures: Sequence[str]) -> None:
     if failures:
         mark_unverified(export, "\n".join(failures))
     else:
-        claim_papers(export)[MARK_FILE].place.unlink(missing_ok=True)
+        mark = claim_papers(export)[MARK_FILE]
+        with mark.held():  # what a killed process has left of it goes as well
+            mark.place.unlink(missing_ok=True)

@@ -11,13 +11,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from acip_export.errors import OutputError, UsageError
 from acip_export.io import atomic
 from acip_export.io.locks import held, refuse_held
 
 _HEAD = 65_536
+# Names of what a process that was killed while it wrote a file has left beside it: its lock, see locks.py, and what
+# would have become the file, see atomic.py.
+_HALF_WRITTEN = re.compile(r"\.(.+)\.(?:lock|[0-9a-f]{8}\.(?:tmp|old))")
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,17 @@ def sizes_below(directory: Path) -> dict[str, int]:
     return {file.relative_to(directory).as_posix(): file.stat().st_size for file in sorted(_files_below(directory))}
 
 
+def half_written(path: PurePath) -> str | None:
+    """Return the file that a killed process was writing, if ``path`` is, or lies in, what it has left of that.
+
+    Paths are relative to one directory. What is left is removed when the file is written again.
+    """
+    for at, part in enumerate(path.parts):
+        if written := _HALF_WRITTEN.fullmatch(part):
+            return PurePath(*path.parts[:at], written[1]).as_posix()
+    return None
+
+
 def _first_foreign(directory: Path, contents: Mapping[str, int | FileKind]) -> Path | None:
     """Something below ``directory`` that is not of its ``contents``: a file where there is one."""
     folders = {str(folder) for name in contents for folder in Path(name).parents}
@@ -212,13 +226,24 @@ def _first_foreign(directory: Path, contents: Mapping[str, int | FileKind]) -> P
     def unreadable(error: OSError) -> None:
         raise error
 
+    def is_left(path: Path) -> bool:
+        """Whether it is of a process that was killed while it wrote one of the files; of one that lives is refused."""
+        written = half_written(path.relative_to(directory))
+        if written is None or path.is_symlink() or not isinstance(contents.get(written), FileKind):
+            return False
+        refuse_held(directory / written)
+        return True
+
     for folder, below, files in os.walk(directory, onerror=unreadable):
         here = Path(folder)
         if not os.access(here, os.W_OK | os.X_OK):
             raise PermissionError(0, f"nothing can be removed from {here}")
         for name in sorted(files):
+            if is_left(here / name):
+                continue
             if not _is_as_listed(here / name, contents.get(str((here / name).relative_to(directory).as_posix()))):
                 return here / name
+        below[:] = [name for name in below if not is_left(here / name)]
         for name in sorted(below):
             child = here / name
             if child.is_symlink() or child.relative_to(directory).as_posix() not in folders:
