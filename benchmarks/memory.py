@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from acip_export.artifacts.scores import (
     save_scores,
 )
 from acip_export.formats.registry import export_format
+from acip_export.lowrank.moments import PackedMoment
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import task_of
@@ -110,9 +112,14 @@ def warm_libraries() -> None:
                     pass
 
 
-def made_up_scores(checkpoint: Checkpoint, file: Path) -> ScoreFile:
-    """A score file that says nothing: memory does not depend on the numbers."""
+def made_up_scores(checkpoint: Checkpoint, file: Path, moments: bool = False) -> ScoreFile:
+    """A score file that says nothing: memory does not depend on the numbers.
+
+    Args:
+        moments: second moments of each layer's inputs, of random numbers too.
+    """
     modules = {}
+    second: dict[str, PackedMoment] = {}
     for name, shape in checkpoint.linear_modules.items():
         flat = np.linspace(2, 1, min(shape), dtype=np.float32)
         modules[name] = ModuleScores(
@@ -124,6 +131,7 @@ def made_up_scores(checkpoint: Checkpoint, file: Path) -> ScoreFile:
             sensitivity=1.0,
             input_moment=np.ones(shape[1], np.float32),
             gradient_moment=np.ones(shape[0], np.float32),
+            input_key=_moment_of_inputs(name, shape[1], second) if moments else "",
             adapter_a=None,
             adapter_b=None,
         )
@@ -136,10 +144,27 @@ def made_up_scores(checkpoint: Checkpoint, file: Path) -> ScoreFile:
         curve=(CurvePoint(1.0, 0.0),),
         modules=modules,
         embedding_sensitivity={},
-        second_moments={},
+        second_moments=second,
     )
     save_scores(scores, file, force=True)
     return load_scores(file)
+
+
+def _moment_of_inputs(module: str, inputs: int, known: dict[str, PackedMoment]) -> str:
+    """Add a packed second moment, and return its key; layers of one input share it."""
+    shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    parent, _, last = module.rpartition(".")
+    key = f"{parent}.{shared.get(last, last)}"
+    if key not in known:
+        numbers = np.random.default_rng(len(known))
+        entries = inputs * (inputs - 1) // 2
+        codes = np.clip(np.rint(numbers.standard_normal(entries, np.float32) * 10), -127, 127).astype(np.int8)
+        stream = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+        packed = np.frombuffer(stream.compress(codes.tobytes()) + stream.flush(), np.uint8)
+        ones = np.ones(inputs, np.float32)
+        # Entries of the inverse's factor that are small beside its diagonal: well conditioned, as real ones are.
+        known[key] = PackedMoment.of(np.stack([ones, ones, ones / (100 * inputs**0.5)]), packed)
+    return key
 
 
 def make_plan(checkpoint: Checkpoint, case: Case, serving: Serving) -> Plan:
