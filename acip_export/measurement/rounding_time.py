@@ -14,11 +14,11 @@ from acip_export.materialization.refit import ROUNDS
 from acip_export.measurement.rounding_errors import LARGEST_SIDE, measured_ranks, sampled_rows, spread
 from acip_export.weight_types import WeightType
 
-# Of a moment of n columns: its root in float32, unpacking it, its factor for error feedback by way of the unpacked
-# moment and without it, in cubes of n in float64; passes over an entry, in calls.
-_ROOT, _UNPACKED, _SORTED_FACTOR, _WIDE_FACTOR, _BY_ENTRY = 0.7, 3.3, 6.0, 1.6, 0.05
-# Carrying the error of a column, in calls.
-_BY_COLUMN = 40.0
+# Of a moment of n columns: its root in float32, unpacking it, its factor for error feedback with columns sorted again
+# and as they are, in cubes of n in float64; passes over an entry, in calls.
+_ROOT, _UNPACKED, _SORTED_FACTOR, _WIDE_FACTOR, _BY_ENTRY = 0.7, 3.3, 2.4, 1.2, 0.05
+# Carrying the error of a column, in calls, and unpacking an entry of its row of the factor.
+_BY_COLUMN, _BY_FACTOR_ENTRY = 32.0, 0.009
 # Reading, scaling and squaring a weight, in calls.
 _BY_WEIGHT = 0.02
 # A few rows times a large matrix reach this share of the speed of products.
@@ -70,8 +70,9 @@ class RoundingWork:
 
     def _rounding(self, form: WeightType, rows: int, columns: int, feedback: bool = True) -> float:
         """Count the calls that rounding a matrix takes as long as."""
-        carried = _BY_COLUMN * columns if feedback and form.name in self.feedback_types else 0.0
-        return form.effort * rows * columns / 1000 + carried
+        carried = feedback and form.name in self.feedback_types
+        by_column = _BY_COLUMN + _BY_FACTOR_ENTRY * columns if carried else 0.0
+        return form.effort * rows * columns / 1000 + by_column * columns
 
     def _pairs(self, out: int, inputs: int) -> tuple[float, float]:
         """Count operations in float64, and calls, of measuring one layer's pairs."""
