@@ -7,20 +7,22 @@ from pathlib import Path
 
 from acip_export import version
 
-# How threads of PyTorch wait for each other: asleep, after microseconds (the second is GNU's own).
-_SLEEPING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+# How threads of PyTorch wait for each other: asleep, after microseconds (the second is GNU's own). Those of numpy's
+# products spin, and our products in numpy are too small for them.
+_SETTINGS = ({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}, {"OPENBLAS_NUM_THREADS": "1"})
 _ours: set[str] = set()
 
 
 def let_threads_sleep() -> None:
-    """Have threads of PyTorch that wait for each other sleep instead of spinning; it must not be loaded yet.
+    """Have threads that wait for each other sleep instead of spinning; PyTorch and numpy must not be loaded yet.
 
     Beside a second busy process, or threads of our own, spinning threads take the others' turns: a ranking took four
     times its share. Nothing changes where the user has said how they wait.
     """
-    if _SLEEPING.keys().isdisjoint(os.environ):
-        os.environ.update(_SLEEPING)
-        _ours.update(_SLEEPING)
+    for settings in _SETTINGS:
+        if settings.keys().isdisjoint(os.environ):
+            os.environ.update(settings)
+            _ours.update(settings)
 
 
 def let_threads_spin() -> None:

@@ -11,8 +11,6 @@ measured, and are all that is kept of a moment (docs/bundle.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -26,12 +24,12 @@ Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
 Order = npt.NDArray[np.int32]
 
-# Columns between two matrix products: errors within a block are carried one column at a time.
-_BLOCK = 128
-# Rows that one thread rounds at once. A constant: sums that depend on the machine's cores would give other codes.
-_ROWS = 512
+# Columns whose errors are carried to all columns behind by one product: every product reads and writes all of those.
+_BLOCK = 512
+# Within a block, columns whose errors are carried to each other one at a time, and to the rest of it by a product.
+_NEAR = 32
 # Rows that callers hand over at once: copies of them are in memory, in another order.
-ROWS_AT_ONCE = 4 * _ROWS
+ROWS_AT_ONCE = 2048
 _MOST = 127
 
 
@@ -90,11 +88,11 @@ class FeedbackFactor:
 class Grid(Protocol):
     """The numbers that each weight of a matrix may be rounded to, its scales chosen."""
 
-    def round(self, values: Floats, column: int, rows: slice, codes: Codes, rounded: Floats) -> None:
-        """Round part of a column.
+    def round(self, values: Floats, column: int, codes: Codes, rounded: Floats) -> None:
+        """Round a column.
 
         Args:
-            values: of the column's ``rows``. codes, rounded: filled with the nearest codes, and what they stand for.
+            values: of all rows. codes, rounded: filled with the nearest codes, and what they stand for.
         """
         ...
 
@@ -113,14 +111,14 @@ class UniformGrid:
     lowest: int
     highest: int
 
-    def round(self, values: Floats, column: int, rows: slice, codes: Codes, rounded: Floats) -> None:
+    def round(self, values: Floats, column: int, codes: Codes, rounded: Floats) -> None:
         """See :class:`Grid`."""
         group = column // self.group
-        steps, inverse = self.steps[group, rows], self._inverse[group, rows]
+        steps, inverse = self.steps[group], self._inverse[group]
         if self.offsets is None:
             np.multiply(values, inverse, out=rounded)
         else:
-            offsets = self.offsets[group, rows]
+            offsets = self.offsets[group]
             np.subtract(values, offsets, out=rounded)
             rounded *= inverse
         np.rint(rounded, out=rounded)
@@ -148,12 +146,12 @@ class TableGrid:
     levels: Floats
     group: int
 
-    def round(self, values: Floats, column: int, rows: slice, codes: Codes, rounded: Floats) -> None:
+    def round(self, values: Floats, column: int, codes: Codes, rounded: Floats) -> None:
         """See :class:`Grid`."""
         group = column // self.group
-        found = np.searchsorted(self._middles, values * self._inverse[group, rows])
+        found = np.searchsorted(self._middles, values * self._inverse[group])
         codes[...] = found
-        np.multiply(self.levels[found], self.steps[group, rows], out=rounded)
+        np.multiply(self.levels[found], self.steps[group], out=rounded)
 
     @cached_property
     def _middles(self) -> Floats:
@@ -171,52 +169,51 @@ def _reciprocal(steps: Floats) -> Floats:
     return safe
 
 
-def round_with_feedback(weight: Floats, grid: Grid, factor: FeedbackFactor, threads: int) -> Codes:
+def round_with_feedback(weight: Floats, grid: Grid, factor: FeedbackFactor) -> Codes:
     """Return the codes of a matrix, (rows, columns), chosen with the errors carried forward.
 
-    Peak memory: one more copy of ``weight``, its codes, and ``_BLOCK`` rows of the factor.
+    Peak memory: two more copies of ``weight``, its codes, and twice ``_BLOCK`` rows of the factor.
 
     Raises:
         UnsupportedError: the factor is of another number of columns.
     """
+    import torch
+
     rows, columns = weight.shape
     if factor.size != columns:
         raise UnsupportedError(
             f"error feedback for {factor.size} inputs cannot round rows of {columns} weights: it is of another matrix"
         )
-    work = np.ascontiguousarray(weight.T[factor.order])
+    order = torch.from_numpy(factor.order).long()
+    work = torch.from_numpy(weight).T.contiguous()[order].numpy()
     codes = np.empty((columns, rows), np.int8)
-    parts = [slice(first, min(first + _ROWS, rows)) for first in range(0, rows, _ROWS)]
-    with ThreadPoolExecutor(max(1, min(threads, len(parts)))) as pool:
-        for start in range(0, columns, _BLOCK):
-            stop = min(start + _BLOCK, columns)
-            upper = factor.rows(start, stop)
-            block = _Block(start, factor.order[start:stop].tolist(), upper)
-            for done in [pool.submit(block.round, work, codes, grid, part) for part in parts]:
-                done.result()
-    found = np.empty((rows, columns), np.int8)
-    found[:, factor.order] = codes.T
+    for start in range(0, columns, _BLOCK):
+        _round_block(work[start:], codes[start:], grid, factor, start)
+    found: Codes = torch.from_numpy(codes)[torch.argsort(order)].T.contiguous().numpy()
     return found
 
 
-class _Block:
-    """Some of the columns, in the order of rounding, and how their errors are carried."""
+def _round_block(work: Floats, codes: Codes, grid: Grid, factor: FeedbackFactor, start: int) -> None:
+    """Round ``_BLOCK`` columns, and carry their errors to all columns behind.
 
-    def __init__(self, start: int, columns: Sequence[int], upper: Floats) -> None:
-        self.start, self.columns = start, columns
-        stop = start + len(columns)
-        self.within = np.ascontiguousarray(upper[:, start:stop].T)
-        self.behind = np.ascontiguousarray(upper[:, stop:].T)
+    Args:
+        work: column ``start`` of the order and all behind, changed. codes: of the same, those of the block are filled.
+    """
+    import torch
 
-    def round(self, work: Floats, codes: Codes, grid: Grid, rows: slice) -> None:
-        """Round these columns of ``rows``, and carry their errors to all columns behind."""
-        errors = np.empty((len(self.columns), rows.stop - rows.start), np.float32)
-        for number, column in enumerate(self.columns):
-            place = self.start + number
-            values = work[place, rows]
-            if number:
-                values -= self.within[number, :number] @ errors[:number]
-            grid.round(values, column, rows, codes[place, rows], errors[number])
-            np.subtract(values, errors[number], out=errors[number])
-        if len(self.behind):
-            work[self.start + len(self.columns) :, rows] -= self.behind @ errors
+    stop = min(start + _BLOCK, factor.size)
+    count = stop - start
+    carry = np.ascontiguousarray(factor.rows(start, stop)[:, start:].T)
+    errors = np.empty((count, work.shape[1]), np.float32)
+    # torch adds a product in place; numpy makes a copy of all the columns behind first.
+    behind, factors, carried = map(torch.from_numpy, (work, carry, errors))
+    for first in range(0, count, _NEAR):
+        last = min(first + _NEAR, count)
+        for place in range(first, last):
+            values = work[place]
+            if place > first:
+                values -= carry[place, first:place] @ errors[first:place]
+            grid.round(values, factor.order[start + place], codes[place], errors[place])
+            np.subtract(values, errors[place], out=errors[place])
+        behind[last:count].addmm_(factors[last:count, first:last], carried[first:last], alpha=-1)
+    behind[count:].addmm_(factors[count:], carried, alpha=-1)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from acip_export import machine
 from acip_export.rounding.error_feedback import ROWS_AT_ONCE, round_with_feedback
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
@@ -64,7 +63,7 @@ def _with_feedback(
     data = ggml.quantize(weight, name, importance)
     blocks = blocks_of(data, name)
     matrix = np.ascontiguousarray(weight.float().numpy())
-    known.put(blocks, round_with_feedback(matrix, known.grid(blocks, len(matrix)), feedback, machine.processors()))
+    known.put(blocks, round_with_feedback(matrix, known.grid(blocks, len(matrix)), feedback))
     return (data,)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +28,7 @@ def with_feedback(quantized: Quantized, weight: Floats, fmt: WeightType, factor:
     if quantized.zeros is not None:
         moved = _by_column(scales * (np.float32(middle) - zero_points(quantized, fmt)))
     grid = UniformGrid(_by_column(scales), moved, fmt.block, -middle, middle - 1)
-    chosen = round_with_feedback(weight, grid, factor, os.cpu_count() or 1)
+    chosen = round_with_feedback(weight, grid, factor)
     codes = codes_of(quantized, fmt)
     codes[:, :columns] = chosen.astype(np.float32) + np.float32(middle)
     return replace(quantized, codes=pack_codes(codes.reshape(rows, -1, fmt.block), fmt.code_bits))

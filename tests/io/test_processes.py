@@ -10,11 +10,12 @@ from acip_export.io import processes
 from acip_export.io.processes import let_threads_sleep, let_threads_spin, module_environment
 
 SLEEPING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+NUMPY = "OPENBLAS_NUM_THREADS"
 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in SLEEPING:
+    for name in (*SLEEPING, NUMPY):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     monkeypatch.setattr(processes, "_ours", set())
@@ -22,10 +23,10 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_our_threads_sleep_and_those_of_runtimes_do_as_elsewhere() -> None:
     let_threads_sleep()
-    assert [os.environ[name] for name in SLEEPING] == ["passive", "1000"]
-    assert module_environment().keys().isdisjoint(SLEEPING)
+    assert [os.environ[name] for name in (*SLEEPING, NUMPY)] == ["passive", "1000", "1"]
+    assert module_environment().keys().isdisjoint((*SLEEPING, NUMPY))
     let_threads_spin()
-    assert os.environ.keys().isdisjoint(SLEEPING)
+    assert os.environ.keys().isdisjoint((*SLEEPING, NUMPY))
 
 
 @pytest.mark.parametrize("name", SLEEPING)
@@ -35,3 +36,9 @@ def test_what_the_user_said_holds_for_all(name: str, monkeypatch: pytest.MonkeyP
     (other,) = set(SLEEPING) - {name}
     let_threads_spin()
     assert os.environ[name] == module_environment()[name] == "7" and other not in os.environ
+
+
+def test_what_the_user_said_of_numpy_holds_for_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NUMPY, "7")
+    let_threads_sleep()
+    assert [os.environ[name] for name in (*SLEEPING, NUMPY)] == ["passive", "1000", "7"]
