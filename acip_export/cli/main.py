@@ -80,7 +80,7 @@ def main() -> None:
     boundary = ErrorBoundary()
     console.start(as_json="--json" in sys.argv[1:])
     console.print_warnings()
-    let_threads_sleep()
+    let_threads_sleep()  # for whoever comes another way than __main__.py; too late for numpy
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     hide_bars()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -42,3 +44,25 @@ def test_what_the_user_said_of_numpy_holds_for_numpy(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(NUMPY, "7")
     let_threads_sleep()
     assert [os.environ[name] for name in (*SLEEPING, NUMPY)] == ["passive", "1000", "7"]
+
+
+# What numpy and PyTorch find when they are loaded: they do not look again.
+LOADING = """
+import os, sys
+from acip_export.__main__ import main
+
+def loading(event, arguments):
+    if event == "import" and arguments[0] == "numpy":
+        os.write(1, (os.environ.get("OPENBLAS_NUM_THREADS", "nothing") + "\\n").encode())
+
+sys.addaudithook(loading)
+main()
+"""
+
+
+def test_the_command_says_it_before_numpy_is_loaded() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LOADING, "formats"],
+        env=module_environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "1"), done.stderr
