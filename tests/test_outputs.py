@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -406,6 +407,19 @@ def test_what_a_killed_verification_left_is_no_part_of_the_export(paper: str, pl
         assert (refused.code, name in refused.err) == (2, True), refused.err
         assert run(*VERIFY).code == 6
         (export / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "name", [".report.json.lock/notes.txt", ".report.json.01234567.tmp", ".report.json.01234567.old"]
+)
+def test_locks_are_files_and_what_would_become_a_file_lies_in_a_directory(name: str, place: Path) -> None:
+    """Things of the other kind were the user's, and would have been removed with the export."""
+    export = place / "export"
+    (export / name).parent.mkdir(exist_ok=True)
+    (export / name).write_text("the user's")
+    with pytest.raises(UsageError, match=re.escape(name)):
+        claim_output(export, EXPORT_KIND, force=True)
+    assert check_bytes(export, load_plan(export / PLAN_FILE)) == [f"{name}: written, but not planned"]
 
 
 def test_an_empty_directory_is_filled(place: Path, run: Run) -> None:

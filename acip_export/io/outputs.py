@@ -18,9 +18,10 @@ from acip_export.io import atomic
 from acip_export.io.locks import held, refuse_held
 
 _HEAD = 65_536
-# Names of what a process that was killed while it wrote a file has left beside it: its lock, see locks.py, and what
-# would have become the file, see atomic.py.
-_HALF_WRITTEN = re.compile(r"\.(.+)\.(?:lock|[0-9a-f]{8}\.(?:tmp|old))")
+# What a process that was killed while it wrote a file has left beside it: a file that was its lock, see locks.py, and a
+# directory with what would have become the file, see atomic.py. Things of the other kind with these names are not ours.
+_LOCK = re.compile(r"\.(.+)\.lock")
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -208,14 +209,17 @@ def sizes_below(directory: Path) -> dict[str, int]:
     return {file.relative_to(directory).as_posix(): file.stat().st_size for file in sorted(_files_below(directory))}
 
 
-def half_written(path: PurePath) -> str | None:
-    """Return the file that a killed process was writing, if ``path`` is, or lies in, what it has left of that.
+def half_written(file: PurePath) -> str | None:
+    """Return the file that a killed process was writing, if ``file`` is what it has left of that.
 
     Paths are relative to one directory. What is left is removed when the file is written again.
     """
-    for at, part in enumerate(path.parts):
-        if written := _HALF_WRITTEN.fullmatch(part):
-            return PurePath(*path.parts[:at], written[1]).as_posix()
+    *folders, name = file.parts
+    for at, folder in enumerate(folders):
+        if written := _TEMPORARY.fullmatch(folder):
+            return PurePath(*folders[:at], written[1]).as_posix()
+    if written := _LOCK.fullmatch(name):
+        return PurePath(*folders, written[1]).as_posix()
     return None
 
 
@@ -228,8 +232,11 @@ def _first_foreign(directory: Path, contents: Mapping[str, int | FileKind]) -> P
 
     def is_left(path: Path) -> bool:
         """Whether it is of a process that was killed while it wrote one of the files; of one that lives is refused."""
-        written = half_written(path.relative_to(directory))
-        if written is None or path.is_symlink() or not isinstance(contents.get(written), FileKind):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            return False
+        here = path.relative_to(directory)
+        written = half_written(here / "any" if path.is_dir() else here)
+        if written is None or not isinstance(contents.get(written), FileKind):
             return False
         refuse_held(directory / written)
         return True
