@@ -15,7 +15,6 @@ from acip_export.cli.tables.inspect import change_json, show_anatomy, show_diffe
 from acip_export.errors import UsageError
 from acip_export.inspection import Anatomy, diff_tensors, read_anatomy
 from acip_export.inspection.diff import Stored, stored_tensors
-from acip_export.report.listing import directories_of_exports, list_exports, listing_json
 
 
 def inspect(
@@ -42,6 +41,8 @@ def inspect(
 
     acip-export inspect . export/gguf-4GB
     """
+    from acip_export.report.listing import directories_of_exports, list_exports, listing_json
+
     exports = directories_of_exports(path)
     if exports and other is None:
         listed = list_exports(exports)
@@ -82,6 +83,8 @@ def _refuse_several(path: Path, other: Path) -> None:
     Raises:
         UsageError: one of the two is a directory that holds them.
     """
+    from acip_export.report.listing import directories_of_exports
+
     found = {each: directories_of_exports(each) for each in (path, other)}
     for each, exports in found.items():
         if exports:

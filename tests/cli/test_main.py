@@ -389,7 +389,7 @@ def test_interrupted_ranking_is_resumed(model: Path, run: Run) -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    said = run_without_importing("torch transformers onnx gguf onnxruntime", "--help")
+    said = run_without_importing("torch transformers onnx gguf onnxruntime acip_export.report", "--help")
     assert "acip-export --budget 4GB --format gguf" in said
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.padding import Padding
@@ -17,8 +17,10 @@ from acip_export.cli.tables.common import plain_table, show_changes
 from acip_export.inspection import Anatomy, TensorChange
 from acip_export.inspection.anatomy import Share
 from acip_export.inspection.diff import extents
-from acip_export.report.listing import Listed
 from acip_export.units import format_bytes, format_nats
+
+if TYPE_CHECKING:
+    from acip_export.report.listing import Listed
 
 _STATES = {"verified": "verified", "failed": "[red]failed[/]", "not verified": "not verified"}
 
