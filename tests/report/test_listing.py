@@ -13,7 +13,7 @@ from acip_export.artifacts.names import CARD_FILE, MANIFEST_FILE, PLAN_FILE, REP
 from acip_export.artifacts.plan import load_plan
 from acip_export.units import format_nats
 from tests.report.conftest import Exports
-from tests.support import Run
+from tests.support import Run, unspaced
 
 
 @pytest.fixture
@@ -66,6 +66,27 @@ def test_one_row_each(sizes: Path, run: Run) -> None:
     command = done.out.splitlines()[-1].split()
     assert command == ["acip-export", "inspect", str(Path("sizes/a-verified"))]
     assert json.loads(run(*command[1:], "--json").out)["total_bytes"] == plan.planned_bytes
+
+
+def test_one_that_cannot_be_read_hides_no_other(sizes: Path, run: Run) -> None:
+    plan, report = sizes / "a-verified" / PLAN_FILE, sizes / "d-failed" / REPORT_FILE
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"version": 99}))
+    report.write_text("{}")
+    found = {Path(each["path"]).name: each for each in json.loads(run("inspect", "sizes", "--json").out)["exports"]}
+    assert [name for name in found if found[name]["state"] == "unreadable"] == ["a-verified", "d-failed"]
+    assert "version 99" in found["a-verified"]["problem"] and "report.json" in found["d-failed"]["problem"]
+    assert (found["a-verified"]["written_bytes"], found["b-unverified"]["problem"]) == (None, None)
+    done = run("inspect", "sizes")
+    assert done.code == 0, done.err
+    assert unspaced("is a plan of version 99") in unspaced(done.out) and "unreadable" in done.out
+    assert done.out.splitlines()[-1].endswith("b-unverified")
+
+
+def test_directories_may_be_named_like_models(sizes: Path, run: Run) -> None:
+    (sizes / "a-verified").rename(sizes / "small.gguf")
+    assert "small.gguf" in [
+        Path(each["path"]).name for each in json.loads(run("inspect", "sizes", "--json").out)["exports"]
+    ]
 
 
 @pytest.mark.usefixtures("sizes")

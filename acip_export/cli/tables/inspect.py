@@ -22,7 +22,12 @@ from acip_export.units import format_bytes, format_nats
 if TYPE_CHECKING:
     from acip_export.report.listing import Listed
 
-_STATES = {"verified": "verified", "failed": "[red]failed[/]", "not verified": "not verified"}
+_STATES = {
+    "verified": "verified",
+    "failed": "[red]failed[/]",
+    "not verified": "not verified",
+    "unreadable": "[red]unreadable[/]",
+}
 
 
 def show_anatomy(anatomy: Anatomy, top: int) -> None:
@@ -71,20 +76,31 @@ def show_exports(listed: Sequence[Listed]) -> None:
     for column in table.columns[1:]:
         column.no_wrap = True
     for each in listed:
-        plan, kl = each.export.plan, each.mean_kl
-        written = each.written_bytes
+        kl, form, nbytes = each.mean_kl, "", ""
+        if each.export is not None:
+            plan, written = each.export.plan, each.written_bytes
+            form = f"{plan.format} {plan.layout}"
+            nbytes = f"{written:,}" + ("" if written == plan.planned_bytes else " [red]not as planned[/]")
         table.add_row(
             escape(each.directory.name),
-            f"{plan.format} {plan.layout}",
-            f"{written:,}" + ("" if written == plan.planned_bytes else " [red]not as planned[/]"),
+            form,
+            nbytes,
             _STATES[each.state],
             *([] if not known else ["" if kl is None else format_nats(kl)]),
         )
     console.out.print(table)
     if known:
         console.say("KL in nats per token, on the texts of their reports", style="dim")
+    for each in listed:
+        if each.problem:
+            console.say(each.problem)
     console.say("One of them:")
-    console.show_command(shlex.join(["acip-export", "inspect", str(listed[0].directory)]), shell=True)
+    console.show_command(shlex.join(["acip-export", "inspect", str(_shown(listed).directory)]), shell=True)
+
+
+def _shown(listed: Sequence[Listed]) -> Listed:
+    """Return the first that can be looked into."""
+    return next((each for each in listed if each.export is not None), listed[0])
 
 
 def show_difference(before: Anatomy, after: Anatomy, changes: Sequence[TensorChange], top: int) -> None:
