@@ -115,8 +115,8 @@ def _nearest(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -
     return data
 
 
-def test_threads_and_rows_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, inputs = matrix(1100, 320), moments_of(moment(320, 32, 1))  # three parts of rows, three of columns
+def test_ggmls_threads_and_rows_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = matrix(1100, 320), moments_of(moment(320, 32, 1))  # three parts of rows
     monkeypatch.setattr(machine, "processors", lambda: 1)
     alone = quantize(weight, "q4_0", inputs)
     monkeypatch.setattr(machine, "processors", lambda: 3)

@@ -1,0 +1,64 @@
+"""Error feedback in blocks of columns, against the algorithm written down plainly, and by threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from acip_export.rounding.error_feedback import Codes, FeedbackFactor, Floats, UniformGrid, round_with_feedback
+
+GROUP = 32
+
+
+def factor_of(columns: int) -> FeedbackFactor:
+    numbers = np.random.default_rng(columns)
+    upper = np.triu(numbers.normal(0, 0.05, (columns, columns)), 1) + np.eye(columns)
+    return FeedbackFactor.coded(numbers.permutation(columns).astype(np.int32), upper.astype(np.float32))
+
+
+def weight_and_grid(rows: int, columns: int) -> tuple[Floats, UniformGrid]:
+    numbers = np.random.default_rng(rows)
+    steps = numbers.uniform(0.2, 0.4, (-(-columns // GROUP), rows)).astype(np.float32)
+    return numbers.standard_normal((rows, columns)).astype(np.float32), UniformGrid(steps, None, GROUP, -8, 7)
+
+
+def plain(weight: Floats, grid: UniformGrid, factor: FeedbackFactor) -> Codes:
+    """One column after the other, in float64."""
+    work, codes = weight.astype(np.float64), np.zeros(weight.shape, np.int8)
+    ratios = factor.rows(0, factor.size).astype(np.float64)
+    for place, column in enumerate(factor.order):
+        steps = grid.steps[column // GROUP].astype(np.float64)
+        codes[:, column] = np.clip(np.rint(work[:, column] / steps), grid.lowest, grid.highest)
+        error = work[:, column] - codes[:, column] * steps
+        work[:, factor.order[place + 1 :]] -= error[:, None] * ratios[place, place + 1 :]
+    return codes
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# On both sides of what is carried column by column, and of what one product carries to all columns behind.
+@pytest.mark.parametrize("columns", [1, 31, 33, 511, 513, 1100])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_blocks_are_no_part_of_the_result(rows: int, columns: int) -> None:
+    (weight, grid), factor = weight_and_grid(rows, columns), factor_of(columns)
+    found, expected = round_with_feedback(weight, grid, factor), plain(weight, grid, factor)
+    assert (found.shape, found.dtype) == ((rows, columns), np.int8)
+    # Numbers that lie between two codes may go the other way in float32, and what comes behind them too.
+    assert int((found != expected).sum()) <= 0.02 * found.size
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_of_torch_change_no_code() -> None:
+    (weight, grid), factor = weight_and_grid(600, 1100), factor_of(1100)
+    torch.set_num_threads(1)
+    alone = round_with_feedback(weight, grid, factor)
+    torch.set_num_threads(3)
+    assert np.array_equal(round_with_feedback(weight, grid, factor), alone)
