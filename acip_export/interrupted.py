@@ -1,6 +1,6 @@
 """What an interrupted command says, and how it ends before it begins or when it is done.
 
-Imports only what Python has loaded when it starts: until then an interruption is a traceback.
+Imports next to nothing: until it is imported an interruption is a traceback.
 """
 
 import os
