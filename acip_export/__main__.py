@@ -11,7 +11,7 @@ def main() -> None:
     let_threads_sleep()  # numpy looks when it is loaded, which the command line does
     from acip_export.cli.main import main as run
 
-    run()
+    run(own_process=True)
 
 
 if __name__ == "__main__":

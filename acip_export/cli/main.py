@@ -75,8 +75,12 @@ for command in (
     app.command(cls=Command)(command)
 
 
-def main() -> None:
-    """Entry point with the one error boundary."""
+def main(own_process: bool = False) -> None:
+    """Entry point with the one error boundary.
+
+    Args:
+        own_process: nothing follows, so that a signal may end the process at once when the command is done.
+    """
     boundary = ErrorBoundary()
     console.start(as_json="--json" in sys.argv[1:])
     console.print_warnings()
@@ -106,7 +110,8 @@ def main() -> None:
         ignore_requests()
         _end_interrupted()
     # What Python does at its end takes no exception.
-    end_at_once(words=False)
+    if own_process:
+        end_at_once(words=False)
     if isinstance(error, BrokenPipeError | console.ClosedPipeError):
         _drop_output()
         sys.exit(EXIT_CLOSED_PIPE)

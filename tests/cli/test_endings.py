@@ -134,6 +134,20 @@ def test_a_signal_behind_the_last_word() -> None:
     assert process.stdout == f"{__version__}\n"
 
 
+def test_a_signal_behind_a_command_in_another_program() -> None:
+    """The process is not ours: whoever called the command line hears of it."""
+    program = (
+        "import os, signal, time\nfrom acip_export.cli import main as cli\ncli.app = lambda **_: 0\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    print('heard')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], env=module_environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+
+
 def test_two_signals_at_once_are_one() -> None:
     """The process tidies up, and ends without waiting for its threads."""
     process = subprocess.run(

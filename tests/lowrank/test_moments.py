@@ -132,6 +132,16 @@ def test_factors_of_inputs_that_were_scaled_beyond_measure(monkeypatch: pytest.M
     few.scaled(apart.astype(np.float32)).feedback_factor().check("it")
 
 
+def test_the_factor_of_inputs_scaled_by_three_decades_is_as_good_as_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = 10 ** (3 * np.random.default_rng(1).random(700) - 2)
+    packed = pack_moment(moment_of(700, tokens=300)).scaled(apart.astype(np.float32))
+    found = packed.feedback_factor()
+    widened = moments.PackedMoment._upper
+    monkeypatch.setattr(moments.PackedMoment, "_upper", lambda self, name, _dtype: widened(self, name, torch.float64))
+    exact = packed.feedback_factor()
+    assert np.array_equal(found.order, exact.order) and np.array_equal(found.codes, exact.codes)
+
+
 def test_a_part_of_a_moment() -> None:
     columns = torch.tensor([3, 50, 17])
     packed = pack_moment(moment_of(64)).scaled(np.linspace(1, 2, 64, dtype=np.float32))
