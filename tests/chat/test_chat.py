@@ -372,10 +372,20 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    def end(self) -> int:
-        code = self.process.wait(120)
-        os.close(self.master)
-        return code
+    def end(self, again: signal.Signals | None = None) -> int:
+        """Wait for the end; a signal ``again`` is sent every ten seconds, as :meth:`wait_for` types."""
+        for _ in range(12):
+            try:
+                code = self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                if again is not None:
+                    self.process.send_signal(again)
+            else:
+                os.close(self.master)
+                return code
+        self.process.kill()
+        self.process.wait()
+        raise AssertionError(f"it did not end; it said {self.seen!r}")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="terminals of another kind")
@@ -403,7 +413,7 @@ def test_a_conversation_is_ended_from_outside(places: dict[str, Path]) -> None:
     terminal = Terminal("chat", places["gguf"], "--threads", 1)
     terminal.wait_for("> ")
     terminal.process.send_signal(signal.SIGTERM)
-    assert terminal.end() == 130
+    assert terminal.end(again=signal.SIGTERM) == 130
 
 
 def test_ctrl_c_while_a_piece_is_waited_for(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
