@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,20 @@ def test_prompt_batch_does_not_change_the_numbers(stock: Path) -> None:
     assert found[0].shape == (100, 512)
     assert found[0].dtype == np.float32
     np.testing.assert_allclose(found[0], found[1], atol=5e-3)  # other matrix kernels, other order of sums
+
+
+def test_a_package_that_is_not_installed_is_no_news(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is, and cannot be loaded, is said."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # its import fails
+    monkeypatch.setattr(llama_capi, "find_spec", lambda _: "there")
+    assert llama_capi._llama_cpp_python() is None
+    assert "llama-cpp-python cannot be used" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(llama_capi, "find_spec", lambda _: None)
+    assert llama_capi._llama_cpp_python() is None
+    assert not caplog.text
 
 
 def test_windows_do_not_see_each_other(stock: Path) -> None:

@@ -232,6 +232,8 @@ def names_factor_pairs(files: Iterable[Path]) -> bool:
 
 
 def _llama_cpp_python() -> tuple[Any, str] | None:
+    if find_spec("llama_cpp") is None:
+        return None
     try:
         from llama_cpp import __version__, llama_cpp
     except (ImportError, OSError, RuntimeError) as error:  # installed, but its library cannot be loaded
