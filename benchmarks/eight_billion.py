@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from acip_export.model.checkpoint import Checkpoint
-from benchmarks.billion import command
+from benchmarks.billion import SHAPE, command
 from benchmarks.gguf_export import LLAMA_STEPS, differing, step, watched
 from benchmarks.memory import made_up_scores
 from benchmarks.random_model import write_random_model
@@ -42,14 +42,7 @@ SHAPES = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
-    "1.1b": {
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-    },
+    "1.1b": SHAPE,
 }
 LAYERS = {"8b": 32, "1.1b": 22}
 # Enough for every matrix in its type; nothing is measured, since every layer counts alike.

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -43,7 +43,7 @@ class Point:
     """What a plan loses at some bytes; ``kl`` is empty where no plan fits or it does not run.
 
     Attributes:
-        bits: of the files, by weight of the dense model. learned: the order and adapters were.
+        bits: of the files, by weight of the dense model. ranking: the algorithm's name.
         pairs: matrices that are factor pairs, of ``matrices``. predicted, kl, error: nats per token.
     """
 
@@ -79,27 +79,22 @@ def points(args: argparse.Namespace, scores_file: Path, model: Path) -> list[Poi
     problem = planning_problem(checkpoint, scores, question)
     alone = problem.only(lambda _, decision: decision.representation == "dense")
     weights_of_model = sum(prod(info.shape) for info in checkpoint.tensors.values())
-    learned = str(dict(scores.algorithm).get("name"))
+    algorithm = str(dict(scores.algorithm).get("name"))
     found: list[tuple[Point, Plan | None]] = []
     for bits in args.bits:
         nbytes = int(weights_of_model * bits / 8)
         for with_pairs, each in ((False, alone), (True, problem)):
-            point = Point(args.format, args.layout, args.types, bits, nbytes, learned, with_pairs)
+            point = Point(args.format, args.layout, args.types, bits, nbytes, algorithm, with_pairs)
             budget = Budget(nbytes, "file")
             try:
                 plan = each.plan(budget, question.rule.serving(budget, each.memory))
             except DoesNotFit as reason:
-                found.append((Point(**{**asdict(point), "reason": f"at least {reason.floor.nbytes} bytes"}), None))
+                found.append((replace(point, reason=f"at least {reason.floor.nbytes} bytes"), None))
                 continue
             matrices = [decision for decision in plan.tensors if len(decision.shape) == 2]
             pairs = sum(decision.representation != "dense" for decision in matrices)
-            known = {
-                "pairs": pairs,
-                "matrices": len(matrices),
-                "adapters": plan.adapters,
-                "predicted": plan.predicted_loss,
-            }
-            found.append((Point(**{**asdict(point), **known}), plan))
+            point = replace(point, pairs=pairs, matrices=len(matrices), adapters=plan.adapters)
+            found.append((replace(point, predicted=plan.predicted_loss), plan))
     text = held_out_text(checkpoint, scores, 512)
     if text is None:
         raise SystemExit("the text that the ranking held out is not here")
@@ -114,9 +109,9 @@ def points(args: argparse.Namespace, scores_file: Path, model: Path) -> list[Poi
     for point, has_plan in found:
         result = None if has_plan is None else next(results)
         if isinstance(result, AcipError):
-            point = Point(**{**asdict(point), "reason": str(result)})
+            point = replace(point, reason=str(result))
         elif result is not None:
-            point = Point(**{**asdict(point), "kl": result.kl, "error": result.error})
+            point = replace(point, kl=result.kl, error=result.error)
         done.append(point)
         print(point, flush=True)
     return done

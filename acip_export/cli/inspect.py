@@ -43,16 +43,15 @@ def inspect(
     """
     from acip_export.report.listing import directories_of_exports, list_exports, listing_json
 
-    exports = directories_of_exports(path)
-    if exports and other is None:
+    if other is not None:
+        _refuse_several(path, other)
+    elif exports := directories_of_exports(path):
         listed = list_exports(exports)
         if json:
             console.print_json(listing_json(listed))
         else:
             show_exports(listed)
         return
-    if other is not None:
-        _refuse_several(path, other)
     first = read_anatomy(path)
     if other is None:
         if json:
