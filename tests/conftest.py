@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from acip_export.artifacts.scores import ScoreFile  # noqa: E402
 from acip_export.cli import main as cli  # noqa: E402
 from acip_export.io import kept_states  # noqa: E402
+from acip_export.lowrank import feedback_cache  # noqa: E402
 from tests.materialization.moments import scores_with_moments  # noqa: E402
 from tests.support import Outcome, Run, Shared, make_model  # noqa: E402
 
@@ -45,6 +46,15 @@ def _handlers_stay() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_factors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Read no factor of error feedback that the user has kept, and add none; programs of the user's cache stay."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("feedback")
+        patch.setattr(feedback_cache, "feedback_directory", lambda: place)
+        yield
 
 
 @pytest.fixture

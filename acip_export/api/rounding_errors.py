@@ -156,10 +156,14 @@ def rounding_estimate(checkpoint: Checkpoint, machine: Machine) -> dict[str, flo
 
     No weight is read.
     """
-    found = {}
+    found: dict[str, float] = {}
+    factors_kept = False
     for name in format_names():
         with suppress(MissingExtraError, UnsupportedError):
-            found[types_stage(name)] = rounding_work(checkpoint, name).seconds(machine)
+            work = rounding_work(checkpoint, name)
+            found[types_stage(name)] = replace(work, factors_kept=factors_kept).seconds(machine)
+            # One format makes them for all: inputs and their scales are the same.
+            factors_kept = factors_kept or bool(work.feedback_types)
     return found
 
 

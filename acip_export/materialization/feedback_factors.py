@@ -16,6 +16,7 @@ from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
 from acip_export.io.scratch import ArrayStore
+from acip_export.lowrank.feedback_cache import FeedbackCache
 from acip_export.lowrank.moments import moment_name
 from acip_export.rounding.error_feedback import FeedbackFactor
 
@@ -26,12 +27,14 @@ _KEPT = 4
 class FeedbackFactors:
     """Makes the factor of an input when it is asked for, and keeps the last few. Threads may share it.
 
+    Those of wide inputs are in the user's cache (:mod:`acip_export.lowrank.feedback_cache`).
+
     Args:
-        store: keeps all of them; making one of a wide input takes long.
+        store: keeps those that the user's cache does not: it may have no room, and of a large model too little.
     """
 
     def __init__(self, scores: ScoreFile, store: ArrayStore | None = None) -> None:
-        self._scores, self._store = scores, store
+        self._scores, self._store, self._cache = scores, store, FeedbackCache()
         self._kept: OrderedDict[str, FeedbackFactor] = OrderedDict()
         self._lock = Lock()
 
@@ -65,11 +68,14 @@ class FeedbackFactors:
         return factor
 
     def _factor(self, key: str) -> FeedbackFactor:
-        names = [f"{key}/{part}" for part in FEEDBACK_PARTS]
+        names, moment = [f"{key}/{part}" for part in FEEDBACK_PARTS], self._scores.second_moments[key]
         if self._store is not None and all(name in self._store for name in names):
             return FeedbackFactor(*map(self._store.read, names))
-        factor = self._scores.second_moments[key].feedback_factor(moment_name(key))
-        if self._store is not None:
+        factor = self._cache.read(moment)
+        if factor is not None:
+            return factor
+        factor = moment.feedback_factor(moment_name(key))
+        if not self._cache.write(moment, factor) and self._store is not None:
             for name, part in zip(names, FEEDBACK_PARTS, strict=True):
                 self._store.write(name, getattr(factor, part))
         return factor

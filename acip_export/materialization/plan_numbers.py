@@ -46,7 +46,8 @@ class PlanNumbers:
         round_trip: the quantizer of the plan's format; factor pairs are then fitted to what it makes of them. ``None``
             leaves them as the ranking has them.
         feedback_types: of the plan's format, those that it can round with error feedback.
-        feedback: makes factors of inputs, scaled or not; ``None``: one of its own, which keeps them in ``store``.
+        feedback: makes factors of inputs, scaled or not; ``None``: one of its own, which keeps those in ``store``
+            that the user's cache does not.
 
     Attributes:
         checkpoint, scores: with the channels scaled, where the plan rounds with error feedback.

@@ -44,6 +44,7 @@ def pass_seconds(
         (),
         feedback_types,
         whole=True,
+        factors_kept=True,  # by measuring the types, which comes first
     )
     layers = sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
     head = checkpoint.shape.vocabulary * checkpoint.shape.hidden

@@ -12,6 +12,7 @@ from torch import Tensor
 from acip_export.artifacts.rounding_errors import Ratios, RoundingErrors, pair_key, residual_key
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
 from acip_export.lowrank.components import whitened_components
+from acip_export.lowrank.feedback_cache import FeedbackCache
 from acip_export.lowrank.losses import component_losses
 from acip_export.lowrank.moments import PackedMoment, moment_name, pack_moment
 from acip_export.lowrank.whitening import DAMPING, Whitening
@@ -160,7 +161,7 @@ class _Inputs:
             return cls()
         moment, name = scores.second_moments[key], moment_name(key)
         # First what takes more memory while it is made.
-        factor = moment.feedback_factor(name) if with_factor else None
+        factor = FeedbackCache().factor(moment, name) if with_factor else None
         return cls(moment, moment.exact_root(name, torch.float32), factor)
 
     def cost(self, changes: Tensor, added: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from acip_export.lowrank.feedback_cache import LEAST_COLUMNS
 from acip_export.lowrank.moments import SORTED_COLUMNS
 from acip_export.machine import Machine
 from acip_export.materialization.refit import ROUNDS
@@ -37,6 +38,7 @@ class RoundingWork:
         layers: those that may become pairs. pairs: their types, (down, up).
         feedback_types: types that are rounded with error feedback.
         whole: tensors are rounded whole, and their losses are not measured.
+        factors_kept: the factors of wide inputs are in the user's cache.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -46,12 +48,14 @@ class RoundingWork:
     pairs: Sequence[tuple[WeightType, WeightType]]
     feedback_types: Collection[str]
     whole: bool = False
+    factors_kept: bool = False
 
     def seconds(self, machine: Machine) -> float:
         """Return about how long it takes."""
         products, carried, calls = 0.0, 0.0, 0.0
         for columns in self.inputs:
-            products += (_ROOT + (_factor(columns) if self.feedback_types else 0.0)) * columns**3
+            read = self.factors_kept and columns >= LEAST_COLUMNS
+            products += (_ROOT + (_factor(columns) if self.feedback_types and not read else 0.0)) * columns**3
             calls += _BY_ENTRY * columns**2
         for name, types in self.types.items():
             rows, columns = self.shapes[name]

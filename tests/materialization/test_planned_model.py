@@ -14,15 +14,19 @@ import torch
 
 from acip_export import api as pipeline
 from acip_export.api.export import planned_model
+from acip_export.api.rounding_errors import rounding_errors
 from acip_export.artifacts.bundle import Bundle
 from acip_export.artifacts.plan import Plan, plan_sha256
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.formats.registry import export_format
 from acip_export.io import kept_until_done
 from acip_export.io.scratch import Scratch
+from acip_export.lowrank import feedback_cache
 from acip_export.lowrank.moments import PackedMoment
+from acip_export.materialization.feedback_factors import FeedbackFactors
 from acip_export.materialization.plan_numbers import PlanNumbers
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.planning import PlanRequest, resolve
 from acip_export.progress import Progress
 from acip_export.rounding.kept_roundings import KeptRoundings
 from tests.encoders import make_encoder
@@ -253,6 +257,77 @@ def test_an_export_goes_on_behind_its_bundle(
     assert "SHA-256 differs" in caplog.text and "it is written again" in caplog.text
     assert contents(place / "e") == contents(tmp_path / "direct")
     Bundle.open(place / "e-bundle", verify_hash=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "case"), [("gguf", "gguf, scaled"), ("gguf", "gguf, pairs"), ("onnx", "onnx, scaled")]
+)
+def test_factors_in_the_users_cache_change_no_byte(
+    made: dict[bool, tuple[Path, ScoreFile]],
+    target: str,
+    case: str,
+    tmp_path: Path,
+    counted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, scores = made[True]
+    _, layout, decide, changes = CASES[case]
+    plan = with_files(make_plan(model, target, layout, decide), model, **changes)
+    (tmp_path / "a file").touch()
+    exports, factors = [], []
+    for least, place in ((1 << 20, "none"), (1, "home"), (1, "home"), (1, "a file")):
+        monkeypatch.setattr(feedback_cache, "LEAST_COLUMNS", least)
+        monkeypatch.setattr(feedback_cache, "_LEFT_FREE", 0)
+        monkeypatch.setattr(feedback_cache, "feedback_directory", lambda place=place: tmp_path / place / "feedback")
+        counted.clear()
+        directly(model, scores, plan, tmp_path / f"e{len(exports)}")
+        exports.append(contents(tmp_path / f"e{len(exports)}"))
+        factors.append(counted.count("factor"))
+    assert all(each == exports[0] for each in exports)
+    once = len(list((tmp_path / "home" / "feedback").iterdir()))
+    assert once > 1 and factors[1:3] == [once, 0] and factors[0] == factors[3] >= once
+
+
+def test_exports_read_the_factors_that_measuring_types_made(
+    made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feedback_cache, "LEAST_COLUMNS", 1)
+    monkeypatch.setattr(feedback_cache, "_LEFT_FREE", 0)
+    monkeypatch.setattr(feedback_cache, "feedback_directory", lambda: tmp_path / "feedback")
+    model, _ = made[True]
+    checkpoint, scores = Checkpoint.open(model), scores_with_moments(model, tmp_path / "tiny.acip")
+    kept: set[int] = set()
+    for target, form in (("gguf", "q4_0"), ("onnx", "int4-b64")):
+        request = PlanRequest(target, types=(form,), rounding="feedback")
+        rounding_errors(checkpoint, scores, resolve(request, checkpoint).space)
+        counted.clear()
+        plan = with_files(make_plan(model, target, CASES[f"{target}, scaled"][1], dense(type=form)), model)
+        directly(model, scores, replace(plan, rounding="feedback"), tmp_path / target)
+        assert not counted
+        entries = {entry.stat().st_ino for entry in (tmp_path / "feedback").iterdir()}
+        # One format makes them for the other; those of pairs' samples, which are small, are none of them.
+        kept = kept or entries
+        assert len(entries) > 3 and entries == kept
+
+
+def test_a_factor_is_kept_in_one_place(
+    made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the export only where the user's cache has no room."""
+    monkeypatch.setattr(feedback_cache, "LEAST_COLUMNS", 1)
+    monkeypatch.setattr(feedback_cache, "feedback_directory", lambda: tmp_path / "feedback")
+    _, scores = made[True]
+    key = next(iter(scores.second_moments))
+    for least_free, kept in ((0, False), (1 << 62, True)):
+        monkeypatch.setattr(feedback_cache, "_LEFT_FREE", least_free)
+        shutil.rmtree(tmp_path / "feedback", ignore_errors=True)
+        store = Scratch(tmp_path)
+        FeedbackFactors(scores, store).by_key(key)
+        assert bool(list(store)) == kept == (not list((tmp_path / "feedback").iterdir()))
+        with monkeypatch.context() as unmade:
+            unmade.setattr(PackedMoment, "feedback_factor", lambda *_: pytest.fail("made again"))
+            FeedbackFactors(scores, store).by_key(key).check("it")
+        store.close()
 
 
 def test_only_pairs_are_kept_on_disk(made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from acip_export.api import rounding_estimate
+from acip_export.api.rounding_errors import rounding_work
 from acip_export.cli.rank import expected_course
 from acip_export.errors import InfeasibleBudgetError, OutputError, RankingError, UsageError
 from acip_export.machine import Machine
@@ -138,6 +139,20 @@ def test_measuring_types_is_estimated_by_format_from_the_configuration_alone(tmp
         assert seconds < many[stage] < 2 * seconds  # tables, and pairs of a few layers, are measured once
     faster = rounding_estimate(open_sizes(tmp_path / "16"), Machine(1e12, 5e11, 1e7, 2))
     assert all(faster[stage] == pytest.approx(seconds / 10) for stage, seconds in few.items())
+
+
+def test_factors_of_wide_inputs_are_counted_once(tmp_path: Path) -> None:
+    """Measuring the first format's types makes them for the second, and for what losses are measured with."""
+    checkpoint = open_sizes(llama(tmp_path / "model"))
+    found = rounding_estimate(checkpoint, TWO_CORES)
+    alone = {name: rounding_work(checkpoint, name) for name in ("gguf", "onnx")}
+    columns = alone["onnx"].inputs
+    assert min(columns) >= 1024
+    made = sum((2.4 if each <= 8192 else 1.2) * each**3 for each in columns) / TWO_CORES.float64
+    assert found["types of gguf"] == alone["gguf"].seconds(TWO_CORES)
+    assert found["types of onnx"] == pytest.approx(alone["onnx"].seconds(TWO_CORES) - made)
+    narrow = replace(alone["onnx"], inputs=[1023])
+    assert narrow.seconds(TWO_CORES) == replace(narrow, factors_kept=True).seconds(TWO_CORES)
 
 
 def test_what_follows_a_ranking_is_in_its_time(tmp_path: Path) -> None:
