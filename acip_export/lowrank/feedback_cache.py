@@ -97,7 +97,7 @@ class FeedbackCache:
         """
         if moment.size < LEAST_COLUMNS:
             return False
-        parts = [memoryview(part).cast("B") for part in (factor.order, factor.steps, factor.codes)]
+        parts = factor.order.data, factor.steps.data, factor.codes.data
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
@@ -107,7 +107,8 @@ class FeedbackCache:
             if not self._has_room(file, _entry_bytes(moment.size)):
                 return False
             with new_file(file) as temporary, temporary.open("wb") as new:
-                for part in (digest.digest(), *parts):
+                new.write(digest.digest())
+                for part in parts:
                     new.write(part)
         except (OSError, OutputError) as reason:
             logger.info("a factor of error feedback is not kept: %s", reason)

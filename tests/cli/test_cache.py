@@ -58,13 +58,13 @@ def test_caches_are_listed_and_cleared(home: Path, run: Run) -> None:
 
 def test_what_no_command_makes_again_is_removed_by_name_alone(home: Path, run: Run) -> None:
     """The real model of the tests is gigabytes, and nobody who clears a cache thinks of it."""
-    for name in ("graphs", "real", "llama-cpp", "traces"):
+    for name in ("feedback", "graphs", "real", "llama-cpp", "traces"):
         (home / name).mkdir(parents=True)
         (home / name / "file").write_bytes(b"x" * 100)
     listed = run("cache").out
     assert "make real-model" in unfolded(listed) and "make llama-cpp" in unfolded(listed)
     done = run("cache", "--clear")
-    assert done.code == 0 and "100 B removed" in done.out
+    assert done.code == 0 and "200 B removed" in done.out
     assert sorted(place.name for place in home.iterdir()) == ["llama-cpp", "real", "traces"]
     assert "acip-export cache --clear llama-cpp real traces" in unfolded(done.out)
     again = json.loads(run("cache", "--clear", "--json").out)

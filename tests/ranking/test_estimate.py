@@ -13,6 +13,8 @@ from acip_export.api.rounding_errors import rounding_work
 from acip_export.cli.rank import expected_course
 from acip_export.errors import InfeasibleBudgetError, OutputError, RankingError, UsageError
 from acip_export.machine import Machine
+from acip_export.measurement.pass_time import pass_seconds
+from acip_export.measurement.passes import ClassPass
 from acip_export.ranking import DataConfig, acip_defaults, automatic_config, rank_model
 from acip_export.ranking.acip_defaults import default_algorithm, mask_steps_of
 from acip_export.ranking.algorithms import find_algorithm
@@ -153,6 +155,9 @@ def test_factors_of_wide_inputs_are_counted_once(tmp_path: Path) -> None:
     assert found["types of onnx"] == pytest.approx(alone["onnx"].seconds(TWO_CORES) - made)
     narrow = replace(alone["onnx"], inputs=[1023])
     assert narrow.seconds(TWO_CORES) == replace(narrow, factors_kept=True).seconds(TWO_CORES)
+    one = [ClassPass("down_proj", "q4_0", frozenset({"model.layers.0.mlp.down_proj.weight"}), 0.0)]
+    few, more = (pass_seconds(checkpoint, one, "gguf", 512, types, TWO_CORES) for types in ((), ("q4_0",)))
+    assert few < more < few + 0.05 * made
 
 
 def test_what_follows_a_ranking_is_in_its_time(tmp_path: Path) -> None:
