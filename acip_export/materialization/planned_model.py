@@ -35,8 +35,8 @@ class PlannedModel(MaterializedModel):
     Args:
         round_trip, feedback_types: as :class:`~acip_export.materialization.plan_numbers.PlanNumbers`.
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
-        scratch: keeps what takes long to make, the parts of pairs and the factors of error feedback, unless ``kept``
-            does; ``None``: they are made whenever they are asked for.
+        scratch: keeps what takes long to make, the parts of pairs and those factors of error feedback that the user's
+            cache does not, unless ``kept`` does; ``None``: they are made whenever they are asked for.
         tuned: what tuning made of the plan's scales and vectors, where it asks for that.
 
     Attributes:
