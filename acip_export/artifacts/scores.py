@@ -29,7 +29,17 @@ from acip_export.artifacts.names import SCORE_FILE_SUFFIX, SCORES
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import HeaderEntry, SafetensorsWriter, read_safetensors_header
-from acip_export.io.inputs import Count, Finite, Positive, Share, builtins, convert, decode_strictly, read_only
+from acip_export.io.inputs import (
+    Count,
+    Finite,
+    NotNegative,
+    Positive,
+    Share,
+    builtins,
+    convert,
+    decode_strictly,
+    read_only,
+)
 from acip_export.io.outputs import claim_output, safetensors_kind
 from acip_export.lowrank.moments import PackedMoment, moment_name
 from acip_export.lowrank.order import GlobalOrder
@@ -106,6 +116,8 @@ class CurvePoint:
     dense model in the unit that :attr:`ScoreFile.loss_unit` names.
 
     Attributes:
+        divergence, divergence_with_adapters: of a causal model from the dense one, nats per token; ``None``: the file
+            was made before it was measured.
         spearman, similarity_error: of a sentence embedding, adapters included where they lower the loss: see
             :class:`acip_export.model.embedding_similarity.Similarity`.
     """
@@ -115,6 +127,27 @@ class CurvePoint:
     loss_with_adapters: Finite | None = None
     spearman: Finite | None = None
     similarity_error: Finite | None = None
+    divergence: NotNegative | None = None
+    divergence_with_adapters: NotNegative | None = None
+
+    @property
+    def adapters_help(self) -> bool:
+        """Whether adapters bring the cut nearer to the dense model."""
+        if self.divergence is not None and self.divergence_with_adapters is not None:
+            return self.divergence_with_adapters < self.divergence
+        return self.loss_with_adapters is not None and self.loss_with_adapters < self.loss
+
+    def above(self, dense: CurvePoint) -> float:
+        """Return how far the cut is from the dense model, with adapters where they help.
+
+        By the divergence where it is known. Adapters that were trained on such text lower the loss of the next token by
+        more than they bring the model back.
+        """
+        divergence = self.divergence_with_adapters if self.adapters_help else self.divergence
+        if divergence is not None:
+            return divergence
+        loss = self.loss_with_adapters if self.adapters_help else None
+        return (self.loss if loss is None else loss) - dense.loss
 
 
 @dataclass(frozen=True)

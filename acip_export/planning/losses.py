@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.artifacts.scores import CurvePoint, ScoreFile
+from acip_export.artifacts.scores import ScoreFile
 
 # Bounds on measured over estimated loss: near the dense model both are small, and their quotient is noise.
 _FACTORS = (0.25, 8.0)
@@ -67,7 +67,7 @@ def _scaled(scores: ScoreFile, losses: dict[str, FloatArray]) -> dict[str, Float
             new[name] = components[~dropped[name][components]]
             dropped[name][components] = True
         estimate = sum(float(losses[name][components].sum()) for name, components in new.items())
-        measured = _measured(point) - scores.curve[0].loss
+        measured = point.above(scores.curve[0])
         if estimate > 0:
             factor = float(np.clip((measured - scaled_so_far) / estimate, *_FACTORS))
         for name, components in new.items():
@@ -86,18 +86,13 @@ def _dropped_at(scores: ScoreFile, ratio: float) -> Iterator[tuple[str, npt.NDAr
             yield name, module.order[rank:]
 
 
-def _measured(point: CurvePoint) -> float:
-    """Return the loss with adapters where they help: the plan takes them there."""
-    return point.loss if point.loss_with_adapters is None else min(point.loss, point.loss_with_adapters)
-
-
 @dataclass(frozen=True)
 class MeasuredCuts:
     """What the ranking measured at its cuts.
 
     Attributes:
         estimated: (n,) summed losses of the components that a cut drops, growing.
-        adapters_help: (n,) whether the adapters lowered the loss there.
+        adapters_help: (n,) whether the adapters brought the model nearer to the dense one there.
         dense_loss: nats per token of the dense model, on the curve's text.
     """
 
@@ -116,7 +111,7 @@ def measured_cuts(scores: ScoreFile, losses: dict[str, FloatArray]) -> MeasuredC
     for point in scores.curve[1:]:
         dropped = _dropped_at(scores, point.ratio)
         estimate = sum(float(losses[name][components].sum()) for name, components in dropped)
-        points.append((estimate, point.loss_with_adapters is not None and point.loss_with_adapters < point.loss))
+        points.append((estimate, point.adapters_help))
     points.sort()
     return MeasuredCuts(
         np.array([estimate for estimate, _ in points]), tuple(h for _, h in points), scores.curve[0].loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from acip_export.progress import Clock
 from acip_export.ranking.block_sweep import Blocks
 from acip_export.ranking.context import RankContext
 from acip_export.ranking.factorized_model import Factorized
-from acip_export.ranking.losses import next_token_loss
+from acip_export.ranking.losses import before_head, measured_next_tokens
 from acip_export.ranking.masked_linear import MaskedLinear, replace_linear
 from acip_export.ranking.processes import ALONE, Processes
 from acip_export.ranking.sharding import whole
@@ -30,7 +31,8 @@ def measure_curve(
 ) -> tuple[CurvePoint, ...]:
     """Measure the held-out loss when the model's layers are cut in the global order, without and with adapters.
 
-    The loss of a causal model is that of the next token, an encoder's the divergence from its dense self.
+    The loss of a causal model is that of the next token, and its divergence from its dense self is measured beside it;
+    an encoder's loss is that divergence.
 
     A module of shape (m, n) and rank r counts min(r*(m+n), m*n) parameters, and where its pair would be larger, it
     stays dense. Adapters are measured the way they are exported: folded into a pair at the same rank, added to a
@@ -42,17 +44,29 @@ def measure_curve(
     curve = _Curve(context, factorized, scores)
     for number in range(curve.passed, len(curve.blocks.names)):
         curve.pass_block(number)
-    points = []
-    for place, ratio in enumerate(ratios):
-        loss, similarity = curve.measure(place, False)
-        with_adapters = None
-        if curve.adapted:
-            with_adapters, adapted_similarity = curve.measure(place, True)
-            if with_adapters < loss:
-                similarity = adapted_similarity
-        kept = (None, None) if similarity is None else (similarity.spearman, similarity.mean_error)
-        points.append(CurvePoint(ratio, loss, with_adapters, *kept))
-    return tuple(points)
+    return tuple(_point(curve, place, ratio) for place, ratio in enumerate(ratios))
+
+
+def _point(curve: _Curve, place: int, ratio: float) -> CurvePoint:
+    plain = curve.measure(place, False)
+    point = CurvePoint(ratio, plain.loss, divergence=plain.divergence)
+    similarity = plain.similarity
+    if curve.adapted:
+        adapted = curve.measure(place, True)
+        point = replace(point, loss_with_adapters=adapted.loss, divergence_with_adapters=adapted.divergence)
+        similarity = adapted.similarity if point.adapters_help else similarity
+    if similarity is None:
+        return point
+    return replace(point, spearman=similarity.spearman, similarity_error=similarity.mean_error)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a cut loses: see :class:`CurvePoint`."""
+
+    loss: float
+    divergence: float | None = None
+    similarity: Similarity | None = None
 
 
 class _Curve:
@@ -127,30 +141,37 @@ class _Curve:
                     digest.update(factor.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
-    def measure(self, place: int, adapted: bool) -> tuple[float, Similarity | None]:
-        """Return the loss of a cut that has passed all blocks, and how well an encoder keeps similarities.
+    def measure(self, place: int, adapted: bool) -> _Measured:
+        """Return what a cut loses that has passed all blocks.
 
         Of an encoder the first one that is measured has to be the dense one.
         """
-        task, model, total, outputs = self.task, self.context.model, 0.0, []
+        found = self._tokens(place, adapted) if self.task.labelled else self._outputs(place, adapted)
+        self.clock.advance(ratio=self.ratios[place], loss=found.loss)
+        return found
+
+    def _tokens(self, place: int, adapted: bool) -> _Measured:
+        model, total = self.context.model, torch.zeros(2, dtype=torch.float64)
         for index, part in enumerate(self.batches):
-            hidden = self.states[f"{place}/{adapted}/{index}"].to(part.device)
-            with self.blocks.left(hidden):
-                if task.labelled:
-                    total += next_token_loss(model, part).item() * len(part)
-                else:
-                    outputs.append(task.outputs(model, part))
-        if task.labelled:
-            loss = float(self.processes.sum(torch.tensor(total, dtype=torch.float64))) / len(self.windows)
-            similarity = None
-        else:
-            self.dense = self.dense or outputs
-            total = sum(task.divergence(o, d).item() for o, d in zip(outputs, self.dense, strict=True))
-            # The divergence of a model from itself is zero up to rounding, which is of no sign.
-            loss = max(0.0, total / sum(task.counted(part) for part in self.batches))
-            similarity = task.similarity(torch.cat(outputs), torch.cat(self.dense))
-        self.clock.advance(ratio=self.ratios[place], loss=loss)
-        return loss, similarity
+            # The dense model is the first cut.
+            with self.blocks.left(self.states[f"0/False/{index}"].to(part.device)):
+                dense = before_head(model, part)
+            with self.blocks.left(self.states[f"{place}/{adapted}/{index}"].to(part.device)):
+                figures = measured_next_tokens(model, part, before_head(model, part), dense)
+            total += len(part) * torch.tensor(figures, dtype=torch.float64)
+        loss, divergence = (self.processes.sum(total) / len(self.windows)).tolist()
+        return _Measured(loss, max(0.0, divergence))
+
+    def _outputs(self, place: int, adapted: bool) -> _Measured:
+        task, outputs = self.task, []
+        for index, part in enumerate(self.batches):
+            with self.blocks.left(self.states[f"{place}/{adapted}/{index}"].to(part.device)):
+                outputs.append(task.outputs(self.context.model, part))
+        self.dense = self.dense or outputs
+        total = sum(task.divergence(o, d).item() for o, d in zip(outputs, self.dense, strict=True))
+        # The divergence of a model from itself is zero up to rounding, which is of no sign.
+        loss = max(0.0, total / sum(task.counted(part) for part in self.batches))
+        return _Measured(loss, similarity=task.similarity(torch.cat(outputs), torch.cat(self.dense)))
 
 
 def adapter_pair(layer: MaskedLinear) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,8 @@ class RankModel:
         curve = 0.0
         for ratio in calibration.curve_ratios:
             cut = sum(2 * ratio * b.weights + attention + elements for b in self.blocks)
-            curve += calibration.curve_tokens * (cut + head + _BY_LOGIT / 2 * self.shape.vocabulary)
+            # The head of the dense model once more for each cut: logits are not kept.
+            curve += calibration.curve_tokens * (cut + 2 * (head + _BY_LOGIT / 2 * self.shape.vocabulary))
         seconds = {
             "start": _START,
             "statistics": sweep / (_REACHED * machine.float32) + packing / machine.float64,

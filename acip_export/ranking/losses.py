@@ -8,6 +8,7 @@ of a few tokens at hand anyway, leaves the gradient behind, in the dtype of the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,8 +39,7 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Compute the mean negative log-likelihood of each token after the first, never with all logits at a time."""
-    # The last token has no label; cutting its logits off would copy all others, and their gradients again.
-    labels = torch.cat([windows[:, 1:], windows.new_full((len(windows), 1), -1)], dim=1).flatten()
+    labels = _next_tokens(windows)
     if not can_slice(model):
         logits: Tensor = model(input_ids=windows, use_cache=False).logits
         return token_cross_entropy(logits.flatten(0, 1), labels)
@@ -64,6 +64,32 @@ def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     return total if gradient is None else attached(total, hidden, gradient.view_as(hidden))
 
 
+@torch.no_grad()
+def measured_next_tokens(model: nn.Module, windows: Tensor, rows: Tensor, dense: Tensor) -> tuple[float, float]:
+    """Return :func:`next_token_loss`, and the mean KL divergence from the dense model, in nats per token.
+
+    Args:
+        rows, dense: of this model and of the dense one, by :func:`before_head`.
+    """
+    labels = _next_tokens(windows)
+    loss = divergence = 0.0
+    with head_alone(model) if can_slice(model) else nullcontext(_unchanged) as logits_of:
+        for part in token_slices(len(rows), vocabulary_of(model)):
+            logits = logits_of(rows[part])
+            divergence += float(token_divergence(logits, logits_of(dense[part]))) * len(logits) / len(rows)
+            if count := int((labels[part] >= 0).sum()):
+                loss += float(token_cross_entropy(logits, labels[part])) * count / int((labels >= 0).sum())
+    return loss, divergence
+
+
+def before_head(model: nn.Module, windows: Tensor) -> Tensor:
+    """Return what the head reads for each token, (tokens, width); logits, where they are made of all tokens at once."""
+    if can_slice(model):
+        return final_hidden(model, windows).flatten(0, -2)
+    logits: Tensor = model(input_ids=windows, use_cache=False).logits
+    return logits.flatten(0, 1)
+
+
 def token_divergence(logits: Tensor, dense: Tensor) -> Tensor:
     """Compute the mean KL divergence of ``logits`` (n, vocabulary) from ``dense`` (n, vocabulary), in nats.
 
@@ -72,6 +98,18 @@ def token_divergence(logits: Tensor, dense: Tensor) -> Tensor:
     """
     loss: Tensor = _Divergence.apply(logits, dense)  # type: ignore[no-untyped-call]
     return loss
+
+
+def _next_tokens(windows: Tensor) -> Tensor:
+    """Return the label of each token.
+
+    The last one has none; cutting its logits off would copy all others, and their gradients again.
+    """
+    return torch.cat([windows[:, 1:], windows.new_full((len(windows), 1), -1)], dim=1).flatten()
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -17,7 +17,7 @@ from acip_export.progress import Progress
 from acip_export.ranking import AcipConfig, DataConfig, rank_model
 from acip_export.ranking.data import WindowStream, read_data
 from acip_export.ranking.load import load_model
-from tests.ranking.support import CALIBRATION, calibration_text, held_out_loss, sharp_model
+from tests.ranking.support import CALIBRATION, calibration_text, held_out_divergence, held_out_loss, sharp_model
 
 QUICK = AcipConfig(
     basis="kfac",
@@ -62,6 +62,7 @@ def test_score_file_is_complete(ranked: ScoreFile, model: Path, text: Path) -> N
 def test_curve_is_measured_on_what_is_materialized(ranked: ScoreFile, model: Path, text: Path, adapters: bool) -> None:
     checkpoint = Checkpoint.open(model)
     windows = read_data(checkpoint, text, CALIBRATION).held_out
+    dense = load_model(checkpoint, torch.device("cpu"))
     for point in ranked.curve[::2]:
         rebuilt = load_model(checkpoint, torch.device("cpu"))
         for name, rank in ranked.ranks_at(point.ratio).items():
@@ -74,8 +75,12 @@ def test_curve_is_measured_on_what_is_materialized(ranked: ScoreFile, model: Pat
             pair = factor_pair(weight.data, module, basis_moments(ranked, module, weight.data), kept, adapters)
             weight.data = pair.up @ pair.down
         measured = point.loss_with_adapters if adapters else point.loss
+        divergence = point.divergence_with_adapters if adapters else point.divergence
         # The same float32 numbers multiplied in another order.
         assert held_out_loss(rebuilt, windows, 8) == pytest.approx(measured, abs=2e-4)
+        assert held_out_divergence(rebuilt, dense, windows) == pytest.approx(divergence, abs=2e-4)
+    assert (ranked.curve[0].divergence, ranked.curve[0].spearman) == (0, None)
+    assert (ranked.curve[4].divergence_with_adapters or 0) > 0.01
 
 
 def test_adapters_scaled_by_what_is_dropped_leave_the_whole_model_alone(ranked: ScoreFile) -> None:
