@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain, islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,10 +38,10 @@ class Sizes:
     vocabulary: int = 512
 
 
-# Larger than caches in most types, so that memory is read; and what takes long beside matrices.
-_LARGE = Sizes(1024, 2816, 2)
+# What a processor's cache holds, and more than it holds, so that memory is read; and what takes long beside matrices.
+_CACHED, _LARGE = Sizes(512, 1536, 2), Sizes(2048, 5632, 2)
 _FEW, _MANY, _WIDE = Sizes(256, 512, 2), Sizes(256, 512, 14), Sizes(256, 512, 2, vocabulary=16_384)
-_PROMPT, _LONG_PROMPT, _NEW, _BATCH = 32, 512, 2, 128
+_PROMPT, _LONG_PROMPT, _NEW, _BATCH = 64, 512, 2, 128
 # All runs together take about as long; each is repeated at least so often, in passes far from each other: what slows a
 # machine down for a second must not slow down one type alone.
 _SECONDS, _REPEATS, _PASSES = 36.0, 2, 2
@@ -85,14 +86,15 @@ def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: f
     with TemporaryDirectory(prefix="acip-export-") as directory:
         maker = _Maker(Path(directory), format)
         others = [name for name in format.cache_types if name != next(iter(format.cache_types))]
-        clock = Clock(f"exports of {format.name}", len(types) + 3 + len(others), progress)
-        small, by_type, caches = [], {}, {}
+        clock = Clock(f"exports of {format.name}", 2 * len(types) + 3 + len(others), progress)
+        small, caches = [], {}
+        by_type: dict[str, list[_Run]] = {}
         for sizes in (_FEW, _MANY, _WIDE):
             small.append(maker.made(sizes))
             clock.advance()
-        for name in types:
+        for name, sizes in product(types, (_CACHED, _LARGE)):
             with suppress(UnsupportedError):
-                by_type[name] = maker.made(_LARGE, name)
+                by_type.setdefault(name, []).append(_Run(maker.made(sizes, name)))
             clock.advance()
         few, many, wide = small
         for name in others:
@@ -100,21 +102,20 @@ def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: f
                 caches[name] = _Run(maker.with_cache(many, name), _LONG_PROMPT, repeats=1)
             clock.advance()
         fixed = [_Run(few), _Run(many), _Run(many, _LONG_PROMPT), _Run(wide)]
-        large = {name: _Run(made) for name, made in by_type.items()}
-        return _measure_runs(format, fixed, large, caches, maker.base, progress, seconds)
+        return _measure_runs(format, fixed, by_type, caches, maker.base, progress, seconds)
 
 
 def _measure_runs(
     format: ExportFormat,
     fixed: Sequence[_Run],
-    large: Mapping[str, _Run],
+    by_type: Mapping[str, Sequence[_Run]],
     caches: Mapping[str, _Run],
     base: str,
     progress: ProgressCallback,
     seconds: float,
 ) -> dict[str, RuntimeSpeed]:
-    """Run the small models, then one of each type and cache type, in every runtime of a format that is installed."""
-    runs = [*fixed, *large.values(), *caches.values()]
+    """Run the small models, then those of each type and cache type, in every runtime of a format that is installed."""
+    runs = [*fixed, *chain(*by_type.values()), *caches.values()]
     every = len(runs) * len(format.sessions) * _PASSES
     clock = Clock(f"speed of {format.name}", every, progress)
     measured: dict[str, RuntimeSpeed] = {}
@@ -134,14 +135,15 @@ def _measure_runs(
         except MissingExtraError as reason:
             missing = reason
             continue
-        few, many, long, wide, *rest = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
+        timed = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
+        few, many, long, wide = islice(timed, len(fixed))
         measured[session.runtime] = fit(
             few_layers=few,
             many_layers=many,
             long_prompt=long,
             large_vocabulary=wide,
-            by_type=dict(zip(large, rest[: len(large)], strict=True)),
-            caches=dict(zip(caches, rest[len(large) :], strict=True)),
+            by_type={name: list(islice(timed, len(made))) for name, made in by_type.items()},
+            caches=dict(zip(caches, timed, strict=True)),
             base=base,
             version=version,
         )

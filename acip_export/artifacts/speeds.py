@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import exp, log
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+import numpy as np
+from msgspec import Meta
 
 from acip_export.artifacts.document import Artifact, read_artifact
 from acip_export.artifacts.names import SPEEDS, ArtifactName
@@ -16,6 +20,21 @@ from acip_export.io.inputs import NotNegative, Positive, PositiveFloat, Share
 from acip_export.io.outputs import claim_output, json_kind
 
 SPEEDS_KIND = json_kind(SPEEDS.noun, SPEEDS.artifact)
+
+
+@dataclass(frozen=True)
+class MatrixSpeed:
+    """What a runtime does with matrices of one type, in a model of some size.
+
+    Attributes:
+        nbytes: of all matrices of that model. Those of a small one stay in the processor's caches.
+        read: bytes of them a second, when one token is computed.
+        compute: operations a second, when a prompt is; a weight and a token are two.
+    """
+
+    nbytes: Positive
+    read: PositiveFloat
+    compute: PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -37,8 +56,7 @@ class RuntimeSpeed:
 
     Attributes:
         version: of the runtime.
-        read: bytes of weights a second, by type, when one token is computed.
-        compute: operations a second, by type, when a prompt is; a weight and a token are two.
+        matrices: by type, measured in models of several sizes.
         token_seconds, layer_seconds: of a token of an answer, and of each layer for it, whatever is read.
         width_seconds: of a token of a prompt, for each layer and each number of its width, beside its matrices.
         cache_read: bytes of a KV cache of the format's own type a second.
@@ -48,8 +66,7 @@ class RuntimeSpeed:
     """
 
     version: str
-    read: Mapping[Name, PositiveFloat]
-    compute: Mapping[Name, PositiveFloat]
+    matrices: Mapping[Name, Annotated[tuple[MatrixSpeed, ...], Meta(min_length=1)]]
     token_seconds: NotNegative
     layer_seconds: NotNegative
     width_seconds: NotNegative
@@ -58,9 +75,24 @@ class RuntimeSpeed:
     head_share: Share
     caches: Mapping[Name, CacheSpeed] = field(default_factory=dict)
 
+    def matrix(self, type: str, nbytes: int) -> MatrixSpeed:
+        """Return the speeds of matrices of ``type`` in a model of so many bytes; raises KeyError: not measured."""
+        return between(self.matrices[type], nbytes)
+
     def cache(self, type: str) -> CacheSpeed:
         """Return the speeds of a cache of ``type``."""
         return self.caches.get(type) or CacheSpeed(self.cache_read, self.attention)
+
+
+def between(measured: Sequence[MatrixSpeed], nbytes: int) -> MatrixSpeed:
+    """Interpolate between models of two sizes, in logarithms; beyond them speeds stay."""
+    points = sorted(measured, key=lambda point: point.nbytes)
+    sizes = [log(point.nbytes) for point in points]
+    read, compute = (
+        exp(np.interp(log(max(nbytes, 1)), sizes, [log(speed) for speed in speeds]))
+        for speeds in ([point.read for point in points], [point.compute for point in points])
+    )
+    return MatrixSpeed(nbytes, read, compute)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from acip_export.errors import MissingExtraError
 from acip_export.formats.registry import export_format, format_names
 from acip_export.io.outputs import claim_output
 from acip_export.io.processes import let_threads_spin
+from acip_export.units import format_bytes
 
 
 def calibrate(
@@ -65,9 +66,10 @@ def calibrate(
     if json:
         console.print_json(table.to_json())
         return
-    shown = plain_table("runtime", "type", "read", "computed")
+    shown = plain_table("runtime", "type", "model", "read", "computed")
     for runtime, speeds in table.runtimes.items():
-        for name, rate in speeds.read.items():
-            shown.add_row(runtime, name, f"{rate / 1e9:.3g} GB/s", f"{speeds.compute[name] / 1e9:.3g} GFLOP/s")
+        for name, speed in ((name, speed) for name, measured in speeds.matrices.items() for speed in measured):
+            size, read, computed = format_bytes(speed.nbytes), f"{speed.read / 1e9:.3g}", f"{speed.compute / 1e9:.3g}"
+            shown.add_row(runtime, name, size, f"{read} GB/s", f"{computed} GFLOP/s")
     console.out.print(shown)
     console.say(f"{table.machine}, {table.threads} threads; kept in {file}")

@@ -75,13 +75,15 @@ class Predictor:
     def speed(self, decisions: Sequence[TensorDecision]) -> PlannedSpeed | None:
         """Return tokens a second with a full context; ``None``: a type was not measured."""
         speeds, shape, serving = self.speeds, self.shape, self.serving
-        seconds = [self.answer_seconds(decision) for decision in decisions]
-        if None in seconds:
-            return None
-        read = sum(filter(None, seconds))
         matrices = [matrix for decision in decisions for matrix in self.products(decision)]
+        types = {matrix.type for matrix in matrices}
+        if not types <= speeds.matrices.keys():
+            return None
+        nbytes = sum(matrix.nbytes for matrix in matrices)
+        of = {type_: speeds.matrix(type_, nbytes) for type_ in types}
+        read = sum(matrix.nbytes / of[matrix.type].read for matrix in matrices)
         computed = sum(
-            (speeds.head_share if matrix.head else 1.0) * 2 * matrix.weights / speeds.compute[matrix.type]
+            (speeds.head_share if matrix.head else 1.0) * 2 * matrix.weights / of[matrix.type].compute
             for matrix in matrices
         )
         answer = speeds.token_seconds + shape.layers * speeds.layer_seconds + read + self.cache_seconds
@@ -89,12 +91,16 @@ class Predictor:
         width = shape.layers * shape.hidden * speeds.width_seconds
         return PlannedSpeed(self.runtime, 1 / (computed + self.attention_seconds + overhead + width), 1 / answer)
 
-    def answer_seconds(self, decision: TensorDecision) -> float | None:
-        """Return the time of reading a tensor for one token; ``None``: a type was not measured."""
+    def answer_seconds(self, decision: TensorDecision, nbytes: int) -> float | None:
+        """Return the time of reading a tensor for one token; ``None``: a type was not measured.
+
+        Args:
+            nbytes: of all matrices of the model.
+        """
         matrices = list(self.products(decision))
-        if any(matrix.type not in self.speeds.read or matrix.type not in self.speeds.compute for matrix in matrices):
+        if any(matrix.type not in self.speeds.matrices for matrix in matrices):
             return None
-        return sum(matrix.nbytes / self.speeds.read[matrix.type] for matrix in matrices)
+        return sum(matrix.nbytes / self.speeds.matrix(matrix.type, nbytes).read for matrix in matrices)
 
     def products(self, decision: TensorDecision) -> Iterator[Product]:
         """Yield every matrix of a tensor that a token is multiplied with."""
@@ -193,8 +199,10 @@ def _fastest_plan(problem: Problem, predictor: Predictor, budget: Budget) -> Pla
 def _fastest(problem: Problem, predictor: Predictor) -> Problem:
     """Return the problem with the candidates of each tensor that are read fastest."""
 
+    smallest = sum(int(candidates.table.stored.min()) for candidates in problem.candidates)
+
     def seconds(candidates: Candidates, option: TensorDecision) -> float:
-        known = predictor.answer_seconds(replace(option, name=candidates.name))
+        known = predictor.answer_seconds(replace(option, name=candidates.name), smallest)
         return inf if known is None else known
 
     least = {each.name: min(seconds(each, option) for option in each.options) for each in problem.candidates}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from acip_export.artifacts.speeds import CacheSpeed, RuntimeSpeed
+from acip_export.artifacts.speeds import CacheSpeed, MatrixSpeed, RuntimeSpeed, between
 
 # Rates of matrices follow from the time that overheads leave, and overheads from the time that matrices leave. Each is
 # computed from the other so many times.
-_ROUNDS = 20
+_ROUNDS = 50
 # A disturbed run of a small model looks like overhead, which would be taken off the time of the large models and make
 # their types too fast. So at least one part in so many of a large model's time counts as that of its matrices.
 _LEAST_SHARE = 2
@@ -50,7 +50,7 @@ def fit(
     many_layers: Timed,
     long_prompt: Timed,
     large_vocabulary: Timed,
-    by_type: Mapping[str, Timed],
+    by_type: Mapping[str, Sequence[Timed]],
     caches: Mapping[str, Timed],
     base: str,
     version: str,
@@ -62,7 +62,7 @@ def fit(
         many_layers: the same with more layers.
         long_prompt: the model of many layers, after a long prompt.
         large_vocabulary: the model of few layers, with a larger vocabulary.
-        by_type: large models, one for each type.
+        by_type: models of several sizes, for each type.
         caches: the model of many layers, after a long prompt, with KV caches of other types.
         base: the type of the small models.
         version: of the runtime.
@@ -72,32 +72,55 @@ def fit(
     cache_read = many.cache * more_context / _above_zero(long_prompt.answer - many.answer)
     more_attention = 2 * many.hidden * more_context * many.layers
     attention = more_attention / _above_zero(long_prompt.prompt - many.prompt)
-    read = {name: run.nbytes / run.answer for name, run in by_type.items()}
-    compute = {name: 2 * run.weights / run.prompt for name, run in by_type.items()}
+    matrices = {name: tuple(map(_at_first, runs)) for name, runs in by_type.items()}
     token = layer = width = share = 0.0
     for _ in range(_ROUNDS):
+        small = {id(run): between(matrices[base], run.nbytes) for run in (few, many)}
         # What the small models take beside reading their matrices and the cache is overhead of an answer.
         beside_few, beside_many = (
-            run.answer - run.nbytes / read[base] - run.cache * run.tokens / cache_read for run in (few, many)
+            run.answer - run.nbytes / small[id(run)].read - run.cache * run.tokens / cache_read for run in (few, many)
         )
         layer = max(0.0, (beside_many - beside_few) / more_layers)
         token = max(0.0, beside_few - few.layers * layer)
-        for name, run in by_type.items():
-            rest = run.answer - token - run.layers * layer - run.cache * run.tokens / cache_read
-            read[name] = run.nbytes / max(rest, run.answer / _LEAST_SHARE)
         # The same of a prompt. How far the head is computed for all of its tokens, a larger vocabulary tells.
         more_head = 2 * (large_vocabulary.head - few.head)
-        share = min(1.0, max(0.0, (large_vocabulary.prompt - few.prompt) * compute[base] / more_head))
+        more_seconds = large_vocabulary.prompt - few.prompt
+        share = min(1.0, max(0.0, more_seconds * small[id(few)].compute / more_head))
         beside_few, beside_many = (
-            _prompt_rest(run, token, layer, attention) - 2 * (run.weights + share * run.head) / compute[base]
+            _prompt_rest(run, token, layer, attention) - 2 * (run.weights + share * run.head) / small[id(run)].compute
             for run in (few, many)
         )
         width = max(0.0, (beside_many - beside_few) / more_layers / many.hidden)
-        for name, run in by_type.items():
-            rest = _prompt_rest(run, token, layer, attention) - width * run.hidden * run.layers
-            compute[name] = 2 * (run.weights + share * run.head) / max(rest, run.prompt / _LEAST_SHARE)
+        matrices = {
+            name: tuple(_matrix_speed(run, token, layer, width, share, cache_read, attention) for run in runs)
+            for name, runs in by_type.items()
+        }
     by_cache = {name: _cache_speed(run, many, cache_read, attention) for name, run in caches.items()}
-    return RuntimeSpeed(version, read, compute, token, layer, width, cache_read, attention, share, by_cache)
+    return RuntimeSpeed(version, matrices, token, layer, width, cache_read, attention, share, by_cache)
+
+
+def _matrix_speed(
+    run: Timed,
+    token: float,
+    layer: float,
+    width: float,
+    share: float,
+    cache_read: float,
+    attention: float,
+) -> MatrixSpeed:
+    """Return the speeds of a model's matrices, from what is left of its times beside everything else."""
+    answer = run.answer - token - run.layers * layer - run.cache * run.tokens / cache_read
+    prompt = _prompt_rest(run, token, layer, attention) - width * run.hidden * run.layers
+    return MatrixSpeed(
+        run.nbytes,
+        run.nbytes / max(answer, run.answer / _LEAST_SHARE),
+        2 * (run.weights + share * run.head) / max(prompt, run.prompt / _LEAST_SHARE),
+    )
+
+
+def _at_first(run: Timed) -> MatrixSpeed:
+    """Return a model's speeds as if its matrices took all of its times."""
+    return MatrixSpeed(run.nbytes, run.nbytes / run.answer, 2 * run.weights / run.prompt)
 
 
 def _cache_speed(run: Timed, short: Timed, cache_read: float, attention: float) -> CacheSpeed:

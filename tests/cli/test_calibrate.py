@@ -10,7 +10,7 @@ import pytest
 
 from acip_export.api import plan as planning
 from acip_export.api import speed
-from acip_export.artifacts.speeds import CacheSpeed, RuntimeSpeed, load_speeds
+from acip_export.artifacts.speeds import CacheSpeed, MatrixSpeed, RuntimeSpeed, load_speeds
 from acip_export.devices import speeds_file
 from acip_export.formats.registry import export_format
 from acip_export.planning.speed_fit import Timed, fit
@@ -26,6 +26,7 @@ def quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APPDATA", str(tmp_path / "config"))
     few, some = replace(speed._FEW, hidden=128, ffn=256, layers=1), replace(speed._FEW, layers=2)
     for name, value in {
+        "_CACHED": replace(some, layers=1),
         "_LARGE": some,
         "_FEW": few,
         "_MANY": replace(few, layers=3),
@@ -59,11 +60,14 @@ def test_calibrate_then_plan(model: Path, run: Run, monkeypatch: pytest.MonkeyPa
     done = run("calibrate", "-f", "gguf", "--json")
     assert done.code == 0, done.err
     table = load_speeds(speeds_file())
-    assert json.loads(done.out) == table.to_json()
+    assert json.loads(done.out) == json.loads(json.dumps(table.to_json()))
     found = table.runtimes["llama.cpp"]
-    assert set(table.runtimes) == {"llama.cpp"} and set(found.read) == set(found.compute) == {"q8_0", "q4_0"}
+    assert set(table.runtimes) == {"llama.cpp"} and set(found.matrices) == {"q8_0", "q4_0"}
     assert set(found.caches) == {"q8_0", "q4_0"}
-    assert "llama.cpp" in found.version and all(rate > 0 for rate in (*found.read.values(), *found.compute.values()))
+    assert "llama.cpp" in found.version
+    for small, large in found.matrices.values():
+        assert 0 < small.nbytes < large.nbytes
+        assert min(small.read, small.compute, large.read, large.compute) > 0
     planned = run("plan", *ASKED, "-f", "gguf", "--json")
     assert planned.code == 0, planned.err
     predicted = json.loads(planned.out)["speed"]
@@ -98,7 +102,7 @@ def test_a_device_with_a_table(model: Path, run: Run) -> None:
     assert run("calibrate", "-f", "onnx", "-o", "board.json").code == 0
     measured = load_speeds(model / "board.json").runtimes
     assert set(measured) == {"onnxruntime", "onnxruntime-genai"}
-    assert all(set(each.read) == set(each.compute) == {"int8", "int4-b64"} for each in measured.values())
+    assert all(set(each.matrices) == {"int8", "int4-b64"} for each in measured.values())
     assert all(set(each.caches) == {"int8", "int4"} for each in measured.values())
     assert not speeds_file().exists()
     (model / "devices.toml").write_text(
@@ -117,7 +121,11 @@ def test_a_device_with_a_table(model: Path, run: Run) -> None:
 
 def test_what_is_measured_together_is_told_apart() -> None:
     """Runs that a table predicts give that table again."""
-    true = RuntimeSpeed("1", {"a": 5e9, "b": 8e9}, {"a": 4e10, "b": 2e10}, 2e-4, 3e-5, 2e-10, 2e9, 8e10, head_share=0.5)
+    matrices = {
+        name: (MatrixSpeed(12_810_240, 3 * read, 2 * compute), MatrixSpeed(60_784_640, read, compute))
+        for name, read, compute in (("a", 5e9, 4e10), ("b", 8e9, 2e10))
+    }
+    true = RuntimeSpeed("1", matrices, 2e-4, 3e-5, 2e-10, 2e9, 8e10, head_share=0.5)
     own, slow = true.cache("own"), CacheSpeed(1e9, 3e10)
 
     def timed(
@@ -132,8 +140,9 @@ def test_what_is_measured_together_is_told_apart() -> None:
         weights, head, cache = layers * 12 * hidden**2, vocabulary * hidden, 4 * hidden * layers / share
         fixed = true.token_seconds + layers * true.layer_seconds
         nbytes = weights + head
-        answer = fixed + nbytes / true.read[name] + cache * tokens / kept.read
-        prompt = 2 * (weights + true.head_share * head) / true.compute[name] + fixed / 128
+        speed = true.matrix(name, nbytes)
+        answer = fixed + nbytes / speed.read + cache * tokens / kept.read
+        prompt = 2 * (weights + true.head_share * head) / speed.compute + fixed / 128
         prompt += 2 * hidden * tokens * layers / kept.attention + true.width_seconds * hidden * layers
         return Timed(prompt, answer, tokens, 128, nbytes, weights, head, layers, hidden, cache)
 
@@ -142,13 +151,17 @@ def test_what_is_measured_together_is_told_apart() -> None:
         many_layers=timed("a", 20, 256),
         long_prompt=timed("a", 20, 256, tokens=1024),
         large_vocabulary=timed("a", 4, 256, vocabulary=32768),
-        by_type={name: timed(name, 4, 1024) for name in "ab"},
+        by_type={name: [timed(name, 2, 720, tokens=32), timed(name, 4, 1120)] for name in "ab"},
         caches={"slow": timed("a", 20, 256, tokens=1024, kept=slow, share=4)},
         base="a",
         version="1",
     )
-    assert found.read == pytest.approx(true.read, rel=0.01)
-    assert found.compute == pytest.approx(true.compute, rel=0.02)
+    for name, (small, large) in found.matrices.items():
+        for measured in (small, large):
+            expected = true.matrix(name, measured.nbytes)
+            assert measured.read == pytest.approx(expected.read, rel=0.01)
+            assert measured.compute == pytest.approx(expected.compute, rel=0.02)
+        assert small.read > 2 * large.read
     for name in ("token_seconds", "layer_seconds", "cache_read", "attention", "head_share"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.03), name
     assert found.cache("slow").read == pytest.approx(slow.read, rel=0.01)
@@ -168,11 +181,12 @@ def test_small_models_that_were_disturbed_make_no_type_fast() -> None:
         many_layers=run(0.2, 14),
         long_prompt=run(0.2, 14, 512),
         large_vocabulary=replace(run(0.01, 2), head=9000),
-        by_type={"a": large},
+        by_type={"a": [large]},
         caches={"c": run(0.1, 14, 512)},
         base="a",
         version="1",
     )
-    assert found.read["a"] <= 2.01 * weights / large.answer
-    assert found.compute["a"] <= 2.01 * 2 * (weights + 1000) / large.prompt
+    (measured,) = found.matrices["a"]
+    assert measured.read <= 2.01 * weights / large.answer
+    assert measured.compute <= 2.01 * 2 * (weights + 1000) / large.prompt
     assert found.cache("c").read <= 2.01 * found.cache_read and found.cache("c").attention <= 2.01 * found.attention

@@ -10,8 +10,8 @@ import pytest
 
 from acip_export.artifacts.plan import Plan, Serving
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.artifacts.speeds import CacheSpeed, RuntimeSpeed, SpeedTable, load_speeds, save_speeds
-from acip_export.errors import UnreachableSpeedError, UsageError
+from acip_export.artifacts.speeds import CacheSpeed, MatrixSpeed, RuntimeSpeed, SpeedTable, load_speeds, save_speeds
+from acip_export.errors import DeviceFileError, UnreachableSpeedError, UsageError
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, PlanRequest, check_pace, make_plan, resolve
@@ -24,8 +24,7 @@ TYPES = ("f16", "q8_0", "q6_k", "q4_k", "q4_0")
 # A slow memory, so that what is read decides.
 TABLE = RuntimeSpeed(
     version="made up",
-    read=dict.fromkeys(TYPES, 1e7) | {"q4_0": 2e7},
-    compute=dict.fromkeys(TYPES, 1e9),
+    matrices={name: (MatrixSpeed(10**6, 2e7 if name == "q4_0" else 1e7, 1e9),) for name in TYPES},
     token_seconds=0.001,
     layer_seconds=0.0005,
     width_seconds=1e-9,
@@ -53,7 +52,7 @@ def test_by_hand(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     shape = ranked[0].shape
     matrices = [d for d in plan.tensors if len(d.shape) == 2]  # the embedding is tied: the head reads it
     assert shape.tied_embeddings and all(d.rank is None for d in matrices)
-    read = sum(d.nbytes / TABLE.read[d.type] for d in matrices)
+    read = sum(d.nbytes / (2e7 if d.type == "q4_0" else 1e7) for d in matrices)
     cache = problem.memory.serving(plan.serving).kv_cache
     fixed = 0.001 + shape.layers * 0.0005
     assert plan.speed.runtime == "llama.cpp"
@@ -63,6 +62,21 @@ def test_by_hand(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     seconds += 2 * shape.heads * shape.head_dim * 128 * shape.layers / 1e10 + fixed / plan.serving.prompt_batch
     seconds += shape.layers * shape.hidden * 1e-9
     assert plan.speed.prompt == pytest.approx(1 / seconds)
+
+
+def test_speeds_between_models_of_two_sizes(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    """A model in the processor's cache is read faster than one in memory; between them, by the logarithm of bytes."""
+    sizes = (MatrixSpeed(16 * 10**6, 1e9, 4e9), MatrixSpeed(10**6, 4e9, 1e9))
+    table = replace(TABLE, matrices=dict.fromkeys(TYPES, sizes))
+    for nbytes, read, compute in ((4 * 10**6, 2e9, 2e9), (10**5, 4e9, 1e9), (10**9, 1e9, 4e9), (0, 4e9, 1e9)):
+        found = table.matrix("q8_0", nbytes)
+        assert (found.read, found.compute) == (pytest.approx(read), pytest.approx(compute))
+    plan = planned(ranked, replace(REQUEST, speeds={"llama.cpp": table}))[2]
+    matrices = [d for d in plan.tensors if len(d.shape) == 2]
+    nbytes = sum(d.nbytes for d in matrices)
+    assert 10**6 < nbytes < 16 * 10**6
+    flat = replace(TABLE, matrices=dict.fromkeys(TYPES, (table.matrix("q8_0", nbytes),)))
+    assert plan.speed == planned(ranked, replace(REQUEST, speeds={"llama.cpp": flat}))[2].speed
 
 
 def test_caches_of_other_types_have_speeds_of_their_own(ranked: tuple[Checkpoint, ScoreFile]) -> None:
@@ -92,6 +106,18 @@ def test_tables_without_caches_are_read(tmp_path: Path) -> None:
     del old["runtimes"]["llama.cpp"]["caches"]
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert load_speeds(tmp_path / "old.json").runtimes == {"llama.cpp": TABLE}
+
+
+def test_tables_without_a_size_or_of_another_version_are_refused(tmp_path: Path) -> None:
+    save_speeds(SpeedTable("here", 2, {"llama.cpp": TABLE}), file := tmp_path / "speeds.json")
+    document = json.loads(file.read_text())
+    for changed, says in (
+        ({"version": 1}, "acip-export calibrate"),
+        ({"runtimes": {"llama.cpp": document["runtimes"]["llama.cpp"] | {"matrices": {"q8_0": []}}}}, "matrices"),
+    ):
+        file.write_text(json.dumps(document | changed))
+        with pytest.raises(DeviceFileError, match=says):
+            load_speeds(file)
 
 
 def test_a_speed_that_must_be_reached(ranked: tuple[Checkpoint, ScoreFile]) -> None:
@@ -130,13 +156,13 @@ def test_one_that_no_plan_reaches(ranked: tuple[Checkpoint, ScoreFile]) -> None:
 
 
 def test_types_that_were_not_measured(ranked: tuple[Checkpoint, ScoreFile]) -> None:
-    partial = replace(TABLE, read={"q4_0": 1e7}, compute={"q4_0": 1e9})
+    partial = replace(TABLE, matrices={"q4_0": TABLE.matrices["q4_0"]})
     speeds = {"llama.cpp": partial}
     assert planned(ranked, replace(REQUEST, speeds=speeds))[2].speed is None
     # Asked for a speed, a plan consists of what is known.
     plan = planned(ranked, replace(REQUEST, speeds=speeds, min_speed=1))[2]
     assert {d.type for d in plan.tensors if len(d.shape) == 2} == {"q4_0"}
-    nothing = replace(TABLE, read={}, compute={})
+    nothing = replace(TABLE, matrices={})
     with pytest.raises(UnreachableSpeedError, match="not measured"):
         planned(ranked, replace(REQUEST, speeds={"llama.cpp": nothing}, min_speed=1))
 
