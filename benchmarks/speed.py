@@ -1,7 +1,8 @@
 """Predicted and measured tokens per second, after calibrating the machine: ``python -m benchmarks.speed MODEL ...``.
 
 Exports are made of random numbers in the shapes of the models, every matrix in one type; one more has the shape of
-TinyLlama's 1.1 billion parameters. Each model runs right after it was predicted; the shortest times count.
+TinyLlama's 1.1 billion parameters. All of them run in several rounds, minutes apart: two processors of a virtual
+machine may be two threads of one core for a while, which takes a third of both. The shortest times count.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from acip_export.artifacts.plan import Serving
 from acip_export.artifacts.speeds import SpeedTable, load_speeds
 from acip_export.errors import UnsupportedError
 from acip_export.formats.registry import export_format
+from acip_export.io.processes import let_threads_spin
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.speed import Predictor
 from acip_export.progress import silent
@@ -60,11 +62,33 @@ def _rows(
                             "type": type_name,
                             "predicted": {"prompt": predicted.prompt, "answer": predicted.answer},
                             "measured": {"prompt": 1 / prompt, "answer": 1 / answer},
-                            "prompt_ratio": predicted.prompt * prompt,
-                            "answer_ratio": predicted.answer * answer,
                         }
                     )
                     print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _round(models: list[Path], large: bool, table: SpeedTable) -> list[dict[str, Any]]:
+    rows = []
+    for model in models:
+        checkpoint = Checkpoint.open(model)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        rows += _rows(f"{model.parent.name}/{model.name}", checkpoint, shapes, table, ())
+    if large:
+        with TemporaryDirectory() as place:
+            checkpoint = made_checkpoint(Path(place) / "model", _LARGE)
+            rows += _rows("1.1B shape", checkpoint, dict(tensor_shapes(_LARGE)), table, _LARGE_TYPES)
+    return rows
+
+
+def _shortest(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Keep the fastest run of each row, and compare it with what was predicted."""
+    rows = []
+    for same in zip(*rounds, strict=True):
+        measured = {kind: max(row["measured"][kind] for row in same) for kind in ("prompt", "answer")}
+        ratios = {f"{kind}_ratio": same[0]["predicted"][kind] / speed for kind, speed in measured.items()}
+        slowest = {kind: min(row["measured"][kind] for row in same) for kind in measured}
+        rows.append({**same[0], "measured": measured, "slowest_round": slowest, **ratios})
     return rows
 
 
@@ -74,18 +98,12 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--speeds", type=Path, help="A table of  acip-export calibrate -o; default: measure one.")
     parser.add_argument("--large", action="store_true", help="Also the shape of 1.1 billion parameters.")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/speed.json"))
     asked = parser.parse_args()
+    let_threads_spin()  # as they do where exports run
     table = load_speeds(asked.speeds) if asked.speeds else measure_speeds()
-    rows = []
-    for model in asked.models:
-        checkpoint = Checkpoint.open(model)
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        rows += _rows(f"{model.parent.name}/{model.name}", checkpoint, shapes, table, ())
-    if asked.large:
-        with TemporaryDirectory() as place:
-            checkpoint = made_checkpoint(Path(place) / "model", _LARGE)
-            rows += _rows("1.1B shape", checkpoint, dict(tensor_shapes(_LARGE)), table, _LARGE_TYPES)
+    rows = _shortest([_round(asked.models, asked.large, table) for _ in range(asked.rounds)])
     within = {
         kind: sum(abs(row[f"{kind}_ratio"] - 1) <= 0.15 for row in rows) / max(1, len(rows))
         for kind in ("prompt", "answer")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain, islice, product
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +26,7 @@ from acip_export.model.tensor_names import is_embedding
 from acip_export.planning.speed import products
 from acip_export.planning.speed_fit import Timed, fit
 from acip_export.progress import Clock, ProgressCallback, silent
+from acip_export.units import ceil_div
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,19 @@ class Sizes:
     vocabulary: int = 512
 
 
-# What a processor's cache holds, and more than it holds, so that memory is read; and what takes long beside matrices.
-_CACHED, _LARGE = Sizes(512, 1536, 2), Sizes(2048, 5632, 2)
-_FEW, _MANY, _WIDE = Sizes(256, 512, 2), Sizes(256, 512, 14), Sizes(256, 512, 2, vocabulary=16_384)
+# Models that the caches of single cores hold, that those of a processor hold, and that are read from memory: of the
+# last, as many layers as have so many bytes, within bounds.
+_SMALL, _CACHED, _LARGE = Sizes(256, 512, 4), Sizes(512, 1536, 4), Sizes(2048, 5632, 2)
+_LARGE_BYTES, _MOST_LAYERS = 150 * 10**6, 8
+# What takes long beside matrices: a token, a layer, a head, the cache, and a layer that is read from memory.
+_FEW, _MANY, _WIDE = Sizes(128, 256, 2), Sizes(128, 256, 14), Sizes(128, 256, 2, vocabulary=32_768)
+_DEEP, _NARROW = Sizes(256, 512, 14), Sizes(512, 1536, 24)
 _PROMPT, _LONG_PROMPT, _NEW, _BATCH = 64, 512, 2, 128
 # All runs together take about as long; each is repeated at least so often, in passes far from each other: what slows a
 # machine down for a second must not slow down one type alone.
 _SECONDS, _REPEATS, _PASSES = 36.0, 2, 2
+# Tokens of small models take a fraction of a millisecond, and uneven ones.
+_OFTEN = 20
 _NEVER = (math.inf, math.inf)
 _HEAD_SIZE = 64
 
@@ -86,22 +93,23 @@ def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: f
     with TemporaryDirectory(prefix="acip-export-") as directory:
         maker = _Maker(Path(directory), format)
         others = [name for name in format.cache_types if name != next(iter(format.cache_types))]
-        clock = Clock(f"exports of {format.name}", 2 * len(types) + 3 + len(others), progress)
-        small, caches = [], {}
+        clock = Clock(f"exports of {format.name}", 3 * len(types) + 5 + len(others), progress)
+        fixed, caches = [], {}
         by_type: dict[str, list[_Run]] = {}
-        for sizes in (_FEW, _MANY, _WIDE):
-            small.append(maker.made(sizes))
+        for sizes in (_FEW, _MANY, _WIDE, _NARROW, _DEEP):
+            fixed.append(_Run(maker.made(sizes), repeats=_OFTEN))
             clock.advance()
-        for name, sizes in product(types, (_CACHED, _LARGE)):
-            with suppress(UnsupportedError):
-                by_type.setdefault(name, []).append(_Run(maker.made(sizes, name)))
-            clock.advance()
-        few, many, wide = small
+        deep = fixed[-1].made
+        fixed.append(_Run(deep, _LONG_PROMPT))
+        for name in types:
+            for sizes, repeats in ((_SMALL, _OFTEN), (_CACHED, _OFTEN), (_large(format, name), _REPEATS)):
+                with suppress(UnsupportedError):
+                    by_type.setdefault(name, []).append(_Run(maker.made(sizes, name), repeats=repeats))
+                clock.advance()
         for name in others:
-            if format.refused_cache(many.checkpoint, name, name) is None:
-                caches[name] = _Run(maker.with_cache(many, name), _LONG_PROMPT, repeats=1)
+            if format.refused_cache(deep.checkpoint, name, name) is None:
+                caches[name] = _Run(maker.with_cache(deep, name), _LONG_PROMPT, repeats=1)
             clock.advance()
-        fixed = [_Run(few), _Run(many), _Run(many, _LONG_PROMPT), _Run(wide)]
         return _measure_runs(format, fixed, by_type, caches, maker.base, progress, seconds)
 
 
@@ -136,10 +144,12 @@ def _measure_runs(
             missing = reason
             continue
         timed = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
-        few, many, long, wide = islice(timed, len(fixed))
+        few, many, wide, narrow, short, long = islice(timed, len(fixed))
         measured[session.runtime] = fit(
             few_layers=few,
             many_layers=many,
+            narrow=narrow,
+            short_prompt=short,
             long_prompt=long,
             large_vocabulary=wide,
             by_type={name: list(islice(timed, len(made))) for name, made in by_type.items()},
@@ -190,6 +200,13 @@ class _Maker:
         path.mkdir()
         format.imitate(checkpoint, format.layouts[0].name, decisions, serving, path)
         return _Made(format, checkpoint, decisions, serving, path)
+
+
+def _large(format: ExportFormat, type_name: str) -> Sizes:
+    """Return the large model whose layers have a type."""
+    shapes = tensor_shapes(replace(_LARGE, layers=1)).values()
+    layer = sum(format.type(type_name).nbytes(*shape) for shape in shapes if len(shape) == 2)
+    return replace(_LARGE, layers=min(_MOST_LAYERS, max(_LARGE.layers, ceil_div(_LARGE_BYTES, layer))))
 
 
 def uniform(format: ExportFormat, shapes: Mapping[str, tuple[int, ...]], type_name: str) -> tuple[TensorDecision, ...]:

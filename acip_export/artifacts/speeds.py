@@ -38,6 +38,18 @@ class MatrixSpeed:
 
 
 @dataclass(frozen=True)
+class LayerSpeed:
+    """What a layer takes for a token of an answer beside its matrices.
+
+    Attributes:
+        nbytes: of all matrices of the model.
+    """
+
+    nbytes: Positive
+    seconds: NotNegative
+
+
+@dataclass(frozen=True)
 class CacheSpeed:
     """What a runtime does with a KV cache of one type.
 
@@ -57,7 +69,8 @@ class RuntimeSpeed:
     Attributes:
         version: of the runtime.
         matrices: by type, measured in models of several sizes.
-        token_seconds, layer_seconds: of a token of an answer, and of each layer for it, whatever is read.
+        token_seconds: of a token of an answer, whatever is read. layers: of each layer for it, in models of several
+            sizes; matrices that are not in a core's caches take a moment each until they are read at their rate.
         width_seconds: of a token of a prompt, for each layer and each number of its width, beside its matrices.
         cache_read: bytes of a KV cache of the format's own type a second.
         attention: operations a second of a prompt's attention with such a cache.
@@ -68,7 +81,7 @@ class RuntimeSpeed:
     version: str
     matrices: Mapping[Name, Annotated[tuple[MatrixSpeed, ...], Meta(min_length=1)]]
     token_seconds: NotNegative
-    layer_seconds: NotNegative
+    layers: Annotated[tuple[LayerSpeed, ...], Meta(min_length=1)]
     width_seconds: NotNegative
     cache_read: PositiveFloat
     attention: PositiveFloat
@@ -78,6 +91,11 @@ class RuntimeSpeed:
     def matrix(self, type: str, nbytes: int) -> MatrixSpeed:
         """Return the speeds of matrices of ``type`` in a model of so many bytes; raises KeyError: not measured."""
         return between(self.matrices[type], nbytes)
+
+    def layer_seconds(self, nbytes: int) -> float:
+        """Return what a layer takes for a token of an answer, beside its matrices, in a model of so many bytes."""
+        points = sorted(self.layers, key=lambda point: point.nbytes)
+        return float(np.interp(log(max(nbytes, 1)), [log(p.nbytes) for p in points], [p.seconds for p in points]))
 
     def cache(self, type: str) -> CacheSpeed:
         """Return the speeds of a cache of ``type``."""

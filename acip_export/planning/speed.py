@@ -86,8 +86,9 @@ class Predictor:
             (speeds.head_share if matrix.head else 1.0) * 2 * matrix.weights / of[matrix.type].compute
             for matrix in matrices
         )
-        answer = speeds.token_seconds + shape.layers * speeds.layer_seconds + read + self.cache_seconds
-        overhead = (speeds.token_seconds + shape.layers * speeds.layer_seconds) / serving.prompt_batch
+        fixed = speeds.token_seconds + shape.layers * speeds.layer_seconds(nbytes)
+        answer = fixed + read + self.cache_seconds
+        overhead = fixed / serving.prompt_batch
         width = shape.layers * shape.hidden * speeds.width_seconds
         return PlannedSpeed(self.runtime, 1 / (computed + self.attention_seconds + overhead + width), 1 / answer)
 

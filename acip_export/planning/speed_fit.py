@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from acip_export.artifacts.speeds import CacheSpeed, MatrixSpeed, RuntimeSpeed, between
+from acip_export.artifacts.speeds import CacheSpeed, LayerSpeed, MatrixSpeed, RuntimeSpeed
 
 # Rates of matrices follow from the time that overheads leave, and overheads from the time that matrices leave. Each is
 # computed from the other so many times.
@@ -48,6 +48,8 @@ def fit(
     *,
     few_layers: Timed,
     many_layers: Timed,
+    narrow: Timed,
+    short_prompt: Timed,
     long_prompt: Timed,
     large_vocabulary: Timed,
     by_type: Mapping[str, Sequence[Timed]],
@@ -60,61 +62,63 @@ def fit(
     Args:
         few_layers: a small model of the type ``base``.
         many_layers: the same with more layers.
-        long_prompt: the model of many layers, after a long prompt.
+        narrow: a model of many layers whose matrices are read from memory.
+        short_prompt, long_prompt: another model of many layers, after both.
         large_vocabulary: the model of few layers, with a larger vocabulary.
         by_type: models of several sizes, for each type.
-        caches: the model of many layers, after a long prompt, with KV caches of other types.
+        caches: as ``long_prompt``, with KV caches of other types.
         base: the type of the small models.
         version: of the runtime.
     """
     few, many = few_layers, many_layers
-    more_layers, more_context = many.layers - few.layers, long_prompt.tokens - many.tokens
-    cache_read = many.cache * more_context / _above_zero(long_prompt.answer - many.answer)
-    more_attention = 2 * many.hidden * more_context * many.layers
-    attention = more_attention / _above_zero(long_prompt.prompt - many.prompt)
+    more_layers, more_context = many.layers - few.layers, long_prompt.tokens - short_prompt.tokens
+    cache_read = short_prompt.cache * more_context / _above_zero(long_prompt.answer - short_prompt.answer)
+    more_attention = 2 * short_prompt.hidden * more_context * short_prompt.layers
+    attention = more_attention / _above_zero(long_prompt.prompt - short_prompt.prompt)
     matrices = {name: tuple(map(_at_first, runs)) for name, runs in by_type.items()}
-    token = layer = width = share = 0.0
+    layers = (LayerSpeed(many.nbytes, 0.0), LayerSpeed(narrow.nbytes, 0.0))
+    # What is told apart, by what is known so far of the rest.
+    found = RuntimeSpeed(version, matrices, 0.0, layers, 0.0, cache_read, attention, 0.0)
     for _ in range(_ROUNDS):
-        small = {id(run): between(matrices[base], run.nbytes) for run in (few, many)}
-        # What the small models take beside reading their matrices and the cache is overhead of an answer.
-        beside_few, beside_many = (
-            run.answer - run.nbytes / small[id(run)].read - run.cache * run.tokens / cache_read for run in (few, many)
-        )
+        beside_few, beside_many, beside_narrow = (_beside_matrices(run, found, base) for run in (few, many, narrow))
         layer = max(0.0, (beside_many - beside_few) / more_layers)
         token = max(0.0, beside_few - few.layers * layer)
-        # The same of a prompt. How far the head is computed for all of its tokens, a larger vocabulary tells.
+        narrow_layer = max(layer, (beside_narrow - token) / narrow.layers)
+        # How far the head is computed for all tokens of a prompt, a larger vocabulary tells.
         more_head = 2 * (large_vocabulary.head - few.head)
         more_seconds = large_vocabulary.prompt - few.prompt
-        share = min(1.0, max(0.0, more_seconds * small[id(few)].compute / more_head))
-        beside_few, beside_many = (
-            _prompt_rest(run, token, layer, attention) - 2 * (run.weights + share * run.head) / small[id(run)].compute
+        share = min(1.0, max(0.0, more_seconds * found.matrix(base, few.nbytes).compute / more_head))
+        found = replace(
+            found,
+            token_seconds=token,
+            layers=(LayerSpeed(many.nbytes, layer), LayerSpeed(narrow.nbytes, narrow_layer)),
+            head_share=share,
+        )
+        rest_few, rest_many = (
+            _prompt_rest(run, found) - 2 * (run.weights + share * run.head) / found.matrix(base, run.nbytes).compute
             for run in (few, many)
         )
-        width = max(0.0, (beside_many - beside_few) / more_layers / many.hidden)
-        matrices = {
-            name: tuple(_matrix_speed(run, token, layer, width, share, cache_read, attention) for run in runs)
-            for name, runs in by_type.items()
-        }
-    by_cache = {name: _cache_speed(run, many, cache_read, attention) for name, run in caches.items()}
-    return RuntimeSpeed(version, matrices, token, layer, width, cache_read, attention, share, by_cache)
+        found = replace(found, width_seconds=max(0.0, (rest_many - rest_few) / more_layers / many.hidden))
+        found = replace(found, matrices={n: tuple(_matrix_speed(run, found) for run in r) for n, r in by_type.items()})
+    by_cache = {name: _cache_speed(run, short_prompt, cache_read, attention) for name, run in caches.items()}
+    return replace(found, caches=by_cache)
 
 
-def _matrix_speed(
-    run: Timed,
-    token: float,
-    layer: float,
-    width: float,
-    share: float,
-    cache_read: float,
-    attention: float,
-) -> MatrixSpeed:
+def _beside_matrices(run: Timed, speeds: RuntimeSpeed, type_: str) -> float:
+    """Return what a token of an answer takes beside the matrices, all of one type, and the cache."""
+    read = run.nbytes / speeds.matrix(type_, run.nbytes).read
+    return run.answer - read - run.cache * run.tokens / speeds.cache_read
+
+
+def _matrix_speed(run: Timed, speeds: RuntimeSpeed) -> MatrixSpeed:
     """Return the speeds of a model's matrices, from what is left of its times beside everything else."""
-    answer = run.answer - token - run.layers * layer - run.cache * run.tokens / cache_read
-    prompt = _prompt_rest(run, token, layer, attention) - width * run.hidden * run.layers
+    fixed = speeds.token_seconds + run.layers * speeds.layer_seconds(run.nbytes)
+    answer = run.answer - fixed - run.cache * run.tokens / speeds.cache_read
+    prompt = _prompt_rest(run, speeds) - speeds.width_seconds * run.hidden * run.layers
     return MatrixSpeed(
         run.nbytes,
         run.nbytes / max(answer, run.answer / _LEAST_SHARE),
-        2 * (run.weights + share * run.head) / max(prompt, run.prompt / _LEAST_SHARE),
+        2 * (run.weights + speeds.head_share * run.head) / max(prompt, run.prompt / _LEAST_SHARE),
     )
 
 
@@ -138,10 +142,11 @@ def _cache_speed(run: Timed, short: Timed, cache_read: float, attention: float) 
     return CacheSpeed(read, operations / rest)
 
 
-def _prompt_rest(run: Timed, token: float, layer: float, attention: float) -> float:
+def _prompt_rest(run: Timed, speeds: RuntimeSpeed) -> float:
     """Return the seconds per token of a prompt without attention and without what a batch takes whatever its length."""
-    attended = 2 * run.hidden * run.tokens * run.layers / attention
-    return run.prompt - (token + run.layers * layer) / run.batch - attended
+    attended = 2 * run.hidden * run.tokens * run.layers / speeds.attention
+    fixed = speeds.token_seconds + run.layers * speeds.layer_seconds(run.nbytes)
+    return run.prompt - fixed / run.batch - attended
 
 
 def _above_zero(seconds: float) -> float:

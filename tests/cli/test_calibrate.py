@@ -10,7 +10,7 @@ import pytest
 
 from acip_export.api import plan as planning
 from acip_export.api import speed
-from acip_export.artifacts.speeds import CacheSpeed, MatrixSpeed, RuntimeSpeed, load_speeds
+from acip_export.artifacts.speeds import CacheSpeed, LayerSpeed, MatrixSpeed, RuntimeSpeed, load_speeds
 from acip_export.devices import speeds_file
 from acip_export.formats.registry import export_format
 from acip_export.planning.speed_fit import Timed, fit
@@ -26,11 +26,16 @@ def quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APPDATA", str(tmp_path / "config"))
     few, some = replace(speed._FEW, hidden=128, ffn=256, layers=1), replace(speed._FEW, layers=2)
     for name, value in {
-        "_CACHED": replace(some, layers=1),
-        "_LARGE": some,
+        "_SMALL": replace(some, layers=1),
+        "_CACHED": some,
+        "_LARGE_BYTES": 0,
+        "_OFTEN": 2,
+        "_LARGE": replace(some, layers=3),
         "_FEW": few,
         "_MANY": replace(few, layers=3),
         "_WIDE": replace(few, vocabulary=2048),
+        "_DEEP": replace(few, layers=3),
+        "_NARROW": replace(few, layers=4),
         "_LONG_PROMPT": 128,
         "_SECONDS": 0.0,
         "_PASSES": 1,
@@ -65,9 +70,9 @@ def test_calibrate_then_plan(model: Path, run: Run, monkeypatch: pytest.MonkeyPa
     assert set(table.runtimes) == {"llama.cpp"} and set(found.matrices) == {"q8_0", "q4_0"}
     assert set(found.caches) == {"q8_0", "q4_0"}
     assert "llama.cpp" in found.version
-    for small, large in found.matrices.values():
-        assert 0 < small.nbytes < large.nbytes
-        assert min(small.read, small.compute, large.read, large.compute) > 0
+    for speeds in found.matrices.values():
+        assert 0 < speeds[0].nbytes < speeds[1].nbytes < speeds[2].nbytes
+        assert min(min(speed.read, speed.compute) for speed in speeds) > 0
     planned = run("plan", *ASKED, "-f", "gguf", "--json")
     assert planned.code == 0, planned.err
     predicted = json.loads(planned.out)["speed"]
@@ -125,7 +130,8 @@ def test_what_is_measured_together_is_told_apart() -> None:
         name: (MatrixSpeed(12_810_240, 3 * read, 2 * compute), MatrixSpeed(60_784_640, read, compute))
         for name, read, compute in (("a", 5e9, 4e10), ("b", 8e9, 2e10))
     }
-    true = RuntimeSpeed("1", matrices, 2e-4, 3e-5, 2e-10, 2e9, 8e10, head_share=0.5)
+    layers = (LayerSpeed(15_859_712, 3e-5), LayerSpeed(30 * 12 * 360**2 + 512 * 360, 5e-5))
+    true = RuntimeSpeed("1", matrices, 2e-4, layers, 2e-10, 2e9, 8e10, head_share=0.5)
     own, slow = true.cache("own"), CacheSpeed(1e9, 3e10)
 
     def timed(
@@ -138,8 +144,8 @@ def test_what_is_measured_together_is_told_apart() -> None:
         share: int = 1,
     ) -> Timed:
         weights, head, cache = layers * 12 * hidden**2, vocabulary * hidden, 4 * hidden * layers / share
-        fixed = true.token_seconds + layers * true.layer_seconds
         nbytes = weights + head
+        fixed = true.token_seconds + layers * true.layer_seconds(nbytes)
         speed = true.matrix(name, nbytes)
         answer = fixed + nbytes / speed.read + cache * tokens / kept.read
         prompt = 2 * (weights + true.head_share * head) / speed.compute + fixed / 128
@@ -149,10 +155,12 @@ def test_what_is_measured_together_is_told_apart() -> None:
     found = fit(
         few_layers=timed("a", 4, 256),
         many_layers=timed("a", 20, 256),
-        long_prompt=timed("a", 20, 256, tokens=1024),
+        narrow=timed("a", 30, 360),
+        short_prompt=timed("a", 20, 320),
+        long_prompt=timed("a", 20, 320, tokens=1024),
         large_vocabulary=timed("a", 4, 256, vocabulary=32768),
         by_type={name: [timed(name, 2, 720, tokens=32), timed(name, 4, 1120)] for name in "ab"},
-        caches={"slow": timed("a", 20, 256, tokens=1024, kept=slow, share=4)},
+        caches={"slow": timed("a", 20, 320, tokens=1024, kept=slow, share=4)},
         base="a",
         version="1",
     )
@@ -162,7 +170,9 @@ def test_what_is_measured_together_is_told_apart() -> None:
             assert measured.read == pytest.approx(expected.read, rel=0.01)
             assert measured.compute == pytest.approx(expected.compute, rel=0.02)
         assert small.read > 2 * large.read
-    for name in ("token_seconds", "layer_seconds", "cache_read", "attention", "head_share"):
+    assert [each.nbytes for each in found.layers] == [each.nbytes for each in true.layers]
+    assert [each.seconds for each in found.layers] == pytest.approx([each.seconds for each in true.layers], rel=0.03)
+    for name in ("token_seconds", "cache_read", "attention", "head_share"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.03), name
     assert found.cache("slow").read == pytest.approx(slow.read, rel=0.01)
     assert found.cache("slow").attention == pytest.approx(slow.attention, rel=0.01)
@@ -179,6 +189,8 @@ def test_small_models_that_were_disturbed_make_no_type_fast() -> None:
     found = fit(
         few_layers=run(0.01, 2),
         many_layers=run(0.2, 14),
+        narrow=run(0.2, 14),
+        short_prompt=run(0.2, 14),
         long_prompt=run(0.2, 14, 512),
         large_vocabulary=replace(run(0.01, 2), head=9000),
         by_type={"a": [large]},

@@ -10,7 +10,15 @@ import pytest
 
 from acip_export.artifacts.plan import Plan, Serving
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.artifacts.speeds import CacheSpeed, MatrixSpeed, RuntimeSpeed, SpeedTable, load_speeds, save_speeds
+from acip_export.artifacts.speeds import (
+    CacheSpeed,
+    LayerSpeed,
+    MatrixSpeed,
+    RuntimeSpeed,
+    SpeedTable,
+    load_speeds,
+    save_speeds,
+)
 from acip_export.errors import DeviceFileError, UnreachableSpeedError, UsageError
 from acip_export.formats.registry import export_format
 from acip_export.model.checkpoint import Checkpoint
@@ -26,7 +34,7 @@ TABLE = RuntimeSpeed(
     version="made up",
     matrices={name: (MatrixSpeed(10**6, 2e7 if name == "q4_0" else 1e7, 1e9),) for name in TYPES},
     token_seconds=0.001,
-    layer_seconds=0.0005,
+    layers=(LayerSpeed(10**6, 0.0005),),
     width_seconds=1e-9,
     cache_read=1e8,
     attention=1e10,
@@ -71,6 +79,10 @@ def test_speeds_between_models_of_two_sizes(ranked: tuple[Checkpoint, ScoreFile]
     for nbytes, read, compute in ((4 * 10**6, 2e9, 2e9), (10**5, 4e9, 1e9), (10**9, 1e9, 4e9), (0, 4e9, 1e9)):
         found = table.matrix("q8_0", nbytes)
         assert (found.read, found.compute) == (pytest.approx(read), pytest.approx(compute))
+    layers = replace(TABLE, layers=(LayerSpeed(16 * 10**6, 0.003), LayerSpeed(10**6, 0.001)))
+    assert [layers.layer_seconds(n) for n in (0, 10**6, 4 * 10**6, 10**9)] == pytest.approx(
+        [0.001, 0.001, 0.002, 0.003]
+    )
     plan = planned(ranked, replace(REQUEST, speeds={"llama.cpp": table}))[2]
     matrices = [d for d in plan.tensors if len(d.shape) == 2]
     nbytes = sum(d.nbytes for d in matrices)
@@ -98,7 +110,7 @@ def test_caches_of_other_types_have_speeds_of_their_own(ranked: tuple[Checkpoint
 
 
 def test_tables_without_caches_are_read(tmp_path: Path) -> None:
-    """As they were made before caches of other types were measured."""
+    """Where only the own type was measured."""
     table = SpeedTable("here", 2, {"llama.cpp": replace(TABLE, caches={"q8_0": CacheSpeed(4e7, 5e9)})})
     save_speeds(table, tmp_path / "new.json")
     assert load_speeds(tmp_path / "new.json") == table
