@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from acip_export.model.checkpoint import Checkpoint
@@ -57,11 +58,15 @@ PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "gguf",
 def ours(
     name: str, model: Path, scratch: Path, args: argparse.Namespace, steps: dict[str, Any], save: Callable[[], None]
 ) -> Path:
-    """Plan, export and verify in one format."""
+    """Plan, export and verify in one format; with error feedback first once more, to make its factors."""
     out, known = scratch / name, ("--model", model, "--scores", scratch / "scores.acip")
+    asked = (*known, "--format", name, *ASKED[name], *FLAGS, "--rounding", args.rounding, "--force", "--no-verify")
+    if f"{name} export, factors made" not in steps and args.rounding == "feedback":
+        steps[f"{name} export, factors made"] = watched(command(*asked, "-o", scratch / f"{name}-first"))
+        save()
+        rmtree(scratch / f"{name}-first")
     if f"{name} export" not in steps:
-        asked = (*known, "--format", name, *ASKED[name], *FLAGS, "--rounding", args.rounding, "--force", "-o", out)
-        steps[f"{name} export"] = watched(command(*asked, "--no-verify"))
+        steps[f"{name} export"] = watched(command(*asked, "-o", out))
         save()
     if f"{name} verify" not in steps and args.verify:
         made = watched(command("verify", out, *known, "--timeout", TIMEOUT, "--quiet"))
@@ -128,6 +133,7 @@ def main() -> None:
     arguments.results = arguments.results or Path(__file__).with_name(f"{RESULTS[arguments.shape]}{rounded}.json")
     arguments.scratch /= f"{arguments.shape}-{arguments.layers}{rounded}"  # model and scores are those of no other run
     arguments.scratch.mkdir(parents=True, exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(arguments.scratch / "cache")  # of no other run
     file: Path = arguments.results
     before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     shape = {**SHAPES[arguments.shape], "num_hidden_layers": arguments.layers}
