@@ -48,8 +48,8 @@ def calibrate(
 
     acip-export calibrate --format gguf -o board.json
 
-    Small models of random numbers run in the installed runtimes, in every type that plans choose from: about two minutes,
-    on a machine that does nothing else.
+    Models of random numbers run in the installed runtimes, in every type that plans choose from: about two minutes, on
+    a machine that does nothing else.
     """
     from acip_export.api.speed import measure_speeds
 
