@@ -160,7 +160,8 @@ class _Curve:
                 figures = measured_next_tokens(model, part, before_head(model, part), dense)
             total += len(part) * torch.tensor(figures, dtype=torch.float64)
         loss, divergence = (self.processes.sum(total) / len(self.windows)).tolist()
-        return _Measured(loss, max(0.0, divergence))
+        # What is no number stays that: the order of the two matters.
+        return _Measured(loss, max(divergence, 0.0))
 
     def _outputs(self, place: int, adapted: bool) -> _Measured:
         task, outputs = self.task, []
@@ -170,7 +171,7 @@ class _Curve:
         self.dense = self.dense or outputs
         total = sum(task.divergence(o, d).item() for o, d in zip(outputs, self.dense, strict=True))
         # The divergence of a model from itself is zero up to rounding, which is of no sign.
-        loss = max(0.0, total / sum(task.counted(part) for part in self.batches))
+        loss = max(total / sum(task.counted(part) for part in self.batches), 0.0)
         return _Measured(loss, similarity=task.similarity(torch.cat(outputs), torch.cat(self.dense)))
 
 

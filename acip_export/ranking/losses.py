@@ -71,14 +71,15 @@ def measured_next_tokens(model: nn.Module, windows: Tensor, rows: Tensor, dense:
     Args:
         rows, dense: of this model and of the dense one, by :func:`before_head`.
     """
-    labels = _next_tokens(windows)
-    loss = divergence = 0.0
-    with head_alone(model) if can_slice(model) else nullcontext(_unchanged) as logits_of:
-        for part in token_slices(len(rows), vocabulary_of(model)):
+    labels, sliced = _next_tokens(windows), can_slice(model)
+    labelled, loss, divergence = int((labels >= 0).sum()), 0.0, 0.0
+    with head_alone(model) if sliced else nullcontext(_unchanged) as logits_of:
+        for part in token_slices(len(rows), vocabulary_of(model) if sliced else rows.shape[1]):
             logits = logits_of(rows[part])
             divergence += float(token_divergence(logits, logits_of(dense[part]))) * len(logits) / len(rows)
             if count := int((labels[part] >= 0).sum()):
-                loss += float(token_cross_entropy(logits, labels[part])) * count / int((labels >= 0).sum())
+                loss += float(token_cross_entropy(logits, labels[part])) * count / labelled
+            del logits  # before the next ones are made
     return loss, divergence
 
 

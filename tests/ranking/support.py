@@ -52,13 +52,13 @@ def context_of(
 
 
 @torch.no_grad()
-@torch.no_grad()
 def held_out_divergence(model: nn.Module, dense: nn.Module, windows: Tensor) -> float:
     """Measure the mean KL divergence from the dense model, nats per token."""
     ours, theirs = (each(input_ids=windows).logits.double().log_softmax(-1) for each in (model, dense))
     return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
 
 
+@torch.no_grad()
 def held_out_loss(model: nn.Module, windows: Tensor, batch: int) -> float:
     """Measure the mean negative log-likelihood, nats per token."""
     losses = [next_token_loss(model, part).item() * len(part) for part in windows.split(batch)]

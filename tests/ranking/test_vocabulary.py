@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from acip_export.ranking import vocabulary
-from acip_export.ranking.losses import next_token_loss, token_cross_entropy
+from acip_export.ranking.losses import before_head, measured_next_tokens, next_token_loss, token_cross_entropy
 from acip_export.ranking.tasks import CAUSAL, Task
 from tests.ranking.support import context_of
 
@@ -65,6 +65,37 @@ def test_next_token_loss_in_slices(model: Path, text: Path, slices_of_some_token
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
     with torch.no_grad():
         torch.testing.assert_close(next_token_loss(context.model, context.windows), plain.detach())
+
+
+class _WholeLogits(torch.nn.Module):
+    """A model that makes the logits of all tokens at once, and says nothing of its head."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+        return self.model(input_ids=input_ids, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["sliced", "whole"])
+def test_measured_loss_and_divergence_in_slices(
+    whole: bool, model: Path, text: Path, slices_of_some_tokens: list[slice]
+) -> None:
+    context = context_of(model, text, windows=2)
+    measured = _WholeLogits(context.model) if whole else context.model
+    assert vocabulary.can_slice(measured) != whole
+    head = context.model.get_output_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        rows = before_head(measured, context.windows)
+        dense = rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+        logits, others = (each if whole else head(each) for each in (rows, dense))
+        loss, divergence = measured_next_tokens(measured, context.windows, rows, dense)
+        ours, theirs = (each.double().log_softmax(-1) for each in (logits, others))
+        assert len(slices_of_some_tokens) == 10
+        assert loss == pytest.approx(float(next_token_loss(measured, context.windows)), rel=1e-5)
+    assert divergence == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+    assert divergence > 1e-4
 
 
 def test_sampled_loss_in_slices(model: Path, text: Path, slices_of_some_tokens: list[slice]) -> None:
