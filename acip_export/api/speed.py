@@ -104,7 +104,8 @@ def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: f
         for name in types:
             for sizes, repeats in ((_SMALL, _OFTEN), (_CACHED, _OFTEN), (_large(format, name), _REPEATS)):
                 with suppress(UnsupportedError):
-                    by_type.setdefault(name, []).append(_Run(maker.made(sizes, name), repeats=repeats))
+                    run = _Run(maker.made(sizes, name), repeats=repeats)
+                    by_type.setdefault(name, []).append(run)
                 clock.advance()
         for name in others:
             if format.refused_cache(deep.checkpoint, name, name) is None:

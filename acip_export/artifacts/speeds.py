@@ -69,8 +69,9 @@ class RuntimeSpeed:
     Attributes:
         version: of the runtime.
         matrices: by type, measured in models of several sizes.
-        token_seconds: of a token of an answer, whatever is read. layers: of each layer for it, in models of several
-            sizes; matrices that are not in a core's caches take a moment each until they are read at their rate.
+        token_seconds: of a token of an answer, whatever is read.
+        layers: what each layer takes for it beside that, measured in models of several sizes. Matrices that are not in
+            a core's caches take a moment each until they are read at their rate.
         width_seconds: of a token of a prompt, for each layer and each number of its width, beside its matrices.
         cache_read: bytes of a KV cache of the format's own type a second.
         attention: operations a second of a prompt's attention with such a cache.

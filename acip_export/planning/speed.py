@@ -92,17 +92,6 @@ class Predictor:
         width = shape.layers * shape.hidden * speeds.width_seconds
         return PlannedSpeed(self.runtime, 1 / (computed + self.attention_seconds + overhead + width), 1 / answer)
 
-    def answer_seconds(self, decision: TensorDecision, nbytes: int) -> float | None:
-        """Return the time of reading a tensor for one token; ``None``: a type was not measured.
-
-        Args:
-            nbytes: of all matrices of the model.
-        """
-        matrices = list(self.products(decision))
-        if any(matrix.type not in self.speeds.matrices for matrix in matrices):
-            return None
-        return sum(matrix.nbytes / self.speeds.matrix(matrix.type, nbytes).read for matrix in matrices)
-
     def products(self, decision: TensorDecision) -> Iterator[Product]:
         """Yield every matrix of a tensor that a token is multiplied with."""
         return products(decision, self.format.name, self.shape)
@@ -199,12 +188,13 @@ def _fastest_plan(problem: Problem, predictor: Predictor, budget: Budget) -> Pla
 
 def _fastest(problem: Problem, predictor: Predictor) -> Problem:
     """Return the problem with the candidates of each tensor that are read fastest."""
-
+    # Plans of the fastest types are small ones. Candidates are many: their types' rates are looked up once.
     smallest = sum(int(candidates.table.stored.min()) for candidates in problem.candidates)
+    rates = {name: predictor.speeds.matrix(name, smallest).read for name in predictor.speeds.matrices}
 
     def seconds(candidates: Candidates, option: TensorDecision) -> float:
-        known = predictor.answer_seconds(replace(option, name=candidates.name), smallest)
-        return inf if known is None else known
+        matrices = predictor.products(replace(option, name=candidates.name))
+        return sum(matrix.nbytes / rates[matrix.type] if matrix.type in rates else inf for matrix in matrices)
 
     least = {each.name: min(seconds(each, option) for option in each.options) for each in problem.candidates}
     return problem.only(lambda candidates, option: seconds(candidates, option) <= least[candidates.name])

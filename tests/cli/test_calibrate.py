@@ -21,7 +21,10 @@ ASKED = ("--budget", "3MB", "--types", "q8_0,q4_0", "--context", 64)
 
 @pytest.fixture
 def quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models, two types, once each; and a configuration directory of one's own."""
+    """Small models, two types, once each; and a configuration directory of one's own.
+
+    A third type of ONNX is none that graphs for processors can have.
+    """
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("APPDATA", str(tmp_path / "config"))
     few, some = replace(speed._FEW, hidden=128, ffn=256, layers=1), replace(speed._FEW, layers=2)
@@ -41,7 +44,7 @@ def quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "_PASSES": 1,
     }.items():
         monkeypatch.setattr(speed, name, value)
-    few_types = {"gguf": ("q8_0", "q4_0"), "onnx": ("int8", "int4-b64")}
+    few_types = {"gguf": ("q8_0", "q4_0"), "onnx": ("int8", "int4-b64", "f16")}
     caches = {"gguf": ("f16", "q8_0", "q4_0"), "onnx": ("f32", "int8", "int4")}
     formats = {
         name: replace(
