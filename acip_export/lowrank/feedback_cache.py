@@ -148,10 +148,14 @@ def _entry_bytes(size: int) -> int:
 
 
 def _key(moment: PackedMoment) -> str:
-    """Name all that a factor follows from: sums may differ in their last bits with PyTorch and its threads."""
+    """Name all that a factor follows from: sums may differ in their last bits with PyTorch, its threads and processors.
+
+    Machines of several kinds may share a home.
+    """
     import torch
 
-    computed = f"{_VERSION}|{FEEDBACK_VERSION}|{torch.__version__}|{torch.get_num_threads()}|"
+    computed_by = (torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    computed = "".join(f"{each}|" for each in (_VERSION, FEEDBACK_VERSION, *computed_by))
     digest = hashlib.sha256(computed.encode() + moment.digest)
     if moment.scales is not None:
         digest.update(moment.scales.tobytes())

@@ -87,7 +87,10 @@ class PackedMoment:
     def digest(self) -> bytes:
         """Return a SHA-256 of what the moment follows from."""
         parts = (self.diagonal, self.pivots, self.steps, self.codes, self.order)
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.digest()
 
     def check(self, name: str) -> None:
         """Refuse numbers that are no moment.
