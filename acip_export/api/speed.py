@@ -6,20 +6,21 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.artifacts.report import Speed
 from acip_export.artifacts.speeds import RuntimeSpeed, SpeedTable
-from acip_export.errors import MissingExtraError, UnsupportedError
+from acip_export.errors import MissingExtraError, OutputError, UnsupportedError
 from acip_export.formats.protocol import DEFAULT_BACKEND, ExportFormat
 from acip_export.formats.registry import export_format, format_names
+from acip_export.io.atomic import NO_ROOM
 from acip_export.machine import processors
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.tensor_names import is_embedding
@@ -64,6 +65,7 @@ def measure_speeds(progress: ProgressCallback = silent, names: Sequence[str] = (
 
     Raises:
         MissingExtraError, UnsupportedError: of a format that was named.
+        OutputError: the system's directory for temporary files has no room for the models.
     """
     runtimes: dict[str, RuntimeSpeed] = {}
     known = names or format_names()
@@ -90,8 +92,8 @@ class _Made:
 def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: float) -> dict[str, RuntimeSpeed]:
     bases = [layout.base_type for layout in format.layouts if layout.base_type is not None]
     types = tuple(dict.fromkeys((*format.types, *format.embedding_types, *format.narrow_types, *bases)))
-    with TemporaryDirectory(prefix="acip-export-") as directory:
-        maker = _Maker(Path(directory), format)
+    with _room() as directory:
+        maker = _Maker(directory, format)
         others = [name for name in format.cache_types if name != next(iter(format.cache_types))]
         clock = Clock(f"exports of {format.name}", 3 * len(types) + 5 + len(others), progress)
         fixed, caches = [], {}
@@ -112,6 +114,25 @@ def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: f
                 caches[name] = _Run(maker.with_cache(deep, name), _LONG_PROMPT, repeats=1)
             clock.advance()
         return _measure_runs(format, fixed, by_type, caches, maker.base, progress, seconds)
+
+
+@contextmanager
+def _room() -> Iterator[Path]:
+    """Yield a directory that is gone when the block ends.
+
+    Raises:
+        OutputError: what the block wrote there found no room.
+    """
+    with TemporaryDirectory(prefix="acip-export-") as directory:
+        try:
+            yield Path(directory)
+        except OSError as reason:
+            if reason.errno not in NO_ROOM:
+                raise
+            raise OutputError(
+                f"{gettempdir()} has no room for the models that are measured, 3 GB at a time: {reason.strerror}. Make "
+                "room there, or choose another place with  TMPDIR=DIR"
+            ) from reason
 
 
 def _measure_runs(

@@ -213,7 +213,7 @@ class SafetensorsWriter:
 
 
 # What only writing can meet: no such error is about a file that is read.
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])}
 
 
 @contextmanager
@@ -222,13 +222,13 @@ def _room(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as reason:
-        if reason.errno not in _NO_ROOM:
+        if reason.errno not in NO_ROOM:
             raise
         raise _no_output(target, reason) from reason
 
 
 def _no_output(target: Path, reason: OSError) -> OutputError:
-    instead = "Make room, or choose" if reason.errno in _NO_ROOM else "Choose"
+    instead = "Make room, or choose" if reason.errno in NO_ROOM else "Choose"
     return OutputError(
         f"{target} cannot be written: {reason.strerror}; nothing was left there. {instead} another place with -o"
     )

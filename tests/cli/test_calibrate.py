@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,6 +127,22 @@ def test_a_device_with_a_table(model: Path, run: Run) -> None:
     (model / "board.json").unlink()
     missing = run(*asked)
     assert missing.code == 3 and "acip-export calibrate" in missing.err
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of sizes")
+def test_no_room_for_the_models(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    _, most = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    try:
+        full = run("calibrate", "-f", "gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert full.code == 2 and "no room for the models" in " ".join(full.err.split()) and "TMPDIR" in full.err
+    assert not list(tmp_path.glob("acip-export-*"))
 
 
 def test_what_is_measured_together_is_told_apart() -> None:
