@@ -30,7 +30,7 @@ _VERSION = "1"
 # Factors of fewer columns are made in milliseconds.
 LEAST_COLUMNS = 1024
 # All entries together, which is enough for a model of 8 billion parameters, and what stays free on the disk.
-_MOST_BYTES, _LEFT_FREE = 4 * 2**30, 2 * 10**9
+MOST_BYTES, _LEFT_FREE = 4 * 2**30, 2 * 10**9
 # Entries that were used so lately stay, and new ones that find no room are not kept: a model whose factors are more
 # than fits reads each of them again while it is exported, and would find the first ones gone.
 _IN_USE_SECONDS = 3600.0
@@ -74,7 +74,7 @@ class FeedbackCache:
             return None
         file = self._file(moment)
         try:
-            if file.stat().st_size != _entry_bytes(size):
+            if file.stat().st_size != entry_bytes(size):
                 return None
             # Arrays that may be written to: torch warns of others.
             data = np.fromfile(file, np.uint8)
@@ -104,7 +104,7 @@ class FeedbackCache:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             file = self._file(moment)
-            if not self._has_room(file, _entry_bytes(moment.size)):
+            if not self._has_room(file, entry_bytes(moment.size)):
                 return False
             with new_file(file) as temporary, temporary.open("wb") as new:
                 new.write(digest.digest())
@@ -134,7 +134,7 @@ class FeedbackCache:
                         entries.append((status.st_mtime, status.st_size, unused, Path(each.path)))
                     elif _UNFINISHED.fullmatch(each.name) and unused:  # of a process that was killed
                         remove_directory(Path(each.path))
-        excess = nbytes - _MOST_BYTES + sum(size for _, size, _, _ in entries)
+        excess = nbytes - MOST_BYTES + sum(size for _, size, _, _ in entries)
         for _, size, unused, file in sorted(entries):
             if excess <= 0 or not unused:
                 break
@@ -143,7 +143,8 @@ class FeedbackCache:
         return excess <= 0
 
 
-def _entry_bytes(size: int) -> int:
+def entry_bytes(size: int) -> int:
+    """Return what the factor of so many inputs takes."""
     return _DIGEST_BYTES + 8 * size + size * (size - 1) // 2
 
 

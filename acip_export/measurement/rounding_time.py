@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from acip_export.lowrank.feedback_cache import LEAST_COLUMNS
+from acip_export.lowrank.feedback_cache import LEAST_COLUMNS, MOST_BYTES, entry_bytes
 from acip_export.lowrank.moments import SORTED_COLUMNS
 from acip_export.machine import Machine
 from acip_export.materialization.refit import ROUNDS
@@ -38,7 +38,7 @@ class RoundingWork:
         layers: those that may become pairs. pairs: their types, (down, up).
         feedback_types: types that are rounded with error feedback.
         whole: tensors are rounded whole, and their losses are not measured.
-        factors_kept: the factors of wide inputs are in the user's cache.
+        factors_kept: the factors of wide inputs are in the user's cache, as many as it has room for.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -52,9 +52,10 @@ class RoundingWork:
 
     def seconds(self, machine: Machine) -> float:
         """Return about how long it takes."""
-        products, carried, calls = 0.0, 0.0, 0.0
+        products, carried, calls, kept = 0.0, 0.0, 0.0, 0
         for columns in self.inputs:
-            read = self.factors_kept and columns >= LEAST_COLUMNS
+            read = self.factors_kept and columns >= LEAST_COLUMNS and kept + entry_bytes(columns) <= MOST_BYTES
+            kept += entry_bytes(columns) if read else 0
             products += (_ROOT + (_factor(columns) if self.feedback_types and not read else 0.0)) * columns**3
             calls += _BY_ENTRY * columns**2
         for name, types in self.types.items():

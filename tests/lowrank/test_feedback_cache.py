@@ -165,7 +165,7 @@ def test_the_least_recently_used_entries_go(cache: FeedbackCache, monkeypatch: p
         files.append(new)
         age(new, AN_HOUR_AGO * (3 - number))
     size = files[0].stat().st_size
-    monkeypatch.setattr(feedback_cache, "_MOST_BYTES", 3 * size)
+    monkeypatch.setattr(feedback_cache, "MOST_BYTES", 3 * size)
     strange = [cache.directory / name for name in ("notes.txt", f"{'0a' * 32}.safetensors", f"{'0A' * 32}.factor")]
     for file in strange:
         file.write_bytes(bytes(10 * size))  # foreign: not counted, not removed
@@ -189,9 +189,9 @@ def test_more_than_there_is_room_for_removes_nothing_else(
     free = shutil.disk_usage(cache.directory).free
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr(feedback_cache, "_LEFT_FREE", free - kept.stat().st_size + 1)
-    monkeypatch.setattr(feedback_cache, "_MOST_BYTES", 0)
+    monkeypatch.setattr(feedback_cache, "MOST_BYTES", 0)
     assert not cache.write(packed(1), other(1)) and kept.exists()
-    monkeypatch.setattr(feedback_cache, "_MOST_BYTES", 10**9)
+    monkeypatch.setattr(feedback_cache, "MOST_BYTES", 10**9)
     monkeypatch.setattr(feedback_cache, "_LEFT_FREE", free - kept.stat().st_size)
     assert cache.write(packed(1), other(1)) and kept.exists()
 

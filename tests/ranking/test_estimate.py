@@ -155,6 +155,10 @@ def test_factors_of_wide_inputs_are_counted_once(tmp_path: Path) -> None:
     assert found["types of onnx"] == pytest.approx(alone["onnx"].seconds(TWO_CORES) - made)
     narrow = replace(alone["onnx"], inputs=[1023])
     assert narrow.seconds(TWO_CORES) == replace(narrow, factors_kept=True).seconds(TWO_CORES)
+    # Of a model with more factors than the cache has room for, the last ones are made again.
+    fitting, all_ = (replace(alone["onnx"], inputs=[8192] * count) for count in (127, 128))
+    fitting_kept, all_kept = (replace(each, factors_kept=True).seconds(TWO_CORES) for each in (fitting, all_))
+    assert all_kept - fitting_kept == pytest.approx(all_.seconds(TWO_CORES) - fitting.seconds(TWO_CORES))
     one = [ClassPass("down_proj", "q4_0", frozenset({"model.layers.0.mlp.down_proj.weight"}), 0.0)]
     few, more = (pass_seconds(checkpoint, one, "gguf", 512, types, TWO_CORES) for types in ((), ("q4_0",)))
     assert few < more < few + 0.05 * made
