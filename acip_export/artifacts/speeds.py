@@ -91,7 +91,7 @@ class RuntimeSpeed:
 
     def matrix(self, type: str, nbytes: int) -> MatrixSpeed:
         """Return the speeds of matrices of ``type`` in a model of so many bytes; raises KeyError: not measured."""
-        return between(self.matrices[type], nbytes)
+        return _between(self.matrices[type], nbytes)
 
     def layer_seconds(self, nbytes: int) -> float:
         """Return what a layer takes for a token of an answer, beside its matrices, in a model of so many bytes."""
@@ -103,8 +103,8 @@ class RuntimeSpeed:
         return self.caches.get(type) or CacheSpeed(self.cache_read, self.attention)
 
 
-def between(measured: Sequence[MatrixSpeed], nbytes: int) -> MatrixSpeed:
-    """Interpolate between models of two sizes, in logarithms; beyond them speeds stay."""
+def _between(measured: Sequence[MatrixSpeed], nbytes: int) -> MatrixSpeed:
+    """Interpolate between models of neighbouring sizes, in logarithms; beyond the outer ones speeds stay."""
     points = sorted(measured, key=lambda point: point.nbytes)
     sizes = [log(point.nbytes) for point in points]
     read, compute = (
