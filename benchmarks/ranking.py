@@ -86,6 +86,8 @@ def quality(scores: ScoreFile) -> dict[str, list[float | None]]:
     return {
         "perplexity": [round(math.exp(point.loss), 3) for point in scores.curve],
         "perplexity_with_adapters": [None if loss is None else round(math.exp(loss), 3) for loss in adapted],
+        "divergence": rounded(point.divergence for point in scores.curve),
+        "divergence_with_adapters": rounded(point.divergence_with_adapters for point in scores.curve),
     }
 
 

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from acip_export.artifacts.plan import BudgetScope
+from acip_export.artifacts.scores import CurvePoint
 from acip_export.cli.tables.common import show_changes
 from acip_export.cli.tables.inspect import show_anatomy
 from acip_export.cli.tables.plan import show_plan, show_plans
+from acip_export.cli.tables.ranking import show_ranking
 from acip_export.cli.tables.report import hub_name, show_reports
 from acip_export.inspection import TensorChange, read_anatomy
 from acip_export.inspection.diff import Stored
 from acip_export.io.hub import check_repository_id
 from tests.reports import REPORT
-from tests.support import dense, make_model, make_plan, unspaced
+from tests.support import dense, make_model, make_plan, make_scores, unspaced
 
 
 @pytest.mark.parametrize("layers", ["model.layers.", "transformer.h.", "bert.encoder.layer."])
@@ -161,3 +163,18 @@ def test_small_divergences_are_no_zeros(worst: float, shown: str, capsys: pytest
 def test_the_name_to_publish_under_is_one_that_a_hub_takes(name: str, expected: str) -> None:
     assert hub_name(name) == expected
     check_repository_id(f"owner/{hub_name(name)}")
+
+
+def test_a_ranking_shows_what_plans_go_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = make_scores(make_model(tmp_path / "m"))
+    whole = CurvePoint(1.0, 2.0, 2.0, divergence=0.0, divergence_with_adapters=0.0)
+    cut = CurvePoint(0.8, 2.5, 2.25, divergence=0.6123, divergence_with_adapters=0.4567)
+    show_ranking(replace(scores, curve=(whole, cut)), tmp_path / "m.acip")
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].count("with adapters") == 2
+    assert ["80%", "12.18", "9.49", "0.6123", "0.4567"] in [line.split() for line in shown.splitlines()]
+    # Of a file that was made before divergences were measured, and without adapters.
+    show_ranking(replace(scores, curve=(CurvePoint(1.0, 2.0), CurvePoint(0.8, 2.5))), tmp_path / "m.acip")
+    shown = capsys.readouterr().out
+    assert "KL" not in shown and "with adapters" not in shown
+    assert ["80%", "12.18"] in [line.split() for line in shown.splitlines()]
