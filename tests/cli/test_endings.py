@@ -90,8 +90,9 @@ def test_a_full_disk_behind_the_output(flags: tuple[str, ...], model: Path) -> N
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_signals_leave_nothing(number: signal.Signals, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    # As a terminal has it: under  nohup,  which ignores SIGHUP, children would ignore it, too.
     process = start("--model", model, "--budget", "50MB", "--format", "gguf", "--types", "f32", "-o", out,
-                    stdout=subprocess.DEVNULL)  # fmt: skip
+                    stdout=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # fmt: skip
     while process.poll() is None and not list(tmp_path.iterdir()):
         time.sleep(0.01)
     process.send_signal(number)
