@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -88,6 +89,30 @@ class _Made:
     serving: Serving
     path: Path
 
+    def write(self) -> None:
+        """Write it, to stay.
+
+        Raises:
+            UnsupportedError: matrices cannot be of this type.
+        """
+        format, serving = self.format, self.serving
+        format.prepare(self.checkpoint, DEFAULT_BACKEND, serving.context, silent)
+        self.path.mkdir()
+        format.imitate(self.checkpoint, format.layouts[0].name, self.decisions, serving, self.path)
+
+    @contextmanager
+    def there(self) -> Iterator[None]:
+        """Write what is not there for the time of the block: the large ones of all types together are gigabytes."""
+        if self.path.exists():
+            yield
+            return
+        self.write()
+        try:
+            yield
+        finally:
+            # Where files in use cannot be removed, they go with the directory of all.
+            shutil.rmtree(self.path, ignore_errors=True)
+
 
 def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: float) -> dict[str, RuntimeSpeed]:
     bases = [layout.base_type for layout in format.layouts if layout.base_type is not None]
@@ -95,20 +120,22 @@ def _measure_format(format: ExportFormat, progress: ProgressCallback, seconds: f
     with _room() as directory:
         maker = _Maker(directory, format)
         others = [name for name in format.cache_types if name != next(iter(format.cache_types))]
-        clock = Clock(f"exports of {format.name}", 3 * len(types) + 5 + len(others), progress)
+        clock = Clock(f"exports of {format.name}", 2 * len(types) + 5 + len(others), progress)
         fixed, caches = [], {}
         by_type: dict[str, list[_Run]] = {}
         for sizes in (_FEW, _MANY, _WIDE, _NARROW, _DEEP):
-            fixed.append(_Run(maker.made(sizes), repeats=_OFTEN))
+            fixed.append(_Run(maker.written(sizes), repeats=_OFTEN))
             clock.advance()
         deep = fixed[-1].made
         fixed.append(_Run(deep, _LONG_PROMPT))
         for name in types:
-            for sizes, repeats in ((_SMALL, _OFTEN), (_CACHED, _OFTEN), (_large(format, name), _REPEATS)):
+            for sizes in (_SMALL, _CACHED):
                 with suppress(UnsupportedError):
-                    run = _Run(maker.made(sizes, name), repeats=repeats)
+                    run = _Run(maker.written(sizes, name), repeats=_OFTEN)
                     by_type.setdefault(name, []).append(run)
                 clock.advance()
+            if name in by_type:  # whether matrices can be of a type does not depend on their sizes
+                by_type[name].append(_Run(maker.made(_large(format, name), name)))
         for name in others:
             if format.refused_cache(deep.checkpoint, name, name) is None:
                 caches[name] = _Run(maker.with_cache(deep, name), _LONG_PROMPT, repeats=1)
@@ -130,8 +157,8 @@ def _room() -> Iterator[Path]:
             if reason.errno not in NO_ROOM:
                 raise
             raise OutputError(
-                f"{gettempdir()} has no room for the models that are measured, 3 GB at a time: {reason.strerror}. Make "
-                "room there, or choose another place with  TMPDIR=DIR"
+                f"{gettempdir()} has no room for the models that are measured, 0.7 GB at a time: {reason.strerror}. "
+                "Make room there, or choose another place with  TMPDIR=DIR"
             ) from reason
 
 
@@ -146,28 +173,11 @@ def _measure_runs(
 ) -> dict[str, RuntimeSpeed]:
     """Run the small models, then those of each type and cache type, in every runtime of a format that is installed."""
     runs = [*fixed, *chain(*by_type.values()), *caches.values()]
-    every = len(runs) * len(format.sessions) * _PASSES
-    clock = Clock(f"speed of {format.name}", every, progress)
     measured: dict[str, RuntimeSpeed] = {}
-    missing: MissingExtraError | None = None
-    for session in format.sessions:
-        shortest = [_NEVER] * len(runs)
-        version = ""
-        try:
-            for _ in range(_PASSES):
-                for index, run in enumerate(runs):
-                    with session.open(run.made.path, run.made.serving) as opened:
-                        version = opened.name
-                        found = shortest_times(opened, run.tokens, seconds / every, run.repeats)
-                    prompt, answer = shortest[index]
-                    shortest[index] = min(prompt, found[0]), min(answer, found[1])
-                    clock.advance()
-        except MissingExtraError as reason:
-            missing = reason
-            continue
-        timed = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
+    for runtime, (version, times) in _run_all(format, runs, progress, seconds).items():
+        timed = (run.timed(*shortest) for run, shortest in zip(runs, times, strict=True))
         few, many, wide, narrow, short, long = islice(timed, len(fixed))
-        measured[session.runtime] = fit(
+        measured[runtime] = fit(
             few_layers=few,
             many_layers=many,
             narrow=narrow,
@@ -179,9 +189,39 @@ def _measure_runs(
             base=base,
             version=version,
         )
-    if missing is not None and not measured:
-        raise missing
     return measured
+
+
+def _run_all(
+    format: ExportFormat, runs: Sequence[_Run], progress: ProgressCallback, seconds: float
+) -> dict[str, tuple[str, list[tuple[float, float]]]]:
+    """Return the version of each runtime that is installed, and the shortest times of each run in it.
+
+    Raises:
+        MissingExtraError: none is.
+    """
+    every = len(runs) * _PASSES
+    clock = Clock(f"speed of {format.name}", every, progress)
+    installed, versions = list(format.sessions), dict[str, str]()
+    shortest = {session.runtime: [_NEVER] * len(runs) for session in installed}
+    for _ in range(_PASSES):
+        for index, run in enumerate(runs):
+            with run.made.there():
+                for session in tuple(installed):
+                    try:
+                        with session.open(run.made.path, run.made.serving) as opened:
+                            versions[session.runtime] = opened.name
+                            share = seconds / every / len(format.sessions)
+                            prompt, answer = shortest_times(opened, run.tokens, share, run.repeats)
+                    except MissingExtraError:
+                        installed.remove(session)
+                        if not installed:
+                            raise
+                    else:
+                        before = shortest[session.runtime][index]
+                        shortest[session.runtime][index] = min(before[0], prompt), min(before[1], answer)
+            clock.advance()
+    return {session.runtime: (versions[session.runtime], shortest[session.runtime]) for session in installed}
 
 
 class _Maker:
@@ -194,34 +234,36 @@ class _Maker:
         self._count = 0
 
     def made(self, sizes: Sizes, type_name: str | None = None) -> _Made:
-        """Write one whose layers have a type; ``None``: the one that the embedding has, too.
+        """Return one whose layers have a type, not written; ``None``: the type that the embedding has, too."""
+        format = self._format
+        if sizes not in self._checkpoints:
+            self._checkpoints[sizes] = made_checkpoint(self._place / f"model-{len(self._checkpoints)}", sizes)
+        serving = Serving(_LONG_PROMPT + _NEW, next(iter(format.cache_types)), _BATCH, DEFAULT_BACKEND)
+        decisions = uniform(format, tensor_shapes(sizes), type_name or self.base)
+        return _Made(format, self._checkpoints[sizes], decisions, serving, self._path())
+
+    def written(self, sizes: Sizes, type_name: str | None = None) -> _Made:
+        """Write one that stays.
 
         Raises:
             UnsupportedError: matrices cannot be of this type.
         """
-        format = self._format
-        if sizes not in self._checkpoints:
-            self._checkpoints[sizes] = made_checkpoint(self._place / f"model-{len(self._checkpoints)}", sizes)
-        checkpoint = self._checkpoints[sizes]
-        serving = Serving(_LONG_PROMPT + _NEW, next(iter(format.cache_types)), _BATCH, DEFAULT_BACKEND)
-        decisions = uniform(format, tensor_shapes(sizes), type_name or self.base)
-        return self._written(checkpoint, decisions, serving)
+        made = self.made(sizes, type_name)
+        made.write()
+        return made
 
     def with_cache(self, made: _Made, cache_type: str) -> _Made:
         """Return a made model with another type of KV cache; where files have no such type, it is the same one."""
         serving = replace(made.serving, cache_type_k=cache_type, cache_type_v=cache_type)
         if not self._format.cache_in_file:
             return replace(made, serving=serving)
-        return self._written(made.checkpoint, made.decisions, serving)
+        other = replace(made, serving=serving, path=self._path())
+        other.write()
+        return other
 
-    def _written(self, checkpoint: Checkpoint, decisions: tuple[TensorDecision, ...], serving: Serving) -> _Made:
-        format = self._format
-        format.prepare(checkpoint, DEFAULT_BACKEND, serving.context, silent)
+    def _path(self) -> Path:
         self._count += 1
-        path = self._place / f"export-{self._count}"
-        path.mkdir()
-        format.imitate(checkpoint, format.layouts[0].name, decisions, serving, path)
-        return _Made(format, checkpoint, decisions, serving, path)
+        return self._place / f"export-{self._count}"
 
 
 def _large(format: ExportFormat, type_name: str) -> Sizes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,6 @@ from converters.gguf.writer import (
     Bytes,
     GgufWriter,
     Metadata,
-    TensorSpec,
     float32,
     string,
     uint32,
@@ -111,20 +111,20 @@ def imitate(
     """See :class:`acip_export.formats.protocol.ExportFormat`."""
     del serving
     identity = _Identity(checkpoint.name, _HASH_PLACEHOLDER, _HASH_PLACEHOLDER)
+    rows = cache(_noise)  # types of two and three bits take seconds to round the rows of every matrix
     for name, contents in _files(checkpoint, layout, tensors, identity).items():
         with GgufWriter(out / name, contents.metadata, contents.specs) as writer:
             for spec in contents.specs:
-                writer.write(spec.name, _noise(spec))
+                noise = rows(spec.shape[-1], len(spec.shape) == 1, spec.type)
+                writer.write(spec.name, np.resize(noise, spec.nbytes))
 
 
-def _noise(spec: TensorSpec) -> Bytes:
-    """Return the bytes of a tensor of some random rows again and again; vectors are ones."""
+def _noise(columns: int, vector: bool, type: str) -> Bytes:
+    """Return the bytes of some random rows, which are a matrix again and again; a vector is ones."""
     import torch
 
-    columns = spec.shape[-1]
-    vector = len(spec.shape) == 1
     numbers = torch.ones(1, columns) if vector else torch.randn(_IMITATED_ROWS, columns) * columns**-0.5
-    return np.resize(ggml.quantize(numbers, spec.type, torch.ones(columns)), spec.nbytes)
+    return ggml.quantize(numbers, type, torch.ones(columns))
 
 
 def quantizer() -> str:

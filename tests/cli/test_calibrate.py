@@ -7,15 +7,18 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from acip_export.api import plan as planning
 from acip_export.api import speed
+from acip_export.api.speed import measure_speeds, tensor_shapes
 from acip_export.artifacts.speeds import CacheSpeed, LayerSpeed, MatrixSpeed, RuntimeSpeed, load_speeds
 from acip_export.devices import speeds_file
 from acip_export.formats.registry import export_format
 from acip_export.planning.speed_fit import Timed, fit
+from acip_export.progress import Progress
 from tests.support import Run
 
 ASKED = ("--budget", "3MB", "--types", "q8_0,q4_0", "--context", 64)
@@ -130,13 +133,42 @@ def test_a_device_with_a_table(model: Path, run: Run) -> None:
 
 
 @pytest.mark.usefixtures("quickly")
+def test_one_large_model_is_there_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of each type are written for their runs, in each pass; steps are counted one by one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(speed, "_LARGE", large := replace(speed._LARGE, layers=12))
+    monkeypatch.setattr(speed, "_MOST_LAYERS", 12)
+    monkeypatch.setattr(speed, "_PASSES", 2)
+    least = sum(rows * columns for rows, *rest in tensor_shapes(large).values() for columns in rest) / 2
+    there: list[int] = []
+    timed = speed.shortest_times
+
+    def look(*args: Any) -> tuple[float, float]:
+        there.append(sum(file.stat().st_size > least for file in tmp_path.rglob("*.gguf")))
+        return timed(*args)
+
+    monkeypatch.setattr(speed, "shortest_times", look)
+    reports: list[Progress] = []
+    table = measure_speeds(reports.append, ("gguf",))
+    assert all(len(each) == 3 for each in table.runtimes["llama.cpp"].matrices.values())
+    assert there.count(1) == 2 * 2 and set(there) == {0, 1}
+    for stage in {each.stage for each in reports}:
+        steps = [each for each in reports if each.stage == stage]
+        assert [each.done for each in steps] == list(range(1, len(steps) + 1)) and steps[-1].total == len(steps)
+    assert not list(tmp_path.glob("acip-export-*"))
+
+
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit of sizes")
-def test_no_room_for_the_models(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [100_000, 1_200_000], ids=["small", "large"])
+def test_no_room_for_the_models(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Neither for those that stay, nor for the large ones that are written when they run."""
     import resource
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(speed, "_LARGE", replace(speed._LARGE, layers=12))
     _, most = before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
     try:
         full = run("calibrate", "-f", "gguf")
     finally:
