@@ -6,6 +6,7 @@ the file that the environment variable ``ACIP_EXPORT_DEVICES`` names, or with ``
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -21,11 +22,13 @@ from msgspec import Meta
 from acip_export.artifacts.plan import BudgetScope, Plan, Tokens
 from acip_export.artifacts.speeds import RuntimeSpeed, load_speeds
 from acip_export.choices import instead_of, nearest
-from acip_export.errors import AcipError, DeviceFileError, UsageError
+from acip_export.errors import AcipError, DeviceFileError, SpeedsVersionError, UsageError
 from acip_export.formats.registry import export_format, format_names
 from acip_export.io.inputs import convert, decode_toml, read_input
 from acip_export.machine import memory_bytes
 from acip_export.units import parse_bytes
+
+logger = logging.getLogger(__name__)
 
 DEVICES_VARIABLE = "ACIP_EXPORT_DEVICES"
 BUILT_IN = "built in"
@@ -168,15 +171,26 @@ def speeds_file() -> Path:
     return user_file().with_name("speeds.json")
 
 
-def speeds_of(device: Device | None) -> Mapping[str, RuntimeSpeed]:
+def speeds_of(device: Device | None, needed: bool) -> Mapping[str, RuntimeSpeed]:
     """Return how fast runtimes are on a device; ``None``: on this machine. Empty: nobody has measured it.
+
+    What another version of this tool measured on this machine is left out, with a warning, unless it is ``needed``:
+    nobody named that file.
 
     Raises:
         DeviceFileError: the file that has it is missing or malformed.
     """
     if device is not None and device.name != THIS_MACHINE:
         return {} if device.speeds is None else load_speeds(device.speeds).runtimes
-    return load_speeds(speeds_file()).runtimes if speeds_file().is_file() else {}
+    if not speeds_file().is_file():
+        return {}
+    try:
+        return load_speeds(speeds_file()).runtimes
+    except SpeedsVersionError as reason:
+        if needed:
+            raise
+        logger.warning("%s; until then plans for this machine predict no speed", reason)
+        return {}
 
 
 def load_devices(extra: Path | None = None) -> dict[str, Device]:

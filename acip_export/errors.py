@@ -93,6 +93,10 @@ class DeviceFileError(InputError):
     """A file with devices is missing or malformed."""
 
 
+class SpeedsVersionError(DeviceFileError):
+    """The table of speeds was written by another version of this tool; it may be whole."""
+
+
 class ModelFileError(InputError):
     """A model file or directory to be looked at is missing, damaged, truncated or hostile."""
 

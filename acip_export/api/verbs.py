@@ -173,7 +173,7 @@ def plan(
         rounding=rounding,
         calibrate=calibrate,
         candidates=candidates,
-        speeds=speeds_of(None),
+        speeds=speeds_of(None, needed=min_speed is not None),
         min_speed=min_speed,
         tune_seconds=parse_seconds(tune, "tune") if isinstance(tune, str) else tune,
         options={name: parsers.get(name, str)(text) for name, text in options.items()},

@@ -42,9 +42,11 @@ def header_of(data: bytes, where: str, error: Failure) -> Header:
     return decode_json(data, Header, where, error)
 
 
-def read_artifact(file: Path, kind: type[_A], error: Failure, missing: str = "") -> _A:
+def read_artifact(
+    file: Path, kind: type[_A], error: Failure, missing: str = "", version_error: Failure | None = None
+) -> _A:
     """Read a file. Raises ``error`` as :func:`acip_export.io.inputs.open_input` and :func:`decode_artifact`."""
-    return decode_artifact(read_input(file, error, missing=missing), kind, str(file), error)
+    return decode_artifact(read_input(file, error, missing=missing), kind, str(file), error, version_error)
 
 
 def decode_artifact(

@@ -15,7 +15,7 @@ from msgspec import Meta
 from acip_export.artifacts.document import Artifact, read_artifact
 from acip_export.artifacts.names import SPEEDS, ArtifactName
 from acip_export.artifacts.plan import Name
-from acip_export.errors import DeviceFileError
+from acip_export.errors import DeviceFileError, SpeedsVersionError
 from acip_export.io.inputs import NotNegative, Positive, PositiveFloat, Share
 from acip_export.io.outputs import claim_output, json_kind
 
@@ -130,8 +130,9 @@ class SpeedTable(Artifact):
 
 
 def load_speeds(file: Path) -> SpeedTable:
-    """Read and check a table. Raises DeviceFileError."""
-    return read_artifact(file, SpeedTable, DeviceFileError, "; make it with  acip-export calibrate")
+    """Read and check a table. Raises DeviceFileError; of another version: SpeedsVersionError."""
+    missing = "; make it with  acip-export calibrate"
+    return read_artifact(file, SpeedTable, DeviceFileError, missing, SpeedsVersionError)
 
 
 def save_speeds(table: SpeedTable, file: Path, force: bool = True) -> None:

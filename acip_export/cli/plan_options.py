@@ -24,6 +24,7 @@ from acip_export.rounding.quantizer import Rounding
 from acip_export.units import format_bytes, parse_budgets, parse_context, parse_seconds
 
 if TYPE_CHECKING:
+    from acip_export.artifacts.speeds import RuntimeSpeed
     from acip_export.planning import PlanRequest
 
 
@@ -249,8 +250,10 @@ class PlanFlags:
         device = self._device()
         format_name = self._format(device)
         (types,), (context,) = self._type_sets(1), self._contexts(1)
+        budgets = self._budgets(device)
+        speeds = speeds_of(device, needed=self.min_speed is not None)
         return tuple(
-            self._request(device, format_name, budget, self.layout, types, context) for budget in self._budgets(device)
+            self._request(device, format_name, budget, self.layout, types, context, speeds) for budget in budgets
         )
 
     def sweep_requests(self) -> list[tuple[str, PlanRequest]]:
@@ -269,13 +272,14 @@ class PlanFlags:
         if "max" in contexts:
             raise UsageError("--sweep plans for one context at every budget; name it, or several:  --context '2k;8k'")
         device = self._device()
+        speeds = speeds_of(device, needed=False)
         requests = []
         for name in self._formats(device):
             for layout in export_format(name).layouts_for(self.layout or AUTO, self.runtime):
                 for types, context in product(self._type_sets(None), contexts):
                     label = f"{name}, {layout.name}" + (f": {', '.join(types)}" if types else "")
                     label += f", {context:,} tokens" if len(contexts) > 1 else ""
-                    requests.append((label, self._request(device, name, None, layout.name, types, context)))
+                    requests.append((label, self._request(device, name, None, layout.name, types, context, speeds)))
         return requests
 
     def _contexts(self, most: int | None) -> list[int | Literal["max"] | None]:
@@ -300,6 +304,7 @@ class PlanFlags:
         layout: str | None,
         types: tuple[str, ...],
         context: int | Literal["max"] | None,
+        speeds: Mapping[str, RuntimeSpeed],
     ) -> PlanRequest:
         from acip_export.planning import DEFAULT_CONTEXT, PlanRequest
 
@@ -329,7 +334,7 @@ class PlanFlags:
             rounding=self.rounding,
             calibrate=self.calibrate,
             candidates=self.candidates,
-            speeds=speeds_of(device),
+            speeds=speeds,
             min_speed=self.min_speed,
             tune_seconds=None if self.tune is None else parse_seconds(self.tune, "--tune"),
             options=self._options(format_name),

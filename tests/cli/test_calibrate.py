@@ -11,17 +11,30 @@ from typing import Any
 
 import pytest
 
+import acip_export
 from acip_export.api import plan as planning
 from acip_export.api import speed
 from acip_export.api.speed import measure_speeds, tensor_shapes
 from acip_export.artifacts.speeds import CacheSpeed, LayerSpeed, MatrixSpeed, RuntimeSpeed, load_speeds
 from acip_export.devices import speeds_file
+from acip_export.errors import SpeedsVersionError
 from acip_export.formats.registry import export_format
 from acip_export.planning.speed_fit import Timed, fit
 from acip_export.progress import Progress
 from tests.support import Run
 
 ASKED = ("--budget", "3MB", "--types", "q8_0,q4_0", "--context", 64)
+BOARD = """[[device]]
+name = "board"
+title = "Board"
+class = "board"
+memory = "1GiB"
+usable = 0.5
+runtimes = { onnx = "onnxruntime" }
+types.onnx = ["int4-b64"]
+speeds = "board.json"
+source = { memory = "m", usable = "u", types = "t" }
+"""
 
 
 @pytest.fixture
@@ -112,17 +125,14 @@ def test_calibrate_then_plan(model: Path, run: Run, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("quickly")
 def test_a_device_with_a_table(model: Path, run: Run) -> None:
-    assert run("calibrate", "-f", "onnx", "-o", "board.json").code == 0
+    done = run("calibrate", "-f", "onnx", "-o", "board.json")
+    assert done.code == 0, done.err
     measured = load_speeds(model / "board.json").runtimes
     assert set(measured) == {"onnxruntime", "onnxruntime-genai"}
     assert all(set(each.matrices) == {"int8", "int4-b64"} for each in measured.values())
     assert all(set(each.caches) == {"int8", "int4"} for each in measured.values())
     assert not speeds_file().exists()
-    (model / "devices.toml").write_text(
-        '[[device]]\nname = "board"\ntitle = "Board"\nclass = "board"\nmemory = "1GiB"\nusable = 0.5\n'
-        'runtimes = { onnx = "onnxruntime" }\ntypes.onnx = ["int4-b64"]\nspeeds = "board.json"\n'
-        'source = { memory = "m", usable = "u", types = "t" }\n'
-    )
+    (model / "devices.toml").write_text(BOARD)
     asked = ("plan", "--devices", "devices.toml", "--device", "board", "--context", 64)
     planned = run(*asked, "--json")
     assert planned.code == 0, planned.err
@@ -175,6 +185,74 @@ def test_no_room_for_the_models(tmp_path: Path, run: Run, monkeypatch: pytest.Mo
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert full.code == 2 and "no room for the models" in " ".join(full.err.split()) and "TMPDIR" in full.err
     assert not list(tmp_path.glob("acip-export-*"))
+
+
+@pytest.fixture
+def of_version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A table of speeds that another version of this tool has left at the machine's own place."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("APPDATA", str(tmp_path / "config"))
+    speeds_file().parent.mkdir(parents=True)
+    old = {"artifact": "acip-speeds", "version": 1, "machine": "here", "threads": 2, "runtimes": {"x": {"matrices": 3}}}
+    speeds_file().write_text(json.dumps(old))
+    return speeds_file()
+
+
+LEFT_OUT = "predict no speed"
+
+
+@pytest.mark.usefixtures("of_version_1", "model")
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("plan", *ASKED, "-f", "gguf", "--json"),
+        (*ASKED, "--budget", "4MB", "-f", "gguf", "--dry-run", "--json"),
+        ("plan", "--sweep", "-f", "gguf", "--types", "q8_0;q4_0", "--layout", "stock", "--context", 64, "--json"),
+        ("plan", *ASKED, "-f", "gguf", "--device", "this", "--budget-scope", "memory", "--json"),
+    ],
+    ids=["plan", "budgets", "sweep", "this machine"],
+)
+def test_the_own_table_of_another_version_is_left_out(
+    run: Run, asked: tuple[str | int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line says so, however many plans are made; nobody has to have speeds."""
+    planned = run(*asked)
+    assert planned.code == 0, planned.err
+    (said,) = (message for message in caplog.messages if LEFT_OUT in message)
+    assert "\n" not in said and "version 1, this tool reads 2" in said and "acip-export calibrate" in said
+    assert '"answer"' not in planned.out
+
+
+def test_the_own_table_of_another_version_where_a_speed_was_asked_for(
+    run: Run, of_version_1: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is refused, as any table that a device names."""
+    for refused in (
+        run("plan", *ASKED, "-f", "gguf", "--min-speed", 1),
+        run(*ASKED, "-f", "gguf", "--min-speed", 1, "--dry-run"),
+    ):
+        assert refused.code == 3 and "acip-export calibrate" in refused.err
+    assert not caplog.messages
+    asked: dict[str, Any] = {"budget": "3MB", "format": "gguf", "types": ("q8_0", "q4_0"), "context": 64}
+    assert acip_export.plan(model, **asked).speed is None
+    assert [LEFT_OUT in message for message in caplog.messages].count(True) == 1
+    with pytest.raises(SpeedsVersionError, match="acip-export calibrate"):
+        acip_export.plan(model, **asked, min_speed=1)
+    of_version_1.rename(model / "board.json")
+    (model / "devices.toml").write_text(BOARD)
+    assert run("plan", "--devices", "devices.toml", "--device", "board", "--context", 64).code == 3
+
+
+@pytest.mark.parametrize(
+    "found", ["{", "{}", '{"artifact": "acip-plan", "version": 1}', '{"artifact": "acip-speeds", "version": 2}']
+)
+@pytest.mark.usefixtures("model")
+def test_something_else_where_the_own_table_belongs(run: Run, of_version_1: Path, found: str) -> None:
+    """It is refused, whether a speed was asked for or not."""
+    of_version_1.write_text(found)
+    for more in ((), ("--min-speed", 1)):
+        refused = run("plan", *ASKED, "-f", "gguf", *more)
+        assert refused.code == 3 and of_version_1.name in "".join(refused.err.split())
 
 
 def test_what_is_measured_together_is_told_apart() -> None:
