@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from acip_export.artifacts.speeds import SPEEDS_KIND, save_speeds
+from acip_export.artifacts.speeds import SPEEDS_KIND, SpeedTable, save_speeds
 from acip_export.cli import output as console
 from acip_export.cli.options import OUTPUT, TARGET, Debug, Force, Json, Quiet
 from acip_export.cli.tables.common import plain_table
@@ -16,7 +17,6 @@ from acip_export.errors import MissingExtraError
 from acip_export.formats.registry import export_format, format_names
 from acip_export.io.outputs import claim_output
 from acip_export.io.processes import let_threads_spin
-from acip_export.units import format_bytes
 
 
 def calibrate(
@@ -66,10 +66,22 @@ def calibrate(
     if json:
         console.print_json(table.to_json())
         return
-    shown = plain_table("runtime", "type", "model", "read", "computed")
-    for runtime, speeds in table.runtimes.items():
-        for name, speed in ((name, speed) for name, measured in speeds.matrices.items() for speed in measured):
-            size, read, computed = format_bytes(speed.nbytes), f"{speed.read / 1e9:.3g}", f"{speed.compute / 1e9:.3g}"
-            shown.add_row(runtime, name, size, f"{read} GB/s", f"{computed} GFLOP/s")
-    console.out.print(shown)
+    console.out.print(speeds_table(table))
     console.say(f"{table.machine}, {table.threads} threads; kept in {file}")
+
+
+def speeds_table(table: SpeedTable) -> Table:
+    """A row for each runtime and type: what the largest model showed, and how fast the smallest was read."""
+    shown = plain_table("runtime", "type", "read", "computed", "read from cache")
+    for column in shown.columns[2:]:
+        column.justify = "right"
+    for runtime, speeds in table.runtimes.items():
+        for name, measured in speeds.matrices.items():
+            small, large = (end(measured, key=lambda speed: speed.nbytes) for end in (min, max))
+            read, computed = _billions(large.read, "B/s"), _billions(large.compute, "FLOP/s")
+            shown.add_row(runtime, name, read, computed, _billions(small.read, "B/s"))
+    return shown
+
+
+def _billions(speed: float, unit: str) -> str:
+    return f"{speed / 1e9:.3g} G{unit}"

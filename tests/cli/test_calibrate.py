@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.measure import Measurement
 
 import acip_export
 from acip_export.api import plan as planning
 from acip_export.api import speed
 from acip_export.api.speed import measure_speeds, tensor_shapes
-from acip_export.artifacts.speeds import CacheSpeed, LayerSpeed, MatrixSpeed, RuntimeSpeed, load_speeds
+from acip_export.artifacts.speeds import CacheSpeed, LayerSpeed, MatrixSpeed, RuntimeSpeed, SpeedTable, load_speeds
+from acip_export.cli.calibrate import speeds_table
 from acip_export.devices import speeds_file
 from acip_export.errors import SpeedsVersionError
-from acip_export.formats.registry import export_format
+from acip_export.formats.registry import export_format, export_formats
 from acip_export.planning.speed_fit import Timed, fit
 from acip_export.progress import Progress
 from tests.support import Run
@@ -128,6 +131,8 @@ def test_a_device_with_a_table(model: Path, run: Run) -> None:
     done = run("calibrate", "-f", "onnx", "-o", "board.json")
     assert done.code == 0, done.err
     measured = load_speeds(model / "board.json").runtimes
+    rows = [line.split()[:2] for line in done.out.splitlines()]
+    assert rows[1:-1] == [[runtime, name] for runtime, each in measured.items() for name in each.matrices]
     assert set(measured) == {"onnxruntime", "onnxruntime-genai"}
     assert all(set(each.matrices) == {"int8", "int4-b64"} for each in measured.values())
     assert all(set(each.caches) == {"int8", "int4"} for each in measured.values())
@@ -185,6 +190,24 @@ def test_no_room_for_the_models(tmp_path: Path, run: Run, monkeypatch: pytest.Mo
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert full.code == 2 and "no room for the models" in " ".join(full.err.split()) and "TMPDIR" in full.err
     assert not list(tmp_path.glob("acip-export-*"))
+
+
+def test_the_printed_table_has_a_row_for_each_type_and_fits_80_columns() -> None:
+    """Of all runtimes and types that there are."""
+    measured = tuple(MatrixSpeed(nbytes, nbytes * 1.23456e3, 1.23456e12) for nbytes in (2 * 10**8, 10**6, 10**7))
+    runtimes = {
+        session.runtime: RuntimeSpeed("1", dict.fromkeys(known.types, measured), 0, (LayerSpeed(1, 0),), 0, 1, 1, 1)
+        for known in export_formats()
+        for session in known.sessions
+    }
+    table = speeds_table(SpeedTable("here", 2, runtimes))
+    assert table.row_count == sum(len(known.types) * len(known.sessions) for known in export_formats())
+    console = Console(width=1000)
+    assert Measurement.get(console, console.options, table).maximum <= 80
+    with console.capture() as printed:
+        console.print(table)
+    row = printed.get().splitlines()[1].split()
+    assert row[2:] == ["247", "GB/s", "1.23e+03", "GFLOP/s", "1.23", "GB/s"]
 
 
 @pytest.fixture
