@@ -84,4 +84,5 @@ def speeds_table(table: SpeedTable) -> Table:
 
 
 def _billions(speed: float, unit: str) -> str:
-    return f"{speed / 1e9:.3g} G{unit}"
+    number = speed / 1e9
+    return f"{number:.3g} G{unit}" if number < 1000 else f"{number:,.0f} G{unit}"

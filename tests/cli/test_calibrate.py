@@ -207,7 +207,7 @@ def test_the_printed_table_has_a_row_for_each_type_and_fits_80_columns() -> None
     with console.capture() as printed:
         console.print(table)
     row = printed.get().splitlines()[1].split()
-    assert row[2:] == ["247", "GB/s", "1.23e+03", "GFLOP/s", "1.23", "GB/s"]
+    assert row[2:] == ["247", "GB/s", "1,235", "GFLOP/s", "1.23", "GB/s"]
 
 
 @pytest.fixture
