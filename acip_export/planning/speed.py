@@ -178,19 +178,34 @@ def check_pace(problem: Problem, budget: Budget, serving: Serving, pace: Pace | 
 
 
 def _fastest_plan(problem: Problem, predictor: Predictor, budget: Budget) -> Plan:
-    """Return the plan of every tensor's fastest candidates, or, where that is too large, the smallest plan."""
+    """Return the plan of every tensor's fastest candidates, or, where that is too large, the smallest plan.
+
+    Which ones are fastest depends on the bytes of the plan: at first it is taken for a small one.
+    """
+    nbytes = sum(int(candidates.table.stored.min()) for candidates in problem.candidates)
+    first = _plan_of_fastest(problem, predictor, budget, nbytes)
+    second = _plan_of_fastest(problem, predictor, budget, first.planned_bytes)
+
+    def answer(plan: Plan) -> float:
+        speed = predictor.speed(plan.tensors)
+        return 0.0 if speed is None else speed.answer
+
+    return max(first, second, key=answer)
+
+
+def _plan_of_fastest(problem: Problem, predictor: Predictor, budget: Budget, nbytes: int) -> Plan:
+    """Return :func:`_fastest_plan`, with the rates of a model of so many bytes."""
     serving = predictor.serving
     try:
-        return _fastest(problem, predictor).plan(budget, serving)
+        return _fastest(problem, predictor, nbytes).plan(budget, serving)
     except DoesNotFit:  # a type with a fast kernel may take more bytes
         return problem.plan(Budget(problem.floor(budget.scope, serving).nbytes, budget.scope), serving)
 
 
-def _fastest(problem: Problem, predictor: Predictor) -> Problem:
-    """Return the problem with the candidates of each tensor that are read fastest."""
-    # Plans of the fastest types are small ones. Candidates are many: their types' rates are looked up once.
-    smallest = sum(int(candidates.table.stored.min()) for candidates in problem.candidates)
-    rates = {name: predictor.speeds.matrix(name, smallest).read for name in predictor.speeds.matrices}
+def _fastest(problem: Problem, predictor: Predictor, nbytes: int) -> Problem:
+    """Return the problem with the candidates of each tensor that are read fastest in a model of so many bytes."""
+    # Candidates are many: their types' rates are looked up once.
+    rates = {name: predictor.speeds.matrix(name, nbytes).read for name in predictor.speeds.matrices}
 
     def seconds(candidates: Candidates, option: TensorDecision) -> float:
         matrices = predictor.products(replace(option, name=candidates.name))

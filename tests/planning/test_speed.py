@@ -167,6 +167,18 @@ def test_one_that_no_plan_reaches(ranked: tuple[Checkpoint, ScoreFile]) -> None:
         planned(ranked, replace(REQUEST, min_speed=1e4, speeds={"llama.cpp": slow_cache}))
 
 
+def test_the_fastest_types_are_those_of_the_plan_that_has_them(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    """In the smallest plan q8_0 would be faster than q4_0, but with it the plan is none that caches hold."""
+    smallest = planned(ranked, replace(REQUEST, types=("q4_0",)))[2].planned_bytes
+    q8_0 = (MatrixSpeed(smallest, 1e8, 1e9), MatrixSpeed(2 * smallest - smallest // 4, 1e7, 1e9))
+    table = replace(TABLE, matrices={"q4_0": (MatrixSpeed(10**6, 2e7, 1e9),), "q8_0": q8_0})
+    request = replace(REQUEST, types=("q8_0", "q4_0"), speeds={"llama.cpp": table})
+    speed = planned(ranked, replace(request, types=("q4_0",)))[2].speed
+    assert speed is not None and speed.answer > planned(ranked, replace(request, types=("q8_0",)))[2].speed.answer
+    plan = planned(ranked, replace(request, min_speed=0.99 * speed.answer))[2]
+    assert plan.speed.answer >= 0.99 * speed.answer
+
+
 def test_types_that_were_not_measured(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     partial = replace(TABLE, matrices={"q4_0": TABLE.matrices["q4_0"]})
     speeds = {"llama.cpp": partial}
