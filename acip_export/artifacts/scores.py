@@ -132,20 +132,15 @@ class CurvePoint:
 
     @property
     def adapters_help(self) -> bool:
-        """Whether adapters bring the cut nearer to the dense model."""
-        if self.divergence is not None and self.divergence_with_adapters is not None:
-            return self.divergence_with_adapters < self.divergence
+        """Whether adapters lower the loss of the cut."""
         return self.loss_with_adapters is not None and self.loss_with_adapters < self.loss
 
     def above(self, dense: CurvePoint) -> float:
-        """Return how far the cut is from the dense model, with adapters where they help.
+        """Return what the cut loses, with adapters where they help.
 
-        By the divergence where it is known. Adapters that were trained on such text lower the loss of the next token by
-        more than they bring the model back.
+        Where adapters have learned the text, that is less than the divergence. Plans that were made with the divergence
+        instead were worse, though better predicted (docs/LOG.md).
         """
-        divergence = self.divergence_with_adapters if self.adapters_help else self.divergence
-        if divergence is not None:
-            return divergence
         loss = self.loss_with_adapters if self.adapters_help else None
         return (self.loss if loss is None else loss) - dense.loss
 

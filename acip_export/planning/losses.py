@@ -92,7 +92,7 @@ class MeasuredCuts:
 
     Attributes:
         estimated: (n,) summed losses of the components that a cut drops, growing.
-        adapters_help: (n,) whether the adapters brought the model nearer to the dense one there.
+        adapters_help: (n,) whether the adapters lowered the loss there.
         dense_loss: nats per token of the dense model, on the curve's text.
     """
 

@@ -165,7 +165,7 @@ def test_the_name_to_publish_under_is_one_that_a_hub_takes(name: str, expected: 
     check_repository_id(f"owner/{hub_name(name)}")
 
 
-def test_a_ranking_shows_what_plans_go_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_ranking_shows_loss_and_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = make_scores(make_model(tmp_path / "m"))
     whole = CurvePoint(1.0, 2.0, 2.0, divergence=0.0, divergence_with_adapters=0.0)
     cut = CurvePoint(0.8, 2.5, 2.25, divergence=0.6123, divergence_with_adapters=0.4567)

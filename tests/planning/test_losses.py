@@ -56,27 +56,6 @@ def test_adapters_count_where_they_help(scores: ScoreFile) -> None:
     assert estimates[-1] == pytest.approx(helped.curve[-1].loss - 0.01 - helped.curve[0].loss, rel=1e-6)
 
 
-def test_divergences_count_where_they_were_measured(scores: ScoreFile) -> None:
-    """Adapters that were trained on such text have a lower loss of the next token than their divergence says."""
-    above = {point.ratio: point.loss - scores.curve[0].loss for point in scores.curve}
-    curve = tuple(
-        replace(
-            point,
-            loss_with_adapters=point.loss - 0.5 * above[point.ratio],
-            divergence=1.2 * above[point.ratio],
-            divergence_with_adapters=(1.5 if point.ratio == 0.8 else 0.9) * above[point.ratio],
-        )
-        for point in scores.curve
-    )
-    measured = replace(scores, curve=curve)
-    losses = component_losses(measured)
-    estimates = [sum(float(losses[n][u].sum()) for n, u in _cut(measured, p.ratio).items()) for p in curve[1:]]
-    assert estimates == pytest.approx(
-        [share * above[r] for r, share in ((0.8, 1.2), (0.6, 0.9), (0.4, 0.9), (0.2, 0.9))]
-    )
-    assert measured_cuts(measured, losses).adapters_help == (False, False, True, True, True)
-
-
 def test_noise_near_the_dense_model_makes_nothing_free(scores: ScoreFile) -> None:
     flat = replace(scores, curve=(scores.curve[0], CurvePoint(0.8, scores.curve[0].loss - 0.01), *scores.curve[2:]))
     losses = component_losses(flat)
