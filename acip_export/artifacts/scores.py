@@ -141,8 +141,7 @@ class CurvePoint:
         Where adapters have learned the text, that is less than the divergence. Plans that were made with the divergence
         instead were worse, though better predicted (docs/LOG.md).
         """
-        loss = self.loss_with_adapters if self.adapters_help else None
-        return (self.loss if loss is None else loss) - dense.loss
+        return min(loss for loss in (self.loss, self.loss_with_adapters) if loss is not None) - dense.loss
 
 
 @dataclass(frozen=True)

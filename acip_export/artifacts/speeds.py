@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp, log
 from pathlib import Path
@@ -91,27 +91,30 @@ class RuntimeSpeed:
 
     def matrix(self, type: str, nbytes: int) -> MatrixSpeed:
         """Return the speeds of matrices of ``type`` in a model of so many bytes; raises KeyError: not measured."""
-        return _between(self.matrices[type], nbytes)
+        points = self.matrices[type]
+        read, compute = (
+            exp(_between(speeds, nbytes))
+            for speeds in ({p.nbytes: log(p.read) for p in points}, {p.nbytes: log(p.compute) for p in points})
+        )
+        return MatrixSpeed(nbytes, read, compute)
 
     def layer_seconds(self, nbytes: int) -> float:
         """Return what a layer takes for a token of an answer, beside its matrices, in a model of so many bytes."""
-        points = sorted(self.layers, key=lambda point: point.nbytes)
-        return float(np.interp(log(max(nbytes, 1)), [log(p.nbytes) for p in points], [p.seconds for p in points]))
+        return _between({point.nbytes: point.seconds for point in self.layers}, nbytes)
 
     def cache(self, type: str) -> CacheSpeed:
         """Return the speeds of a cache of ``type``."""
         return self.caches.get(type) or CacheSpeed(self.cache_read, self.attention)
 
 
-def _between(measured: Sequence[MatrixSpeed], nbytes: int) -> MatrixSpeed:
-    """Interpolate between models of neighbouring sizes, in logarithms; beyond the outer ones speeds stay."""
-    points = sorted(measured, key=lambda point: point.nbytes)
-    sizes = [log(point.nbytes) for point in points]
-    read, compute = (
-        exp(np.interp(log(max(nbytes, 1)), sizes, [log(speed) for speed in speeds]))
-        for speeds in ([point.read for point in points], [point.compute for point in points])
-    )
-    return MatrixSpeed(nbytes, read, compute)
+def _between(measured: Mapping[int, float], nbytes: int) -> float:
+    """Interpolate between models of neighbouring sizes, by the logarithm of bytes; constant beyond the outer ones.
+
+    Args:
+        measured: by the bytes of a model.
+    """
+    sizes = sorted(measured)
+    return float(np.interp(log(max(nbytes, 1)), [log(size) for size in sizes], [measured[size] for size in sizes]))
 
 
 @dataclass(frozen=True)
