@@ -119,6 +119,19 @@ def format_nats(divergence: float) -> str:
     return f"{divergence:.3g}"
 
 
+def format_speed(tokens: float, error: float | None = None) -> str:
+    """Say tokens a second, and how far off they may be: ``6.13``, ``1,234 ± 25%``."""
+    shown = f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3g}"
+    return f"{shown} {format_error(error)}".rstrip()
+
+
+def format_error(share: float | None) -> str:
+    """Say how far off a prediction may be: ``± 25%``, ``within a factor of 2.5``; nothing, where that is not known."""
+    if share is None:
+        return ""
+    return f"± {share:.0%}" if share < 1 else f"within a factor of {1 + share:.2g}"
+
+
 def size_name(count: int) -> str:
     """Put a size into a file's name, as it would be typed: ``150MB``, ``1.5GB``."""
     number, unit = format_bytes(count).split()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shutil
 import time
@@ -14,6 +13,8 @@ from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
+
+import numpy as np
 
 from acip_export.artifacts.plan import Serving, TensorDecision
 from acip_export.artifacts.report import Speed
@@ -54,7 +55,8 @@ _PROMPT, _LONG_PROMPT, _NEW, _BATCH = 64, 512, 2, 128
 _SECONDS, _REPEATS, _PASSES = 36.0, 2, 2
 # Tokens of small models take a fraction of a millisecond, and uneven ones.
 _OFTEN = 20
-_NEVER = (math.inf, math.inf)
+# What most predictions are within on a machine that is quiet, docs/speed.md.
+_LEAST_ERROR = 0.15
 _HEAD_SIZE = 64
 
 
@@ -174,10 +176,11 @@ def _measure_runs(
     """Run the small models, then those of each type and cache type, in every runtime of a format that is installed."""
     runs = [*fixed, *chain(*by_type.values()), *caches.values()]
     measured: dict[str, RuntimeSpeed] = {}
-    for runtime, (version, times) in _run_all(format, runs, progress, seconds).items():
-        timed = (run.timed(*shortest) for run, shortest in zip(runs, times, strict=True))
+    for runtime, (version, passes) in _run_all(format, runs, progress, seconds).items():
+        shortest = ((min(prompts), min(answers)) for prompts, answers in passes)
+        timed = (run.timed(*times) for run, times in zip(runs, shortest, strict=True))
         few, many, wide, narrow, short, long = islice(timed, len(fixed))
-        measured[runtime] = fit(
+        speeds = fit(
             few_layers=few,
             many_layers=many,
             narrow=narrow,
@@ -189,13 +192,22 @@ def _measure_runs(
             base=base,
             version=version,
         )
+        prompt_error, answer_error = (_error([each[which] for each in passes]) for which in (0, 1))
+        measured[runtime] = replace(speeds, prompt_error=prompt_error, answer_error=answer_error)
     return measured
+
+
+def _error(runs: Sequence[Sequence[float]]) -> float:
+    """Return how far off predictions may be: what nine of ten runs differ by at most from one pass to another."""
+    return max(_LEAST_ERROR, float(np.quantile([max(times) / min(times) for times in runs], 0.9)) - 1)
 
 
 def _run_all(
     format: ExportFormat, runs: Sequence[_Run], progress: ProgressCallback, seconds: float
-) -> dict[str, tuple[str, list[tuple[float, float]]]]:
-    """Return the version of each runtime that is installed, and the shortest times of each run in it.
+) -> dict[str, tuple[str, list[tuple[list[float], list[float]]]]]:
+    """Return the version of each runtime that is installed, and of each run the shortest times in every pass.
+
+    The times are seconds of a token: of the prompt, and of the answer.
 
     Raises:
         MissingExtraError: none is.
@@ -203,7 +215,9 @@ def _run_all(
     every = len(runs) * _PASSES
     clock = Clock(f"speed of {format.name}", every, progress)
     installed, versions = list(format.sessions), dict[str, str]()
-    shortest = {session.runtime: [_NEVER] * len(runs) for session in installed}
+    times: dict[str, list[tuple[list[float], list[float]]]] = {
+        session.runtime: [([], []) for _ in runs] for session in installed
+    }
     for _ in range(_PASSES):
         for index, run in enumerate(runs):
             with run.made.there():
@@ -218,10 +232,11 @@ def _run_all(
                         if not installed:
                             raise
                     else:
-                        before = shortest[session.runtime][index]
-                        shortest[session.runtime][index] = min(before[0], prompt), min(before[1], answer)
+                        prompts, answers = times[session.runtime][index]
+                        prompts.append(prompt)
+                        answers.append(answer)
             clock.advance()
-    return {session.runtime: (versions[session.runtime], shortest[session.runtime]) for session in installed}
+    return {session.runtime: (versions[session.runtime], times[session.runtime]) for session in installed}
 
 
 class _Maker:

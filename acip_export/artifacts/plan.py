@@ -177,11 +177,18 @@ class Certificate:
 
 @dataclass(frozen=True)
 class PlannedSpeed:
-    """Predicted tokens a second in a runtime: of a prompt as long as the context, and of an answer at its end."""
+    """Predicted tokens a second in a runtime: of a prompt as long as the context, and of an answer at its end.
+
+    Attributes:
+        prompt: ``None``: nobody timed prompts there.
+        prompt_error, answer_error: how far they may be off, as a share; ``None``: not known.
+    """
 
     runtime: Name
-    prompt: PositiveFloat
+    prompt: PositiveFloat | None
     answer: PositiveFloat
+    prompt_error: NotNegative | None = None
+    answer_error: NotNegative | None = None
 
 
 @dataclass(frozen=True)

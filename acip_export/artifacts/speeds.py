@@ -77,6 +77,10 @@ class RuntimeSpeed:
         attention: operations a second of a prompt's attention with such a cache.
         head_share: of a prompt's tokens, those for which the head is computed, as far as it shows.
         caches: the same of KV caches of other types, keys and values alike; of one that is not here, as of the own.
+        prompt_error, answer_error: how far predictions may be off, as a share of them; ``None``: not known.
+        layer_error: how far the seconds of layers may be off beside that, as a share of them.
+        prompts: whether prompts were timed. Otherwise operations are those of answers, which prompts exceed, and the
+            speed of prompts is not predicted.
     """
 
     version: str
@@ -88,6 +92,10 @@ class RuntimeSpeed:
     attention: PositiveFloat
     head_share: Share
     caches: Mapping[Name, CacheSpeed] = field(default_factory=dict)
+    prompt_error: NotNegative | None = None
+    answer_error: NotNegative | None = None
+    layer_error: NotNegative = 0.0
+    prompts: bool = True
 
     def matrix(self, type: str, nbytes: int) -> MatrixSpeed:
         """Return the speeds of matrices of ``type`` in a model of so many bytes; raises KeyError: not measured."""

@@ -133,8 +133,8 @@ class PlanFlags:
         float | None,
         typer.Option(
             metavar="TOKENS/S",
-            help="Least predicted speed of an answer, context full.\n\nOn the device or this machine, after "
-            " acip-export calibrate.",
+            help="Least predicted speed of an answer, context full.\n\nOn the device as reported, or on this machine "
+            "after  acip-export calibrate.",
             rich_help_panel=BUDGET,
         ),
     ] = None

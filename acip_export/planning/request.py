@@ -182,9 +182,10 @@ def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) ->
     speeds = request.speeds.get(runtime) if request.backend in (None, DEFAULT_BACKEND) else None
     if speeds is None and least is not None:
         where = "this machine" if request.device is None else request.device
+        reports = "" if request.device is None else ", or list reports of its chip in its entry (docs/devices.md)"
         raise UsageError(
             f"--min-speed needs the speeds of {where} with {runtime}, which nobody has measured; measure them there "
-            "with  acip-export calibrate"
+            f"with  acip-export calibrate{reports}"
         )
     return None if speeds is None else Pace(runtime, speeds, least)
 

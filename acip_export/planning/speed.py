@@ -16,6 +16,7 @@ from acip_export.model.tensor_names import HEAD, is_embedding
 from acip_export.planning.budget import Budget
 from acip_export.planning.candidates import Candidates
 from acip_export.planning.problem import DoesNotFit, Problem
+from acip_export.units import format_speed
 from acip_export.weight_types import weight_type
 
 # How often a budget is halved in the search for one whose plan is fast enough.
@@ -90,7 +91,11 @@ class Predictor:
         answer = fixed + read + self.cache_seconds
         overhead = fixed / serving.prompt_batch
         width = shape.layers * shape.hidden * speeds.width_seconds
-        return PlannedSpeed(self.runtime, 1 / (computed + self.attention_seconds + overhead + width), 1 / answer)
+        prompt = 1 / (computed + self.attention_seconds + overhead + width) if speeds.prompts else None
+        error = speeds.answer_error
+        if error is not None:
+            error += speeds.layer_error * fixed / answer
+        return PlannedSpeed(self.runtime, prompt, 1 / answer, speeds.prompt_error, error)
 
     def products(self, decision: TensorDecision) -> Iterator[Product]:
         """Yield every matrix of a tensor that a token is multiplied with."""
@@ -226,7 +231,8 @@ def _unreachable(predictor: Predictor, fastest: Plan, least: float) -> Unreachab
     if cache >= 0.05:
         advice.insert(0, f"give a shorter  --context  (reading the KV cache takes {cache:.0%} of the time)")
     return UnreachableSpeedError(
-        f"no plan answers {least:g} tokens a second here: the fastest is predicted with {speed.answer:.3g}.\n"
+        f"no plan answers {least:g} tokens a second: the fastest is predicted with "
+        f"{format_speed(speed.answer, speed.answer_error)}.\n"
         f"Ask for less with  --min-speed {speed.answer * 0.99:.3g},  or {', or '.join(advice)}",
         speed.answer,
     )

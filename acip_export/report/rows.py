@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from acip_export.artifacts.plan import PlannedSpeed
+from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.report import Report, RuntimeReport
+from acip_export.devices import THIS_MACHINE
 from acip_export.inspection.anatomy import fact
 from acip_export.io.inputs import builtins
 from acip_export.report.page import Exported, Page
-from acip_export.units import format_bytes, format_nats
+from acip_export.units import format_bytes, format_nats, format_speed
 
 _NONE = "–"
 
@@ -44,7 +45,7 @@ def runtime_rows(page: Page, report: Report, runtime: RuntimeReport) -> list[Row
         *_memory(runtime),
         *_quality(page, report, runtime),
         *_agreement(runtime),
-        *_speed(runtime, page.own.plan.speed),
+        *_speed(runtime, page.own.plan),
     ]
 
 
@@ -108,16 +109,18 @@ def _agreement(runtime: RuntimeReport) -> Iterator[Row]:
         yield Row("Strings with the tokens of transformers", _NONE, same, "plain text, scripts, blanks and signs")
 
 
-def _speed(runtime: RuntimeReport, planned: PlannedSpeed | None) -> Iterator[Row]:
-    speed = runtime.speed
+def _speed(runtime: RuntimeReport, plan: Plan) -> Iterator[Row]:
+    speed, planned = runtime.speed, plan.speed
     # A runtime's name here is followed by its version, or by how it is called.
     known = planned if planned is not None and runtime.runtime.split()[0] == planned.runtime else None
+    elsewhere = known is not None and plan.device not in (None, THIS_MACHINE)
+    note = f"predicted for {plan.device}, found here" if elsewhere else ""
     if speed is not None:
-        prompt = _NONE if known is None else f"{known.prompt:,.0f}"
-        yield Row("Prompt, tokens per second", prompt, f"{speed.prefill:,.0f}")
+        prompt = _NONE if known is None or known.prompt is None else format_speed(known.prompt, known.prompt_error)
+        yield Row("Prompt, tokens per second", prompt, f"{speed.prefill:,.0f}", note)
     if speed is not None and speed.decode is not None:
-        answer = _NONE if known is None else f"{known.answer:,.0f}"
-        yield Row("Generation, tokens per second", answer, f"{speed.decode:,.0f}")
+        answer = _NONE if known is None else format_speed(known.answer, known.answer_error)
+        yield Row("Generation, tokens per second", answer, f"{speed.decode:,.0f}", note)
     if runtime.load_seconds is not None:
         yield Row("Load time", _NONE, f"{runtime.load_seconds:.2f} s")
 

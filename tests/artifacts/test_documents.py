@@ -15,6 +15,7 @@ from acip_export.artifacts.plan import (
     Certificate,
     ContextCost,
     Plan,
+    PlannedSpeed,
     Refusal,
     Serving,
     TensorDecision,
@@ -38,7 +39,7 @@ from acip_export.artifacts.scores import CurvePoint, Metadata, ModuleEntry, Rank
 from acip_export.check.config import EntryTable
 from acip_export.check.lock import Lock, LockedFile, LockedModel
 from acip_export.check.quality import Quality
-from acip_export.devices import DeviceTable, Sources
+from acip_export.devices import ChipTable, DeviceTable, ModelTable, ReportTable, Sources
 from acip_export.formats.registry import export_formats
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -112,6 +113,10 @@ PARTS = {
     ("check.md", "The lock file, version 2", "files"): keys_of(LockedFile),
     ("check.md", "The lock file, version 2", "quality"): keys_of(Quality),
     ("devices.md", "Your own", "source"): keys_of(Sources),
+    ("devices.md", "Speeds that people reported", "model"): keys_of(ModelTable),
+    ("devices.md", "Speeds that people reported", "chip"): keys_of(ChipTable),
+    ("devices.md", "Speeds that people reported", "reports"): keys_of(ReportTable),
+    ("plan.md", "", "speed"): keys_of(PlannedSpeed),
 }
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.markup import escape
 
 from acip_export.artifacts.plan import Plan
 from acip_export.cli import output as console
 from acip_export.cli.tables.common import facts_table, plain_table
-from acip_export.devices import BUILT_IN, Device
+from acip_export.devices import BUILT_IN, Chip, Device
 from acip_export.formats.registry import export_format
-from acip_export.units import format_bytes
+from acip_export.units import format_bytes, format_error, format_speed
 
 
 def show_devices(known: list[Device]) -> None:
@@ -68,9 +68,45 @@ def show_device(device: Device) -> None:
     for index, (fmt, runtime) in enumerate(device.runtimes.items()):
         table.add_row(f"{fmt}{' (default)' if index == 0 else ''}", escape(runtime), escape(_types(device, fmt)))
     table.add_row("types", "", escape(device.sources["types"]))
+    for row in _speeds(device):
+        table.add_row(*row)
     table.add_row("context", str(device.context), "tokens, unless --context says otherwise or the model takes fewer")
     if device.largest_file is not None:
         table.add_row("largest file", format_bytes(device.largest_file), "that can be loaded there")
     table.add_row("defined in", escape(device.defined_in), "")
     console.out.print(table)
+    if device.chip is not None:
+        _show_reports(device.chip)
     console.say(f"next:  acip-export plan --device {device.name}")
+
+
+def _speeds(device: Device) -> Iterator[tuple[str, str, str]]:
+    """Say what plans predict tokens a second with."""
+    if device.speeds is not None:
+        yield "speed", "measured", f"{escape(str(device.speeds))}, by  acip-export calibrate"
+        return
+    if device.chip is None:
+        yield "speed", "not known", "acip-export calibrate  measures it there; or list reports of it, docs/devices.md"
+        return
+    for runtime, speeds in device.reported_speeds().items():
+        told = f"of {escape(device.chip.title)}; predictions: answers {format_error(speeds.answer_error)}"
+        told += f", prompts {format_error(speeds.prompt_error)}" if speeds.prompts else ""
+        source = device.sources.get("chip")
+        yield f"speed in {runtime}", "reported", told if source is None else f"{told}; {escape(source)}"
+
+
+def _show_reports(chip: Chip) -> None:
+    """Print what was measured, and below it where each speed is from."""
+    table = plain_table("model", "type", "size", "prompt", "answer", "source")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    numbers: dict[str, int] = {}
+    for each in chip.reports:
+        number = numbers.setdefault(each.source, len(numbers) + 1)
+        prompt, answer = ("" if speed is None else format_speed(speed) for speed in (each.prompt, each.answer))
+        size = format_bytes(each.nbytes)
+        table.add_row(escape(each.model.name), each.type.name, size, prompt, answer, str(number))
+    console.out.print("\nReported, in tokens a second")
+    console.out.print(table)
+    for source, number in numbers.items():
+        console.out.print(f" {number}  {escape(source)}", soft_wrap=True)

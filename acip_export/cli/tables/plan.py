@@ -12,7 +12,7 @@ from rich.table import Table
 from acip_export.cli import output as console
 from acip_export.cli.tables.common import facts_table, plain_table
 from acip_export.model.tensor_names import within_layer
-from acip_export.units import format_bytes
+from acip_export.units import format_bytes, format_error, format_speed
 
 if TYPE_CHECKING:
     from acip_export.artifacts.plan import Plan, TensorDecision
@@ -56,10 +56,11 @@ def show_plan(plan: Plan, verbose: bool) -> None:
         else f"a text, {serving.prompt_batch} in a batch of texts",
     )
     if plan.speed is not None:
+        speed = plan.speed
+        answer = f"of an answer with a full context {format_error(speed.answer_error)}".rstrip()
+        prompt = f"; {format_speed(speed.prompt, speed.prompt_error)} of a prompt as long" if speed.prompt else ""
         table.add_row(
-            "predicted speed",
-            f"{plan.speed.answer:.3g} tokens/s",
-            f"in {plan.speed.runtime}, of an answer with a full context; {plan.speed.prompt:.3g} of a prompt as long",
+            "predicted speed", f"{format_speed(speed.answer)} tokens/s", f"in {speed.runtime}, {answer}{prompt}"
         )
     console.out.print(table)
     console.out.print()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from acip_export.cli.plan_options import PlanFlags
-from acip_export.devices import DEVICES_VARIABLE, find_device, load_devices, user_file
+from acip_export.devices import DEVICES_VARIABLE, find_device, load_devices, speeds_of, user_file
 from acip_export.errors import AcipError, DeviceFileError, UnsupportedError, UsageError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import resolve
@@ -26,6 +26,20 @@ runtimes = { gguf = "llama.cpp" }
 types.gguf = ["q8_0", "q4_0"]
 context = 512
 source = { memory = "data sheet", usable = "measured", types = "benchmark" }
+"""
+
+REPORTED = """
+[[model]]
+name = "toy"
+weights = 100
+head = 10
+layers = 2
+source = "config.json"
+
+[[chip]]
+name = "soc"
+title = "A chip"
+reports = [{runtime = "llama.cpp", model = "toy", type = "q4_0", size = "1MB", prompt = 9.5, answer = 2, source = "x"}]
 """
 
 
@@ -119,17 +133,45 @@ def test_later_files_win(camera: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
         (', types = "benchmark"', "", "$.device[0].source: object missing required field types"),
         ('"benchmark"', '""', "$.device[0].source.types: expected str of length >= 1"),
         ("context = 512", "context = ", "is no TOML"),
-        (ENTRY, ENTRY + ENTRY, "twice"),
+        ("context = 512", 'chip = "sock"', "$.device[0].chip: no [[chip]] has the name 'sock'"),
+        ('model = "toy"', 'model = "tiny"', "$.chip[0].reports[0].model: no [[model]] has the name 'tiny'"),
+        ('runtime = "llama.cpp"', 'runtime = "vllm"', "$.chip[0].reports[0].runtime: unknown runtime 'vllm'"),
+        ('type = "q4_0"', 'type = "int4"', "$.chip[0].reports[0].type: gguf has no type 'int4'"),
+        ('size = "1MB"', 'size = "1"', "$.chip[0].reports[0].size '1' has no unit"),
+        (", answer = 2", "", "$.chip[0].reports: none of llama.cpp has the speed of an answer"),
+        ("prompt = 9.5", "prompt = 0", "$.chip[0].reports[0].prompt: expected float > 0.0"),
+        ("prompt = 9.5", "prompt = inf", "$.chip[0].reports[0].prompt: expected float <= "),
+        ("answer = 2", "answer = 1e-400", "$.chip[0].reports[0].answer: expected float > 0.0"),
+        (', source = "x"', "", "missing required field source"),
+        ("weights = 100", "weights = 0", "$.model[0].weights: expected int >= 1"),
+        ("layers = 2", "layers = 2.5", "$.model[0].layers: expected int, got float"),
+        ("[[model]]", ENTRY.strip() + "\n[[model]]", "the device 'camera' twice"),
+        ("[[chip]]", '[[chip]]\nname = "soc"\ntitle = "t"\nreports = []\n[[chip]]', "expected array of length >= 1"),
         (ENTRY, "", "missing required field device"),
     ],
 )
 def test_malformed_files(camera: Path, old: str, new: str, says: str) -> None:
-    assert old in ENTRY
-    camera.write_text(ENTRY.replace(old, new))
+    assert old in ENTRY + REPORTED
+    camera.write_text((ENTRY + REPORTED).replace(old, new))
     with pytest.raises(DeviceFileError) as caught:
         load_devices(camera)
     assert says in str(caught.value)
     assert str(camera) in str(caught.value)
+
+
+def test_files_of_users_have_chips_of_their_own_and_name_those_of_others(camera: Path) -> None:
+    told = camera.with_name("told.toml")
+    told.write_text(ENTRY.replace("camera", "second").replace("context = 512", 'chip = "soc"') + REPORTED)
+    camera.write_text(ENTRY.replace("context = 512", 'chip = "bcm2712"'))
+    second, board = load_devices(told)["second"], load_devices(camera)["camera"]
+    assert second.chip is not None and second.to_json()["chip"]["reports"][0]["answer"] == 2
+    (toy,) = speeds_of(second, needed=True).values()
+    assert toy.answer_error == toy.prompt_error == 0.5
+    assert set(toy.matrices) == {"q8_0", "q4_0"}  # what plans for it choose from
+    assert board.chip == load_devices()["raspberry-pi-5-8gb"].chip
+    # A name that a later file has too means the later chip.
+    told.write_text(ENTRY.replace("context = 512", 'chip = "bcm2712"') + REPORTED.replace("soc", "bcm2712"))
+    assert load_devices(told)["camera"].chip == replace(second.chip, name="bcm2712")
 
 
 def test_missing_and_binary_files(camera: Path) -> None:
