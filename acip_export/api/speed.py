@@ -54,7 +54,9 @@ _PROMPT, _LONG_PROMPT, _NEW, _BATCH = 64, 512, 2, 128
 # machine down for a second must not slow down one type alone.
 _SECONDS, _REPEATS, _PASSES = 36.0, 2, 2
 # Tokens of small models take a fraction of a millisecond, and uneven ones.
-_OFTEN = 20
+_OFTEN = 10
+# Tokens of a first prompt that is not timed.
+_WARM_UP = 8
 # What most predictions are within on a machine that is quiet, docs/speed.md.
 _LEAST_ERROR = 0.15
 _HEAD_SIZE = 64
@@ -311,7 +313,7 @@ def embedded(format: ExportFormat) -> str:
 def shortest_times(opened: Any, tokens: int, seconds: float, repeats: int = _REPEATS) -> tuple[float, float]:
     """Return the shortest times of a token of a prompt of ``tokens`` and of the answer: other programs only lengthen
     them. It is read ``repeats`` times, and more often while ``seconds`` have not passed."""
-    _seconds(opened, min(tokens, _PROMPT))  # what is read and allocated once
+    _seconds(opened, min(tokens, _WARM_UP))  # what is read and allocated once
     end = time.perf_counter() + seconds
     times: list[tuple[float, float]] = []
     while len(times) < repeats or time.perf_counter() < end:

@@ -17,6 +17,7 @@ from acip_export.errors import MissingExtraError
 from acip_export.formats.registry import export_format, format_names
 from acip_export.io.outputs import claim_output
 from acip_export.io.processes import let_threads_spin
+from acip_export.units import format_error
 
 
 def calibrate(
@@ -67,6 +68,9 @@ def calibrate(
         console.print_json(table.to_json())
         return
     console.out.print(speeds_table(table))
+    for runtime, speeds in table.runtimes.items():
+        prompts, answers = format_error(speeds.prompt_error), format_error(speeds.answer_error)
+        console.say(f"predictions for {runtime}: prompts {prompts}, answers {answers}")
     console.say(f"{table.machine}, {table.threads} threads; kept in {file}")
 
 

@@ -105,11 +105,13 @@ def prepare(made: real.Real, scores: Path, tokens: int) -> Setting:
     imatrix = HOME / f"imatrix-{loaded.sha256[:12]}.gguf"
     if not imatrix.is_file():
         write_imatrix(checkpoint, loaded, imatrix)
+    record = json.loads((made.model.parent / real.RECORD).read_text())
+    del record["rescaling"]  # its figures differ by the machine's arithmetic, the model does not
     text = {
         "source": made.evaluation.name,
         "sha256": packed.sha256,
         "windows": [count, CONTEXT],
-        "model": json.loads((made.model.parent / real.RECORD).read_text()),
+        "model": record,
     }
     inputs = Inputs(made.model, source, imatrix, made.calibration)
     return Setting(inputs, scores, loaded.ranked_by.statistics_tokens, text, windows, dense)
