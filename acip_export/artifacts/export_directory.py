@@ -36,6 +36,8 @@ CARD_KIND = FileKind("a model card", re.compile(rb'(?s)---\n.*^quantized_by: "ac
 _UNVERIFIED = "acip-export: this export is not verified."
 MARK_KIND = FileKind("a mark of acip-export", re.compile(re.escape(_UNVERIFIED.encode())))
 TUNED_KIND = safetensors_kind(TUNED.noun, TUNED.artifact)
+# Bytes of a plan within which it says what it is.
+_BEGINNING = 100
 _PAPERS = {REPORT_FILE: REPORT_KIND, PAGE_FILE: PAGE_KIND, CARD_FILE: CARD_KIND, MARK_FILE: MARK_KIND}
 
 
@@ -90,7 +92,22 @@ def is_export(directory: Path) -> bool:
 def exports_in(directory: Path) -> list[Path]:
     """Return the exports that lie side by side in a directory, as several budgets in one call leave them."""
     inside = sorted(each.parent for each in directory.glob(f"*/{PLAN_FILE}"))
-    return [each for each in inside if not each.name.startswith(".") and is_export(each)]
+    return [each for each in inside if not each.name.startswith(".") and (is_export(each) or _is_cut_off(each))]
+
+
+def _is_cut_off(directory: Path) -> bool:
+    """Whether there is a plan that says at its beginning that it is one, and is no JSON: of a damaged export."""
+    try:
+        data = read_input(directory / PLAN_FILE, PlanFileError)
+    except PlanFileError:
+        return False
+    if PLAN.artifact.encode() not in data[:_BEGINNING]:
+        return False
+    try:
+        header_of(data, PLAN_FILE, PlanFileError)
+    except PlanFileError:
+        return True
+    return False
 
 
 def load_export_plan(export: Path) -> Plan:

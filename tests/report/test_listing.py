@@ -82,6 +82,16 @@ def test_one_that_cannot_be_read_hides_no_other(sizes: Path, run: Run) -> None:
     assert done.out.splitlines()[-1].endswith("b-unverified")
 
 
+def test_one_whose_plan_was_cut_off_is_listed_too(sizes: Path, run: Run) -> None:
+    plan = sizes / "a-verified" / PLAN_FILE
+    plan.write_bytes(plan.read_bytes()[:1000])
+    (sizes / "someone-else").mkdir()
+    (sizes / "someone-else" / PLAN_FILE).write_text("{")
+    found = {Path(each["path"]).name: each for each in json.loads(run("inspect", "sizes", "--json").out)["exports"]}
+    assert found["a-verified"]["state"] == "unreadable" and "is no JSON" in found["a-verified"]["problem"]
+    assert "someone-else" not in found and "b-unverified" in found
+
+
 def test_directories_may_be_named_like_models(sizes: Path, run: Run) -> None:
     (sizes / "a-verified").rename(sizes / "small.gguf")
     assert "small.gguf" in [
