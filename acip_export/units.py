@@ -16,6 +16,8 @@ _FACTORS = {
     for binary in ("", "I")
 }
 _MOST_STEPS = 64
+# From here on an error is told as a factor: less by a half is not as far off as more by a half.
+_SHARE = 0.35
 # Digits of a text that is a quantity, and bytes that files, memory and JSON's whole numbers can have.
 _LONGEST, _MOST = 40, 2**63 - 1
 _QUANTITY = re.compile(r"([+-]?)\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)")
@@ -120,16 +122,22 @@ def format_nats(divergence: float) -> str:
 
 
 def format_speed(tokens: float, error: float | None = None) -> str:
-    """Say tokens a second, and how far off they may be: ``6.13``, ``1,234 ± 25%``."""
+    """Say tokens a second, and how far off they may be: ``6.13``, ``1,234 ± 25%``, ``0.42 within a factor of 2.0``."""
     shown = f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3g}"
     return f"{shown} {format_error(error)}".rstrip()
 
 
 def format_error(share: float | None) -> str:
-    """Say how far off a prediction may be: ``± 25%``, ``within a factor of 2.5``; nothing, where that is not known."""
+    """Say how far off a prediction may be: ``± 25%``, ``within a factor of 2.5``; nothing, where that is not known.
+
+    Args:
+        share: less one, the factor that predictions and what comes are within, either way.
+    """
     if share is None:
         return ""
-    return f"± {share:.0%}" if share < 1 else f"within a factor of {1 + share:.2g}"
+    if share < _SHARE:
+        return f"± {share:.0%}"
+    return f"within a factor of {1 + share:.{0 if share >= 9 else 1}f}"
 
 
 def size_name(count: int) -> str:

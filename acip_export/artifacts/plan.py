@@ -230,7 +230,7 @@ class Plan(Artifact):
         rounding: how the codes of its matrices are chosen, in the types that know more than the nearest.
         calibrated: whether the prediction was scaled to losses measured on the model.
         candidates: what was compared with it by measuring, itself included; empty: nothing.
-        speed: on the machine that was planned for; ``None``: it was not measured.
+        speed: on the machine that was planned for; ``None``: not known, of this runtime and these types.
         types: those that it chose from, if not the format's own.
         tune_seconds: for how long its scales and vectors are tuned before it is written; ``None``: not at all.
     """

@@ -16,9 +16,11 @@ from acip_export.artifacts.document import Artifact, read_artifact
 from acip_export.artifacts.names import SPEEDS, ArtifactName
 from acip_export.artifacts.plan import Name
 from acip_export.errors import DeviceFileError, SpeedsVersionError
-from acip_export.io.inputs import NotNegative, Positive, PositiveFloat, Share
+from acip_export.io.inputs import Count, NotNegative, Positive, PositiveFloat, Share
 from acip_export.io.outputs import claim_output, json_kind
 
+# How far off predictions may be at best, docs/speed.md.
+LEAST_ERROR = 0.15
 SPEEDS_KIND = json_kind(SPEEDS.noun, SPEEDS.artifact)
 
 
@@ -79,6 +81,7 @@ class RuntimeSpeed:
         caches: the same of KV caches of other types, keys and values alike; of one that is not here, as of the own.
         prompt_error, answer_error: how far predictions may be off, as a share of them; ``None``: not known.
         layer_error: how far the seconds of layers may be off beside that, as a share of them.
+        smallest: bytes of the smallest model that the figures are of; for smaller ones the errors grow.
         prompts: whether prompts were timed. Otherwise operations are those of answers, which prompts exceed, and the
             speed of prompts is not predicted.
     """
@@ -95,6 +98,7 @@ class RuntimeSpeed:
     prompt_error: NotNegative | None = None
     answer_error: NotNegative | None = None
     layer_error: NotNegative = 0.0
+    smallest: Count = 0
     prompts: bool = True
 
     def matrix(self, type: str, nbytes: int) -> MatrixSpeed:

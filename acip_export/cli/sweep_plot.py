@@ -12,7 +12,7 @@ from acip_export.artifacts.plan import cache_types
 from acip_export.errors import MissingExtraError, UsageError
 from acip_export.io.outputs import FileKind, claim_output
 from acip_export.planning.sweep import SweepLine, SweepPoint
-from acip_export.units import format_bytes
+from acip_export.units import format_bytes, format_speed
 
 SUFFIXES = (".png", ".svg")
 _WRITER = "acip-export plan --sweep"
@@ -199,4 +199,6 @@ def _caches(line: SweepLine) -> str:
 def _speeds(line: SweepLine) -> str:
     """What the smallest and the largest size are predicted to answer with."""
     least, most = line.points[0].speed, line.points[-1].speed
-    return "" if least is None or most is None else f", {least.answer:.3g} to {most.answer:.3g} tokens/s"
+    if least is None or most is None:
+        return ""
+    return f", {format_speed(least.answer)} to {format_speed(most.answer)} tokens/s"

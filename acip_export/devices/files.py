@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ from acip_export.devices.reports import Chip, KnownModel, SpeedReport
 from acip_export.errors import AcipError, DeviceFileError, UsageError
 from acip_export.formats.protocol import ExportFormat
 from acip_export.formats.registry import export_format, export_formats, format_names
-from acip_export.io.inputs import Count, Positive, PositiveFloat, convert, decode_toml
+from acip_export.io.inputs import Positive, convert, decode_toml
 from acip_export.units import parse_bytes
 
 Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\S")]
@@ -58,9 +58,12 @@ class ModelTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: Text
     weights: Positive
-    head: Count
     layers: Positive
     source: Text
+
+
+# Tokens a second: from one in a quarter of an hour to ten million.
+_Speed = Annotated[float, Meta(ge=1e-3, le=1e7)]
 
 
 class ReportTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,8 +73,8 @@ class ReportTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     model: Text
     type: Text
     size: Text
-    prompt: PositiveFloat | None = None
-    answer: PositiveFloat | None = None
+    prompt: _Speed | None = None
+    answer: _Speed | None = None
     source: Text
 
 
@@ -86,7 +89,7 @@ class ChipTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DeviceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of devices."""
 
-    device: Annotated[tuple[DeviceTable, ...], Meta(min_length=1)]
+    device: tuple[DeviceTable, ...] = ()
     chip: tuple[ChipTable, ...] = ()
     model: tuple[ModelTable, ...] = ()
 
@@ -112,6 +115,8 @@ def parse_devices(data: bytes, where: str, known: Known) -> Known:
         "chip": document.chip,
         "model": document.model,
     }
+    if not any(tables.values()):
+        raise _expected(f"{where} is empty")
     for kind, listed in tables.items():
         names = [table.name for table in listed]
         twice = [name for name in names if names.count(name) > 1]
@@ -121,10 +126,15 @@ def parse_devices(data: bytes, where: str, known: Known) -> Known:
     chips = dict(known.chips)
     for index, chip in enumerate(document.chip):
         chips[chip.name] = _chip(chip, f"{where}: $.chip[{index}]", models)
-    devices = dict(known.devices)
+    devices = {name: _with_chip_of(device, chips) for name, device in known.devices.items()}
     for index, device in enumerate(document.device):
         devices[device.name] = _device(device, f"{where}: $.device[{index}]", where, chips)
     return Known(devices, chips, models)
+
+
+def _with_chip_of(device: Device, chips: Mapping[str, Chip]) -> Device:
+    """Return a device of an earlier file with the chip that its name means now."""
+    return device if device.chip is None else replace(device, chip=chips[device.chip.name])
 
 
 def _expected(message: str) -> DeviceFileError:

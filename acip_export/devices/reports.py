@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import exp, log, sqrt
 from typing import Any
 
-from acip_export.artifacts.speeds import LayerSpeed, MatrixSpeed, RuntimeSpeed
+from acip_export.artifacts.speeds import LEAST_ERROR, CacheSpeed, LayerSpeed, MatrixSpeed, RuntimeSpeed
 from acip_export.weight_types import WeightType
 
 # What a layer may take beside reading its matrices: up to so many seconds, and half of any answer.
 _LAYER_SECONDS, _MOST_OVERHEAD = tuple(step * 1e-5 for step in range(21)), 0.5
-# What it is taken for where all reports are of models of about one size, which do not tell: then it may be off by all
-# of it.
-_USUAL_LAYER_SECONDS, _USUAL_OVERHEAD, _ALIKE = 5e-5, 0.1, 2.0
+# What it is taken for where all reports are of models of about one size, which do not tell, but a tenth of any answer
+# at most: then it may be off by twice as much, as the chips that tell differ.
+_USUAL_LAYER_SECONDS, _USUAL_OVERHEAD, _USUAL_ERROR, _ALIKE = 1e-4, 0.1, 2.0, 2.0
 # Bits a weight, with its share of the scales, of the types with codes of four bits.
 _FOUR_BITS = 4.5
-# Boards of one kind differ by as much: in cooling, memory settings, threads and builds.
-_LEAST_ERROR = 0.15
 # Of a figure that nothing else confirms.
 _ALONE_ERROR = 0.5
 
@@ -28,13 +26,12 @@ class KnownModel:
     """A model that people measure devices with.
 
     Attributes:
-        weights: numbers in the matrices of its layers. head: in the matrix of its head.
+        weights: numbers in the matrices of its layers.
         source: of these figures.
     """
 
     name: str
     weights: int
-    head: int
     layers: int
     source: str
 
@@ -45,9 +42,9 @@ class SpeedReport:
 
     Attributes:
         type: that most matrices of the file have.
-        nbytes: of the file.
+        nbytes: that a token of an answer reads: of the file, less an embedding that is stored beside the head.
         prompt, answer: tokens a second, the answer's with a short context; ``None``: not reported.
-        source: where, as an address.
+        source: where.
     """
 
     runtime: str
@@ -93,10 +90,9 @@ class Chip:
 def reported_speed(reports: Sequence[SpeedReport], types: Sequence[WeightType]) -> RuntimeSpeed:
     """Return the speeds of one runtime, for ``types`` and those that were reported.
 
-    An answer takes the time of reading its file and of each layer beside that, a prompt that of its operations. A type
-    that was not reported has the rates of the one with the nearest bits: as many bytes a second, and below four bits,
-    where codes take longer to unpack than to read, as many weights. The errors are those of each report, predicted from
-    the others.
+    An answer takes the time of reading its matrices and of each layer beside that, a prompt that of its operations. A
+    type that was not reported has the rates of the one with the nearest bits, and below four bits fewer bytes a second:
+    codes take longer to unpack. The errors are those of each report, predicted from the others.
 
     Args:
         reports: at least one with an answer.
@@ -108,22 +104,25 @@ def reported_speed(reports: Sequence[SpeedReport], types: Sequence[WeightType]) 
     if not prompts:
         computes = _computes([replace(report, prompt=report.answer) for report in reports])
     largest = max(report.nbytes for report in reports)
+    rates = {name: MatrixSpeed(largest, _read(each, reads), _compute(each, computes)) for name, each in known.items()}
+    # Caches are read as matrices are; their own type has more bits than any.
+    caches = {name: CacheSpeed(rate.read, rate.compute) for name, rate in rates.items()}
+    own = caches[max(known, key=lambda name: known[name].bits_per_weight)]
     predicted = list(left_out(reports))
-    matrices = {
-        name: (MatrixSpeed(largest, _read(type_, reads), _compute(type_, computes)),) for name, type_ in known.items()
-    }
     return RuntimeSpeed(
         version="reported",
-        matrices=matrices,
+        matrices={name: (rate,) for name, rate in rates.items()},
         token_seconds=0.0,
         layers=(LayerSpeed(largest, layer),),
         width_seconds=0.0,
-        cache_read=min(speed.read for (speed,) in matrices.values()),
-        attention=min(speed.compute for (speed,) in matrices.values()),
+        cache_read=own.read,
+        attention=own.attention,
         head_share=0.0,
-        prompt_error=_error(each.prompt for each in predicted),
+        caches=caches,
+        prompt_error=_error(each.prompt for each in predicted) if prompts else None,
         answer_error=_error(each.answer for each in predicted),
-        layer_error=0.0 if _tell_overhead(reports) else 1.0,
+        layer_error=0.0 if _tell_overhead(reports) else _USUAL_ERROR,
+        smallest=min(report.nbytes for report in reports),
         prompts=prompts,
     )
 
@@ -158,7 +157,7 @@ def left_out(reports: Sequence[SpeedReport]) -> Iterator[LeftOut]:
 def _error(ratios: Iterable[float | None]) -> float:
     """Return how far off predictions may be, as a share, from predicted over measured; ``None``: nothing to compare."""
     known = [abs(log(ratio)) for ratio in ratios if ratio is not None]
-    return max(_LEAST_ERROR, exp(max(known)) - 1) if known else _ALONE_ERROR
+    return max(LEAST_ERROR, exp(max(known)) - 1) if known else _ALONE_ERROR
 
 
 def _layer_seconds(reports: Sequence[SpeedReport]) -> float:
@@ -206,9 +205,10 @@ def _computes(reports: Sequence[SpeedReport]) -> dict[WeightType, list[float]]:
 
 
 def _read(type_: WeightType, reads: Mapping[WeightType, Sequence[float]]) -> float:
-    """Return bytes of a type a second."""
+    """Return bytes of a type a second: below four bits midway between as many bytes and as many weights."""
     near = _nearest(type_, reads)
-    return _mean(reads[near]) * min(1.0, type_.bits_per_weight / min(near.bits_per_weight, _FOUR_BITS))
+    fewer = min(1.0, type_.bits_per_weight / min(near.bits_per_weight, _FOUR_BITS))
+    return _mean(reads[near]) * sqrt(fewer)
 
 
 def _compute(type_: WeightType, computes: Mapping[WeightType, Sequence[float]]) -> float:

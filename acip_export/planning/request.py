@@ -13,7 +13,7 @@ from acip_export.artifacts.speeds import RuntimeSpeed
 from acip_export.choices import instead_of
 from acip_export.errors import UnsupportedError, UsageError
 from acip_export.formats.protocol import AUTO, DEFAULT_BACKEND, ExportFormat
-from acip_export.formats.registry import export_format
+from acip_export.formats.registry import export_format, export_formats
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.space import SearchSpace
@@ -182,12 +182,19 @@ def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) ->
     speeds = request.speeds.get(runtime) if request.backend in (None, DEFAULT_BACKEND) else None
     if speeds is None and least is not None:
         where = "this machine" if request.device is None else request.device
-        reports = "" if request.device is None else ", or list reports of its chip in its entry (docs/devices.md)"
+        told = "" if request.device is None else ", or list what was reported of its chip (docs/devices.md)"
+        known = [each.name for each in export_formats() if _runtimes(each) & request.speeds.keys()]
+        instead = f".\nThey are known of  --format {known[0]}" if known else ""
         raise UsageError(
             f"--min-speed needs the speeds of {where} with {runtime}, which nobody has measured; measure them there "
-            f"with  acip-export calibrate{reports}"
+            f"with  acip-export calibrate{told}{instead}"
         )
     return None if speeds is None else Pace(runtime, speeds, least)
+
+
+def _runtimes(format: ExportFormat) -> set[str]:
+    """Return the names of what a format's language models are timed in."""
+    return {session.runtime for session in (*format.chats, *format.sessions)}
 
 
 def _timed_runtime(request: PlanRequest, format: ExportFormat) -> str:

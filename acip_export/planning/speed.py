@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf
+from math import inf, sqrt
 
 from acip_export.artifacts.plan import Plan, PlannedSpeed, Serving, TensorDecision
 from acip_export.artifacts.speeds import RuntimeSpeed
@@ -92,14 +92,33 @@ class Predictor:
         overhead = fixed / serving.prompt_batch
         width = shape.layers * shape.hidden * speeds.width_seconds
         prompt = 1 / (computed + self.attention_seconds + overhead + width) if speeds.prompts else None
-        error = speeds.answer_error
-        if error is not None:
-            error += speeds.layer_error * fixed / answer
-        return PlannedSpeed(self.runtime, prompt, 1 / answer, speeds.prompt_error, error)
+        return PlannedSpeed(
+            self.runtime,
+            prompt,
+            1 / answer,
+            _error(speeds.prompt_error, speeds.smallest, nbytes),
+            _error(speeds.answer_error, speeds.smallest, nbytes, fixed / answer, speeds.layer_error),
+        )
 
     def products(self, decision: TensorDecision) -> Iterator[Product]:
         """Yield every matrix of a tensor that a token is multiplied with."""
         return products(decision, self.format.name, self.shape)
+
+
+def _error(
+    known: float | None, smallest: int, nbytes: int, overhead: float = 0.0, overhead_error: float = 0.0
+) -> float | None:
+    """Return how far off a speed may be, as a share, of a model that may be smaller than those that were timed.
+
+    Args:
+        known: of models as large as those. overhead: its share of the time, known to ``overhead_error``.
+    """
+    if known is None:
+        return None
+    # A small model keeps less of a processor busy: what one computes a second grows about so with its bytes.
+    smaller = sqrt(max(1.0, smallest / nbytes))
+    uncertain = max(1 + overhead_error * overhead, 1 / (1 - overhead)) if overhead_error else 1.0
+    return (1 + known) * smaller * uncertain - 1
 
 
 def products(decision: TensorDecision, format: str, shape: ModelShape) -> Iterator[Product]:
@@ -224,15 +243,18 @@ def _unreachable(predictor: Predictor, fastest: Plan, least: float) -> Unreachab
     speed = predictor.speed(fastest.tensors)
     if speed is None:
         return UnreachableSpeedError(
-            "the speed of no plan is known: its types were not measured; measure them with  acip-export calibrate", None
+            "the speed of no plan is known: its types were not measured, or not reported, there. Name others with "
+            " --types  or measure them there with  acip-export calibrate",
+            None,
         )
     cache = predictor.cache_seconds * speed.answer
     advice = ["name faster types with  --types"]
     if cache >= 0.05:
         advice.insert(0, f"give a shorter  --context  (reading the KV cache takes {cache:.0%} of the time)")
+    reached = 0.99 * speed.answer
     return UnreachableSpeedError(
         f"no plan answers {least:g} tokens a second: the fastest is predicted with "
         f"{format_speed(speed.answer, speed.answer_error)}.\n"
-        f"Ask for less with  --min-speed {speed.answer * 0.99:.3g},  or {', or '.join(advice)}",
+        f"Ask for less with  --min-speed {reached:.{0 if reached >= 100 else 3}f},  or {', or '.join(advice)}",
         speed.answer,
     )

@@ -117,7 +117,7 @@ def _speed(runtime: RuntimeReport, plan: Plan) -> Iterator[Row]:
     note = f"predicted for {plan.device}, found here" if elsewhere else ""
     if speed is not None:
         prompt = _NONE if known is None or known.prompt is None else format_speed(known.prompt, known.prompt_error)
-        yield Row("Prompt, tokens per second", prompt, f"{speed.prefill:,.0f}", note)
+        yield Row("Prompt, tokens per second", prompt, f"{speed.prefill:,.0f}", "" if prompt == _NONE else note)
     if speed is not None and speed.decode is not None:
         answer = _NONE if known is None else format_speed(known.answer, known.answer_error)
         yield Row("Generation, tokens per second", answer, f"{speed.decode:,.0f}", note)

@@ -106,7 +106,7 @@ def prepare(made: real.Real, scores: Path, tokens: int) -> Setting:
     if not imatrix.is_file():
         write_imatrix(checkpoint, loaded, imatrix)
     record = json.loads((made.model.parent / real.RECORD).read_text())
-    del record["rescaling"]  # its figures differ by the machine's arithmetic, the model does not
+    record.pop("rescaling", None)  # its figures differ by the machine's arithmetic, the model does not
     text = {
         "source": made.evaluation.name,
         "sha256": packed.sha256,

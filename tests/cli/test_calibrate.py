@@ -282,6 +282,12 @@ def test_something_else_where_the_own_table_belongs(run: Run, of_version_1: Path
         assert refused.code == 3 and of_version_1.name in "".join(refused.err.split())
 
 
+def test_the_error_is_what_most_runs_differ_by_from_pass_to_pass() -> None:
+    assert speed._error([[1.3, 1.0]] * 9 + [[1.0, 3.0]]) == pytest.approx(0.3 + 0.1 * 1.7)
+    assert speed._error([[1.3, 1.0]] * 10) == pytest.approx(0.3)
+    assert speed._error([[1.0, 1.01]] * 10) == speed._error([[1.0]]) == 0.15
+
+
 def test_what_is_measured_together_is_told_apart() -> None:
     """Runs that a table predicts give that table again."""
     matrices = {

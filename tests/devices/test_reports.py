@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from math import sqrt
+from pathlib import Path
 
 import pytest
 
-from acip_export.artifacts.speeds import RuntimeSpeed
+from acip_export.artifacts.speeds import CacheSpeed, RuntimeSpeed
+from acip_export.devices import load_devices
 from acip_export.devices.reports import Chip, KnownModel, SpeedReport, reported_speed
 from acip_export.formats.registry import export_format
 
 GGUF = export_format("gguf")
+ROOT = Path(__file__).parents[2]
 SMALL, MIDDLE, LARGE = (
-    KnownModel("small", 100_000_000, 30_000_000, 24, "config"),
-    KnownModel("middle", 1_000_000_000, 60_000_000, 22, "config"),
-    KnownModel("large", 7_000_000_000, 130_000_000, 32, "config"),
+    KnownModel("small", 100_000_000, 24, "config"),
+    KnownModel("middle", 1_000_000_000, 22, "config"),
+    KnownModel("large", 7_000_000_000, 32, "config"),
 )
 READ, COMPUTE, LAYER = 1e10, 8e10, 1e-4
 
@@ -22,7 +27,7 @@ READ, COMPUTE, LAYER = 1e10, 8e10, 1e-4
 def report(model: KnownModel, type_name: str = "q4_0", read: float = READ, off: float = 1.0) -> SpeedReport:
     """What a chip would be reported with that reads and computes so fast, ``off`` by a factor."""
     weight_type = GGUF.type(type_name)
-    nbytes = int((model.weights + model.head) * weight_type.bits_per_weight / 8)
+    nbytes = int(model.weights * weight_type.bits_per_weight / 8)
     answer = off / (nbytes / read + model.layers * LAYER)
     return SpeedReport(
         "llama.cpp", model, weight_type, nbytes, off * COMPUTE / 2 / model.weights, answer, "https://example.org"
@@ -51,10 +56,10 @@ def test_what_one_model_does_not_tell_is_an_error() -> None:
     assert 1 / (one.nbytes / read + MIDDLE.layers * layer) == pytest.approx(one.answer)
     assert 0 < layer <= 1 / one.answer / MIDDLE.layers / 10
     assert compute == pytest.approx(COMPUTE)
-    assert speeds.prompt_error == speeds.answer_error == 0.5 and speeds.layer_error == 1
+    assert speeds.prompt_error == speeds.answer_error == 0.5 and speeds.layer_error == 2
     assert reported_speed([report(SMALL), report(LARGE)], ()).layer_error == 0
     # Two models of one size say no more of it.
-    assert reported_speed([report(LARGE), report(LARGE, "q8_0")], ()).layer_error == 1
+    assert reported_speed([report(LARGE), report(LARGE, "q8_0")], ()).layer_error == 2
 
 
 def test_errors_are_those_of_each_report_predicted_from_the_others() -> None:
@@ -66,7 +71,7 @@ def test_errors_are_those_of_each_report_predicted_from_the_others() -> None:
 
 
 def test_types_without_reports_have_the_rates_of_the_nearest_in_bits() -> None:
-    """As many bytes a second, and below four bits as many weights: their codes take longer to unpack than to read."""
+    """As many bytes a second, and below four bits fewer: midway to as many weights."""
     names = ("f16", "q2_k", "q3_k", "q4_1")
     speeds = reported_speed(
         [report(model, name, read) for model in (SMALL, LARGE) for name, read in (("q8_0", READ), ("q4_0", READ / 2))],
@@ -75,9 +80,11 @@ def test_types_without_reports_have_the_rates_of_the_nearest_in_bits() -> None:
     assert rate(speeds, "q8_0")[0] == rate(speeds, "f16")[0] == pytest.approx(READ)
     assert rate(speeds, "q4_0")[0] == rate(speeds, "q4_1")[0] == pytest.approx(READ / 2)
     for name in ("q3_k", "q2_k"):
-        assert rate(speeds, name)[0] == pytest.approx(READ / 2 * GGUF.type(name).bits_per_weight / 4.5)
+        assert rate(speeds, name)[0] == pytest.approx(READ / 2 * sqrt(GGUF.type(name).bits_per_weight / 4.5))
     assert set(speeds.matrices) == {"q8_0", "q4_0", *names}
-    assert speeds.cache_read == rate(speeds, "q2_k")[0]  # as the slowest: a cache is read no faster
+    # Caches are read as matrices of their type.
+    assert speeds.cache("f16").read == speeds.cache_read == rate(speeds, "f16")[0]
+    assert speeds.cache("q4_0") == CacheSpeed(*rate(speeds, "q4_0"))
 
 
 def test_prompts_and_answers_may_be_of_different_reports() -> None:
@@ -89,7 +96,7 @@ def test_prompts_and_answers_may_be_of_different_reports() -> None:
 
 def test_without_prompts_only_answers_are_predicted() -> None:
     speeds = reported_speed([replace(report(LARGE), prompt=None)], ())
-    assert not speeds.prompts
+    assert not speeds.prompts and speeds.prompt_error is None and speeds.answer_error == 0.5
 
 
 def test_runtimes_are_told_apart() -> None:
@@ -99,3 +106,27 @@ def test_runtimes_are_told_apart() -> None:
         "llama.cpp": {"q4_0", "q6_k"},
         "onnxruntime-genai": {"int4"},
     }
+
+
+def test_what_is_built_in_says_where_it_is_from_and_is_told_in_the_documents() -> None:
+    chips = {device.chip.name: device.chip for device in load_devices().values() if device.chip is not None}
+    reports = [report for chip in chips.values() for report in chip.reports]
+    for chip in chips.values():
+        for report in chip.reports:
+            assert "https://" in report.source or report.source.startswith("wardenclaw, "), report
+            # Not a file of another type, or of another model: bits of a weight, head and mixed types included.
+            bits = 8 * report.nbytes / report.model.weights
+            assert 0.95 * report.type.bits_per_weight < bits < 2.5 * report.type.bits_per_weight, report
+    written = json.loads((ROOT / "benchmarks" / "reported_speeds.json").read_text(encoding="utf-8"))
+    assert {name: len(each) for name, each in written["chips"].items()} == {n: len(c.reports) for n, c in chips.items()}
+    page = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    summary = written["predicted_over_reported"]
+    for kind, text in (
+        ("answer", "half of {} answers are within {:.0f} %, nine of ten within a factor of {}"),
+        ("prompt", "of {} prompts half within {:.0f} %, nine of ten within {}"),
+    ):
+        told = summary[kind]
+        assert text.format(told["count"], 100 * told["half_within"] - 100, told["nine_of_ten_within"]) in page
+    count = sum(device.chip is not None for device in load_devices().values())
+    assert f"on {count} devices" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"from {len(reports)} sourced reports" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -187,7 +187,7 @@ def test_types_that_were_not_measured(ranked: tuple[Checkpoint, ScoreFile]) -> N
     plan = planned(ranked, replace(REQUEST, speeds=speeds, min_speed=1))[2]
     assert {d.type for d in plan.tensors if len(d.shape) == 2} == {"q4_0"}
     nothing = replace(TABLE, matrices={})
-    with pytest.raises(UnreachableSpeedError, match="not measured"):
+    with pytest.raises(UnreachableSpeedError, match="were not measured"):
         planned(ranked, replace(REQUEST, speeds={"llama.cpp": nothing}, min_speed=1))
 
 

@@ -389,3 +389,15 @@ def test_planned_speed_beside_the_measured_one(exports: Exports) -> None:
     ]
     assert [rows["Generation, tokens per second"] for rows in shown] == ["1,234", "–"]
     assert [rows["Prompt, tokens per second"] for rows in shown] == ["4,321", "–"]
+
+
+def test_a_speed_that_was_predicted_for_another_device_says_so(exports: Exports) -> None:
+    own = read_export(exports.directories[0])
+    speed = PlannedSpeed("onnxruntime", None, 1234.0, None, 0.25)
+    plan = dataclasses.replace(own.plan, speed=speed, device="raspberry-pi-5-8gb")
+    page = build_page(dataclasses.replace(own, plan=plan), (), exports.sizes, None, None)
+    assert own.report is not None
+    rows = {row.what: row for row in runtime_rows(page, own.report, own.report.runtimes[0])}
+    answer, prompt = rows["Generation, tokens per second"], rows["Prompt, tokens per second"]
+    assert answer.planned == "1,234 ± 25%" and answer.note == "predicted for raspberry-pi-5-8gb, found here"
+    assert (prompt.planned, prompt.note) == ("–", "")

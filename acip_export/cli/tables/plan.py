@@ -57,11 +57,10 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     )
     if plan.speed is not None:
         speed = plan.speed
-        answer = f"of an answer with a full context {format_error(speed.answer_error)}".rstrip()
+        error = f"{format_error(speed.answer_error)}, " if speed.answer_error else ""
+        answer = f"{error}of an answer with a full context in {speed.runtime}"
         prompt = f"; {format_speed(speed.prompt, speed.prompt_error)} of a prompt as long" if speed.prompt else ""
-        table.add_row(
-            "predicted speed", f"{format_speed(speed.answer)} tokens/s", f"in {speed.runtime}, {answer}{prompt}"
-        )
+        table.add_row("predicted speed", f"{format_speed(speed.answer)} tokens/s", answer + prompt)
     console.out.print(table)
     console.out.print()
     if len(plan.certificate.contexts) > 1:
