@@ -81,7 +81,7 @@ class RuntimeSpeed:
         caches: the same of KV caches of other types, keys and values alike; of one that is not here, as of the own.
         prompt_error, answer_error: how far predictions may be off, as a share of them; ``None``: not known.
         layer_error: how far the seconds of layers may be off beside that, as a share of them.
-        smallest: bytes of the smallest model that the figures are of; for smaller ones the errors grow.
+        smallest: numbers in the matrices of the smallest model that was timed; for smaller ones the errors grow.
         prompts: whether prompts were timed. Otherwise operations are those of answers, which prompts exceed, and the
             speed of prompts is not predicted.
     """

@@ -122,7 +122,7 @@ def reported_speed(reports: Sequence[SpeedReport], types: Sequence[WeightType]) 
         prompt_error=_error(each.prompt for each in predicted) if prompts else None,
         answer_error=_error(each.answer for each in predicted),
         layer_error=0.0 if _tell_overhead(reports) else _USUAL_ERROR,
-        smallest=min(report.nbytes for report in reports),
+        smallest=min(report.model.weights for report in reports),
         prompts=prompts,
     )
 

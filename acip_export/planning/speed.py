@@ -92,12 +92,14 @@ class Predictor:
         overhead = fixed / serving.prompt_batch
         width = shape.layers * shape.hidden * speeds.width_seconds
         prompt = 1 / (computed + self.attention_seconds + overhead + width) if speeds.prompts else None
+        weights = sum(matrix.weights for matrix in matrices if not matrix.head)
+        smaller = max(1.0, speeds.smallest / max(1, weights))
         return PlannedSpeed(
             self.runtime,
             prompt,
             1 / answer,
-            _error(speeds.prompt_error, speeds.smallest, nbytes),
-            _error(speeds.answer_error, speeds.smallest, nbytes, fixed / answer, speeds.layer_error),
+            _error(speeds.prompt_error, smaller),
+            _error(speeds.answer_error, smaller, fixed / answer, speeds.layer_error),
         )
 
     def products(self, decision: TensorDecision) -> Iterator[Product]:
@@ -105,20 +107,18 @@ class Predictor:
         return products(decision, self.format.name, self.shape)
 
 
-def _error(
-    known: float | None, smallest: int, nbytes: int, overhead: float = 0.0, overhead_error: float = 0.0
-) -> float | None:
-    """Return how far off a speed may be, as a share, of a model that may be smaller than those that were timed.
+def _error(known: float | None, smaller: float, overhead: float = 0.0, overhead_error: float = 0.0) -> float | None:
+    """Return how far off a speed may be, as a share.
 
     Args:
-        known: of models as large as those. overhead: its share of the time, known to ``overhead_error``.
+        known: of models as large as those that were timed. smaller: by so much the model is smaller than all of them.
+        overhead: its share of the time, known to ``overhead_error``.
     """
     if known is None:
         return None
-    # A small model keeps less of a processor busy: what one computes a second grows about so with its bytes.
-    smaller = sqrt(max(1.0, smallest / nbytes))
     uncertain = max(1 + overhead_error * overhead, 1 / (1 - overhead)) if overhead_error else 1.0
-    return (1 + known) * smaller * uncertain - 1
+    # A small model keeps less of a processor busy: what one computes a second grows about with the root of its size.
+    return (1 + known) * sqrt(smaller) * uncertain - 1
 
 
 def products(decision: TensorDecision, format: str, shape: ModelShape) -> Iterator[Product]:

@@ -179,6 +179,22 @@ def test_the_fastest_types_are_those_of_the_plan_that_has_them(ranked: tuple[Che
     assert plan.speed.answer >= 0.99 * speed.answer
 
 
+def test_errors_grow_with_what_was_not_timed(ranked: tuple[Checkpoint, ScoreFile]) -> None:
+    """By the root of the size of models that are smaller, and by what layers take where that is not known."""
+    known = replace(TABLE, prompt_error=0.2, answer_error=0.5)
+    problem, _, plan = planned(ranked, replace(REQUEST, speeds={"llama.cpp": known}))
+    assert (plan.speed.prompt_error, plan.speed.answer_error) == pytest.approx((0.2, 0.5))
+    predictor = Predictor.of(problem, Pace("llama.cpp", known), plan.serving)
+    weights = sum(m.weights for d in plan.tensors for m in predictor.products(d) if not m.head)
+    smaller = planned(ranked, replace(REQUEST, speeds={"llama.cpp": replace(known, smallest=4 * weights)}))[2].speed
+    assert (smaller.prompt_error, smaller.answer_error) == pytest.approx((1.2 * 2 - 1, 1.5 * 2 - 1))
+    unknown = planned(ranked, replace(REQUEST, speeds={"llama.cpp": replace(known, layer_error=2.0)}))[2].speed
+    share = (0.001 + ranked[0].shape.layers * 0.0005) * unknown.answer
+    assert unknown.prompt_error == pytest.approx(0.2)
+    assert unknown.answer_error == pytest.approx(1.5 * max(1 + 2 * share, 1 / (1 - share)) - 1)
+    assert planned(ranked, REQUEST)[2].speed.answer_error is None
+
+
 def test_types_that_were_not_measured(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     partial = replace(TABLE, matrices={"q4_0": TABLE.matrices["q4_0"]})
     speeds = {"llama.cpp": partial}

@@ -91,7 +91,7 @@ def _speeds(device: Device) -> Iterator[tuple[str, str, str]]:
     for runtime, speeds in device.reported_speeds().items():
         told = f"of {escape(device.chip.title)}; predictions: answers {format_error(speeds.answer_error)}"
         told += f", prompts {format_error(speeds.prompt_error)}" if speeds.prompts else ""
-        told += f"; further off for models of less than {format_bytes(speeds.smallest)}"
+        told += f"; further off for models of fewer than {speeds.smallest / 1e6:,.0f} million numbers"
         source = device.sources.get("chip")
         yield f"speed in {runtime}", "reported", told if source is None else f"{told}; {escape(source)}"
 
