@@ -85,7 +85,8 @@ class Device:
         types = {}
         for each in formats:
             chosen = self.types.get(each.name, (*each.types, *each.embedding_types, *each.narrow_types))
-            types[each.name] = [each.type(name) for name in chosen]
+            below_adapters = [layout.base_type for layout in each.layouts if layout.base_type is not None]
+            types[each.name] = [each.type(name) for name in (*chosen, *below_adapters)]
         return self.chip.speeds(types)
 
     def slow_types(self, plan: Plan) -> tuple[str, ...]:

@@ -186,7 +186,7 @@ def test_files_of_users_have_chips_of_their_own_and_name_those_of_others(camera:
     assert second.chip is not None and second.to_json()["chip"]["reports"][0]["answer"] == 2
     (toy,) = speeds_of(second, needed=True).values()
     assert toy.answer_error == toy.prompt_error == 0.5
-    assert set(toy.matrices) == {"q8_0", "q4_0"}  # what plans for it choose from
+    assert set(toy.matrices) == {"q8_0", "q4_0", "q1_0"}  # what plans for it choose from, and have below adapters
     assert board.chip == load_devices()["raspberry-pi-5-8gb"].chip
     # A name that a later file has too means the later chip.
     told.write_text(ENTRY.replace("context = 512", 'chip = "bcm2712"') + REPORTED.replace("soc", "bcm2712"))
