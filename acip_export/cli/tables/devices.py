@@ -109,5 +109,7 @@ def _show_reports(chip: Chip) -> None:
         table.add_row(escape(each.model.name), each.type.name, size, prompt, answer, str(number))
     console.out.print("\nReported, in tokens a second")
     console.out.print(table)
+    sources = plain_table("", "source")
     for source, number in numbers.items():
-        console.out.print(f" {number}  {escape(source)}", soft_wrap=True)
+        sources.add_row(str(number), escape(source))
+    console.out.print(sources)
