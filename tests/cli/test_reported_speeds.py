@@ -12,7 +12,8 @@ from acip_export.units import format_error
 from tests.support import Run, unspaced
 
 PI = "raspberry-pi-5-8gb"
-PLAN = ("plan", "--budget", "400MB", "--context", 64)
+ASKED = ("plan", "--budget", "400MB", "--context", 64)
+PLAN = (*ASKED, "--types", "q8_0,q4_0")
 
 
 @pytest.mark.usefixtures("model")
@@ -49,10 +50,10 @@ def test_a_speed_is_a_constraint_there(run: Run) -> None:
 @pytest.mark.usefixtures("model")
 @pytest.mark.parametrize("asked", [("--device", "cpu-16gb"), ("--device", PI, "-f", "onnx")])
 def test_where_nothing_was_reported_a_speed_is_refused(run: Run, asked: tuple[str, ...]) -> None:
-    done = run(*PLAN, *asked, "--json")
+    done = run(*ASKED, *asked, "--json")
     assert done.code == 0, done.out
     assert json.loads(done.out)["speed"] is None, done.out
-    refused = " ".join(run(*PLAN, *asked, "--min-speed", 1).err.split())
+    refused = " ".join(run(*ASKED, *asked, "--min-speed", 1).err.split())
     assert ("--format gguf" in refused) == ("onnx" in asked)
     assert "nobody has measured" in refused and "acip-export calibrate" in refused and "docs/devices.md" in refused
 
