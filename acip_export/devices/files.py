@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,6 @@ from acip_export.choices import instead_of
 from acip_export.devices.device import Device
 from acip_export.devices.reports import Chip, KnownModel, SpeedReport
 from acip_export.errors import AcipError, DeviceFileError, UsageError
-from acip_export.formats.protocol import ExportFormat
 from acip_export.formats.registry import export_format, export_formats, format_names
 from acip_export.io.inputs import Positive, convert, decode_toml
 from acip_export.units import parse_bytes
@@ -151,7 +150,7 @@ def _chip(table: ChipTable, place: str, models: Mapping[str, KnownModel]) -> Chi
 
 
 def _report(table: ReportTable, place: str, models: Mapping[str, KnownModel]) -> SpeedReport:
-    formats = {runtime: format for format in export_formats() for runtime in _timed_runtimes(format)}
+    formats = {runtime: format for format in export_formats() for runtime in format.timed_runtimes}
     if table.runtime not in formats:
         told = instead_of(table.runtime, list(formats), "known")
         raise DeviceFileError(f"{place}.runtime: unknown runtime {table.runtime!r}; {told}")
@@ -168,12 +167,6 @@ def _report(table: ReportTable, place: str, models: Mapping[str, KnownModel]) ->
         ) from None
     size = _bytes(table.size, f"{place}.size")
     return SpeedReport(table.runtime, models[table.model], weight_type, size, table.prompt, table.answer, table.source)
-
-
-def _timed_runtimes(format: ExportFormat) -> Iterator[str]:
-    """Yield the runtimes of language models whose speed plans predict."""
-    for session in (*format.sessions, *format.chats):
-        yield session.runtime
 
 
 def _device(table: DeviceTable, place: str, where: str, chips: Mapping[str, Chip]) -> Device:

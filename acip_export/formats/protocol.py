@@ -374,6 +374,11 @@ class ExportFormat(ABC):
         """What ``--backend`` takes, the default first; empty where there is no choice."""
         return (DEFAULT_BACKEND, *(known.name for known in self.backends)) if self.backends else ()
 
+    @property
+    def timed_runtimes(self) -> tuple[str, ...]:
+        """Runtimes of language models whose speed plans predict, by name: what people talk to first."""
+        return tuple(dict.fromkeys(session.runtime for session in (*self.chats, *self.sessions)))
+
     def type(self, name: str) -> WeightType:
         """Return a type by name. Raises KeyError for one that the format does not have."""
         for known in self.weight_types:

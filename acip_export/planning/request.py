@@ -183,7 +183,7 @@ def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) ->
     if speeds is None and least is not None:
         where = "this machine" if request.device is None else request.device
         told = "" if request.device is None else ", or list what was reported of its chip (docs/devices.md)"
-        known = [each.name for each in export_formats() if _runtimes(each) & request.speeds.keys()]
+        known = [each.name for each in export_formats() if request.speeds.keys() & set(each.timed_runtimes)]
         instead = f".\nThey are known of  --format {known[0]}" if known else ""
         raise UsageError(
             f"--min-speed needs the speeds of {where} with {runtime}, which nobody has measured; measure them there "
@@ -192,17 +192,12 @@ def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) ->
     return None if speeds is None else Pace(runtime, speeds, least)
 
 
-def _runtimes(format: ExportFormat) -> set[str]:
-    """Return the names of what a format's language models are timed in."""
-    return {session.runtime for session in (*format.chats, *format.sessions)}
-
-
 def _timed_runtime(request: PlanRequest, format: ExportFormat) -> str:
     """Return the runtime whose speed a plan says: where the default one is meant, what people talk to, if measured."""
     default = next(iter(format.runtimes))
     if request.runtime not in (None, default):
         return str(request.runtime)
-    names = [session.runtime for session in (*format.chats, *format.sessions)]
+    names = format.timed_runtimes
     return next((name for name in names if name in request.speeds), names[0])
 
 
