@@ -255,6 +255,6 @@ def _unreachable(predictor: Predictor, fastest: Plan, least: float) -> Unreachab
     return UnreachableSpeedError(
         f"no plan answers {least:g} tokens a second: the fastest is predicted with "
         f"{format_speed(speed.answer, speed.answer_error)}.\n"
-        f"Ask for less with  --min-speed {reached:.{0 if reached >= 100 else 3}f},  or {', or '.join(advice)}",
+        f"Ask for less with  --min-speed {reached:{'.0f' if reached >= 100 else '.3g'}},  or {', or '.join(advice)}",
         speed.answer,
     )
