@@ -1,4 +1,4 @@
-"""How much each class of layers loses when it is rounded: measured once for a format, kept beside the score file."""
+"""How much layers, and classes of them, lose when rounded: measured once for a format, kept beside the score file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from acip_export.api.rounding_errors import feedback_types
 from acip_export.api.text import held_out_text
 from acip_export.artifacts.measured_losses import (
+    MeasuredLoss,
     MeasuredLosses,
     cache_file,
     load_measured_losses,
@@ -24,11 +25,11 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.io.kept_states import states_beside
 from acip_export.machine import Machine
-from acip_export.measurement.passes import ClassPass, passes_for
+from acip_export.measurement.passes import ClassPass, layer_passes, passes_for
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Problem, SearchSpace, ServingRule
 from acip_export.progress import ProgressCallback, silent
-from acip_export.units import format_seconds
+from acip_export.units import ceil_div, format_seconds
 from acip_export.version import made_by
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 _WINDOW, _TOKENS, _LEAST_TOKENS = 512, 1024, 128
 # Of each window so many at least: one page loses half as much again as the next, so that more of them say more.
 _OF_A_WINDOW = 256
+# To tell how the layers of a class differ, which is by twenty times, less text does.
+_LAYER_TOKENS, _LAYER_WINDOW = 256, 128
 _OPERATIONS = 4 * 10**13
 # Operations that take half a minute on two cores.
 _WORTH_SAYING = 2 * 10**12
@@ -94,28 +97,50 @@ def _measured(
         MissingExtraError, UnsupportedError: it cannot be measured here.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    wanted = passes_for(errors, scores.embedding_sensitivity, shapes)
-    passes = tuple(each for each in wanted if each.type not in known.by_class(each.inputs).get(each.name, {}))
-    if not passes:
+    embeddings = scores.embedding_sensitivity
+
+    def classes_left(known: MeasuredLosses) -> tuple[ClassPass, ...]:
+        wanted = passes_for(known.by_layers(errors), embeddings, shapes)
+        return tuple(each for each in wanted if each.type not in known.by_class(each.inputs).get(each.name, {}))
+
+    # Of a pass, which reads every weight of two bytes or so once a token.
+    operations = float(checkpoint.weight_bytes * _LEAST_TOKENS)
+    layers = tuple(
+        each for each in layer_passes(errors, embeddings, shapes, operations) if each.name not in known.layers
+    )
+    classes = classes_left(known)
+    if not layers and not classes:
         return known
-    windows, text_sha256 = held_out_windows(checkpoint, scores, len(passes))
     from acip_export.measurement.classes import measure_classes
 
-    _announce(checkpoint, passes, space, windows.numel())
+    few, few_sha256 = held_out_windows(checkpoint, scores, ceil_div(len(layers), 2), _LAYER_WINDOW, _LAYER_TOKENS)
+    windows, text_sha256 = held_out_windows(checkpoint, scores, len(classes))
+    _announce(checkpoint, space, ((layers, few.numel(), 0.5), (classes, windows.numel(), 1.0)))
     weights = rounded_weights(checkpoint, scores, space)
     plan = Problem.of(checkpoint, scores, space, errors).largest("file", rule.at_every_budget(1))
-    listed = "\n".join(f"{each.name} {each.type} {each.inputs} {sorted(each.tensors)}" for each in passes)
-    text = f"text {text_sha256}, windows {tuple(windows.shape)}"
     maker = made_by(f"torch {version('torch')}", known.quantizer)
-    origin = f"{maker}\nscores {known.scores_sha256}\n{text}\n{dumps_plan(plan)}\n{listed}"
-    with states_beside(cache, origin) as kept:
-        losses = measure_classes(checkpoint, weights, plan, space.format.vector_type, passes, windows, progress, kept)
-        measured = replace(known, text_sha256=text_sha256, tokens=windows.numel())
-        for each, loss in zip(passes, losses, strict=True):
-            measured = measured.with_loss(each.name, each.type, each.inputs, loss)
+
+    def measure(passes: tuple[ClassPass, ...], windows: Tensor, text_sha256: str, stage: str) -> list[MeasuredLoss]:
+        listed = "\n".join(f"{each.name} {each.type} {each.inputs} {sorted(each.tensors)}" for each in passes)
+        text = f"text {text_sha256}, windows {tuple(windows.shape)}"
+        origin = f"{maker}\nscores {known.scores_sha256}\n{text}\n{dumps_plan(plan)}\n{listed}"
+        exact = space.format.vector_type
+        with states_beside(cache, origin) as kept:
+            return measure_classes(checkpoint, weights, plan, exact, passes, windows, stage, progress, kept)
+
+    if layers:
+        losses = measure(layers, few, few_sha256, "calibrate layers")
+        of_layers = {each.name: {each.type: loss} for each, loss in zip(layers, losses, strict=True)}
+        known = replace(known, layers={**known.layers, **of_layers})
         if cache is not None:
-            save_measured_losses(measured, cache)
-    return measured
+            save_measured_losses(known, cache)
+        classes = classes_left(known)
+    known = replace(known, text_sha256=text_sha256, tokens=windows.numel())
+    for each, loss in zip(classes, measure(classes, windows, text_sha256, "calibrate"), strict=True):
+        known = known.with_loss(each.name, each.type, each.inputs, loss)
+    if cache is not None:
+        save_measured_losses(known, cache)
+    return known
 
 
 def takes_long(checkpoint: Checkpoint, passes: int, tokens: int) -> bool:
@@ -123,23 +148,34 @@ def takes_long(checkpoint: Checkpoint, passes: int, tokens: int) -> bool:
     return checkpoint.weight_bytes * passes * tokens >= _WORTH_SAYING
 
 
-def _announce(checkpoint: Checkpoint, passes: Sequence[ClassPass], space: SearchSpace, tokens: int) -> None:
-    """Say how long measuring takes, where that is a while."""
-    if not takes_long(checkpoint, len(passes), tokens):
+def _announce(
+    checkpoint: Checkpoint, space: SearchSpace, rounds: Sequence[tuple[Sequence[ClassPass], int, float]]
+) -> None:
+    """Say how long measuring takes, where that is a while.
+
+    Args:
+        rounds: passes, the tokens that go through them, and through which share of the blocks.
+    """
+    if not any(takes_long(checkpoint, len(passes), tokens) for passes, tokens, _ in rounds):
         return
     from acip_export.measurement.pass_time import pass_seconds
 
     machine = Machine.measured(checkpoint.shape.hidden)
-    seconds = pass_seconds(checkpoint, passes, space.format.name, tokens, feedback_types(space), machine)
+    types = feedback_types(space)
+    seconds = sum(
+        pass_seconds(checkpoint, passes, space.format.name, tokens, types, machine, share)
+        for passes, tokens, share in rounds
+        if passes
+    )
     logger.warning(
-        "this model's first plan for %s measures what rounding each class of layers costs: about %s, once",
+        "this model's first plan for %s measures what rounding its layers costs: about %s, once",
         space.format.name,
         format_seconds(seconds),
     )
 
 
 def held_out_windows(
-    checkpoint: Checkpoint, scores: ScoreFile, passes: int, least: int = _OF_A_WINDOW
+    checkpoint: Checkpoint, scores: ScoreFile, passes: int, least: int = _OF_A_WINDOW, most: int = _TOKENS
 ) -> tuple[Tensor, str]:
     """Return windows (n, tokens) of text that the ranking held out, as many as time allows, and the text's SHA-256.
 
@@ -147,6 +183,7 @@ def held_out_windows(
 
     Args:
         passes: how often they go through the model. least: tokens of a window at least, where there are so many.
+        most: tokens of all windows.
 
     Raises:
         UnsupportedError: they are not here, or nothing that they could go through.
@@ -161,8 +198,8 @@ def held_out_windows(
     import torch
 
     # Two operations a weight, of which a model has one for every two bytes or so.
-    operations = checkpoint.weight_bytes * passes
-    tokens = max(_LEAST_TOKENS, min(_TOKENS, _OPERATIONS // operations, text.windows.size))
+    operations = max(1, checkpoint.weight_bytes * passes)
+    tokens = max(_LEAST_TOKENS, min(most, _OPERATIONS // operations, text.windows.size))
     there, longest = text.windows.shape
     count = min(there, max(1, tokens // min(least, longest)))
     places = torch.arange(count) * there // count

@@ -1,9 +1,9 @@
 """What rounding costs a model, measured by forward passes: the cache beside a score file. See docs/measured-losses.md.
 
 Rounding errors (:mod:`acip_export.artifacts.rounding_errors`) predict the loss of rounding one matrix to second order,
-which gets types and layers right, and the sizes of whole classes of layers wrong. So each class is rounded alone, and
-its divergence from the dense model measured; the predictions of all its layers are scaled by the quotient. What the
-runtime loses by rounding what the matrices are multiplied with is measured beside it, and added.
+which gets types right, and layers and classes of layers wrong: a few layers lose twenty times of it. So each layer is
+rounded alone, and then each class, and the divergence from the dense model measured; predictions are scaled by the
+quotients. What the runtime loses by rounding what the matrices are multiplied with is measured beside it, and added.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from acip_export.artifacts.cache import FormatCache, load_cache
 from acip_export.artifacts.names import MEASURED_LOSSES, ArtifactName
-from acip_export.artifacts.rounding_errors import RoundingErrors
+from acip_export.artifacts.rounding_errors import Ratios, RoundingErrors
 from acip_export.io.atomic import keep
 from acip_export.io.inputs import Count, NotNegative
 from acip_export.model.tensor_names import class_of
@@ -30,11 +30,13 @@ from acip_export.weight_types import weight_type
 _NOISE = 1e-7
 # Measured over predicted: beyond these a file was not made by measuring.
 _LEAST_FACTOR, _LARGEST_FACTOR = 1e-4, 1e4
+# The same of a layer, over those of its class.
+_LEAST_SHARE, _LARGEST_SHARE = 1e-2, 1e2
 
 
 @dataclass(frozen=True)
 class MeasuredLoss:
-    """The matrices of one class in one type, or some of very large ones, everything else dense; nats per token.
+    """The matrices of one class in one type, some of very large ones, or one of them, all else dense; nats per token.
 
     Attributes:
         predicted: the sum of their rounding errors. measured: divergence from the dense model. error: its standard
@@ -54,6 +56,7 @@ class MeasuredLosses(FormatCache):
         text_sha256: of the text that was measured on, and ``tokens`` how much of it.
         classes: by class of layers (``mlp.up_proj``; an embedding or head by its name) and type.
         inputs: the same, with the matrices' inputs rounded too, as runtimes do on processors.
+        layers: by tensor and the one type that it was measured in.
     """
 
     NAME: ClassVar[ArtifactName] = MEASURED_LOSSES
@@ -62,6 +65,7 @@ class MeasuredLosses(FormatCache):
     tokens: Count = 0
     classes: Mapping[str, Mapping[str, MeasuredLoss]] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, MeasuredLoss]] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, MeasuredLoss]] = field(default_factory=dict)
 
     def by_class(self, inputs: bool) -> Mapping[str, Mapping[str, MeasuredLoss]]:
         """Return what was measured with or without rounded inputs."""
@@ -73,13 +77,50 @@ class MeasuredLosses(FormatCache):
         more = {**known, name: {**known.get(name, {}), type_: loss}}
         return replace(self, inputs=more) if inputs else replace(self, classes=more)
 
+    def by_layers(self, errors: RoundingErrors) -> RoundingErrors:
+        """Return ``errors`` shared among the layers of each class as they were measured to lose.
+
+        What the measured layers of a class lose together, in the type that they were measured in, stays.
+        """
+        shares = self._shares()
+        return replace(
+            errors,
+            dense={
+                name: {type_: loss * shares.get(name, 1.0) for type_, loss in losses.items()}
+                for name, losses in errors.dense.items()
+            },
+            pairs={
+                name: {
+                    # A correction's ratio is to the loss of its base, which has it already.
+                    types: points if types.endswith("+") else _scaled(points, shares.get(f"{name}.weight", 1.0))
+                    for types, points in measured.items()
+                }
+                for name, measured in errors.pairs.items()
+            },
+        )
+
+    def _shares(self) -> dict[str, float]:
+        """Return what every measured layer loses more than its class, than was predicted of both."""
+        known = {name: loss for name, losses in self.layers.items() for loss in losses.values() if loss.predicted > 0}
+        sums: dict[str, list[float]] = {}
+        for name, loss in known.items():
+            of_class = sums.setdefault(class_of(name), [0.0, 0.0])
+            of_class[0] += loss.predicted
+            of_class[1] += _at_least(loss)
+        return {
+            name: min(max(_at_least(loss) / loss.predicted * predicted / measured, _LEAST_SHARE), _LARGEST_SHARE)
+            for name, loss in known.items()
+            for predicted, measured in (sums[class_of(name)],)
+        }
+
     def calibrated(self, errors: RoundingErrors) -> RoundingErrors:
         """Return ``errors`` with the losses of each class and type scaled to what was measured.
 
-        Between measured types the factor is interpolated in the logarithms of factor and predicted loss; beyond them
-        it stays. A pair is scaled as a matrix of the type of its ``down``; corrections follow their bases. Rounding
-        inputs costs layers in proportion to what rounding their weights does.
+        Layers share them as :meth:`by_layers` says. Between measured types the factor is interpolated in the logarithms
+        of factor and predicted loss; beyond them it stays. A pair is scaled as a matrix of the type of its ``down``;
+        corrections follow their bases. Rounding inputs costs layers in proportion to what rounding their weights does.
         """
+        errors = self.by_layers(errors)
         sums = class_losses(errors)
         factors = {
             name: _factors(self.classes[name], predicted) for name, predicted in sums.items() if name in self.classes
@@ -94,7 +135,7 @@ class MeasuredLosses(FormatCache):
         }
         pairs = {
             name: {
-                types: tuple((rank, ratio * _of_pair(factors.get(class_of(name), {}), types)) for rank, ratio in points)
+                types: _scaled(points, _of_pair(factors.get(class_of(name), {}), types))
                 for types, points in measured.items()
             }
             for name, measured in errors.pairs.items()
@@ -156,6 +197,15 @@ def _input_losses(
         for type_, block in blocks.items()
         if block and points
     }
+
+
+def _at_least(loss: MeasuredLoss) -> float:
+    """Return what was measured; where that is noise, as much as the noise."""
+    return max(loss.measured, loss.error, _NOISE)
+
+
+def _scaled(points: Ratios, factor: float) -> Ratios:
+    return tuple((rank, ratio * factor) for rank, ratio in points)
 
 
 def _of_pair(factors: Mapping[str, float], types: str) -> float:

@@ -223,7 +223,7 @@ class PlanFlags:
         shares = {"KV cache types": 1.0} if chosen else {}
         shares.update(dict.fromkeys(map(types_stage, self._formats(self._device())), 1.0))
         if self.calibrate:
-            shares["calibrate"] = 2.0
+            shares.update({"calibrate layers": 2.0, "calibrate": 2.0})
         if AUTO in caches:
             shares["KV cache types"] = 1.0
         if self.candidates > 1:

@@ -1,4 +1,4 @@
-"""Measure what rounding whole classes of layers costs: one pass for each class and type, all of them block by block."""
+"""Measure what rounding layers, and whole classes of them, costs: one pass for each, all of them block by block."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def measure_classes(
     exact: str,
     passes: tuple[ClassPass, ...],
     windows: Tensor,
+    stage: str = "calibrate",
     progress: ProgressCallback = silent,
     kept: KeptStates | None = None,
 ) -> list[MeasuredLoss]:
@@ -30,7 +31,7 @@ def measure_classes(
 
     Args:
         plan: any plan of the format: classes are rounded as it rounds. exact: a type of the format that rounds nothing.
-        kept: read and filled.
+        stage: named in reports of progress. kept: read and filled.
     """
     through = BlockPasses(checkpoint, windows)
     blocks = through.model.names
@@ -43,7 +44,7 @@ def measure_classes(
         return replace(plan, tensors=tuple(decisions), adapters=False)
 
     behind = kept.blocks if kept is not None else 0
-    clock = Clock("calibrate", len(blocks) * (1 + len(passes)), progress, done=behind * (1 + len(passes)))
+    clock = Clock(stage, len(blocks) * (1 + len(passes)), progress, done=behind * (1 + len(passes)))
     variants = [weights.of(alone(each), each.inputs) for each in passes]
     divergences = through.divergences(variants, clock.advance, kept)
     return [

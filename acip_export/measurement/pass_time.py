@@ -23,11 +23,13 @@ def pass_seconds(
     tokens: int,
     feedback_types: Collection[str],
     machine: Machine,
+    share: float = 1.0,
 ) -> float:
     """Return about how long so many tokens take through the dense model and every pass, all of them rounded before.
 
     Args:
         format: the weight format whose types the passes have. feedback_types: those with error feedback.
+        share: of the blocks that a pass goes through.
     """
     types: dict[str, list[str]] = {}
     for each in passes:
@@ -50,5 +52,6 @@ def pass_seconds(
     head = checkpoint.shape.vocabulary * checkpoint.shape.hidden
     # With every other head the dense model's logits are made once more.
     dense_again = sum(len(known) for name, known in types.items() if name == HEAD or is_embedding(name))
-    operations = 2 * tokens * ((1 + len(passes)) * (layers + head) + dense_again * head)
+    through = layers + head + len(passes) * (share * layers + head)
+    operations = 2 * tokens * (through + dense_again * head)
     return operations / machine.float32 + rounding.seconds(machine)

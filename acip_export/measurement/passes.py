@@ -20,13 +20,18 @@ _EMBEDDING_LOSSES = (0.0003, 0.003, 0.03)
 # layers of each class are rounded, spread over the depth: what is measured is how much more, or less, a class loses
 # than was predicted of the same layers.
 _ROUNDING_OPERATIONS = 4 * 10**13
+# Each layer is measured in its class's type of this loss, and counts for half a pass: the blocks before it are the
+# dense model's. Classes whose layers would take more operations than these, half an hour on two cores, are left out.
+_LAYER_LOSS = _LOSSES[-1]
+_LAYER_OPERATIONS = 10**14
 
 
 @dataclass(frozen=True)
 class ClassPass:
-    """The matrices of a class, or of a model with very large ones some of them, all in one type.
+    """The matrices of a class, or of a model with very large ones some of them, all in one type; or one of them.
 
     Attributes:
+        name: of the class, or of the one tensor.
         predicted: the sum of their rounding errors.
         inputs: whether what they are multiplied with is rounded too.
     """
@@ -65,12 +70,11 @@ def passes_for(
     types: dict[str, set[str]] = {}
     for name, type_, _, _ in chosen:
         types.setdefault(name, set()).add(type_)
-    members: dict[str, list[str]] = {name: [] for name in types}
-    for tensor in sorted(errors.dense, key=natural_key):
-        if class_of(tensor) in members:
-            members[class_of(tensor)].append(tensor)
+    members = _members(errors)
     operations = sum(
-        2 * prod(shapes[t]) * shapes[t][1] * len(types[name]) for name, all_ in members.items() for t in all_
+        _rounding_operations(shapes[t]) * len(chosen_types)
+        for name, chosen_types in types.items()
+        for t in members[name]
     )
     step = ceil_div(operations, _ROUNDING_OPERATIONS)
     found = []
@@ -79,3 +83,42 @@ def passes_for(
         some = some or frozenset(t for t in members[name] if type_ in errors.dense[t])
         found.append(ClassPass(name, type_, some, sum(errors.dense[t][type_] for t in some), inputs))
     return tuple(found)
+
+
+def layer_passes(
+    errors: RoundingErrors,
+    embeddings: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    pass_operations: float,
+) -> tuple[ClassPass, ...]:
+    """Choose which layers are measured alone, class by class: those first that are predicted to lose most.
+
+    Args:
+        embeddings, shapes: as of :func:`passes_for`. pass_operations: of a pass through the whole model.
+    """
+    special, members = {class_of(name) for name in embeddings}, _members(errors)
+    found: list[ClassPass] = []
+    left = float(_LAYER_OPERATIONS)
+    for name, losses in sorted(class_losses(errors).items(), key=lambda each: -max(each[1].values(), default=0.0)):
+        rounded = {t: loss for t, loss in losses.items() if loss > 0 and not weight_type(errors.format, t).is_float}
+        if name in special or len(members[name]) < 2 or not rounded:
+            continue
+        type_ = min(rounded, key=lambda t: abs(log(rounded[t] / _LAYER_LOSS)))
+        layers = [t for t in members[name] if errors.dense[t].get(type_, 0.0) > 0]
+        operations = sum(_rounding_operations(shapes[t]) + pass_operations / 2 for t in layers)
+        if operations <= left:
+            left -= operations
+            found += (ClassPass(t, type_, frozenset({t}), errors.dense[t][type_]) for t in layers)
+    return tuple(found)
+
+
+def _members(errors: RoundingErrors) -> dict[str, list[str]]:
+    """Return the tensors of every class, in their order."""
+    members: dict[str, list[str]] = {}
+    for tensor in sorted(errors.dense, key=natural_key):
+        members.setdefault(class_of(tensor), []).append(tensor)
+    return members
+
+
+def _rounding_operations(shape: tuple[int, ...]) -> int:
+    return 2 * prod(shape) * shape[1]

@@ -1,4 +1,4 @@
-"""Predictions are scaled to what rounding each class of layers was measured to cost, once for a format."""
+"""Predictions are scaled to what rounding each layer, and each class, was measured to cost, once for a format."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ import acip_export
 from acip_export.api import calibration
 from acip_export.api.calibration import calibrated_errors
 from acip_export.api.rounding_errors import rounding_errors
-from acip_export.artifacts.measured_losses import MeasuredLoss, MeasuredLosses, cache_file, class_losses
+from acip_export.artifacts.measured_losses import (
+    MeasuredLoss,
+    MeasuredLosses,
+    cache_file,
+    class_losses,
+    load_measured_losses,
+)
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.measurement import passes
-from acip_export.measurement.passes import passes_for
+from acip_export.measurement.passes import layer_passes, passes_for
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
 from acip_export.progress import Progress
@@ -56,7 +62,9 @@ def test_what_takes_long_is_announced_once(
     monkeypatch.setattr(calibration, "_WORTH_SAYING", 0)
     stages(model=copied)
     (said,) = caplog.messages
-    assert re.fullmatch(r"this model's first plan for gguf measures what .* costs: about \d+ s, once", said)
+    assert re.fullmatch(
+        r"this model's first plan for gguf measures what rounding its layers costs: about \d+ s, once", said
+    )
     stages(model=copied)
     assert len(caplog.messages) == 1
 
@@ -65,7 +73,7 @@ def test_the_first_plan_measures_and_the_others_know(copied: Path) -> None:
     plain, measured = stages(model=copied, calibrate=False)
     assert not plain.calibrated and "calibrate" not in measured
     plan, measured = stages(model=copied)
-    assert plan.calibrated and "calibrate" in measured and not plan.notes[1:]
+    assert plan.calibrated and {"calibrate layers", "calibrate"} <= measured and not plan.notes[1:]
     file = cache_file(copied / "m.acip", "gguf", "feedback")
     known = json.loads(file.read_text())
     assert known["tokens"] > 0
@@ -74,10 +82,24 @@ def test_the_first_plan_measures_and_the_others_know(copied: Path) -> None:
         *(f"self_attn.{name}_proj" for name in "qkvo"),
         *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
     }
+    layers = list(Checkpoint.open(copied).linear_modules)
+    assert set(known["layers"]) == {f"{name}.weight" for name in layers} and len(layers) > 7
+    assert all(len(types) == 1 for types in known["layers"].values())
     again, measured = stages(model=copied)
-    assert again == plan and "calibrate" not in measured
+    assert again == plan and not {"calibrate layers", "calibrate"} & measured
     file.write_text("{")
-    assert stages(model=copied) == (plan, {"calibrate"} | measured)
+    assert stages(model=copied) == (plan, {"calibrate layers", "calibrate"} | measured)
+
+
+def test_layers_that_are_known_are_not_measured_again(copied: Path) -> None:
+    """As after a kill between the two: classes are measured on top of them."""
+    plan, _ = stages(model=copied)
+    file = cache_file(copied / "m.acip", "gguf", "feedback")
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({**known, "classes": {}, "inputs": {}}))
+    again, measured = stages(model=copied)
+    assert again == plan and "calibrate" in measured and "calibrate layers" not in measured
+    assert json.loads(file.read_text()) == known
 
 
 @pytest.mark.parametrize("caches", [{}, {"cache_type": "auto"}])
@@ -103,7 +125,9 @@ def test_what_was_measured_is_what_the_class_loses(copied: Path) -> None:
     known = json.loads(cache_file(copied / "m.acip", "gguf", "feedback").read_text())
     sums, inputs = class_losses(scaled), class_losses(replace(scaled, dense=scaled.inputs))
     with_inputs = 0
-    for each in passes_for(errors, scores.embedding_sensitivity, shapes_of(checkpoint)):
+    nothing = MeasuredLosses("gguf", errors.quantizer, errors.scores_sha256)
+    losses = load_measured_losses(cache_file(copied / "m.acip", "gguf", "feedback"), nothing)
+    for each in passes_for(losses.by_layers(errors), scores.embedding_sensitivity, shapes_of(checkpoint)):
         measured = known["inputs" if each.inputs else "classes"][each.name][each.type]["measured"]
         if not each.inputs:
             assert sums[each.name][each.type] == pytest.approx(measured, rel=1e-6)
@@ -146,6 +170,61 @@ def test_of_very_large_models_some_layers_are_measured(monkeypatch: pytest.Monke
     for name, known in dense.items():
         assert scaled.dense[name] == pytest.approx({type_: 2 * loss for type_, loss in known.items()})
         assert scaled.inputs[name]["q8_0"] == pytest.approx(2 * known["q8_0"])
+
+
+def test_layers_share_what_their_class_loses_as_they_were_measured() -> None:
+    up = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(4)]
+    down = "model.layers.0.mlp.down_proj.weight"
+    dense = {name: {"q8_0": 0.001, "q4_0": 0.01} for name in (*up, down)}
+    pairs = {"model.layers.1.mlp.up_proj": {"q4_0*q8_0": ((0.5, 2.0),), "q4_0+": ((0.0, 1.0), (0.5, 0.5))}}
+    errors = RoundingErrors("gguf", "test", "0", dense, pairs)
+    # The second loses twenty times of what was predicted, the third nothing that can be told from noise.
+    measured = {up[0]: (0.02, 0.001), up[1]: (0.2, 0.01), up[2]: (0.0, 0.005)}
+    layers = {name: {"q4_0": MeasuredLoss(0.01, loss, error)} for name, (loss, error) in measured.items()}
+    scaled = MeasuredLosses("gguf", "test", "0", layers=layers).by_layers(errors)
+    factors = [each * 0.03 / 0.225 for each in (2.0, 20.0, 0.5)]
+    assert [scaled.dense[name]["q4_0"] for name in up] == pytest.approx([0.01 * each for each in (*factors, 1.0)])
+    assert [scaled.dense[name]["q8_0"] for name in up] == pytest.approx([0.001 * each for each in (*factors, 1.0)])
+    assert class_losses(scaled)["mlp.up_proj"]["q4_0"] == pytest.approx(0.04) and scaled.dense[down] == dense[down]
+    assert scaled.pairs["model.layers.1.mlp.up_proj"] == {
+        "q4_0*q8_0": (pytest.approx((0.5, 2.0 * factors[1])),),
+        "q4_0+": ((0.0, 1.0), (0.5, 0.5)),
+    }
+    # The class then loses what all of it was measured to: shares stay.
+    whole = {"mlp.up_proj": {"q4_0": MeasuredLoss(0.04, 0.12, 0.0)}}
+    both = MeasuredLosses("gguf", "test", "0", classes=whole, layers=layers).calibrated(errors)
+    assert [both.dense[name]["q4_0"] for name in up] == pytest.approx([3 * scaled.dense[name]["q4_0"] for name in up])
+
+
+def test_a_layer_weighs_a_hundred_times_of_its_class_at_most() -> None:
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(300)]
+    errors = RoundingErrors("gguf", "test", "0", {name: {"q4_0": 0.01} for name in names})
+    layers = {name: {"q4_0": MeasuredLoss(0.01, 1e-9, 0.0)} for name in names[1:]}
+    layers[names[0]] = {"q4_0": MeasuredLoss(0.01, 1.0, 0.0)}
+    scaled = MeasuredLosses("gguf", "test", "0", layers=layers).by_layers(errors)
+    assert [scaled.dense[name]["q4_0"] for name in names[:2]] == pytest.approx([1.0, 0.0001])
+
+
+def test_the_layers_that_are_predicted_to_lose_most_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of whole classes, as many as there is time for, none of classes of one layer, in one type each."""
+    losses = {"mlp.up_proj": 0.01, "mlp.down_proj": 0.02, "self_attn.q_proj": 0.001}
+    dense = {
+        f"model.layers.{layer}.{name}.weight": {"q8_0": loss / 100, "q4_0": loss, "f16": 1e-9}
+        for name, loss in losses.items()
+        for layer in (10, 9)
+    }
+    dense |= {"model.embed_tokens.weight": {"q4_0": 9.0}, "model.layers.9.odd.weight": {"q4_0": 9.0}}
+    errors, shapes = RoundingErrors("gguf", "test", "0", dense), dict.fromkeys(dense, (64, 32))
+    whole = layer_passes(errors, ["model.embed_tokens.weight"], shapes, 1000.0)
+    assert [(each.name, each.type) for each in whole] == [
+        (f"model.layers.{layer}.{name}.weight", "q4_0")
+        for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj")
+        for layer in (9, 10)
+    ]
+    assert all(each.tensors == {each.name} and not each.inputs for each in whole)
+    # Room for four layers: half a pass each, and their rounding.
+    monkeypatch.setattr(passes, "_LAYER_OPERATIONS", 4 * (500 + 2 * 64 * 32 * 32))
+    assert layer_passes(errors, ["model.embed_tokens.weight"], shapes, 1000.0) == whole[:4]
 
 
 def test_rounded_inputs_are_added() -> None:
