@@ -241,6 +241,11 @@ class ScoreFile:
         return convert(dict(self.algorithm), RankedBy, f"{self.file or 'scores'}: algorithm", ScoreFileError)
 
     @property
+    def moment_tokens(self) -> int | None:
+        """How many tokens second moments of inputs were measured on; rankings that do not say used all of theirs."""
+        return self.ranked_by.statistics_tokens or self.data.tokens or None
+
+    @property
     def loss_unit(self) -> str:
         """What every loss in the file is counted in."""
         return LOSS_UNITS[self.task]

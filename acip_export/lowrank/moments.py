@@ -33,7 +33,8 @@ Floats = npt.NDArray[np.float32]
 # Added to the diagonal before it is inverted, as shares of its mean. The first is used unless the moment has no factor
 # even so: moments of few tokens may have negative eigenvalues.
 _DAMPINGS = (3e-4, 3e-3, 3e-2, 0.3, 3.0)
-# Error feedback wants more, as a share of the mean of the diagonal.
+# Error feedback wants more, as a share of the mean of the diagonal. What few tokens say about how inputs go together is
+# chance: it takes as many more as there are inputs for seen, in which they do not.
 _FEEDBACK_DAMPING = 0.01
 # Up to so many inputs it is factorized again in the order that scaling gives it. In the order of before, errors are 2 %
 # larger, which takes half of the time and memory: the difference is a minute for one matrix of 14,336 columns.
@@ -172,42 +173,50 @@ class PackedMoment:
             raise ScoreFileError(f"{name} overflows; rank again")
         return root, inverse
 
-    def feedback_factor(self, name: str = "the second moment") -> FeedbackFactor:
+    def feedback_factor(self, name: str = "the second moment", tokens: int | None = None) -> FeedbackFactor:
         """Return how errors are carried forward, beginning with the column of the largest moment.
 
         Of scaled inputs that are wide, in the order of before scaling.
+
+        Args:
+            tokens: that the moment was measured on; ``None``: more than enough.
 
         Raises:
             ScoreFileError: it overflows; the message begins with ``name``.
         """
         import torch
 
-        added = _FEEDBACK_DAMPING * float(self.diagonal.astype(np.float64).mean())
-        upper, order = self._damped_upper(added, name), self.order
+        chance = self.size / tokens if tokens else 0.0
+        diagonal = torch.from_numpy(self.diagonal).double()
+        upper, order = self._damped_upper(chance * diagonal + _FEEDBACK_DAMPING * diagonal.mean(), name), self.order
         if self.scales is not None and self.size <= SORTED_COLUMNS:
             order = np.argsort(-self.diagonal, kind="stable")
             # With its columns in another order it is orthogonal times what is wanted: their products are the same.
             upper = torch.linalg.qr(upper[:, torch.from_numpy(np.argsort(self.order)[order])], mode="r").R
         return FeedbackFactor.coded(order.astype(np.int32), upper.float().numpy())
 
-    def _damped_upper(self, added: float, name: str) -> Tensor:
-        """Factorize (H + d)^-1 = V^T V, V upper triangular, without making H: H^-1 = U^T U is known.
+    def _damped_upper(self, added: Tensor, name: str) -> Tensor:
+        """Factorize (H + A)^-1 = V^T V, V upper triangular, without making H: H^-1 = U^T U is known.
 
-        1 + d U U^T, whose root is taken on the way, has eigenvalues from 1 to hardly more than d over what was added
+        With A diagonal that is A^-1/2 (A^-1/2 H A^-1/2 + 1)^-1 A^-1/2. What is added is hardly less than what was added
         to H when it was packed, so that float32 does, unless inputs were scaled very differently since. H is what U
         says of it: without its exact diagonal.
+
+        Args:
+            added: (n,) the diagonal of A.
         """
         import torch
 
-        if not added:  # inputs that were never anything but zero: nothing can be made up for
+        if not added.any():  # inputs that were never anything but zero: nothing can be made up for
             return torch.eye(self.size)
-        apart = self.scales is not None and self.scales.max() > _SCALED_APART * self.scales.min()
+        scales = torch.from_numpy(np.ones(self.size) if self.scales is None else self.scales).double()
+        weights = (added.sqrt() / scales)[torch.from_numpy(self.order)]
+        apart = float(weights.max()) > _SCALED_APART * float(weights.min())
+        roots = added.sqrt()[torch.from_numpy(self.order)]
         for dtype in (torch.float64,) if apart else (torch.float32, torch.float64):
             upper = self._upper(name, dtype)
-            upper.mul_((torch.from_numpy(self.pivots).double() * added**0.5).to(dtype)[:, None])
-            if self.scales is not None:
-                upper /= torch.from_numpy(self.scales[self.order])
-            if is_finite(add_one_(upper)):
+            upper.mul_(torch.from_numpy(self.pivots).to(dtype)[:, None]).mul_(weights.to(dtype))
+            if is_finite(add_one_(upper).div_(roots.to(dtype))):
                 return upper
         raise ScoreFileError(f"{name} overflows; rank again")
 

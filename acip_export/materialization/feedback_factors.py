@@ -34,7 +34,7 @@ class FeedbackFactors:
     """
 
     def __init__(self, scores: ScoreFile, store: ArrayStore | None = None) -> None:
-        self._scores, self._store, self._cache = scores, store, FeedbackCache()
+        self._scores, self._store, self._cache = scores, store, FeedbackCache(tokens=scores.moment_tokens)
         self._kept: OrderedDict[str, FeedbackFactor] = OrderedDict()
         self._lock = Lock()
 
@@ -74,7 +74,7 @@ class FeedbackFactors:
         factor = self._cache.read(moment)
         if factor is not None:
             return factor
-        factor = moment.feedback_factor(moment_name(key))
+        factor = moment.feedback_factor(moment_name(key), self._scores.moment_tokens)
         if not self._cache.write(moment, factor) and self._store is not None:
             for name, part in zip(names, FEEDBACK_PARTS, strict=True):
                 self._store.write(name, getattr(factor, part))

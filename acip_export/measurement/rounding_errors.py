@@ -161,7 +161,7 @@ class _Inputs:
             return cls()
         moment, name = scores.second_moments[key], moment_name(key)
         # First what takes more memory while it is made.
-        factor = FeedbackCache().factor(moment, name) if with_factor else None
+        factor = FeedbackCache(tokens=scores.moment_tokens).factor(moment, name) if with_factor else None
         return cls(moment, moment.exact_root(name, torch.float32), factor)
 
     def cost(self, changes: Tensor, added: Tensor) -> Tensor:
@@ -226,7 +226,9 @@ class _Sample:
         module = scores.modules[name]
         weight, norm = _cropped(checkpoint.read(f"{name}.weight"), module, scores)
         label = moment_name(module.input_key)
-        factor = pack_moment(norm.inputs, label).feedback_factor(label) if feedback and module.input_key else None
+        factor = None
+        if feedback and module.input_key:
+            factor = pack_moment(norm.inputs, label).feedback_factor(label, scores.moment_tokens)
         inputs = InputMoments(norm.inputs.diagonal().float(), factor)
         return cls(weight, norm, (Whitening.of(norm.inputs), Whitening.of(norm.gradients)), inputs)
 

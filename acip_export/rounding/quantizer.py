@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # How codes are chosen once a block has its scale: each weight's nearest, or with the errors before it carried forward.
 Rounding = Literal["nearest", "feedback"]
 # Of the codes that error feedback chooses: measured rounding errors are good for one version.
-FEEDBACK_VERSION = 4
+FEEDBACK_VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from acip_export.lowrank import moments
 from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.moments import PackedMoment, lifted, pack_gradients, pack_moment
 from acip_export.lowrank.whitening import Whitening
+from acip_export.rounding.error_feedback import UniformGrid, round_with_feedback
 
 
 def moment_of(size: int, seed: int = 0, tokens: int = 2000) -> Tensor:
@@ -91,11 +92,12 @@ def test_scaled_inputs() -> None:
     )
 
 
+@pytest.mark.parametrize("tokens", [None, 2200])
 @pytest.mark.parametrize(("scaled", "wide"), [(False, False), (True, False), (True, True)])
 def test_the_factor_of_error_feedback_is_that_of_the_damped_moment(
-    scaled: bool, wide: bool, monkeypatch: pytest.MonkeyPatch
+    scaled: bool, wide: bool, tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it is found without the moment, in float32, over several blocks."""
+    """Also where it is found without the moment, in float32, over several blocks; few tokens count for less."""
     size = 1100
     if wide:
         monkeypatch.setattr(moments, "SORTED_COLUMNS", size - 1)
@@ -103,12 +105,14 @@ def test_the_factor_of_error_feedback_is_that_of_the_damped_moment(
     if scaled:
         for seed in range(2):  # one after the other, as adapters and channels may scale
             packed = packed.scaled(torch.rand(size, generator=torch.Generator().manual_seed(seed)).add(0.5).numpy())
-    factor = packed.feedback_factor()
+    factor = packed.feedback_factor(tokens=tokens)
     factor.check("it")
     order = torch.from_numpy(factor.order).long()
     assert (np.diff(packed.diagonal[factor.order]) <= 0).all() != wide
     moment = packed.unpacked()
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(size)
+    if tokens is not None:  # half of them
+        damped += 0.5 * torch.diag(moment.diagonal())
     upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
     expected = (upper / upper.diagonal()[:, None]).triu(1)
     found = torch.from_numpy(factor.rows(0, size)).double()
@@ -117,9 +121,28 @@ def test_the_factor_of_error_feedback_is_that_of_the_damped_moment(
     assert bool((off <= 0.5 * torch.from_numpy(factor.steps) + 0.05 * expected.abs().amax(1)).all())
 
 
+def test_moments_of_few_tokens_round_other_text_better_when_they_count_for_less() -> None:
+    """Weighted errors under the moment of a thousand times the text, with error feedback of few tokens."""
+    size, tokens = 256, 512
+    truth = moment_of(size, tokens=200_000)
+    lower = torch.linalg.cholesky(truth)
+    draws = torch.randn(tokens, size, generator=torch.Generator().manual_seed(5)).double() @ lower.T
+    packed = pack_moment(draws.T @ draws / tokens)
+    weight = torch.randn(64, size, generator=torch.Generator().manual_seed(6)).numpy() * np.float32(4)
+    grid = UniformGrid(np.ones((1, 64), np.float32), None, size, -20, 20)
+
+    def cost(counted: int | None) -> float:
+        change = round_with_feedback(weight, grid, packed.feedback_factor(tokens=counted)) - weight
+        wide = torch.from_numpy(change).double()
+        return float(((wide @ truth) * wide).sum())
+
+    assert cost(tokens) < 0.95 * cost(None)
+
+
 def test_factors_of_inputs_that_were_scaled_beyond_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, few = pack_moment(moment_of(64)), pack_moment(moment_of(700, tokens=300))
     # Vanishing inputs leave nothing to make up for.
+    assert not packed.scaled(np.full(64, 1e-30, np.float32)).feedback_factor(tokens=8).codes.any()
     assert not packed.scaled(np.full(64, 1e-30, np.float32)).feedback_factor().codes.any()
     infinite = packed.scaled(np.full(64, np.inf, np.float32))
     with pytest.raises(ScoreFileError, match="'x' overflows; rank again"):

@@ -191,7 +191,7 @@ def test_default_context_is_the_models_limit(text: Path, tmp_path: Path) -> None
 
 def test_tokens_suit_the_models_size() -> None:
     small, large = DataConfig().for_weights(4_000_000), DataConfig().for_weights(8_000_000_000)
-    assert (small.statistics_tokens, small.gradient_tokens) == (24_576, 24_576)
+    assert (small.statistics_tokens, small.gradient_tokens) == (40_960, 24_576)
     assert (large.statistics_tokens, large.gradient_tokens) == (8_192, 4_096)
     told = DataConfig(statistics_tokens=1_000).for_weights(4_000_000)
     assert (told.statistics_tokens, told.gradient_tokens) == (1_000, 1_000)
