@@ -15,6 +15,9 @@ from acip_export.model.tensor_names import HEAD, is_embedding
 from acip_export.ranking.estimate import RankModel
 from acip_export.weight_types import weight_type
 
+# Of the speed of products, passes of a few hundred tokens through one block after the other reach this share.
+_REACHED = 0.5
+
 
 def pass_seconds(
     checkpoint: Checkpoint,
@@ -54,4 +57,4 @@ def pass_seconds(
     dense_again = sum(len(known) for name, known in types.items() if name == HEAD or is_embedding(name))
     through = layers + head + len(passes) * (share * layers + head)
     operations = 2 * tokens * (through + dense_again * head)
-    return operations / machine.float32 + rounding.seconds(machine)
+    return operations / (_REACHED * machine.float32) + rounding.seconds(machine)
