@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Problem, SearchSpace, ServingRule
 from acip_export.progress import ProgressCallback, silent
 from acip_export.units import ceil_div, format_seconds
+from acip_export.verification.export import EvaluationText
 from acip_export.version import made_by
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _WINDOW, _TOKENS, _LEAST_TOKENS = 512, 1024, 128
 # Of each window so many at least: one page loses half as much again as the next, so that more of them say more.
 _OF_A_WINDOW = 256
-# To tell how the layers of a class differ, which is by twenty times, less text does.
+# To tell how the layers of a class differ, which is by many times, less text does.
 _LAYER_TOKENS, _LAYER_WINDOW = 256, 128
 _OPERATIONS = 4 * 10**13
 # Operations that take half a minute on two cores.
@@ -59,7 +60,7 @@ def calibrated_errors(
     rule: ServingRule,
     progress: ProgressCallback = silent,
 ) -> tuple[RoundingErrors, tuple[str, ...]]:
-    """Scale rounding errors to what the classes of layers were measured to lose; what is not known yet is measured.
+    """Scale rounding errors to what layers and classes were measured to lose; what is not known yet is measured.
 
     Returns:
         The errors, and if they are as they were, the reason, in a sentence.
@@ -70,18 +71,24 @@ def calibrated_errors(
     cache = None if scores.file is None else cache_file(scores.file, space.format.name, space.rounding)
     nothing = MeasuredLosses(errors.format, errors.quantizer, errors.scores_sha256)
     known = load_measured_losses(cache, nothing) if cache else scores.measured_losses.get(kept_as, nothing)
+
+    def save(losses: MeasuredLosses) -> None:
+        nonlocal known
+        known = losses
+        if cache is None:
+            scores.measured_losses[kept_as] = losses
+        else:
+            save_measured_losses(losses, cache)
+
     try:
-        measured = _measured(checkpoint, scores, space, errors, rule, known, cache, progress)
+        _measure(checkpoint, scores, space, errors, rule, known, cache, save, progress)
     except (MissingExtraError, UnsupportedError) as reason:
         if not known.classes:
             return errors, (f"predicted losses are not calibrated on this model: {reason}",)
-        measured = known
-    if cache is None:
-        scores.measured_losses[kept_as] = measured
-    return measured.calibrated(errors), ()
+    return known.calibrated(errors), ()
 
 
-def _measured(
+def _measure(
     checkpoint: Checkpoint,
     scores: ScoreFile,
     space: SearchSpace,
@@ -89,9 +96,13 @@ def _measured(
     rule: ServingRule,
     known: MeasuredLosses,
     cache: Path | None,
+    save: Callable[[MeasuredLosses], None],
     progress: ProgressCallback,
-) -> MeasuredLosses:
-    """Return ``known`` with what it lacks, also written into ``cache``, beside which unfinished passes are kept.
+) -> None:
+    """Measure what ``known`` lacks, first layers, then classes on top of them.
+
+    Args:
+        cache: unfinished passes are kept beside it. save: is given what is known after each of the two.
 
     Raises:
         MissingExtraError, UnsupportedError: it cannot be measured here.
@@ -103,44 +114,44 @@ def _measured(
         wanted = passes_for(known.by_layers(errors), embeddings, shapes)
         return tuple(each for each in wanted if each.type not in known.by_class(each.inputs).get(each.name, {}))
 
-    # Of a pass, which reads every weight of two bytes or so once a token.
+    # Of a pass of so few tokens as a large model's are, each of which reads every weight, of two bytes or so, once.
     operations = float(checkpoint.weight_bytes * _LEAST_TOKENS)
     layers = tuple(
         each for each in layer_passes(errors, embeddings, shapes, operations) if each.name not in known.layers
     )
     classes = classes_left(known)
     if not layers and not classes:
-        return known
+        return
+    text = _held_out(checkpoint, scores)
     from acip_export.measurement.classes import measure_classes
 
-    few, few_sha256 = held_out_windows(checkpoint, scores, ceil_div(len(layers), 2), _LAYER_WINDOW, _LAYER_TOKENS)
-    windows, text_sha256 = held_out_windows(checkpoint, scores, len(classes))
-    _announce(checkpoint, space, ((layers, few.numel(), 0.5), (classes, windows.numel(), 1.0)))
+    few = _spread(checkpoint, text, ceil_div(len(layers), 2), _LAYER_WINDOW, _LAYER_TOKENS)
+    _announce(checkpoint, space, ((layers, few, 0.5), (classes, _spread(checkpoint, text, len(classes)), 1.0)))
     weights = rounded_weights(checkpoint, scores, space)
     plan = Problem.of(checkpoint, scores, space, errors).largest("file", rule.at_every_budget(1))
     maker = made_by(f"torch {version('torch')}", known.quantizer)
 
-    def measure(passes: tuple[ClassPass, ...], windows: Tensor, text_sha256: str, stage: str) -> list[MeasuredLoss]:
+    def measured(passes: tuple[ClassPass, ...], windows: Tensor, stage: str) -> list[MeasuredLoss]:
         listed = "\n".join(f"{each.name} {each.type} {each.inputs} {sorted(each.tensors)}" for each in passes)
-        text = f"text {text_sha256}, windows {tuple(windows.shape)}"
-        origin = f"{maker}\nscores {known.scores_sha256}\n{text}\n{dumps_plan(plan)}\n{listed}"
+        read = f"text {text.sha256}, windows {tuple(windows.shape)}"
+        origin = f"{maker}\nscores {known.scores_sha256}\n{read}\n{dumps_plan(plan)}\n{listed}"
         exact = space.format.vector_type
         with states_beside(cache, origin) as kept:
             return measure_classes(checkpoint, weights, plan, exact, passes, windows, stage, progress, kept)
 
     if layers:
-        losses = measure(layers, few, few_sha256, "calibrate layers")
-        of_layers = {each.name: {each.type: loss} for each, loss in zip(layers, losses, strict=True)}
-        known = replace(known, layers={**known.layers, **of_layers})
-        if cache is not None:
-            save_measured_losses(known, cache)
+        losses = measured(layers, few, "calibrate layers")
+        known = known.with_layers({each.name: {each.type: loss} for each, loss in zip(layers, losses, strict=True)})
+        save(known)
         classes = classes_left(known)
-    known = replace(known, text_sha256=text_sha256, tokens=windows.numel())
-    for each, loss in zip(classes, measure(classes, windows, text_sha256, "calibrate"), strict=True):
-        known = known.with_loss(each.name, each.type, each.inputs, loss)
-    if cache is not None:
-        save_measured_losses(known, cache)
-    return known
+    if classes:
+        # So many as suit those that are left, whether this process has measured the layers or another.
+        windows = _spread(checkpoint, text, len(classes))
+        losses = measured(classes, windows, "calibrate")
+        known = replace(known, text_sha256=text.sha256, tokens=windows.numel())
+        for each, loss in zip(classes, losses, strict=True):
+            known = known.with_loss(each.name, each.type, each.inputs, loss)
+        save(known)
 
 
 def takes_long(checkpoint: Checkpoint, passes: int, tokens: int) -> bool:
@@ -149,21 +160,21 @@ def takes_long(checkpoint: Checkpoint, passes: int, tokens: int) -> bool:
 
 
 def _announce(
-    checkpoint: Checkpoint, space: SearchSpace, rounds: Sequence[tuple[Sequence[ClassPass], int, float]]
+    checkpoint: Checkpoint, space: SearchSpace, rounds: Sequence[tuple[Sequence[ClassPass], Tensor, float]]
 ) -> None:
     """Say how long measuring takes, where that is a while.
 
     Args:
         rounds: passes, the tokens that go through them, and through which share of the blocks.
     """
-    if not any(takes_long(checkpoint, len(passes), tokens) for passes, tokens, _ in rounds):
+    if not any(takes_long(checkpoint, len(passes), tokens.numel()) for passes, tokens, _ in rounds):
         return
     from acip_export.measurement.pass_time import pass_seconds
 
     machine = Machine.measured(checkpoint.shape.hidden)
     types = feedback_types(space)
     seconds = sum(
-        pass_seconds(checkpoint, passes, space.format.name, tokens, types, machine, share)
+        pass_seconds(checkpoint, passes, space.format.name, tokens.numel(), types, machine, share)
         for passes, tokens, share in rounds
         if passes
     )
@@ -175,7 +186,7 @@ def _announce(
 
 
 def held_out_windows(
-    checkpoint: Checkpoint, scores: ScoreFile, passes: int, least: int = _OF_A_WINDOW, most: int = _TOKENS
+    checkpoint: Checkpoint, scores: ScoreFile, passes: int, least: int = _OF_A_WINDOW
 ) -> tuple[Tensor, str]:
     """Return windows (n, tokens) of text that the ranking held out, as many as time allows, and the text's SHA-256.
 
@@ -183,11 +194,16 @@ def held_out_windows(
 
     Args:
         passes: how often they go through the model. least: tokens of a window at least, where there are so many.
-        most: tokens of all windows.
 
     Raises:
         UnsupportedError: they are not here, or nothing that they could go through.
     """
+    text = _held_out(checkpoint, scores)
+    return _spread(checkpoint, text, passes, least), text.sha256
+
+
+def _held_out(checkpoint: Checkpoint, scores: ScoreFile) -> EvaluationText:
+    """Read what :func:`held_out_windows` cuts; raises as that."""
     if not checkpoint.shape.generates:
         raise UnsupportedError("that takes a model that generates text")
     if find_spec("torch") is None or find_spec("transformers") is None:
@@ -195,15 +211,22 @@ def held_out_windows(
     text = held_out_text(checkpoint, scores, min(_WINDOW, checkpoint.shape.max_context))
     if text is None:
         raise UnsupportedError("the text that the ranking held out is not here")
+    return text
+
+
+def _spread(
+    checkpoint: Checkpoint, text: EvaluationText, passes: int, least: int = _OF_A_WINDOW, most: int | None = None
+) -> Tensor:
+    """Return windows of a text, as :func:`held_out_windows` says, of ``most`` tokens together if that is less."""
     import torch
 
     # Two operations a weight, of which a model has one for every two bytes or so.
-    operations = max(1, checkpoint.weight_bytes * passes)
-    tokens = max(_LEAST_TOKENS, min(most, _OPERATIONS // operations, text.windows.size))
+    operations = checkpoint.weight_bytes * max(1, passes)
+    tokens = max(_LEAST_TOKENS, min(most or _TOKENS, _OPERATIONS // operations, text.windows.size))
     there, longest = text.windows.shape
     count = min(there, max(1, tokens // min(least, longest)))
     places = torch.arange(count) * there // count
-    return torch.from_numpy(text.windows)[places, : min(longest, tokens // count)], text.sha256
+    return torch.from_numpy(text.windows)[places, : min(longest, tokens // count)]
 
 
 def rounded_weights(checkpoint: Checkpoint, scores: ScoreFile, space: SearchSpace) -> RoundedWeights:

@@ -36,7 +36,7 @@ def write_imatrix(checkpoint: Checkpoint, scores: ScoreFile, out: Path, force: b
     claim_output(out, imatrix.IMATRIX_KIND, force, (scores.file,), checkpoint.path)
     scores.check_model(checkpoint)
     moments = {name: module.input_moment for name, module in scores.modules.items()}
-    tokens = scores.moment_tokens or 1
+    tokens = scores.moment_tokens() or 1
     chunk = min(scores.ranked_by.context or tokens, tokens)
     measured = imatrix.Measured(scores.data.source, tokens, chunk)
     return imatrix.write_imatrix(checkpoint, moments, measured, out, force)

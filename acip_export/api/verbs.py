@@ -138,8 +138,8 @@ def plan(
         prompt_batch: prompt tokens processed together; ``None``: suits the budget.
         rounding: ``feedback`` carries the error of each weight to those that are rounded after it, ``nearest`` does
             not; ``None``: ``feedback`` where format and score file allow it.
-        calibrate: scale predictions to what rounding each class of layers was measured to cost; the first plan of a
-            format measures it, which takes minutes.
+        calibrate: scale predictions to what rounding layers and classes of them was measured to cost; the first plan of
+            a format measures it, which takes minutes.
         candidates: plans that are run on held-out text before the best is taken; 1: the prediction alone chooses.
         tune: ``"10min"``, or seconds: for so long scales and norms are tuned towards the dense model before the export
             is written; it needs the ranking's text.

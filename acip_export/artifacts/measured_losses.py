@@ -1,7 +1,7 @@
 """What rounding costs a model, measured by forward passes: the cache beside a score file. See docs/measured-losses.md.
 
 Rounding errors (:mod:`acip_export.artifacts.rounding_errors`) predict the loss of rounding one matrix to second order,
-which gets types right, and layers and classes of layers wrong: a few layers lose twenty times of it. So each layer is
+which gets types right, and layers and classes of layers wrong: a few layers lose many times of it. So each layer is
 rounded alone, and then each class, and the divergence from the dense model measured; predictions are scaled by the
 quotients. What the runtime loses by rounding what the matrices are multiplied with is measured beside it, and added.
 """
@@ -30,7 +30,7 @@ from acip_export.weight_types import weight_type
 _NOISE = 1e-7
 # Measured over predicted: beyond these a file was not made by measuring.
 _LEAST_FACTOR, _LARGEST_FACTOR = 1e-4, 1e4
-# The same of a layer, over those of its class.
+# The same of a layer, over that of its class: one that loses nothing still has a share of it.
 _LEAST_SHARE, _LARGEST_SHARE = 1e-2, 1e2
 
 
@@ -53,7 +53,7 @@ class MeasuredLosses(FormatCache):
     """Measured losses for one score file and one format.
 
     Attributes:
-        text_sha256: of the text that was measured on, and ``tokens`` how much of it.
+        text_sha256: of the text that classes were measured on, and ``tokens`` how much of it.
         classes: by class of layers (``mlp.up_proj``; an embedding or head by its name) and type.
         inputs: the same, with the matrices' inputs rounded too, as runtimes do on processors.
         layers: by tensor and the one type that it was measured in.
@@ -77,10 +77,20 @@ class MeasuredLosses(FormatCache):
         more = {**known, name: {**known.get(name, {}), type_: loss}}
         return replace(self, inputs=more) if inputs else replace(self, classes=more)
 
+    def with_layers(self, layers: Mapping[str, Mapping[str, MeasuredLoss]]) -> MeasuredLosses:
+        """Return these losses with more layers; their classes are to be measured on top of them again."""
+        changed = {class_of(name) for name in layers}
+        classes, inputs = (
+            {name: losses for name, losses in known.items() if name not in changed}
+            for known in (self.classes, self.inputs)
+        )
+        return replace(self, layers={**self.layers, **layers}, classes=classes, inputs=inputs)
+
     def by_layers(self, errors: RoundingErrors) -> RoundingErrors:
         """Return ``errors`` shared among the layers of each class as they were measured to lose.
 
-        What the measured layers of a class lose together, in the type that they were measured in, stays.
+        What the measured layers of a class lose together, in the type that they were measured in, stays, unless the
+        share of one is cut.
         """
         shares = self._shares()
         return replace(
@@ -100,7 +110,7 @@ class MeasuredLosses(FormatCache):
         )
 
     def _shares(self) -> dict[str, float]:
-        """Return what every measured layer loses more than its class, than was predicted of both."""
+        """Return by layer how measured over predicted compares with that of its class."""
         known = {name: loss for name, losses in self.layers.items() for loss in losses.values() if loss.predicted > 0}
         sums: dict[str, list[float]] = {}
         for name, loss in known.items():

@@ -180,7 +180,8 @@ class RankedBy(msgspec.Struct, frozen=True):
     """Of :attr:`ScoreFile.algorithm` what this tool goes by; the rest is for people.
 
     Attributes:
-        context: tokens of a window. statistics_tokens: that second moments were measured on.
+        context: tokens of a window. statistics_tokens: that second moments of inputs were measured on;
+        gradient_tokens: those of gradients.
         field, most_tokens: how the text was read.
     """
 
@@ -188,6 +189,7 @@ class RankedBy(msgspec.Struct, frozen=True):
     basis: Basis
     context: Count | None = None
     statistics_tokens: Count | None = None
+    gradient_tokens: Count | None = None
     field: str | None = None
     most_tokens: Count | None = None
 
@@ -240,10 +242,20 @@ class ScoreFile:
         """The algorithm's own fields."""
         return convert(dict(self.algorithm), RankedBy, f"{self.file or 'scores'}: algorithm", ScoreFileError)
 
-    @property
-    def moment_tokens(self) -> int | None:
-        """How many tokens second moments of inputs were measured on; rankings that do not say used all of theirs."""
-        return self.ranked_by.statistics_tokens or self.data.tokens or None
+    def moment_tokens(self, key: str = "") -> int | None:
+        """Return how many tokens a second moment was measured on, at most; where it is not said, all of the text.
+
+        Args:
+            key: of embedding or head, which take gradients; else of any layer's inputs.
+        """
+        asked = [self.ranked_by.statistics_tokens]
+        if key in self.embedding_sensitivity:
+            asked.append(self.ranked_by.gradient_tokens)
+        return min((count for count in (*asked, self.data.tokens) if count), default=None)
+
+    def moment(self, key: str) -> PackedMoment:
+        """Return a second moment that knows how many tokens it is of."""
+        return replace(self.second_moments[key], tokens=self.moment_tokens(key))
 
     @property
     def loss_unit(self) -> str:

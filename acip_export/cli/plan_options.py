@@ -176,7 +176,7 @@ class PlanFlags:
     calibrate: Annotated[
         bool,
         typer.Option(
-            help="Measure what rounding costs, class by class (default).\n\nPredictions are scaled to it. "
+            help="Measure what rounding costs, layer by layer (default).\n\nPredictions are scaled to it. "
             "The first plan of a format then takes minutes.",
             rich_help_panel=CHECK,
         ),

@@ -32,7 +32,7 @@ _BY_HAND = {
     "consumers": ("other programs that tests open exports with: a download", "make consumers"),
     "rivals": ("what benchmarks compare exports with: downloads and hours", "make bench-rivals"),
 }
-# Of classes of layers, of plans, and of types of KV cache; what is unfinished ends on another suffix.
+# Of layers and classes of them, of plans, and of types of KV cache; what is unfinished ends on another suffix.
 _LOSSES = ("losses", "candidates", "kv-cache")
 _ROUNDING = "rounding"
 _FACTORS = re.compile(r"[0-9a-f]{64}\.safetensors")

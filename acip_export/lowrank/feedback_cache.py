@@ -50,11 +50,10 @@ class FeedbackCache:
 
     Args:
         directory: ``None``: that of the user.
-        tokens: see :meth:`PackedMoment.feedback_factor`.
     """
 
-    def __init__(self, directory: Path | None = None, tokens: int | None = None) -> None:
-        self.directory, self.tokens = feedback_directory() if directory is None else directory, tokens
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = feedback_directory() if directory is None else directory
 
     def factor(self, moment: PackedMoment, name: str) -> FeedbackFactor:
         """Return :meth:`PackedMoment.feedback_factor`, made for the first to ask.
@@ -64,7 +63,7 @@ class FeedbackCache:
         """
         known = self.read(moment)
         if known is None:
-            known = moment.feedback_factor(name, self.tokens)
+            known = moment.feedback_factor(name)
             self.write(moment, known)
         return known
 
@@ -117,7 +116,7 @@ class FeedbackCache:
         return True
 
     def _file(self, moment: PackedMoment) -> Path:
-        return self.directory / f"{_key(moment, self.tokens)}.factor"
+        return self.directory / f"{_key(moment)}.factor"
 
     def _has_room(self, new: Path, nbytes: int) -> bool:
         """Tell whether an entry of so many bytes fits, and remove those not used for longest until it does."""
@@ -149,7 +148,7 @@ def entry_bytes(size: int) -> int:
     return _DIGEST_BYTES + 8 * size + size * (size - 1) // 2
 
 
-def _key(moment: PackedMoment, tokens: int | None) -> str:
+def _key(moment: PackedMoment) -> str:
     """Name all that a factor follows from: sums may differ in their last bits with PyTorch, its threads and processors.
 
     Machines of several kinds may share a home.
@@ -157,7 +156,7 @@ def _key(moment: PackedMoment, tokens: int | None) -> str:
     import torch
 
     computed_by = (torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
-    computed = "".join(f"{each}|" for each in (_VERSION, FEEDBACK_VERSION, tokens, *computed_by))
+    computed = "".join(f"{each}|" for each in (_VERSION, FEEDBACK_VERSION, moment.tokens, *computed_by))
     digest = hashlib.sha256(computed.encode() + moment.digest)
     if moment.scales is not None:
         digest.update(moment.scales.tobytes())

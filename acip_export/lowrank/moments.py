@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float32]
 # even so: moments of few tokens may have negative eigenvalues.
 _DAMPINGS = (3e-4, 3e-3, 3e-2, 0.3, 3.0)
 # Error feedback wants more, as a share of the mean of the diagonal. What few tokens say about how inputs go together is
-# chance: it takes as many more as there are inputs for seen, in which they do not.
+# chance: n inputs count as if n more tokens had been seen in which they do not go together.
 _FEEDBACK_DAMPING = 0.01
 # Up to so many inputs it is factorized again in the order that scaling gives it. In the order of before, errors are 2 %
 # larger, which takes half of the time and memory: the difference is a minute for one matrix of 14,336 columns.
@@ -61,6 +61,7 @@ class PackedMoment:
         codes: (bytes,) the entries of these rows above the diagonal, row by row, in steps: signed bytes, deflated.
         order: (n,) the columns in descending order.
         scales: (n,) what the vectors' entries were multiplied by since; ``None``: nothing.
+        tokens: that it was measured on, for error feedback; ``None``: more than enough.
     """
 
     diagonal: Floats
@@ -69,6 +70,7 @@ class PackedMoment:
     codes: npt.NDArray[np.uint8]
     order: npt.NDArray[np.int64]
     scales: Floats | None = None
+    tokens: int | None = None
 
     @classmethod
     def of(cls, rows: Floats, codes: npt.NDArray[np.uint8]) -> PackedMoment:
@@ -173,20 +175,17 @@ class PackedMoment:
             raise ScoreFileError(f"{name} overflows; rank again")
         return root, inverse
 
-    def feedback_factor(self, name: str = "the second moment", tokens: int | None = None) -> FeedbackFactor:
+    def feedback_factor(self, name: str = "the second moment") -> FeedbackFactor:
         """Return how errors are carried forward, beginning with the column of the largest moment.
 
         Of scaled inputs that are wide, in the order of before scaling.
-
-        Args:
-            tokens: that the moment was measured on; ``None``: more than enough.
 
         Raises:
             ScoreFileError: it overflows; the message begins with ``name``.
         """
         import torch
 
-        chance = self.size / tokens if tokens else 0.0
+        chance = self.size / self.tokens if self.tokens else 0.0
         diagonal = torch.from_numpy(self.diagonal).double()
         upper, order = self._damped_upper(chance * diagonal + _FEEDBACK_DAMPING * diagonal.mean(), name), self.order
         if self.scales is not None and self.size <= SORTED_COLUMNS:
@@ -198,9 +197,9 @@ class PackedMoment:
     def _damped_upper(self, added: Tensor, name: str) -> Tensor:
         """Factorize (H + A)^-1 = V^T V, V upper triangular, without making H: H^-1 = U^T U is known.
 
-        With A diagonal that is A^-1/2 (A^-1/2 H A^-1/2 + 1)^-1 A^-1/2. What is added is hardly less than what was added
-        to H when it was packed, so that float32 does, unless inputs were scaled very differently since. H is what U
-        says of it: without its exact diagonal.
+        With A diagonal that is A^-1/2 (A^-1/2 H A^-1/2 + 1)^-1 A^-1/2. Float32 does for that, unless inputs were scaled
+        very differently since: what A has in proportion to the diagonal of H makes columns one size, and the rest of it
+        is hardly more than what was added to H when it was packed. H is what U says of it: without its exact diagonal.
 
         Args:
             added: (n,) the diagonal of A.
@@ -209,10 +208,10 @@ class PackedMoment:
 
         if not added.any():  # inputs that were never anything but zero: nothing can be made up for
             return torch.eye(self.size)
-        scales = torch.from_numpy(np.ones(self.size) if self.scales is None else self.scales).double()
-        weights = (added.sqrt() / scales)[torch.from_numpy(self.order)]
-        apart = float(weights.max()) > _SCALED_APART * float(weights.min())
-        roots = added.sqrt()[torch.from_numpy(self.order)]
+        order = torch.from_numpy(self.order)
+        roots = added[order].sqrt()
+        weights = roots if self.scales is None else roots / torch.from_numpy(self.scales).double()[order]
+        apart = self.scales is not None and self.scales.max() > _SCALED_APART * self.scales.min()
         for dtype in (torch.float64,) if apart else (torch.float32, torch.float64):
             upper = self._upper(name, dtype)
             upper.mul_(torch.from_numpy(self.pivots).to(dtype)[:, None]).mul_(weights.to(dtype))

@@ -34,7 +34,7 @@ class FeedbackFactors:
     """
 
     def __init__(self, scores: ScoreFile, store: ArrayStore | None = None) -> None:
-        self._scores, self._store, self._cache = scores, store, FeedbackCache(tokens=scores.moment_tokens)
+        self._scores, self._store, self._cache = scores, store, FeedbackCache()
         self._kept: OrderedDict[str, FeedbackFactor] = OrderedDict()
         self._lock = Lock()
 
@@ -68,13 +68,13 @@ class FeedbackFactors:
         return factor
 
     def _factor(self, key: str) -> FeedbackFactor:
-        names, moment = [f"{key}/{part}" for part in FEEDBACK_PARTS], self._scores.second_moments[key]
+        names, moment = [f"{key}/{part}" for part in FEEDBACK_PARTS], self._scores.moment(key)
         if self._store is not None and all(name in self._store for name in names):
             return FeedbackFactor(*map(self._store.read, names))
         factor = self._cache.read(moment)
         if factor is not None:
             return factor
-        factor = moment.feedback_factor(moment_name(key), self._scores.moment_tokens)
+        factor = moment.feedback_factor(moment_name(key))
         if not self._cache.write(moment, factor) and self._store is not None:
             for name, part in zip(names, FEEDBACK_PARTS, strict=True):
                 self._store.write(name, getattr(factor, part))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isfinite
 
 from torch import Tensor
 
 from acip_export.artifacts.measured_losses import MeasuredLoss
 from acip_export.artifacts.plan import Plan, TensorDecision
+from acip_export.errors import UnsupportedError
 from acip_export.io.kept_states import KeptStates
 from acip_export.materialization.rounded_weights import RoundedWeights
 from acip_export.measurement.block_passes import BlockPasses
@@ -32,6 +34,9 @@ def measure_classes(
     Args:
         plan: any plan of the format: classes are rounded as it rounds. exact: a type of the format that rounds nothing.
         stage: named in reports of progress. kept: read and filled.
+
+    Raises:
+        UnsupportedError: the model's blocks are no chain, or rounded it computes nothing finite.
     """
     through = BlockPasses(checkpoint, windows)
     blocks = through.model.names
@@ -47,7 +52,9 @@ def measure_classes(
     clock = Clock(stage, len(blocks) * (1 + len(passes)), progress, done=behind * (1 + len(passes)))
     variants = [weights.of(alone(each), each.inputs) for each in passes]
     divergences = through.divergences(variants, clock.advance, kept)
-    return [
-        MeasuredLoss(each.predicted, max(0.0, found.kl), found.error)
-        for each, found in zip(passes, divergences, strict=True)
-    ]
+    found = []
+    for each, divergence in zip(passes, divergences, strict=True):
+        if not isfinite(divergence.kl):
+            raise UnsupportedError(f"with {each.name} in {each.type} its logits are not finite")
+        found.append(MeasuredLoss(each.predicted, max(0.0, divergence.kl), divergence.error))
+    return found

@@ -1,4 +1,4 @@
-"""Choose what is measured of a model's classes of layers. No torch: where all of it is known, none is needed."""
+"""Choose what is measured of a model's layers and classes of them. No torch: where all is known, none is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _EMBEDDING_LOSSES = (0.0003, 0.003, 0.03)
 # than was predicted of the same layers.
 _ROUNDING_OPERATIONS = 4 * 10**13
 # Each layer is measured in its class's type of this loss, and counts for half a pass: the blocks before it are the
-# dense model's. Classes whose layers would take more operations than these, half an hour on two cores, are left out.
+# dense model's. Classes whose layers would take more than what is left of these operations, half an hour on two cores,
+# are left out.
 _LAYER_LOSS = _LOSSES[-1]
 _LAYER_OPERATIONS = 10**14
 

@@ -159,9 +159,9 @@ class _Inputs:
     def of(cls, scores: ScoreFile, key: str | None, with_factor: bool) -> _Inputs:
         if not key:
             return cls()
-        moment, name = scores.second_moments[key], moment_name(key)
+        moment, name = scores.moment(key), moment_name(key)
         # First what takes more memory while it is made.
-        factor = FeedbackCache(tokens=scores.moment_tokens).factor(moment, name) if with_factor else None
+        factor = FeedbackCache().factor(moment, name) if with_factor else None
         return cls(moment, moment.exact_root(name, torch.float32), factor)
 
     def cost(self, changes: Tensor, added: Tensor) -> Tensor:
@@ -228,7 +228,10 @@ class _Sample:
         label = moment_name(module.input_key)
         factor = None
         if feedback and module.input_key:
-            factor = pack_moment(norm.inputs, label).feedback_factor(label, scores.moment_tokens)
+            packed, whole = pack_moment(norm.inputs, label), scores.moment(module.input_key)
+            # Of some columns only: as much chance for each as when all are rounded.
+            tokens = None if whole.tokens is None else max(1, whole.tokens * packed.size // whole.size)
+            factor = replace(packed, tokens=tokens).feedback_factor(label)
         inputs = InputMoments(norm.inputs.diagonal().float(), factor)
         return cls(weight, norm, (Whitening.of(norm.inputs), Whitening.of(norm.gradients)), inputs)
 

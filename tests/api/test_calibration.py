@@ -24,6 +24,7 @@ from acip_export.artifacts.measured_losses import (
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.measurement import passes
+from acip_export.measurement.block_passes import BlockPasses, MeasuredDivergence
 from acip_export.measurement.passes import layer_passes, passes_for
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
@@ -91,15 +92,53 @@ def test_the_first_plan_measures_and_the_others_know(copied: Path) -> None:
     assert stages(model=copied) == (plan, {"calibrate layers", "calibrate"} | measured)
 
 
-def test_layers_that_are_known_are_not_measured_again(copied: Path) -> None:
-    """As after a kill between the two: classes are measured on top of them."""
+def test_between_layers_and_classes_a_killed_plan_goes_on(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same figures, where fewer tokens go through more passes."""
+    monkeypatch.setattr(calibration, "_LEAST_TOKENS", CONTEXT)
+    checkpoint = Checkpoint.open(copied)
+    monkeypatch.setattr(calibration, "_OPERATIONS", 5000 * checkpoint.weight_bytes)
     plan, _ = stages(model=copied)
     file = cache_file(copied / "m.acip", "gguf", "feedback")
     known = json.loads(file.read_text())
-    file.write_text(json.dumps({**known, "classes": {}, "inputs": {}}))
+    assert CONTEXT < known["tokens"] < 1024
+    file.unlink()
+
+    def killed(step: Progress) -> None:
+        if step.stage == "calibrate":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        acip_export.plan(model=copied, progress=killed, **ASKED)  # type: ignore[arg-type]
+    half = json.loads(file.read_text())
+    assert half["layers"] == known["layers"] and not half["classes"] and half["tokens"] == 0
     again, measured = stages(model=copied)
     assert again == plan and "calibrate" in measured and "calibrate layers" not in measured
     assert json.loads(file.read_text()) == known
+
+
+def test_layers_take_little_text(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, ...]] = []
+
+    def measured(*given: object) -> list[MeasuredLoss]:
+        read.append(given[5].shape)  # type: ignore[attr-defined]
+        return [MeasuredLoss(each.predicted, each.predicted, 0.0) for each in given[4]]  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("acip_export.measurement.classes.measure_classes", measured)
+    monkeypatch.setattr(calibration, "_LAYER_TOKENS", CONTEXT)
+    monkeypatch.setattr(calibration, "_LAYER_WINDOW", CONTEXT)
+    monkeypatch.setattr(calibration, "_LEAST_TOKENS", CONTEXT)
+    stages(model=copied)
+    layers, classes = read
+    assert layers == (1, CONTEXT) and classes[0] * classes[1] > CONTEXT
+
+
+def test_a_model_that_rounding_breaks_is_not_calibrated(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = MeasuredDivergence(float("nan"), float("nan"), 0.0, 1)
+    monkeypatch.setattr(BlockPasses, "divergences", lambda _self, variants, *_: [broken for _ in variants])
+    plan, _ = stages(model=copied)
+    assert not plan.calibrated and plan.notes[-1].startswith("predicted losses are not calibrated on this model: with ")
+    assert plan.notes[-1].endswith("its logits are not finite")
+    assert not cache_file(copied / "m.acip", "gguf", "feedback").exists()
 
 
 @pytest.mark.parametrize("caches", [{}, {"cache_type": "auto"}])
@@ -194,6 +233,17 @@ def test_layers_share_what_their_class_loses_as_they_were_measured() -> None:
     whole = {"mlp.up_proj": {"q4_0": MeasuredLoss(0.04, 0.12, 0.0)}}
     both = MeasuredLosses("gguf", "test", "0", classes=whole, layers=layers).calibrated(errors)
     assert [both.dense[name]["q4_0"] for name in up] == pytest.approx([3 * scaled.dense[name]["q4_0"] for name in up])
+
+
+def test_of_layers_that_come_later_the_class_is_measured_again() -> None:
+    one = {"q4_0": MeasuredLoss(0.01, 0.02, 0.0)}
+    losses = MeasuredLosses("gguf", "test", "0", classes={"mlp.up_proj": one, "mlp.down_proj": one})
+    losses = replace(losses, inputs={"mlp.up_proj": one})
+    more = losses.with_layers({"model.layers.0.mlp.up_proj.weight": one})
+    assert more.classes == {"mlp.down_proj": one} and more.inputs == {}
+    assert more.with_layers({"model.layers.1.mlp.up_proj.weight": one}).layers.keys() == {
+        f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)
+    }
 
 
 def test_a_layer_weighs_a_hundred_times_of_its_class_at_most() -> None:

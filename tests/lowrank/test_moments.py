@@ -101,11 +101,11 @@ def test_the_factor_of_error_feedback_is_that_of_the_damped_moment(
     size = 1100
     if wide:
         monkeypatch.setattr(moments, "SORTED_COLUMNS", size - 1)
-    packed = pack_moment(moment_of(size))
+    packed = replace(pack_moment(moment_of(size)), tokens=tokens)
     if scaled:
         for seed in range(2):  # one after the other, as adapters and channels may scale
             packed = packed.scaled(torch.rand(size, generator=torch.Generator().manual_seed(seed)).add(0.5).numpy())
-    factor = packed.feedback_factor(tokens=tokens)
+    factor = packed.feedback_factor()
     factor.check("it")
     order = torch.from_numpy(factor.order).long()
     assert (np.diff(packed.diagonal[factor.order]) <= 0).all() != wide
@@ -132,7 +132,7 @@ def test_moments_of_few_tokens_round_other_text_better_when_they_count_for_less(
     grid = UniformGrid(np.ones((1, 64), np.float32), None, size, -20, 20)
 
     def cost(counted: int | None) -> float:
-        change = round_with_feedback(weight, grid, packed.feedback_factor(tokens=counted)) - weight
+        change = round_with_feedback(weight, grid, replace(packed, tokens=counted).feedback_factor()) - weight
         wide = torch.from_numpy(change).double()
         return float(((wide @ truth) * wide).sum())
 
@@ -142,7 +142,7 @@ def test_moments_of_few_tokens_round_other_text_better_when_they_count_for_less(
 def test_factors_of_inputs_that_were_scaled_beyond_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, few = pack_moment(moment_of(64)), pack_moment(moment_of(700, tokens=300))
     # Vanishing inputs leave nothing to make up for.
-    assert not packed.scaled(np.full(64, 1e-30, np.float32)).feedback_factor(tokens=8).codes.any()
+    assert not replace(packed, tokens=8).scaled(np.full(64, 1e-30, np.float32)).feedback_factor().codes.any()
     assert not packed.scaled(np.full(64, 1e-30, np.float32)).feedback_factor().codes.any()
     infinite = packed.scaled(np.full(64, np.inf, np.float32))
     with pytest.raises(ScoreFileError, match="'x' overflows; rank again"):
@@ -163,6 +163,30 @@ def test_the_factor_of_inputs_scaled_by_three_decades_is_as_good_as_in_float64(m
     monkeypatch.setattr(moments.PackedMoment, "_upper", lambda self, name, _dtype: widened(self, name, torch.float64))
     exact = packed.feedback_factor()
     assert np.array_equal(found.order, exact.order) and np.array_equal(found.codes, exact.codes)
+
+
+@pytest.mark.parametrize("tokens", [300, 2000])
+def test_the_factor_of_inputs_of_very_different_size_is_as_good_as_in_float64(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations that are a hundred times the others, squared, in a few channels: they are in float32."""
+    apart = np.ones(700, np.float32)
+    apart[[3, 90, 400]] = (10.0, 50.0, 100.0)
+    wide = torch.from_numpy(apart).double()
+    packed = replace(pack_moment(moment_of(700, tokens) * wide * wide[:, None]), tokens=tokens)
+    found = packed.feedback_factor()
+    asked: list[torch.dtype] = []
+    widened = moments.PackedMoment._upper
+
+    def in_float64(self: PackedMoment, name: str, dtype: torch.dtype) -> Tensor:
+        asked.append(dtype)
+        return widened(self, name, torch.float64)
+
+    monkeypatch.setattr(moments.PackedMoment, "_upper", in_float64)
+    exact = packed.feedback_factor()
+    assert asked == [torch.float32] and np.array_equal(found.order, exact.order)
+    # One of the eight bits' steps at most.
+    assert np.abs(found.codes.astype(np.int16) - exact.codes).max() <= 1
 
 
 def test_a_part_of_a_moment() -> None:

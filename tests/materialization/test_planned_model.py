@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from acip_export.lowrank import feedback_cache
 from acip_export.lowrank.moments import PackedMoment
 from acip_export.materialization.feedback_factors import FeedbackFactors
 from acip_export.materialization.plan_numbers import PlanNumbers
+from acip_export.measurement.rounding_errors import _Inputs
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
 from acip_export.progress import Progress
@@ -328,6 +330,27 @@ def test_a_factor_is_kept_in_one_place(
             unmade.setattr(PackedMoment, "feedback_factor", lambda *_: pytest.fail("made again"))
             FeedbackFactors(scores, store).by_key(key).check("it")
         store.close()
+
+
+def test_plans_and_exports_count_the_same_tokens(made: dict[bool, tuple[Path, ScoreFile]]) -> None:
+    """Of an input those that its moment was measured on, of an embedding those of gradients."""
+    _, scores = made[True]
+    embedding = next(iter(scores.embedding_sensitivity))
+    told = {**scores.algorithm, "statistics_tokens": 300, "gradient_tokens": 100}
+    few = replace(scores, algorithm=told, data=replace(scores.data, tokens=1000))
+    layer = next(iter(scores.modules.values())).input_key
+    assert few.moment_tokens() == few.moment(layer).tokens == 300
+    assert few.moment_tokens(embedding) == few.moment(embedding).tokens == 100
+    # No more than there were; all of them where the ranking does not say.
+    short = replace(few, data=replace(few.data, tokens=90))
+    assert (short.moment_tokens(), short.moment_tokens(embedding)) == (90, 90)
+    silent = {name: value for name, value in told.items() if not name.endswith("_tokens")}
+    assert replace(few, algorithm=silent).moment_tokens() == 1000
+    for key in (layer, embedding):
+        exported, planned = FeedbackFactors(few).by_key(key), _Inputs.of(few, key, True).factor
+        assert planned is not None and np.array_equal(exported.codes, planned.codes)
+        fewer = replace(few, algorithm={**told, "statistics_tokens": 50, "gradient_tokens": 50})
+        assert not np.array_equal(exported.codes, FeedbackFactors(fewer).by_key(key).codes)
 
 
 def test_only_pairs_are_kept_on_disk(made: dict[bool, tuple[Path, ScoreFile]], tmp_path: Path) -> None:

@@ -162,6 +162,10 @@ def test_factors_of_wide_inputs_are_counted_once(tmp_path: Path) -> None:
     one = [ClassPass("down_proj", "q4_0", frozenset({"model.layers.0.mlp.down_proj.weight"}), 0.0)]
     few, more = (pass_seconds(checkpoint, one, "gguf", 512, types, TWO_CORES) for types in ((), ("q4_0",)))
     assert few < more < few + 0.05 * made
+    # Through half of the blocks: the dense model, and every head, whole.
+    whole, half = (pass_seconds(checkpoint, one, "gguf", 512, (), TWO_CORES, share) for share in (1.0, 0.5))
+    layers = sum(out * inputs for out, inputs in checkpoint.linear_modules.values())
+    assert whole - half == pytest.approx(2 * 512 * 0.5 * layers / (0.5 * TWO_CORES.float32))
 
 
 def test_what_follows_a_ranking_is_in_its_time(tmp_path: Path) -> None:
