@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -71,24 +71,20 @@ def calibrated_errors(
     cache = None if scores.file is None else cache_file(scores.file, space.format.name, space.rounding)
     nothing = MeasuredLosses(errors.format, errors.quantizer, errors.scores_sha256)
     known = load_measured_losses(cache, nothing) if cache else scores.measured_losses.get(kept_as, nothing)
-
-    def save(losses: MeasuredLosses) -> None:
-        nonlocal known
-        known = losses
-        if cache is None:
-            scores.measured_losses[kept_as] = losses
-        else:
-            save_measured_losses(losses, cache)
-
     try:
-        _measure(checkpoint, scores, space, errors, rule, known, cache, save, progress)
+        for more in _measured(checkpoint, scores, space, errors, rule, known, cache, progress):
+            known = more
+            if cache is None:
+                scores.measured_losses[kept_as] = known
+            else:
+                save_measured_losses(known, cache)
     except (MissingExtraError, UnsupportedError) as reason:
         if not known.classes:
             return errors, (f"predicted losses are not calibrated on this model: {reason}",)
     return known.calibrated(errors), ()
 
 
-def _measure(
+def _measured(
     checkpoint: Checkpoint,
     scores: ScoreFile,
     space: SearchSpace,
@@ -96,13 +92,12 @@ def _measure(
     rule: ServingRule,
     known: MeasuredLosses,
     cache: Path | None,
-    save: Callable[[MeasuredLosses], None],
     progress: ProgressCallback,
-) -> None:
-    """Measure what ``known`` lacks, first layers, then classes on top of them.
+) -> Iterator[MeasuredLosses]:
+    """Measure what ``known`` lacks, first layers, then classes on top of them, and yield what is known after each.
 
     Args:
-        cache: unfinished passes are kept beside it. save: is given what is known after each of the two.
+        cache: unfinished passes are kept beside it.
 
     Raises:
         MissingExtraError, UnsupportedError: it cannot be measured here.
@@ -131,7 +126,7 @@ def _measure(
     plan = Problem.of(checkpoint, scores, space, errors).largest("file", rule.at_every_budget(1))
     maker = made_by(f"torch {version('torch')}", known.quantizer)
 
-    def measured(passes: tuple[ClassPass, ...], windows: Tensor, stage: str) -> list[MeasuredLoss]:
+    def losses_of(passes: tuple[ClassPass, ...], windows: Tensor, stage: str) -> list[MeasuredLoss]:
         listed = "\n".join(f"{each.name} {each.type} {each.inputs} {sorted(each.tensors)}" for each in passes)
         read = f"text {text.sha256}, windows {tuple(windows.shape)}"
         origin = f"{maker}\nscores {known.scores_sha256}\n{read}\n{dumps_plan(plan)}\n{listed}"
@@ -140,18 +135,18 @@ def _measure(
             return measure_classes(checkpoint, weights, plan, exact, passes, windows, stage, progress, kept)
 
     if layers:
-        losses = measured(layers, few, "calibrate layers")
+        losses = losses_of(layers, few, "calibrate layers")
         known = known.with_layers({each.name: {each.type: loss} for each, loss in zip(layers, losses, strict=True)})
-        save(known)
+        yield known
         classes = classes_left(known)
     if classes:
         # So many as suit those that are left, whether this process has measured the layers or another.
         windows = _spread(checkpoint, text, len(classes))
-        losses = measured(classes, windows, "calibrate")
+        losses = losses_of(classes, windows, "calibrate")
         known = replace(known, text_sha256=text.sha256, tokens=windows.numel())
         for each, loss in zip(classes, losses, strict=True):
             known = known.with_loss(each.name, each.type, each.inputs, loss)
-        save(known)
+        yield known
 
 
 def takes_long(checkpoint: Checkpoint, passes: int, tokens: int) -> bool:

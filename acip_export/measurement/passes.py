@@ -58,11 +58,11 @@ def passes_for(
     special = {class_of(name) for name in embeddings}
     chosen: list[tuple[str, str, float, bool]] = []
     for name, losses in class_losses(errors).items():
-        rounded = {t: loss for t, loss in losses.items() if loss > 0 and not weight_type(errors.format, t).is_float}
+        rounded = _rounded(errors.format, losses)
         if not rounded:
             continue
         targets = _EMBEDDING_LOSSES if name in special else _LOSSES
-        nearest = dict.fromkeys(min(rounded, key=lambda t: abs(log(rounded[t] / target))) for target in targets)
+        nearest = dict.fromkeys(_nearest(rounded, target) for target in targets)
         chosen += [(name, type_, rounded[type_], False) for type_ in nearest]
         blocks = {t: block for t in rounded if (block := weight_type(errors.format, t).input_block)}
         for block in sorted({min(blocks.values()), max(blocks.values())}) if blocks else ():
@@ -101,16 +101,26 @@ def layer_passes(
     found: list[ClassPass] = []
     left = float(_LAYER_OPERATIONS)
     for name, losses in sorted(class_losses(errors).items(), key=lambda each: -max(each[1].values(), default=0.0)):
-        rounded = {t: loss for t, loss in losses.items() if loss > 0 and not weight_type(errors.format, t).is_float}
+        rounded = _rounded(errors.format, losses)
         if name in special or len(members[name]) < 2 or not rounded:
             continue
-        type_ = min(rounded, key=lambda t: abs(log(rounded[t] / _LAYER_LOSS)))
+        type_ = _nearest(rounded, _LAYER_LOSS)
         layers = [t for t in members[name] if errors.dense[t].get(type_, 0.0) > 0]
         operations = sum(_rounding_operations(shapes[t]) + pass_operations / 2 for t in layers)
         if operations <= left:
             left -= operations
             found += (ClassPass(t, type_, frozenset({t}), errors.dense[t][type_]) for t in layers)
     return tuple(found)
+
+
+def _rounded(format: str, losses: Mapping[str, float]) -> dict[str, float]:
+    """Return the losses of those types that round."""
+    return {t: loss for t, loss in losses.items() if loss > 0 and not weight_type(format, t).is_float}
+
+
+def _nearest(losses: Mapping[str, float], target: float) -> str:
+    """Return the type whose loss is nearest to ``target``, by their quotient."""
+    return min(losses, key=lambda t: abs(log(losses[t] / target)))
 
 
 def _members(errors: RoundingErrors) -> dict[str, list[str]]:
