@@ -7,7 +7,7 @@ as in :mod:`acip_export.artifacts.materialized`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -29,7 +29,7 @@ from acip_export.errors import BundleError
 from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
 from acip_export.io.inputs import Count
 from acip_export.io.outputs import DirectoryKind, FileKind, json_kind
-from acip_export.rounding.error_feedback import FeedbackFactor
+from acip_export.rounding.error_feedback import ROWS_AT_ONCE, FeedbackFactor
 from acip_export.rounding.kept_roundings import KeptRoundings
 from acip_export.rounding.quantizer import RoundTrip
 
@@ -54,10 +54,17 @@ class Manifest(Artifact):
     files: Mapping[str, Count]
     feedback_sha256: str | None = None
     feedback: Mapping[str, str] = field(default_factory=dict)
+    row_feedback: Mapping[str, str] = field(default_factory=dict)
 
 
 # Tensors of a factor in FEEDBACK_FILE, behind its key.
 FEEDBACK_PARTS = ("order", "codes", "steps")
+
+
+def row_keys(key: str, rows: int) -> dict[str, int]:
+    """Return the keys of a matrix's factors of rows, and of how many rows each is."""
+    return {f"{key}/{part}": min(ROWS_AT_ONCE, rows - start) for part, start in enumerate(range(0, rows, ROWS_AT_ONCE))}
+
 
 _MANIFEST_KIND = json_kind("a bundle's manifest", BUNDLE.artifact)
 
@@ -166,8 +173,17 @@ class Bundle(MaterializedModel):
             BundleError: its factor is missing, damaged, or of another matrix.
         """
         key = self.manifest.feedback.get(name)
+        return None if key is None else self._factor(key, name, self.tensors[name].shape[-1], "inputs")
+
+    def row_feedback(self, name: str) -> Sequence[FeedbackFactor] | None:
+        """See :class:`MaterializedModel`; raises as :meth:`feedback`."""
+        key = self.manifest.row_feedback.get(name)
         if key is None:
             return None
+        sizes = row_keys(key, self.tensors[name].shape[0])
+        return [self._factor(part, name, rows, "rows") for part, rows in sizes.items()]
+
+    def _factor(self, key: str, name: str, size: int, what: str) -> FeedbackFactor:
         from safetensors import SafetensorError, safe_open
 
         file = self.path / FEEDBACK_FILE
@@ -178,10 +194,9 @@ class Bundle(MaterializedModel):
             factor.check(f"the factor {key!r} of {name}")
         except (SafetensorError, OSError, ValueError) as reason:
             raise BundleError(f"{file} is damaged: {reason}; materialize again") from reason
-        if factor.size != self.tensors[name].shape[-1]:
+        if factor.size != size:
             raise BundleError(
-                f"{file}: the factor {key!r} is of {factor.size} inputs, {name} has {self.tensors[name].shape[-1]}; "
-                "materialize again"
+                f"{file}: the factor {key!r} is of {factor.size} {what}, {name} has {size}; materialize again"
             )
         return factor
 

@@ -7,7 +7,7 @@ A dense weight keeps its name (``M.weight``); a factor pair is ``M.up.weight`` (
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -69,13 +69,19 @@ class MaterializedModel(ABC):
     def feedback(self, name: str) -> FeedbackFactor | None:
         """Return how errors are carried in a matrix; ``None``: it is rounded to the nearest codes."""
 
+    @abstractmethod
+    def row_feedback(self, name: str) -> Sequence[FeedbackFactor] | None:
+        """Return how errors are carried among the rows of a matrix; ``None``: they are independent."""
+
     def gains(self, name: str) -> torch.Tensor | None:  # noqa: ARG002 - for those that are tuned
         """Return what tuning multiplies the scales of a matrix with, (rows, blocks); ``None``: they stay."""
         return None
 
     def inputs(self, name: str) -> InputMoments:
-        """Return what rounding may know about the inputs of a stored matrix; raises as :meth:`feedback`."""
-        return InputMoments(self.importance(name), self.feedback(name), self.kept, self.gains(name))
+        """Return what rounding may know of a stored matrix; raises as :meth:`feedback`."""
+        return InputMoments(
+            self.importance(name), self.feedback(name), self.kept, self.gains(name), self.row_feedback(name)
+        )
 
     def as_checkpoint(self) -> Checkpoint:
         """Return config and tokenizer, through the interface that predictions use."""

@@ -36,7 +36,7 @@ class ArtifactName(NamedTuple):
 
 SCORES = ArtifactName("acip-scores", 2, "a score file", "rank again")
 PLAN = ArtifactName("acip-plan", 2, "a plan", "plan again")
-BUNDLE = ArtifactName("acip-bundle", 2, "a bundle", "materialize again")
+BUNDLE = ArtifactName("acip-bundle", 3, "a bundle", "materialize again")
 TUNED = ArtifactName("acip-tuned", 1, "tuned numbers", "export again")
 REPORT = ArtifactName("acip-report", 2, "a report", "run  acip-export verify  again")
 PAGE_DATA = ArtifactName("acip-report-data", 2, "a report page", "run  acip-export report  again")

@@ -1,4 +1,4 @@
-"""Keep the factors of error feedback of wide inputs on disk, so that one command makes them for all that follow.
+"""Keep the factors of error feedback of wide layers on disk, so that one command makes them for all that follow.
 
 One file for each factor in the user's cache, named by what went in: SHA-256 over the packed moment, what its vectors
 were scaled by, and what computed it. Measuring types, tuning, exports and their verification share entries, several
@@ -26,7 +26,7 @@ from acip_export.rounding.quantizer import FEEDBACK_VERSION
 
 logger = logging.getLogger(__name__)
 
-_VERSION = "1"
+_VERSION = "2"
 # Factors of fewer columns are made in milliseconds.
 LEAST_COLUMNS = 1024
 # All entries together, which is enough for a model of 8 billion parameters, and what stays free on the disk.
@@ -61,18 +61,22 @@ class FeedbackCache:
         Raises:
             ScoreFileError: it overflows; the message begins with ``name``.
         """
-        known = self.read(moment)
+        origin = moment.digest
+        known = self.read(origin, moment.size)
         if known is None:
             known = moment.feedback_factor(name)
-            self.write(moment, known)
+            self.write(origin, known)
         return known
 
-    def read(self, moment: PackedMoment) -> FeedbackFactor | None:
-        """Return what is kept of a moment; ``None``: nothing, or it is damaged."""
-        size = moment.size
+    def read(self, origin: bytes, size: int) -> FeedbackFactor | None:
+        """Return the factor of ``size`` columns or rows that follows from ``origin``.
+
+        Returns:
+            ``None``: nothing is kept, or it is damaged.
+        """
         if size < LEAST_COLUMNS:
             return None
-        file = self._file(moment)
+        file = self._file(origin)
         try:
             if file.stat().st_size != entry_bytes(size):
                 return None
@@ -89,13 +93,13 @@ class FeedbackCache:
             os.utime(file)
         return factor
 
-    def write(self, moment: PackedMoment, factor: FeedbackFactor) -> bool:
-        """Keep the factor of a moment, if it is of a wide input and there is room.
+    def write(self, origin: bytes, factor: FeedbackFactor) -> bool:
+        """Keep what follows from ``origin``, if it is wide and there is room.
 
         Returns:
             Whether it is kept.
         """
-        if moment.size < LEAST_COLUMNS:
+        if factor.size < LEAST_COLUMNS:
             return False
         parts = factor.order.data, factor.steps.data, factor.codes.data
         digest = hashlib.sha256()
@@ -103,8 +107,8 @@ class FeedbackCache:
             digest.update(part)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            file = self._file(moment)
-            if not self._has_room(file, entry_bytes(moment.size)):
+            file = self._file(origin)
+            if not self._has_room(file, entry_bytes(factor.size)):
                 return False
             with new_file(file) as temporary, temporary.open("wb") as new:
                 new.write(digest.digest())
@@ -115,8 +119,8 @@ class FeedbackCache:
             return False
         return True
 
-    def _file(self, moment: PackedMoment) -> Path:
-        return self.directory / f"{_key(moment)}.factor"
+    def _file(self, origin: bytes) -> Path:
+        return self.directory / f"{_key(origin)}.factor"
 
     def _has_room(self, new: Path, nbytes: int) -> bool:
         """Tell whether an entry of so many bytes fits, and remove those not used for longest until it does."""
@@ -144,11 +148,11 @@ class FeedbackCache:
 
 
 def entry_bytes(size: int) -> int:
-    """Return what the factor of so many inputs takes."""
+    """Return what the factor of so many columns or rows takes."""
     return _DIGEST_BYTES + 8 * size + size * (size - 1) // 2
 
 
-def _key(moment: PackedMoment) -> str:
+def _key(origin: bytes) -> str:
     """Name all that a factor follows from: sums may differ in their last bits with PyTorch, its threads and processors.
 
     Machines of several kinds may share a home.
@@ -156,8 +160,5 @@ def _key(moment: PackedMoment) -> str:
     import torch
 
     computed_by = (torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
-    computed = "".join(f"{each}|" for each in (_VERSION, FEEDBACK_VERSION, moment.tokens, *computed_by))
-    digest = hashlib.sha256(computed.encode() + moment.digest)
-    if moment.scales is not None:
-        digest.update(moment.scales.tobytes())
-    return digest.hexdigest()
+    computed = "".join(f"{each}|" for each in (_VERSION, FEEDBACK_VERSION, *computed_by))
+    return hashlib.sha256(computed.encode() + origin).hexdigest()

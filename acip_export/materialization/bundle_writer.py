@@ -83,7 +83,7 @@ def materialize_bundle(
         }
         with (
             SafetensorsWriter(directory / WEIGHTS_FILE, declared, {"format": "pt"}) as writer,
-            FeedbackWriter(directory / FEEDBACK_FILE, plan, numbers.matrices) as feedback_writer,
+            FeedbackWriter(directory / FEEDBACK_FILE, plan, numbers.matrices, numbers.rows) as feedback_writer,
         ):
             for index, (decision, made) in enumerate(one_ahead(partial(_stored, model), plan.tensors)):
                 for name, tensor in made.numbers.items():
@@ -109,6 +109,7 @@ def materialize_bundle(
             importance_sha256=sha256_of(directory / IMPORTANCE_FILE),
             feedback_sha256=feedback_writer.sha256,
             feedback=numbers.matrices,
+            row_feedback=numbers.rows,
             files=sizes_below(directory),
         )
         (directory / MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")

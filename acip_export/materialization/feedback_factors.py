@@ -1,15 +1,15 @@
-"""Factors for error feedback: made of a score file's second moments, one for every input, and written to the bundle."""
+"""Factors for error feedback: made of a score file's second moments, for every input and every matrix's rows."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Self
+from typing import Generic, NamedTuple, Self, TypeVar
 
-from acip_export.artifacts.bundle import FEEDBACK_PARTS
+from acip_export.artifacts.bundle import FEEDBACK_PARTS, row_keys
 from acip_export.artifacts.materialized import MaterializedModel, stored_formats, stored_of
 from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ModuleScores, ScoreFile
@@ -17,17 +17,38 @@ from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
 from acip_export.io.scratch import ArrayStore
 from acip_export.lowrank.feedback_cache import FeedbackCache
-from acip_export.lowrank.moments import moment_name
-from acip_export.rounding.error_feedback import FeedbackFactor
+from acip_export.lowrank.moments import is_projected, moment_name
+from acip_export.rounding.error_feedback import ROWS_AT_ONCE, FeedbackFactor
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
-_KEPT = 4
+_INPUTS_KEPT = 4
+# Of so many matrices those of rows: plans that are measured together round each matrix of a block in several types.
+_MATRICES_KEPT = 8
+
+_Made = TypeVar("_Made")
+
+
+class _Latest(Generic[_Made]):
+    """Keeps what was made last. Threads may share it."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._made, self._lock = most, OrderedDict[str, _Made](), Lock()
+
+    def get(self, key: str, make: Callable[[], _Made]) -> _Made:
+        """Return what is kept under a key, made for the first to ask."""
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+            self._made.move_to_end(key)
+            while len(self._made) > self._most:
+                self._made.popitem(last=False)
+            return self._made[key]
 
 
 class FeedbackFactors:
-    """Makes the factor of an input when it is asked for, and keeps the last few. Threads may share it.
+    """Makes a factor when it is asked for, and keeps the last few. Threads may share it.
 
-    Those of wide inputs are in the user's cache (:mod:`acip_export.lowrank.feedback_cache`).
+    Wide ones are in the user's cache (:mod:`acip_export.lowrank.feedback_cache`).
 
     Args:
         store: keeps those that the user's cache does not: it may have no room, and of a large model too little.
@@ -35,8 +56,7 @@ class FeedbackFactors:
 
     def __init__(self, scores: ScoreFile, store: ArrayStore | None = None) -> None:
         self._scores, self._store, self._cache = scores, store, FeedbackCache()
-        self._kept: OrderedDict[str, FeedbackFactor] = OrderedDict()
-        self._lock = Lock()
+        self._inputs, self._rows = _Latest[FeedbackFactor](_INPUTS_KEPT), _Latest[list[FeedbackFactor]](_MATRICES_KEPT)
 
     def of(self, module: ModuleScores) -> FeedbackFactor | None:
         """Return the factor of a module's input; ``None`` where only the moment's diagonal is known.
@@ -52,13 +72,7 @@ class FeedbackFactors:
         Raises:
             ScoreFileError: it overflows.
         """
-        with self._lock:
-            if key not in self._kept:
-                self._kept[key] = self._factor(key)
-            self._kept.move_to_end(key)
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-            return self._kept[key]
+        return self._inputs.get(key, lambda: self._of_input(key))
 
     def fitting(self, key: str, name: str, columns: int) -> FeedbackFactor:
         """Return the factor of a second moment for a matrix; raises ScoreFileError where it is of another size."""
@@ -67,18 +81,48 @@ class FeedbackFactors:
             raise ScoreFileError(f"{moment_name(key)} is of {factor.size} columns, {name} has {columns}; rank again")
         return factor
 
-    def _factor(self, key: str) -> FeedbackFactor:
-        names, moment = [f"{key}/{part}" for part in FEEDBACK_PARTS], self._scores.moment(key)
-        if self._store is not None and all(name in self._store for name in names):
-            return FeedbackFactor(*map(self._store.read, names))
-        factor = self._cache.read(moment)
-        if factor is not None:
-            return factor
-        factor = moment.feedback_factor(moment_name(key))
-        if not self._cache.write(moment, factor) and self._store is not None:
-            for name, part in zip(names, FEEDBACK_PARTS, strict=True):
-                self._store.write(name, getattr(factor, part))
-        return factor
+    def of_rows(self, key: str) -> Sequence[FeedbackFactor]:
+        """Return how errors are carried among rows whose outputs' gradients have a second moment.
+
+        Each factor is of ``ROWS_AT_ONCE`` rows.
+
+        Raises:
+            ScoreFileError: it overflows.
+        """
+        return self._rows.get(key, lambda: self._of_rows(key))
+
+    def _of_input(self, key: str) -> FeedbackFactor:
+        moment = self._scores.moment(key)
+        parts = {key: _Part(moment.digest, moment.size)}
+        return self._kept(parts, lambda: [moment.feedback_factor(moment_name(key))])[0]
+
+    def _of_rows(self, key: str) -> list[FeedbackFactor]:
+        moment = self._scores.second_moments[key]
+        sizes, digest = row_keys(key, moment.size), moment.digest
+        parts = {name: _Part(digest + name.encode(), size) for name, size in sizes.items()}
+        return self._kept(parts, lambda: moment.row_factors(ROWS_AT_ONCE, moment_name(key)))
+
+    def _kept(self, parts: Mapping[str, _Part], make: Callable[[], list[FeedbackFactor]]) -> list[FeedbackFactor]:
+        """Return factors by their keys that were made before, or make them all and keep them."""
+        names = [[f"{key}/{part}" for part in FEEDBACK_PARTS] for key in parts]
+        if self._store is not None and all(name in self._store for each in names for name in each):
+            return [FeedbackFactor(*map(self._store.read, each)) for each in names]
+        known = [factor for part in parts.values() if (factor := self._cache.read(part.origin, part.size)) is not None]
+        if len(known) == len(parts):
+            return known
+        factors = make()
+        for each, part, factor in zip(names, parts.values(), factors, strict=True):
+            if not self._cache.write(part.origin, factor) and self._store is not None:
+                for name, array in zip(each, FEEDBACK_PARTS, strict=True):
+                    self._store.write(name, getattr(factor, array))
+        return factors
+
+
+class _Part(NamedTuple):
+    """What tells a factor apart, and of how many columns or rows it is."""
+
+    origin: bytes
+    size: int
 
 
 def matrices_with_feedback(plan: Plan, scores: ScoreFile, feedback_types: Collection[str]) -> dict[str, str]:
@@ -108,24 +152,51 @@ def matrices_with_feedback(plan: Plan, scores: ScoreFile, feedback_types: Collec
     return found
 
 
+def rows_with_feedback(plan: Plan, scores: ScoreFile, matrices: Mapping[str, str]) -> dict[str, str]:
+    """Return the key of the output gradients of every matrix whose rows make up for each other's errors.
+
+    Those that stay whole, and have a moment of their own: what is kept of others says how gradients meet the columns of
+    the weight. Measured on a real model, that gains nothing here.
+
+    Args:
+        matrices: that are rounded with error feedback, see :func:`matrices_with_feedback`.
+
+    Raises:
+        ScoreFileError: a moment is of another size.
+    """
+    found = {}
+    for decision in plan.tensors:
+        module = scores.modules.get(decision.module)
+        if module is None or decision.rank is not None or decision.name not in matrices:
+            continue
+        if module.gradient_key and not is_projected(module.shape):
+            key, rows = module.gradient_key, decision.shape[0]
+            if (size := scores.second_moments[key].size) != rows:
+                raise ScoreFileError(f"{moment_name(key)} is of {size} rows, {decision.name} has {rows}; rank again")
+            found[decision.name] = key
+    return found
+
+
 class FeedbackWriter:
-    """Writes the factors that ``matrices`` name, each once; no file where there are none.
+    """Writes the factors of inputs that ``matrices`` name, each once, and of rows; no file where there are none.
 
     Attributes:
         sha256: of the file, when all is written; ``None``: there is no file.
     """
 
-    def __init__(self, file: Path, plan: Plan, matrices: Mapping[str, str]) -> None:
-        self._matrices = matrices
-        self._pending: dict[str, None] = dict.fromkeys(matrices.values())
+    def __init__(self, file: Path, plan: Plan, matrices: Mapping[str, str], rows: Mapping[str, str]) -> None:
+        self._matrices, self._rows = matrices, rows
+        self._written: set[str] = set()
         self._writer: SafetensorsWriter | None = None
         if not matrices:
             return
-        stored = {name: shape for decision in plan.tensors for name, shape in stored_of(decision).items()}
-        sizes = {key: stored[name][1] for name, key in matrices.items()}
+        sizes: dict[str, int] = {}
+        for decision in plan.tensors:
+            for name, shape in stored_of(decision).items():
+                sizes |= {matrices[name]: shape[1]} if name in matrices else {}
+                sizes |= row_keys(rows[name], shape[0]) if name in rows else {}
         declared: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for key in self._pending:
-            size = sizes[key]
+        for key, size in sizes.items():
             shapes = (("I32", (size,)), ("I8", (size * (size - 1) // 2,)), ("F32", (size,)))
             declared |= {f"{key}/{part}": shape for part, shape in zip(FEEDBACK_PARTS, shapes, strict=True)}
         self._writer = SafetensorsWriter(file, declared, {})
@@ -135,17 +206,23 @@ class FeedbackWriter:
         return None if self._writer is None else self._writer.sha256
 
     def write(self, decision: TensorDecision, model: MaterializedModel) -> None:
-        """Write the factor of a decision's input, if it is the first that needs it.
+        """Write the factor of a decision's input, if it is the first that needs it, and those of its rows.
 
         Raises:
             ScoreFileError: it is of another size.
         """
-        name = next((name for name in stored_formats(decision) if name in self._matrices), None)
-        if name is None or self._matrices[name] not in self._pending:
-            return
-        key, factor = self._matrices[name], model.feedback(name)
+        for name, shape in stored_of(decision).items():
+            key = self._matrices.get(name)
+            if key is not None and key not in self._written:
+                self._write(key, model.feedback(name))
+            if name in self._rows:
+                keys, factors = row_keys(self._rows[name], shape[0]), model.row_feedback(name)
+                for row_key, factor in zip(keys, factors or (), strict=True):
+                    self._write(row_key, factor)
+
+    def _write(self, key: str, factor: FeedbackFactor | None) -> None:
         assert self._writer is not None and factor is not None
-        del self._pending[key]
+        self._written.add(key)
         for part in FEEDBACK_PARTS:
             self._writer.write(f"{key}/{part}", getattr(factor, part).tobytes())
 

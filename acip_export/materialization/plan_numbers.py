@@ -18,7 +18,7 @@ from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.whitening import Whitening
 from acip_export.materialization.channel_scales import ScaledCheckpoint, scale_channels
 from acip_export.materialization.factors import Norm, Pair, basis_moments, dense_weight, factor_pair, inner_importance
-from acip_export.materialization.feedback_factors import FeedbackFactors, matrices_with_feedback
+from acip_export.materialization.feedback_factors import FeedbackFactors, matrices_with_feedback, rows_with_feedback
 from acip_export.materialization.refit import balanced, refit
 from acip_export.materialization.residual import correct
 from acip_export.model.checkpoint import Checkpoint
@@ -52,9 +52,11 @@ class PlanNumbers:
     Attributes:
         checkpoint, scores: with the channels scaled, where the plan rounds with error feedback.
         matrices: the key of the input of every stored matrix that is rounded with error feedback.
+        rows: the key of the output gradients of those whose rows make up for each other's errors.
 
     Raises:
-        ScoreFileError: see :func:`acip_export.materialization.feedback_factors.matrices_with_feedback`.
+        ScoreFileError: see :func:`acip_export.materialization.feedback_factors.matrices_with_feedback` and
+            :func:`acip_export.materialization.feedback_factors.rows_with_feedback`.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class PlanNumbers:
         self.checkpoint, self.scores, self.plan = checkpoint, scores, plan
         self._round_trip, self._factors = round_trip, factors
         self.matrices = matrices_with_feedback(plan, scores, feedback_types)
+        self.rows = rows_with_feedback(plan, scores, self.matrices)
         self.feedback = feedback or FeedbackFactors(scores, store)
 
     def scaled_sides(self, name: str) -> tuple[bool, bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Lock
@@ -119,6 +119,14 @@ class PlannedModel(MaterializedModel):
             return None
         with self._timed():
             return self.numbers.feedback.fitting(key, name, self._shapes[name][-1])
+
+    def row_feedback(self, name: str) -> Sequence[FeedbackFactor] | None:
+        """See :class:`MaterializedModel`; raises as :meth:`feedback`."""
+        key = self.numbers.rows.get(name)
+        if key is None:
+            return None
+        with self._timed():
+            return self.numbers.feedback.of_rows(key)
 
     def gains(self, name: str) -> Tensor | None:
         """See :class:`MaterializedModel`."""

@@ -152,11 +152,12 @@ class RoundedPlan:
         for name, form in stored_formats(decision).items():
             numbers[name] = (numbers[name] if of_whole is None else numbers[name][of_whole]).float()
             if numbers[name].ndim == 2:
-                key = self._numbers.matrices.get(name)
+                key, of_rows = self._numbers.matrices.get(name), self._numbers.rows.get(name)
                 inputs = InputMoments(
                     stored.importance.get(name),
                     None if key is None else shared.feedback.by_key(key),
                     shared.rounded_before,
+                    row_feedback=None if of_rows is None else shared.feedback.of_rows(of_rows),
                 )
                 numbers[name] = shared.round_trip(numbers[name], form, inputs)
         if decision.rank is None:

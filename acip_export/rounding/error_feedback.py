@@ -1,9 +1,14 @@
-"""Round a matrix column by column, each error made up for by the columns that are still to be rounded.
+"""Round a matrix so that each weight's rounding error is made up for by the weights that are still to be rounded.
 
 The algorithm is GPTQ's (Frantar et al., arXiv 2210.17323). With H the second moment of a layer's inputs, rounding a
 weight row w to q costs (w - q) H (w - q)^T. With H^-1 = U^T U and U upper triangular, the best that the columns after
 column j can do about its error e is to move by -e U[j, k] / U[j, j]. Columns are taken in the order of their moment,
 the largest first, so that those that matter most are rounded with the most columns left to make up for them.
+
+Where G, the second moment of the loss gradient at the layer's outputs, is known as well, rounding W to Q costs
+tr(G (W - Q) H (W - Q)^T), and rows make up for the rows before them in the same way (as in Tseng et al., arXiv
+2505.22988): a row that was rounded with an error e, a vector now, moves the rows after it by -e V[i, k] / V[i, i], with
+G^-1 = V^T V.
 
 Only the ratios U[j, k] / U[j, j] are needed. Eight bits each, with one step for every row, lose nothing that can be
 measured, and are all that is kept of a moment (docs/bundle.md).
@@ -11,34 +16,37 @@ measured, and are all that is kept of a moment (docs/bundle.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import UnsupportedError
 
+if TYPE_CHECKING:
+    import torch
+
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
 Order = npt.NDArray[np.int32]
 
-# Columns whose errors are carried to all columns behind by one product: every product reads and writes all of those.
-_BLOCK = 512
-# Within a block, columns whose errors are carried to each other one at a time, and to the rest of it by a product.
-_NEAR = 32
-# Rows that callers hand over at once: copies of them are in memory, in another order.
+# Columns whose errors are carried to all columns behind by one product, and rows to all rows below: less is slow, more
+# is done weight by weight.
+_COLUMNS, _ROWS = 128, 128
+# Rows that make up for each other's errors, and that callers hand over at once: copies of them are in memory.
 ROWS_AT_ONCE = 2048
 _MOST = 127
+_NONE = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class FeedbackFactor:
-    """How the errors of a matrix's columns are carried forward.
+    """How the errors of a matrix's columns, or of its rows, are carried forward.
 
     Attributes:
-        order: (n,) the columns, in the order in which they are rounded.
+        order: (n,) the columns or rows, in the order in which they are rounded.
         codes: (n (n - 1) / 2,) the factor above its diagonal of ones, row by row, in units of ``steps``.
         steps: (n,) one for every row.
     """
@@ -49,7 +57,7 @@ class FeedbackFactor:
 
     @property
     def size(self) -> int:
-        """How many columns the matrix has."""
+        """How many columns or rows the matrix has."""
         return len(self.order)
 
     @classmethod
@@ -68,9 +76,9 @@ class FeedbackFactor:
         """Refuse numbers that are no factor. Raises ValueError that begins with ``name``."""
         size = self.size
         if self.codes.shape != (size * (size - 1) // 2,) or self.steps.shape != (size,):
-            raise ValueError(f"{name} has {self.codes.size} codes and {self.steps.size} steps for {size} columns")
+            raise ValueError(f"{name} has {self.codes.size} codes and {self.steps.size} steps for {size} places")
         if not np.array_equal(np.sort(self.order), np.arange(size)):
-            raise ValueError(f"{name} has an order that does not name every column once")
+            raise ValueError(f"{name} has an order that does not name every place once")
         if not np.isfinite(self.steps).all():
             raise ValueError(f"{name} has steps that are not finite")
 
@@ -85,135 +93,135 @@ class FeedbackFactor:
         return found
 
 
-class Grid(Protocol):
-    """The numbers that each weight of a matrix may be rounded to, its scales chosen."""
-
-    def round(self, values: Floats, column: int, codes: Codes, rounded: Floats) -> None:
-        """Round a column.
-
-        Args:
-            values: of all rows. codes, rounded: filled with the nearest codes, and what they stand for.
-        """
-        ...
-
-
 @dataclass(frozen=True, eq=False)
-class UniformGrid:
-    """Codes ``lowest`` to ``highest`` that stand for ``step * code + offset``.
+class Grid:
+    """The numbers that each weight of a matrix may be rounded to: ``step * code + offset``, or ``step * levels[code]``.
 
     Attributes:
-        steps, offsets: (groups, rows); ``None``: no offsets. group: columns that share them.
+        steps: (rows, groups). group: columns that share one. lowest, highest: of the codes.
+        offsets: (rows, groups). levels: growing, one for every code from 0 on; without offsets.
     """
 
     steps: Floats
-    offsets: Floats | None
     group: int
     lowest: int
     highest: int
-
-    def round(self, values: Floats, column: int, codes: Codes, rounded: Floats) -> None:
-        """See :class:`Grid`."""
-        group = column // self.group
-        steps, inverse = self.steps[group], self._inverse[group]
-        if self.offsets is None:
-            np.multiply(values, inverse, out=rounded)
-        else:
-            offsets = self.offsets[group]
-            np.subtract(values, offsets, out=rounded)
-            rounded *= inverse
-        np.rint(rounded, out=rounded)
-        np.maximum(rounded, np.float32(self.lowest), out=rounded)
-        np.minimum(rounded, np.float32(self.highest), out=rounded)
-        codes[...] = rounded
-        rounded *= steps
-        if self.offsets is not None:
-            rounded += offsets
-
-    @cached_property
-    def _inverse(self) -> Floats:
-        return _reciprocal(self.steps)
+    offsets: Floats | None = None
+    levels: Floats | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class TableGrid:
-    """Codes that stand for ``step * levels[code]``.
+def round_with_feedback(
+    weight: Floats, grid: Grid, factor: FeedbackFactor, row_factor: FeedbackFactor | None = None
+) -> Codes:
+    """Return the codes of a matrix, (rows, columns), chosen with the errors carried forward.
 
-    Attributes:
-        steps: (groups, rows). levels: growing. group: columns that share a step.
+    Peak memory: three more copies of ``weight``, its codes twice, ``_COLUMNS`` rows of the factor, and those of rows.
+
+    Args:
+        factor: how errors are carried from column to column.
+        row_factor: how they are carried from row to row; ``None``: rows are independent.
+
+    Raises:
+        UnsupportedError: a factor is of another number of columns or rows.
     """
+    rows, columns = weight.shape
+    if factor.size != columns:
+        raise UnsupportedError(
+            f"error feedback for {factor.size} inputs cannot round rows of {columns} weights: it is of another matrix"
+        )
+    if row_factor is not None and row_factor.size != rows:
+        raise UnsupportedError(
+            f"error feedback for {row_factor.size} outputs cannot round {rows} rows: it is of another matrix"
+        )
+    order = np.arange(rows) if row_factor is None else row_factor.order
+    down = None if row_factor is None else row_factor.rows(0, rows)
+    # Twice: indexing by rows and columns at once takes ten times as long.
+    work = np.take(weight[order], factor.order, axis=1)
+    carried, codes = np.zeros_like(work), np.empty(work.shape, np.int8)
+    scales = _Scales.of(grid, order)
+    for start in range(0, columns, _COLUMNS):
+        _round_block(work, carried, codes, scales, factor, down, slice(start, min(start + _COLUMNS, columns)))
+    found = np.empty_like(codes)
+    found[order] = np.take(codes, np.argsort(factor.order), axis=1)
+    return found
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """A grid as the kernel takes it: steps, inverses and offsets (rows, groups), in the order of rounding."""
 
     steps: Floats
+    inverses: Floats
+    offsets: Floats
     levels: Floats
+    middles: Floats
+    lowest: np.float32
+    highest: np.float32
     group: int
 
-    def round(self, values: Floats, column: int, codes: Codes, rounded: Floats) -> None:
-        """See :class:`Grid`."""
-        group = column // self.group
-        found = np.searchsorted(self._middles, values * self._inverse[group])
-        codes[...] = found
-        np.multiply(self.levels[found], self.steps[group], out=rounded)
+    @classmethod
+    def of(cls, grid: Grid, order: npt.NDArray[np.integer]) -> _Scales:
+        steps = grid.steps[order]
+        offsets = np.zeros_like(steps) if grid.offsets is None else grid.offsets[order]
+        levels = np.empty(0, np.float32) if grid.levels is None else grid.levels
+        middles = (levels[1:] + levels[:-1]) * np.float32(0.5)
+        ends = np.float32(grid.lowest), np.float32(grid.highest)
+        return cls(steps, _reciprocal(steps), offsets, levels, middles, *ends, grid.group)
 
-    @cached_property
-    def _middles(self) -> Floats:
-        middles: Floats = (self.levels[1:] + self.levels[:-1]) * np.float32(0.5)
-        return middles
+    def of_rows(self, rows: slice) -> tuple[Floats | np.float32, ...]:
+        scales = self.steps[rows], self.inverses[rows], self.offsets[rows]
+        return *scales, self.levels, self.middles, self.lowest, self.highest
 
-    @cached_property
-    def _inverse(self) -> Floats:
-        return _reciprocal(self.steps)
+
+def _round_block(
+    work: Floats,
+    carried: Floats,
+    codes: Codes,
+    scales: _Scales,
+    factor: FeedbackFactor,
+    down: Floats | None,
+    block: slice,
+) -> None:
+    """Round a block of columns, and carry its errors to all columns behind.
+
+    Args:
+        work: the weights. carried: what the columns before have carried to each; changed behind the block.
+        codes: those of the block are filled. All of these in the order of rounding.
+        down: how errors are carried to the rows below, (rows, rows) with zeros up to the diagonal.
+    """
+    import torch
+
+    from acip_export.rounding.feedback_kernel import round_tile
+
+    rows, columns = work.shape
+    behind = factor.rows(block.start, block.stop)
+    near = np.ascontiguousarray(behind[:, block])
+    targets, moved = np.ascontiguousarray(work[:, block]), np.ascontiguousarray(carried[:, block])
+    chosen, errors = np.empty(targets.shape, np.int8), np.empty_like(targets)
+    groups = factor.order[block].astype(np.int64) // scales.group
+    for start in range(0, rows, _ROWS):
+        tile = slice(start, min(start + _ROWS, rows))
+        inside = np.empty((0, 0), np.float32) if down is None else np.ascontiguousarray(down[tile, tile])
+        round_tile(targets[tile], moved[tile], near, inside, *scales.of_rows(tile), groups, chosen[tile], errors[tile])
+        if down is not None and tile.stop < rows:
+            # torch adds a product in place; numpy makes a copy of all the rows below first.
+            share = torch.from_numpy(down[tile, tile.stop :]).T
+            torch.from_numpy(targets[tile.stop :]).addmm_(share, torch.from_numpy(targets[tile]), alpha=-1)
+    codes[:, block] = chosen
+    if block.stop < columns:
+        share = torch.from_numpy(behind[:, block.stop :])
+        torch.from_numpy(carried)[:, block.stop :].addmm_(torch.from_numpy(errors), share)
+
+
+def rows_at_once(
+    weight: torch.Tensor, row_feedback: Sequence[FeedbackFactor] | None
+) -> Iterator[tuple[torch.Tensor, FeedbackFactor | None]]:
+    """Yield ``ROWS_AT_ONCE`` rows of a matrix after the other, and how errors are carried among them."""
+    parts = weight.split(ROWS_AT_ONCE)  # type: ignore[no-untyped-call]
+    yield from zip(parts, [None] * len(parts) if row_feedback is None else row_feedback, strict=True)
 
 
 def _reciprocal(steps: Floats) -> Floats:
     """Return 1 / steps, and 0 where that overflows."""
     safe: Floats = np.divide(1, steps, out=np.zeros_like(steps), where=np.abs(steps) > np.finfo(np.float32).tiny)
     return safe
-
-
-def round_with_feedback(weight: Floats, grid: Grid, factor: FeedbackFactor) -> Codes:
-    """Return the codes of a matrix, (rows, columns), chosen with the errors carried forward.
-
-    Peak memory: two more copies of ``weight``, its codes, and twice ``_BLOCK`` rows of the factor.
-
-    Raises:
-        UnsupportedError: the factor is of another number of columns.
-    """
-    import torch
-
-    rows, columns = weight.shape
-    if factor.size != columns:
-        raise UnsupportedError(
-            f"error feedback for {factor.size} inputs cannot round rows of {columns} weights: it is of another matrix"
-        )
-    order = torch.from_numpy(factor.order).long()
-    work = torch.from_numpy(weight).T.contiguous()[order].numpy()
-    codes = np.empty((columns, rows), np.int8)
-    for start in range(0, columns, _BLOCK):
-        _round_block(work[start:], codes[start:], grid, factor, start)
-    found: Codes = torch.from_numpy(codes)[torch.argsort(order)].T.contiguous().numpy()
-    return found
-
-
-def _round_block(work: Floats, codes: Codes, grid: Grid, factor: FeedbackFactor, start: int) -> None:
-    """Round ``_BLOCK`` columns, and carry their errors to all columns behind.
-
-    Args:
-        work: column ``start`` of the order and all behind, changed. codes: of the same, those of the block are filled.
-    """
-    import torch
-
-    stop = min(start + _BLOCK, factor.size)
-    count = stop - start
-    carry = np.ascontiguousarray(factor.rows(start, stop)[:, start:].T)
-    errors = np.empty((count, work.shape[1]), np.float32)
-    # torch adds a product in place; numpy makes a copy of all the columns behind first.
-    behind, factors, carried = map(torch.from_numpy, (work, carry, errors))
-    for first in range(0, count, _NEAR):
-        last = min(first + _NEAR, count)
-        for place in range(first, last):
-            values = work[place]
-            if place > first:
-                values -= carry[place, first:place] @ errors[first:place]
-            grid.round(values, factor.order[start + place], codes[place], errors[place])
-            np.subtract(values, errors[place], out=errors[place])
-        behind[last:count].addmm_(factors[last:count, first:last], carried[first:last], alpha=-1)
-    behind[count:].addmm_(factors[count:], carried, alpha=-1)

@@ -62,19 +62,20 @@ class KeptRoundings:
         importance: torch.Tensor | None,
         feedback: FeedbackFactor | None,
         compute: Callable[[], Arrays],
+        row_feedback: FeedbackFactor | None = None,
     ) -> Arrays:
         """Return what ``compute`` makes of a matrix, computed for the first to ask; without error feedback, of a small
         one for all of them.
 
         Args:
-            weight, type, importance, feedback: all that the result depends on.
+            weight, type, importance, feedback, row_feedback: all that the result depends on.
 
         Raises:
             OutputError: the disk is full.
         """
         if feedback is None and weight.numel() <= _LARGE:
             return compute()
-        file = self.directory / f"{_key(weight, type, importance, feedback)}.npz"
+        file = self.directory / f"{_key(weight, type, importance, (feedback, row_feedback))}.npz"
         kept = _read(file)
         if kept is not None:
             return list(kept.values())
@@ -202,13 +203,16 @@ def _beside(target: Path) -> Path:
     return target.parent / f".{target.name}.rounded"
 
 
-def _key(weight: torch.Tensor, type: str, importance: torch.Tensor | None, feedback: FeedbackFactor | None) -> str:
-    digest = hashlib.blake2b(f"{type} {tuple(weight.shape)} {importance is None}".encode(), digest_size=20)
+def _key(
+    weight: torch.Tensor, type: str, importance: torch.Tensor | None, factors: Sequence[FeedbackFactor | None]
+) -> str:
+    known = [each is not None for each in (importance, *factors)]
+    digest = hashlib.blake2b(f"{type} {tuple(weight.shape)} {known}".encode(), digest_size=20)
     for start in range(0, len(weight), _ROWS):
         digest.update(weight[start : start + _ROWS].float().contiguous().numpy().data)
     if importance is not None:
         digest.update(importance.contiguous().numpy().data)
-    if feedback is not None:
-        for array in (feedback.order, feedback.codes, feedback.steps):
+    for factor in factors:
+        for array in () if factor is None else (factor.order, factor.codes, factor.steps):
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

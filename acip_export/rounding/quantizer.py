@@ -21,27 +21,31 @@ if TYPE_CHECKING:
 # How codes are chosen once a block has its scale: each weight's nearest, or with the errors before it carried forward.
 Rounding = Literal["nearest", "feedback"]
 # Of the codes that error feedback chooses: measured rounding errors are good for one version.
-FEEDBACK_VERSION = 5
+FEEDBACK_VERSION = 6
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """What a quantizer may know about the inputs that a matrix is multiplied with.
+    """What a quantizer may know about the inputs that a matrix is multiplied with, and about what becomes of them.
 
     Attributes:
         importance: (columns,) second moments: weights of the squared rounding error; ``None``: all columns count alike.
         feedback: how errors are carried from column to column; ``None``: every weight goes to its nearest code.
         kept: where matrices that were rounded with error feedback are kept.
         gains: (rows, blocks) what tuning multiplies the scale of each block with once its codes are chosen.
+        row_feedback: how errors are carried from row to row, too, ``ROWS_AT_ONCE`` rows in each; ``None``: rows are
+            rounded independently of each other.
     """
 
     importance: torch.Tensor | None = None
     feedback: FeedbackFactor | None = None
     kept: KeptRoundings | None = None
     gains: torch.Tensor | None = None
+    row_feedback: Sequence[FeedbackFactor] | None = None
 
     def of_rows(self, rows: torch.Tensor | slice) -> InputMoments:
-        """Return the same for some rows of the matrix, in their order."""
+        """Return the same for some rows of the matrix, in their order; they have to be independent."""
+        assert self.row_feedback is None
         return self if self.gains is None else replace(self, gains=self.gains[rows])
 
 
@@ -49,7 +53,7 @@ class RoundTrip(Protocol):
     """Quantize and dequantize, as an export stores a matrix and its runtime reads it."""
 
     def __call__(self, weight: torch.Tensor, name: str, inputs: InputMoments | None) -> torch.Tensor:
-        """float32 of the shape of ``weight`` (rows, columns), rows independent of each other.
+        """float32 of the shape of ``weight`` (rows, columns), rows independent of each other without row feedback.
 
         Args:
             name: a type of the format.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from acip_export.rounding.error_feedback import Codes, Floats, Grid, TableGrid, UniformGrid
+from acip_export.rounding.error_feedback import Codes, Floats, Grid
 from acip_export.weight_types import weight_type
 
 Bytes = npt.NDArray[np.uint8]
@@ -42,12 +42,15 @@ class BlockCodes:
 
     def grid(self, blocks: Bytes, rows: int) -> Grid:
         """Return what the weights of a matrix of ``rows`` rows may become."""
-        scales, offsets = self.scales(blocks)
-        by_column = _by_group(scales, rows)
-        if self.levels is not None:
-            return TableGrid(by_column, self.levels, self.group)
-        moved = None if offsets is None else _by_group(offsets, rows)
-        return UniformGrid(by_column, moved, self.group, self.lowest, self.highest)
+        steps, offsets = self.scales(blocks)
+        return Grid(
+            steps.reshape(rows, -1),
+            self.group,
+            self.lowest,
+            self.highest,
+            None if offsets is None else offsets.reshape(rows, -1),
+            self.levels,
+        )
 
     def put(self, blocks: Bytes, codes: Codes) -> None:
         """Write the codes of a matrix into its blocks."""
@@ -89,11 +92,6 @@ def multiply_scales(data: Bytes, name: str, gains: Floats) -> None:
 def blocks_of(data: Bytes, name: str) -> Bytes:
     """Return the bytes of a matrix as its blocks, (n, bytes of a block)."""
     return data.reshape(-1, weight_type("gguf", name).block_bytes)
-
-
-def _by_group(values: Floats, rows: int) -> Floats:
-    """(blocks, groups of a block) to (groups of a row, rows)."""
-    return np.ascontiguousarray(values.reshape(rows, -1).T)
 
 
 def _half(blocks: Bytes, place: int) -> Floats:

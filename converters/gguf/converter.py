@@ -249,6 +249,7 @@ def _data(model: MaterializedModel, item: Item, changes: _Changes) -> Bytes:
         # Every block format reads zero bytes as zeros: the scale is zero.
         return np.zeros(item.spec.nbytes, np.uint8)
     change, inputs = changes.of(item), model.inputs(item.source)
-    if change.rows is not None:
-        inputs = inputs.of_rows(torch.from_numpy(change.rows))
-    return quantize(change.apply(model.read(item.source)), item.spec.type, inputs)
+    # Rounded in the order of the model: rows may make up for each other.
+    numbers = change.of_numbers(model.read(item.source))
+    data = quantize(numbers, item.spec.type, inputs)
+    return data if change.rows is None else data.reshape(len(numbers), -1)[change.rows].reshape(-1)

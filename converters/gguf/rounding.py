@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from acip_export.rounding.error_feedback import ROWS_AT_ONCE, round_with_feedback
+from acip_export.rounding.error_feedback import round_with_feedback, rows_at_once
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
 from converters.gguf.block_codes import BLOCK_CODES, BlockCodes, blocks_of, multiply_scales
@@ -49,21 +49,26 @@ def _rounded(weight: torch.Tensor, name: str, inputs: InputMoments | None) -> gg
         return data
     data = np.empty(weight_type("gguf", name).nbytes(*matrix.shape), np.uint8)
     end = 0
-    for some in matrix.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
-        compute = partial(_with_feedback, some, name, importance, feedback, known)
-        (rounded,) = compute() if kept is None else kept.arrays(some, name, importance, feedback, compute)
+    for some, rows in rows_at_once(matrix, inputs.row_feedback):
+        compute = partial(_with_feedback, some, name, importance, feedback, known, rows)
+        (rounded,) = compute() if kept is None else kept.arrays(some, name, importance, feedback, compute, rows)
         data[end : end + rounded.nbytes] = rounded
         end += rounded.nbytes
     return data
 
 
 def _with_feedback(
-    weight: torch.Tensor, name: str, importance: torch.Tensor | None, feedback: FeedbackFactor, known: BlockCodes
+    weight: torch.Tensor,
+    name: str,
+    importance: torch.Tensor | None,
+    feedback: FeedbackFactor,
+    known: BlockCodes,
+    rows: FeedbackFactor | None,
 ) -> tuple[ggml.Bytes]:
     data = ggml.quantize(weight, name, importance)
     blocks = blocks_of(data, name)
     matrix = np.ascontiguousarray(weight.float().numpy())
-    known.put(blocks, round_with_feedback(matrix, known.grid(blocks, len(matrix)), feedback))
+    known.put(blocks, round_with_feedback(matrix, known.grid(blocks, len(matrix)), feedback, rows))
     return (data,)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from acip_export.artifacts.materialized import stored_tensors
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
-from acip_export.rounding.error_feedback import ROWS_AT_ONCE
+from acip_export.rounding.error_feedback import rows_at_once
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
 from converters.onnx.feedback import with_feedback
@@ -234,12 +234,13 @@ def _quantized(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterat
 
 def _untuned(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
     feedback, kept = inputs.feedback, inputs.kept
-    for some in weight.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+    for some, rows in rows_at_once(weight, inputs.row_feedback):
         if feedback is None and kept is None:
             yield from _nearest(some, form, inputs)
             continue
-        compute = partial(_joined, some, form, inputs, feedback)
-        arrays = compute() if kept is None else kept.arrays(some, form.name, inputs.importance, feedback, compute)
+        compute = partial(_joined, some, form, inputs, rows)
+        known = (some, form.name, inputs.importance, feedback, compute, rows)
+        arrays = compute() if kept is None else kept.arrays(*known)
         yield Quantized(*arrays)
 
 
@@ -250,9 +251,11 @@ def _nearest(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator
         yield from pool.map(lambda rows: quantize(_floats(rows), form, importance), slices)
 
 
-def _joined(weight: Tensor, form: WeightType, inputs: InputMoments, feedback: FeedbackFactor | None) -> Arrays:
-    nearest = joined(list(_nearest(weight, form, inputs)))
-    return (nearest if feedback is None else with_feedback(nearest, _floats(weight), form, feedback)).arrays
+def _joined(weight: Tensor, form: WeightType, inputs: InputMoments, rows: FeedbackFactor | None) -> Arrays:
+    found, feedback = joined(list(_nearest(weight, form, inputs))), inputs.feedback
+    if feedback is not None:
+        found = with_feedback(found, _floats(weight), form, feedback, rows)
+    return found.arrays
 
 
 def _slices(weight: Tensor, width: int) -> Iterator[Tensor]:

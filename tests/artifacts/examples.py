@@ -103,6 +103,7 @@ MANIFEST = Manifest(
     files={"model.safetensors": 1000},
     feedback_sha256="5" * 64,
     feedback={"model.layers.0.mlp.up_proj.down.weight": "model.layers.0.mlp"},
+    row_feedback={"model.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.q_proj.gradient"},
 )
 ROUNDING_ERRORS = RoundingErrors(
     "gguf",

@@ -173,7 +173,7 @@ def test_json(name: str, tmp_path: Path) -> None:
 
     load(write(json.dumps(document)))  # type: ignore[operator]
     check_all(mutations(document), write, load, errors)  # type: ignore[arg-type]
-    twice = json.dumps(document)[:-1] + ', "version": 2}'
+    twice = json.dumps(document)[:-1] + f', "version": {document["version"]}}}'
     with pytest.raises(errors, match="'version' twice"):
         load(write(twice))  # type: ignore[operator]
 

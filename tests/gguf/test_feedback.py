@@ -11,11 +11,11 @@ import torch
 from acip_export import machine
 from acip_export.errors import ScoreFileError, UnsupportedError
 from acip_export.lowrank.moments import pack_moment
-from acip_export.rounding.error_feedback import FeedbackFactor, TableGrid, UniformGrid
+from acip_export.rounding import error_feedback
+from acip_export.rounding.error_feedback import FeedbackFactor
 from acip_export.rounding.quantizer import InputMoments
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
-from converters.gguf import rounding
 from converters.gguf.block_codes import BLOCK_CODES, blocks_of
 from converters.gguf.rounding import quantize, round_trip
 from converters.gguf.types import FEEDBACK_TYPES
@@ -60,12 +60,11 @@ def test_codes_are_where_ggml_reads_them(name: str) -> None:
     known.put(blocks, codes)
     read = ggml.dequantize(blocks.reshape(-1), (rows, COLUMNS), name)
     grid = known.grid(blocks, rows)
-    assert isinstance(grid, UniformGrid | TableGrid)
-    steps = np.repeat(grid.steps.T, known.group, axis=1)
+    steps = np.repeat(grid.steps, known.group, axis=1)
     values = codes.astype(np.float32) if known.levels is None else known.levels[codes]
     expected = steps * values
-    if isinstance(grid, UniformGrid) and grid.offsets is not None:
-        expected += np.repeat(grid.offsets.T, known.group, axis=1)
+    if grid.offsets is not None:
+        expected += np.repeat(grid.offsets, known.group, axis=1)
     if name in WITH_MINIMA:
         np.testing.assert_allclose(read, expected, rtol=0, atol=2e-7 * np.abs(expected).max())
     else:
@@ -121,7 +120,7 @@ def test_ggmls_threads_and_rows_change_no_byte(monkeypatch: pytest.MonkeyPatch) 
     alone = quantize(weight, "q4_0", inputs)
     monkeypatch.setattr(machine, "processors", lambda: 3)
     assert np.array_equal(quantize(weight, "q4_0", inputs), alone)
-    monkeypatch.setattr(rounding, "ROWS_AT_ONCE", 512)
+    monkeypatch.setattr(error_feedback, "ROWS_AT_ONCE", 512)
     assert np.array_equal(quantize(weight, "q4_0", inputs), alone)
 
 
@@ -184,7 +183,7 @@ def test_a_factor_checks_itself() -> None:
     assert all(np.array_equal(factor.rows(a, b), rows[a:b]) for a, b in pairwise((0, 10, 50, 64)))
     for damaged, message in (
         (FeedbackFactor(factor.order, factor.codes[1:], factor.steps), "2015 codes"),
-        (FeedbackFactor(np.zeros_like(factor.order), factor.codes, factor.steps), "every column once"),
+        (FeedbackFactor(np.zeros_like(factor.order), factor.codes, factor.steps), "every place once"),
         (FeedbackFactor(factor.order, factor.codes, np.full_like(factor.steps, np.inf)), "not finite"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -60,6 +60,10 @@ def entry(cache: FeedbackCache) -> Path:
     return found
 
 
+def kept(cache: FeedbackCache, moment: PackedMoment) -> FeedbackFactor | None:
+    return cache.read(moment.digest, moment.size)
+
+
 def age(file: Path, seconds: float = AN_HOUR_AGO) -> None:
     os.utime(file, times=(time.time() - seconds,) * 2)
 
@@ -74,40 +78,44 @@ def test_a_factor_is_made_once(cache: FeedbackCache, monkeypatch: pytest.MonkeyP
     assert same(found, made)
     assert found.order.flags.writeable and found.steps.flags.writeable  # torch warns of arrays that are not
     # What is read is what lies there.
-    assert cache.write(moment, other(1)) and same(cache.factor(moment, "it"), other(1))
+    assert cache.write(moment.digest, other(1)) and same(cache.factor(moment, "it"), other(1))
 
 
 def test_narrow_inputs_are_not_kept(cache: FeedbackCache, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = packed(size=SIZE - 1)
-    assert not cache.write(narrow, narrow.feedback_factor()) and not cache.directory.exists()
+    assert not cache.write(narrow.digest, narrow.feedback_factor()) and not cache.directory.exists()
     with monkeypatch.context() as patch:
         patch.setattr(feedback_cache, "LEAST_COLUMNS", SIZE - 1)
-        assert cache.write(narrow, narrow.feedback_factor())
-    assert cache.read(narrow) is None  # nor looked for
+        assert cache.write(narrow.digest, narrow.feedback_factor())
+    assert kept(cache, narrow) is None  # nor looked for
 
 
 def test_a_factor_is_found_by_all_that_it_follows_from(cache: FeedbackCache, monkeypatch: pytest.MonkeyPatch) -> None:
     moment = packed()
     scaled = replace(moment, scales=np.full(SIZE, 2, np.float32))  # with the diagonal of before
-    assert cache.write(moment, other(0)) and cache.write(scaled, other(1)) and cache.write(packed(1), other(2))
-    assert same(cache.read(moment), other(0)) and same(cache.read(scaled), other(1))
-    assert cache.read(replace(moment, scales=np.full(SIZE, 3, np.float32))) is None
-    assert cache.read(replace(moment, steps=2 * moment.steps)) is None
-    assert cache.read(replace(moment, tokens=8192)) is None
+    assert (
+        cache.write(moment.digest, other(0))
+        and cache.write(scaled.digest, other(1))
+        and cache.write(packed(1).digest, other(2))
+    )
+    assert same(kept(cache, moment), other(0)) and same(kept(cache, scaled), other(1))
+    assert kept(cache, replace(moment, scales=np.full(SIZE, 3, np.float32))) is None
+    assert kept(cache, replace(moment, steps=2 * moment.steps)) is None
+    assert kept(cache, replace(moment, tokens=8192)) is None
     for name in ("_VERSION", "FEEDBACK_VERSION"):
         with monkeypatch.context() as patch:
             patch.setattr(feedback_cache, name, "another")
-            assert cache.read(moment) is None
+            assert kept(cache, moment) is None
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "another")
-        assert cache.read(moment) is None
+        assert kept(cache, moment) is None
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
-        assert cache.read(moment) is None
+        assert kept(cache, moment) is None
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert cache.read(moment) is None
+        assert kept(cache, moment) is None
     finally:
         torch.set_num_threads(threads)
 
@@ -151,7 +159,7 @@ def test_entries_that_are_none_are_made_again(harm: Callable[[Path], None], cach
     made = cache.factor(moment, "it")
     whole = entry(cache).read_bytes()
     harm(entry(cache))
-    assert cache.read(moment) is None
+    assert kept(cache, moment) is None
     assert same(cache.factor(moment, "it"), made)
     assert entry(cache).read_bytes() == whole
 
@@ -161,7 +169,7 @@ def test_the_least_recently_used_entries_go(cache: FeedbackCache, monkeypatch: p
     files = []
     for number, moment in enumerate(moments[:3]):
         before = set(cache.directory.iterdir()) if number else set()
-        assert cache.write(moment, other(number))
+        assert cache.write(moment.digest, other(number))
         (new,) = set(cache.directory.iterdir()) - before
         files.append(new)
         age(new, AN_HOUR_AGO * (3 - number))
@@ -172,29 +180,29 @@ def test_the_least_recently_used_entries_go(cache: FeedbackCache, monkeypatch: p
         file.write_bytes(bytes(10 * size))  # foreign: not counted, not removed
         age(file, 10 * AN_HOUR_AGO)
     # Reading the oldest is using it.
-    assert cache.read(moments[0]) is not None
-    assert cache.write(moments[3], other(3))
-    assert [cache.read(moment) is not None for moment in moments[:4]] == [True, False, True, True]
+    assert kept(cache, moments[0]) is not None
+    assert cache.write(moments[3].digest, other(3))
+    assert [kept(cache, moment) is not None for moment in moments[:4]] == [True, False, True, True]
     # Nothing that is in use goes: who reads more than there is room for would find the first ones gone.
-    assert not cache.write(moments[4], other(4)) and cache.read(moments[4]) is None
-    assert all(cache.read(moments[number]) is not None for number in (0, 2, 3))
+    assert not cache.write(moments[4].digest, other(4)) and kept(cache, moments[4]) is None
+    assert all(kept(cache, moments[number]) is not None for number in (0, 2, 3))
     assert all(file.exists() for file in strange)
 
 
 def test_more_than_there_is_room_for_removes_nothing_else(
     cache: FeedbackCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cache.write(packed(), other(0))
-    kept = entry(cache)
-    age(kept)
+    assert cache.write(packed().digest, other(0))
+    old = entry(cache)
+    age(old)
     free = shutil.disk_usage(cache.directory).free
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    monkeypatch.setattr(feedback_cache, "_LEFT_FREE", free - kept.stat().st_size + 1)
+    monkeypatch.setattr(feedback_cache, "_LEFT_FREE", free - old.stat().st_size + 1)
     monkeypatch.setattr(feedback_cache, "MOST_BYTES", 0)
-    assert not cache.write(packed(1), other(1)) and kept.exists()
+    assert not cache.write(packed(1).digest, other(1)) and old.exists()
     monkeypatch.setattr(feedback_cache, "MOST_BYTES", 10**9)
-    monkeypatch.setattr(feedback_cache, "_LEFT_FREE", free - kept.stat().st_size)
-    assert cache.write(packed(1), other(1)) and kept.exists()
+    monkeypatch.setattr(feedback_cache, "_LEFT_FREE", free - old.stat().st_size)
+    assert cache.write(packed(1).digest, other(1)) and old.exists()
 
 
 def test_what_killed_processes_left_goes(cache: FeedbackCache) -> None:
@@ -205,7 +213,7 @@ def test_what_killed_processes_left_goes(cache: FeedbackCache) -> None:
         (place / "new").touch()
     for place in (left, cache.directory / ".mine.tmp"):
         age(place)
-    assert cache.write(packed(), other(0))
+    assert cache.write(packed().digest, other(0))
     assert not left.exists()
     assert written.exists() and (cache.directory / ".mine.tmp").exists()
 
@@ -218,7 +226,7 @@ def test_a_place_that_cannot_be_written_to_is_no_error(
     (tmp_path / "a file").touch()
     moment, nowhere = packed(), FeedbackCache(tmp_path / place / "feedback")
     assert same(nowhere.factor(moment, "it"), moment.feedback_factor())
-    assert not nowhere.write(moment, other(0)) and nowhere.read(moment) is None
+    assert not nowhere.write(moment.digest, other(0)) and kept(nowhere, moment) is None
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -230,10 +238,10 @@ def test_threads_share_it(cache: FeedbackCache) -> None:
         for turn in range(20):
             for seed, moment in enumerate(moments):
                 if (turn + number) % 2:
-                    found.append(cache.write(moment, other(seed)))
+                    found.append(cache.write(moment.digest, other(seed)))
                 else:
-                    kept = cache.read(moment)
-                    found.append(kept is None or same(kept, other(seed)))
+                    read = kept(cache, moment)
+                    found.append(read is None or same(read, other(seed)))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:

@@ -14,7 +14,7 @@ from acip_export.lowrank import moments
 from acip_export.lowrank.components import whitened_components
 from acip_export.lowrank.moments import PackedMoment, lifted, pack_gradients, pack_moment
 from acip_export.lowrank.whitening import Whitening
-from acip_export.rounding.error_feedback import UniformGrid, round_with_feedback
+from acip_export.rounding.error_feedback import Grid, round_with_feedback
 
 
 def moment_of(size: int, seed: int = 0, tokens: int = 2000) -> Tensor:
@@ -129,7 +129,7 @@ def test_moments_of_few_tokens_round_other_text_better_when_they_count_for_less(
     draws = torch.randn(tokens, size, generator=torch.Generator().manual_seed(5)).double() @ lower.T
     packed = pack_moment(draws.T @ draws / tokens)
     weight = torch.randn(64, size, generator=torch.Generator().manual_seed(6)).numpy() * np.float32(4)
-    grid = UniformGrid(np.ones((1, 64), np.float32), None, size, -20, 20)
+    grid = Grid(np.ones((64, 1), np.float32), size, -20, 20)
 
     def cost(counted: int | None) -> float:
         change = round_with_feedback(weight, grid, replace(packed, tokens=counted).feedback_factor()) - weight

@@ -160,7 +160,7 @@ def _no_importance(path: Path) -> None:
 
 
 def _older(path: Path) -> None:
-    (path / MANIFEST_FILE).write_text('{"artifact": "acip-bundle", "version": 1, "weights_sha256": ""}')
+    (path / MANIFEST_FILE).write_text('{"artifact": "acip-bundle", "version": 2, "weights_sha256": ""}')
 
 
 def _other_shape(path: Path) -> None:
@@ -175,7 +175,7 @@ def _no_manifest(path: Path) -> None:
 
 def _newer(path: Path) -> None:
     file = path / MANIFEST_FILE
-    file.write_text(file.read_text().replace('"version": 2', '"version": 7'))
+    file.write_text(file.read_text().replace('"version": 3', '"version": 7'))
 
 
 def _not_json(path: Path) -> None:
@@ -189,7 +189,7 @@ def _not_json(path: Path) -> None:
         (_flipped, "SHA-256 differs"),
         (_flipped_importance, "importance.safetensors has changed"),
         (_no_importance, "has no importance.safetensors"),
-        (_older, "of version 1, this tool reads 2"),
+        (_older, "of version 2, this tool reads 3"),
         (_other_shape, "the plan expects"),
         (_no_manifest, "no bundle"),
         (_newer, "version 7"),

@@ -54,11 +54,12 @@ class Change:
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         import torch
 
-        if self.rows is not None:
-            weight = weight[torch.from_numpy(self.rows)]
-        if self.scale != 1.0 or self.shift:
-            weight = (weight.float() + self.shift) * self.scale
-        return weight
+        weight = self.of_numbers(weight)
+        return weight if self.rows is None else weight[torch.from_numpy(self.rows)]
+
+    def of_numbers(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the tensor with its rows in the order that they have."""
+        return (weight.float() + self.shift) * self.scale if self.scale != 1.0 or self.shift else weight
 
 
 @dataclass(frozen=True)
