@@ -103,7 +103,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scores(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreFile:
     """Scores of the tiny model, with moments; of each module its own, since caches are written beside them."""
-    return scores_with_moments(model, tmp_path_factory.mktemp("scores") / "tiny.acip")
+    return scores_with_moments(model, tmp_path_factory.mktemp("scores") / "tiny.acip", gradients=True)
 
 
 @pytest.fixture

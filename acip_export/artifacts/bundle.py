@@ -29,7 +29,8 @@ from acip_export.errors import BundleError
 from acip_export.io.atomic import HeaderEntry, read_json_object, read_safetensors_header, sha256_of
 from acip_export.io.inputs import Count
 from acip_export.io.outputs import DirectoryKind, FileKind, json_kind
-from acip_export.rounding.error_feedback import ROWS_AT_ONCE, FeedbackFactor
+from acip_export.model.tensor_names import block_of
+from acip_export.rounding.error_feedback import FeedbackFactor, row_parts
 from acip_export.rounding.kept_roundings import KeptRoundings
 from acip_export.rounding.quantizer import RoundTrip
 
@@ -62,8 +63,8 @@ FEEDBACK_PARTS = ("order", "codes", "steps")
 
 
 def row_keys(key: str, rows: int) -> dict[str, int]:
-    """Return the keys of a matrix's factors of rows, and of how many rows each is."""
-    return {f"{key}/{part}": min(ROWS_AT_ONCE, rows - start) for part, start in enumerate(range(0, rows, ROWS_AT_ONCE))}
+    """Return under which keys the factors of a matrix's rows are, and how many rows each of them is of."""
+    return {f"rows/{key}/{part}": size for part, size in enumerate(row_parts(rows))}
 
 
 _MANIFEST_KIND = json_kind("a bundle's manifest", BUNDLE.artifact)
@@ -115,6 +116,7 @@ class Bundle(MaterializedModel):
         tensors, _ = read_safetensors_header(path / WEIGHTS_FILE, BundleError)
         bundle = cls(path, plan, manifest, tensors, kept)
         bundle._check_shapes()
+        bundle._check_rows()
         check_context(plan, bundle.as_checkpoint())
         hashes = {WEIGHTS_FILE: manifest.weights_sha256, IMPORTANCE_FILE: manifest.importance_sha256}
         if manifest.feedback_sha256 is not None:
@@ -135,6 +137,13 @@ class Bundle(MaterializedModel):
                 if entry is None or entry.shape != shape:
                     found = "missing" if entry is None else f"of shape {entry.shape}"
                     raise BundleError(f"{self.path}: {name} is {found}, the plan expects {shape}")
+
+    def _check_rows(self) -> None:
+        for name in self.manifest.row_feedback:
+            if name not in self.manifest.feedback or block_of(name) is None or name not in self.tensors:
+                raise BundleError(
+                    f"{self.path / MANIFEST_FILE} is damaged: {name} is no matrix of a layer with feedback"
+                )
 
     @property
     def made_of(self) -> str:

@@ -18,7 +18,7 @@ from acip_export.io.stamps import Stamp, stamp_of
 
 # By directory: what is in it and what it takes again.
 _OWN = {
-    "feedback": "factors of error feedback, by second moment: seconds to a minute each",
+    "feedback": "factors of error feedback, by second moment: up to a minute each",
     "graphs": "ONNX graphs, by configuration: seconds to a minute each",
     "weights": "hashes of models' weights: a reading of each",
 }

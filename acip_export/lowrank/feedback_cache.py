@@ -30,7 +30,7 @@ _VERSION = "2"
 # Factors of fewer columns are made in milliseconds.
 LEAST_COLUMNS = 1024
 # All entries together, which is enough for a model of 8 billion parameters, and what stays free on the disk.
-MOST_BYTES, _LEFT_FREE = 4 * 2**30, 2 * 10**9
+MOST_BYTES, _LEFT_FREE = 5 * 2**30, 2 * 10**9
 # Entries that were used so lately stay, and new ones that find no room are not kept: a model whose factors are more
 # than fits reads each of them again while it is exported, and would find the first ones gone.
 _IN_USE_SECONDS = 3600.0

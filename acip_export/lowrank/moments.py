@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ _FEEDBACK_DAMPING = 0.01
 # Up to so many inputs it is factorized again in the order that scaling gives it. In the order of before, errors are 2 %
 # larger, which takes half of the time and memory: the difference is a minute for one matrix of 14,336 columns.
 SORTED_COLUMNS = 8192
-# And among rows: gradients are of fewer tokens, and what they say of a divergence is only half true.
+# Among rows, too: on a real model half of it or three times as much are worse (docs/LOG.md, errors from row to row).
 _ROW_DAMPING = 1.0
 # Scales that differ by more want float64: in float32 errors are 1 % larger at three decades.
 _SCALED_APART = 100.0
@@ -196,8 +197,8 @@ class PackedMoment:
             upper = torch.linalg.qr(upper[:, torch.from_numpy(np.argsort(self.order)[order])], mode="r").R
         return FeedbackFactor.coded(order.astype(np.int32), upper.float().numpy())
 
-    def row_factors(self, rows: int, name: str) -> list[FeedbackFactor]:
-        """Return how errors are carried from row to row, the moment being of output gradients: ``rows`` in each.
+    def row_factors(self, parts: Sequence[int], name: str) -> list[FeedbackFactor]:
+        """Return how errors are carried among so many rows after others, the moment being of output gradients.
 
         Raises:
             ScoreFileError: it overflows; the message begins with ``name``.
@@ -206,7 +207,7 @@ class PackedMoment:
 
         root = self.exact_root(name, torch.float32)[torch.from_numpy(np.argsort(self.order))]
         added = _ROW_DAMPING * float(self.diagonal.mean(dtype=np.float64)) or 1.0
-        return [_row_factor(some @ some.T, added, name) for some in root.split(rows)]  # type: ignore[no-untyped-call]
+        return [_row_factor(some @ some.T, added, name) for some in root.split([*parts])]  # type: ignore[no-untyped-call]
 
     def _damped_upper(self, added: Tensor, name: str) -> Tensor:
         """Factorize (H + A)^-1 = V^T V, V upper triangular, without making H: H^-1 = U^T U is known.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from acip_export.artifacts.bundle import FEEDBACK_PARTS, row_keys
 from acip_export.artifacts.materialized import MaterializedModel, stored_formats, stored_of
@@ -17,8 +17,9 @@ from acip_export.errors import ScoreFileError
 from acip_export.io.atomic import SafetensorsWriter
 from acip_export.io.scratch import ArrayStore
 from acip_export.lowrank.feedback_cache import FeedbackCache
-from acip_export.lowrank.moments import is_projected, moment_name
-from acip_export.rounding.error_feedback import ROWS_AT_ONCE, FeedbackFactor
+from acip_export.lowrank.moments import PackedMoment, is_projected, moment_name
+from acip_export.model.tensor_names import block_of
+from acip_export.rounding.error_feedback import FeedbackFactor
 
 # Layers that share an input are near each other: the factors of these many inputs are kept.
 _INPUTS_KEPT = 4
@@ -82,9 +83,7 @@ class FeedbackFactors:
         return factor
 
     def of_rows(self, key: str) -> Sequence[FeedbackFactor]:
-        """Return how errors are carried among rows whose outputs' gradients have a second moment.
-
-        Each factor is of ``ROWS_AT_ONCE`` rows.
+        """Return how errors are carried among rows whose outputs' gradients have a second moment, some rows in each.
 
         Raises:
             ScoreFileError: it overflows.
@@ -93,36 +92,46 @@ class FeedbackFactors:
 
     def _of_input(self, key: str) -> FeedbackFactor:
         moment = self._scores.moment(key)
-        parts = {key: _Part(moment.digest, moment.size)}
-        return self._kept(parts, lambda: [moment.feedback_factor(moment_name(key))])[0]
+        return self._made_once(moment, {key: moment.size}, lambda: [moment.feedback_factor(moment_name(key))])[0]
 
     def _of_rows(self, key: str) -> list[FeedbackFactor]:
         moment = self._scores.second_moments[key]
-        sizes, digest = row_keys(key, moment.size), moment.digest
-        parts = {name: _Part(digest + name.encode(), size) for name, size in sizes.items()}
-        return self._kept(parts, lambda: moment.row_factors(ROWS_AT_ONCE, moment_name(key)))
+        keys = row_keys(key, moment.size)
+        return self._made_once(
+            moment, keys, lambda: moment.row_factors([*keys.values()], moment_name(key)), of_rows=True
+        )
 
-    def _kept(self, parts: Mapping[str, _Part], make: Callable[[], list[FeedbackFactor]]) -> list[FeedbackFactor]:
-        """Return factors by their keys that were made before, or make them all and keep them."""
-        names = [[f"{key}/{part}" for part in FEEDBACK_PARTS] for key in parts]
-        if self._store is not None and all(name in self._store for each in names for name in each):
-            return [FeedbackFactor(*map(self._store.read, each)) for each in names]
-        known = [factor for part in parts.values() if (factor := self._cache.read(part.origin, part.size)) is not None]
-        if len(known) == len(parts):
-            return known
+    def _made_once(
+        self,
+        moment: PackedMoment,
+        sizes: Mapping[str, int],
+        make: Callable[[], list[FeedbackFactor]],
+        of_rows: bool = False,
+    ) -> list[FeedbackFactor]:
+        """Return a moment's factors by their keys and sizes: those that are kept, or all of them made and kept."""
+        digest = moment.digest
+        # An input's factor has no other part: whoever measures types looks for its moment alone.
+        origins = {key: digest + (f"rows {part}".encode() if of_rows else b"") for part, key in enumerate(sizes)}
+        known = {key: self._read(key, origins[key], size) for key, size in sizes.items()}
+        found = [factor for factor in known.values() if factor is not None]
+        if len(found) == len(sizes):
+            return found
         factors = make()
-        for each, part, factor in zip(names, parts.values(), factors, strict=True):
-            if not self._cache.write(part.origin, factor) and self._store is not None:
-                for name, array in zip(each, FEEDBACK_PARTS, strict=True):
-                    self._store.write(name, getattr(factor, array))
+        for key, factor in zip(sizes, factors, strict=True):
+            if known[key] is None:
+                self._keep(key, origins[key], factor)
         return factors
 
+    def _read(self, key: str, origin: bytes, size: int) -> FeedbackFactor | None:
+        names = [f"{key}/{part}" for part in FEEDBACK_PARTS]
+        if self._store is not None and all(name in self._store for name in names):
+            return FeedbackFactor(*map(self._store.read, names))
+        return self._cache.read(origin, size)
 
-class _Part(NamedTuple):
-    """What tells a factor apart, and of how many columns or rows it is."""
-
-    origin: bytes
-    size: int
+    def _keep(self, key: str, origin: bytes, factor: FeedbackFactor) -> None:
+        if not self._cache.write(origin, factor) and self._store is not None:
+            for part in FEEDBACK_PARTS:
+                self._store.write(f"{key}/{part}", getattr(factor, part))
 
 
 def matrices_with_feedback(plan: Plan, scores: ScoreFile, feedback_types: Collection[str]) -> dict[str, str]:
@@ -155,25 +164,19 @@ def matrices_with_feedback(plan: Plan, scores: ScoreFile, feedback_types: Collec
 def rows_with_feedback(plan: Plan, scores: ScoreFile, matrices: Mapping[str, str]) -> dict[str, str]:
     """Return the key of the output gradients of every matrix whose rows make up for each other's errors.
 
-    Those that stay whole, and have a moment of their own: what is kept of others says how gradients meet the columns of
-    the weight. Measured on a real model, that gains nothing here.
+    They are those of layers that stay whole and have a moment of their own, with no more rows than columns: of others
+    score files know how gradients meet the columns of the weight. Measured on a real model, that gains nothing here.
 
     Args:
         matrices: that are rounded with error feedback, see :func:`matrices_with_feedback`.
-
-    Raises:
-        ScoreFileError: a moment is of another size.
     """
     found = {}
     for decision in plan.tensors:
         module = scores.modules.get(decision.module)
-        if module is None or decision.rank is not None or decision.name not in matrices:
+        if module is None or decision.rank is not None or decision.name not in matrices or not block_of(decision.name):
             continue
         if module.gradient_key and not is_projected(module.shape):
-            key, rows = module.gradient_key, decision.shape[0]
-            if (size := scores.second_moments[key].size) != rows:
-                raise ScoreFileError(f"{moment_name(key)} is of {size} rows, {decision.name} has {rows}; rank again")
-            found[decision.name] = key
+            found[decision.name] = module.gradient_key
     return found
 
 
@@ -218,7 +221,8 @@ class FeedbackWriter:
             if name in self._rows:
                 keys, factors = row_keys(self._rows[name], shape[0]), model.row_feedback(name)
                 for row_key, factor in zip(keys, factors or (), strict=True):
-                    self._write(row_key, factor)
+                    if row_key not in self._written:
+                        self._write(row_key, factor)
 
     def _write(self, key: str, factor: FeedbackFactor | None) -> None:
         assert self._writer is not None and factor is not None

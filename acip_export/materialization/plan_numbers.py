@@ -55,8 +55,7 @@ class PlanNumbers:
         rows: the key of the output gradients of those whose rows make up for each other's errors.
 
     Raises:
-        ScoreFileError: see :func:`acip_export.materialization.feedback_factors.matrices_with_feedback` and
-            :func:`acip_export.materialization.feedback_factors.rows_with_feedback`.
+        ScoreFileError: see :func:`acip_export.materialization.feedback_factors.matrices_with_feedback`.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from acip_export.weight_types import WeightType
 # and as they are, in cubes of n in float64; passes over an entry, in calls.
 _ROOT, _UNPACKED, _SORTED_FACTOR, _WIDE_FACTOR, _BY_ENTRY = 0.7, 3.3, 2.4, 1.2, 0.05
 # Carrying the error of a column, in calls, and unpacking an entry of its row of the factor.
-_BY_COLUMN, _BY_FACTOR_ENTRY = 32.0, 0.009
+_BY_COLUMN, _BY_FACTOR_ENTRY = 1.0, 0.009
 # Reading, scaling and squaring a weight, in calls.
 _BY_WEIGHT = 0.02
 # A few rows times a large matrix reach this share of the speed of products.

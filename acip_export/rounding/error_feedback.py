@@ -6,9 +6,9 @@ column j can do about its error e is to move by -e U[j, k] / U[j, j]. Columns ar
 the largest first, so that those that matter most are rounded with the most columns left to make up for them.
 
 Where G, the second moment of the loss gradient at the layer's outputs, is known as well, rounding W to Q costs
-tr(G (W - Q) H (W - Q)^T), and rows make up for the rows before them in the same way (as in Tseng et al., arXiv
-2505.22988): a row that was rounded with an error e, a vector now, moves the rows after it by -e V[i, k] / V[i, i], with
-G^-1 = V^T V.
+tr(G (W - Q) H (W - Q)^T), and rows make up for the rows before them, too (as in Tseng et al., arXiv 2505.22988). With
+G^-1 = V^T V, a row i that is rounded with the errors e, one for each column, moves the k-th of the rows after it by
+-e V[i, k] / V[i, i]. Only then is that row rounded itself, column by column.
 
 Only the ratios U[j, k] / U[j, j] are needed. Eight bits each, with one step for every row, lose nothing that can be
 measured, and are all that is kept of a moment (docs/bundle.md).
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from acip_export.errors import UnsupportedError
+from acip_export.units import ceil_div
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,6 @@ _COLUMNS, _ROWS = 128, 128
 # Rows that make up for each other's errors, and that callers hand over at once: copies of them are in memory.
 ROWS_AT_ONCE = 2048
 _MOST = 127
-_NONE = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +74,9 @@ class FeedbackFactor:
 
     def check(self, name: str) -> None:
         """Refuse numbers that are no factor. Raises ValueError that begins with ``name``."""
+        kinds = ((self.order, np.int32), (self.codes, np.int8), (self.steps, np.float32))
+        if any(array.dtype != kind or array.ndim != 1 for array, kind in kinds):
+            raise ValueError(f"{name} has numbers of another kind")
         size = self.size
         if self.codes.shape != (size * (size - 1) // 2,) or self.steps.shape != (size,):
             raise ValueError(f"{name} has {self.codes.size} codes and {self.steps.size} steps for {size} places")
@@ -133,7 +136,7 @@ def round_with_feedback(
         raise UnsupportedError(
             f"error feedback for {row_factor.size} outputs cannot round {rows} rows: it is of another matrix"
         )
-    order = np.arange(rows) if row_factor is None else row_factor.order
+    order = slice(None) if row_factor is None else row_factor.order
     down = None if row_factor is None else row_factor.rows(0, rows)
     # Twice: indexing by rows and columns at once takes ten times as long.
     work = np.take(weight[order], factor.order, axis=1)
@@ -160,10 +163,11 @@ class _Scales:
     group: int
 
     @classmethod
-    def of(cls, grid: Grid, order: npt.NDArray[np.integer]) -> _Scales:
-        steps = grid.steps[order]
-        offsets = np.zeros_like(steps) if grid.offsets is None else grid.offsets[order]
-        levels = np.empty(0, np.float32) if grid.levels is None else grid.levels
+    def of(cls, grid: Grid, order: Order | slice) -> _Scales:
+        # Arrays that may be written to: each other kind would be compiled for.
+        steps = np.array(grid.steps[order])
+        offsets = np.zeros_like(steps) if grid.offsets is None else np.array(grid.offsets[order])
+        levels = np.empty(0, np.float32) if grid.levels is None else np.array(grid.levels)
         middles = (levels[1:] + levels[:-1]) * np.float32(0.5)
         ends = np.float32(grid.lowest), np.float32(grid.highest)
         return cls(steps, _reciprocal(steps), offsets, levels, middles, *ends, grid.group)
@@ -207,6 +211,8 @@ def _round_block(
             # torch adds a product in place; numpy makes a copy of all the rows below first.
             share = torch.from_numpy(down[tile, tile.stop :]).T
             torch.from_numpy(targets[tile.stop :]).addmm_(share, torch.from_numpy(targets[tile]), alpha=-1)
+    if not np.isfinite(errors).all():
+        raise UnsupportedError("a matrix cannot be rounded with error feedback: its numbers, or the factors', overflow")
     codes[:, block] = chosen
     if block.stop < columns:
         share = torch.from_numpy(behind[:, block.stop :])
@@ -216,9 +222,26 @@ def _round_block(
 def rows_at_once(
     weight: torch.Tensor, row_feedback: Sequence[FeedbackFactor] | None
 ) -> Iterator[tuple[torch.Tensor, FeedbackFactor | None]]:
-    """Yield ``ROWS_AT_ONCE`` rows of a matrix after the other, and how errors are carried among them."""
-    parts = weight.split(ROWS_AT_ONCE)  # type: ignore[no-untyped-call]
-    yield from zip(parts, [None] * len(parts) if row_feedback is None else row_feedback, strict=True)
+    """Yield at most ``ROWS_AT_ONCE`` rows of a matrix after the other, and how errors are carried among them.
+
+    Raises:
+        UnsupportedError: ``row_feedback`` is of another number of rows.
+    """
+    if row_feedback is None:
+        yield from ((some, None) for some in weight.split(ROWS_AT_ONCE))  # type: ignore[no-untyped-call]
+        return
+    sizes = [factor.size for factor in row_feedback]
+    if sum(sizes) != len(weight):
+        raise UnsupportedError(
+            f"error feedback for {sum(sizes)} outputs cannot round {len(weight)} rows: it is of another matrix"
+        )
+    yield from zip(weight.split(sizes), row_feedback, strict=True)  # type: ignore[no-untyped-call]
+
+
+def row_parts(rows: int) -> list[int]:
+    """Return into how many rows each a matrix is cut that carries errors from row to row: parts of about one size."""
+    size = ceil_div(rows, ceil_div(rows, ROWS_AT_ONCE)) if rows else 1
+    return [min(size, rows - start) for start in range(0, rows, size)]
 
 
 def _reciprocal(steps: Floats) -> Floats:

@@ -1,8 +1,10 @@
-"""The inner loops of error feedback, compiled when they are first called. Everything that knows of numba is here."""
+"""The inner loops of error feedback, compiled when they are first called: a second, in every process that rounds.
+
+Everything that knows of numba is here. Its cache on disk is not used: a damaged one would end every command.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -12,18 +14,6 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 
 _TOGETHER = 8
-
-
-def _compiled(function: Callable[..., None]) -> Any:
-    """Compile a function, and keep what is compiled where the system allows it.
-
-    Sums stay in their order; a product and a sum may become one instruction. Other threads run meanwhile.
-    """
-    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package nor the user's cache can be written to
-        return numba.njit(**options)(function)
 
 
 def _round_tile(
@@ -48,8 +38,7 @@ def _round_tile(
         targets: (rows, columns) the weights less what rows before them carried; filled with what they are off by.
         carried: (rows, columns) what columns before these carried; overwritten.
         near: (columns, columns) how errors are carried to the columns behind, zeros elsewhere.
-        inside: (rows, rows) how they are carried to the rows below;
-            (0, 0): not at all.
+        inside: (rows, rows) how they are carried to the rows below; (0, 0): not at all.
         steps, inverses, offsets: (rows, groups). groups: (columns,) of each column.
         levels, middles: what codes stand for in steps, and what lies between; empty: themselves, up to lowest and
             highest.
@@ -90,4 +79,5 @@ def _round_tile(
                     carried[row, other] -= error * near[column, other]
 
 
-round_tile = _compiled(_round_tile)
+# Sums stay in their order; a product and a sum may become one instruction. Other threads run meanwhile.
+round_tile: Any = numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")(_round_tile)

@@ -2,8 +2,7 @@
 
 An export and the reference that it is compared with are rounded by the same code from the same numbers. Error feedback
 takes longer than everything else there, and so does the nearest code of very large matrices: what the one has rounded
-the other reads. Files are named by everything that the rounding depends on: a matrix that is written in another order
-than the bundle has it is rounded twice.
+the other reads. Files are named by everything that the rounding depends on.
 
 Beside an export they outlive a process that is killed, so that the same command goes on where it was.
 """

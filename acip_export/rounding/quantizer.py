@@ -33,8 +33,8 @@ class InputMoments:
         feedback: how errors are carried from column to column; ``None``: every weight goes to its nearest code.
         kept: where matrices that were rounded with error feedback are kept.
         gains: (rows, blocks) what tuning multiplies the scale of each block with once its codes are chosen.
-        row_feedback: how errors are carried from row to row, too, ``ROWS_AT_ONCE`` rows in each; ``None``: rows are
-            rounded independently of each other.
+        row_feedback: how errors are carried from row to row, too, at most ``ROWS_AT_ONCE`` rows in each; ``None``: rows
+            are rounded independently of each other.
     """
 
     importance: torch.Tensor | None = None

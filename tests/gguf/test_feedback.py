@@ -185,6 +185,9 @@ def test_a_factor_checks_itself() -> None:
         (FeedbackFactor(factor.order, factor.codes[1:], factor.steps), "2015 codes"),
         (FeedbackFactor(np.zeros_like(factor.order), factor.codes, factor.steps), "every place once"),
         (FeedbackFactor(factor.order, factor.codes, np.full_like(factor.steps, np.inf)), "not finite"),
+        (FeedbackFactor(factor.order.astype(np.float32), factor.codes, factor.steps), "another kind"),  # type: ignore[arg-type]
+        (FeedbackFactor(factor.order, factor.codes.astype(np.float32), factor.steps), "another kind"),  # type: ignore[arg-type]
+        (FeedbackFactor(factor.order[0], factor.codes, factor.steps), "another kind"),
     ):
         with pytest.raises(ValueError, match=message):
             damaged.check("m")

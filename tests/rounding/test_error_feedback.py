@@ -52,7 +52,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# On both sides of what is carried column by column, and of what one product carries to all columns behind.
+# On both sides of the columns and rows whose errors one product carries to all behind and below.
 @pytest.mark.parametrize("columns", [1, 127, 129, 300])
 @pytest.mark.parametrize("rows", [0, 1, 9, 140])
 @pytest.mark.parametrize("carried_down", [False, True])

@@ -40,7 +40,7 @@ _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to a tensor's numbers: rows reordered, then ``weight * scale + shift * scale``.
+    """What happens to a tensor's numbers: ``weight * scale + shift * scale``, rounded, then rows reordered.
 
     Attributes:
         rows: order in which the rows are written; ``None``: as they are.
@@ -58,7 +58,7 @@ class Change:
         return weight if self.rows is None else weight[torch.from_numpy(self.rows)]
 
     def of_numbers(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the tensor with its rows in the order that they have."""
+        """Return the numbers changed, the rows not yet reordered."""
         return (weight.float() + self.shift) * self.scale if self.scale != 1.0 or self.shift else weight
 
 
