@@ -8,7 +8,7 @@ the largest first, so that those that matter most are rounded with the most colu
 Where G, the second moment of the loss gradient at the layer's outputs, is known as well, rounding W to Q costs
 tr(G (W - Q) H (W - Q)^T), and rows make up for the rows before them, too (as in Tseng et al., arXiv 2505.22988). With
 G^-1 = V^T V, a row i that is rounded with the errors e, one for each column, moves the k-th of the rows after it by
--e V[i, k] / V[i, i]. Only then is that row rounded itself, column by column.
+-e V[i, k] / V[i, i]. A row is rounded, column by column, when all rows before it have moved it.
 
 Only the ratios U[j, k] / U[j, j] are needed. Eight bits each, with one step for every row, lose nothing that can be
 measured, and are all that is kept of a moment (docs/bundle.md).
