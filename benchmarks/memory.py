@@ -38,7 +38,7 @@ from acip_export.artifacts.scores import (
     save_scores,
 )
 from acip_export.formats.registry import export_format
-from acip_export.lowrank.moments import PackedMoment
+from acip_export.lowrank.moments import PackedMoment, is_projected
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.encoder import task_of
@@ -116,7 +116,7 @@ def made_up_scores(checkpoint: Checkpoint, file: Path, moments: bool = False) ->
     """A score file that says nothing: memory does not depend on the numbers.
 
     Args:
-        moments: second moments of each layer's inputs, of random numbers too.
+        moments: second moments of each layer's inputs and output gradients, of random numbers too.
     """
     modules = {}
     second: dict[str, PackedMoment] = {}
@@ -132,6 +132,7 @@ def made_up_scores(checkpoint: Checkpoint, file: Path, moments: bool = False) ->
             input_moment=np.ones(shape[1], np.float32),
             gradient_moment=np.ones(shape[0], np.float32),
             input_key=_moment_of_inputs(name, shape[1], second) if moments else "",
+            gradient_key=_moment_of_gradients(name, shape, second) if moments else "",
             adapter_a=None,
             adapter_b=None,
         )
@@ -156,15 +157,28 @@ def _moment_of_inputs(module: str, inputs: int, known: dict[str, PackedMoment]) 
     parent, _, last = module.rpartition(".")
     key = f"{parent}.{shared.get(last, last)}"
     if key not in known:
-        numbers = np.random.default_rng(len(known))
-        entries = inputs * (inputs - 1) // 2
-        codes = np.clip(np.rint(numbers.standard_normal(entries, np.float32) * 10), -127, 127).astype(np.int8)
-        stream = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-        packed = np.frombuffer(stream.compress(codes.tobytes()) + stream.flush(), np.uint8)
-        ones = np.ones(inputs, np.float32)
-        # Entries of the inverse's factor that are small beside its diagonal: well conditioned, as real ones are.
-        known[key] = PackedMoment.of(np.stack([ones, ones, ones / (100 * inputs**0.5)]), packed)
+        known[key] = _random_moment(inputs, len(known))
     return key
+
+
+def _moment_of_gradients(module: str, shape: tuple[int, int], known: dict[str, PackedMoment]) -> str:
+    """Add a packed second moment of output gradients where rows make up for each other by it, and return its key."""
+    if is_projected(shape):
+        return ""
+    known[f"{module}.gradient"] = _random_moment(shape[0], len(known))
+    return f"{module}.gradient"
+
+
+def _random_moment(size: int, seed: int) -> PackedMoment:
+    numbers = np.random.default_rng(seed)
+    codes = np.clip(np.rint(numbers.standard_normal(size * (size - 1) // 2, np.float32) * 10), -127, 127).astype(
+        np.int8
+    )
+    stream = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    packed = np.frombuffer(stream.compress(codes.tobytes()) + stream.flush(), np.uint8)
+    ones = np.ones(size, np.float32)
+    # Entries of the inverse's factor that are small beside its diagonal: well conditioned, as real ones are.
+    return PackedMoment.of(np.stack([ones, ones, ones / (100 * size**0.5)]), packed)
 
 
 def make_plan(checkpoint: Checkpoint, case: Case, serving: Serving) -> Plan:
