@@ -12,6 +12,7 @@ from acip_export.api import rounding_estimate
 from acip_export.api.rounding_errors import rounding_work
 from acip_export.cli.rank import expected_course
 from acip_export.errors import InfeasibleBudgetError, OutputError, RankingError, UsageError
+from acip_export.lowrank.feedback_cache import MOST_BYTES, entry_bytes
 from acip_export.machine import Machine
 from acip_export.measurement.pass_time import pass_seconds
 from acip_export.measurement.passes import ClassPass
@@ -156,7 +157,8 @@ def test_factors_of_wide_inputs_are_counted_once(tmp_path: Path) -> None:
     narrow = replace(alone["onnx"], inputs=[1023])
     assert narrow.seconds(TWO_CORES) == replace(narrow, factors_kept=True).seconds(TWO_CORES)
     # Of a model with more factors than the cache has room for, the last ones are made again.
-    fitting, all_ = (replace(alone["onnx"], inputs=[8192] * count) for count in (127, 128))
+    room = MOST_BYTES // entry_bytes(8192)
+    fitting, all_ = (replace(alone["onnx"], inputs=[8192] * count) for count in (room, room + 1))
     fitting_kept, all_kept = (replace(each, factors_kept=True).seconds(TWO_CORES) for each in (fitting, all_))
     assert all_kept - fitting_kept == pytest.approx(all_.seconds(TWO_CORES) - fitting.seconds(TWO_CORES))
     one = [ClassPass("down_proj", "q4_0", frozenset({"model.layers.0.mlp.down_proj.weight"}), 0.0)]
