@@ -233,14 +233,13 @@ def _quantized(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterat
 
 
 def _untuned(weight: Tensor, form: WeightType, inputs: InputMoments) -> Iterator[Quantized]:
-    feedback, kept = inputs.feedback, inputs.kept
+    importance, feedback, kept = inputs.importance, inputs.feedback, inputs.kept
     for some, rows in rows_at_once(weight, inputs.row_feedback):
         if feedback is None and kept is None:
             yield from _nearest(some, form, inputs)
             continue
         compute = partial(_joined, some, form, inputs, rows)
-        known = (some, form.name, inputs.importance, feedback, compute, rows)
-        arrays = compute() if kept is None else kept.arrays(*known)
+        arrays = compute() if kept is None else kept.arrays(some, form.name, importance, feedback, compute, rows)
         yield Quantized(*arrays)
 
 

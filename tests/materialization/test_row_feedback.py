@@ -29,8 +29,8 @@ from acip_export.materialization.planned_model import PlannedModel
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding import error_feedback
 from acip_export.rounding.error_feedback import FeedbackFactor
-from acip_export.rounding.quantizer import InputMoments
 from converters.gguf.types import FEEDBACK_TYPES
+from tests.gguf.test_feedback import moments_of
 from tests.materialization.moments import correlated, scores_with_moments
 from tests.support import dense, everywhere, make_model, make_plan
 
@@ -114,18 +114,13 @@ def test_exports_and_bundles_have_the_same_bytes(model: Path, scores: ScoreFile,
 def test_the_loss_falls(kind: str, name: str) -> None:
     inputs, outputs = correlated(256, 1), correlated(192, 2)
     weight = torch.randn(192, 256, generator=torch.Generator().manual_seed(3)) * 0.05
-    packed = pack_moment(inputs)
-    known = InputMoments(packed_diagonal(inputs), packed.feedback_factor())
+    known = moments_of(inputs)
     rows = pack_moment(outputs).row_factors([192], "it")
     round_trip, norm = export_format(kind).round_trip, Norm(inputs, outputs)
     alone, both = (
         norm.loss(round_trip(weight, name, each) - weight) for each in (known, replace(known, row_feedback=rows))
     )
     assert both < 0.85 * alone
-
-
-def packed_diagonal(moment: torch.Tensor) -> torch.Tensor:
-    return moment.diagonal().float()
 
 
 def test_many_rows_are_rounded_in_parts(
