@@ -44,7 +44,8 @@ class Point:
 
     Attributes:
         bits: of the files, by weight of the dense model. ranking: the algorithm's name.
-        pairs: matrices that are factor pairs, of ``matrices``. predicted, kl, error: nats per token.
+        pairs: matrices that are factor pairs, of ``matrices``. predicted, kl, error: divergence from the dense model,
+            nats per token.
     """
 
     format: str
@@ -94,7 +95,7 @@ def points(args: argparse.Namespace, scores_file: Path, model: Path) -> list[Poi
             matrices = [decision for decision in plan.tensors if len(decision.shape) == 2]
             pairs = sum(decision.representation != "dense" for decision in matrices)
             point = replace(point, pairs=pairs, matrices=len(matrices), adapters=plan.adapters)
-            found.append((replace(point, predicted=plan.predicted_loss), plan))
+            found.append((replace(point, predicted=plan.predicted_divergence), plan))
     text = held_out_text(checkpoint, scores, 512)
     if text is None:
         raise SystemExit("the text that the ranking held out is not here")

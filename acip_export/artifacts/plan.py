@@ -223,6 +223,8 @@ class Plan(Artifact):
         files: exact bytes by file name.
         breakdown: memory by purpose. anonymous: what of each part no file backs, so that the system cannot drop it.
         predicted_loss: above the dense model, in ``loss_unit``.
+        predicted_divergence: from the dense model, in ``loss_unit``; more than the loss where adapters learned the
+            text. ``None``: the ranking did not measure it.
         adapters: whether the learned adapters are folded in.
         tensors: one decision per tensor of the checkpoint.
         device: name of the device whose memory was planned for, if it was one.
@@ -232,7 +234,7 @@ class Plan(Artifact):
         candidates: what was compared with it by measuring, itself included; empty: nothing.
         speed: on the machine that was planned for; ``None``: not known, of this runtime and these types.
         types: those that it chose from, if not the format's own.
-        tune_seconds: for how long its scales and vectors are tuned before it is written; ``None``: not at all.
+        tune_seconds: for how long its scales, vectors and pairs are tuned before it is written; ``None``: not at all.
     """
 
     NAME: ClassVar[ArtifactName] = PLAN
@@ -266,6 +268,7 @@ class Plan(Artifact):
     speed: PlannedSpeed | None = None
     tune_seconds: PositiveFloat | None = None
     types: tuple[Name, ...] = ()
+    predicted_divergence: Finite | None = None
 
     @property
     def loss_unit(self) -> str:

@@ -252,6 +252,7 @@ class Report(Artifact):
     similarity_spearman: Finite | None = None
     similarity_error: Finite | None = None
     tasks: Mapping[str, Mapping[str, TaskMetric]] | None = None
+    predicted_divergence: Finite | None = None
 
     @property
     def loss_unit(self) -> str:

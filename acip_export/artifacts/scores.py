@@ -139,9 +139,14 @@ class CurvePoint:
         """Return what the cut loses, with adapters where they help.
 
         Where adapters have learned the text, that is less than the divergence. Plans that were made with the divergence
-        instead were worse, though better predicted (docs/LOG.md).
+        instead were worse, though better predicted (docs/LOG.md): plans are chosen by this, and predict both.
         """
         return min(loss for loss in (self.loss, self.loss_with_adapters) if loss is not None) - dense.loss
+
+    @property
+    def divergence_as_cut(self) -> float | None:
+        """The divergence of what :meth:`above` is of; ``None`` where it was not measured."""
+        return self.divergence_with_adapters if self.adapters_help else self.divergence
 
 
 @dataclass(frozen=True)

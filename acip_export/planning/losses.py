@@ -8,7 +8,7 @@ or factor with a relative mean square error of one; what the types' errors are w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +31,27 @@ def component_losses(scores: ScoreFile) -> dict[str, FloatArray]:
     cost: dropping is systematic and costs up to twice its estimate, rounding is noise and costs just about its own
     (benchmarks/predict.json), so only the losses of dropping are scaled.
     """
+    dense = scores.curve[0]
+    return _scaled(scores, _along_order(scores), [point.above(dense) for point in scores.curve[1:]])
+
+
+def component_divergences(scores: ScoreFile) -> dict[str, FloatArray] | None:
+    """Return the same of the divergence from the dense model, nats per token; ``None``: it was not measured.
+
+    Adapters learn the text that they are trained on, so that the loss of a cut grows less than its divergence. Losses
+    of encoders are divergences.
+    """
+    measured = [point.divergence_as_cut for point in scores.curve[1:]]
+    known = [divergence for divergence in measured if divergence is not None]
+    return _scaled(scores, _along_order(scores), known) if measured and len(known) == len(measured) else None
+
+
+def _along_order(scores: ScoreFile) -> dict[str, FloatArray]:
     order = scores.global_order
     estimates = np.concatenate([scores.modules[name].drop_loss for name in order.names]).astype(np.float64)
     losses = np.empty_like(estimates)
     losses[order.positions] = isotonic(estimates[order.positions])
-    return _scaled(scores, dict(zip(order.names, np.split(losses, np.cumsum(order.counts)[:-1]), strict=True)))
+    return dict(zip(order.names, np.split(losses, np.cumsum(order.counts)[:-1]), strict=True))
 
 
 def isotonic(values: FloatArray) -> FloatArray:
@@ -53,23 +69,25 @@ def isotonic(values: FloatArray) -> FloatArray:
         mean, weight = np.add.reduceat(mean * weight, starts) / total, total
 
 
-def _scaled(scores: ScoreFile, losses: dict[str, FloatArray]) -> dict[str, FloatArray]:
+def _scaled(scores: ScoreFile, losses: dict[str, FloatArray], measured: Sequence[float]) -> dict[str, FloatArray]:
     """Scale each component's loss by (measured / estimated) of the step of the curve that drops it first.
 
     What the bounds on that leave out, the next step makes up for.
+
+    Args:
+        measured: above the dense model, of every point of the curve but the first.
     """
     scaled = {name: values.copy() for name, values in losses.items()}
     dropped = {name: np.zeros(len(values), bool) for name, values in losses.items()}
     scaled_so_far, factor = 0.0, 1.0
-    for point in scores.curve[1:]:
+    for point, above in zip(scores.curve[1:], measured, strict=True):
         new: dict[str, npt.NDArray[np.int64]] = {}
         for name, components in _dropped_at(scores, point.ratio):
             new[name] = components[~dropped[name][components]]
             dropped[name][components] = True
         estimate = sum(float(losses[name][components].sum()) for name, components in new.items())
-        measured = point.above(scores.curve[0])
         if estimate > 0:
-            factor = float(np.clip((measured - scaled_so_far) / estimate, *_FACTORS))
+            factor = float(np.clip((above - scaled_so_far) / estimate, *_FACTORS))
         for name, components in new.items():
             scaled[name][components] *= factor
         scaled_so_far += factor * estimate

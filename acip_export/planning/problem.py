@@ -19,7 +19,7 @@ from acip_export.planning.candidates import Candidates, Counted, build_candidate
 from acip_export.planning.capacity_search import Search, Solution, Table
 from acip_export.planning.certificate import loss_of_quantization_alone, low_rank_note, next_upgrade
 from acip_export.planning.export_sizes import ExportSizes
-from acip_export.planning.losses import FloatArray, MeasuredCuts, component_losses, measured_cuts
+from acip_export.planning.losses import FloatArray, MeasuredCuts, component_divergences, component_losses, measured_cuts
 from acip_export.planning.memory import HeldBytes, ModelMemory
 from acip_export.planning.space import SearchSpace
 from acip_export.planning.tensor_limit import fitting
@@ -59,7 +59,7 @@ class Problem:
         errors: what rounding costs, where it was measured on this model.
         candidates: one entry per tensor.
         cuts: what the ranking measured.
-        dropping: the loss of dropping each component, by module.
+        dropping: the loss of dropping each component, by module; ``diverging``: the divergence, where it is known.
         sizes: what decisions take, to the byte.
         cache_losses: what cache types cost; of one that was not measured, nothing is predicted.
     """
@@ -71,6 +71,7 @@ class Problem:
     candidates: tuple[Candidates, ...]
     cuts: MeasuredCuts
     dropping: Mapping[str, FloatArray]
+    diverging: Mapping[str, FloatArray] | None
     sizes: ExportSizes
     cache_losses: CacheLosses
 
@@ -100,7 +101,8 @@ class Problem:
         sizes = ExportSizes(ModelMemory.of(space.format, checkpoint), space.layout.name)
         cuts = measured_cuts(scores, losses)
         cache_losses = cache_losses or CacheLosses(space.format.name, "", scores.sha256)
-        return cls(checkpoint, scores, space, errors, candidates, cuts, losses, sizes, cache_losses)
+        diverging = component_divergences(scores)
+        return cls(checkpoint, scores, space, errors, candidates, cuts, losses, diverging, sizes, cache_losses)
 
     @property
     def memory(self) -> ModelMemory:
@@ -212,6 +214,7 @@ class Problem:
             breakdown=self.memory.breakdown(solution.decisions, solution.file_bytes, serving),
             anonymous=self.memory.anonymous(solution.decisions, serving),
             predicted_loss=loss,
+            predicted_divergence=self._divergence(loss, solution.decisions),
             predicted_perplexity=exp(min(self.cuts.dense_loss + loss, 700.0)) if scores.task == "causal" else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
             adapters=self._adapters(solution.decisions),
@@ -230,12 +233,29 @@ class Problem:
 
     def _adapters(self, decisions: tuple[TensorDecision, ...]) -> bool:
         """Return whether the learned adapters help: they make up for dropped components, not for rounding."""
-        dropped = 0.0
-        for decision in decisions:
-            if decision.kept is not None:
-                losses = self.dropping[decision.module]
-                dropped += float(losses.sum() - sum(losses[start:stop].sum() for start, stop in decision.kept))
+        dropped = _of_dropped(self.dropping, decisions)
         return dropped > 0 and self.cuts.adapters(dropped)
+
+    def _divergence(self, loss: float, decisions: tuple[TensorDecision, ...]) -> float | None:
+        """Return how far from the dense model a plan of that loss is; ``None``: not known where components drop.
+
+        They differ in what is dropped alone: to second order, rounding costs as much of the one as of the other.
+        """
+        if all(decision.kept is None for decision in decisions):
+            return loss
+        if self.diverging is None:
+            return loss if self.scores.task != "causal" else None
+        return loss + _of_dropped(self.diverging, decisions) - _of_dropped(self.dropping, decisions)
+
+
+def _of_dropped(costs: Mapping[str, FloatArray], decisions: tuple[TensorDecision, ...]) -> float:
+    """Sum the costs of the components that decisions drop, by module."""
+    total = 0.0
+    for decision in decisions:
+        if decision.kept is not None:
+            each = costs[decision.module]
+            total += float(each.sum() - sum(each[start:stop].sum() for start, stop in decision.kept))
+    return total
 
 
 def _droppable_note(solution: Solution, held: HeldBytes) -> str | None:

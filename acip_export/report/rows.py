@@ -78,7 +78,7 @@ def _quality(page: Page, report: Report, runtime: RuntimeReport) -> Iterator[Row
         )
         yield Row(
             "KL divergence from the dense model",
-            _NONE,
+            _NONE if report.predicted_divergence is None else format_nats(report.predicted_divergence),
             f"{format_nats(divergence.mean_kl)} ± {format_nats(divergence.kl_standard_error)}",
             f"nats per token; 99.9 % of the positions: at most {format_nats(divergence.kl_999)}",
         )

@@ -182,6 +182,7 @@ def verify_export(
         process_bytes=plan.process_bytes,
         breakdown=plan.breakdown,
         predicted_loss=plan.predicted_loss,
+        predicted_divergence=plan.predicted_divergence,
         predicted_perplexity=plan.predicted_perplexity,
         passed=not failures,
         failures=tuple(failures),

@@ -106,6 +106,33 @@ def test_adapters_make_up_for_dropped_components_only(ranked: tuple[Checkpoint, 
     assert cut.adapters
 
 
+def test_the_divergence_is_predicted_beside_the_loss_that_plans_are_chosen_by(
+    ranked: tuple[Checkpoint, ScoreFile],
+) -> None:
+    """The same plan, whatever the divergences; they count where components drop, as far as they do."""
+    checkpoint, scores = ranked
+    request = PlanRequest("onnx", 900_000, "file", types=("int8",))
+    unknown = planned(checkpoint, scores, request)
+    assert unknown.predicted_divergence is None
+    dense = scores.curve[0].loss
+    parted = replace(scores, curve=tuple(replace(p, divergence=2 * (p.loss - dense)) for p in scores.curve))
+    found = planned(checkpoint, parted, request)
+    assert replace(found, predicted_divergence=None) == unknown
+    assert found.predicted_divergence is not None
+    assert found.predicted_loss < found.predicted_divergence < 2 * found.predicted_loss
+    alone = planned(checkpoint, parted, PlanRequest("gguf", 2_000_000, types=("q8_0",)))
+    assert alone.predicted_divergence == alone.predicted_loss
+
+    # Adapters that help have a divergence of their own.
+    def adapted(share: float) -> float:
+        curve = [replace(p, loss_with_adapters=p.loss - 1e-3, divergence_with_adapters=share) for p in parted.curve]
+        plan = planned(checkpoint, replace(parted, curve=tuple(curve)), request)
+        assert plan.predicted_divergence is not None
+        return plan.predicted_divergence
+
+    assert adapted(0.1) < adapted(0.3)
+
+
 def test_the_same_question_has_the_same_answer(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     request = PlanRequest("gguf", 2_000_000)
     assert planned(*ranked, request) == planned(*ranked, request)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _PREDICTED_ON = "on the text that the ranking held out"
 # Share of a budget that is worth a sentence where nothing is left to improve.
 _UNNEEDED = 0.05
+# A divergence within this share of the predicted loss is not shown beside it.
+_SAME = 0.02
 
 
 def show_plan(plan: Plan, verbose: bool) -> None:
@@ -44,6 +46,11 @@ def show_plan(plan: Plan, verbose: bool) -> None:
     if plan.predicted_perplexity is not None:
         quality = f"dense {plan.dense_perplexity:,.2f}; {loss:.4f} {plan.loss_unit} more (at least {least:.4f})"
         table.add_row("predicted perplexity", f"{plan.predicted_perplexity:,.2f}", f"{quality}, {_PREDICTED_ON}")
+        apart = plan.predicted_divergence
+        if apart is not None and not isclose(apart, loss, rel_tol=_SAME):
+            table.add_row(
+                "predicted KL", f"{apart:.4f}", f"{plan.loss_unit} from the dense model: adapters learn their text"
+            )
     else:
         quality = f"{plan.loss_unit} (at least {least:.2e}), {_PREDICTED_ON}"
         table.add_row("predicted loss", f"{loss:.2e}", quality)

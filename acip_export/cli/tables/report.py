@@ -101,7 +101,9 @@ def _quality(runtime: RuntimeReport, report: Report) -> Iterator[str]:
     if runtime.divergence is not None:
         far = runtime.divergence
         worst = f"99.9 % of them below {format_nats(far.kl_999)}"
-        mean = f"KL {format_nats(far.mean_kl)} nats per token"
+        predicted = report.predicted_divergence
+        beside = "" if predicted is None else f" ({format_nats(predicted)} predicted)"
+        mean = f"KL {format_nats(far.mean_kl)} nats per token{beside}"
         yield f"from the dense model: {mean}, {worst}, same top token {far.same_top:.1%}"
 
 
