@@ -141,8 +141,8 @@ def plan(
         calibrate: scale predictions to what rounding layers and classes of them was measured to cost; the first plan of
             a format measures it, which takes minutes.
         candidates: plans that are run on held-out text before the best is taken; 1: the prediction alone chooses.
-        tune: ``"10min"``, or seconds: for so long scales and norms are tuned towards the dense model before the export
-            is written; it needs the ranking's text.
+        tune: ``"10min"``, or seconds: for so long scales, norms and factor pairs are tuned towards the dense model
+            before the export is written; it needs the ranking's text.
         options: settings that only this format knows, as its flags are called (``split_max_size``).
 
     Raises:

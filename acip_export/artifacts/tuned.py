@@ -1,7 +1,8 @@
-"""``tuned.safetensors``: what tuning made of an export's scales and vectors. See docs/tuned-numbers.md.
+"""``tuned.safetensors``: what tuning made of an export's scales, vectors and pairs. See docs/tuned-numbers.md.
 
 The scales of a tensor's blocks are multiplied by gains, ``gains of NAME`` (rows, blocks) float16; a vector is replaced
-by ``NAME``, float32. It lies in the export that was written from it, because verifying that needs it; no device does.
+by ``NAME``, float32, and the factors of a pair, which are rounded then, by ``NAME``, float16. The file lies in the
+export that was written from it, because verifying that needs it; no device does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from acip_export.artifacts.materialized import stored_of
 from acip_export.artifacts.names import TUNED, TUNED_FILE
 from acip_export.artifacts.plan import Plan, plan_sha256
 from acip_export.errors import TunedFileError
@@ -61,19 +63,21 @@ class Tuned:
     """Tuned numbers of one plan.
 
     Attributes:
-        gains: by name of the matrix, (rows, blocks). vectors: by name, float32.
+        gains: by name of the matrix, (rows, blocks). vectors: by name, float32. factors: of pairs before rounding, by
+            the names that exports store them under, float16.
     """
 
     result: TuningResult
     gains: Mapping[str, Tensor]
     vectors: Mapping[str, Tensor]
+    factors: Mapping[str, Tensor]
 
 
 def save_tuned(tuned: Tuned, plan: Plan, file: Path) -> None:
     """Write the numbers, whole or not at all."""
     from safetensors.torch import save_file
 
-    tensors = {f"{_GAINS}{name}": gains for name, gains in tuned.gains.items()} | dict(tuned.vectors)
+    tensors = {f"{_GAINS}{name}": gains for name, gains in tuned.gains.items()} | {**tuned.vectors, **tuned.factors}
     metadata = {
         "artifact": TUNED.artifact,
         "version": str(TUNED.version),
@@ -113,7 +117,13 @@ def load_tuned(export: Path, plan: Plan) -> Tuned | None:
         if not is_finite(tensor) or (name.startswith(_GAINS) and tensor.abs().max() > _LARGEST_GAIN):
             raise TunedFileError(f"{file}: {name!r} has numbers that no tuning makes; {TUNED.remedy}")
     gains = {name.removeprefix(_GAINS): each for name, each in tensors.items() if name.startswith(_GAINS)}
-    return Tuned(result, gains, {name: each for name, each in tensors.items() if not name.startswith(_GAINS)})
+    others = {name: each for name, each in tensors.items() if not name.startswith(_GAINS)}
+    return Tuned(
+        result,
+        gains,
+        {name: each for name, each in others.items() if each.ndim == 1},
+        {name: each for name, each in others.items() if each.ndim == 2},
+    )
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -125,4 +135,6 @@ def _shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
         elif decision.representation == "dense":
             blocks = ceil_div(decision.shape[1], weight_type(plan.format, decision.type or "").block)
             found[f"{_GAINS}{decision.name}"] = (decision.shape[0], blocks), "F16"
+        elif decision.kept is not None:
+            found |= {name: (shape, "F16") for name, shape in stored_of(decision).items() if name != decision.name}
     return found

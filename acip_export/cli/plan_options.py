@@ -196,8 +196,8 @@ class PlanFlags:
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Tune scales and norms for so long: 10min.\n\nGradient descent towards the dense model, on the "
-            "ranking's text, before the export is written; its bytes stay. Left out where it does not help.",
+            help="Tune scales, norms and factor pairs for so long: 10min.\n\nGradient descent towards the dense model, "
+            "on the ranking's text, before the export is written; its bytes stay. Left out where it does not help.",
             rich_help_panel=TARGET,
         ),
     ] = None

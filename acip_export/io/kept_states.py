@@ -88,7 +88,7 @@ def write_state(file: Path, origin: str, tensors: Mapping[str, Tensor], facts: M
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {"origin": _sha256(origin), "facts": json.dumps(facts), "sha256": _digest(tensors)}
+    metadata = {"origin": _sha256(origin), "facts": json.dumps(facts), "sha256": tensors_sha256(tensors)}
     with new_file(file) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -103,7 +103,7 @@ def read_state(file: Path, origin: str) -> tuple[dict[str, Tensor], dict[str, An
         if metadata.get("origin") == _sha256(origin):
             tensors: dict[str, Tensor] = load_file(file)
             # A power cut may leave a file without its content.
-            if metadata.get("sha256") == _digest(tensors):
+            if metadata.get("sha256") == tensors_sha256(tensors):
                 return tensors, json.loads(metadata.get("facts", "{}"))
     return {}, {}
 
@@ -112,7 +112,8 @@ def _sha256(origin: str) -> str:
     return hashlib.sha256(origin.encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return what tells tensors apart, names, shapes and dtypes included."""
     import torch
 
     digest = hashlib.sha256()

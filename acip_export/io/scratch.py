@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 from acip_export.errors import OutputError
 
+# Bytes: numbers that are read in the file begin at a whole number of their size.
+_ALIGNED = 16
+
 
 class ArrayStore(Protocol):
     """Keeps arrays by name."""
@@ -85,6 +88,14 @@ class Scratch:
             data, position = data[count:], position + count
         return array
 
+    def mapped(self, name: str) -> npt.NDArray[Any]:
+        """Return an array in the file itself, for who reads more of them than memory holds; writing does not change it.
+
+        It is what :meth:`write` last made of it, until it is written again.
+        """
+        position, shape, dtype = self._arrays[name]
+        return np.memmap(self._file, dtype, "c", position, shape)
+
     def close(self) -> None:
         """Give the room back."""
         self._finalize()
@@ -97,7 +108,7 @@ class Scratch:
         before = self._arrays.get(name)
         if before is not None and before[1:] == (array.shape, array.dtype):
             return before[0]
-        self._end += array.nbytes
+        self._end += -self._end % _ALIGNED + array.nbytes
         return self._end - array.nbytes
 
     def _no_room(self, reason: OSError) -> OutputError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class PlanNumbers:
         feedback_types: of the plan's format, those that it can round with error feedback.
         feedback: makes factors of inputs, scaled or not; ``None``: one of its own, which keeps those in ``store``
             that the user's cache does not.
+        factors: of pairs that were tuned, by the names that they are stored under, in the place of the ranking's.
 
     Attributes:
         checkpoint, scores: with the channels scaled, where the plan rounds with error feedback.
@@ -64,15 +66,16 @@ class PlanNumbers:
         scores: ScoreFile,
         plan: Plan,
         round_trip: RoundTrip | None,
-        factors: FactorCache,
+        cache: FactorCache,
         feedback_types: Collection[str] = (),
         feedback: FeedbackFactors | None = None,
         store: ArrayStore | None = None,
+        factors: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         if plan.rounding == "feedback" and feedback_types:
             checkpoint, scores = scale_channels(checkpoint.with_options(plan.options), scores, plan)
         self.checkpoint, self.scores, self.plan = checkpoint, scores, plan
-        self._round_trip, self._factors = round_trip, factors
+        self._round_trip, self._cache, self._tuned = round_trip, cache, factors
         self.matrices = matrices_with_feedback(plan, scores, feedback_types)
         self.rows = rows_with_feedback(plan, scores, self.matrices)
         self.feedback = feedback or FeedbackFactors(scores, store)
@@ -128,11 +131,29 @@ class PlanNumbers:
         module = self.scores.modules.get(decision.module)
         return self.plan.adapters and module is not None and module.adapter(len(module.scores)) is not None
 
+    def pair(self, decision: TensorDecision) -> Pair:
+        """Return a pair in the place of a weight as it is before it is rounded, its factors balanced; raises as
+        :meth:`make`."""
+        weight, module = self.checkpoint.read(decision.name), self._module(decision)
+        if module is None or decision.kept is None:
+            raise PlanFileError(f"{decision.name} is to be factored, but was never ranked; plan again")
+        norm = Norm.of(module, self.scores.second_moments, weight)
+        return balanced(self._factored(weight, module, decision, decision.kept), norm)
+
+    def _factored(
+        self, weight: Tensor, module: ModuleScores, decision: TensorDecision, kept: tuple[tuple[int, int], ...]
+    ) -> Pair:
+        """Return what was tuned, or what the ranking keeps."""
+        up, down = stored_tensors(decision.name, decision.shape, decision.rank)
+        if up in self._tuned:
+            return Pair(self._tuned[up].float(), self._tuned[down].float())
+        moments = basis_moments(self.scores, module, weight)
+        return factor_pair(weight, module, moments, kept, self.plan.adapters, self._cache)
+
     def _pair(
         self, weight: Tensor, module: ModuleScores, decision: TensorDecision, kept: tuple[tuple[int, int], ...]
     ) -> Stored:
-        moments = basis_moments(self.scores, module, weight)
-        pair = factor_pair(weight, module, moments, kept, self.plan.adapters, self._factors)
+        pair = self._factored(weight, module, decision, kept)
         up, down = stored_tensors(decision.name, decision.shape, decision.rank)
         importance = torch.from_numpy(module.input_moment)
         norm = Norm.of(module, self.scores.second_moments, weight)

@@ -15,6 +15,7 @@ from acip_export.artifacts.plan import Plan, TensorDecision, numbers_sha256
 from acip_export.artifacts.scores import ScoreFile, check_weights
 from acip_export.artifacts.tuned import Tuned
 from acip_export.errors import CheckpointError, PlanFileError
+from acip_export.io.kept_states import tensors_sha256
 from acip_export.io.scratch import ArrayStore, Scratch
 from acip_export.lowrank.cache import FactorCache
 from acip_export.materialization.plan_numbers import PlanNumbers
@@ -71,9 +72,12 @@ class PlannedModel(MaterializedModel):
         check_weights(scores, checkpoint)
         self.checkpoint, self.scores = checkpoint, scores
         self._lock = Lock()
-        self._store: ArrayStore | None = scratch if kept is None else kept.parts(numbers_sha256(plan))
+        factors = {} if tuned is None else tuned.factors
+        # Tuning for so long comes out otherwise each time.
+        made_of = f"{numbers_sha256(plan)}-{tensors_sha256(factors)}" if factors else numbers_sha256(plan)
+        self._store: ArrayStore | None = scratch if kept is None else kept.parts(made_of)
         self.numbers = PlanNumbers(
-            checkpoint, scores, plan, round_trip, FactorCache(cache), feedback_types, store=self._store
+            checkpoint, scores, plan, round_trip, FactorCache(cache), feedback_types, store=self._store, factors=factors
         )
         stored = {decision: stored_of(decision) for decision in plan.tensors}
         self._shapes = {name: shape for shapes in stored.values() for name, shape in shapes.items()}

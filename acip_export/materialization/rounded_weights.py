@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from acip_export.artifacts.plan import Plan, TensorDecision
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.lowrank.cache import FactorCache
 from acip_export.materialization.channel_scales import scale_channels
+from acip_export.materialization.factors import Pair
 from acip_export.materialization.feedback_factors import FeedbackFactors
 from acip_export.materialization.plan_numbers import PlanNumbers
 from acip_export.model.checkpoint import Checkpoint
@@ -50,13 +52,14 @@ class RoundedWeights:
         self._made: OrderedDict[object, Tensor] = OrderedDict()
         self._asked: Sequence[str] = ()
 
-    def of(self, plan: Plan, inputs: bool = True) -> RoundedPlan:
+    def of(self, plan: Plan, inputs: bool = True, factors: Mapping[str, Tensor] = MappingProxyType({})) -> RoundedPlan:
         """Return the numbers of one plan.
 
         Args:
             inputs: whether what matrices are multiplied with is rounded too, as runtimes do on processors.
+            factors: of pairs that were tuned.
         """
-        return RoundedPlan(self, plan, inputs)
+        return RoundedPlan(self, plan, inputs, factors)
 
     def made(self, names: Sequence[str], key: object, make: Callable[[], Tensor]) -> Tensor:
         """Make a tensor of a block, or return what another plan had made.
@@ -95,8 +98,8 @@ class RoundedPlan:
     Types of floats count as exact: what they hold is left out, unless its channels are scaled.
     """
 
-    def __init__(self, shared: RoundedWeights, plan: Plan, inputs: bool = True) -> None:
-        self._shared, self.plan, self._inputs = shared, plan, inputs
+    def __init__(self, shared: RoundedWeights, plan: Plan, inputs: bool, factors: Mapping[str, Tensor]) -> None:
+        self._shared, self.plan, self._inputs, self._tuned = shared, plan, inputs, bool(factors)
         self._numbers = PlanNumbers(
             shared.checkpoint,
             shared.scores,
@@ -105,6 +108,7 @@ class RoundedPlan:
             shared.factors,
             shared.feedback_types,
             shared.feedback,
+            factors=factors,
         )
         self._decisions = {decision.name: decision for decision in plan.tensors}
 
@@ -115,9 +119,13 @@ class RoundedPlan:
             decision = self._changed(name)
             if decision is None:
                 continue
-            key = (decision, self._numbers.scaled_sides(name), self.plan.adapters)
+            key = (decision, self._numbers.scaled_sides(name), self.plan.adapters, self._tuned)
             found[name] = self._shared.made(names, key, partial(self._tensor, decision))
         return found
+
+    def pair(self, decision: TensorDecision) -> Pair:
+        """Return a pair before it is rounded, see :meth:`PlanNumbers.pair`."""
+        return self._numbers.pair(decision)
 
     def rows(self, name: str) -> RoundedRows | None:
         """Return a matrix that is too large to be made whole, if it differs from the dense model's."""

@@ -1,8 +1,8 @@
-"""Tune what an export stores beside its codes, by gradient descent on the divergence from the dense model.
+"""Tune an export by gradient descent on the divergence from the dense model.
 
-Codes are chosen and stay. A block's scale is multiplied by a gain, and the numbers of norms and biases are moved, so
-that on the calibration text the export predicts what the dense model predicts: the objective of a learned ranking. The
-files keep their bytes.
+Of dense matrices the codes are chosen and stay: a block's scale is multiplied by a gain. The numbers of norms and
+biases are moved, and so are those of factor pairs, which are rounded afterwards. On the calibration text the export
+then predicts what the dense model predicts: the objective of a learned ranking. The files keep their bytes.
 
 A step goes forward block by block and keeps what each block reads, then backward block by block, each computed again
 with its gradients. Memory holds one block's weights, dense and tuned, and their gradients, those of embedding and head,
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from acip_export.artifacts.plan import Plan, plan_sha256
+from acip_export.artifacts.plan import Plan, TensorDecision, plan_sha256
 from acip_export.artifacts.tuned import Tuned, TuningResult
 from acip_export.io.kept_states import read_state, write_state
 from acip_export.io.prefetch import one_ahead
 from acip_export.io.scratch import Scratch
+from acip_export.machine import fast_bfloat16
 from acip_export.materialization.rounded_weights import RoundedPlan, RoundedRows, RoundedWeights
 from acip_export.measurement.block_passes import BlockPasses, pieces
+from acip_export.measurement.pair_descent import PairDescent
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Clock, ProgressCallback, silent
 from acip_export.units import ceil_div
@@ -33,11 +35,14 @@ from acip_export.weight_types import weight_type
 
 # Of Adam, of moves relative to what is moved; it falls to nothing with the last step.
 LEARNING_RATE = 5e-4
+# Of pairs, as a share of the root mean square of a factor.
+PAIR_RATE = 3e-3
 # Of a step: gradients of fewer tokens are noise, of more they take longer than they gain.
 STEP_TOKENS = 512
 # Steps that tell how long one takes, and the fewest that are worth their while.
 _TIMED_STEPS, _LEAST_STEPS = 2, 4
-_SAVE_SECONDS = 60.0
+# A process that is killed loses at most so many seconds, or so many times as long as saving takes.
+_SAVE_SECONDS, _TIMES_SAVING = 60.0, 20.0
 # Logits that are made at once, several times over with what their gradients need.
 _LOGITS = 2**23
 _STAGE = "tune"
@@ -71,14 +76,16 @@ def tune(
     passes = BlockPasses(checkpoint, held_out)
     scratch = Scratch(None, "the weights that are tuned")
     student = _Student(passes, weights.of(plan, inputs=False), tunable, scratch)
-    run = _Run(passes, student, text, checkpoint.shape.vocabulary, plan_sha256(plan), state)
+    narrow = any(info.dtype == "BF16" for info in checkpoint.tensors.values())
+    run = _Run(passes, student, text, checkpoint.shape.vocabulary, plan_sha256(plan), state, narrow)
     run.go_on(seconds - (time.monotonic() - begun), progress)
     passes.windows = held_out
-    before, after = passes.divergences([weights.of(plan), _Moved(student, weights.of(plan))])
+    factors = student.factors()
+    before, after = passes.divergences([weights.of(plan), _Moved(student, weights.of(plan, factors=factors))])
     result = TuningResult(run.step, run.step * run.step_tokens, round(run.seconds, 1), before.kl, after.kl)
     if not result.kept:
-        return Tuned(result, {}, {})
-    return Tuned(result, student.gains(), student.vectors())
+        return Tuned(result, {}, {}, {})
+    return Tuned(result, student.gains(), student.vectors(), factors)
 
 
 class _Student:
@@ -86,6 +93,7 @@ class _Student:
 
     Attributes:
         moves: by name: of a matrix (rows, blocks) less one of its gains; of a vector (n,) in units of its size.
+        pairs: that are moved themselves.
     """
 
     def __init__(self, passes: BlockPasses, rounded: RoundedPlan, tunable: Collection[str], scratch: Scratch) -> None:
@@ -94,12 +102,15 @@ class _Student:
         self._blocks: dict[str, int] = {}
         self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         self.moves: dict[str, Tensor] = {}
+        self.pairs = PairDescent(scratch)
         decisions = {decision.name: decision for decision in rounded.plan.tensors}
         for names in passes.model.parameters.values():
-            changed = rounded.tensors(names)
+            changed = rounded.tensors([name for name in names if not _is_pair(decisions.get(name))])
             for name in names:
                 decision = decisions.get(name)
-                if name in changed and changed[name].ndim == 2:
+                if decision is not None and _is_pair(decision):
+                    self.pairs.add(name, rounded.pair(decision))
+                elif name in changed and changed[name].ndim == 2:
                     scratch.write(name, changed[name].half().numpy())
                     block = 0
                     if decision is not None and decision.rank is None and decision.type in tunable:
@@ -121,6 +132,8 @@ class _Student:
         for name in names:
             if name in self._blocks:
                 found[name] = self._matrix(name, self._blocks[name])
+            elif name in self.pairs:
+                found[name] = self.pairs.product(name)
             elif name in self._vectors:
                 value, sizes = self._vectors[name]
                 found[name] = value + self.moves[name] * sizes
@@ -133,6 +146,14 @@ class _Student:
     def gains(self) -> dict[str, Tensor]:
         """Return what scales are multiplied with, float16."""
         return {name: (1 + self.moves[name].detach()).half() for name, block in self._blocks.items() if block}
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return the factors of pairs by the names that exports store them under, float16."""
+        found: dict[str, Tensor] = {}
+        for name in self.pairs:
+            pair, module = self.pairs.pair(name), name.removesuffix(".weight")
+            found |= {f"{module}.up.weight": pair.up.half(), f"{module}.down.weight": pair.down.half()}
+        return found
 
     @torch.no_grad()
     def vectors(self) -> dict[str, Tensor]:
@@ -147,15 +168,21 @@ def multiplied(weight: Tensor, gains: Tensor, block: int) -> Tensor:
     return (padded * gains[..., None]).view(rows, -1)[:, :columns]
 
 
+def _is_pair(decision: TensorDecision | None) -> bool:
+    """Tell pairs in the place of a weight from what corrects one, which stays as it is."""
+    return decision is not None and decision.kept is not None
+
+
 class _Moved:
-    """The tuned model as a variant that is measured; its inputs are rounded as the runtime does it."""
+    """The tuned model as a variant that is measured; its pairs and its inputs are rounded as the runtime has them."""
 
     def __init__(self, student: _Student, rounded: RoundedPlan) -> None:
         self._student, self._rounded = student, rounded
 
     def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         """See :class:`acip_export.measurement.block_passes.Variant`."""
-        return self._student.tensors(names)
+        pairs = [name for name in names if name in self._student.pairs]
+        return {**self._student.tensors([n for n in names if n not in pairs]), **self._rounded.tensors(pairs)}
 
     def rows(self, name: str) -> RoundedRows | None:
         """See :class:`acip_export.measurement.block_passes.Variant`."""
@@ -170,6 +197,9 @@ class _Moved:
 class _Run:
     """Gradient descent that can be stopped between two steps.
 
+    Args:
+        narrow: whether products may be of bfloat16, where processors have them: twice as many steps fit into the time.
+
     Attributes:
         step: how many are done. steps: how many there will be, once that is known. seconds: that they took.
         step_tokens: of the text of one.
@@ -183,35 +213,41 @@ class _Run:
         vocabulary: int,
         identity: str,
         state: Path | None,
+        narrow: bool = False,
     ) -> None:
         self._passes, self._student, self._state = passes, student, state
         self._vocabulary, self._identity = vocabulary, identity
+        self._narrow = narrow and fast_bfloat16()
         count = max(1, STEP_TOKENS // text.shape[1])
         self._text, self._windows = text, min(count, len(text))
         self.step_tokens = self._windows * text.shape[1]
         self._optimizer = torch.optim.Adam(student.moves.values(), lr=LEARNING_RATE)
         self.step, self.steps, self.seconds = 0, 0, 0.0
+        self._share_left = 1.0
         if state is not None:
             self._load(state)
 
     def go_on(self, seconds: float, progress: ProgressCallback) -> None:
         """Make the steps that fit into so many seconds, unless their number is known from before."""
-        saved = time.monotonic()
+        saved, took = time.monotonic(), 0.0
         clock = Clock(_STAGE, self.steps or None, progress, self.step_tokens, self.step)
         while not self.steps or self.step < self.steps:
             begin = time.monotonic()
-            share = self.step / self.steps if self.steps else 0.0
-            self._optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - share)
-            loss = self._descend()
+            self._share_left = 1 - self.step / self.steps if self.steps else 1.0
+            self._optimizer.param_groups[0]["lr"] = LEARNING_RATE * self._share_left
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._narrow):
+                loss = self._descend()
             self.step += 1
             self.seconds += time.monotonic() - begin
             if not self.steps and self.step == _TIMED_STEPS:
                 self.steps = max(_LEAST_STEPS, int(seconds / (self.seconds / _TIMED_STEPS)))
                 clock.total = self.steps
             clock.advance(loss=loss)
-            if self._state is not None and time.monotonic() - saved > _SAVE_SECONDS:
+            begin = time.monotonic()
+            if self._state is not None and begin - saved > max(_SAVE_SECONDS, _TIMES_SAVING * took):
                 self._save(self._state)
                 saved = time.monotonic()
+                took = saved - begin
         if self._state is not None:
             self._save(self._state)
 
@@ -241,6 +277,7 @@ class _Run:
             inputs = read.pop().requires_grad_()
             left = passes.through(number, self._of_block(name, weights), inputs, arguments)
             left.backward(gradient)  # type: ignore[no-untyped-call]
+            self._student.pairs.step(self.step + 1, PAIR_RATE * self._share_left)
             assert inputs.grad is not None
             gradient = inputs.grad
         entered, _ = passes.enter(self._outside(leaves))
@@ -278,7 +315,7 @@ class _Run:
         return total, gradient
 
     def _save(self, file: Path) -> None:
-        tensors = {}
+        tensors = self._student.pairs.state()
         for name, move in self._student.moves.items():
             tensors[f"move {name}"] = move.detach()
             for key, value in self._optimizer.state[move].items():
@@ -296,4 +333,5 @@ class _Run:
             for name, move in self._student.moves.items():
                 move.copy_(stored[f"move {name}"])
                 self._optimizer.state[move] = {part: stored[f"{part} {name}"] for part in parts}
+        self._student.pairs.restore(stored)
         self.step, self.steps, self.seconds = counters["step"], counters["steps"], counters["seconds"]

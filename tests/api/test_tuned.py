@@ -20,7 +20,8 @@ from acip_export.model.checkpoint import Checkpoint
 from tests.support import Run, make_model
 
 ASKED = ("--budget", "1MB", "--budget-scope", "file", "--context", "64", "--no-calibrate")
-TYPES = {"gguf": "q4_0", "onnx": "int4"}
+# Budget and types: the last leaves no room for dense matrices alone.
+PLANS = {"gguf": ("1MB", "q4_0"), "onnx": ("1MB", "int4"), "onnx with pairs": ("450kB", "int8")}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,12 @@ def ranked(model: Path, text: Path) -> ScoreFile:
 
 
 def written(name: str, model: Path, ranked: ScoreFile, out: Path, tune: str | None) -> Path:
+    budget, type = PLANS[name]
     plan = acip_export.plan(
-        model, ranked, budget="1MB", format=name, scope="file", context=64, types=[TYPES[name]], calibrate=False,
+        model, ranked, budget=budget, format=name.split()[0], scope="file", context=64, types=[type], calibrate=False,
         tune=tune,
     )  # fmt: skip
+    assert ("pairs" in name) == any(decision.rank is not None for decision in plan.tensors)
     report = acip_export.export(plan, out, model=model, scores=ranked)
     assert report is not None
     assert report.passed
@@ -46,19 +49,23 @@ def written(name: str, model: Path, ranked: ScoreFile, out: Path, tune: str | No
     return out
 
 
-@pytest.fixture(scope="module", params=["gguf", pytest.param("onnx", marks=pytest.mark.slow)])
-def export(
-    request: pytest.FixtureRequest, model: Path, ranked: ScoreFile, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return written(request.param, model, ranked, tmp_path_factory.mktemp("exports") / "tuned", "2s")
+@pytest.fixture(scope="module", params=["gguf", *(pytest.param(name, marks=pytest.mark.slow) for name in [*PLANS][1:])])
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
-def test_it_is_nearer_than_without(export: Path, model: Path, ranked: ScoreFile, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def export(kind: str, model: Path, ranked: ScoreFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(kind, model, ranked, tmp_path_factory.mktemp("exports") / "tuned", "2s")
+
+
+def test_it_is_nearer_than_without(kind: str, export: Path, model: Path, ranked: ScoreFile, tmp_path: Path) -> None:
     plan = load_plan(export / "plan.json")
     tuned = load_tuned(export, plan)
     assert tuned is not None
     assert tuned.result.after < tuned.result.before
-    plain = written(plan.format, model, ranked, tmp_path / "plain", None)
+    plain = written(kind, model, ranked, tmp_path / "plain", None)
     assert load_plan(plain / "plan.json").files == plan.files
     kl = [
         json.loads((each / "report.json").read_text())["runtimes"][0]["divergence"]["mean_kl"]

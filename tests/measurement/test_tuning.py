@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from acip_export.artifacts.materialized import stored_of
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.tuned import Tuned
@@ -18,19 +19,26 @@ from acip_export.io.scratch import Scratch
 from acip_export.materialization.rounded_weights import RoundedWeights
 from acip_export.measurement import tuning
 from acip_export.measurement.block_passes import BlockPasses
+from acip_export.measurement.pair_descent import PairDescent
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress, silent
 from acip_export.ranking.load import load_model
-from tests.support import dense, make_plan
+from tests.support import dense, everywhere, make_plan
 
 TEXT = torch.randint(512, (12, 64), generator=torch.Generator().manual_seed(1))
 TYPES = {"gguf": "q4_0", "onnx": "uint4"}
+# Every linear layer a pair, in both formats.
+PAIRS = {"gguf-pairs": "q8_0", "onnx-pairs": "int8"}
 
 
-@pytest.fixture(params=TYPES)
+@pytest.fixture(params=[*TYPES, *PAIRS])
 def plan(request: pytest.FixtureRequest, model: Path) -> Plan:
-    layout = export_format(request.param).layouts[0].name
-    return make_plan(model, request.param, layout, dense(type=TYPES[request.param]))
+    name, _, pairs = request.param.partition("-")
+    if not pairs:
+        return make_plan(model, name, export_format(name).layouts[0].name, dense(type=TYPES[name]))
+    type = PAIRS[request.param]
+    fields = {"representation": "factored", "rank": 32, "up_type": type, "down_type": type}
+    return make_plan(model, name, "factored", everywhere(**fields, embedding_type=TYPES[name]))
 
 
 @pytest.fixture
@@ -46,7 +54,15 @@ def tuned(model: Path, scores: ScoreFile, plan: Plan) -> Callable[..., Tuned]:
     return tune
 
 
-def test_gradients_are_those_of_the_whole_model(model: Path, scores: ScoreFile, plan: Plan) -> None:
+def test_gradients_are_those_of_the_whole_model(
+    model: Path, scores: ScoreFile, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_factors: dict[str, Tensor] = {}
+
+    def note(_: PairDescent, key: str, __: Tensor, gradient: Tensor, *___: object) -> None:
+        of_factors[key] = gradient
+
+    monkeypatch.setattr(PairDescent, "_move", note)
     checkpoint, written_as = Checkpoint.open(model), export_format(plan.format)
     weights = RoundedWeights(checkpoint, scores, written_as.round_trip, written_as.feedback_types)
     whole = load_model(checkpoint, torch.device("cpu"))
@@ -64,6 +80,9 @@ def test_gradients_are_those_of_the_whole_model(model: Path, scores: ScoreFile, 
     student.moves = moves
     names = [name for group in passes.model.parameters.values() for name in group]
     tensors: dict[str, Tensor] = student.tensors(names)
+    for name, factors in student.pairs.waiting.items():
+        moves |= {f"up of {name}": factors[0], f"down of {name}": factors[1]}
+    found |= of_factors
     expected = whole(TEXT[:4]).logits.log_softmax(-1)
     logits = functional_call(whole, tensors, (TEXT[:4],)).logits.log_softmax(-1)
     divergence = (expected.exp() * (expected - logits)).sum() / TEXT[:4].numel()
@@ -84,17 +103,23 @@ def test_the_export_comes_nearer_to_the_dense_model(tuned: Callable[..., Tuned],
     assert found.result.after < found.result.before
     assert found.result.kept
     matrices = {decision.name for decision in plan.tensors if len(decision.shape) == 2}
-    assert found.gains.keys() == matrices
+    pairs = {decision for decision in plan.tensors if decision.rank is not None}
+    assert found.gains.keys() == matrices - {decision.name for decision in pairs}
     assert found.vectors.keys() == {decision.name for decision in plan.tensors} - matrices
+    assert {name: tuple(factor.shape) for name, factor in found.factors.items()} == {
+        name: shape for decision in pairs for name, shape in stored_of(decision).items()
+    }
     assert all(0.8 < float(gains.min()) <= float(gains.max()) < 1.25 for gains in found.gains.values())
 
 
 def test_what_does_not_help_is_left_out(tuned: Callable[..., Tuned], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "LEARNING_RATE", 1.0)
+    monkeypatch.setattr(tuning, "PAIR_RATE", 100.0)
     found = tuned(0.5)
     assert found.result.after > found.result.before
     assert not found.gains
     assert not found.vectors
+    assert not found.factors
 
 
 class Stopped(Exception):  # noqa: N818 - as a signal would
@@ -105,6 +130,7 @@ def test_a_run_that_was_stopped_goes_on(
     tuned: Callable[..., Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "_SAVE_SECONDS", -1.0)  # after every step
+    monkeypatch.setattr(tuning, "_TIMES_SAVING", 0.0)
     monkeypatch.setattr(tuning, "_LEAST_STEPS", 8)  # and a second that is too short for more
     state = tmp_path / "tuning.safetensors"
     whole = tuned(1e-3)
@@ -123,6 +149,8 @@ def test_a_run_that_was_stopped_goes_on(
         assert torch.equal(gains, rest.gains[name])
     for name, vector in whole.vectors.items():
         assert torch.equal(vector, rest.vectors[name])
+    for name, factor in whole.factors.items():
+        assert torch.equal(factor, rest.factors[name])
 
 
 def test_a_damaged_state_is_no_obstacle(tuned: Callable[..., Tuned], tmp_path: Path) -> None:
