@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -212,6 +212,7 @@ def plan_export(
         notes.append(f"predicted loss by layout: {compared} {best.loss_unit}")
     if question is not default:
         notes.extend(chosen_cache_note(problem, default, best))
+    notes.extend(_untuned_note(best, request))
     notes = [*filter(None, [best.far_off]), *best.notes, *notes, *model_notes(checkpoint, best.serving.context)]
     if request.device is not None:  # has no more memory to give
         better = tuple(each for each in best.certificate.alternatives if not each.change.startswith("--budget"))
@@ -221,6 +222,14 @@ def plan_export(
         replace(best, device=request.device, calibrated=scaled, notes=tuple(notes), tune_seconds=request.tune_seconds),
         request,
     )
+
+
+def _untuned_note(plan: Plan, request: PlanRequest) -> Iterator[str]:
+    """Say how pairs come nearer to the dense model that no adapters have brought there."""
+    pairs = sum(decision.kept is not None for decision in plan.tensors)
+    tunable = plan.task == "causal" and "base_gguf" not in plan.options
+    if pairs and tunable and not plan.adapters and request.tune_seconds is None:
+        yield f"--tune 10min  moves the {pairs} factor pairs towards the dense model before they are rounded"
 
 
 def _refuse_what_nothing_fits(

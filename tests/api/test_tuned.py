@@ -129,6 +129,26 @@ def test_what_cannot_be_tuned_is_refused_first(model: Path, run: Run, tmp_path: 
     assert not out.exists()
 
 
+def test_plans_with_pairs_say_what_tuning_moves(model: Path, ranked: ScoreFile) -> None:
+    def notes(type: str, budget: str, tune: str | None) -> str:
+        plan = acip_export.plan(
+            model,
+            ranked,
+            budget=budget,
+            format="onnx",
+            scope="file",
+            context=64,
+            types=[type],
+            calibrate=False,
+            tune=tune,
+        )
+        return "\n".join(plan.notes)
+
+    assert "--tune 10min  moves the 7 factor pairs" in notes("int8", "450kB", None)
+    assert "--tune" not in notes("int8", "450kB", "1min")
+    assert "--tune" not in notes("int8", "2MB", None)
+
+
 def test_plans_say_for_how_long(model: Path, ranked: ScoreFile, tmp_path: Path) -> None:
     plan = acip_export.plan(
         model, ranked, budget="1MB", format="gguf", scope="file", types=["q8_0"], calibrate=False, tune="3min"
