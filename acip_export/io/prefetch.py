@@ -1,12 +1,14 @@
-"""One step ahead: the next result is computed while the one before is written."""
+"""Work ahead: the next results are computed while the one before is written."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 _In = TypeVar("_In")
+_Between = TypeVar("_Between")
 _Out = TypeVar("_Out")
 
 
@@ -29,3 +31,43 @@ def one_ahead(compute: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[
             yield waiting[0], waiting[1].result()
     finally:
         thread.shutdown(cancel_futures=True)
+
+
+def some_ahead(
+    prepare: Callable[[_In], _Between],
+    finish: Callable[[_Between], _Out],
+    items: Iterable[_In],
+    workers: int,
+    begin_preparing: Callable[[], None],
+    begin_finishing: Callable[[], None],
+) -> Iterator[tuple[_In, _Out]]:
+    """``(item, finish(prepare(item)))`` in order: one thread prepares item after item, ``workers`` others finish them.
+
+    At most two more items than there are workers are under way or waiting. Exceptions and callers that stop early are
+    treated as by :func:`one_ahead`.
+
+    Args:
+        begin_preparing, begin_finishing: called once in each of those threads.
+    """
+    preparing = ThreadPoolExecutor(1, initializer=begin_preparing)
+    finishing = ThreadPoolExecutor(workers, initializer=begin_finishing)
+    waiting: deque[tuple[_In, Future[_Out]]] = deque()
+    try:
+        for item in items:
+            prepared = preparing.submit(prepare, item)
+            waiting.append((item, finishing.submit(_finished, finish, prepared)))
+            del prepared
+            if len(waiting) > workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+                del future
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        preparing.shutdown(cancel_futures=True)
+        finishing.shutdown(cancel_futures=True)
+
+
+def _finished(finish: Callable[[_Between], _Out], prepared: Future[_Between]) -> _Out:
+    return finish(prepared.result())

@@ -6,9 +6,10 @@ The layout of factor pairs inside ``model.gguf`` is written down in docs/format.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,10 @@ import numpy as np
 from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.plan import Serving, TensorDecision, plan_sha256
 from acip_export.errors import UnsupportedError
-from acip_export.io.prefetch import one_ahead
+from acip_export.io.prefetch import one_ahead, some_ahead
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress, ProgressCallback
+from acip_export.units import ceil_div
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
@@ -44,12 +46,17 @@ from converters.gguf.writer import (
 if TYPE_CHECKING:
     import torch
 
+    from acip_export.rounding.quantizer import InputMoments
+    from converters.gguf.architectures.base import Rows
+
 __all__ = ["check_model", "convert", "imitate", "predict_files", "quantizer", "round_trip"]
 
 # A SHA-256 in hexadecimal: predictions need only its length.
 _HASH_PLACEHOLDER = "0" * 64
 # Of an imitation's matrix: so many are rounded, and stand for all of them.
 _IMITATED_ROWS = 8
+# Items that are rounded at once, and the bytes of one beside which there is no other: they would take too much memory.
+_SIDE_BY_SIDE, _LARGE = 2, 2**26
 # ggml's GGML_QNT_VERSION: the generation of block layouts.
 _QUANTIZATION_VERSION = 2
 # Of the layout ``factored``, docs/format.md.
@@ -97,7 +104,7 @@ def convert(model: MaterializedModel, out: Path, progress: ProgressCallback) -> 
     changes = _Changes(model, open_base(checkpoint))
     for name, contents in files.items():
         with GgufWriter(out / name, contents.metadata, contents.specs) as writer:
-            for item, data in one_ahead(lambda item: _data(model, item, changes), contents.items):
+            for item, data in _rounded(model, contents.items, changes):
                 progress(Progress("convert", done, total, item.spec.name))
                 writer.write(item.spec.name, data)
                 done += item.spec.nbytes
@@ -236,20 +243,51 @@ def _whole(model: MaterializedModel, weight: str) -> torch.Tensor:
     return sum(parts[1:], parts[0])
 
 
-def _data(model: MaterializedModel, item: Item, changes: _Changes) -> Bytes:
+def _rounded(model: MaterializedModel, items: Sequence[Item], changes: _Changes) -> Iterator[tuple[Item, Bytes]]:
+    """Yield the bytes of every item, in order. Some are rounded side by side, as parts of that take one thread.
+
+    What is known of their inputs is made one after the other with all threads: it depends on how many there are.
+    """
+    import torch
+
+    def prepare(item: Item) -> Callable[[], Bytes]:
+        return _prepared(model, item, changes)
+
+    def finish(prepared: Callable[[], Bytes]) -> Bytes:
+        return prepared()
+
+    threads = torch.get_num_threads()
+    workers = min(threads, _SIDE_BY_SIDE)
+    of_each = partial(torch.set_num_threads, threads), partial(torch.set_num_threads, ceil_div(threads, workers))
+    for large, some in groupby(items, lambda item: item.spec.nbytes > _LARGE):
+        if large or workers == 1:
+            yield from one_ahead(lambda item: _prepared(model, item, changes)(), some)
+            continue
+        try:
+            yield from some_ahead(prepare, finish, some, workers, *of_each)
+        finally:
+            torch.set_num_threads(threads)  # what one thread sets, parts of torch take for all
+
+
+def _prepared(model: MaterializedModel, item: Item, changes: _Changes) -> Callable[[], Bytes]:
+    """Read what an item is made of; what is returned makes its bytes."""
     import torch
 
     if item.copied is not None:
         assert changes.base is not None
-        return changes.base.read(item.copied)
+        return partial(changes.base.read, item.copied)
     if item.constant is not None:
-        return ggml.quantize(torch.from_numpy(item.constant), item.spec.type)
+        return partial(ggml.quantize, torch.from_numpy(item.constant), item.spec.type)
     assert item.source is not None
     if item.zero_if_missing and item.source not in model.shapes:
         # Every block format reads zero bytes as zeros: the scale is zero.
-        return np.zeros(item.spec.nbytes, np.uint8)
+        zeros = np.zeros(item.spec.nbytes, np.uint8)
+        return lambda: zeros
     change, inputs = changes.of(item), model.inputs(item.source)
     # Rounded in the order of the model: rows may make up for each other.
-    numbers = change.of_numbers(model.read(item.source))
-    data = quantize(numbers, item.spec.type, inputs)
-    return data if change.rows is None else data.reshape(len(numbers), -1)[change.rows].reshape(-1)
+    return partial(_finished, change.of_numbers(model.read(item.source)), item.spec.type, inputs, change.rows)
+
+
+def _finished(numbers: torch.Tensor, type: str, inputs: InputMoments, rows: Rows | None) -> Bytes:
+    data = quantize(numbers, type, inputs)
+    return data if rows is None else data.reshape(len(numbers), -1)[rows].reshape(-1)

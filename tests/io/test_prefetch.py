@@ -1,4 +1,4 @@
-"""Computing one step ahead keeps the order, the number of results that exist, and the place of an error."""
+"""Computing ahead keeps the order, the number of results that exist, and the place of an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from acip_export.io.prefetch import one_ahead
+from acip_export.io.prefetch import one_ahead, some_ahead
 from tests.support import interruption_heard
 
 
@@ -51,3 +51,38 @@ def test_an_interruption_waits_only_for_what_has_begun() -> None:
     with pytest.raises(KeyboardInterrupt):
         list(one_ahead(compute, [1, 2, 3, 4]))
     assert begun == [1, 2]
+
+
+def test_two_are_finished_side_by_side() -> None:
+    """Each of two waits for the other to begin, and no more than four are under way."""
+    begun = [threading.Event() for _ in range(6)]
+    prepared, threads = [], threading.local()
+
+    def prepare(item: int) -> int:
+        prepared.append(item)
+        return item
+
+    def finish(item: int) -> tuple[int, int]:
+        begun[item].set()
+        assert begun[item ^ 1].wait(10)
+        return item * item, threads.number
+
+    def begin() -> None:
+        threads.number = 7
+
+    seen = []
+    for item, result in some_ahead(prepare, finish, range(6), 2, lambda: None, begin):
+        assert prepared[-1] <= item + 3
+        seen.append((item, *result))
+    assert seen == [(item, item * item, 7) for item in range(6)]
+
+
+@pytest.mark.parametrize("failing", ["prepare", "finish"])
+def test_the_error_of_either_stage_is_raised_where_its_item_is_due(failing: str) -> None:
+    def fail(stage: str, item: int) -> int:
+        return 1 // item if stage == failing else item
+
+    made = some_ahead(lambda i: fail("prepare", i), lambda i: fail("finish", i), [1, 0, 1], 2, *[lambda: None] * 2)
+    assert next(made) == (1, 1)
+    with pytest.raises(ZeroDivisionError):
+        next(made)
