@@ -68,6 +68,17 @@ class Machine:
         return cls(*speeds, torch.get_num_threads(), fast_bfloat16())
 
 
+def use_threads(count: int) -> None:
+    """Let torch use so many threads in the thread that calls this.
+
+    The first call of torch in a thread takes over what another one has set last, whatever was set here before.
+    """
+    import torch
+
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
 def fast_bfloat16() -> bool:
     """Tell whether this CPU multiplies bfloat16 matrices faster than float32 ones: others emulate it, far slower."""
     import torch

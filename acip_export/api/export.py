@@ -86,8 +86,8 @@ def materialize_bundle(
 
     if plan.tune_seconds is not None:
         raise UsageError(
-            "a bundle has the numbers before they are rounded, and tuning changes those after it; export without "
-            "a bundle, or plan without  --tune"
+            "a bundle has the ranking's numbers before they are rounded, and tuning makes others; export without a "
+            "bundle, or plan without  --tune"
         )
 
     written_as = export_format(plan.format)

@@ -225,11 +225,11 @@ def plan_export(
 
 
 def _untuned_note(plan: Plan, request: PlanRequest) -> Iterator[str]:
-    """Say how pairs come nearer to the dense model that no adapters have brought there."""
+    """Suggest tuning where a plan has pairs and no adapters."""
     pairs = sum(decision.kept is not None for decision in plan.tensors)
     tunable = plan.task == "causal" and "base_gguf" not in plan.options
     if pairs and tunable and not plan.adapters and request.tune_seconds is None:
-        yield f"--tune 10min  moves the {pairs} factor pairs towards the dense model before they are rounded"
+        yield f"--tune 10min  moves the plan's factor pairs ({pairs}) towards the dense model before they are rounded"
 
 
 def _refuse_what_nothing_fits(

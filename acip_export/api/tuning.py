@@ -1,4 +1,4 @@
-"""Tune a plan's scales and vectors before its export is written."""
+"""Tune a plan's scales, vectors and pairs before its export is written."""
 
 from __future__ import annotations
 

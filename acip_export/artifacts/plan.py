@@ -223,8 +223,8 @@ class Plan(Artifact):
         files: exact bytes by file name.
         breakdown: memory by purpose. anonymous: what of each part no file backs, so that the system cannot drop it.
         predicted_loss: above the dense model, in ``loss_unit``.
-        predicted_divergence: from the dense model, in ``loss_unit``; more than the loss where adapters learned the
-            text. ``None``: the ranking did not measure it.
+        predicted_divergence: from the dense model, in ``loss_unit``: another than the loss where components are
+            dropped. ``None``: the ranking did not measure it.
         adapters: whether the learned adapters are folded in.
         tensors: one decision per tensor of the checkpoint.
         device: name of the device whose memory was planned for, if it was one.
@@ -333,6 +333,8 @@ def dumps_plan(plan: Plan) -> str:
     """One line a tensor: readable, and a diff shows what changed."""
     data = plan.to_json()
     tensors = data.pop("tensors")
+    if plan.predicted_divergence is None:
+        data.pop("predicted_divergence", None)  # plans from before it keep their hash
     lines = [json.dumps({k: v for k, v in t.items() if v is not None}) for t in tensors]
     head = json.dumps(data, indent=1)
     return head[:-2] + ',\n "tensors": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _GAINS = "gains of "
-# A gain beyond these was not found by tuning: steps are a twentieth of a per cent.
+# A gain beyond this was not found by tuning: steps are a twentieth of a per cent.
 _LARGEST_GAIN = 16.0
 
 
@@ -106,7 +106,12 @@ def load_tuned(export: Path, plan: Plan) -> Tuned | None:
     if metadata.get("plan_sha256") != plan_sha256(plan):
         raise TunedFileError(f"{file} is of another plan than {export}; {TUNED.remedy}")
     result = decode_json(metadata.get("result", "").encode(), TuningResult, f"{file}: result", TunedFileError)
-    expected = _shapes(plan)
+    expected, pairs = _shapes(plan), _pair_shapes(plan)
+    absent = next((name for name in pairs if name not in entries), None)
+    if absent is not None and result.kept:
+        raise TunedFileError(f"{file}: {absent!r} is missing; {TUNED.remedy}")
+    if entries and not result.kept:
+        raise TunedFileError(f"{file} says that tuning did not help, and has numbers; {TUNED.remedy}")
     for name, entry in entries.items():
         if expected.get(name) != (entry.shape, entry.dtype):
             raise TunedFileError(f"{file}: {name!r} of shape {entry.shape} and dtype {entry.dtype} is not of this plan")
@@ -126,15 +131,20 @@ def load_tuned(export: Path, plan: Plan) -> Tuned | None:
     )
 
 
+def _pair_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and dtype of the factors that are tuned."""
+    pairs = [decision for decision in plan.tensors if decision.kept is not None]
+    stored = {name: shape for decision in pairs for name, shape in stored_of(decision).items()}
+    return {name: (shape, "F16") for name, shape in stored.items() if name not in {pair.name for pair in pairs}}
+
+
 def _shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return the shape and dtype of everything that can be tuned."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    found = _pair_shapes(plan)
     for decision in plan.tensors:
         if len(decision.shape) == 1:
             found[decision.name] = decision.shape, "F32"
         elif decision.representation == "dense":
             blocks = ceil_div(decision.shape[1], weight_type(plan.format, decision.type or "").block)
             found[f"{_GAINS}{decision.name}"] = (decision.shape[0], blocks), "F16"
-        elif decision.kept is not None:
-            found |= {name: (shape, "F16") for name, shape in stored_of(decision).items() if name != decision.name}
     return found

@@ -65,8 +65,10 @@ def some_ahead(
             first, future = waiting.popleft()
             yield first, future.result()
     finally:
+        # Nothing begins any more; then what has begun is waited for.
+        finishing.shutdown(wait=False, cancel_futures=True)
         preparing.shutdown(cancel_futures=True)
-        finishing.shutdown(cancel_futures=True)
+        finishing.shutdown()
 
 
 def _finished(finish: Callable[[_Between], _Out], prepared: Future[_Between]) -> _Out:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -88,13 +89,17 @@ class Scratch:
             data, position = data[count:], position + count
         return array
 
-    def mapped(self, name: str) -> npt.NDArray[Any]:
-        """Return an array in the file itself, for who reads more of them than memory holds; writing does not change it.
+    def mapped(self, names: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
+        """Return arrays in the file itself, for who reads more of them than memory holds.
 
-        It is what :meth:`write` last made of it, until it is written again.
+        They have what :meth:`write` makes of them, and are not to be changed.
         """
-        position, shape, dtype = self._arrays[name]
-        return np.memmap(self._file, dtype, "c", position, shape)
+        whole = np.memmap(self._file, np.uint8, "c", shape=(self._end,))  # once: each map keeps a file open
+        found = {}
+        for name in names:
+            position, shape, dtype = self._arrays[name]
+            found[name] = whole[position : position + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        return found
 
     def close(self) -> None:
         """Give the room back."""

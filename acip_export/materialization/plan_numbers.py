@@ -26,6 +26,8 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.rounding.quantizer import InputMoments, RoundTrip
 from acip_export.weight_types import weight_type
 
+Ranges = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -49,7 +51,7 @@ class PlanNumbers:
         feedback_types: of the plan's format, those that it can round with error feedback.
         feedback: makes factors of inputs, scaled or not; ``None``: one of its own, which keeps those in ``store``
             that the user's cache does not.
-        factors: of pairs that were tuned, by the names that they are stored under, in the place of the ranking's.
+        tuned_factors: of pairs, by the names that they are stored under, in the place of the ranking's.
 
     Attributes:
         checkpoint, scores: with the channels scaled, where the plan rounds with error feedback.
@@ -66,16 +68,16 @@ class PlanNumbers:
         scores: ScoreFile,
         plan: Plan,
         round_trip: RoundTrip | None,
-        cache: FactorCache,
+        factors: FactorCache,
         feedback_types: Collection[str] = (),
         feedback: FeedbackFactors | None = None,
         store: ArrayStore | None = None,
-        factors: Mapping[str, Tensor] = MappingProxyType({}),
+        tuned_factors: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         if plan.rounding == "feedback" and feedback_types:
             checkpoint, scores = scale_channels(checkpoint.with_options(plan.options), scores, plan)
         self.checkpoint, self.scores, self.plan = checkpoint, scores, plan
-        self._round_trip, self._cache, self._tuned = round_trip, cache, factors
+        self._round_trip, self._factors, self._tuned = round_trip, factors, tuned_factors
         self.matrices = matrices_with_feedback(plan, scores, feedback_types)
         self.rows = rows_with_feedback(plan, scores, self.matrices)
         self.feedback = feedback or FeedbackFactors(scores, store)
@@ -103,16 +105,10 @@ class PlanNumbers:
                 {decision.name: dense_weight(weight, module, self.plan.adapters)},
                 {} if importance is None else {decision.name: importance},
             )
-        if self.scores.slim:
-            raise ScoreFileError(
-                f"{decision.name} is to be factored, and the score file is slim: it has no second moments for that.\n"
-                f"Make one that has:  {self.scores.whole_again}"
-            )
+        self._check_whole(decision)
         if module is not None and decision.representation == "residual":
             return self._residual(weight, module, decision)
-        if module is None or decision.kept is None:
-            raise PlanFileError(f"{decision.name} is to be factored, but was never ranked; plan again")
-        return self._pair(weight, module, decision, decision.kept)
+        return self._pair(weight, *self._ranked(decision), decision)
 
     def dense_importance(self, decision: TensorDecision) -> Tensor | None:
         """Return the importance of a matrix that stays one; no weight is read for it."""
@@ -134,26 +130,35 @@ class PlanNumbers:
     def pair(self, decision: TensorDecision) -> Pair:
         """Return a pair in the place of a weight as it is before it is rounded, its factors balanced; raises as
         :meth:`make`."""
-        weight, module = self.checkpoint.read(decision.name), self._module(decision)
+        self._check_whole(decision)
+        weight, (module, kept) = self.checkpoint.read(decision.name), self._ranked(decision)
+        norm = Norm.of(module, self.scores.second_moments, weight)
+        return balanced(self._factored(weight, module, kept, decision), norm)
+
+    def _check_whole(self, decision: TensorDecision) -> None:
+        if self.scores.slim:
+            raise ScoreFileError(
+                f"{decision.name} is to be factored, and the score file is slim: it has no second moments for that.\n"
+                f"Make one that has:  {self.scores.whole_again}"
+            )
+
+    def _ranked(self, decision: TensorDecision) -> tuple[ModuleScores, Ranges]:
+        """Return the scores of a pair, and the components that it keeps."""
+        module = self._module(decision)
         if module is None or decision.kept is None:
             raise PlanFileError(f"{decision.name} is to be factored, but was never ranked; plan again")
-        norm = Norm.of(module, self.scores.second_moments, weight)
-        return balanced(self._factored(weight, module, decision, decision.kept), norm)
+        return module, decision.kept
 
-    def _factored(
-        self, weight: Tensor, module: ModuleScores, decision: TensorDecision, kept: tuple[tuple[int, int], ...]
-    ) -> Pair:
+    def _factored(self, weight: Tensor, module: ModuleScores, kept: Ranges, decision: TensorDecision) -> Pair:
         """Return what was tuned, or what the ranking keeps."""
         up, down = stored_tensors(decision.name, decision.shape, decision.rank)
         if up in self._tuned:
             return Pair(self._tuned[up].float(), self._tuned[down].float())
         moments = basis_moments(self.scores, module, weight)
-        return factor_pair(weight, module, moments, kept, self.plan.adapters, self._cache)
+        return factor_pair(weight, module, moments, kept, self.plan.adapters, self._factors)
 
-    def _pair(
-        self, weight: Tensor, module: ModuleScores, decision: TensorDecision, kept: tuple[tuple[int, int], ...]
-    ) -> Stored:
-        pair = self._factored(weight, module, decision, kept)
+    def _pair(self, weight: Tensor, module: ModuleScores, kept: Ranges, decision: TensorDecision) -> Stored:
+        pair = self._factored(weight, module, kept, decision)
         up, down = stored_tensors(decision.name, decision.shape, decision.rank)
         importance = torch.from_numpy(module.input_moment)
         norm = Norm.of(module, self.scores.second_moments, weight)

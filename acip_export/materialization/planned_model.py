@@ -38,7 +38,7 @@ class PlannedModel(MaterializedModel):
         cache: directory of factors (:mod:`acip_export.lowrank.cache`), read and filled.
         scratch: keeps what takes long to make, the parts of pairs and those factors of error feedback that the user's
             cache does not, unless ``kept`` does; ``None``: they are made whenever they are asked for.
-        tuned: what tuning made of the plan's scales and vectors, where it asks for that.
+        tuned: what tuning made of the plan's scales, vectors and pairs, where it asks for that.
 
     Attributes:
         checkpoint, scores, tuned: as they came.
@@ -73,11 +73,18 @@ class PlannedModel(MaterializedModel):
         self.checkpoint, self.scores = checkpoint, scores
         self._lock = Lock()
         factors = {} if tuned is None else tuned.factors
-        # Tuning for so long comes out otherwise each time.
-        made_of = f"{numbers_sha256(plan)}-{tensors_sha256(factors)}" if factors else numbers_sha256(plan)
-        self._store: ArrayStore | None = scratch if kept is None else kept.parts(made_of)
+        # Of the names of kept parts: tuning for so long comes out otherwise each time.
+        self._tuned_to = f"{tensors_sha256(factors)} " if factors else ""
+        self._store: ArrayStore | None = scratch if kept is None else kept.parts(numbers_sha256(plan))
         self.numbers = PlanNumbers(
-            checkpoint, scores, plan, round_trip, FactorCache(cache), feedback_types, store=self._store, factors=factors
+            checkpoint,
+            scores,
+            plan,
+            round_trip,
+            FactorCache(cache),
+            feedback_types,
+            store=self._store,
+            tuned_factors=factors,
         )
         stored = {decision: stored_of(decision) for decision in plan.tensors}
         self._shapes = {name: shape for shapes in stored.values() for name, shape in shapes.items()}
@@ -142,14 +149,14 @@ class PlannedModel(MaterializedModel):
     def _kept_part(self, store: ArrayStore, decision: TensorDecision, name: str) -> Tensor:
         """Read a part of a pair, of which all are made for the first that is asked for."""
         with self._lock:
-            if name not in store:
+            if self._tuned_to + name not in store:
                 with self._timed():
                     made = self.numbers.make(decision)
                 for part, tensor in made.numbers.items():
-                    store.write(part, tensor.numpy())
+                    store.write(self._tuned_to + part, tensor.numpy())
                 for part, tensor in made.importance.items():
-                    store.write(_IMPORTANCE + part, tensor.numpy())
-            return torch.from_numpy(store.read(name))
+                    store.write(self._tuned_to + _IMPORTANCE + part, tensor.numpy())
+            return torch.from_numpy(store.read(self._tuned_to + name))
 
 
 def check_plan(checkpoint: Checkpoint, plan: Plan) -> None:

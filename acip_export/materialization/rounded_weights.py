@@ -99,7 +99,7 @@ class RoundedPlan:
     """
 
     def __init__(self, shared: RoundedWeights, plan: Plan, inputs: bool, factors: Mapping[str, Tensor]) -> None:
-        self._shared, self.plan, self._inputs, self._tuned = shared, plan, inputs, bool(factors)
+        self._shared, self.plan, self._inputs = shared, plan, inputs
         self._numbers = PlanNumbers(
             shared.checkpoint,
             shared.scores,
@@ -108,8 +108,10 @@ class RoundedPlan:
             shared.factors,
             shared.feedback_types,
             shared.feedback,
-            factors=factors,
+            tuned_factors=factors,
         )
+        # Tells numbers apart that are made of tuned factors.
+        self._tuned = id(self) if factors else None
         self._decisions = {decision.name: decision for decision in plan.tensors}
 
     def tensors(self, names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -132,7 +134,7 @@ class RoundedPlan:
         decision = self._changed(name)
         if decision is None:
             return None
-        return RoundedRows((decision, self.plan.adapters), partial(self._tensor, decision))
+        return RoundedRows((decision, self.plan.adapters, self._tuned), partial(self._tensor, decision))
 
     def input_blocks(self, names: Sequence[str]) -> Mapping[str, int]:
         """Return the blocks in which what the named matrices are multiplied with is rounded; of pairs, ``down``'s."""

@@ -40,15 +40,16 @@ class PairDescent:
 
     def add(self, name: str, pair: Pair) -> None:
         """Take a pair to begin with; its factors get the same root mean square, which float16 can hold."""
-        share = (_size(pair.down) / _size(pair.up)) ** 0.5
+        up, down = _size(pair.up), _size(pair.down)
+        share = sqrt(down / up) if up and down else 1.0  # of a matrix of zeros both are zero
         for key, factor in zip(_keys(name), (pair.up * share, pair.down / share), strict=True):
             self._scratch.write(key, factor.contiguous().numpy())
             for mean in _mean_keys(key):
                 self._scratch.write(mean, torch.zeros_like(factor).numpy())
-        self._sizes[name] = _size(pair.up) * share
+        self._sizes[name] = up * share
 
     def product(self, name: str) -> Tensor:
-        """Return the weight that a pair stands for, (out, in) float32.
+        """Return the weight that a pair stands for, (out, in).
 
         Where gradients are recorded, :meth:`step` moves the pair by them.
         """
@@ -80,11 +81,14 @@ class PairDescent:
     def state(self) -> dict[str, Tensor]:
         """Return all numbers that a run goes on from, as they are in the file: they may be too many for memory."""
         keys = [key for name in self._sizes for factor in _keys(name) for key in (factor, *_mean_keys(factor))]
-        return {key: torch.from_numpy(self._scratch.mapped(key)) for key in keys}
+        arrays = self._scratch.mapped(keys) if keys else {}
+        sizes = {_size_key(name): torch.tensor(size, dtype=torch.float64) for name, size in self._sizes.items()}
+        return sizes | {key: torch.from_numpy(array) for key, array in arrays.items()}
 
     def restore(self, stored: Mapping[str, Tensor]) -> None:
         """Undo :meth:`state`; other numbers may be there too."""
         for name in self._sizes:
+            self._sizes[name] = float(stored[_size_key(name)])
             for factor in _keys(name):
                 for key in (factor, *_mean_keys(factor)):
                     self._scratch.write(key, stored[key].numpy())
@@ -106,6 +110,10 @@ def _size(factor: Tensor) -> float:
 def _keys(name: str) -> tuple[str, str]:
     """Return where the factors of a pair lie."""
     return f"up of {name}", f"down of {name}"
+
+
+def _size_key(name: str) -> str:
+    return f"size of {name}"
 
 
 def _mean_keys(key: str) -> tuple[str, str]:

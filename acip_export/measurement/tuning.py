@@ -11,6 +11,7 @@ and the hidden states of one step's text.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.nn.functional import pad
 
 from acip_export.artifacts.plan import Plan, TensorDecision, plan_sha256
 from acip_export.artifacts.tuned import Tuned, TuningResult
+from acip_export.errors import OutputError
 from acip_export.io.kept_states import read_state, write_state
 from acip_export.io.prefetch import one_ahead
 from acip_export.io.scratch import Scratch
@@ -33,14 +35,16 @@ from acip_export.progress import Clock, ProgressCallback, silent
 from acip_export.units import ceil_div
 from acip_export.weight_types import weight_type
 
+logger = logging.getLogger(__name__)
+
 # Of Adam, of moves relative to what is moved; it falls to nothing with the last step.
 LEARNING_RATE = 5e-4
 # Of pairs, as a share of the root mean square of a factor.
 PAIR_RATE = 3e-3
 # Of a step: gradients of fewer tokens are noise, of more they take longer than they gain.
 STEP_TOKENS = 512
-# Steps that tell how long one takes, and the fewest that are worth their while.
-_TIMED_STEPS, _LEAST_STEPS = 2, 4
+# Steps that tell how long one takes, the first of them aside, and the fewest that are worth their while.
+_TIMED_STEPS, _LEAST_STEPS = 4, 4
 # A process that is killed loses at most so many seconds, or so many times as long as saving takes.
 _SAVE_SECONDS, _TIMES_SAVING = 60.0, 20.0
 # Logits that are made at once, several times over with what their gradients need.
@@ -229,27 +233,30 @@ class _Run:
 
     def go_on(self, seconds: float, progress: ProgressCallback) -> None:
         """Make the steps that fit into so many seconds, unless their number is known from before."""
-        saved, took = time.monotonic(), 0.0
+        saved, took, first = time.monotonic(), 0.0, 0.0
         clock = Clock(_STAGE, self.steps or None, progress, self.step_tokens, self.step)
         while not self.steps or self.step < self.steps:
             begin = time.monotonic()
             self._share_left = 1 - self.step / self.steps if self.steps else 1.0
             self._optimizer.param_groups[0]["lr"] = LEARNING_RATE * self._share_left
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._narrow):
+            # Without a cache, which would hold the pairs of all blocks until the step ends.
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._narrow, cache_enabled=False):
                 loss = self._descend()
             self.step += 1
             self.seconds += time.monotonic() - begin
+            if self.step == 1:
+                first = self.seconds
             if not self.steps and self.step == _TIMED_STEPS:
-                self.steps = max(_LEAST_STEPS, int(seconds / (self.seconds / _TIMED_STEPS)))
+                each = (self.seconds - first) / (_TIMED_STEPS - 1)
+                self.steps = max(_LEAST_STEPS, int((seconds - self.seconds) / each) + _TIMED_STEPS)
                 clock.total = self.steps
             clock.advance(loss=loss)
             begin = time.monotonic()
-            if self._state is not None and begin - saved > max(_SAVE_SECONDS, _TIMES_SAVING * took):
-                self._save(self._state)
+            if begin - saved > max(_SAVE_SECONDS, _TIMES_SAVING * took):
+                self._save()
                 saved = time.monotonic()
                 took = saved - begin
-        if self._state is not None:
-            self._save(self._state)
+        self._save()
 
     def _descend(self) -> float:
         """Make one step, and return the divergence before it."""
@@ -304,9 +311,9 @@ class _Run:
         for window, part in pieces(passes.windows, _LOGITS // self._vocabulary):
             ids = passes.windows[window : window + 1, part]
             with torch.no_grad():
-                expected = model.leave(dense[window : window + 1, part], ids, outside, rows)[0].log_softmax(-1)
+                expected = model.leave(dense[window : window + 1, part], ids, outside, rows)[0].float().log_softmax(-1)
             leaf = hidden[window : window + 1, part].detach().requires_grad_()
-            found = model.leave(leaf, ids, {**outside, **leaves}, moved_rows)[0].log_softmax(-1)
+            found = model.leave(leaf, ids, {**outside, **leaves}, moved_rows)[0].float().log_softmax(-1)
             loss = (expected.exp() * (expected - found)).sum() / self.step_tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -314,14 +321,23 @@ class _Run:
             gradient[window : window + 1, part] = leaf.grad
         return total, gradient
 
-    def _save(self, file: Path) -> None:
+    def _save(self) -> None:
+        """Keep where the run is, if it is to be kept; a place without room is no error."""
+        from safetensors import SafetensorError
+
+        if self._state is None:
+            return
         tensors = self._student.pairs.state()
         for name, move in self._student.moves.items():
             tensors[f"move {name}"] = move.detach()
             for key, value in self._optimizer.state[move].items():
                 tensors[f"{key} {name}"] = value
         counters = {"step": self.step, "steps": self.steps, "seconds": self.seconds}
-        write_state(file, self._identity, tensors, counters)
+        try:
+            write_state(self._state, self._identity, tensors, counters)
+        except (OSError, OutputError, SafetensorError) as reason:
+            logger.warning("%s is not kept (%s); tuning that is killed starts again", self._state, reason)
+            self._state = None
 
     def _load(self, file: Path) -> None:
         """Put this run where the stored one was; one that is damaged, or of another plan, is left alone."""

@@ -56,7 +56,7 @@ class PlanRequest:
             :func:`acip_export.api.calibration.calibrated_errors`.
         candidates: plans that are compared by measuring before one is chosen; 1: the prediction alone chooses.
         speeds: of the machine that is planned for, by runtime. min_speed: tokens a second that an answer must have.
-        tune_seconds: for how long scales and vectors are tuned before the export is written; ``None``: not at all.
+        tune_seconds: for how long an export is tuned before it is written; ``None``: not at all.
     """
 
     format: str

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.plan import Serving, TensorDecision, plan_sha256
 from acip_export.errors import UnsupportedError
 from acip_export.io.prefetch import one_ahead, some_ahead
+from acip_export.machine import use_threads
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress, ProgressCallback
 from acip_export.units import ceil_div
@@ -55,8 +57,8 @@ __all__ = ["check_model", "convert", "imitate", "predict_files", "quantizer", "r
 _HASH_PLACEHOLDER = "0" * 64
 # Of an imitation's matrix: so many are rounded, and stand for all of them.
 _IMITATED_ROWS = 8
-# Items that are rounded at once, and the bytes of one beside which there is no other: they would take too much memory.
-_SIDE_BY_SIDE, _LARGE = 2, 2**26
+# Items that are rounded at once, and the numbers of one that is rounded alone, for the sake of memory.
+_SIDE_BY_SIDE, _LARGE = 2, 2**25
 # ggml's GGML_QNT_VERSION: the generation of block layouts.
 _QUANTIZATION_VERSION = 2
 # Of the layout ``factored``, docs/format.md.
@@ -244,7 +246,7 @@ def _whole(model: MaterializedModel, weight: str) -> torch.Tensor:
 
 
 def _rounded(model: MaterializedModel, items: Sequence[Item], changes: _Changes) -> Iterator[tuple[Item, Bytes]]:
-    """Yield the bytes of every item, in order. Some are rounded side by side, as parts of that take one thread.
+    """Yield the bytes of every item, in order. Two are rounded side by side, for parts of that cannot use more threads.
 
     What is known of their inputs is made one after the other with all threads: it depends on how many there are.
     """
@@ -258,8 +260,8 @@ def _rounded(model: MaterializedModel, items: Sequence[Item], changes: _Changes)
 
     threads = torch.get_num_threads()
     workers = min(threads, _SIDE_BY_SIDE)
-    of_each = partial(torch.set_num_threads, threads), partial(torch.set_num_threads, ceil_div(threads, workers))
-    for large, some in groupby(items, lambda item: item.spec.nbytes > _LARGE):
+    of_each = partial(use_threads, threads), partial(use_threads, ceil_div(threads, workers))
+    for large, some in groupby(items, lambda item: prod(item.spec.shape) > _LARGE):
         if large or workers == 1:
             yield from one_ahead(lambda item: _prepared(model, item, changes)(), some)
             continue

@@ -144,7 +144,7 @@ def test_plans_with_pairs_say_what_tuning_moves(model: Path, ranked: ScoreFile) 
         )
         return "\n".join(plan.notes)
 
-    assert "--tune 10min  moves the 7 factor pairs" in notes("int8", "450kB", None)
+    assert "--tune 10min  moves the plan's factor pairs (7)" in notes("int8", "450kB", None)
     assert "--tune" not in notes("int8", "450kB", "1min")
     assert "--tune" not in notes("int8", "2MB", None)
 

@@ -48,9 +48,8 @@ def show_plan(plan: Plan, verbose: bool) -> None:
         table.add_row("predicted perplexity", f"{plan.predicted_perplexity:,.2f}", f"{quality}, {_PREDICTED_ON}")
         apart = plan.predicted_divergence
         if apart is not None and not isclose(apart, loss, rel_tol=_SAME):
-            table.add_row(
-                "predicted KL", f"{apart:.4f}", f"{plan.loss_unit} from the dense model: adapters learn their text"
-            )
+            why = ": adapters learn their text" if plan.adapters else ""
+            table.add_row("predicted KL", f"{apart:.4f}", f"{plan.loss_unit} from the dense model{why}")
     else:
         quality = f"{plan.loss_unit} (at least {least:.2e}), {_PREDICTED_ON}"
         table.add_row("predicted loss", f"{loss:.2e}", quality)
