@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from acip_export.artifacts.bundle import Bundle, load_bundle
+from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.plan import Serving
 from acip_export.artifacts.report import Agreement
 from acip_export.errors import UnsupportedError, VerificationError
@@ -22,6 +23,7 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.verification.metrics import compare_logits
 from converters.gguf import converter, readback
 from converters.gguf import ggml_library as ggml
+from converters.gguf.arrange import Item
 from converters.gguf.runtimes.llama_cpp import LlamaCppSession
 from tests.gguf.conftest import ARCHITECTURES, export
 from tests.support import dense, everywhere, make_bundle, make_model, make_plan, make_scores
@@ -69,6 +71,36 @@ def test_adapter_layout_is_the_bundle(arch: str, form: str, models: dict[str, Pa
     assert_float_agreement(
         agreement(load_bundle(bundle.path), out), {"f32": FLOAT_TOLERANCE, "f16": HALF_TOLERANCE}[form]
     )
+
+
+def test_all_threads_prepare_and_half_of_them_round(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two matrices at once, for the bytes of one at a time; what is known of inputs depends on the threads."""
+    prepared, seen = converter._prepared, {"prepare": set[int](), "round": set[int]()}
+
+    def noted(model: MaterializedModel, item: Item, changes: Any) -> Callable[[], ggml.Bytes]:
+        seen["prepare"].add(torch.get_num_threads())
+        finish = prepared(model, item, changes)
+
+        def finished() -> ggml.Bytes:
+            seen["round"].add(torch.get_num_threads())
+            return finish()
+
+        return finished
+
+    monkeypatch.setattr(converter, "_prepared", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        _, out = export(models["llama"], "stock", dense(type="q4_k"), tmp_path / "two")
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"prepare": {4}, "round": {2}}
+    monkeypatch.setattr(converter, "_SIDE_BY_SIDE", 1)
+    _, alone = export(models["llama"], "stock", dense(type="q4_k"), tmp_path / "one")
+    assert (alone / "model.gguf").read_bytes() == (out / "model.gguf").read_bytes()
 
 
 def test_untied_head_other_head_size_and_attention_bias(tmp_path: Path) -> None:

@@ -25,6 +25,21 @@ def test_arrays_come_back_and_nothing_is_left(tmp_path: Path) -> None:
     scratch.close()
 
 
+def test_any_number_of_arrays_is_read_in_the_file_through_one_open_file(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    scratch.write("odd", np.arange(3, dtype=np.int8))
+    arrays = {str(number): np.full((3, number), number, np.float32) for number in range(1, 40)}
+    for name, array in arrays.items():
+        scratch.write(name, array)
+    scratch.write("7", arrays["7"] + 1)  # in its place
+    before = len(list(Path("/dev/fd").iterdir()))
+    mapped = scratch.mapped(arrays)
+    assert len(list(Path("/dev/fd").iterdir())) <= before + 1
+    np.testing.assert_array_equal(mapped["7"], arrays["7"] + 1)
+    np.testing.assert_array_equal(mapped["39"], arrays["39"])
+    assert mapped["39"].ctypes.data % 4 == 0
+
+
 def test_no_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="no room for a ranking's scratch file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from acip_export.artifacts.scores import ScoreFile
 from acip_export.artifacts.tuned import Tuned
 from acip_export.formats.registry import export_format
 from acip_export.io.scratch import Scratch
+from acip_export.materialization.factors import Pair
 from acip_export.materialization.rounded_weights import RoundedWeights
 from acip_export.measurement import tuning
 from acip_export.measurement.block_passes import BlockPasses
@@ -23,7 +25,7 @@ from acip_export.measurement.pair_descent import PairDescent
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress, silent
 from acip_export.ranking.load import load_model
-from tests.support import dense, everywhere, make_plan
+from tests.support import dense, everywhere, make_model, make_plan, make_scores
 
 TEXT = torch.randint(512, (12, 64), generator=torch.Generator().manual_seed(1))
 TYPES = {"gguf": "q4_0", "onnx": "uint4"}
@@ -120,6 +122,40 @@ def test_what_does_not_help_is_left_out(tuned: Callable[..., Tuned], monkeypatch
     assert not found.gains
     assert not found.vectors
     assert not found.factors
+
+
+def test_products_of_bfloat16_come_nearer_too_and_hold_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on processors that have them; here they may be emulated."""
+    monkeypatch.setattr(tuning, "fast_bfloat16", lambda: True)
+    model = make_model(tmp_path / "m", dtype=torch.bfloat16)
+    fields = {"representation": "factored", "rank": 32, "up_type": "int8", "down_type": "int8"}
+    plan = make_plan(model, "onnx", "factored", everywhere(**fields, embedding_type="int8"))
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+    product = PairDescent.product
+
+    def counted(self: PairDescent, name: str) -> Tensor:
+        nonlocal most
+        found = product(self, name)
+        alive.update(self.waiting.get(name, ()))
+        most = max(most, len(alive))
+        return found
+
+    monkeypatch.setattr(PairDescent, "product", counted)
+    checkpoint, written_as = Checkpoint.open(model), export_format("onnx")
+    made = make_scores(model)
+    weights = RoundedWeights(checkpoint, made, written_as.round_trip, written_as.feedback_types)
+    found = tuning.tune(checkpoint, weights, plan, written_as.tunable_types, TEXT, TEXT[:4], 2.0)
+    assert found.result.kept
+    assert most <= 14, "the factors of one block's seven pairs"
+
+
+def test_a_pair_of_zeros_stays() -> None:
+    pairs = PairDescent(Scratch())
+    pairs.add("zeros", Pair(torch.zeros(4, 2), torch.zeros(2, 3)))
+    pairs.product("zeros").sum().backward()
+    pairs.step(1, 1e-3)
+    assert not pairs.product("zeros").any()
 
 
 class Stopped(Exception):  # noqa: N818 - as a signal would
