@@ -81,7 +81,8 @@ def tune(
     scratch = Scratch(None, "the weights that are tuned")
     student = _Student(passes, weights.of(plan, inputs=False), tunable, scratch)
     narrow = any(info.dtype == "BF16" for info in checkpoint.tensors.values())
-    run = _Run(passes, student, text, checkpoint.shape.vocabulary, plan_sha256(plan), state, narrow)
+    identity = f"{plan_sha256(plan)}, pairs too"
+    run = _Run(passes, student, text, checkpoint.shape.vocabulary, identity, state, narrow)
     run.go_on(seconds - (time.monotonic() - begun), progress)
     passes.windows = held_out
     factors = student.factors()
