@@ -288,6 +288,7 @@ class _Run:
             self._student.pairs.step(self.step + 1, PAIR_RATE * self._share_left)
             assert inputs.grad is not None
             gradient = inputs.grad
+            del left  # whose graph has the pairs of this block
         entered, _ = passes.enter(self._outside(leaves))
         if entered.requires_grad:
             entered.backward(gradient)  # type: ignore[no-untyped-call]
