@@ -49,7 +49,8 @@ _TIMED_STEPS, _LEAST_STEPS = 4, 4
 _SAVE_SECONDS, _TIMES_SAVING = 60.0, 20.0
 # Logits that are made at once, several times over with what their gradients need.
 _LOGITS = 2**23
-_STAGE = "tune"
+# What is told of before the steps, of them, and after them.
+_BEGUN, _STAGE, _COMPARED = "round what is tuned", "tune", "compare what is tuned"
 
 
 def tune(
@@ -63,11 +64,12 @@ def tune(
     state: Path | None = None,
     progress: ProgressCallback = silent,
 ) -> Tuned:
-    """Tune the export of ``plan`` for about so many seconds.
+    """Tune the export of ``plan``.
 
     Args:
         weights: of the plan's format. tunable: its types whose scales can be multiplied.
         text, held_out: windows (n, tokens) to tune on, and to compare before and after on.
+        seconds: for the steps, about; what they begin with is made before, and compared after.
         state: file that is kept up to date with the run; if it is there, the run in it goes on, to the same result.
 
     Returns:
@@ -76,17 +78,18 @@ def tune(
     Raises:
         UnsupportedError: the blocks of the model are no chain.
     """
-    begun = time.monotonic()
     passes = BlockPasses(checkpoint, held_out)
     scratch = Scratch(None, "the weights that are tuned")
-    student = _Student(passes, weights.of(plan, inputs=False), tunable, scratch)
+    student = _Student(passes, weights.of(plan, inputs=False), tunable, scratch, progress)
     narrow = any(info.dtype == "BF16" for info in checkpoint.tensors.values())
     identity = f"{plan_sha256(plan)}, pairs too"
     run = _Run(passes, student, text, checkpoint.shape.vocabulary, identity, state, narrow)
-    run.go_on(seconds - (time.monotonic() - begun), progress)
+    run.go_on(seconds, progress)
     passes.windows = held_out
     factors = student.factors()
-    before, after = passes.divergences([weights.of(plan), _Moved(student, weights.of(plan, factors=factors))])
+    variants = weights.of(plan), _Moved(student, weights.of(plan, factors=factors))
+    clock = Clock(_COMPARED, len(passes.model.names) * (1 + len(variants)), progress)
+    before, after = passes.divergences(variants, clock.advance)
     result = TuningResult(run.step, run.step * run.step_tokens, round(run.seconds, 1), before.kl, after.kl)
     if not result.kept:
         return Tuned(result, {}, {}, {})
@@ -101,7 +104,14 @@ class _Student:
         pairs: that are moved themselves.
     """
 
-    def __init__(self, passes: BlockPasses, rounded: RoundedPlan, tunable: Collection[str], scratch: Scratch) -> None:
+    def __init__(
+        self,
+        passes: BlockPasses,
+        rounded: RoundedPlan,
+        tunable: Collection[str],
+        scratch: Scratch,
+        progress: ProgressCallback = silent,
+    ) -> None:
         self._scratch = scratch
         # Of rounded matrices, how many columns share a gain; 0: it has none.
         self._blocks: dict[str, int] = {}
@@ -109,6 +119,7 @@ class _Student:
         self.moves: dict[str, Tensor] = {}
         self.pairs = PairDescent(scratch)
         decisions = {decision.name: decision for decision in rounded.plan.tensors}
+        clock = Clock(_BEGUN, len(passes.model.parameters), progress)
         for names in passes.model.parameters.values():
             changed = rounded.tensors([name for name in names if not _is_pair(decisions.get(name))])
             for name in names:
@@ -128,6 +139,7 @@ class _Student:
                     sizes = value.abs()
                     self._vectors[name] = value, sizes.clamp_min(float(sizes.mean()))
                     self.moves[name] = torch.zeros_like(value)
+            clock.advance()
         for move in self.moves.values():
             move.requires_grad_()
 

@@ -172,13 +172,13 @@ def test_a_run_that_was_stopped_goes_on(
     whole = tuned(1e-3)
 
     def stop(progress: Progress) -> None:
-        if progress.done == 5:
+        if progress.stage == tuning._STAGE and progress.done == 5:
             raise Stopped
 
     with pytest.raises(Stopped):
         tuned(1e-3, state, stop)
     steps: list[int] = []
-    rest = tuned(1e-3, state, lambda progress: steps.append(progress.done))
+    rest = tuned(1e-3, state, lambda progress: steps.append(progress.done) if progress.stage == tuning._STAGE else None)
     assert steps[0] == 5, "the step that was not saved is made again, none of those before it"
     assert rest.result.steps == whole.result.steps == 8
     for name, gains in whole.gains.items():
