@@ -44,6 +44,7 @@ class PairDescent:
         share = sqrt(down / up) if up and down else 1.0  # of a matrix of zeros both are zero
         for key, factor in zip(_keys(name), (pair.up * share, pair.down / share), strict=True):
             self._scratch.write(key, factor.contiguous().numpy())
+            self._scratch.write(_start_key(key), factor.contiguous().numpy())
             for mean in _mean_keys(key):
                 self._scratch.write(mean, torch.zeros_like(factor).numpy())
         self._sizes[name] = up * share
@@ -73,6 +74,10 @@ class PairDescent:
     def pair(self, name: str) -> Pair:
         """Return a pair as it is now."""
         return Pair(*(torch.from_numpy(self._scratch.read(key)) for key in _keys(name)))
+
+    def start(self, name: str) -> Pair:
+        """Return a pair as it came, but for the size of its factors."""
+        return Pair(*(torch.from_numpy(self._scratch.read(_start_key(key))) for key in _keys(name)))
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names of the weights."""
@@ -110,6 +115,10 @@ def _size(factor: Tensor) -> float:
 def _keys(name: str) -> tuple[str, str]:
     """Return where the factors of a pair lie."""
     return f"up of {name}", f"down of {name}"
+
+
+def _start_key(key: str) -> str:
+    return f"start of {key}"
 
 
 def _size_key(name: str) -> str:

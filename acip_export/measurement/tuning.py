@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from acip_export.io.kept_states import read_state, write_state
 from acip_export.io.prefetch import one_ahead
 from acip_export.io.scratch import Scratch
 from acip_export.machine import fast_bfloat16
+from acip_export.materialization.factors import Pair
 from acip_export.materialization.rounded_weights import RoundedPlan, RoundedRows, RoundedWeights
 from acip_export.measurement.block_passes import BlockPasses, pieces
 from acip_export.measurement.pair_descent import PairDescent
@@ -87,7 +88,9 @@ def tune(
     run.go_on(seconds, progress)
     passes.windows = held_out
     factors = student.factors()
-    variants = weights.of(plan), _Moved(student, weights.of(plan, factors=factors))
+    # Of pairs as they began: making them from the ranking again takes minutes.
+    untuned = weights.of(plan, factors=_stored_factors(student.pairs, student.pairs.start))
+    variants = untuned, _Moved(student, weights.of(plan, factors=factors))
     clock = Clock(_COMPARED, len(passes.model.names) * (1 + len(variants)), progress)
     before, after = passes.divergences(variants, clock.advance)
     result = TuningResult(run.step, run.step * run.step_tokens, round(run.seconds, 1), before.kl, after.kl)
@@ -166,11 +169,7 @@ class _Student:
 
     def factors(self) -> dict[str, Tensor]:
         """Return the factors of pairs by the names that exports store them under, float16."""
-        found: dict[str, Tensor] = {}
-        for name in self.pairs:
-            pair, module = self.pairs.pair(name), name.removesuffix(".weight")
-            found |= {f"{module}.up.weight": pair.up.half(), f"{module}.down.weight": pair.down.half()}
-        return found
+        return _stored_factors(self.pairs, self.pairs.pair)
 
     @torch.no_grad()
     def vectors(self) -> dict[str, Tensor]:
@@ -183,6 +182,14 @@ def multiplied(weight: Tensor, gains: Tensor, block: int) -> Tensor:
     rows, columns = weight.shape
     padded = pad(weight, (0, -columns % block)).view(rows, -1, block)
     return (padded * gains[..., None]).view(rows, -1)[:, :columns]
+
+
+def _stored_factors(names: Iterable[str], pair_of: Callable[[str], Pair]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in names:
+        pair, module = pair_of(name), name.removesuffix(".weight")
+        found |= {f"{module}.up.weight": pair.up.half(), f"{module}.down.weight": pair.down.half()}
+    return found
 
 
 def _is_pair(decision: TensorDecision | None) -> bool:
