@@ -10,12 +10,7 @@ PyTorch from its rounded weights, on text that the ranking held out. Adds to ben
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
@@ -32,6 +27,7 @@ from acip_export.errors import AcipError
 from acip_export.measurement.plans import measure_plans
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import Budget, DoesNotFit, PlanRequest, resolve
+from benchmarks.kept_rows import add_rows
 from samples import real
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -128,21 +124,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     args = parser.parse_args()
     model = real.cached().model
-    known = json.loads(RESULTS.read_text(encoding="utf-8"))["points"] if RESULTS.exists() else []
     for file in args.scores:
         new = [asdict(point) for point in points(args, file, model)]
         keys = ("format", "layout", "types", "ranking", "with_pairs", "bits")
-        made = {tuple(point[key] for key in keys) for point in new}
-        known = [point for point in known if tuple(point[key] for key in keys) not in made] + new
-        result = {
-            "model": "SmolLM2-135M-Instruct",
-            "tokens": args.tokens,
-            "points": known,
-            "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-            "versions": {name: version(name) for name in ("acip-export", "torch", "transformers", "numpy")},
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        add_rows(RESULTS, "points", new, keys, tokens=args.tokens)
 
 
 if __name__ == "__main__":

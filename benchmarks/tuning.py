@@ -9,12 +9,7 @@ long; nothing is written but benchmarks/tuning.json. Both figures are of rounded
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import time
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +20,7 @@ from acip_export.api.tuning import tuned_numbers
 from acip_export.cli import output as console
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
+from benchmarks.kept_rows import add_rows
 from samples import real
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -41,7 +37,7 @@ def tuned(args: argparse.Namespace, scores_file: Path) -> dict[str, Any]:
     with console.stage_progress() as progress:
         plan = plan_export(checkpoint, scores, request, progress)
         pairs = [decision for decision in plan.tensors if decision.rank is not None]
-        found = tuned_numbers(checkpoint, scores, replace(plan, tune_seconds=seconds), progress=progress)
+        found = tuned_numbers(checkpoint, scores, plan, progress=progress)
     assert found is not None
     return {
         "format": args.format,
@@ -71,17 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     row = tuned(args, args.scores)
     print(row)
-    known = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
-    keys = ("format", "layout", "types", "nbytes", "minutes", "ranking")
-    rows = [each for each in known if any(each[key] != row[key] for key in keys)] + [row]
-    result = {
-        "model": "SmolLM2-135M-Instruct",
-        "rows": rows,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("acip-export", "torch", "transformers", "numpy")},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    add_rows(RESULTS, "rows", [row], ("format", "layout", "types", "nbytes", "minutes", "ranking"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acip_export.artifacts.materialized import stored_of
+from acip_export.artifacts.materialized import stored_tensors
 from acip_export.artifacts.names import TUNED, TUNED_FILE
 from acip_export.artifacts.plan import Plan, plan_sha256
 from acip_export.errors import TunedFileError
@@ -134,8 +134,8 @@ def load_tuned(export: Path, plan: Plan) -> Tuned | None:
 def _pair_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return the shape and dtype of the factors that are tuned."""
     pairs = [decision for decision in plan.tensors if decision.kept is not None]
-    stored = {name: shape for decision in pairs for name, shape in stored_of(decision).items()}
-    return {name: (shape, "F16") for name, shape in stored.items() if name not in {pair.name for pair in pairs}}
+    stored = [stored_tensors(pair.name, pair.shape, pair.rank) for pair in pairs]
+    return {name: (shape, "F16") for shapes in stored for name, shape in shapes.items()}
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -53,13 +53,7 @@ class KeptStates:
         begin = time.monotonic()
         if not self._able or begin - self._saved < max(_AT_MOST_LOST, _TIMES_WRITING * self._took):
             return
-        from safetensors import SafetensorError
-
-        try:
-            write_state(self.file, self._origin, states, {"blocks": blocks})
-        except (OSError, OutputError, SafetensorError) as reason:
-            logger.warning("%s is not kept (%s); a process that is killed starts again", self.file, reason)
-            self._able = False
+        self._able = try_to_write_state(self.file, self._origin, states, {"blocks": blocks})
         self.blocks, self._saved = blocks, time.monotonic()
         self._took = self._saved - begin
 
@@ -91,6 +85,18 @@ def write_state(file: Path, origin: str, tensors: Mapping[str, Tensor], facts: M
     metadata = {"origin": _sha256(origin), "facts": json.dumps(facts), "sha256": tensors_sha256(tensors)}
     with new_file(file) as temporary:
         save_file(tensors, temporary, metadata)
+
+
+def try_to_write_state(file: Path, origin: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bool:
+    """Write as :func:`write_state`; where there is no room, say so and return ``False``: it is no error."""
+    from safetensors import SafetensorError
+
+    try:
+        write_state(file, origin, tensors, facts)
+    except (OSError, OutputError, SafetensorError) as reason:
+        logger.warning("%s is not kept (%s); a process that is killed starts again", file, reason)
+        return False
+    return True
 
 
 def read_state(file: Path, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,7 +11,6 @@ and the hidden states of one step's text.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from acip_export.artifacts.materialized import stored_tensors
 from acip_export.artifacts.plan import Plan, TensorDecision, plan_sha256
 from acip_export.artifacts.tuned import Tuned, TuningResult
-from acip_export.errors import OutputError
-from acip_export.io.kept_states import read_state, write_state
+from acip_export.io.kept_states import read_state, try_to_write_state
 from acip_export.io.prefetch import one_ahead
 from acip_export.io.scratch import Scratch
 from acip_export.machine import fast_bfloat16
@@ -35,8 +34,6 @@ from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Clock, ProgressCallback, silent
 from acip_export.units import ceil_div
 from acip_export.weight_types import weight_type
-
-logger = logging.getLogger(__name__)
 
 # Of Adam, of moves relative to what is moved; it falls to nothing with the last step.
 LEARNING_RATE = 5e-4
@@ -187,8 +184,9 @@ def multiplied(weight: Tensor, gains: Tensor, block: int) -> Tensor:
 def _stored_factors(names: Iterable[str], pair_of: Callable[[str], Pair]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in names:
-        pair, module = pair_of(name), name.removesuffix(".weight")
-        found |= {f"{module}.up.weight": pair.up.half(), f"{module}.down.weight": pair.down.half()}
+        pair = pair_of(name)
+        up, down = pair.up.half(), pair.down.half()
+        found |= zip(stored_tensors(name, (len(up), down.shape[1]), len(down)), (up, down), strict=True)
     return found
 
 
@@ -344,8 +342,6 @@ class _Run:
 
     def _save(self) -> None:
         """Keep where the run is, if it is to be kept; a place without room is no error."""
-        from safetensors import SafetensorError
-
         if self._state is None:
             return
         tensors = self._student.pairs.state()
@@ -354,10 +350,7 @@ class _Run:
             for key, value in self._optimizer.state[move].items():
                 tensors[f"{key} {name}"] = value
         counters = {"step": self.step, "steps": self.steps, "seconds": self.seconds}
-        try:
-            write_state(self._state, self._identity, tensors, counters)
-        except (OSError, OutputError, SafetensorError) as reason:
-            logger.warning("%s is not kept (%s); tuning that is killed starts again", self._state, reason)
+        if not try_to_write_state(self._state, self._identity, tensors, counters):
             self._state = None
 
     def _load(self, file: Path) -> None:

@@ -59,7 +59,7 @@ class Problem:
         errors: what rounding costs, where it was measured on this model.
         candidates: one entry per tensor.
         cuts: what the ranking measured.
-        dropping: the loss of dropping each component, by module; ``diverging``: the divergence, where it is known.
+        dropping: the loss of dropping each component, by module.
         sizes: what decisions take, to the byte.
         cache_losses: what cache types cost; of one that was not measured, nothing is predicted.
     """
@@ -71,7 +71,6 @@ class Problem:
     candidates: tuple[Candidates, ...]
     cuts: MeasuredCuts
     dropping: Mapping[str, FloatArray]
-    diverging: Mapping[str, FloatArray] | None
     sizes: ExportSizes
     cache_losses: CacheLosses
 
@@ -101,8 +100,7 @@ class Problem:
         sizes = ExportSizes(ModelMemory.of(space.format, checkpoint), space.layout.name)
         cuts = measured_cuts(scores, losses)
         cache_losses = cache_losses or CacheLosses(space.format.name, "", scores.sha256)
-        diverging = component_divergences(scores)
-        return cls(checkpoint, scores, space, errors, candidates, cuts, losses, diverging, sizes, cache_losses)
+        return cls(checkpoint, scores, space, errors, candidates, cuts, losses, sizes, cache_losses)
 
     @property
     def memory(self) -> ModelMemory:
@@ -243,9 +241,13 @@ class Problem:
         """
         if all(decision.kept is None for decision in decisions):
             return loss
-        if self.diverging is None:
+        if self._diverging is None:
             return loss if self.scores.task != "causal" else None
-        return loss + _of_dropped(self.diverging, decisions) - _of_dropped(self.dropping, decisions)
+        return loss + _of_dropped(self._diverging, decisions) - _of_dropped(self.dropping, decisions)
+
+    @cached_property
+    def _diverging(self) -> dict[str, FloatArray] | None:
+        return component_divergences(self.scores)
 
 
 def _of_dropped(costs: Mapping[str, FloatArray], decisions: tuple[TensorDecision, ...]) -> float:

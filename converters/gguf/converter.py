@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
 from math import prod
+from operator import call
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -255,18 +256,15 @@ def _rounded(model: MaterializedModel, items: Sequence[Item], changes: _Changes)
     def prepare(item: Item) -> Callable[[], Bytes]:
         return _prepared(model, item, changes)
 
-    def finish(prepared: Callable[[], Bytes]) -> Bytes:
-        return prepared()
-
     threads = torch.get_num_threads()
     workers = min(threads, _SIDE_BY_SIDE)
     of_each = partial(use_threads, threads), partial(use_threads, ceil_div(threads, workers))
     for large, some in groupby(items, lambda item: prod(item.spec.shape) > _LARGE):
         if large or workers == 1:
-            yield from one_ahead(lambda item: _prepared(model, item, changes)(), some)
+            yield from one_ahead(lambda item: prepare(item)(), some)
             continue
         try:
-            yield from some_ahead(prepare, finish, some, workers, *of_each)
+            yield from some_ahead(prepare, call, some, workers, *of_each)
         finally:
             torch.set_num_threads(threads)  # what one thread sets, parts of torch take for all
 
