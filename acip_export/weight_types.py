@@ -9,7 +9,8 @@ measures it and a test compares.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,6 +37,7 @@ class WeightType:
             processors; 0: it multiplies in floating point.
         effort: of rounding a thousand weights, in :attr:`acip_export.machine.Machine.calls`. tables: of rounding the
             first of a process, beside that.
+        since: the first release of the format's default runtime that is known to read it; empty: every one in use does.
     """
 
     name: str
@@ -50,6 +52,7 @@ class WeightType:
     input_block: int = 0
     effort: float = 140.0
     tables: float = 0.0
+    since: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -119,6 +122,20 @@ def undominated(types: Sequence[WeightType]) -> tuple[WeightType, ...]:
         for t in types
         if not any(o.bits_per_weight <= t.bits_per_weight and o.relative_mse < t.relative_mse for o in types)
     )
+
+
+def is_older(release: str, than: str) -> bool:
+    """Tell whether a release of a runtime (``b9000``, ``1.22.1``) came before another one."""
+    return _numbers(release) < _numbers(than)
+
+
+def first_release(types: Iterable[WeightType]) -> str | None:
+    """Return the first release of the format's runtime that is known to read all of ``types``; ``None``: any."""
+    return max((t.since for t in types if t.since), key=_numbers, default=None)
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"\d+", release))
 
 
 def weight_type(format: str, name: str) -> WeightType:

@@ -77,6 +77,11 @@ class TensorDecision:
     def module(self) -> str:
         return self.name.removesuffix(".weight")
 
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Names of the types that its numbers are stored in."""
+        return tuple(name for name in (self.type, self.up_type, self.down_type) if name is not None)
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -234,6 +239,8 @@ class Plan(Artifact):
         candidates: what was compared with it by measuring, itself included; empty: nothing.
         speed: on the machine that was planned for; ``None``: not known, of this runtime and these types.
         types: those that it chose from, if not the format's own.
+        runtime_release: the first of the format's default runtime that is known to read its types; ``None``: all in use
+            read them.
         tune_seconds: for how long its scales, vectors and pairs are tuned before it is written; ``None``: not at all.
     """
 
@@ -269,6 +276,7 @@ class Plan(Artifact):
     tune_seconds: PositiveFloat | None = None
     types: tuple[Name, ...] = ()
     predicted_divergence: Finite | None = None
+    runtime_release: Name | None = None
 
     @property
     def loss_unit(self) -> str:
@@ -333,8 +341,9 @@ def dumps_plan(plan: Plan) -> str:
     """One line a tensor: readable, and a diff shows what changed."""
     data = plan.to_json()
     tensors = data.pop("tensors")
-    if plan.predicted_divergence is None:
-        data.pop("predicted_divergence", None)  # plans from before it keep their hash
+    for name in ("predicted_divergence", "runtime_release"):
+        if data.get(name) is None:
+            data.pop(name, None)  # plans from before it keep their hash
     lines = [json.dumps({k: v for k, v in t.items() if v is not None}) for t in tensors]
     head = json.dumps(data, indent=1)
     return head[:-2] + ',\n "tensors": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"

@@ -91,8 +91,7 @@ class Device:
 
     def slow_types(self, plan: Plan) -> tuple[str, ...]:
         """Return types of the export's matrices that are not among the fast ones here."""
-        matrices = [tensor for tensor in plan.tensors if len(tensor.shape) == 2]
-        used = {name for each in matrices for name in (each.type, each.up_type, each.down_type) if name is not None}
+        used = {name for tensor in plan.tensors if len(tensor.shape) == 2 for name in tensor.types}
         return tuple(sorted(used - set(self.types.get(plan.format, used))))
 
     def to_json(self) -> dict[str, Any]:

@@ -424,6 +424,20 @@ class ExportFormat(ABC):
             if name not in known:
                 raise UnsupportedError(f"{self.name} exports have no --{name.replace('_', '-')}")
 
+    def unknown_types(self, options: Mapping[str, str]) -> Mapping[str, str]:  # noqa: ARG002 - for types with a release
+        """Return the types that what runs the export does not know, by the user's options, and why."""
+        return {}
+
+    def without(self, types: Mapping[str, str]) -> ExportFormat:
+        """Return the format without some types: nobody chooses them, and who names one is told why it is refused."""
+        if not types:
+            return self
+        lists = self.types, self.narrow_types, self.embedding_types
+        kept = [tuple(name for name in names if name not in types) for names in lists]
+        return replace(
+            self, types=kept[0], narrow_types=kept[1], embedding_types=kept[2], refused={**self.refused, **types}
+        )
+
     def choose_types(self, names: tuple[str, ...]) -> tuple[WeightType, ...]:
         """Return the types that the user named, or the default ones.
 
@@ -488,7 +502,7 @@ class ExportFormat(ABC):
     def is_exact(self, plan: Plan) -> bool:
         """Tell whether a plan keeps all numbers: every matrix, but for those of an all-zero base, and the KV cache."""
         base = self.layout(plan.layout).base_type
-        used = {name for d in plan.tensors for name in (d.type, d.up_type, d.down_type) if name and name != base}
+        used = {name for decision in plan.tensors for name in decision.types if name != base}
         return all(self.type(name).relative_mse == 0 for name in used)
 
     # How it is written. Prediction and conversion go through the same code for names, metadata and order, so that the

@@ -65,6 +65,7 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
     39: ("mxfp4", 32, 17),
     40: ("nvfp4", 64, 36),
     41: ("q1_0", 128, 18),
+    42: ("q2_0", 64, 18),
 }
 
 

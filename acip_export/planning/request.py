@@ -147,6 +147,7 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
     if request.whole_prompts or request.own_cache:
         format = _with_own_caches(format, request)
     format.check_options(request.options)
+    format = format.without(format.unknown_types(request.options))
     backend = request.backend or DEFAULT_BACKEND
     types = format.choose_types(request.types)
     spaces = tuple(

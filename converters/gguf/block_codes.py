@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from acip_export.rounding.error_feedback import Codes, Floats, Grid
 from acip_export.weight_types import weight_type
+from converters.gguf import two_bits
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -70,6 +71,7 @@ SCALE_PLACES: dict[str, tuple[int, ...]] = {
     "q4_0": (0,),
     "iq4_nl": (0,),
     "iq4_xs": (0,),
+    "q2_0": (0,),
     "q3_k": (108,),
     "q2_k": (80, 82),
     "iq3_s": (0,),
@@ -145,6 +147,10 @@ def _pack_five_bits(start: int) -> Callable[[Bytes, Bytes], None]:
         blocks[:, start + 4 :] = _nibbles(codes, 16)
 
     return pack
+
+
+def _pack_q2_0(blocks: Bytes, codes: Bytes) -> None:
+    blocks[:, 2:] = two_bits.pack(codes)
 
 
 # K-quants: blocks of 256 whose scales, and minima, are products of a float16 and a few bits.
@@ -226,4 +232,5 @@ BLOCK_CODES: dict[str, BlockCodes] = {
     "iq4_xs": BlockCodes(32, 0, 15, _scales_iq4_xs, _pack_nibbles(8), _IQ4_LEVELS),
     "q3_k": BlockCodes(16, -4, 3, _scales_q3_k, _pack_q3_k),
     "q2_k": BlockCodes(16, 0, 3, _scales_q2_k, _pack_q2_k),
+    "q2_0": BlockCodes(two_bits.BLOCK, two_bits.LOWEST, two_bits.HIGHEST, _one_scale, _pack_q2_0),
 }

@@ -49,6 +49,9 @@ class GgufFormat(ExportFormat):
         # Attention rounds keys and values to float16 anyway, which the tolerance is made for.
         return super().is_exact(plan) and {plan.serving.cache_type_k, plan.serving.cache_type_v} <= {"f32", "f16"}
 
+    def unknown_types(self, options_: Mapping[str, str]) -> Mapping[str, str]:
+        return options.unknown_types(options_)
+
     def tensor_limit(self, options_: Mapping[str, str]) -> TensorLimit | None:
         return options.tensor_limit(options_)
 
@@ -133,7 +136,7 @@ GGUF = GgufFormat(
         "iq2_xxs",
     ),
     # For rows that are no multiple of 256, as many small models have them (576, 640, 896, 960).
-    narrow_types=("q5_1", "q5_0", "q4_1", "iq4_nl"),
+    narrow_types=("q5_1", "q5_0", "q4_1", "iq4_nl", "q2_0"),
     embedding_types=("f16", "q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl", "q3_k", "q2_k"),
     vector_type="f32",
     feedback_types=FEEDBACK_TYPES,

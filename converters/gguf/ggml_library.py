@@ -1,7 +1,8 @@
 """ggml's own quantizers, called through ctypes in xllamacpp's shared library. The only file that knows that library.
 
 Where it cannot be loaded (not installed, or a build that hides its symbols, as on Windows)
-:mod:`converters.gguf.portable` quantizes the simple types, to the same bytes.
+:mod:`converters.gguf.portable` quantizes the simple types, to the same bytes. For q2_0 ggml's quantizer has weights of
+three values in mind, and that of :mod:`converters.gguf.two_bits` stands in its place.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from acip_export.errors import MissingExtraError, UnsupportedError
 from acip_export.finite import is_finite
 from acip_export.units import ceil_div
 from acip_export.weight_types import types_of, weight_type
-from converters.gguf import portable
+from converters.gguf import portable, two_bits
 from converters.gguf.types import TYPE_IDS
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def quantize(
     row_bytes = form.nbytes(1, columns)
     step = max(1, _CHUNK_WEIGHTS // columns)
     library = load_library()
-    if library is not None:
+    if library is not None and name != "q2_0":
         library.ggml_quantize_init(TYPE_IDS[name])  # builds lookup tables; here once, not in every thread
 
     starts = iter(range(0, rows, step))  # shared: whichever thread is free takes the next rows
@@ -180,7 +181,9 @@ def quantize(
             stop = min(start + step, rows)
             chunk = buffer[: stop - start].copy_(matrix[start:stop]).numpy()
             target = out[start * row_bytes : stop * row_bytes]
-            if library is None:
+            if name == "q2_0":
+                target[:] = _to_two_bits(chunk, weights)
+            elif library is None:
                 target[:] = portable.quantize(chunk, name, weights)
             elif _quantize_rows(library, name, chunk, target, weights) != target.nbytes:
                 raise AssertionError(f"ggml wrote another number of bytes than {name} takes")
@@ -226,6 +229,13 @@ def _to_float(matrix: torch.Tensor, name: str) -> Bytes:
         raise UnsupportedError("a weight is too large for f16; choose bf16 or f32 for this tensor")
     found: Bytes = converted.view(torch.uint8).numpy().reshape(-1)
     return found
+
+
+def _to_two_bits(rows: Floats, importance: Floats | None) -> Bytes:
+    data = two_bits.quantize(rows, importance)
+    if not np.isfinite(data.reshape(-1, 2 + two_bits.BLOCK // 4)[:, :2].copy().view(np.float16)).all():
+        raise UnsupportedError("a weight is too large for q2_0; choose bf16 or f32 for this tensor")
+    return data
 
 
 def _importance(importance: torch.Tensor, columns: int) -> Floats:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from acip_export.errors import PlanFileError
+from acip_export.errors import PlanFileError, UsageError
 from acip_export.formats.protocol import Option, TensorLimit
 from acip_export.units import parse_bytes
+from acip_export.weight_types import is_older
+from converters.gguf.types import GGML
 
-SPLIT = "split_max_size"
+RUNTIME_VERSION, SPLIT = "runtime_version", "split_max_size"
 # Of a part with one tensor: keys, provenance, the tensor's entry and padding. A test compares with the writer's.
 PART_HEAD = 576
 
 
 def _file(text: str) -> str:
     return str(Path(text).resolve())
+
+
+def _release(text: str) -> str:
+    found = re.fullmatch(r"b?([0-9]{1,9})", text.strip())
+    if found is None:
+        raise UsageError(f"--runtime-version {text!r} is no release of llama.cpp; they are called  b10015")
+    return f"b{int(found[1])}"
 
 
 def _bytes(text: str) -> str:
@@ -31,8 +41,31 @@ OPTIONS = (
         "FILE",
         _file,
     ),
-    Option(SPLIT, "A model in several files of at most this size (2GB).\n\nllama.cpp opens the first.", "SIZE", _bytes),
+    Option(
+        RUNTIME_VERSION,
+        "Oldest llama.cpp that is to read it (b9500).\n\nTypes that are newer stay out.",
+        "RELEASE",
+        _release,
+    ),
+    Option(SPLIT, "Several files of at most this size (2GB).\n\nllama.cpp opens the first.", "SIZE", _bytes),
 )
+
+
+def unknown_types(options: Mapping[str, str]) -> dict[str, str]:
+    """Return the types that ``--runtime-version`` does not know, or no ggml here, and why they are refused."""
+    release, found = options.get(RUNTIME_VERSION), {}
+    for row in (row for row in GGML if row.since):
+        if release is not None and is_older(release, row.since):
+            found[row.name] = f"llama.cpp is known to read it from {row.since} on, and --runtime-version is {release}"
+        elif not _is_here():
+            found[row.name] = "no ggml that reads it is here; pip install 'acip-export[gguf]'"
+    return found
+
+
+def _is_here() -> bool:
+    from converters.gguf.ggml_library import load_library
+
+    return load_library() is not None
 
 
 def split_max_size(options: Mapping[str, str]) -> int | None:

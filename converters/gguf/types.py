@@ -35,6 +35,7 @@ def _ggml(
     needs_importance: bool = False,
     effort: float = 125.0,
     tables: float = 0.0,
+    since: str = "",
 ) -> GgmlType:
     type_id, block, nbytes = _LAYOUTS[name]
     # ggml's products read the other factor in blocks of their own: Q8_0 or Q8_1 of 32 numbers, Q8_K of 256.
@@ -49,6 +50,7 @@ def _ggml(
         input_block=input_block,
         effort=effort,
         tables=tables,
+        since=since,
         type_id=type_id,
         file_type=file_type,
     )
@@ -80,13 +82,14 @@ GGML: tuple[GgmlType, ...] = (
     _ggml("iq1_s", 0.235, file_type=24, needs_importance=True, effort=550, tables=1.7e7),
     _ggml("tq2_0", 0.647, file_type=37),
     _ggml("tq1_0", 0.647, file_type=36),
+    _ggml("q2_0", 0.130, file_type=41, effort=650, since="b10015"),
     _ggml("q1_0", 0.360, file_type=40),
     _ggml("mxfp4", 1.32e-2, file_type=38),
 )
 TYPE_IDS = {row.name: row.type_id for row in GGML}
 # What converters.gguf.block_codes can choose the codes of; a test compares.
 FEEDBACK_TYPES = frozenset(
-    ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
+    ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k", "q2_0")
 )
 # Those whose blocks have a float16 to be tuned, in converters.gguf.block_codes; a test compares.
 TUNABLE_TYPES = FEEDBACK_TYPES | {"iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_s"}

@@ -30,7 +30,10 @@ from tests.support import dense, make_bundle, make_model, make_plan, make_scores
 
 
 def test_ggml_types_are_ggufs_and_ours() -> None:
-    assert {int(kind): (kind.name.lower(), *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()} == GGML_TYPES
+    known = {int(kind): (kind.name.lower(), *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    assert known == {number: row for number, row in GGML_TYPES.items() if number in known}
+    # Newer than gguf-py 0.19; its sizes are compared with ggml's where that is loaded.
+    assert {row[0] for number, row in GGML_TYPES.items() if number not in known} <= {"q2_0"}
     for form in types_of("gguf"):
         assert GGML_TYPES[TYPE_IDS[form.name]] == (form.name, form.block, form.block_bytes)
 
