@@ -8,7 +8,7 @@ torch are imported inside the methods that need them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -494,6 +494,10 @@ class ExportFormat(ABC):
     def tensor_limit(self, options: Mapping[str, str]) -> TensorLimit | None:  # noqa: ARG002 - for formats that split
         """Return the limit that the user's options put on a tensor; ``None``: none."""
         return None
+
+    def type_notes(self, types: Collection[str]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return what a user has to know of an export with matrices of these types, a sentence each."""
+        return ()
 
     def file_notes(self, files: Mapping[str, int], options: Mapping[str, str]) -> tuple[str, ...]:  # noqa: ARG002
         """Return what a user has to know about files of these bytes, a sentence each."""

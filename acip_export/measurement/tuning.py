@@ -38,7 +38,7 @@ from acip_export.weight_types import weight_type
 # Of Adam, of moves relative to what is moved; it falls to nothing with the last step.
 LEARNING_RATE = 5e-4
 # Of pairs, as a share of the root mean square of a factor.
-PAIR_RATE = 3e-3
+PAIR_RATE = 1e-3
 # Of a step: gradients of fewer tokens are noise, of more they take longer than they gain.
 STEP_TOKENS = 512
 # Steps that tell how long one takes, the first of them aside, and the fewest that are worth their while.

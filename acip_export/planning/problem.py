@@ -13,7 +13,6 @@ from acip_export.artifacts.cache_losses import CacheLosses
 from acip_export.artifacts.plan import BudgetScope, Certificate, Plan, Serving, TensorDecision
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
-from acip_export.formats.protocol import ExportFormat
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning.budget import Budget
 from acip_export.planning.candidates import Candidates, Counted, build_candidates
@@ -195,7 +194,6 @@ class Problem:
         space, checkpoint, scores = self.space, self.checkpoint, self.scores
         loss = self._loss(solution.allocation.loss, serving)
         used = dict.fromkeys(name for decision in solution.decisions for name in decision.types)
-        new = [type_ for type_ in map(space.format.type, used) if type_.since]
         note = dropped = None
         if budget.scope == "anonymous":
             dropped = _droppable_note(solution, self.memory.held_anonymous(solution.decisions, serving))
@@ -216,7 +214,7 @@ class Problem:
             anonymous=self.memory.anonymous(solution.decisions, serving),
             predicted_loss=loss,
             predicted_divergence=self._divergence(loss, solution.decisions),
-            runtime_release=first_release(new),
+            runtime_release=first_release(map(space.format.type, used)),
             predicted_perplexity=exp(min(self.cuts.dense_loss + loss, 700.0)) if scores.task == "causal" else None,
             size_ratio=solution.file_bytes / checkpoint.weight_bytes,
             adapters=self._adapters(solution.decisions),
@@ -228,7 +226,7 @@ class Problem:
             tensors=solution.decisions,
             notes=(
                 *filter(None, [dropped, note, space.layout.note]),
-                *(_release_note(type_, space.format) for type_ in new),
+                *space.format.type_notes(used),
                 *space.format.file_notes(solution.files, space.options),
             ),
             task=scores.task,
@@ -274,12 +272,6 @@ def _droppable_note(solution: Solution, held: HeldBytes) -> str | None:
         f"{format_bytes(mapped)} of the files stay mapped and are not in the budget: where memory is short, the system "
         "drops them and reads them again for every token"
     )
-
-
-def _release_note(type_: WeightType, format: ExportFormat) -> str:
-    """Say what a type asks of the runtime."""
-    runtime = next(iter(format.runtimes))
-    return f"{type_.name} needs {runtime} {type_.since} or later;  --runtime-version RELEASE  plans for an older one"
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +54,9 @@ class GgufFormat(ExportFormat):
 
     def tensor_limit(self, options_: Mapping[str, str]) -> TensorLimit | None:
         return options.tensor_limit(options_)
+
+    def type_notes(self, types: Collection[str]) -> tuple[str, ...]:
+        return options.type_notes(types)
 
     def file_notes(self, files: Mapping[str, int], options_: Mapping[str, str]) -> tuple[str, ...]:
         return options.file_notes(files, options_)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from acip_export.errors import PlanFileError, UsageError
@@ -60,6 +60,17 @@ def unknown_types(options: Mapping[str, str]) -> dict[str, str]:
         elif not _is_here():
             found[row.name] = "no ggml that reads it is here; pip install 'acip-export[gguf]'"
     return found
+
+
+def type_notes(types: Collection[str]) -> tuple[str, ...]:
+    """Say which types not every llama.cpp reads, or multiplies fast."""
+    if "q2_0" not in types:
+        return ()
+    since = next(row.since for row in GGML if row.name == "q2_0")
+    return (
+        f"q2_0 needs llama.cpp {since} or later, which has no fast product of it for x86 yet (a seventh of q4_0's "
+        "speed);  --runtime-version b9500  keeps it out",
+    )
 
 
 def _is_here() -> bool:
