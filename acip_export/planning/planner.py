@@ -9,7 +9,7 @@ from acip_export.planning.advice import alternatives, mended
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.certificate import refused_types
 from acip_export.planning.context import doublings, settled
-from acip_export.planning.problem import Problem
+from acip_export.planning.problem import DoesNotFit, Problem
 from acip_export.planning.speed import Pace, at_pace
 
 
@@ -38,11 +38,28 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule, pace: Pace | 
     )
     notes = (
         *plan.notes,
+        *release_note(problem, budget, plan),
         *gaussian_note(problem, plan),
         *cache_note(problem, plan),
         *problem.space.format.serving_notes(plan.serving),
     )
     return replace(plan, certificate=certificate, notes=notes)
+
+
+def release_note(problem: Problem, budget: Budget, plan: Plan) -> tuple[str, ...]:
+    """Say what types that every release of the runtime reads would lose, where a plan has newer ones."""
+    space = problem.space
+    if plan.runtime_release is None or space.types != space.default_types:
+        return ()
+    old = {type_.name for type_ in space.format.weight_types if not type_.since}
+    try:
+        other = problem.only(lambda _, option: old.issuperset(option.types)).plan(budget, plan.serving, exact=False)
+    except DoesNotFit:
+        return (f"no plan fits in types that older releases than {plan.runtime_release} read",)
+    return (
+        f"in types that older releases than {plan.runtime_release} read, the predicted loss is "
+        f"{other.predicted_loss:.4f} {plan.loss_unit}, not {plan.predicted_loss:.4f}",
+    )
 
 
 def cache_note(problem: Problem, plan: Plan) -> tuple[str, ...]:

@@ -113,8 +113,8 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(make_model(directory, hidden_size=192, intermediate_size=320))
 
 
-def small(checkpoint: Checkpoint, **changes: object) -> PlanRequest:
-    budget = int(0.19 * checkpoint.weight_bytes) + 40_000
+def small(checkpoint: Checkpoint, share: float = 0.19, **changes: object) -> PlanRequest:
+    budget = int(share * checkpoint.weight_bytes) + 40_000
     return PlanRequest("gguf", budget, "file", context=64, **changes)  # type: ignore[arg-type]
 
 
@@ -144,6 +144,19 @@ def test_a_plan_with_it_says_which_release_reads_it(narrow: Checkpoint, tmp_path
     assert other.runtime_release is None
     assert "runtime_release" not in json.loads(dumps_plan(other))
     assert not any("or later" in note for note in other.notes)
+
+
+def test_a_plan_with_it_says_what_older_types_would_lose(narrow: Checkpoint) -> None:
+    scores = make_scores(narrow.path)
+    for share, told in ((0.125, "the predicted loss is "), (0.11, "no plan fits in types that older releases")):
+        plan = plan_export(narrow, scores, small(narrow, share))
+        assert plan.runtime_release == "b10015"
+        (note,) = (note for note in plan.notes if "older releases than b10015 read" in note)
+        assert told in note
+        if share == 0.125:
+            other = plan_export(narrow, scores, small(narrow, share, options={"runtime_version": "b10014"}))
+            assert f"{other.predicted_loss:.4f} nats per token, not {plan.predicted_loss:.4f}" in note
+            assert plan.predicted_loss < other.predicted_loss
 
 
 @pytest.mark.parametrize(("release", "known"), [("b10015", True), ("10500", True), ("b10014", False), ("9000", False)])
