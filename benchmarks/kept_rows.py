@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 
-def add_rows(file: Path, name: str, new: Sequence[dict[str, Any]], keys: Sequence[str], **facts: Any) -> None:
+def add_rows(file: Path, name: str, new: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
     """Add rows to the list ``name`` of a file, with the machine and versions of now.
 
     Args:
-        keys: rows that are equal in all of them answer the same question. facts: of all rows.
+        keys: rows that are equal in all of them answer the same question.
     """
 
     def question(row: dict[str, Any]) -> list[Any]:
@@ -26,7 +26,6 @@ def add_rows(file: Path, name: str, new: Sequence[dict[str, Any]], keys: Sequenc
     asked = [question(row) for row in new]
     result = {
         "model": "SmolLM2-135M-Instruct",
-        **facts,
         name: [row for row in known if question(row) not in asked] + list(new),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("acip-export", "torch", "transformers", "numpy")},

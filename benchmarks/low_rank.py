@@ -42,6 +42,7 @@ class Point:
         bits: of the files, by weight of the dense model. ranking: the algorithm's name.
         pairs: matrices that are factor pairs, of ``matrices``. predicted, kl, error: divergence from the dense model,
             nats per token.
+        tokens: of held-out text, that ``kl`` was measured on.
     """
 
     format: str
@@ -58,6 +59,7 @@ class Point:
     kl: float | None = None
     error: float | None = None
     reason: str = ""
+    tokens: int = 0
 
 
 def points(args: argparse.Namespace, scores_file: Path, model: Path) -> list[Point]:
@@ -81,7 +83,7 @@ def points(args: argparse.Namespace, scores_file: Path, model: Path) -> list[Poi
     for bits in args.bits:
         nbytes = int(weights_of_model * bits / 8)
         for with_pairs, each in ((False, alone), (True, problem)):
-            point = Point(args.format, args.layout, args.types, bits, nbytes, algorithm, with_pairs)
+            point = Point(args.format, args.layout, args.types, bits, nbytes, algorithm, with_pairs, tokens=args.tokens)
             budget = Budget(nbytes, "file")
             try:
                 plan = each.plan(budget, question.rule.serving(budget, each.memory))
@@ -127,7 +129,7 @@ def main() -> None:
     for file in args.scores:
         new = [asdict(point) for point in points(args, file, model)]
         keys = ("format", "layout", "types", "ranking", "with_pairs", "bits")
-        add_rows(RESULTS, "points", new, keys, tokens=args.tokens)
+        add_rows(RESULTS, "points", new, keys)
 
 
 if __name__ == "__main__":

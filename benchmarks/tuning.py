@@ -18,6 +18,7 @@ from acip_export.api.opening import open_scores
 from acip_export.api.plan import plan_export
 from acip_export.api.tuning import tuned_numbers
 from acip_export.cli import output as console
+from acip_export.measurement.tuning import PAIR_RATE
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest
 from benchmarks.kept_rows import add_rows
@@ -48,6 +49,7 @@ def tuned(args: argparse.Namespace, scores_file: Path) -> dict[str, Any]:
         "ranking": str(dict(scores.algorithm).get("name")),
         "pairs": len(pairs),
         "numbers_of_pairs": sum((decision.rank or 0) * sum(decision.shape) for decision in pairs),
+        "pair_rate": PAIR_RATE if pairs else None,
         "adapters": plan.adapters,
         "weights": sum(prod(info.shape) for info in checkpoint.tensors.values()),
         "predicted_loss": plan.predicted_loss,

@@ -23,7 +23,7 @@ from acip_export.io.outputs import claim_output, json_kind
 from acip_export.io.stamps import stamp_of
 from acip_export.model.task import LOSS_UNITS, Task
 from acip_export.rounding.quantizer import Rounding
-from acip_export.weight_types import WeightType, weight_type
+from acip_export.weight_types import WeightType, first_release, types_of, weight_type
 
 PLAN_KIND = json_kind(PLAN.noun, PLAN.artifact)
 
@@ -414,6 +414,9 @@ def _problems(plan: Plan) -> Iterator[str]:
     for index, decision in enumerate(plan.tensors):
         for problem in _decision_problems(decision, plan.format):
             yield f"$.tensors[{index}] ({decision.name}): {problem}"
+    release = first_release(_type(plan.format, name) for name in _known_types(plan))
+    if plan.runtime_release != release:
+        yield f"$.runtime_release: {plan.runtime_release}, and its types need {release}"
     for name in plan.types:
         try:
             _type(plan.format, name)
@@ -471,6 +474,11 @@ def _decision_problems(decision: TensorDecision, format_name: str) -> Iterator[s
     else:
         if decision.nbytes != expected:
             yield f"nbytes is {decision.nbytes:,}, its decision takes {expected:,}"
+
+
+def _known_types(plan: Plan) -> set[str]:
+    known = {each.name for each in types_of(plan.format)}
+    return {name for decision in plan.tensors for name in decision.types} & known
 
 
 def _is_file_name(name: str) -> bool:

@@ -495,7 +495,7 @@ class ExportFormat(ABC):
         """Return the limit that the user's options put on a tensor; ``None``: none."""
         return None
 
-    def type_notes(self, types: Collection[str]) -> tuple[str, ...]:  # noqa: ARG002
+    def type_notes(self, types: Collection[str], options: Mapping[str, str]) -> tuple[str, ...]:  # noqa: ARG002
         """Return what a user has to know of an export with matrices of these types, a sentence each."""
         return ()
 

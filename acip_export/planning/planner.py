@@ -47,9 +47,11 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule, pace: Pace | 
 
 
 def release_note(problem: Problem, budget: Budget, plan: Plan) -> tuple[str, ...]:
-    """Say what types that every release of the runtime reads would lose, where a plan has newer ones."""
+    """Say what types that every release of the runtime reads would lose, where a plan has newer ones unasked."""
     space = problem.space
-    if plan.runtime_release is None or space.types != space.default_types:
+    used = {name for decision in plan.tensors for name in decision.types}
+    asked = space.types != space.default_types or not space.format.type_notes(used, space.options)
+    if plan.runtime_release is None or asked:
         return ()
     old = {type_.name for type_ in space.format.weight_types if not type_.since}
     try:

@@ -226,7 +226,7 @@ class Problem:
             tensors=solution.decisions,
             notes=(
                 *filter(None, [dropped, note, space.layout.note]),
-                *space.format.type_notes(used),
+                *space.format.type_notes(used, space.options),
                 *space.format.file_notes(solution.files, space.options),
             ),
             task=scores.task,

@@ -148,6 +148,8 @@ def resolve(request: PlanRequest, checkpoint: Checkpoint) -> Question:
         format = _with_own_caches(format, request)
     format.check_options(request.options)
     format = format.without(format.unknown_types(request.options))
+    if request.min_speed is not None:
+        format = format.without(_untimed(request, format))
     backend = request.backend or DEFAULT_BACKEND
     types = format.choose_types(request.types)
     spaces = tuple(
@@ -191,6 +193,17 @@ def _pace(request: PlanRequest, format: ExportFormat, checkpoint: Checkpoint) ->
             f"with  acip-export calibrate{told}{instead}"
         )
     return None if speeds is None else Pace(runtime, speeds, least)
+
+
+def _untimed(request: PlanRequest, format: ExportFormat) -> dict[str, str]:
+    """Return types that are newer than the speeds that are known, and why they are left out of plans for a speed."""
+    speeds = request.speeds.get(_timed_runtime(request, format))
+    new = [type_.name for type_ in format.weight_types if type_.since and type_.name not in format.refused]
+    return {
+        name: "its speed was not measured, and --min-speed needs it; measure again with  acip-export calibrate"
+        for name in new
+        if speeds is not None and name not in speeds.matrices
+    }
 
 
 def _timed_runtime(request: PlanRequest, format: ExportFormat) -> str:

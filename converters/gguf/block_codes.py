@@ -1,7 +1,7 @@
 """Where ggml's block types keep scales and codes: read as the grid that a matrix is rounded to, and written back.
 
 The layouts are those of ggml's ``ggml-common.h`` and ``dequantize_row_*``. Scales are never changed here: codes are put
-into blocks whose scales ggml has chosen. Tests dequantize with ggml.
+into blocks that have been quantized before. Tests dequantize with ggml.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class GgufFormat(ExportFormat):
     def tensor_limit(self, options_: Mapping[str, str]) -> TensorLimit | None:
         return options.tensor_limit(options_)
 
-    def type_notes(self, types: Collection[str]) -> tuple[str, ...]:
-        return options.type_notes(types)
+    def type_notes(self, types: Collection[str], options_: Mapping[str, str]) -> tuple[str, ...]:
+        return options.type_notes(types, options_)
 
     def file_notes(self, files: Mapping[str, int], options_: Mapping[str, str]) -> tuple[str, ...]:
         return options.file_notes(files, options_)

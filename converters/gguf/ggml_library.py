@@ -234,7 +234,7 @@ def _to_float(matrix: torch.Tensor, name: str) -> Bytes:
 def _to_two_bits(rows: Floats, importance: Floats | None) -> Bytes:
     data = two_bits.quantize(rows, importance)
     if not np.isfinite(data.reshape(-1, 2 + two_bits.BLOCK // 4)[:, :2].copy().view(np.float16)).all():
-        raise UnsupportedError("a weight is too large for q2_0; choose bf16 or f32 for this tensor")
+        raise UnsupportedError("a weight is too large for q2_0, or no number; choose bf16 or f32 for this tensor")
     return data
 
 

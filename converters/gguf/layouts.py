@@ -8,7 +8,7 @@ from acip_export.errors import UnsupportedError
 from acip_export.formats.protocol import Layout
 
 LAYOUTS = (
-    Layout("stock", "one file of dense tensors, a type per tensor; every llama.cpp loads it", None),
+    Layout("stock", "one file of dense tensors, a type per tensor; stock llama.cpp runs it", None),
     Layout(
         "lora",
         "a LoRA file with factor pairs, over an all-zero one-bit base or as corrections of a quantized one; "

@@ -22,7 +22,7 @@ def _file(text: str) -> str:
 
 
 def _release(text: str) -> str:
-    found = re.fullmatch(r"b?([0-9]{1,9})", text.strip())
+    found = re.fullmatch(r"b?([0-9]{1,9})", text.strip().lower())
     if found is None:
         raise UsageError(f"--runtime-version {text!r} is no release of llama.cpp; they are called  b10015")
     return f"b{int(found[1])}"
@@ -52,8 +52,12 @@ OPTIONS = (
 
 
 def unknown_types(options: Mapping[str, str]) -> dict[str, str]:
-    """Return the types that ``--runtime-version`` does not know, or no ggml here, and why they are refused."""
-    release, found = options.get(RUNTIME_VERSION), {}
+    """Return the types that ``--runtime-version`` does not know, or no ggml here, and why they are refused.
+
+    Raises:
+        UsageError: it is no release.
+    """
+    release, found = None if RUNTIME_VERSION not in options else _release(options[RUNTIME_VERSION]), {}
     for row in (row for row in GGML if row.since):
         if release is not None and is_older(release, row.since):
             found[row.name] = f"llama.cpp is known to read it from {row.since} on, and --runtime-version is {release}"
@@ -62,14 +66,14 @@ def unknown_types(options: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def type_notes(types: Collection[str]) -> tuple[str, ...]:
-    """Say which types not every llama.cpp reads, or multiplies fast."""
-    if "q2_0" not in types:
+def type_notes(types: Collection[str], options: Mapping[str, str]) -> tuple[str, ...]:
+    """Say which types not every llama.cpp reads, or multiplies fast, unless the user has named a release."""
+    if "q2_0" not in types or RUNTIME_VERSION in options:
         return ()
     since = next(row.since for row in GGML if row.name == "q2_0")
     return (
-        f"q2_0 needs llama.cpp {since} or later, which has no fast product of it for x86 yet (a seventh of q4_0's "
-        "speed);  --runtime-version b9500  keeps it out",
+        f"q2_0 needs llama.cpp {since} or later (with CUDA some weeks more), and is slow on x86 processors, a seventh "
+        "of q4_0's speed;  --runtime-version b9500  keeps it out",
     )
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def quantize(weight: torch.Tensor, name: str, inputs: InputMoments | None = None) -> ggml.Bytes:
     """Return the bytes of ``weight`` (rows, columns) in the type ``name``.
 
-    Scales are ggml's, searched with the importance of the inputs; with a factor, and in a type whose codes are known
-    here, the codes are chosen again with error feedback. What tuning found multiplies the scales at last.
+    Scales are searched with the importance of the inputs, by ggml (of q2_0 by us); with a factor, and in a type whose
+    codes are known here, the codes are chosen again with error feedback. What tuning found multiplies the scales at
+    last.
 
     Raises:
         UnsupportedError: as :func:`acip_export.rounding.error_feedback.round_with_feedback`.

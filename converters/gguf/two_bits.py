@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK, LOWEST, HIGHEST = 64, -1, 2
+_LEAST = np.finfo(np.float32).tiny
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -30,11 +31,15 @@ def quantize(rows: Floats, importance: Floats | None) -> Bytes:
         squares = rows * rows
         weights = importance * np.sqrt(squares.mean(axis=1, keepdims=True) + squares)
     blocks, weights = rows.reshape(-1, BLOCK), weights.reshape(-1, BLOCK)
-    up, down = (_best_scale(sign * blocks, weights) for sign in (np.float32(1), np.float32(-1)))
-    with np.errstate(over="ignore"):  # refused by the caller
-        scales = np.where(up[1] >= down[1], up[0], -down[0]).astype(np.float16)
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes out is not finite, and the caller refuses it
+        # Of size 1, since sums of products leave float32 soon.
+        sizes = np.abs(blocks).max(axis=1, keepdims=True)
+        within = blocks / np.maximum(sizes, _LEAST)
+        weights = weights / np.maximum(weights.max(axis=1, keepdims=True), _LEAST)
+        up, down = (_best_scale(sign * within, weights) for sign in (np.float32(1), np.float32(-1)))
+        scales = (np.where(up[1] >= down[1], up[0], -down[0]) * sizes[:, 0]).astype(np.float16)
     inverses = np.divide(1, scales, out=np.zeros(scales.shape, np.float32), where=scales != 0, dtype=np.float32)
-    codes = np.clip(np.rint(blocks * inverses[:, None]), LOWEST, HIGHEST).astype(np.int8) - LOWEST
+    codes = np.clip(np.rint(np.nan_to_num(blocks * inverses[:, None])), LOWEST, HIGHEST).astype(np.int8) - LOWEST
     found = np.empty((len(blocks), 2 + BLOCK // 4), np.uint8)
     found[:, :2] = scales[:, None].view(np.uint8)
     found[:, 2:] = pack(codes.astype(np.uint8))
@@ -61,8 +66,8 @@ def _best_scale(blocks: Floats, weights: Floats) -> tuple[Floats, Floats]:
     squares = np.concatenate([weights, np.where(blocks > 0, 3 * weights, 0)], axis=1)
     order = np.argsort(-turns, axis=1)
     products, squares = (np.take_along_axis(each, order, 1).cumsum(axis=1) for each in (products, squares))
-    gains = products * products / np.maximum(squares, np.finfo(np.float32).tiny)
+    gains = products * products / np.maximum(squares, _LEAST)
     best = gains.argmax(axis=1)[:, None]
     chosen = (np.take_along_axis(each, best, 1)[:, 0] for each in (products, squares, gains))
     product, square, gain = chosen
-    return product / np.maximum(square, np.finfo(np.float32).tiny), gain
+    return product / np.maximum(square, _LEAST), gain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from acip_export.api import export_model, plan_export
 from acip_export.artifacts.plan import dumps_plan, load_plan, save_plan
-from acip_export.errors import UnsupportedError, UsageError
+from acip_export.artifacts.speeds import LayerSpeed, MatrixSpeed, RuntimeSpeed
+from acip_export.errors import PlanFileError, UnsupportedError, UsageError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, resolve
 from acip_export.rounding.quantizer import InputMoments
@@ -90,9 +92,43 @@ def test_zeros_stay_and_ggmls_own_quantizer_loses_four_times_as_much() -> None:
     assert 4 * errors[0] < errors[1]
 
 
-def test_what_float16_cannot_hold_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"too large for q2_0; choose bf16 or f32"):
-        ggml.quantize(torch.full((2, 64), 1e6), "q2_0")
+@pytest.mark.parametrize("weight", [1e6, np.nan, np.inf, -np.inf])
+def test_what_float16_cannot_hold_is_refused(weight: float) -> None:
+    matrix = torch.ones(2, 64)
+    matrix[1, 5] = weight
+    with pytest.raises(UnsupportedError, match=r"too large for q2_0, or no number; choose bf16 or f32"):
+        ggml.quantize(matrix, "q2_0")
+
+
+@pytest.mark.parametrize("power", [-120, -80, 80, 120])
+def test_how_large_importance_is_changes_no_byte(power: int) -> None:
+    rows = np.random.default_rng(1).standard_normal((16, 128)).astype(np.float32)
+    importance = np.random.default_rng(2).random(128).astype(np.float32) + np.float32(0.1)
+    assert np.array_equal(
+        two_bits.quantize(rows, importance * np.float32(2.0**power)), two_bits.quantize(rows, importance)
+    )
+
+
+@pytest.mark.parametrize("power", [-14, 14])
+def test_how_large_weights_are_changes_no_code(power: int) -> None:
+    rows = np.random.default_rng(3).standard_normal((16, 128)).astype(np.float32)
+    data, other = (two_bits.quantize(each, None).reshape(-1, 18) for each in (rows, rows * np.float32(2.0**power)))
+    if power > 0:  # below, float16 has fewer digits
+        assert np.array_equal(other[:, 2:], data[:, 2:])
+    assert float(((read(other.reshape(-1), rows.shape) / 2.0**power - rows) ** 2).mean()) < 0.15
+
+
+def test_blocks_of_one_side_of_few_values_and_of_one_weight_lose_no_more_than_they_must() -> None:
+    rows = np.zeros((5, 64), np.float32)
+    rows[0] = np.linspace(0.1, 1, 64)
+    rows[1] = -rows[0]
+    rows[2, 7] = 3.0
+    rows[3, ::2] = -0.5
+    rows[4] = 0.25
+    back = read(two_bits.quantize(rows, None), rows.shape)
+    np.testing.assert_array_equal(back[2:], rows[2:])
+    np.testing.assert_array_equal(back[0], -back[1])
+    assert float(((back[0] - rows[0]) ** 2).mean()) < 0.02
 
 
 def test_threads_and_chunks_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +204,7 @@ def test_older_runtimes_never_get_it(release: str, known: bool, narrow: Checkpoi
     if known:
         assert resolve(named, narrow).space.types[0].name == "q2_0"
     else:
-        told = rf"q2_0 is not exported: llama\.cpp is known to read it from b10015 on, and --runtime-version is {'b'}"
+        told = rf"q2_0 is not exported: .* from b10015 on, and --runtime-version is {chosen['runtime_version']}\. Use: "
         with pytest.raises(UnsupportedError, match=told):
             resolve(named, narrow)
 
@@ -184,6 +220,36 @@ def test_without_ggml_it_stays_out(narrow: Checkpoint, monkeypatch: pytest.Monke
 def test_what_is_no_release_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"is no release of llama\.cpp; they are called  b10015"):
         options._release(text)
+
+
+def test_a_release_in_the_api_is_checked_too(narrow: Checkpoint) -> None:
+    with pytest.raises(UsageError, match=r"is no release of llama\.cpp"):
+        resolve(small(narrow, options={"runtime_version": "latest"}), narrow)
+    with pytest.raises(UnsupportedError, match=r"onnx exports have no --runtime-version"):
+        resolve(PlanRequest("onnx", 10**9, "file", options={"runtime_version": "b9500"}), narrow)
+
+
+def test_who_names_a_release_is_told_nothing_of_it(narrow: Checkpoint) -> None:
+    scores, known = make_scores(narrow.path), {"runtime_version": "b10500"}
+    plan = plan_export(narrow, scores, small(narrow, 0.125, options=known))
+    assert plan.runtime_release == "b10015"
+    assert not any("b10015" in note for note in plan.notes)
+
+
+def test_a_plan_that_contradicts_its_types_is_refused(narrow: Checkpoint, tmp_path: Path) -> None:
+    plan = plan_export(narrow, make_scores(narrow.path), small(narrow, 0.125))
+    for release in ("b1", None):
+        save_plan(dataclasses.replace(plan, runtime_release=release), tmp_path / "plan.json", force=True)
+        with pytest.raises(PlanFileError, match=rf"\$\.runtime_release: {release}, and its types need b10015"):
+            load_plan(tmp_path / "plan.json")
+
+
+def test_with_a_least_speed_types_that_nobody_timed_stay_out(narrow: Checkpoint) -> None:
+    """As in tables of speeds from before it: a plan with it would have no speed at all."""
+    timed = RuntimeSpeed("1", {"q8_0": (MatrixSpeed(10**6, 1e9, 1e9),)}, 0, (LayerSpeed(1, 0),), 0, 1e9, 1e9, 1)
+    request = small(narrow, speeds={"llama.cpp": timed}, min_speed=0.1)
+    assert "q2_0" in {each.name for each in resolve(small(narrow), narrow).space.allowed.of_row(192)}
+    assert "q2_0" not in {each.name for each in resolve(request, narrow).space.allowed.of_row(192)}
 
 
 def test_releases_are_compared_by_their_numbers() -> None:
