@@ -12,6 +12,9 @@ from acip_export.planning.context import doublings, settled
 from acip_export.planning.problem import DoesNotFit, Problem
 from acip_export.planning.speed import Pace, at_pace
 
+# Of predicted losses: what is nearer than this is not worth a newer runtime.
+_AS_GOOD = 1.02
+
 
 def make_plan(problem: Problem, budget: Budget, rule: ServingRule, pace: Pace | None = None) -> Plan:
     """Return the plan of least predicted loss whose exact bytes are within the budget, and why it is not better.
@@ -26,7 +29,8 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule, pace: Pace | 
         UnsupportedError: the format cannot express a decision.
     """
     rule = settled(problem, budget, rule)
-    plan = at_pace(problem, budget, problem.plan(budget, rule.serving(budget, problem.memory)), pace)
+    best, of_types = in_older_types(problem, budget, problem.plan(budget, rule.serving(budget, problem.memory)))
+    plan = at_pace(problem, budget, best, pace)
     better = alternatives(problem, budget, plan)
     if plan.far_off is not None:
         better += mended(problem, budget, rule, plan, settings=all(each.far_off for each in better))
@@ -38,7 +42,7 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule, pace: Pace | 
     )
     notes = (
         *plan.notes,
-        *release_note(problem, budget, plan),
+        *(of_types if plan.runtime_release else ()),
         *gaussian_note(problem, plan),
         *cache_note(problem, plan),
         *problem.space.format.serving_notes(plan.serving),
@@ -46,19 +50,27 @@ def make_plan(problem: Problem, budget: Budget, rule: ServingRule, pace: Pace | 
     return replace(plan, certificate=certificate, notes=notes)
 
 
-def release_note(problem: Problem, budget: Budget, plan: Plan) -> tuple[str, ...]:
-    """Say what types that every release of the runtime reads would lose, where a plan has newer ones unasked."""
+def in_older_types(problem: Problem, budget: Budget, plan: Plan) -> tuple[Plan, tuple[str, ...]]:
+    """Replace a plan with newer types, unasked, by one that every release of the runtime reads, where that is as good.
+
+    Returns:
+        The plan to go on with, and what a user has to know if it is still the same.
+    """
     space = problem.space
     used = {name for decision in plan.tensors for name in decision.types}
     asked = space.types != space.default_types or not space.format.type_notes(used, space.options)
     if plan.runtime_release is None or asked:
-        return ()
+        return plan, ()
     old = {type_.name for type_ in space.format.weight_types if not type_.since}
     try:
-        other = problem.only(lambda _, option: old.issuperset(option.types)).plan(budget, plan.serving, exact=False)
+        other = problem.only(lambda _, option: old.issuperset(option.types)).plan(budget, plan.serving)
     except DoesNotFit:
-        return (f"no plan fits in types that older releases than {plan.runtime_release} read",)
-    return (
+        return plan, (f"no plan fits in types that older releases than {plan.runtime_release} read",)
+    if other.predicted_loss <= _AS_GOOD * plan.predicted_loss:
+        # No plan of any types is better than the one that is not taken.
+        certificate = replace(other.certificate, lower_bound=plan.certificate.lower_bound)
+        return replace(other, certificate=certificate), ()
+    return plan, (
         f"in types that older releases than {plan.runtime_release} read, the predicted loss is "
         f"{other.predicted_loss:.4f} {plan.loss_unit}, not {plan.predicted_loss:.4f}",
     )

@@ -18,7 +18,7 @@ from acip_export.artifacts.plan import dumps_plan, load_plan, save_plan
 from acip_export.artifacts.speeds import LayerSpeed, MatrixSpeed, RuntimeSpeed
 from acip_export.errors import PlanFileError, UnsupportedError, UsageError
 from acip_export.model.checkpoint import Checkpoint
-from acip_export.planning import PlanRequest, resolve
+from acip_export.planning import PlanRequest, planner, resolve
 from acip_export.rounding.quantizer import InputMoments
 from acip_export.weight_types import first_release, is_older, weight_type
 from converters.gguf import ggml_library as ggml
@@ -193,6 +193,19 @@ def test_a_plan_with_it_says_what_older_types_would_lose(narrow: Checkpoint) -> 
             other = plan_export(narrow, scores, small(narrow, share, options={"runtime_version": "b10014"}))
             assert f"{other.predicted_loss:.4f} nats per token, not {plan.predicted_loss:.4f}" in note
             assert plan.predicted_loss < other.predicted_loss
+
+
+def test_what_older_types_do_as_well_is_planned_in_them(narrow: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that fewer programs read has to be better by more than nothing."""
+    scores, request = make_scores(narrow.path), small(narrow, 0.125)
+    newer = plan_export(narrow, scores, request)
+    monkeypatch.setattr(planner, "_AS_GOOD", 1.5)
+    older = plan_export(narrow, scores, request)
+    assert (newer.runtime_release, older.runtime_release) == ("b10015", None)
+    assert newer.predicted_loss < older.predicted_loss <= 1.5 * newer.predicted_loss
+    assert older.certificate.lower_bound == newer.certificate.lower_bound
+    assert older.planned_bytes <= request.budget_bytes  # type: ignore[operator]
+    assert not any("b10015" in note for note in older.notes)
 
 
 @pytest.mark.parametrize(("release", "known"), [("b10015", True), ("10500", True), ("b10014", False), ("9000", False)])
