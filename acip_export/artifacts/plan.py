@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from math import exp, log
@@ -81,6 +81,11 @@ class TensorDecision:
     def types(self) -> tuple[str, ...]:
         """Names of the types that its numbers are stored in."""
         return tuple(name for name in (self.type, self.up_type, self.down_type) if name is not None)
+
+
+def types_used(tensors: Iterable[TensorDecision]) -> set[str]:
+    """Return the names of all types that these are stored in."""
+    return {name for decision in tensors for name in decision.types}
 
 
 @dataclass(frozen=True)
@@ -414,7 +419,8 @@ def _problems(plan: Plan) -> Iterator[str]:
     for index, decision in enumerate(plan.tensors):
         for problem in _decision_problems(decision, plan.format):
             yield f"$.tensors[{index}] ({decision.name}): {problem}"
-    release = first_release(_type(plan.format, name) for name in _known_types(plan))
+    used = types_used(plan.tensors)
+    release = first_release(type_ for type_ in types_of(plan.format) if type_.name in used)
     if plan.runtime_release != release:
         yield f"$.runtime_release: {plan.runtime_release}, and its types need {release}"
     for name in plan.types:
@@ -474,11 +480,6 @@ def _decision_problems(decision: TensorDecision, format_name: str) -> Iterator[s
     else:
         if decision.nbytes != expected:
             yield f"nbytes is {decision.nbytes:,}, its decision takes {expected:,}"
-
-
-def _known_types(plan: Plan) -> set[str]:
-    known = {each.name for each in types_of(plan.format)}
-    return {name for decision in plan.tensors for name in decision.types} & known
 
 
 def _is_file_name(name: str) -> bool:

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from acip_export.artifacts.plan import BudgetScope, Plan
+from acip_export.artifacts.plan import BudgetScope, Plan, types_used
 from acip_export.artifacts.speeds import RuntimeSpeed
 from acip_export.devices.reports import Chip
 from acip_export.formats.registry import export_format
@@ -91,7 +91,7 @@ class Device:
 
     def slow_types(self, plan: Plan) -> tuple[str, ...]:
         """Return types of the export's matrices that are not among the fast ones here."""
-        used = {name for tensor in plan.tensors if len(tensor.shape) == 2 for name in tensor.types}
+        used = types_used(tensor for tensor in plan.tensors if len(tensor.shape) == 2)
         return tuple(sorted(used - set(self.types.get(plan.format, used))))
 
     def to_json(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from acip_export.artifacts.plan import Plan, Representation, Serving, TensorDecision
+from acip_export.artifacts.plan import Plan, Representation, Serving, TensorDecision, types_used
 from acip_export.choices import instead_of
 from acip_export.errors import UnsupportedError
 from acip_export.installed import format_names, load_format
@@ -505,8 +505,7 @@ class ExportFormat(ABC):
 
     def is_exact(self, plan: Plan) -> bool:
         """Tell whether a plan keeps all numbers: every matrix, but for those of an all-zero base, and the KV cache."""
-        base = self.layout(plan.layout).base_type
-        used = {name for decision in plan.tensors for name in decision.types if name != base}
+        used = types_used(plan.tensors) - {self.layout(plan.layout).base_type}
         return all(self.type(name).relative_mse == 0 for name in used)
 
     # How it is written. Prediction and conversion go through the same code for names, metadata and order, so that the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from acip_export.artifacts.plan import Plan
+from acip_export.artifacts.plan import Plan, types_used
 from acip_export.planning.advice import alternatives, mended
 from acip_export.planning.budget import Budget, ServingRule
 from acip_export.planning.certificate import refused_types
@@ -57,9 +57,9 @@ def in_older_types(problem: Problem, budget: Budget, plan: Plan) -> tuple[Plan, 
         The plan to go on with, and what a user has to know if it is still the same.
     """
     space = problem.space
-    used = {name for decision in plan.tensors for name in decision.types}
-    asked = space.types != space.default_types or not space.format.type_notes(used, space.options)
-    if plan.runtime_release is None or asked:
+    # Who names types, or a release, wants them; then there is nothing to say of them either.
+    said = space.format.type_notes(types_used(plan.tensors), space.options)
+    if plan.runtime_release is None or space.types != space.default_types or not said:
         return plan, ()
     old = {type_.name for type_ in space.format.weight_types if not type_.since}
     try:
@@ -94,9 +94,7 @@ def gaussian_note(problem: Problem, plan: Plan) -> tuple[str, ...]:
         decision
         for decision in plan.tensors
         if (decision.module in scores.modules or decision.name in scores.embedding_sensitivity)
-        and any(
-            name and not format.type(name).is_float for name in (decision.type, decision.down_type, decision.up_type)
-        )
+        and any(not format.type(name).is_float for name in decision.types)
     ]
     gaussian = sum(not problem.errors.measured(decision) for decision in rounded)
     if not gaussian:

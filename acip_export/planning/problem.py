@@ -10,7 +10,7 @@ from math import exp
 import numpy as np
 
 from acip_export.artifacts.cache_losses import CacheLosses
-from acip_export.artifacts.plan import BudgetScope, Certificate, Plan, Serving, TensorDecision
+from acip_export.artifacts.plan import BudgetScope, Certificate, Plan, Serving, TensorDecision, types_used
 from acip_export.artifacts.rounding_errors import RoundingErrors
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.model.checkpoint import Checkpoint
@@ -193,7 +193,7 @@ class Problem:
     ) -> Plan:
         space, checkpoint, scores = self.space, self.checkpoint, self.scores
         loss = self._loss(solution.allocation.loss, serving)
-        used = dict.fromkeys(name for decision in solution.decisions for name in decision.types)
+        used = types_used(solution.decisions)
         note = dropped = None
         if budget.scope == "anonymous":
             dropped = _droppable_note(solution, self.memory.held_anonymous(solution.decisions, serving))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
+from acip_export.artifacts.plan import types_used
 from acip_export.formats.protocol import RunCommand
 from acip_export.formats.registry import export_format
 from acip_export.markdown import plain
@@ -28,7 +29,7 @@ def render(page: Page, commands: Iterable[RunCommand], chats: bool = False) -> s
     plan, report = page.own.plan, page.own.report
     lines = [*_front_matter(page, chats), "", f"# {plain(plan.model)}, {format_bytes(plan.planned_bytes)}", ""]
     low_rank = sum(d.rank is not None for d in plan.tensors)
-    kinds = sorted({t for d in plan.tensors for t in (d.type, d.down_type, d.up_type) if t})
+    kinds = sorted(types_used(plan.tensors))
     matrices = sum(len(d.shape) == 2 for d in plan.tensors)
     made = "quantized" if not low_rank else f"{low_rank} of {matrices} matrices cut to lower rank, and quantized"
     lines += [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -169,10 +170,7 @@ def quantize(
     weights = None if importance is None else _importance(importance, columns)
     row_bytes = form.nbytes(1, columns)
     step = max(1, _CHUNK_WEIGHTS // columns)
-    library = load_library()
-    if library is not None and name != "q2_0":
-        library.ggml_quantize_init(TYPE_IDS[name])  # builds lookup tables; here once, not in every thread
-
+    fill = _row_quantizer(name, weights)
     starts = iter(range(0, rows, step))  # shared: whichever thread is free takes the next rows
 
     def work() -> None:
@@ -181,18 +179,36 @@ def quantize(
             stop = min(start + step, rows)
             chunk = buffer[: stop - start].copy_(matrix[start:stop]).numpy()
             target = out[start * row_bytes : stop * row_bytes]
-            if name == "q2_0":
-                target[:] = _to_two_bits(chunk, weights)
-            elif library is None:
-                target[:] = portable.quantize(chunk, name, weights)
-            elif _quantize_rows(library, name, chunk, target, weights) != target.nbytes:
-                raise AssertionError(f"ggml wrote another number of bytes than {name} takes")
+            fill(chunk, target)
 
     count = min(threads or machine.processors(), ceil_div(rows, step))
     with ThreadPoolExecutor(max(count, 1)) as pool:
         for done in [pool.submit(work) for _ in range(count)]:
             done.result()
     return out
+
+
+def _row_quantizer(name: str, importance: Floats | None) -> Callable[[Floats, Bytes], None]:
+    """Return what writes the bytes of rows of a quantized type; threads may share it."""
+    library = load_library()
+
+    def ours(rows: Floats, out: Bytes) -> None:
+        out[:] = two_bits.quantize(rows, importance)
+
+    def ported(rows: Floats, out: Bytes) -> None:
+        out[:] = portable.quantize(rows, name, importance)
+
+    def ggmls(rows: Floats, out: Bytes) -> None:
+        assert library is not None
+        if _quantize_rows(library, name, rows, out, importance) != out.nbytes:
+            raise AssertionError(f"ggml wrote another number of bytes than {name} takes")
+
+    if name == "q2_0":
+        return ours
+    if library is None:
+        return ported
+    library.ggml_quantize_init(TYPE_IDS[name])  # builds lookup tables; here once, not in every thread
+    return ggmls
 
 
 def dequantize(data: Bytes, shape: tuple[int, ...], name: str) -> Floats:
@@ -229,13 +245,6 @@ def _to_float(matrix: torch.Tensor, name: str) -> Bytes:
         raise UnsupportedError("a weight is too large for f16; choose bf16 or f32 for this tensor")
     found: Bytes = converted.view(torch.uint8).numpy().reshape(-1)
     return found
-
-
-def _to_two_bits(rows: Floats, importance: Floats | None) -> Bytes:
-    data = two_bits.quantize(rows, importance)
-    if not np.isfinite(data.reshape(-1, 2 + two_bits.BLOCK // 4)[:, :2].copy().view(np.float16)).all():
-        raise UnsupportedError("a weight is too large for q2_0, or no number; choose bf16 or f32 for this tensor")
-    return data
 
 
 def _importance(importance: torch.Tensor, columns: int) -> Floats:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from acip_export.artifacts.plan import Serving, TensorDecision
+from acip_export.artifacts.plan import Serving, TensorDecision, types_used
 from acip_export.formats.protocol import ProcessBase, ServingMemory, TensorMemory
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.shape import ModelShape
@@ -89,8 +89,7 @@ class LlamaMemory:
     def thread(self, shape: ModelShape, serving: Serving, tensors: Sequence[TensorDecision]) -> int:
         """Return what each further thread takes: flash attention's tile, and what K-quants and their like need."""
         attention = 4 * (4 * _TILE * shape.head_dim + 2 * _TILE**2) if serving.prompt_batch >= _TILE else 0
-        kinds = {name for each in tensors for name in (each.type, each.up_type, each.down_type) if name}
-        superblocks = any(weight_type("gguf", name).block == _SUPERBLOCK for name in kinds)
+        superblocks = any(weight_type("gguf", name).block == _SUPERBLOCK for name in types_used(tensors))
         return _THREAD_BYTES + attention + superblocks * _SUPERBLOCK_BYTES
 
     def process(self, checkpoint: Checkpoint, runtime: str | None = None) -> ProcessBase:

@@ -9,7 +9,7 @@ from pathlib import Path
 from acip_export.errors import PlanFileError, UsageError
 from acip_export.formats.protocol import Option, TensorLimit
 from acip_export.units import parse_bytes
-from acip_export.weight_types import is_older
+from acip_export.weight_types import is_older, weight_type
 from converters.gguf.types import GGML
 
 RUNTIME_VERSION, SPLIT = "runtime_version", "split_max_size"
@@ -57,7 +57,9 @@ def unknown_types(options: Mapping[str, str]) -> dict[str, str]:
     Raises:
         UsageError: it is no release.
     """
-    release, found = None if RUNTIME_VERSION not in options else _release(options[RUNTIME_VERSION]), {}
+    asked = options.get(RUNTIME_VERSION)
+    release = None if asked is None else _release(asked)
+    found = {}
     for row in (row for row in GGML if row.since):
         if release is not None and is_older(release, row.since):
             found[row.name] = f"llama.cpp is known to read it from {row.since} on, and --runtime-version is {release}"
@@ -70,7 +72,7 @@ def type_notes(types: Collection[str], options: Mapping[str, str]) -> tuple[str,
     """Say which types not every llama.cpp reads, or multiplies fast, unless the user has named a release."""
     if "q2_0" not in types or RUNTIME_VERSION in options:
         return ()
-    since = next(row.since for row in GGML if row.name == "q2_0")
+    since = weight_type("gguf", "q2_0").since
     return (
         f"q2_0 needs llama.cpp {since} or later (with CUDA some weeks more), and is slow on x86 processors, a seventh "
         "of q4_0's speed;  --runtime-version b9500  keeps it out",

@@ -13,6 +13,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from acip_export.errors import UnsupportedError
+
 BLOCK, LOWEST, HIGHEST = 64, -1, 2
 _LEAST = np.finfo(np.float32).tiny
 
@@ -25,21 +27,26 @@ def quantize(rows: Floats, importance: Floats | None) -> Bytes:
 
     Args:
         importance: (columns,) positive weights of the squared rounding error.
+
+    Raises:
+        UnsupportedError: a weight that no float16 scales to, or that is no number.
     """
     weights = np.ones_like(rows)
-    if importance is not None:  # as ggml weighs it in types of one scale a block
-        squares = rows * rows
-        weights = importance * np.sqrt(squares.mean(axis=1, keepdims=True) + squares)
-    blocks, weights = rows.reshape(-1, BLOCK), weights.reshape(-1, BLOCK)
-    with np.errstate(over="ignore", invalid="ignore"):  # what comes out is not finite, and the caller refuses it
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes out is not finite
+        if importance is not None:  # as ggml weighs it in types of one scale a block
+            squares = rows * rows
+            weights = importance * np.sqrt(squares.mean(axis=1, keepdims=True) + squares)
+        blocks, weights = rows.reshape(-1, BLOCK), weights.reshape(-1, BLOCK)
         # Of size 1, since sums of products leave float32 soon.
         sizes = np.abs(blocks).max(axis=1, keepdims=True)
         within = blocks / np.maximum(sizes, _LEAST)
         weights = weights / np.maximum(weights.max(axis=1, keepdims=True), _LEAST)
         up, down = (_best_scale(sign * within, weights) for sign in (np.float32(1), np.float32(-1)))
         scales = (np.where(up[1] >= down[1], up[0], -down[0]) * sizes[:, 0]).astype(np.float16)
+    if not np.isfinite(scales).all():
+        raise UnsupportedError("a weight is too large for q2_0, or no number; choose bf16 or f32 for this tensor")
     inverses = np.divide(1, scales, out=np.zeros(scales.shape, np.float32), where=scales != 0, dtype=np.float32)
-    codes = np.clip(np.rint(np.nan_to_num(blocks * inverses[:, None])), LOWEST, HIGHEST).astype(np.int8) - LOWEST
+    codes = np.clip(np.rint(blocks * inverses[:, None]), LOWEST, HIGHEST).astype(np.int8) - LOWEST
     found = np.empty((len(blocks), 2 + BLOCK // 4), np.uint8)
     found[:, :2] = scales[:, None].view(np.uint8)
     found[:, 2:] = pack(codes.astype(np.uint8))

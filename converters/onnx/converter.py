@@ -215,7 +215,7 @@ def _check_types(tensors: tuple[TensorDecision, ...], serving: Serving) -> None:
     computed = computed_in(serving)
     wanted, refused = known[computed], backend_of(serving.backend).refused
     for decision in tensors:
-        for name in filter(None, (decision.type, decision.up_type, decision.down_type)):
+        for name in decision.types:
             again = f"plan again with  --backend {serving.backend}"
             if name in refused:
                 raise UnsupportedError(f"{decision.name} is planned as {name}: {refused[name]}; {again}")
