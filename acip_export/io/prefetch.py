@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 _In = TypeVar("_In")
@@ -38,15 +38,17 @@ def some_ahead(
     finish: Callable[[_Between], _Out],
     items: Iterable[_In],
     workers: int,
+    most: int,
     begin_preparing: Callable[[], None],
     begin_finishing: Callable[[], None],
 ) -> Iterator[tuple[_In, _Out]]:
     """``(item, finish(prepare(item)))`` in order: one thread prepares item after item, ``workers`` others finish them.
 
-    At most two more items than there are workers are under way or waiting. Exceptions and callers that stop early are
-    treated as by :func:`one_ahead`.
+    One more item than there are workers is under way. Exceptions and callers that stop early are treated as by
+    :func:`one_ahead`.
 
     Args:
+        most: items that are under way or whose results wait for one that takes longer.
         begin_preparing, begin_finishing: called once in each of those threads.
     """
     preparing = ThreadPoolExecutor(1, initializer=begin_preparing)
@@ -57,10 +59,16 @@ def some_ahead(
             prepared = preparing.submit(prepare, item)
             waiting.append((item, finishing.submit(_finished, finish, prepared)))
             del prepared
-            if len(waiting) > workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-                del future
+            while waiting:
+                under_way = [future for _, future in waiting if not future.done()]
+                if waiting[0][1].done():
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+                    del future
+                elif len(waiting) >= most or len(under_way) > workers:
+                    wait(under_way, return_when=FIRST_COMPLETED)
+                else:
+                    break
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()

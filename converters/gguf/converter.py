@@ -60,6 +60,8 @@ _HASH_PLACEHOLDER = "0" * 64
 _IMITATED_ROWS = 8
 # Items that are rounded at once, and the numbers of one that is rounded alone, for the sake of memory.
 _SIDE_BY_SIDE, _LARGE = 2, 2**25
+# Items of a layer, about: what is rounded beside its largest matrix waits for that.
+_ITEMS_AHEAD = 10
 # ggml's GGML_QNT_VERSION: the generation of block layouts.
 _QUANTIZATION_VERSION = 2
 # Of the layout ``factored``, docs/format.md.
@@ -264,7 +266,7 @@ def _rounded(model: MaterializedModel, items: Sequence[Item], changes: _Changes)
             yield from one_ahead(lambda item: prepare(item)(), some)
             continue
         try:
-            yield from some_ahead(prepare, call, some, workers, *of_each)
+            yield from some_ahead(prepare, call, some, workers, _ITEMS_AHEAD, *of_each)
         finally:
             torch.set_num_threads(threads)  # what one thread sets, parts of torch take for all
 

@@ -54,7 +54,7 @@ def test_an_interruption_waits_only_for_what_has_begun() -> None:
 
 
 def test_two_are_finished_side_by_side() -> None:
-    """Each of two waits for the other to begin, and no more than four are under way."""
+    """Each of two waits for the other to begin, and no more than three are under way."""
     begun = [threading.Event() for _ in range(6)]
     prepared, threads = [], threading.local()
 
@@ -71,10 +71,31 @@ def test_two_are_finished_side_by_side() -> None:
         threads.number = 7
 
     seen = []
-    for item, result in some_ahead(prepare, finish, range(6), 2, lambda: None, begin):
+    for item, result in some_ahead(prepare, finish, range(6), 2, 4, lambda: None, begin):
         assert prepared[-1] <= item + 3
         seen.append((item, *result))
     assert seen == [(item, item * item, 7) for item in range(6)]
+
+
+def test_short_ones_are_finished_beside_a_long_one() -> None:
+    """The first waits for the fifth to be finished: five may exist, and the sixth is not begun."""
+    fifth, prepared = threading.Event(), []
+
+    def prepare(item: int) -> int:
+        prepared.append(item)
+        return item
+
+    def finish(item: int) -> int:
+        if item == 0:
+            assert fifth.wait(10)
+        elif item == 4:
+            fifth.set()
+        return item
+
+    made = some_ahead(prepare, finish, range(9), 2, 5, *[lambda: None] * 2)
+    assert next(made) == (0, 0)
+    assert prepared == [0, 1, 2, 3, 4]
+    assert list(made) == [(item, item) for item in range(1, 9)]
 
 
 @pytest.mark.parametrize("failing", ["prepare", "finish"])
@@ -82,7 +103,7 @@ def test_the_error_of_either_stage_is_raised_where_its_item_is_due(failing: str)
     def fail(stage: str, item: int) -> int:
         return 1 // item if stage == failing else item
 
-    made = some_ahead(lambda i: fail("prepare", i), lambda i: fail("finish", i), [1, 0, 1], 2, *[lambda: None] * 2)
+    made = some_ahead(lambda i: fail("prepare", i), lambda i: fail("finish", i), [1, 0, 1], 2, 4, *[lambda: None] * 2)
     assert next(made) == (1, 1)
     with pytest.raises(ZeroDivisionError):
         next(made)
