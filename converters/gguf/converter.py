@@ -6,12 +6,10 @@ The layout of factor pairs inside ``model.gguf`` is written down in docs/format.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby
 from math import prod
-from operator import call
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +18,9 @@ import numpy as np
 from acip_export.artifacts.materialized import MaterializedModel
 from acip_export.artifacts.plan import Serving, TensorDecision, plan_sha256
 from acip_export.errors import UnsupportedError
-from acip_export.io.prefetch import one_ahead, some_ahead
-from acip_export.machine import use_threads
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress, ProgressCallback
-from acip_export.units import ceil_div
+from acip_export.rounding.side_by_side import side_by_side
 from acip_export.version import __version__
 from acip_export.weight_types import weight_type
 from converters.gguf import ggml_library as ggml
@@ -58,10 +54,6 @@ __all__ = ["check_model", "convert", "imitate", "predict_files", "quantizer", "r
 _HASH_PLACEHOLDER = "0" * 64
 # Of an imitation's matrix: so many are rounded, and stand for all of them.
 _IMITATED_ROWS = 8
-# Items that are rounded at once, and the numbers of one that is rounded alone, for the sake of memory.
-_SIDE_BY_SIDE, _LARGE = 2, 2**25
-# Items of a layer, about: what is rounded beside its largest matrix waits for that.
-_ITEMS_AHEAD = 10
 # ggml's GGML_QNT_VERSION: the generation of block layouts.
 _QUANTIZATION_VERSION = 2
 # Of the layout ``factored``, docs/format.md.
@@ -109,7 +101,8 @@ def convert(model: MaterializedModel, out: Path, progress: ProgressCallback) -> 
     changes = _Changes(model, open_base(checkpoint))
     for name, contents in files.items():
         with GgufWriter(out / name, contents.metadata, contents.specs) as writer:
-            for item, data in _rounded(model, contents.items, changes):
+            prepare = partial(_prepared, model, changes)
+            for item, data in side_by_side(prepare, contents.items, lambda item: prod(item.spec.shape)):
                 progress(Progress("convert", done, total, item.spec.name))
                 writer.write(item.spec.name, data)
                 done += item.spec.nbytes
@@ -248,30 +241,7 @@ def _whole(model: MaterializedModel, weight: str) -> torch.Tensor:
     return sum(parts[1:], parts[0])
 
 
-def _rounded(model: MaterializedModel, items: Sequence[Item], changes: _Changes) -> Iterator[tuple[Item, Bytes]]:
-    """Yield the bytes of every item, in order. Two are rounded side by side, for parts of that cannot use more threads.
-
-    What is known of their inputs is made one after the other with all threads: it depends on how many there are.
-    """
-    import torch
-
-    def prepare(item: Item) -> Callable[[], Bytes]:
-        return _prepared(model, item, changes)
-
-    threads = torch.get_num_threads()
-    workers = min(threads, _SIDE_BY_SIDE)
-    of_each = partial(use_threads, threads), partial(use_threads, ceil_div(threads, workers))
-    for large, some in groupby(items, lambda item: prod(item.spec.shape) > _LARGE):
-        if large or workers == 1:
-            yield from one_ahead(lambda item: prepare(item)(), some)
-            continue
-        try:
-            yield from some_ahead(prepare, call, some, workers, _ITEMS_AHEAD, *of_each)
-        finally:
-            torch.set_num_threads(threads)  # what one thread sets, parts of torch take for all
-
-
-def _prepared(model: MaterializedModel, item: Item, changes: _Changes) -> Callable[[], Bytes]:
+def _prepared(model: MaterializedModel, changes: _Changes, item: Item) -> Callable[[], Bytes]:
     """Read what an item is made of; what is returned makes its bytes."""
     import torch
 

@@ -125,7 +125,9 @@ def convert(model: MaterializedModel, out: Path, progress: ProgressCallback, opt
 
     from converters.onnx.matrices import MatrixReader
 
-    _write(checkpoint, plan.serving, *graph, MatrixReader(model), out, progress)
+    packed, contents = graph
+    with MatrixReader(model, contents.values()) as reader:
+        _write(checkpoint, plan.serving, packed, contents, reader, out, progress)
     cache_type = plan.serving.cache_type_k
     if cache_type in ROUNDED_CACHES:
         from converters.onnx.cache_scales import calibrate_cache

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from acip_export.artifacts.materialized import stored_tensors
 from acip_export.artifacts.plan import TensorDecision
 from acip_export.errors import UnsupportedError
 from acip_export.rounding.error_feedback import rows_at_once
+from acip_export.rounding.side_by_side import is_large, side_by_side
 from acip_export.units import ceil_div
 from acip_export.weight_types import WeightType, weight_type
 from converters.onnx.feedback import with_feedback
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 17
 
 Form = Literal["rows", "columns", "codes", "flat_codes", "scales", "zeros"]
+_CODES: tuple[Form, ...] = ("codes", "flat_codes")
 
 # Initializer names of what lies beside a decoder's codes.
 BESIDE: dict[Form, str] = {"scales": "scales", "zeros": "qzeros"}
@@ -50,6 +53,10 @@ class Matrix:
     rows: int
     columns: int
     type: WeightType
+
+    @property
+    def numbers(self) -> int:
+        return self.rows * self.columns
 
     @property
     def bits(self) -> int:
@@ -102,7 +109,7 @@ class MatrixPart:
 
     @property
     def dtype(self) -> np.dtype[np.uint8] | np.dtype[np.float32] | np.dtype[np.float16]:
-        codes = self.form in ("codes", "flat_codes", "zeros")
+        codes = self.form in (*_CODES, "zeros")
         return np.dtype(np.uint8) if codes else scale_type(self.matrix.type)
 
 
@@ -173,41 +180,61 @@ class MatrixReader:
     """Reads stored matrices as the chunks of bytes that the data file is made of.
 
     The scales and zero points of a quantized matrix are found with its codes and kept until they are asked for, which
-    the order of the initializers makes the next questions.
+    the order of the initializers makes the next questions. A context manager: codes are found ahead by threads, which
+    end with it.
+
+    Args:
+        parts: that will be asked for, in their order.
     """
 
-    def __init__(self, model: MaterializedModel) -> None:
+    def __init__(self, model: MaterializedModel, parts: Iterable[object]) -> None:
         self._model = model
         self._kept: dict[MatrixPart, NDArray[np.generic]] = {}
+        codes = [part for part in parts if isinstance(part, MatrixPart) and part.form in _CODES]
+        self._rounded = side_by_side(self._prepared, codes, lambda part: part.matrix.numbers)
 
     def chunks(self, part: MatrixPart | Vector) -> Iterator[NDArray[np.generic]]:
         """See :class:`ChunkReader`."""
         if isinstance(part, Vector):
             yield _floats(self._model.read(part.tensor))
             return
-        matrix = part.matrix
         if part.form in ("scales", "zeros"):
             yield self._kept.pop(part)
-            return
-        weight = self._model.read(matrix.tensor)
-        if part.form in ("codes", "flat_codes"):
-            yield from self._codes(weight, matrix)
+        elif part.form in _CODES:
+            due, rounded = next(self._rounded)
+            assert due == part, f"{part.matrix.tensor} is asked for before {due.matrix.tensor}"
+            yield from self._codes(rounded, part.matrix)
         elif part.form == "rows":
-            for rows in _slices(weight, matrix.columns):
+            for rows in _slices(self._model.read(part.matrix.tensor), part.matrix.columns):
                 yield _floats(rows).astype(part.dtype, copy=False)
         else:
-            for columns in _slices(weight.T, matrix.rows):
+            for columns in _slices(self._model.read(part.matrix.tensor).T, part.matrix.rows):
                 yield _floats(columns).astype(part.dtype, copy=False)
 
-    def _codes(self, weight: Tensor, matrix: Matrix) -> Iterator[NDArray[np.generic]]:
+    def _prepared(self, part: MatrixPart) -> Callable[[], Iterable[Quantized]]:
+        """Read a matrix and what is known of its inputs; what is returned rounds it, a large one as it is read."""
+        matrix = part.matrix
+        weight, inputs = self._model.read(matrix.tensor), self._model.inputs(matrix.tensor)
+        round_ = partial(_quantized, weight, matrix.type, inputs)
+        return round_ if is_large(matrix.numbers) else lambda: list(round_())
+
+    def _codes(self, rounded: Iterable[Quantized], matrix: Matrix) -> Iterator[NDArray[np.generic]]:
         beside: dict[Form, list[NDArray[np.generic]]] = {form: [] for form in matrix.beside}
-        for quantized in _quantized(weight, matrix.type, self._model.inputs(matrix.tensor)):
+        for quantized in rounded:
             beside["scales"].append(quantized.scales)
             if quantized.zeros is not None:
                 beside["zeros"].append(quantized.zeros)
             yield quantized.codes
         for form, parts in beside.items():
             self._kept[MatrixPart(matrix, form)] = np.concatenate(parts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._rounded.close()
 
 
 def rounded(weight: Tensor, form: WeightType, inputs: InputMoments) -> Tensor:

@@ -20,6 +20,7 @@ from acip_export.errors import UnsupportedError, VerificationError
 from acip_export.io.atomic import new_directory
 from acip_export.materialization import materialize_bundle
 from acip_export.model.checkpoint import Checkpoint
+from acip_export.rounding import side_by_side
 from acip_export.verification.metrics import compare_logits
 from converters.gguf import converter, readback
 from converters.gguf import ggml_library as ggml
@@ -79,9 +80,9 @@ def test_all_threads_prepare_and_half_of_them_round(
     """Two matrices at once, for the bytes of one at a time; what is known of inputs depends on the threads."""
     prepared, seen = converter._prepared, {"prepare": set[int](), "round": set[int]()}
 
-    def noted(model: MaterializedModel, item: Item, changes: Any) -> Callable[[], ggml.Bytes]:
+    def noted(model: MaterializedModel, changes: Any, item: Item) -> Callable[[], ggml.Bytes]:
         seen["prepare"].add(torch.get_num_threads())
-        finish = prepared(model, item, changes)
+        finish = prepared(model, changes, item)
 
         def finished() -> ggml.Bytes:
             seen["round"].add(torch.get_num_threads())
@@ -98,7 +99,7 @@ def test_all_threads_prepare_and_half_of_them_round(
     finally:
         torch.set_num_threads(before)
     assert seen == {"prepare": {4}, "round": {2}}
-    monkeypatch.setattr(converter, "_SIDE_BY_SIDE", 1)
+    monkeypatch.setattr(side_by_side, "_SIDE_BY_SIDE", 1)
     _, alone = export(models["llama"], "stock", dense(type="q4_k"), tmp_path / "one")
     assert (alone / "model.gguf").read_bytes() == (out / "model.gguf").read_bytes()
 

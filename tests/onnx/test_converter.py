@@ -21,6 +21,7 @@ from acip_export.errors import UnsupportedError
 from acip_export.formats.session import Logits, Windows
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.progress import Progress
+from acip_export.rounding import side_by_side
 from acip_export.weight_types import weight_type
 from converters.onnx import converter
 from converters.onnx.companion_files import DATA_FILE, MODEL_FILE
@@ -131,7 +132,12 @@ def test_data_holds_every_initializer_once(make_export: MakeExport) -> None:
         assert export.written[DATA_FILE] == sum(d.nbytes for d in export.bundle.plan.tensors) + tables
 
 
-def test_converting_again_gives_the_same_bytes(make_export: MakeExport, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_converting_again_gives_the_same_bytes(
+    make_export: MakeExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """However many matrices are rounded at once."""
+    monkeypatch.setattr(side_by_side, "_SIDE_BY_SIDE", at_once)
     export = make_export("llama", False, "mixed")
     steps: list[Progress] = []
     converter.convert(export.bundle, tmp_path, steps.append, EXACT)
