@@ -61,6 +61,27 @@ def test_it_is_listed_with_its_options(cli: Cli) -> None:
     assert "tiny: a line of text" in cli("--help").stdout
 
 
+def test_one_that_cannot_be_loaded_breaks_nothing_else(tmp_path: Path) -> None:
+    """Its package is told about, once, and everything else works."""
+    installed = tmp_path / "broken-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(f"[{FORMAT_GROUP}]\nshattered = nowhere.at.all:FORMAT\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), "COLUMNS": "200"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "acip_export", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    told = "the format 'shattered' of the package broken cannot be loaded"
+    listed = run("formats", "--json")
+    assert (listed.returncode, list(json.loads(listed.stdout))) == (0, ["gguf", "onnx"])
+    assert listed.stderr.count(told) == 1
+    asked = run("formats", "shattered")
+    assert asked.returncode == 5
+    assert f"error: {told}" in asked.stderr
+
+
 @pytest.mark.slow
 def test_a_model_is_planned_converted_and_verified(cli: Cli, model: Path, tmp_path: Path) -> None:
     ask = ("--model", model, "--format", "tiny", "--budget", "1600kB", "--budget-scope", "file", "--context", 64)
