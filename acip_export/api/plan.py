@@ -33,7 +33,7 @@ from acip_export.errors import (
     UsageError,
 )
 from acip_export.formats.protocol import ExportFormat
-from acip_export.formats.registry import format_names
+from acip_export.formats.registry import export_format, format_names
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.model.notes import model_notes
 from acip_export.model.opening import check_checkpoint
@@ -202,7 +202,7 @@ def plan_export(
         if not refused:
             raise refusals[0]
         floor, problem = min(refused, key=lambda each: each[0].nbytes)
-        raise infeasible(problem, budget, rule.least, floor, other_formats(checkpoint, scores, request))
+        raise infeasible(problem, budget, rule.least, floor, other_requests(checkpoint, scores, request))
     # With a context to be found, the longest.
     best, problem = min(plans, key=lambda each: (-each[0].serving.context, each[0].predicted_loss))
     if request.candidates > 1:
@@ -257,12 +257,35 @@ def _loadable(plan: Plan, request: PlanRequest) -> Plan:
     return plan
 
 
-def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> list[Suggestion]:
-    """Return every other format, with its smallest budget in the same scope and for the same context.
+def other_requests(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> list[Suggestion]:
+    """Return requests for smaller files, with their smallest budget in the same scope and for the same context.
 
-    Formats that the model or the installation does not support are left out. What only the requested format knows of
-    (types, layout and the like) falls to the other's defaults, and the flags say so.
+    Options that keep types out of the format are left out, and every other format is asked for. Formats that the model
+    or the installation does not support have no suggestion. What only the requested format knows of (types, layout and
+    the like) falls to the other's defaults, and the flags say so.
     """
+    suggestions: list[Suggestion] = []
+    for flags, changed in (*_with_more_types(request), *_in_other_formats(request)):
+        try:
+            floor = _floor(checkpoint.with_options(changed.options), scores, changed)
+        except OutputError:
+            raise  # a full disk is nothing about a format
+        except (UnsupportedError, MissingExtraError, CheckpointError, UsageError):
+            continue  # CheckpointError: a tokenizer that only this format reads; UsageError: too long a context
+        suggestions.append(Suggestion(flags, floor))
+    return suggestions
+
+
+def _with_more_types(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
+    format = export_format(request.format, request.backend)
+    refused = format.unknown_types(request.options)
+    for name in request.options:
+        options = {other: value for other, value in request.options.items() if other != name}
+        if len(format.unknown_types(options)) < len(refused):
+            yield f"without --{name.replace('_', '-')}", replace(request, options=options)
+
+
+def _in_other_formats(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     own = {
         "types": request.types,
         "layout": request.layout,
@@ -274,7 +297,6 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
         **{name.replace("_", "-"): value for name, value in request.options.items()},
     }
     without = ", ".join(f"--{name}" for name, value in own.items() if value)
-    suggestions: list[Suggestion] = []
     for name in format_names():
         if name != request.format:
             changed = replace(
@@ -291,14 +313,7 @@ def other_formats(checkpoint: Checkpoint, scores: ScoreFile, request: PlanReques
                 rounding=None,
                 min_speed=None,
             )
-            try:
-                floor = _floor(checkpoint.with_options({}), scores, changed)
-            except OutputError:
-                raise  # a full disk is nothing about a format
-            except (UnsupportedError, MissingExtraError, CheckpointError, UsageError):
-                continue  # CheckpointError: a tokenizer that only this format reads; UsageError: too long a context
-            suggestions.append(Suggestion(f"--format {name}" + (f"  without {without}" if without else ""), floor))
-    return suggestions
+            yield f"--format {name}" + (f"  without {without}" if without else ""), changed
 
 
 def _floor(checkpoint: Checkpoint, scores: ScoreFile, request: PlanRequest) -> int:

@@ -36,12 +36,12 @@ class Suggestion:
 
 
 def infeasible(
-    problem: Problem, budget: Budget, rule: ServingRule, floor: Floor, other_formats: Sequence[Suggestion] = ()
+    problem: Problem, budget: Budget, rule: ServingRule, floor: Floor, others: Sequence[Suggestion] = ()
 ) -> InfeasibleBudgetError:
-    """Explain that no plan fits: the floor, its parts, and settings and formats for which a plan was found to fit."""
+    """Explain that no plan fits: the floor, its parts, and settings and other requests that were found to fit."""
     largest = max(floor.parts, key=lambda part: floor.parts[part])
     parts = "\n".join(f"  {name:<28}{format_bytes(size):>10}" for name, size in floor.parts.items() if size)
-    fitting = [*_fitting(problem, budget, rule), *(each for each in other_formats if each.floor <= budget.nbytes)]
+    fitting = [*_fitting(problem, budget, rule), *(each for each in others if each.floor <= budget.nbytes)]
     smaller = _least_cache(problem, budget, rule, floor)
     cache = f" with a KV cache of {cache_types(rule.cache_type_k, rule.cache_type_v)}" if smaller else ""
     budgets = [f"  --budget {_round_up(floor.nbytes)}"]

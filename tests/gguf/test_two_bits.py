@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from acip_export.api import export_model, plan_export
 from acip_export.artifacts.plan import dumps_plan, load_plan, save_plan
 from acip_export.artifacts.speeds import LayerSpeed, MatrixSpeed, RuntimeSpeed
-from acip_export.errors import PlanFileError, UnsupportedError, UsageError
+from acip_export.errors import InfeasibleBudgetError, PlanFileError, UnsupportedError, UsageError
 from acip_export.model.checkpoint import Checkpoint
 from acip_export.planning import PlanRequest, planner, resolve
 from acip_export.rounding.quantizer import InputMoments
@@ -220,6 +220,15 @@ def test_older_runtimes_never_get_it(release: str, known: bool, narrow: Checkpoi
         told = rf"q2_0 is not exported: .* from b10015 on, and --runtime-version is {chosen['runtime_version']}\. Use: "
         with pytest.raises(UnsupportedError, match=told):
             resolve(named, narrow)
+
+
+def test_who_has_too_little_for_older_types_is_told_what_keeps_it_out(narrow: Checkpoint) -> None:
+    request = small(narrow, 0.11, options={"runtime_version": "b9500"})
+    with pytest.raises(InfeasibleBudgetError, match=r"These settings fit:\n  without --runtime-version +\S") as told:
+        plan_export(narrow, make_scores(narrow.path), request)
+    change = told.value.alternatives[0]
+    assert change["change"] == "without --runtime-version"
+    assert change["floor_bytes"] <= (request.budget_bytes or 0) < told.value.smallest_feasible_bytes
 
 
 def test_without_ggml_it_stays_out(narrow: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from acip_export.api import plan_export
-from acip_export.api.plan import other_formats
+from acip_export.api.plan import other_requests
 from acip_export.artifacts.plan import Plan
 from acip_export.artifacts.scores import ScoreFile
 from acip_export.errors import InfeasibleBudgetError, UnsupportedError
@@ -86,7 +86,7 @@ def test_auto_fails_only_when_no_layout_fits(ranked: tuple[Checkpoint, ScoreFile
 def test_a_budget_that_only_another_format_fits(ranked: tuple[Checkpoint, ScoreFile]) -> None:
     """ONNX has factor pairs by default, so it goes further down than dense q8_0."""
     request = PlanRequest("gguf", 1000, "file", types=("q8_0",))
-    (onnx,) = other_formats(*ranked, request)
+    (onnx,) = other_requests(*ranked, request)
     assert onnx.flags == "--format onnx  without --types"
     with pytest.raises(InfeasibleBudgetError, match=f"These settings fit:(.|\n)*{onnx.flags}"):
         plan_export(*ranked, replace(request, budget_bytes=onnx.floor))
